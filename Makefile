@@ -1,0 +1,42 @@
+# make setup · demo · test · lint · board
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS ?= quantization,pruning,dev
+
+.PHONY: setup demo test unit integration lint board clean
+
+setup: $(STAMP)
+
+# Any Python from 3.11 on; torch comes from wherever pip is set up to find it, CPU or CUDA build alike.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(BIN)/slimbench assets fetch
+	$(BIN)/slimbench sweep experiment=demo results=runs
+	$(BIN)/slimbench board build --results runs --out board
+
+test: setup
+	$(BIN)/slimbench assets fetch
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit
+
+integration: setup
+	$(BIN)/python -m pytest tests/integration
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+board: setup
+	$(BIN)/slimbench board build --results results --out board
+
+clean:
+	rm -rf $(VENV) runs board

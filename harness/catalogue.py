@@ -1,0 +1,117 @@
+"""The methods that the configuration offers: their facts for a listing, and a proof in seconds on a tiny model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import StepConfig, build_method, shipped, shipped_method
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as `slimbench methods list` shows it."""
+
+    name: str
+    method: Any
+    settings: dict[str, Any]
+
+    @property
+    def missing(self) -> list[str]:
+        return self.method.needs.missing_modules()
+
+    @property
+    def needs(self) -> str:
+        needs = self.method.needs
+        wanted = [w for w, on in (("calibration", needs.calibration), ("training", needs.training)) if on]
+        return ", ".join(wanted + ([needs.device] if needs.device else []) + ([f"[{needs.extra}]"] if needs.extra else []))
+
+
+def entry(name: str) -> Entry:
+    """A method by the name of its YAML.
+
+    Raises:
+        harness.config.ConfigError: There is none of that name.
+    """
+    settings = shipped_method(name)
+    target = settings.pop("_target_")
+    return Entry(name, build_method(StepConfig(name=name, target=target, settings=settings)), settings)
+
+
+def entries() -> Iterator[Entry]:
+    yield from (entry(name) for name in shipped("method"))
+
+
+def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:
+    """Write a two-layer Llama with random weights, on which a method can be tried in seconds."""
+    from harness.config import ModelConfig
+    from harness.models import generate
+
+    generate(ModelConfig(name="tiny", source="random", dtype=dtype, shape=TINY), folder)  # type: ignore[arg-type]
+    return folder
+
+
+def check(name: str) -> dict[str, Any]:
+    """Compress the tiny model, load the artefact from disk and hold the claim against the evidence.
+
+    Returns:
+        Facts for a report: seconds, claim, evidence flags, bytes, kernel, and whether the logits are finite.
+
+    Raises:
+        methods.base.Unsupported: The method does not run on this machine.
+    """
+    import time
+
+    import torch
+
+    from harness import artefact
+    from harness.compose import resolve
+    from harness.config import locate
+    from harness.measure.evidence import flags
+    from harness.models import shape_of
+    from methods.base import Calibration, DenseModel
+
+    method = entry(name).method
+    engine = resolve([f"method={name}"]).engine
+    with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+        source = tiny_model(Path(scratch) / "dense")
+        shape = shape_of(source)
+        method.check(shape)
+        ids = torch.randint(0, shape.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+        out = Path(scratch) / "artefact"
+        out.mkdir()
+        began = time.perf_counter()
+        dense = DenseModel(source, source, "bfloat16", "cpu", shape)
+        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else None, out).to_dict()
+        seconds = time.perf_counter() - began
+        files = artefact.files(out)
+        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
+        model = locate(engine.target)(loaders=engine.loaders).load(out, "cpu")
+        found = model.evidence()
+        logits = model.logits(ids[:2])
+        return {
+            "seconds": seconds,
+            "claim": claim,
+            "disk_bytes": sum(f.bytes for f in files),
+            "weight_bytes": found.weight_bytes,
+            "effective_bits": found.effective_bits,
+            "sparsity": found.sparsity,
+            "kernel": found.kernel,
+            "flags": flags(claim, found),
+            "finite": bool(torch.isfinite(logits).all()),
+        }

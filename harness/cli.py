@@ -1,0 +1,251 @@
+"""The command line: `slimbench run · sweep · methods · assets · board`.
+
+Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from harness import __version__
+
+app = typer.Typer(
+    help="Benchmark and leaderboard harness for LLM compression.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+methods_app = typer.Typer(help="The compression methods: list, show, prove on a tiny model.", no_args_is_help=True)
+assets_app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
+board_app = typer.Typer(help="The leaderboard: build it, or print its table.", no_args_is_help=True)
+app.add_typer(methods_app, name="methods")
+app.add_typer(assets_app, name="assets")
+app.add_typer(board_app, name="board")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
+Results = Annotated[Path, typer.Option(help="Folder of records.")]
+_DEFAULT_RESULTS = Path("runs")
+_FORMATS = ("terminal", "md", "csv", "json")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        print(f"slimbench {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(overrides: Overrides = None) -> None:
+    """Run one cell (and the reference it is compared with): compress, measure quality, measure speed."""
+    from harness import sweep as sweeps
+
+    raise typer.Exit(sweeps.run(overrides or []))
+
+
+@app.command()
+def sweep(overrides: Overrides = None) -> None:
+    """Run a Hydra multirun, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
+    from harness import sweep as sweeps
+
+    raise typer.Exit(sweeps.sweep(overrides or []))
+
+
+@methods_app.command("list")
+def methods_list() -> None:
+    """One line for each method."""
+    from rich.table import Table
+
+    from harness.catalogue import entries
+
+    table = Table("method", "family", "paper", "reference", "needs", "here", box=None, header_style="bold")
+    for item in entries():
+        paper = f"{item.method.citation.title} ({item.method.citation.year})"
+        here = "ready" if not item.missing else f"install [{item.method.needs.extra}]"
+        table.add_row(item.name, item.method.family, paper, item.method.reference, item.needs.replace("[", "\\["), here.replace("[", "\\["))
+    _console().print(table)
+
+
+@methods_app.command("show")
+def methods_show(name: str) -> None:
+    """What a method is, its citation, its settings."""
+    import inspect
+
+    from harness.catalogue import entry
+
+    item = entry(name)
+    citation = item.method.citation
+    print(f"{name} — {inspect.getdoc(type(item.method)) or inspect.getmodule(type(item.method)).__doc__}\n")
+    print(f"family      {item.method.family}")
+    print(f"paper       {citation.title} ({citation.year})" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""))
+    print(f"reference   {item.method.reference}")
+    print(f"covers      {', '.join(citation.covers) or '-'}")
+    print(f"needs       {item.needs or '-'}")
+    print(f"writes      {item.method.produces}")
+    print("settings    (override with method.NAME.SETTING=VALUE)")
+    for key, value in item.settings.items():
+        print(f"  {key} = {value}")
+
+
+@methods_app.command("check")
+def methods_check(name: str) -> None:
+    """Prove a method in seconds: compress a tiny random model, reload it, hold claim against evidence."""
+    from harness.catalogue import check, entry
+    from harness.config import ConfigError
+    from methods.base import Unsupported
+
+    item = entry(name)
+    if item.missing:
+        raise ConfigError(f"method '{name}' needs {', '.join(item.missing)}: pip install 'slimbench[{item.method.needs.extra}]'")
+    try:
+        facts = check(name)
+    except Unsupported as error:
+        _fail(f"{name} does not run here: {error}", 1)
+    for key, value in facts.items():
+        print(f"{key:<15} {value}")
+    good = facts["finite"] and not [f for f in facts["flags"] if f.startswith("claims")]
+    print(f"{name}: {'passed' if good else 'FAILED'}")
+    raise typer.Exit(0 if good else 1)
+
+
+@assets_app.command("list")
+def assets_list() -> None:
+    """The known assets and whether they are in the cache."""
+    from rich.table import Table
+
+    from tasks import assets
+
+    table = Table("asset", "source", "cached", box=None, header_style="bold")
+    for name, asset in assets.catalogue().items():
+        table.add_row(name, asset.uri, "yes" if assets.is_fetched(name) else "no")
+    _console().print(table)
+
+
+@assets_app.command("fetch")
+def assets_fetch(names: Annotated[list[str] | None, typer.Argument(help="Assets; all if none is named.")] = None) -> None:
+    """Fetch assets into the cache; what is there and intact is left alone."""
+    from tasks import assets
+
+    for name in names or list(assets.catalogue()):
+        print(f"{name}: {assets.fetch(name)}")
+
+
+@assets_app.command("path")
+def assets_path(name: str) -> None:
+    """Print where an asset lies, fetching it if need be."""
+    from tasks import assets
+
+    print(assets.path(name))
+
+
+@assets_app.command("verify")
+def assets_verify(names: Annotated[list[str] | None, typer.Argument(help="Assets; all cached ones if none is named.")] = None) -> None:
+    """Hash cached assets again."""
+    from tasks import assets
+
+    faults = 0
+    for name in names or [n for n in assets.catalogue() if assets.is_fetched(n)]:
+        problems = assets.verify(name)
+        faults += len(problems)
+        print(f"{name}: {'; '.join(problems) or 'intact'}")
+    raise typer.Exit(1 if faults else 0)
+
+
+@board_app.command("build")
+def board_build(
+    results: Results = _DEFAULT_RESULTS, out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board")
+) -> None:
+    """Write page, tables and plots from the records; print the table and where to look."""
+    from leaderboard import build, tables
+
+    written = build.build(_folder(results), out)
+    _console().print(tables.to_terminal(_rows(results)))
+    print(f"board: {next(p for p in written if p.name == 'index.html')}")
+
+
+@board_app.command("table")
+def board_table(
+    results: Results = _DEFAULT_RESULTS,
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FORMATS)}.")] = "terminal",
+) -> None:
+    """Print the table: one row, or one JSON object, for each cell."""
+    from harness.config import ConfigError
+    from leaderboard import tables
+    from tasks.errors import nearest
+
+    if format not in _FORMATS:
+        raise ConfigError(f"--format {format} is no valid choice{nearest(format, _FORMATS)}")
+    rows = _rows(results)
+    if format == "terminal":
+        _console().print(tables.to_terminal(rows))
+    else:
+        print({"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}[format](rows).rstrip())
+
+
+def _rows(results: Path) -> list[Any]:
+    from harness.store import Store
+    from leaderboard import tables
+
+    return tables.rows(Store(_folder(results)).scan()[0])
+
+
+def _folder(results: Path) -> Path:
+    from harness.config import ConfigError
+    from tasks.errors import nearest
+
+    if not results.is_dir():
+        beside = [p.name for p in results.absolute().parent.glob("*") if p.is_dir() and not p.name.startswith(".")]
+        hint = nearest(results.name, [b for b in beside if b in ("results", "runs") or b.startswith(results.name[:3])])
+        raise ConfigError(f"no results folder '{results}': run `slimbench sweep experiment=demo` or give --results{hint}")
+    return results
+
+
+def _console() -> Any:
+    import shutil
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else max(160, shutil.get_terminal_size().columns))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Entry point: every foreseeable error is one line; tracebacks only with `--debug`."""
+    from harness.config import ConfigError
+    from harness.store import StoreError
+    from tasks.errors import DataError
+
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except ConfigError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except DataError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except StoreError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1)

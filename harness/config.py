@@ -1,0 +1,325 @@
+"""Typed, validated configuration. Hydra composes it, this module checks it; it imports no heavy library.
+
+Every mistake becomes a `ConfigError` whose message is one line with the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tasks.errors import nearest
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+OnExisting = Literal["keep", "failed", "stale", "all"]
+
+
+class ConfigError(Exception):
+    """The user's configuration is wrong. The message is one line and says what would be right."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Uris = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class ModelConfig(_Strict):
+    """A dense source checkpoint.
+
+    Attributes:
+        name: How records and board call it.
+        source: `asset:NAME`, `hf:ORG/NAME`, `file:FOLDER` or `random`.
+        revision: Commit or tag of a hub model.
+        dtype: Storage and compute dtype of the dense weights.
+        parameters: Number of parameters where it is known beforehand; lets a run that cannot fit be refused early.
+        source_precision: Precision of the source if it is not full, such as `q4_1`; the board shows it.
+        trust_remote_code: Run Python code that the checkpoint brings along.
+        shape: `config.json` fields of a randomly initialised model.
+    """
+
+    name: str = Field(min_length=1, max_length=100)
+    source: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    parameters: int | None = Field(default=None, gt=0)
+    source_precision: str | None = None
+    trust_remote_code: bool = False
+    shape: dict[str, Any] | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return self.source == "random"
+
+
+class StepConfig(_Strict):
+    """One method of a pipeline: its name in `conf/method/`, the class behind it and its settings."""
+
+    name: str
+    target: str
+    settings: dict[str, Any] = {}
+
+
+class EngineConfig(_Strict):
+    """What loads and runs an artefact. `loaders` maps each format it loads to the dotted path of the loader."""
+
+    name: str
+    target: str = Field(alias="_target_")
+    loaders: dict[str, str]
+
+
+class SuiteConfig(_Strict):
+    """What quality is measured on, and by which protocol.
+
+    Attributes:
+        corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
+        seqlen: Tokens of a window.
+        windows: Windows scored at most, taken evenly over the corpus; None for all.
+        add_bos: Put the beginning-of-sequence token before each window.
+        include_path: Folder of lm-eval task YAMLs, or `asset:NAME` for generated ones; None for lm-eval's own.
+        tasks: Names of zero-shot tasks.
+        limit: Items of each task at most; None for all.
+        num_fewshot: Examples before each question.
+        batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
+    """
+
+    name: str
+    corpus: Uris = []
+    seqlen: int = Field(default=512, ge=8)
+    windows: int | None = Field(default=None, ge=1)
+    add_bos: bool = False
+    include_path: str | None = None
+    tasks: Uris = []
+    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(default=1024, ge=1)
+
+    def protocol(self) -> dict[str, Any]:
+        """The fields that define the numbers."""
+        return self.model_dump(exclude={"name", "batch_tokens"})
+
+
+class SpeedPoint(_Strict):
+    """One point of the grid: sequences in a batch, tokens of the prompt, tokens generated after it."""
+
+    batch: int = Field(default=1, ge=1)
+    prompt: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=32, ge=2)
+
+
+class SpeedConfig(_Strict):
+    """How speed is measured.
+
+    Attributes:
+        grid: Points to measure; the first one is the headline.
+        warmup: Uncounted runs before the first sample.
+        min_repeats: Counted runs at least, unless the budget ends.
+        max_repeats: Counted runs at most.
+        target: Relative half-width of the 95 % interval of the median at which repetition stops.
+        budget_s: Seconds for each point, reference included.
+    """
+
+    name: str
+    grid: list[SpeedPoint] = Field(min_length=1)
+    warmup: int = Field(default=1, ge=0)
+    min_repeats: int = Field(default=6, ge=2)
+    max_repeats: int = Field(default=100, ge=2)
+    target: float = Field(default=0.03, gt=0, lt=1)
+    budget_s: float = Field(default=60.0, gt=0)
+
+    def protocol(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"name"})
+
+
+class DeviceConfig(_Strict):
+    """Where a cell runs: `auto` takes a CUDA card if torch can use one. `threads` is for CPU operators, None for all cores."""
+
+    name: Literal["auto", "cpu", "cuda"] = "auto"
+    index: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+
+
+class LimitsConfig(_Strict):
+    """Limits of one stage: wall-clock seconds, and resident memory in GB (None: what the machine has)."""
+
+    wall_s: float = Field(default=7200.0, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+
+
+class CalibrationConfig(_Strict):
+    """Calibration text and how it is sampled: `samples` windows of `length` tokens, order drawn with `seed`."""
+
+    source: str
+    samples: int = Field(ge=1)
+    length: int = Field(ge=8)
+    seed: int
+
+
+class RunConfig(_Strict):
+    """The whole of one cell's configuration, validated."""
+
+    model: ModelConfig
+    pipeline: list[StepConfig] = Field(min_length=1)
+    reference: StepConfig
+    engine: EngineConfig
+    suite: SuiteConfig
+    speed: SpeedConfig
+    device: DeviceConfig
+    calibration: CalibrationConfig
+    limits: LimitsConfig
+    seed: int = 0
+    results: str = "runs"
+    on_existing: OnExisting = "keep"
+
+    @property
+    def is_reference(self) -> bool:
+        return self.pipeline == [self.reference]
+
+    def as_reference(self) -> RunConfig:
+        """The same cell with the uncompressed reference in place of the pipeline."""
+        return self.model_copy(update={"pipeline": [self.reference]})
+
+
+def shipped(group: str) -> list[str]:
+    """Names of the choices that `conf/GROUP/` offers."""
+    return sorted(p.relative_to(CONF_DIR / group).with_suffix("").as_posix() for p in (CONF_DIR / group).rglob("*.yaml"))
+
+
+def shipped_method(name: str) -> dict[str, Any]:
+    """The settings (and `_target_`) of `conf/method/NAME.yaml`.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    path = CONF_DIR / "method" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
+    return yaml.safe_load(path.read_text())
+
+
+def locate(dotted: str) -> Any:
+    """The object that a dotted path of the config names.
+
+    Raises:
+        ConfigError: Module or attribute do not exist.
+    """
+    module, _, attribute = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot find '{dotted}': {error}") from error
+
+
+def build_method(step: StepConfig) -> Any:
+    """The method object of a pipeline step, its settings checked for name, type and range.
+
+    Raises:
+        ConfigError: An unknown setting, or a value that its type or the method refuses.
+    """
+    cls = locate(step.target)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in step.settings:
+        if key not in fields:
+            raise ConfigError(f"method '{step.name}' has no setting '{key}'{nearest(key, fields)}")
+    try:
+        return TypeAdapter(cls).validate_python(step.settings)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, f"method.{step.name}", cls)) from error
+
+
+def parse(raw: dict[str, Any]) -> RunConfig:
+    """Validate a composed Hydra config (plain containers).
+
+    Raises:
+        ConfigError: One line that says what is wrong and what would be right.
+    """
+    raw = {key: value for key, value in raw.items() if key != "hydra"}
+    calibration = {
+        "source": raw.pop("calibration", None),
+        "samples": raw.pop("calibration_samples", None),
+        "length": raw.pop("calibration_length", None),
+        "seed": raw.pop("calibration_seed", None),
+    }
+    methods = raw.pop("method", None) or {}
+    reference = str(raw.pop("reference", None))
+    known = [*RunConfig.model_fields, "method", *(f"calibration_{k}" for k in ("samples", "length", "seed"))]
+    for key in raw:
+        if key not in RunConfig.model_fields:
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
+    data = raw | {
+        "calibration": calibration,
+        "pipeline": [_step(name, settings) for name, settings in methods.items()],
+        "reference": _step(reference, shipped_method(reference)),
+    }
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, "", RunConfig)) from error
+    _check_pipeline(config)
+    return config
+
+
+def _step(name: str, settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict) or "_target_" not in settings:
+        raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
+    return {"name": name, "target": settings["_target_"], "settings": {k: v for k, v in settings.items() if k != "_target_"}}
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    methods = [build_method(step) for step in config.pipeline]
+    for step, method in zip(config.pipeline[:-1], methods[:-1], strict=True):
+        if method.produces != "huggingface":
+            raise ConfigError(
+                f"'{step.name}' must be the last step of a pipeline: it writes format {method.produces}, which no other method reads"
+            )
+    if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
+        raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+    final = methods[-1].produces
+    if final not in config.engine.loaders:
+        raise ConfigError(
+            f"engine '{config.engine.name}' does not load format '{final}' of '{config.pipeline[-1].name}'; "
+            f"it loads: {', '.join(config.engine.loaders)}"
+        )
+
+
+def _one_line(error: ValidationError, prefix: str, cls: Any) -> str:
+    """The first fault of a pydantic error as `path: what is wrong; what would be right`."""
+    fault = error.errors(include_url=False)[0]
+    path = ".".join(str(p) for p in ([prefix] if prefix else []) + list(fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        parent = _model_at(cls, fault["loc"][:-1])
+        key = str(fault["loc"][-1])
+        return f"unknown key '{path}'{nearest(key, parent.model_fields)}" if parent else f"unknown key '{path}'"
+    if fault["type"] == "missing":
+        return f"{path}: a value is needed"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "literal_error":
+        choices = [c.strip(" '") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{path}: {fault['input']!r} is no valid choice{nearest(str(fault['input']), choices)}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {fault['input']!r}" if fault["type"] != "value_error" else f"{path}: {message}"
+
+
+def _model_at(cls: Any, location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(part)
+        if field is None:
+            return None
+        nested = field.annotation
+        arguments = getattr(nested, "__args__", ())
+        cls = next((a for a in (nested, *arguments) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if cls is None:
+            return None
+    return cls if isinstance(cls, type) and issubclass(cls, BaseModel) else None

@@ -1,0 +1,84 @@
+"""The reference engine: transformers in eager mode, with a dynamic KV cache and greedy decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.artefact import read_manifest
+from harness.config import locate
+from harness.engines.base import Engine, LoadedModel, Step
+from harness.measure.evidence import collect
+from harness.record import Evidence
+from methods.base import Unsupported
+
+
+def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
+    """Load a folder that `from_pretrained` understands, quantized by an integrated library or not; safetensors only."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, device_map=device
+    )
+    return model.eval()
+
+
+class TransformersModel(LoadedModel):
+    """A transformers causal language model, or any module with the same call."""
+
+    def __init__(self, module: Any, device: str) -> None:
+        self.module = module
+        self._device = torch.device(device)
+        self.vocab_size = module.config.vocab_size
+        self.max_length = getattr(module.config, "max_position_embeddings", 2048)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        keep = ids.shape[1] - start if start else 0
+        return self.module(ids.to(self._device), use_cache=False, logits_to_keep=keep).logits
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor) -> Step:
+        return self._greedy(ids.to(self._device), None)
+
+    @torch.inference_mode()
+    def decode_step(self, step: Step) -> Step:
+        return self._greedy(step.token, step.state)
+
+    def _greedy(self, ids: torch.Tensor, cache: Any) -> Step:
+        out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Step(out.logits[:, -1:].argmax(-1), out.past_key_values)
+
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def cache_bytes(self, state: Any) -> int | None:
+        tensors = [t for layer in getattr(state, "layers", []) for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors) if tensors else None
+
+    def evidence(self) -> Evidence:
+        prompt = torch.zeros(1, 8, dtype=torch.int64)
+        return collect(self.module, lambda: self.decode_step(self._prefilled(prompt)))
+
+    def _prefilled(self, prompt: torch.Tensor) -> Step:
+        if not hasattr(self, "_probe"):
+            self._probe = self.prefill(prompt)
+        return self._probe
+
+
+class TransformersEngine(Engine):
+    """Loads every format that ends as a module with the call of a transformers model."""
+
+    def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> LoadedModel:
+        format_ = read_manifest(artefact).claim["format"]
+        if format_ not in self.loaders:
+            raise Unsupported(f"engine transformers does not load format '{format_}'; it loads: {', '.join(self.loaders)}")
+        module = locate(self.loaders[format_])(artefact, device, trust_remote_code)
+        return TransformersModel(module, device)

@@ -1,0 +1,116 @@
+"""What this machine has, read without importing torch: processor, memory, CUDA cards, and a fingerprint of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA card as NVML sees it; `memory_bytes` is its total."""
+
+    name: str
+    memory_bytes: int
+    driver: str
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine as a benchmark sees it; `cores` are those that this process may use, `memory_bytes` likewise."""
+
+    cpu: str
+    cpu_flags: list[str]
+    cores: int
+    memory_bytes: int
+    gpus: list[Gpu] = field(default_factory=list)
+
+    def fingerprint(self, device: str, index: int, threads: int) -> str:
+        """Name of what speed depends on, readable: the card, or the processor with its threads."""
+        if device == "cuda":
+            return self.gpus[index].name
+        return f"{self.cpu} · {threads} threads · {round(self.memory_bytes / 2**30)} GB"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@functools.cache
+def hardware() -> Hardware:
+    cpu, flags = _cpu()
+    return Hardware(cpu, flags, available_cores(), available_memory(), cuda_cards())
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of RAM that this process may use: the machine's, or less where a cgroup limits it."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def cuda_cards() -> list[Gpu]:
+    """The CUDA cards, or none where torch was built without CUDA or the driver is not there."""
+    if not _torch_has_cuda():
+        return []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(h),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
+                driver=driver,
+                compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(h))),
+            )
+            for h in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _torch_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b[^=]*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = dict(re.findall(r"^([^:\n]+?)\s*:\s*(.*)$", text, re.MULTILINE))
+    wanted = ("avx", "amx", "f16c", "fma", "sse4", "vnni", "bf16", "asimd", "sve", "i8mm")
+    flags = [f for f in (fields.get("flags") or fields.get("Features") or "").split() if any(w in f for w in wanted)]
+    return fields.get("model name", platform.machine()), sorted(flags)
+
+
+def short_hash(*parts: object) -> str:
+    """Twelve hex digits that identify the given values."""
+    return sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:12]

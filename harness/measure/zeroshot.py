@@ -1,0 +1,196 @@
+"""Zero-shot accuracy through lm-eval's own tasks and metrics, with the model behind the engine interface."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from harness.config import SuiteConfig
+from harness.engines.base import LoadedModel
+from harness.record import ZeroshotItem, ZeroshotResult
+from tasks import bigbench, zeroshot
+
+_HEADLINE = ("acc_norm", "acc", "exact_match")
+
+
+class EngineLM(TemplateLM):
+    """lm-eval's model interface on top of an engine.
+
+    Requests that share all input tokens (the one-token answers of a multiple choice) share one forward pass; batches
+    are filled by length up to `batch_tokens`. Log-softmax in float32.
+    """
+
+    def __init__(self, model: LoadedModel, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens, self.on_progress = batch_tokens, on_progress
+        self.forward_tokens = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:
+            return self.tokenizer.encode(string)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            by_input[tuple((context + continuation)[-(self.model.max_length + 1) :][:-1])].append(index)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
+        self.on_progress(0, len(requests))
+        for batch in self._batches(sorted(by_input, key=lambda ids: (-len(ids), ids))):
+            longest = max(1, *(len(requests[i][2]) for ids in batch for i in by_input[ids]))
+            width = len(batch[0])
+            start = max(0, min(len(ids) for ids in batch) - longest)
+            padded = torch.zeros(len(batch), width, dtype=torch.int64)
+            for row, ids in enumerate(batch):
+                padded[row, : len(ids)] = torch.tensor(ids)
+            logits = self.model.logits(padded, start)
+            self.forward_tokens += padded.numel()
+            for row, ids in enumerate(batch):
+                for index in by_input[ids]:
+                    answers[index] = self._score(logits[row], len(ids) - start, requests[index][2])
+                    done += 1
+            self.on_progress(done, len(requests))
+        return answers
+
+    @staticmethod
+    def _score(logits: torch.Tensor, end: int, continuation: list[int]) -> tuple[float, bool]:
+        target = torch.tensor(continuation, device=logits.device)
+        logprobs = torch.log_softmax(logits[end - len(continuation) : end].float(), -1)
+        chosen = logprobs.gather(1, target[:, None])[:, 0]
+        return float(chosen.sum()), bool((logprobs.argmax(-1) == target).all())
+
+    def _batches(self, inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        batches: list[list[tuple[int, ...]]] = []
+        for ids in inputs:
+            if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= self.batch_tokens:
+                batches[-1].append(ids)
+            else:
+                batches.append([ids])
+        return batches
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        totals: list[float] = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.model.max_length,
+                context_len=1,
+            )
+            pairs = [(None, list(context), list(labels)) for context, labels in map(make_disjoint_window, windows)]
+            totals.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = []
+        self.on_progress(0, len(requests))
+        for request in requests:
+            context, options = request.args
+            stops = [options["until"]] if isinstance(options.get("until"), str) else list(options.get("until", []))
+            limit = int(options.get("max_gen_toks", 256))
+            prompt = self.tok_encode(context)[-max(1, self.model.max_length - limit) :]
+            texts.append(self._generate(prompt, stops, limit))
+            self.on_progress(len(texts), len(requests))
+        return texts
+
+    def _generate(self, prompt: list[int], stops: list[str], limit: int) -> str:
+        step, produced, text = self.model.prefill(torch.tensor([prompt])), [], ""
+        for _ in range(limit):
+            token = int(step.token)
+            if token == self.eot_token_id:
+                break
+            produced.append(token)
+            text = self.tokenizer.decode(produced)
+            if any(stop in text for stop in stops):
+                break
+            step = self.model.decode_step(step)
+        self.forward_tokens += len(prompt) + len(produced)
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
+
+
+def measure(
+    model: LoadedModel, tokenizer: Any, suite: SuiteConfig, on_progress: Callable[[int, int], None]
+) -> tuple[list[ZeroshotResult], int]:
+    """Run the zero-shot tasks of a suite.
+
+    Returns:
+        A result for each task, and the number of tokens that went through the model, padding included.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = zeroshot.resolve(suite.include_path)
+    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress)
+    out = simple_evaluate(
+        model=lm,
+        tasks=list(suite.tasks),
+        num_fewshot=suite.num_fewshot,
+        limit=suite.limit,
+        task_manager=manager,
+        bootstrap_iters=100,
+        log_samples=True,
+    )
+    return [_result(task, out, suite) for task in sorted(out["samples"])], lm.forward_tokens
+
+
+def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResult:
+    scores, samples = out["results"][task], out["samples"][task]
+    metric = next((m for m in _headline(task) if m in samples[0]), None) or next(m for m in samples[0]["metrics"])
+    filter_ = samples[0]["filter"]
+    choices = [len(s["arguments"]) for s in samples]
+    return ZeroshotResult(
+        task=task,
+        version=str(out.get("versions", {}).get(task, "")),
+        metric=metric,
+        accuracy=float(scores[f"{metric},{filter_}"]),
+        stderr=_number(scores.get(f"{metric}_stderr,{filter_}")),
+        chance=sum(1 / n for n in choices) / len(choices) if min(choices) > 1 else None,
+        num_fewshot=suite.num_fewshot,
+        items=[_item(s, metric) for s in samples if s["filter"] == filter_],
+    )
+
+
+def _headline(task: str) -> tuple[str, ...]:
+    declared = bigbench.definitions().get(task)
+    return (declared.metric,) if declared else _HEADLINE
+
+
+def _item(sample: dict[str, Any], metric: str) -> ZeroshotItem:
+    likelihoods = [r[0] for r in sample["filtered_resps"] if isinstance(r, list | tuple) and r and isinstance(r[0], float)]
+    prompt = sample.get("prompt_hash") or hashlib.sha256(str(sample["arguments"]).encode()).hexdigest()
+    return ZeroshotItem(
+        id=sample["doc_id"],
+        hash=prompt[:16],
+        correct=float(sample[metric]),
+        loglikelihoods=[round(value, 4) for value in likelihoods],
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,189 @@
+"""Walks the stages of a cell: reuse what is recorded, run what is not, record whatever came of it."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from harness import artefact, models, provenance
+from harness.cell import Cell
+from harness.hardware import available_memory, hardware
+from harness.record import Failure, Record, Stage, Status
+from harness.store import Store
+from harness.worker import Outcome, Task, Worker
+
+_MEMORY_SHARE = 0.95
+
+
+class Listener(Protocol):
+    """Who is told what the runner does; the console's progress display."""
+
+    def stage_started(self, cell: Cell, stage: Stage) -> None: ...
+
+    def stage_event(self, event: dict[str, Any]) -> None: ...
+
+    def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Runner:
+    """Runs cells one after another in one results folder, and the reference of each before it."""
+
+    store: Store
+    listener: Listener
+
+    def __post_init__(self) -> None:
+        self._workers: dict[tuple[str, bool], Worker] = {}
+        self._done: set[tuple[Stage, str]] = set()
+
+    def run(self, cell: Cell) -> list[Record]:
+        """Run a cell and, first, its reference. A stage that cannot run is a record, never an exception.
+
+        Raises:
+            harness.store.StoreError: The results folder cannot be written.
+        """
+        records: list[Record] = []
+        for part in with_reference(cell):
+            records = self._run_one(part)
+        return records
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def _run_one(self, cell: Cell) -> list[Record]:
+        compressed = self._stage(cell, Stage.COMPRESS)
+        records = [compressed]
+        if compressed.status is not Status.OK:
+            return records
+        for stage in cell.stages()[1:]:
+            records.append(self._stage(cell, stage))
+        return records
+
+    def _stage(self, cell: Cell, stage: Stage) -> Record:
+        existing = self._reusable(cell, stage)
+        if existing is None:
+            with self.store.lock(cell.identity, stage, lambda: self.listener.note(f"{cell.label}: waiting for another run of {stage}")):
+                existing = self._reusable(cell, stage)
+                if existing is None:
+                    return self._execute(cell, stage)
+        self.listener.stage_ended(cell, stage, existing, reused=True)
+        return existing
+
+    def _reusable(self, cell: Cell, stage: Stage) -> Record | None:
+        """The record that makes running the stage needless, or None."""
+        record = self.store.get(cell.identity, stage)
+        if record is None:
+            return None
+        if (stage, record.key) in self._done:
+            return record
+        if record.failure and record.failure.interrupted:
+            return None
+        policy = cell.config.on_existing
+        redo = {
+            "keep": False,
+            "failed": record.status not in (Status.OK, Status.UNSUPPORTED),
+            "stale": is_stale(record),
+            "all": True,
+        }[policy]
+        return None if redo else record
+
+    def _execute(self, cell: Cell, stage: Stage) -> Record:
+        self.listener.stage_started(cell, stage)
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        outcome = cannot_run(cell) if stage is Stage.COMPRESS else self._artefacts_ready(cell, stage)
+        outcome = outcome or self._work(cell, stage)
+        record = Record(
+            stage=stage,
+            status=outcome.status,
+            key=cell.identity.keys.of(stage),
+            cell=cell.identity,
+            phase=outcome.phase,
+            started=started,
+            wall_seconds=outcome.wall_seconds,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            failure=outcome.failure,
+            config=cell.config.model_dump(mode="json"),
+            command=cell.command,
+            provenance=provenance.provenance(cell.config.seed, cell.config.device.threads or 1),
+            **{stage.value: outcome.result},  # type: ignore[arg-type]
+        )
+        self.store.put(record)
+        self._done.add((stage, record.key))
+        self.listener.stage_ended(cell, stage, record, reused=False)
+        return record
+
+    def _work(self, cell: Cell, stage: Stage) -> Outcome:
+        limit = cell.config.limits.memory_gb
+        task = Task(
+            stage=stage,
+            config=cell.config.model_dump(mode="json", by_alias=True),
+            keys=cell.identity.keys.model_dump(),
+            reference_key=cell.identity.reference.compress,
+            wall_s=cell.config.limits.wall_s,
+            memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
+        )
+        return self._worker(cell).run(task, self.listener.stage_event)
+
+    def _worker(self, cell: Cell) -> Worker:
+        key = (sys.executable, is_offline(cell))
+        return self._workers.setdefault(key, Worker(*key))
+
+    def _artefacts_ready(self, cell: Cell, stage: Stage) -> Outcome | None:
+        """Make artefacts again that are recorded but no longer (or not on this machine) in the cache."""
+        wanted = [cell] + ([cell.reference()] if stage is Stage.SPEED and not cell.config.is_reference else [])
+        for part in wanted:
+            if artefact.exists(part.identity.keys.compress):
+                continue
+            self.listener.note(f"{part.label}: making the artefact again, it is not in the cache")
+            outcome = self._work(part, Stage.COMPRESS)
+            if outcome.status is not Status.OK:
+                return outcome
+        return None
+
+
+def with_reference(cell: Cell) -> Iterator[Cell]:
+    """The reference of a cell, if it is another one, and the cell itself."""
+    if not cell.config.is_reference:
+        yield cell.reference()
+    yield cell
+
+
+def is_stale(record: Record) -> bool:
+    """Made with another version of slimbench, torch, transformers, or a library that the methods call."""
+    then, now = record.provenance.get("packages", {}), provenance.packages()
+    libraries = {"slimbench", "torch", "transformers", "lm_eval"} | {
+        name for name in then if any(name.replace("-", "_") in str(step.get("reference", "")) for step in record.cell.steps)
+    }
+    return any(then.get(name) != now.get(name) for name in libraries if name in then or name in now)
+
+
+def is_offline(cell: Cell) -> bool:
+    """Whether nothing of the cell lies on the hub."""
+    config = cell.config
+    sources = [config.model.source, *config.suite.corpus, config.calibration.source]
+    return not any(s.startswith("hf:") for s in sources) and (config.suite.include_path is not None or not config.suite.tasks)
+
+
+def cannot_run(cell: Cell) -> Outcome | None:
+    """An `unsupported` outcome where it is known beforehand that the cell cannot run on this machine."""
+    machine, config = hardware(), cell.config
+    needs_cuda = [s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"]
+    if config.device.name == "cuda" and not machine.gpus:
+        return _unsupported("device=cuda, but this machine has no CUDA card that torch can use")
+    if needs_cuda and config.device.name != "cuda":
+        return _unsupported(f"{needs_cuda[0]} needs a CUDA card; this machine has none")
+    needed = models.weight_bytes(config.model)
+    room = machine.gpus[config.device.index].memory_bytes if config.device.name == "cuda" else available_memory()
+    if needed and needed > room:
+        return _unsupported(f"the weights of {config.model.name} need {needed / 1e9:.0f} GB, this machine has {room / 1e9:.0f} GB")
+    return None
+
+
+def _unsupported(message: str) -> Outcome:
+    return Outcome(Status.UNSUPPORTED, "plan", 0.0, failure=Failure(type="Unsupported", message=message))

@@ -1,0 +1,147 @@
+"""The results folder: one JSON file for each record, whose path is its identity.
+
+`RESULTS/<model>/<pipeline>/<stage>-<key>.json`. Records are written atomically (temporary file, fsync, rename), so a
+reader never sees half of one, and folders from any number of machines merge by copying.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from harness.record import CellIdentity, Record, Stage, migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_LONGEST_NAME = 80
+
+
+class StoreError(Exception):
+    """The results folder cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that should be a record and is not. `path` is relative to the results folder."""
+
+    path: str
+    reason: str
+
+
+def slug(label: str) -> str:
+    """A label as one safe path component; long labels keep a hash of what was cut."""
+    name = re.sub(r"[^A-Za-z0-9+_=.,-]+", "-", label).strip(".-") or "unnamed"
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}-{sha256(label.encode()).hexdigest()[:8]}"
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that it appears whole or not at all, and survives a crash once it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class Store:
+    """A folder of records.
+
+    Args:
+        root: The results folder; made when the first record is written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, cell: CellIdentity, stage: Stage) -> Path:
+        return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{cell.keys.of(stage)}.json"
+
+    def get(self, cell: CellIdentity, stage: Stage) -> Record | None:
+        """The record of a stage, or None. A file that cannot be read is moved aside, kept, and counts as absent."""
+        path = self.path(cell, stage)
+        if not path.exists():
+            return None
+        record = read(path)
+        if isinstance(record, Record):
+            return record
+        path.replace(path.with_suffix(".json.unreadable"))
+        return None
+
+    def put(self, record: Record) -> Path:
+        """Write a record, replacing one of the same key.
+
+        Raises:
+            StoreError: The folder is not writable or the disk is full; nothing was changed.
+        """
+        path = self.path(record.cell, record.stage)
+        try:
+            write_atomically(path, record.model_dump_json(indent=1, exclude_none=True) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
+        return path
+
+    @contextmanager
+    def lock(self, cell: CellIdentity, stage: Stage, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other sweeps on this folder from running the same stage at the same time.
+
+        The lock belongs to the process and vanishes with it, however it ends. `on_wait` is called once if another
+        process holds it; afterwards the caller should look for the record again.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = self.root / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire(poll_interval=0.5)
+        except OSError as error:
+            raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def scan(self) -> tuple[list[Record], list[Unreadable]]:
+        """Every record of the folder, sorted by path, and every file that should be one and is not."""
+        records: list[Record] = []
+        unreadable: list[Unreadable] = []
+        for path in sorted([*self.root.glob("*/*/*.json"), *self.root.glob("*/*/*.json.unreadable")]):
+            record = read(path)
+            if isinstance(record, Record):
+                records.append(record)
+            else:
+                unreadable.append(Unreadable(path.relative_to(self.root).as_posix(), record))
+        return records, unreadable
+
+
+def read(path: Path) -> Record | str:
+    """The record in a file, or one line that says why there is none."""
+    try:
+        return Record.model_validate(migrate(json.loads(path.read_text(encoding="utf-8"))))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        return f"not a valid record: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"not a record: {error}"

@@ -1,0 +1,110 @@
+"""Runs and sweeps from the command line's view: plan, launch, exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import compose
+from harness.cell import Cell, make_cell
+from harness.config import ConfigError, parse
+from harness.record import Record, Status
+from harness.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from harness.runner import Runner
+
+_FINE = (Status.OK, Status.UNSUPPORTED)
+
+
+class _Session:
+    """What the jobs of one sweep in this process share. A job launched elsewhere (a cluster) finds none and makes its own."""
+
+    def __init__(self) -> None:
+        self.runner: Runner | None = None
+        self.records: list[Record] = []
+        self.error: StoreError | None = None
+
+
+_session: _Session | None = None
+
+
+def run(overrides: Sequence[str]) -> int:
+    """Run one cell; returns the exit code."""
+    return _measure([make_cell(compose.resolve(overrides), tuple(overrides))], None)
+
+
+def sweep(overrides: Sequence[str]) -> int:
+    """Run a Hydra multirun of cells; returns the exit code. Every job is validated before the first one starts."""
+    cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
+    return _measure(cells, overrides)
+
+
+def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> int:
+    global _session
+    from rich.console import Console
+
+    from harness.progress import ProgressDisplay
+    from harness.runner import Runner
+
+    for cell in cells:
+        require_extras(cell)
+    store, console = Store(Path(cells[0].config.results)), Console(stderr=True)
+    console.print(f"{len(cells)} cell{'s' * (len(cells) > 1)} → {store.root}/", highlight=False)
+    session = _session = _Session()
+    with ProgressDisplay(cells, store, console) as display:
+        session.runner = Runner(store, display)
+        try:
+            if multirun is None:
+                session.records = session.runner.run(cells[0])
+            else:
+                compose.launch(multirun, job)
+        finally:
+            session.runner.close()
+            _session = None
+    if session.error:
+        raise session.error
+    return 0 if all(record.status in _FINE for record in session.records) else 1
+
+
+def job(config: DictConfig) -> None:
+    """One job of a multirun, in this process or wherever the launcher put it."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    overrides = tuple(HydraConfig.get().overrides.task)
+    cell = make_cell(parse(OmegaConf.to_container(config, resolve=True)), overrides)  # type: ignore[arg-type]
+    if _session is None or _session.runner is None:
+        _alone(cell)
+        return
+    if _session.error is None:
+        try:
+            _session.records += _session.runner.run(cell)
+        except StoreError as error:
+            _session.error = error
+
+
+def _alone(cell: Cell) -> None:
+    from rich.console import Console
+
+    from harness.progress import ProgressDisplay
+    from harness.runner import Runner
+
+    store = Store(Path(cell.config.results))
+    with ProgressDisplay([cell], store, Console(stderr=True)) as display:
+        runner = Runner(store, display)
+        try:
+            runner.run(cell)
+        finally:
+            runner.close()
+
+
+def require_extras(cell: Cell) -> None:
+    """Raise `ConfigError` with the install command if a method's library is missing."""
+    for step, method in zip(cell.config.pipeline, cell.methods, strict=True):
+        if missing := method.needs.missing_modules():
+            extra = f"'slimbench[{method.needs.extra}]'" if method.needs.extra else " ".join(missing)
+            raise ConfigError(f"method '{step.name}' needs {', '.join(missing)}: pip install {extra}")
