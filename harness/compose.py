@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config import CONF_DIR, ConfigError, RunConfig, parse, shipped
@@ -116,10 +115,7 @@ def _siblings(key: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
     from omegaconf import OmegaConf
 
     groups = [o for o in overrides if re.match(rf"({'|'.join(_GROUPS)})=", o)]
-    try:
-        node: Any = _plain(_compose(groups))
-    except ConfigError:
-        node = OmegaConf.to_container(OmegaConf.load(Path(CONF_DIR) / "config.yaml"), resolve=False)
+    node: Any = OmegaConf.to_container(_compose(groups), resolve=False)
     parts, prefix = key.split("."), ""
     for part in parts[:-1]:
         if not isinstance(node, dict) or part not in node:

@@ -15,6 +15,7 @@ from harness.record import Failure, Record, Stage, Status
 from harness.store import Store
 from harness.worker import Outcome, Task, Worker
 
+PLAN = "plan"  # phase of a stage that was not started; what this machine lacks, another may have
 _MEMORY_SHARE = 0.95
 
 
@@ -78,7 +79,7 @@ class Runner:
     def _reusable(self, cell: Cell, stage: Stage) -> Record | None:
         """The record that makes running the stage needless, or None."""
         record = self.store.get(cell.identity, stage)
-        if record is None:
+        if record is None or record.phase == PLAN:
             return None
         if (stage, record.key) in self._done:
             return record
@@ -96,8 +97,7 @@ class Runner:
     def _execute(self, cell: Cell, stage: Stage) -> Record:
         self.listener.stage_started(cell, stage)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        outcome = cannot_run(cell) if stage is Stage.COMPRESS else self._artefacts_ready(cell, stage)
-        outcome = outcome or self._work(cell, stage)
+        outcome = cannot_run(cell) or self._artefacts_ready(cell, stage) or self._work(cell, stage)
         record = Record(
             stage=stage,
             status=outcome.status,
@@ -136,6 +136,8 @@ class Runner:
 
     def _artefacts_ready(self, cell: Cell, stage: Stage) -> Outcome | None:
         """Make artefacts again that are recorded but no longer (or not on this machine) in the cache."""
+        if stage is Stage.COMPRESS:
+            return None
         wanted = [cell] + ([cell.reference()] if stage is Stage.SPEED and not cell.config.is_reference else [])
         for part in wanted:
             if artefact.exists(part.identity.keys.compress):
@@ -186,4 +188,4 @@ def cannot_run(cell: Cell) -> Outcome | None:
 
 
 def _unsupported(message: str) -> Outcome:
-    return Outcome(Status.UNSUPPORTED, "plan", 0.0, failure=Failure(type="Unsupported", message=message))
+    return Outcome(Status.UNSUPPORTED, PLAN, 0.0, failure=Failure(type="Unsupported", message=message))

@@ -1,0 +1,95 @@
+"""A results folder becomes a board: page, tables and plots. Reads records only, needs no model."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from harness.record import Record
+from harness.store import Store, Unreadable
+from leaderboard.figures import draw, plottable
+from leaderboard.row import clean
+from leaderboard.site.page import render
+from leaderboard.tables import Table, rows, tables, to_csv, to_json, to_markdown
+
+
+class BoardError(Exception):
+    """There is no board to build. The message is one line."""
+
+
+def build(results: Path, out: Path) -> list[Path]:
+    """Write the board of a results folder.
+
+    Args:
+        results: Folder of records.
+        out: Folder that receives the files; made if it is not there.
+
+    Returns:
+        The files written: `index.html`, `table.md`, `table.csv`, `table.json`, and `pareto.png` and `.svg` of each table.
+
+    Raises:
+        BoardError: The folder holds no record, or `out` cannot be written.
+    """
+    if not results.is_dir():
+        raise BoardError(f"there is no results folder '{results}'; make records with `slimbench run`")
+    records, unreadable = Store(results).scan()
+    if not records:
+        hint = f"; {len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}" if unreadable else ""
+        raise BoardError(f"no records in '{results}'{hint}")
+    return write(records, unreadable, out)
+
+
+def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path) -> list[Path]:
+    """Write the board of records that are already loaded; arguments and errors as of `build`."""
+    if not records:
+        raise BoardError("no records")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return [_replace(out / name, content) for name, content in contents(records, unreadable).items()]
+    except OSError as error:
+        raise BoardError(f"cannot write the board to '{out}': {error.strerror or error}") from error
+
+
+def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> dict[str, bytes]:
+    """Every file of the board by its name. The same records, in any order, give the same bytes."""
+    board = rows(records)
+    faults = sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable)
+    texts = {
+        "index.html": render(board, faults),
+        "table.md": to_markdown(board),
+        "table.csv": to_csv(board),
+        "table.json": to_json(board, faults),
+    }
+    return {name: text.encode() for name, text in texts.items()} | _plots([t for t in tables(board) if plottable(t)])
+
+
+def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:
+    """The plots by file name: the first is `pareto`, others are named by model and suite."""
+    files: dict[str, bytes] = {}
+    for table in plotted:
+        row = table.rows[0]
+        words = [row.model, row.suite, row.speed, row.device] if files else []
+        stem = "-".join(["pareto", *(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.")[:40] for word in words)])
+        while f"{stem}.png" in files:
+            stem += "-2"
+        files |= {f"{stem}.png": draw(table, "png"), f"{stem}.svg": draw(table, "svg")}
+    return files
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader sees the old or the new one, never half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return path

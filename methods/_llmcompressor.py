@@ -1,0 +1,90 @@
+"""One way into llmcompressor for the methods that it carries out: quiet, in memory, on the tokens that were handed in."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel
+
+    from methods.base import Calibration
+
+_BATCH_TOKENS = 4096
+
+
+@dataclass
+class Report:
+    """What llmcompressor had to say: its warnings, in order."""
+
+    warnings: list[str]
+
+    @property
+    def failed_inverses(self) -> int:
+        """Layers whose Hessian could not be inverted, so that it was silently replaced by the identity."""
+        return sum("invert hessian" in warning.lower() for warning in self.warnings)
+
+
+def oneshot(model: PreTrainedModel, modifier: Any, calibration: Calibration) -> Report:
+    """Apply a modifier to a model in place, block by block, each block calibrated on the outputs of the compressed ones before it.
+
+    Args:
+        model: A model loaded from a path, which llmcompressor reads the config from.
+        modifier: An llmcompressor modifier.
+        calibration: Tokens; several samples go through a block at once.
+    """
+    with _quiet() as report:
+        import llmcompressor
+
+        llmcompressor.oneshot(
+            model=model,
+            processor=_NO_PROCESSOR,
+            recipe=modifier,
+            dataset=batches(calibration),
+            num_calibration_samples=len(calibration.ids),
+            pipeline="sequential",
+            clear_sparse_session=True,
+        )
+    return report
+
+
+def batches(calibration: Calibration) -> DataLoader[dict[str, Any]]:
+    """The samples in their order, as many at once as hold about four thousand tokens."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers.data import default_data_collator
+
+    size = max(1, _BATCH_TOKENS // calibration.ids.shape[1])
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in calibration.ids]
+    return DataLoader(rows, batch_size=size, shuffle=False, collate_fn=default_data_collator)  # type: ignore[arg-type]
+
+
+_NO_PROCESSOR: Any = object()
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep what llmcompressor prints while it is imported off the standard output."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Report]:
+    """Collect warnings instead of printing the log, and keep the standard output clean."""
+    report = Report([])
+    with quiet_imports():
+        import llmcompressor.logger  # noqa: F401 - importing it sets up sinks of its own
+        from loguru import logger
+
+        logger.remove()
+        sink = logger.add(lambda message: report.warnings.append(str(message.record["message"])), level="WARNING")
+        try:
+            yield report
+        finally:
+            logger.remove(sink)

@@ -1,0 +1,95 @@
+"""The two schemes of bitsandbytes, through transformers: LLM.int8() and NF4.
+
+Both are saved before any forward pass: the library's CPU kernels repack the weights in the first one, and what is saved after that
+loads as garbage without an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+_FORMAT = "bitsandbytes"
+_NF4_BLOCK = 64
+
+
+class _BitsAndBytes(Method):
+    """What both share: quantize while loading, save at once."""
+
+    family: ClassVar[str] = "quantization"
+    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("bitsandbytes",))
+    produces: ClassVar[str] = _FORMAT
+
+    def config(self, dense: DenseModel) -> BitsAndBytesConfig:
+        """The library's own settings."""
+        raise NotImplementedError
+
+    def claim(self) -> Claim:
+        raise NotImplementedError
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        model = dense.load(quantization_config=self.config(dense), device_map=dense.device)
+        model.save_pretrained(out)
+        return self.claim()
+
+
+@dataclass(frozen=True)
+class LLMInt8(_BitsAndBytes):
+    """LLM.int8(): int8 weights by row and int8 inputs by token, but input features with outliers stay in 16 bits.
+
+    Attributes:
+        threshold: Magnitude of an input feature from which it counts as an outlier.
+    """
+
+    citation: ClassVar[Citation] = Citation("LLM.int8()", year=2022, arxiv="2208.07339", covers=("quantization/llm-int8",))
+    reference: ClassVar[str] = "bitsandbytes:nn.Linear8bitLt"
+
+    threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0:
+            raise ValueError(f"threshold must not be negative, not {self.threshold}")
+
+    def config(self, dense: DenseModel) -> BitsAndBytesConfig:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)
+
+    def claim(self) -> Claim:
+        return Claim(_FORMAT, bits=8, activation_bits=8, details={"outlier_threshold": self.threshold})
+
+
+@dataclass(frozen=True)
+class NF4(_BitsAndBytes):
+    """NormalFloat: 16 levels at the quantiles of a normal distribution, blocks of 64 weights with one scale.
+
+    Attributes:
+        double_quant: Quantize the scales to 8 bits as well.
+    """
+
+    citation: ClassVar[Citation] = Citation(
+        "NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",)
+    )
+    reference: ClassVar[str] = "bitsandbytes:nn.Linear4bit"
+
+    double_quant: bool = True
+
+    def config(self, dense: DenseModel) -> BitsAndBytesConfig:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, dense.dtype),
+        )
+
+    def claim(self) -> Claim:
+        return Claim(_FORMAT, bits=4, group_size=_NF4_BLOCK, details={"double_quant": self.double_quant})

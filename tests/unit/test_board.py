@@ -1,0 +1,365 @@
+"""The board: how records join into rows, and that every rendering is complete, safe and reproducible."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.record import Record, Stage, Status
+from harness.store import Store, Unreadable
+from leaderboard import build as builder
+from leaderboard.build import BoardError, build, contents
+from leaderboard.figures import caption, draw, plottable
+from leaderboard.site.page import render
+from leaderboard.tables import COLUMNS, EMPTY, Row, pareto, rows, tables, to_csv, to_json, to_markdown, to_terminal
+from tests.unit.board_records import Spec, board, failure, records, specs
+
+GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "$\\frac{1}$ \\invalid $",
+    "=HYPERLINK(A1)",
+    "[bold red]{{ 7 * 7 }}[/]",
+    "a|b\n\x1b[31mred\x00\u202e",
+    "x" * 10_000,
+    "\ud800 surrogate, 漢字 🙂",
+]
+
+
+def row_of(made: list[Record], pipeline: str) -> Row:
+    return next(row for row in rows(made) if row.pipeline == pipeline)
+
+
+def printed(made: list[Record], width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(to_terminal(rows(made)))
+    return console.export_text()
+
+
+def test_a_cell_joins_its_stages_and_its_reference() -> None:
+    dense, gptq = records(Spec()), records(GPTQ)
+    row = row_of(dense + gptq, "gptq")
+    ours, theirs = (r[1].quality.perplexity[0] for r in (gptq, dense))  # type: ignore[union-attr]
+    assert row.status == "ok" and row.reason is None and not row.is_reference
+    assert row.perplexity == pytest.approx(ours.perplexity)
+    assert row.perplexity_delta_percent == pytest.approx(100 * (ours.perplexity / theirs.perplexity - 1))
+    assert row.perplexity_ratio_low < ours.perplexity / theirs.perplexity < row.perplexity_ratio_high  # type: ignore[operator]
+    assert row.accuracy == pytest.approx(sum(row.task_accuracy.values()) / 3)  # type: ignore[arg-type]
+    assert row.accuracy_delta == pytest.approx(sum(row.task_delta.values()) / 3)  # type: ignore[arg-type]
+    assert row.decode_low <= row.decode_tokens_per_s <= row.decode_high  # type: ignore[operator]
+    assert 1.8 < row.speedup_low <= row.speedup <= row.speedup_high < 2.2  # type: ignore[operator]
+    assert row.compression_ratio == pytest.approx(1 / 0.426, rel=1e-3)
+    assert (row.effective_bits, row.kernel, row.corpus) == (4.25, "aten::mm", "wikipedia")
+    assert row.hardware == "Example CPU 9000 · 2 threads · 8 GB"
+
+
+def test_the_reference_has_speedup_one_and_no_difference() -> None:
+    row = row_of(records(Spec()) + records(GPTQ), "dense")
+    assert row.is_reference and row.speedup == 1.0
+    assert (row.speedup_low, row.perplexity_delta_percent, row.accuracy_delta, row.task_delta) == (None, None, None, {})
+
+
+def test_without_its_reference_a_row_has_no_difference() -> None:
+    row = row_of(records(GPTQ), "gptq")
+    assert row.perplexity is not None and row.perplexity_delta_percent is None and row.accuracy_delta is None
+
+
+def test_one_artefact_serves_every_engine_and_suite() -> None:
+    first, second = records(GPTQ), records(replace(GPTQ, engine="packed"))
+    made = rows([*first, *second[1:]])
+    assert len(made) == 2 and {row.status for row in made} == {"ok"}
+    assert made[0].disk_bytes == made[1].disk_bytes is not None
+
+
+def test_the_newest_of_equal_keys_counts() -> None:
+    old, new = records(GPTQ), records(GPTQ)
+    old[1] = old[1].model_copy(
+        update={"status": Status.FAILED, "quality": None, "failure": failure("old"), "started": "2025-01-01T00:00:00+00:00"}
+    )
+    assert [row.status for row in rows([*new, *old])] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ({Stage.QUALITY: Status.UNSUPPORTED, Stage.SPEED: Status.DIVERGED}, "diverged"),
+        ({Stage.QUALITY: Status.DIVERGED, Stage.SPEED: Status.TIMEOUT}, "timeout"),
+        ({Stage.QUALITY: Status.OOM, Stage.SPEED: Status.TIMEOUT}, "oom"),
+        ({Stage.QUALITY: Status.OOM, Stage.SPEED: Status.FAILED}, "failed"),
+        ({Stage.COMPRESS: Status.UNSUPPORTED}, "unsupported"),
+    ],
+)
+def test_the_status_is_that_of_the_worst_stage(ends: dict[Stage, Status], status: str) -> None:
+    spec = replace(GPTQ, ends={stage: (end, failure(f"because of {end}\nmore")) for stage, end in ends.items()})
+    row = row_of(records(spec), "gptq")
+    assert row.status == status
+    assert row.reason and row.reason.endswith(f"because of {status}" + (" (peak memory 1.2 GB)" if status == "oom" else ""))
+
+
+def test_a_missing_stage_makes_a_row_incomplete() -> None:
+    row = row_of(records(GPTQ)[:2], "gptq")
+    assert (row.status, row.reason) == ("incomplete", "no record of speed")
+    assert row.perplexity is not None and row.speedup is None
+    only_speed = row_of(records(GPTQ)[2:], "gptq")
+    assert only_speed.reason == "no record of compress and quality" and only_speed.weight_bytes is not None
+
+
+def test_random_weights_are_complete_without_quality() -> None:
+    made = [r for r in records(GPTQ) if r.stage is not Stage.QUALITY]
+    for record in made:
+        record.config["model"] = {"source": "random"}
+    assert row_of(made, "gptq").status == "ok"
+
+
+def test_different_texts_are_never_paired() -> None:
+    dense = records(Spec())
+    dense[1].quality.perplexity[0].corpus_sha256 = "other"  # type: ignore[union-attr]
+    assert row_of(dense + records(GPTQ), "gptq").perplexity_delta_percent is None
+
+
+def test_different_items_are_never_paired() -> None:
+    dense = records(Spec())
+    dense[1].quality.zeroshot[0].items[0].hash = "other"  # type: ignore[union-attr]
+    row = row_of(dense + records(GPTQ), "gptq")
+    assert row.accuracy_delta is None and len(row.task_delta) == 2
+
+
+def test_two_suites_protocols_or_machines_never_share_a_table() -> None:
+    suites = [GPTQ, replace(GPTQ, suite="papers"), replace(GPTQ, seqlen=2048), replace(GPTQ, model="other"), replace(GPTQ, speed="long")]
+    made = [record for spec in suites for record in records(spec)]
+    moved = records(replace(GPTQ, device="cuda"))
+    for record in moved:
+        record.provenance = record.provenance | {
+            "hardware": {
+                **record.provenance["hardware"],
+                "gpus": [{"name": "Example GPU", "memory_bytes": 1, "driver": "1", "compute_capability": "9.0"}],
+            }
+        }
+    split = tables(rows(made + moved))
+    assert len(split) == len(suites) + 1
+    titles = [table.title for table in split if "wiki" in table.title and "tiny" in table.title]
+    assert all("(protocol " in title for title in titles), "one name for two protocols has to be told apart"
+    assert {table.rows[0].hardware for table in split} == {"Example CPU 9000 · 2 threads · 8 GB", "Example GPU"}
+
+
+def test_flags_of_all_evidence_are_shown_once() -> None:
+    assert row_of(board(), "rtn").flags == ["fell back to dequantize + dense matmul: 269 MB of dense weights written for each token"]
+    assert row_of(board(), "nf4").flags == ["load average 3.1 on 2 cores while measuring"]
+
+
+def test_a_simulated_artefact_has_no_speed_figure() -> None:
+    row = row_of(board(), "fake-int6")
+    assert row.speedup is row.decode_tokens_per_s is row.prefill_ms is None
+    assert any(flag.startswith("simulated") for flag in row.flags)
+
+
+def test_the_reference_comes_first_and_empty_rows_last() -> None:
+    made = rows(board())
+    assert made[0].is_reference
+    assert {row.pipeline for row in made[-3:]} == {"quip", "flap(sparsity=0.3)", "gptq(group_size=128)"}
+    known = [row.perplexity for row in made if row.perplexity is not None]
+    assert known[1:] == sorted(known[1:])
+
+
+def test_the_front_holds_exactly_the_rows_that_none_beats() -> None:
+    made = rows(board())
+    front = pareto(made, "weight_bytes")
+    points = [row for row in made if row.status == "ok" and row.perplexity and row.weight_bytes]
+    beaten = [
+        row
+        for row in points
+        if any(o.perplexity < row.perplexity and o.weight_bytes <= row.weight_bytes for o in points)  # type: ignore[operator]
+    ]
+    assert {r.pipeline for r in front} == {r.pipeline for r in points} - {r.pipeline for r in beaten}
+    assert pareto(made, "decode_tokens_per_s")[0].pipeline in {"dense", "int8"}
+
+
+def test_order_of_records_is_without_effect() -> None:
+    made = board()
+    shuffled = random.Random(5).sample(made, len(made))
+    faults = [Unreadable("b", "x"), Unreadable("a", "y")]
+    assert contents(made, faults) == contents(shuffled, faults[::-1])
+
+
+def test_json_has_every_key_and_never_nan() -> None:
+    made = board()
+    made[1].quality.perplexity[0].window_nll[0] = math.nan  # type: ignore[union-attr]
+    made[1].quality.zeroshot[0].accuracy = math.inf  # type: ignore[union-attr]
+    document = json.loads(to_json(rows(made), [("p", "r")]), parse_constant=lambda name: pytest.fail(name))
+    assert all(document["keys"].values()) and document["unreadable"] == [{"path": "p", "reason": "r"}]
+    assert all(set(row) == set(document["keys"]) for row in document["rows"])
+    assert [row["perplexity"] for row in document["rows"] if row["is_reference"]] == [None]
+    assert [Row(**row) for row in document["rows"]] == rows(made)
+
+
+def test_csv_reads_back() -> None:
+    made = rows(board())
+    back = list(csv.DictReader(io.StringIO(to_csv(made))))
+    assert [float(line["perplexity"]) if line["perplexity"] else None for line in back] == [row.perplexity for row in made]
+    assert [json.loads(line["flags"]) for line in back] == [row.flags for row in made]
+    assert [json.loads(line["keys"]) for line in back] == [row.keys.model_dump() for row in made]
+
+
+def test_markdown_reads_back() -> None:
+    made = rows(board())
+    lines = [line for line in to_markdown(made).splitlines() if line.startswith("| ")]
+    header, body = lines[0], lines[2:]
+    cells = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body]
+    assert len(header.split("|")) - 2 == len(COLUMNS) + 3
+    assert [cell[0] for cell in cells] == [row.pipeline for row in made]
+    assert [cell[2] for cell in cells] == [COLUMNS[0].plus_minus(row) for row in made]
+    assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_terminal_table_fits_and_names_every_reason(width: int) -> None:
+    text = printed(board(), width)
+    assert max(map(len, text.splitlines())) <= width
+    flat = " ".join(text.split())
+    assert all(row.reason in flat for row in rows(board()) if row.reason)
+    assert COLUMNS[0].plus_minus(rows(board())[0]) in text
+
+
+def test_a_value_without_interval_stands_alone() -> None:
+    row = row_of(board(), "quip")
+    assert {column.plus_minus(row) for column in COLUMNS} == {EMPTY}
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_refers_to_nothing_outside() -> None:
+    page = render(rows(board()))
+    elements = Elements(page)
+    assert "http://" not in page and "https://" not in page and "@import" not in page
+    assert all(tag not in ("link", "img", "iframe", "object") for tag, _ in elements.found)
+    assert all("src" not in attributes for _, attributes in elements.found)
+    links = [value or "" for _, attributes in elements.found for key, value in attributes.items() if key.endswith("href")]
+    assert links and all(link.startswith("#") for link in links)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert {link[1:] for link in links} <= set(ids)
+
+
+def test_the_page_shows_failures_flags_and_files_it_could_not_read() -> None:
+    text = Elements(render(rows(board()), [("a/b/quality-1.json", "not a record: broken")])).text
+    for row in rows(board()):
+        assert row.reason is None or row.reason in text
+        assert all(flag in text for flag in row.flags)
+    assert "a/b/quality-1.json" in text and "not a record: broken" in text
+    assert "could not be read" not in Elements(render(rows(board()))).text
+
+
+def test_the_page_notes_the_precision_of_the_source() -> None:
+    assert "q4_1" in Elements(render(rows(records(replace(GPTQ, source_precision="q4_1"))))).text
+
+
+@pytest.fixture(scope="module")
+def harmless_tags() -> set[str]:
+    """The elements of a page that shows everything a page can show."""
+    made = [record for spec in (*specs(), Spec(model="other")) for record in records(replace(spec, source_precision="q4"))]
+    return {tag for tag, _ in Elements(render(rows(made), [("a", "b")])).found}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_shown_and_never_run(text: str, harmless_tags: set[str]) -> None:
+    spec = Spec(text, text, model=text, engine=text, suite=text, speed=text, corpora=(text,), flags=(text,), source_precision=text)
+    other = Spec("plain", "pruning", model=text, engine=text, suite=text, speed=text, corpora=(text,), loss=1.2, size=0.5)
+    bad = replace(other, pipeline="bad", ends={Stage.COMPRESS: (Status.FAILED, failure(text, text))})
+    made = [record for one in (spec, other, bad) for record in records(one)]
+    files = contents(made, [Unreadable(text, text)])
+    elements = Elements(files["index.html"].decode())
+    assert {tag for tag, _ in elements.found} <= harmless_tags
+    assert [tag for tag, _ in elements.found].count("script") == 1
+    assert not any(key.startswith("on") for _, attributes in elements.found for key in attributes)
+    assert not re.search(r"[\x00-\x08\x1b\u202e]", files["index.html"].decode() + printed(made, 120))
+    ET.fromstring(files["pareto.svg"])
+    assert len(files["index.html"]) < 1_000_000
+
+
+def test_a_text_that_looks_like_a_formula_is_defused_in_csv() -> None:
+    assert csv.DictReader(io.StringIO(to_csv(rows(records(Spec("=1+1")))))).__next__()["pipeline"] == "'=1+1"
+
+
+def test_the_plot_leaves_out_and_names_rows_off_the_scale() -> None:
+    (table,) = tables(rows(board()))
+    svg = draw(table, "svg").decode()
+    assert "above 20 × the reference: hqq(bits=2) (4" in caption(table)
+    assert ">hqq(bits=2)<" not in svg and ">int8<" in svg
+    assert "<dc:date>" not in svg and draw(table, "png").startswith(b"\x89PNG")
+
+
+def test_nothing_is_plotted_from_a_single_point() -> None:
+    (table,) = tables(rows(records(Spec())))
+    assert not plottable(table)
+    assert "pareto.png" not in contents(records(Spec()))
+
+
+def test_build_writes_the_board_of_a_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path / "results")
+    for record in board() + records(replace(GPTQ, suite="papers")) + records(replace(Spec(), suite="papers")):
+        store.put(record)
+    (tmp_path / "results" / "m" / "p").mkdir(parents=True)
+    (tmp_path / "results" / "m" / "p" / "quality-x.json").write_text("{")
+    written = build(tmp_path / "results", tmp_path / "board")
+    names = {path.name for path in written}
+    assert {"index.html", "table.md", "table.csv", "table.json", "pareto.png", "pareto.svg"} <= names
+    assert len([name for name in names if name.startswith("pareto-")]) == 2
+    assert names == {path.name for path in (tmp_path / "board").iterdir()}, "no temporary file may stay"
+    assert "m/p/quality-x.json" in (tmp_path / "board" / "index.html").read_text()
+
+
+def test_a_failed_write_leaves_the_old_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder.write(records(Spec()), [], tmp_path)
+    before = (tmp_path / "index.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(builder.os, "replace", full)
+    with pytest.raises(BoardError, match="No space left"):
+        builder.write(board(), [], tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_no_records_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BoardError, match="no results folder") as absent:
+        build(tmp_path / "absent", tmp_path / "board")
+    (tmp_path / "m" / "p").mkdir(parents=True)
+    (tmp_path / "m" / "p" / "speed-1.json").write_text("[]")
+    with pytest.raises(BoardError, match=r"1 files? could not be read") as unreadable:
+        build(tmp_path, tmp_path / "board")
+    assert "\n" not in f"{absent.value}{unreadable.value}"
+
+
+def test_the_board_imports_no_heavy_library() -> None:
+    heavy = {"torch", "transformers", "datasets", "lm_eval", "matplotlib.pyplot"}
+    code = f"import sys, leaderboard.build; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,101 @@
+"""The results folder: atomic, forgiving, never losing anything."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.record import SCHEMA_VERSION, Record, Stage, Status
+from harness.store import Store, StoreError, slug
+from tests.unit.board_records import compress_record
+
+
+@pytest.fixture
+def record() -> Record:
+    return compress_record()
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    path = store.put(record)
+    assert path.relative_to(tmp_path).parts[0] == slug(record.cell.model)
+    assert store.get(record.cell, Stage.COMPRESS) == record
+    assert store.scan() == ([record], [])
+
+
+def test_an_unreadable_record_is_kept_aside_and_listed(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    path = store.put(record)
+    path.write_text(path.read_text()[:100])
+    assert len(store.scan()[1]) == 1
+    assert store.get(record.cell, Stage.COMPRESS) is None
+    assert not path.exists()
+    assert path.with_suffix(".json.unreadable").exists()
+    store.put(record)
+    records, unreadable = store.scan()
+    assert (len(records), len(unreadable)) == (1, 1)
+
+
+def test_a_newer_schema_is_unreadable_with_the_reason(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    store.put(record.model_copy(update={"schema_version": SCHEMA_VERSION + 1}))
+    assert "newer" in store.scan()[1][0].reason
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    path = store.put(record)
+    before = path.read_text()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.put(record.model_copy(update={"status": Status.FAILED}))
+    assert path.read_text() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("label", ["../../etc/passwd", "a/b\\c", ".hidden", "x" * 500, "", "<script>", "a b\0c"])
+def test_a_label_never_leaves_its_folder(label: str) -> None:
+    name = slug(label)
+    assert name
+    assert len(name) <= 80
+    assert not name.startswith(".")
+    assert os.path.basename(name) == name
+    assert "\0" not in name
+
+
+def _hold(root: Path, record: Record, held: object, seconds: float) -> None:
+    with Store(root).lock(record.cell, Stage.COMPRESS, lambda: None):
+        held.set()  # type: ignore[attr-defined]
+        time.sleep(seconds)
+
+
+def test_a_second_process_waits_for_the_first_and_a_killed_one_frees_the_lock(tmp_path: Path, record: Record) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, record, held, 60))
+    process.start()
+    assert held.wait(30)
+    waited: list[float] = []
+    process_killed = False
+
+    def on_wait() -> None:
+        nonlocal process_killed
+        waited.append(time.monotonic())
+        process.kill()
+        process_killed = True
+
+    with Store(tmp_path).lock(record.cell, Stage.COMPRESS, on_wait):
+        assert process_killed
+    process.join()
+    assert len(waited) == 1
