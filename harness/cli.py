@@ -6,6 +6,7 @@ Nothing heavy is imported until a command needs it: help and configuration error
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -47,7 +48,7 @@ def run(overrides: Overrides = None) -> None:
     """Run one cell (and the reference it is compared with): compress, measure quality, measure speed."""
     from harness import sweep as sweeps
 
-    raise typer.Exit(sweeps.run(overrides or []))
+    _measure(sweeps.run, overrides)
 
 
 @app.command()
@@ -55,7 +56,14 @@ def sweep(overrides: Overrides = None) -> None:
     """Run a Hydra multirun, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
     from harness import sweep as sweeps
 
-    raise typer.Exit(sweeps.sweep(overrides or []))
+    _measure(sweeps.sweep, overrides)
+
+
+def _measure(command: Callable[[Sequence[str]], int], overrides: list[str] | None) -> NoReturn:
+    try:
+        raise typer.Exit(command(overrides or []))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", 130)
 
 
 @methods_app.command("list")
@@ -243,8 +251,6 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
     except Exception as error:
         if debug:
             raise

@@ -101,7 +101,7 @@ class ProgressDisplay:
 
     def _remaining(self) -> str:
         """Time that the open stages will take, from the mean of their kind; the running one counts what it has left."""
-        known = [statistics.fmean(values) for values in self._seconds.values()]
+        known = [statistics.fmean(values) for values in self._seconds.values() if values]
         if not self._open:
             return "done"
         if not known:

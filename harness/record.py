@@ -119,8 +119,8 @@ class ZeroshotResult(_Schema):
     version: str
     metric: str
     accuracy: float
-    stderr: float | None
-    chance: float | None
+    stderr: float | None = None
+    chance: float | None = None
     num_fewshot: int
     items: list[ZeroshotItem]
 
@@ -161,8 +161,8 @@ class Evidence(_Schema):
 
     weight_bytes: int
     parameters: int
-    effective_bits: float | None
-    sparsity: float | None
+    effective_bits: float | None = None
+    sparsity: float | None = None
     layers: list[LayerEvidence]
     kernel: str | None = None
     operators: dict[str, int] = {}

@@ -62,7 +62,7 @@ def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -
         "index.html": render(board, faults),
         "table.md": to_markdown(board),
         "table.csv": to_csv(board),
-        "table.json": to_json(board, faults),
+        "table.json": to_json(board),
     }
     return {name: text.encode() for name, text in texts.items()} | _plots([t for t in tables(board) if plottable(t)])
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from leaderboard.row import Row
 from leaderboard.tables import Axis, Table, decimal, pareto, shorten
@@ -271,7 +272,7 @@ def _place(
     frame, size, pixel = ax.get_window_extent(), text.get_window_extent(), _DPI / 72
     centre = ax.transData.transform((point.x, point.y))
     taken = [*marks, *labels]
-    others = [mark.get_points().mean(axis=0) for mark in marks if _distance(mark, centre) > 0]
+    others = np.array([mark.get_points().mean(axis=0) for mark in marks if _distance(mark, centre) > 0]).reshape(-1, 2)
     best: tuple[float, Bbox] | None = None
     for reach, (dx, dy) in itertools.product((8, 14, 22, 32), _DIRECTIONS):
         left = reach * dx * pixel - (1 - np.sign(dx)) / 2 * size.width
@@ -279,7 +280,7 @@ def _place(
         box = Bbox.from_bounds(centre[0] + left, centre[1] + bottom, size.width, size.height)
         inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
         if inside and not box.count_overlaps(taken):
-            nearer = sum(_distance(box, other) < _distance(box, centre) for other in others)
+            nearer = int(np.sum(_distance(box, others) < _distance(box, centre)))
             cost = reach + 15 * box.count_overlaps(lines) + 12 * nearer
             if not bold and (nearer or reach > 14):
                 continue
@@ -300,6 +301,6 @@ def _box(ax: Axes, low: tuple[float, float], high: tuple[float, float], grow: fl
     return Bbox(ax.transData.transform([low, high])).padded(grow)
 
 
-def _distance(box: Bbox, point: Any) -> float:
-    """Pixels from a point to the nearest edge of a box; 0 inside."""
-    return float(np.hypot(*np.maximum(0, np.maximum(box.min - point, point - box.max))))
+def _distance(box: Bbox, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pixels from points, shape [..., 2], to the nearest edge of a box, shape [...]; 0 inside."""
+    return np.linalg.norm(np.maximum(0, np.maximum(box.min - points, points - box.max)), axis=-1)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
-    "FORMAT_VERSION",
     "Column",
     "Row",
     "Table",
@@ -32,7 +31,6 @@ __all__ = [
     "to_terminal",
 ]
 
-FORMAT_VERSION = 1
 EMPTY = "–"
 _NAME_AND_NOTES = 36
 _LEAST_FIRST = ("prefill_ms", "disk_bytes", "effective_bits", "weight_bytes", "accuracy", "decode_tokens_per_s")
@@ -220,15 +218,9 @@ def _competes(row: Row, axis: Axis) -> bool:
     return row.status in (Status.OK, INCOMPLETE) and row.perplexity is not None and getattr(row, axis) is not None
 
 
-def to_json(board: Sequence[Row], unreadable: Sequence[tuple[str, str]] = ()) -> str:
-    """A JSON document: version, the meaning of each key, the rows, and the files that could not be read. Never NaN."""
-    document = {
-        "format_version": FORMAT_VERSION,
-        "keys": {name: field.description for name, field in Row.model_fields.items()},
-        "rows": [row.model_dump() for row in board],
-        "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable],
-    }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(board: Sequence[Row]) -> str:
+    """A JSON array with one object for each row; its keys are the fields of `Row`. Null for unknown, never NaN."""
+    return json.dumps([row.model_dump() for row in board], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_csv(board: Sequence[Row]) -> str:

@@ -24,7 +24,10 @@ class Magnitude(Method):
 
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation(
-        "Magnitude pruning", year=2015, arxiv="1506.02626", covers=("pruning/magnitude-pruning", "pruning/can-pruning-make-llms-more-efficient")
+        "Magnitude pruning",
+        year=2015,
+        arxiv="1506.02626",
+        covers=("pruning/magnitude-pruning", "pruning/can-pruning-make-llms-more-efficient"),
     )
     reference: ClassVar[str] = "torch:nn.utils.prune"
 

@@ -104,7 +104,7 @@ def _codes(layers: dict[str, nn.Linear], grid: Grid, masks: dict[str, Tensor]) -
 
     half = 2 ** (grid.bits - 1)
     for name, layer in layers.items():
-        scales = layer.weight_scale.detach()
+        scales = layer.get_parameter("weight_scale").detach()
         groups = layer.weight.detach().float().unflatten(1, (scales.shape[1], -1))
         codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-half, half - 1).flatten(1) + half
         weight = QuantizedWeight(grid, codes.to(torch.uint8), scales)

@@ -200,11 +200,11 @@ def test_json_has_every_key_and_never_nan() -> None:
     made = board()
     made[1].quality.perplexity[0].window_nll[0] = math.nan  # type: ignore[union-attr]
     made[1].quality.zeroshot[0].accuracy = math.inf  # type: ignore[union-attr]
-    document = json.loads(to_json(rows(made), [("p", "r")]), parse_constant=lambda name: pytest.fail(name))
-    assert all(document["keys"].values()) and document["unreadable"] == [{"path": "p", "reason": "r"}]
-    assert all(set(row) == set(document["keys"]) for row in document["rows"])
-    assert [row["perplexity"] for row in document["rows"] if row["is_reference"]] == [None]
-    assert [Row(**row) for row in document["rows"]] == rows(made)
+    objects = json.loads(to_json(rows(made)), parse_constant=lambda name: pytest.fail(name))
+    assert all(field.description for field in Row.model_fields.values())
+    assert all(set(row) == set(Row.model_fields) for row in objects)
+    assert [row["perplexity"] for row in objects if row["is_reference"]] == [None]
+    assert [Row(**row) for row in objects] == rows(made)
 
 
 def test_csv_reads_back() -> None:

@@ -55,7 +55,9 @@ def test_nothing_heavy_is_imported_for_help_errors_and_listings(arguments: tuple
 
 
 def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide = f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'bitsandbytes' else find(n, *a); {ENTRY}"
+    hide = (
+        f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'bitsandbytes' else find(n, *a); {ENTRY}"
+    )
     done = subprocess.run([sys.executable, "-c", hide, "run", "method=nf4"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "pip install 'slimbench[quantization]'" in done.stderr

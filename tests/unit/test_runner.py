@@ -80,7 +80,9 @@ def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: R
     assert found["dense", Stage.SPEED].speed.points[0].reference is None  # type: ignore[union-attr]
     compress = found["rtn-4bit", Stage.COMPRESS]
     assert compress.compress is not None
-    assert compress.compress.disk_bytes == sum(p.stat().st_size for p in artefact.location(compress.key).iterdir() if p.name != "artefact.json")
+    assert compress.compress.disk_bytes == sum(
+        p.stat().st_size for p in artefact.location(compress.key).iterdir() if p.name != "artefact.json"
+    )
     assert compress.provenance["packages"]["torch"]
     assert compress.command.startswith("slimbench run ")
 

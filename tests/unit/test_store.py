@@ -47,9 +47,7 @@ def test_a_newer_schema_is_unreadable_with_the_reason(tmp_path: Path, record: Re
     assert "newer" in store.scan()[1][0].reason
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
-    tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     path = store.put(record)
     before = path.read_text()

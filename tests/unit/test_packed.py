@@ -1,0 +1,238 @@
+"""The packed format and its kernels, against float64 arithmetic written out here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from methods.kernels import packed
+from methods.kernels.packed import Grid, PackedLinear, QuantizedWeight
+from tests.unit import tiny
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+W4, W4_WIDE, W8, W8A8 = Grid(4, 32), Grid(4, 128), Grid(8), Grid(8, None, 8)
+SHAPES = [(48, 256), (100, 128), (1, 128), (33, 384)]
+FALLBACK = "dequantize + matmul"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def random_weight(grid: Grid, rows: int, columns: int, dtype: torch.dtype, offsets: bool = False, device: str = "cpu") -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(rows * columns)
+    low, high = (0, 16) if grid.bits == 4 else (-128, 128)
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.uint8 if grid.bits == 4 else torch.int8)
+    shape = (rows, columns // (grid.group_size or columns))
+    scales = (torch.rand(shape, generator=generator) + 0.1).to(dtype)
+    moved = torch.randn(shape, generator=generator).to(dtype) if offsets else None
+    return QuantizedWeight(grid, codes.to(device), scales.to(device), None if moved is None else moved.to(device))
+
+
+def exact(weight: QuantizedWeight) -> Tensor:
+    """w = (q - mid) * scale + offset, column by column in float64."""
+    codes, scales = weight.codes.double(), weight.scales.double()
+    size = weight.grid.group_size or codes.shape[1]
+    columns = []
+    for i in range(codes.shape[1]):
+        column = (codes[:, i] - (8 if weight.grid.bits == 4 else 0)) * scales[:, i // size]
+        columns.append(column if weight.offsets is None else column + weight.offsets.double()[:, i // size])
+    return torch.stack(columns, dim=1)
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Each row on 255 levels between minus and plus its largest magnitude; levels are found in float32, so that ties fall alike."""
+    rows = []
+    for row in x.float():
+        step = row.abs().max() / 127
+        rows.append((row / step).round().double() * step.double() if step > 0 else row.double())
+    return torch.stack(rows) if rows else x.double()
+
+
+def within_rounding(got: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether a result is the exact one up to its dtype: a few roundings of the result, the noise of rounded terms, and float32 sums.
+
+    The noise is relative to the size that the sum would have with random signs, so cancellation does not count as error.
+    """
+    want = inputs @ weight.T + bias.double()
+    noise = (inputs**2 @ weight.T**2 + bias.double() ** 2).sqrt()
+    unit, sums = torch.finfo(got.dtype).eps / 2, inputs.shape[1] * 2**-24
+    return bool(((got.double() - want).abs() <= unit * (3 * want.abs() + 8 * noise) + sums * noise).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "offsets"), [(W4, False), (W4, True), (W4_WIDE, True), (W8, False), (W8, True), (W8A8, False), (W8A8, True)], ids=str
+)
+def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    weight = random_weight(grid, *shape, dtype, offsets, device)
+    bias = torch.randn(shape[0], dtype=dtype, device=device)
+    layer = PackedLinear(weight, bias)
+    for rows in (0, 1, 3, 17, 40):
+        x = torch.randn(rows, shape[1], device=device).to(dtype)
+        inputs = rounded_inputs(x) if grid.activation_bits else x.double()
+        got = layer(x)
+        assert got.dtype is dtype and got.shape == (rows, shape[0])
+        assert within_rounding(got, inputs, exact(weight), bias), (rows, layer.kernel)
+    assert layer(torch.randn(2, 5, shape[1], device=device).to(dtype)).shape == (2, 5, shape[0])
+
+
+@pytest.mark.parametrize(
+    ("grid", "shape", "dtype", "offsets", "kernel"),
+    [
+        (W4, (48, 256), torch.bfloat16, False, "torch int4pack"),
+        (W4, (48, 256), torch.bfloat16, True, "torch int4pack"),
+        (W4, (100, 128), torch.bfloat16, False, FALLBACK),
+        (W4, (48, 256), torch.float16, False, FALLBACK),
+        (W4, (48, 256), torch.float32, False, FALLBACK),
+        (W8, (33, 384), torch.bfloat16, False, "torch int8pack"),
+        (W8, (33, 380), torch.bfloat16, False, FALLBACK),
+        (W8, (33, 384), torch.bfloat16, True, FALLBACK),
+        (W8, (33, 384), torch.float32, False, FALLBACK),
+        (W8A8, (48, 256), torch.bfloat16, False, "torch int_mm w8a8"),
+        (W8A8, (48, 256), torch.float32, False, "torch int_mm w8a8"),
+        (W8A8, (33, 384), torch.bfloat16, False, FALLBACK),
+    ],
+)
+def test_kernel_on_cpu(grid: Grid, shape: tuple[int, int], dtype: torch.dtype, offsets: bool, kernel: str) -> None:
+    assert PackedLinear(random_weight(grid, *shape, dtype, offsets)).kernel == kernel
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", [W4, W4_WIDE, W8, W8A8], ids=str)
+@pytest.mark.parametrize("offsets", [False, True])
+def test_dequantize_reads_back_what_was_packed(grid: Grid, dtype: torch.dtype, offsets: bool, device: str) -> None:
+    weight = random_weight(grid, 48, 256, dtype, offsets, device)
+    restored = PackedLinear(weight).dequantize()
+    assert torch.equal(restored, weight.dequantize())
+    ulp = torch.finfo(dtype).eps / 2 + 1e-7
+    assert ((restored.double() - exact(weight)).abs() <= ulp * exact(weight).abs() + 1e-6).all()
+
+
+def test_two_codes_share_a_byte_high_half_first() -> None:
+    codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8).repeat(1, 8)
+    weight = QuantizedWeight(W4, codes, torch.ones(1, 1))
+    assert weight.packed_codes()[0, :2].tolist() == [0x12, 0xF0]
+    assert torch.equal(packed.unpack(weight.packed_codes(), 4), codes)
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(W4, 4 + 32 / 32), (W8, 8 + 16 / 256), (W8A8, 8 + 32 / 256)], ids=str)
+def test_layer_holds_only_packed_bytes(grid: Grid, bits: float) -> None:
+    layer = PackedLinear(random_weight(grid, 64, 256, torch.bfloat16))
+    layer(torch.randn(2, 256).bfloat16())
+    layer.dequantize()
+    held = sum(t.untyped_storage().nbytes() for t in (*layer.buffers(), *layer.parameters()))
+    assert 8 * held / (64 * 256) == bits
+
+
+def test_int8_inputs_pass_nan_on_and_take_zero_rows() -> None:
+    layer = PackedLinear(random_weight(W8A8, 16, 64, torch.bfloat16))
+    x = torch.randn(3, 64).bfloat16()
+    x[0, 5], x[1] = float("nan"), 0
+    y = layer(x)
+    assert y[0].isnan().all() and (y[1] == 0).all() and y[2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 32), "bits must be 4 or 8"),
+        ((4, 48), "group_size of 4-bit"),
+        ((4, None), "group_size of 4-bit"),
+        ((4, 32, 8), "8-bit activations"),
+    ],
+)
+def test_grid_refuses_what_no_kernel_means(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grid(*arguments)  # type: ignore[arg-type]
+
+
+def mixed_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, QuantizedWeight]:
+    """4 bits for attention, asymmetric for one layer; 8 bits, with and without 8-bit inputs, for the rest."""
+    grids = {"q_proj": W4, "k_proj": W4, "v_proj": Grid(4, 64), "o_proj": W4, "gate_proj": W8, "up_proj": W8A8, "down_proj": W8}
+    found = {}
+    for name, layer in model.named_modules():
+        if (leaf := name.rpartition(".")[2]) in grids:
+            weight = random_weight(grids[leaf], *layer.weight.shape, dtype, offsets=leaf == "k_proj")
+            moved = None if weight.offsets is None else weight.offsets * 0.01
+            found[name] = QuantizedWeight(weight.grid, weight.codes, weight.scales * 0.02 / 2**weight.grid.bits, moved)
+    return found
+
+
+def _round_inputs(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    x = inputs[0]
+    return (rounded_inputs(x.flatten(0, 1)).view_as(x).to(x.dtype),)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [{}, {"attention_bias": True, "tie_word_embeddings": False}], ids=["tied", "untied with bias"])
+def test_saved_model_computes_as_one_with_dense_linears(tmp_path: Path, dtype: str, shape: dict[str, bool]) -> None:
+    dense = tiny.save_model(tmp_path / "dense", dtype, **shape).load()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    weights = mixed_weights(dense, getattr(torch, dtype))
+    out = tmp_path / "out"
+    out.mkdir()
+    packed.save(dense, iter(weights.items()), out)
+    loaded = packed.load(out)
+
+    for name, weight in weights.items():
+        layer = loaded.get_submodule(name)
+        assert isinstance(layer, PackedLinear) and layer.grid == weight.grid
+        assert torch.equal(layer.dequantize(), weight.dequantize())
+        dense.get_submodule(name).weight.data = weight.dequantize()
+        if weight.grid.activation_bits:
+            dense.get_submodule(name).register_forward_pre_hook(_round_inputs)
+    ids = tiny.tokens(3, 50).ids
+    with torch.inference_mode():
+        want, got = dense(ids).logits.float(), loaded(ids).logits.float()
+    assert not loaded.training and loaded.dtype is getattr(torch, dtype)
+    assert (got - want).abs().max() < (0.02 if dtype == "bfloat16" else 1e-5) * want.abs().max()
+    for name, tensor in dense.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), tensor)
+    tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert tied is dense.config.tie_word_embeddings
+
+
+def test_files_hold_no_dense_copy(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense").load()
+    weights = mixed_weights(dense, torch.bfloat16)
+    packed.save(dense, weights.items(), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert "lm_head.weight" not in keys and "model.embed_tokens.weight" in keys
+    assert not {f"{name}.weight" for name in weights} & keys
+    assert {k for k in keys if k.endswith(".offsets")} == {f"{n}.offsets" for n in weights if n.endswith("k_proj")}
+    described = json.loads((tmp_path / "packed.json").read_text())
+    assert described["default"] == {"bits": 4, "group_size": 32, "activation_bits": None}
+    assert set(described["layers"]) == {n for n, w in weights.items() if w.grid != W4}
+
+
+def test_load_refuses_newer_schema_and_wrong_tensors(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense").load()
+    packed.save(dense, mixed_weights(dense, torch.bfloat16).items(), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\]"):
+        packed.load(tmp_path)
+    save_file(tensors | {"model.norm.weight": norm, "stranger": norm.clone()}, weights)
+    with pytest.raises(ValueError, match=r"left over \['stranger'\]"):
+        packed.load(tmp_path)
+    described = json.loads((tmp_path / "packed.json").read_text()) | {"schema": packed.SCHEMA + 1}
+    (tmp_path / "packed.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="newer"):
+        packed.load(tmp_path)
