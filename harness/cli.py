@@ -8,11 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from harness import __version__
+
+if TYPE_CHECKING:
+    from harness.sweep import Finished
 
 app = typer.Typer(
     help="Benchmark and leaderboard harness for LLM compression.",
@@ -59,11 +62,16 @@ def sweep(overrides: Overrides = None) -> None:
     _measure(sweeps.sweep, overrides)
 
 
-def _measure(command: Callable[[Sequence[str]], int], overrides: list[str] | None) -> NoReturn:
+def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] | None) -> NoReturn:
+    """Run cells, print their rows of the table, and exit."""
+    from leaderboard import tables
+
     try:
-        raise typer.Exit(command(overrides or []))
+        finished = command(overrides or [])
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)
+    _console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
+    raise typer.Exit(finished.exit_code)
 
 
 @methods_app.command("list")
@@ -90,7 +98,8 @@ def methods_show(name: str) -> None:
 
     item = entry(name)
     citation = item.method.citation
-    print(f"{name} — {inspect.getdoc(type(item.method)) or inspect.getmodule(type(item.method)).__doc__}\n")
+    kind = type(item.method)
+    print(f"{inspect.getdoc(inspect.getmodule(kind))}\n\n{inspect.getdoc(kind)}\n")
     print(f"family      {item.method.family}")
     print(f"paper       {citation.title} ({citation.year})" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""))
     print(f"reference   {item.method.reference}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import compose
 from harness.cell import Cell, make_cell
 from harness.config import ConfigError, parse
-from harness.record import Record, Status
+from harness.record import Keys, Record, Status
 from harness.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from harness.runner import Runner
 
 _FINE = (Status.OK, Status.UNSUPPORTED)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run or sweep came to: its exit code, the results folder, and the keys of its cells, references included."""
+
+    exit_code: int
+    results: Path
+    keys: list[Keys]
 
 
 class _Session:
@@ -32,18 +42,18 @@ class _Session:
 _session: _Session | None = None
 
 
-def run(overrides: Sequence[str]) -> int:
-    """Run one cell; returns the exit code."""
+def run(overrides: Sequence[str]) -> Finished:
+    """Run one cell."""
     return _measure([make_cell(compose.resolve(overrides), tuple(overrides))], None)
 
 
-def sweep(overrides: Sequence[str]) -> int:
-    """Run a Hydra multirun of cells; returns the exit code. Every job is validated before the first one starts."""
+def sweep(overrides: Sequence[str]) -> Finished:
+    """Run a Hydra multirun of cells. Every job is validated before the first one starts."""
     cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
     return _measure(cells, overrides)
 
 
-def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> int:
+def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
     global _session
     from rich.console import Console
 
@@ -67,7 +77,8 @@ def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> int:
             _session = None
     if session.error:
         raise session.error
-    return 0 if all(record.status in _FINE for record in session.records) else 1
+    code = 0 if all(record.status in _FINE for record in session.records) else 1
+    return Finished(code, store.root, [k for cell in cells for k in (cell.identity.reference, cell.identity.keys)])
 
 
 def job(config: DictConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from methods.base import Unsupported
+from methods.base import ModelShape, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +56,23 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
         raise ValueError(f"pattern must be n:m with 0 < n < m, such as 2:4, not {pattern!r}")
     return int(n), int(m)
+
+
+def check_sparsity(sparsity: float, pattern: str | None) -> None:
+    """Raise `ValueError` unless the sparsity is inside (0, 1) and is the one that the pattern implies."""
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity must be between 0 and 1, both excluded, not {sparsity}")
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        if abs(n / m - sparsity) > 1e-9:
+            raise ValueError(f"pattern {pattern} means sparsity {n / m:g}, not {sparsity}")
+
+
+def check_pattern(shape: ModelShape, pattern: str | None) -> None:
+    """Raise `Unsupported` unless the runs of a pattern tile the inputs of the layers."""
+    for width in (shape.hidden_size, shape.intermediate_size):
+        if pattern and width % parse_pattern(pattern)[1]:
+            raise Unsupported(f"pattern {pattern} does not divide the input features {width}")
 
 
 def save_dense(model: PreTrainedModel, out: Path) -> None:

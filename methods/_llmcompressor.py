@@ -30,6 +30,14 @@ class Report:
         return sum("invert hessian" in warning.lower() for warning in self.warnings)
 
 
+def check_solver(dampening: float, block_size: int, multiple: int = 1) -> None:
+    """Raise `ValueError` unless the settings that its Hessian-based modifiers share are in range."""
+    if dampening <= 0:
+        raise ValueError(f"dampening must be positive, not {dampening}")
+    if block_size < 1 or block_size % multiple:
+        raise ValueError(f"block_size must be a positive multiple of {multiple}, not {block_size}")
+
+
 def oneshot(model: PreTrainedModel, modifier: Any, calibration: Calibration) -> Report:
     """Apply a modifier to a model in place, block by block, each block calibrated on the outputs of the compressed ones before it.
 

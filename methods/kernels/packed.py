@@ -18,13 +18,13 @@ Every other tensor stays as it was; a tied output head is stored once. `packed.j
 In memory only the bytes that the kernel reads are kept. The kernel is chosen once, when the layer is made, and `kernel` names it:
 
     torch int4pack          4 bits, CPU, bfloat16, out a multiple of 16
-    tinygemm                4 bits, CUDA, bfloat16, out a multiple of 8, in a multiple of 32
+    tinygemm                4 bits, CUDA from compute capability 8, bfloat16, out a multiple of 8, in a multiple of 32
     torch int8pack          8 bits, one scale a row, CPU, bfloat16, in a multiple of 16
     torch int_mm w8a8       8 bits and 8-bit inputs, one scale a row, in and out multiples of 8
     dequantize + matmul     everything else: the weight is expanded on every call
 
-float16 and float32 always take the last one on a CPU: torch's packed operators accept them there, but run them as scalar loops
-that are many times slower than a dense product. The 8-bit operator reads beyond rows whose length is not a multiple of 16.
+Weight-only grids in float16 and float32 take the last one on a CPU: torch's packed operators accept those dtypes, but run scalar
+loops that are many times slower than a dense product. Its 8-bit operator reads beyond rows whose length is no multiple of 16.
 """
 
 from __future__ import annotations
@@ -211,6 +211,10 @@ class _TinyGemm(_Int4Pack):
     name = "tinygemm"
     device, multiple_out, multiple_in = "cuda", 8, 32
 
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        return super().accepts(weight) and torch.cuda.get_device_capability(weight.codes.device)[0] >= 8
+
     @staticmethod
     def _pack(weight: QuantizedWeight) -> Tensor:
         return torch.ops.aten._convert_weight_to_int4pack(weight.packed_codes().contiguous(), 2)
@@ -329,7 +333,8 @@ def save(model: PreTrainedModel, weights: Iterable[tuple[str, QuantizedWeight]],
         parts = {"qweight": weight.packed_codes(), "scales": weight.scales, "offsets": weight.offsets}
         tensors |= {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in parts.items() if t is not None}
     stored: set[int] = set()
-    for key, tensor in model.state_dict().items():
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    for key, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
         owner, _, leaf = key.rpartition(".")
         if (owner in grids and leaf != "bias") or tensor.data_ptr() in stored:
             continue

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from methods._common import block_linears, parse_pattern, save_dense, zero_fraction
-from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Unsupported
+from methods._common import block_linears, check_pattern, check_sparsity, parse_pattern, save_dense, zero_fraction
+from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,14 +37,17 @@ class Magnitude(Method):
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, self.pattern)
 
+    def check(self, shape: ModelShape) -> None:
+        check_pattern(shape, self.pattern)
+
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from torch.nn.utils import prune
 
         model = dense.load()
         layers = block_linears(model)
-        for name, layer in layers.items():
+        for layer in layers.values():
             if self.pattern:
-                prune.custom_from_mask(layer, "weight", _pattern_mask(name, layer, self.pattern))
+                prune.custom_from_mask(layer, "weight", _pattern_mask(layer, self.pattern))
             else:
                 prune.l1_unstructured(layer, "weight", amount=self.sparsity)
             prune.remove(layer, "weight")
@@ -52,23 +55,11 @@ class Magnitude(Method):
         return Claim(HUGGINGFACE, sparsity=zero_fraction(layers), pattern=self.pattern)
 
 
-def check_sparsity(sparsity: float, pattern: str | None) -> None:
-    """Raise `ValueError` unless the sparsity is inside (0, 1) and is the one that the pattern implies."""
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity must be between 0 and 1, both excluded, not {sparsity}")
-    if pattern is not None:
-        n, m = parse_pattern(pattern)
-        if abs(n / m - sparsity) > 1e-9:
-            raise ValueError(f"pattern {pattern} means sparsity {n / m:g}, not {sparsity}")
-
-
-def _pattern_mask(name: str, layer: nn.Linear, pattern: str) -> Tensor:
+def _pattern_mask(layer: nn.Linear, pattern: str) -> Tensor:
     """1 where a weight is kept: all but the n smallest of each m."""
     import torch
 
     n, m = parse_pattern(pattern)
-    if layer.in_features % m:
-        raise Unsupported(f"pattern {pattern} does not divide the {layer.in_features} inputs of {name}")
     groups = layer.weight.detach().abs().unflatten(1, (-1, m))
     smallest = groups.argsort(dim=-1, stable=True)[..., :n]
     return torch.ones_like(groups).scatter_(-1, smallest, 0).flatten(1)

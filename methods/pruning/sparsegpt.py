@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from methods._common import block_linears, holds_pattern, parse_pattern, save_dense, zero_fraction
-from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
-from methods.pruning.magnitude import check_sparsity
+from methods import _llmcompressor
+from methods._common import block_linears, check_pattern, check_sparsity, holds_pattern, parse_pattern, save_dense, zero_fraction
+from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 
 _TOLERANCE = 0.01
 
@@ -40,18 +40,10 @@ class SparseGPT(Method):
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, self.pattern)
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-        run = parse_pattern(self.pattern)[1] if self.pattern else 1
-        if self.block_size < 1 or self.block_size % run:
-            raise ValueError(f"block_size must be a positive multiple of {run}, not {self.block_size}")
+        _llmcompressor.check_solver(self.dampening, self.block_size, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     def check(self, shape: ModelShape) -> None:
-        if self.pattern:
-            run = parse_pattern(self.pattern)[1]
-            for width in (shape.hidden_size, shape.intermediate_size):
-                if width % run:
-                    raise Unsupported(f"pattern {self.pattern} does not divide the input features {width}")
+        check_pattern(shape, self.pattern)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Prune, save with the zeros in place, and check that they are there.
@@ -59,8 +51,6 @@ class SparseGPT(Method):
         Raises:
             RuntimeError: The library left fewer zeros than asked for, or broke the pattern.
         """
-        from methods import _llmcompressor
-
         assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
@@ -76,8 +66,6 @@ class SparseGPT(Method):
 
     def modifier(self) -> object:
         """The library's own object for these settings."""
-        from methods import _llmcompressor
-
         with _llmcompressor.quiet_imports():
             from llmcompressor.modifiers.pruning import SparseGPTModifier
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from methods._common import block_linears, check_groups
+from methods import _llmcompressor
+from methods._common import block_linears, check_groups, zero_fraction
 from methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 
 if TYPE_CHECKING:
@@ -46,10 +47,7 @@ class GPTQ(Method):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be positive, not {self.block_size}")
+        _llmcompressor.check_solver(self.dampening, self.block_size)
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(self.group_size)
@@ -60,15 +58,13 @@ class GPTQ(Method):
         Raises:
             RuntimeError: The library's weights do not lie on its own grid, so they cannot be packed without loss.
         """
-        from methods import _llmcompressor
         from methods.kernels import packed
 
         assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)
-        zeros = {name: layer.weight == 0 for name, layer in layers.items()}
-        masks = {name: mask for name, mask in zeros.items() if float(mask.float().mean()) > _PRUNED}
+        masks = {name: layer.weight == 0 for name, layer in layers.items() if zero_fraction({name: layer}) > _PRUNED}
         modifier = self.modifier()
         _llmcompressor.oneshot(model, modifier, calibration)
         packed.save(model, _codes(layers, packed.Grid(self.bits, self.group_size), masks), out)
@@ -81,8 +77,6 @@ class GPTQ(Method):
 
     def modifier(self) -> object:
         """The library's own object for these settings."""
-        from methods import _llmcompressor
-
         with _llmcompressor.quiet_imports():
             from llmcompressor.modifiers.quantization import GPTQModifier
 
@@ -111,5 +105,5 @@ def _codes(layers: dict[str, nn.Linear], grid: Grid, masks: dict[str, Tensor]) -
         if not torch.equal(weight.dequantize(), layer.weight):
             raise RuntimeError(f"{name}: weights from llmcompressor do not lie on their grid of {grid.bits} bits")
         if name in masks:
-            weight.codes.masked_fill_(masks[name], half)
+            weight.codes.masked_fill_(masks[name].to(weight.codes.device), half)
         yield name, weight

@@ -82,7 +82,7 @@ def test_modules_import_no_heavy_library() -> None:
         ("rtn-4bit", {"grup_size": 64}, "did you mean 'group_size'"),
         ("gptq", {"bits": 3}, "method.gptq.bits: 3 is no valid choice"),
         ("gptq", {"dampening": 0}, "dampening must be positive"),
-        ("gptq", {"block_size": 0}, "block_size must be positive"),
+        ("gptq", {"block_size": 0}, "block_size must be a positive multiple of 1"),
         ("magnitude", {"sparsity": 1.0}, "sparsity must be between 0 and 1"),
         ("magnitude", {"pattern": "4:2"}, "0 < n < m"),
         ("magnitude", {"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
