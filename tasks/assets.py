@@ -111,7 +111,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     folder = _folder(asset)
     if not is_fetched(name):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(f"{folder}.lock"):
             if not _complete(asset, folder):
                 _install(asset, folder, progress)
     return _entry(asset, folder)

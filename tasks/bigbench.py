@@ -95,7 +95,7 @@ def task_folder() -> Path:
     identity = hashlib.sha256("".join(fingerprint(name) for name in sorted(tasks)).encode()).hexdigest()[:16]
     folder = assets.cache_dir() / "tasks" / f"bigbench-{identity}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(f"{folder}.lock"):
         if not _is_whole(tasks, folder):
             write_tasks(tasks, assets.fetch(ASSET), folder)
     return folder
