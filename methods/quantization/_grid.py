@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from methods.kernels.packed import Grid, QuantizedWeight
+    from methods.kernels.packed_linear import Grid, QuantizedWeight
 
 
 def round_to_grid(weight: Tensor, grid: Grid, symmetric: bool = True) -> QuantizedWeight:
     """Quantize a weight matrix [out, in] of the model's dtype."""
     import torch
 
-    from methods.kernels.packed import QuantizedWeight
+    from methods.kernels.packed_linear import QuantizedWeight
 
     steps, half = 2**grid.bits - 1, 2 ** (grid.bits - 1)
     groups = weight.float().unflatten(1, (-1, grid.group_size or weight.shape[1]))

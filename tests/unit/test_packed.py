@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods.kernels import packed
-from methods.kernels.packed import Grid, PackedLinear, QuantizedWeight
+from methods.kernels.packed_linear import Grid, PackedLinear, QuantizedWeight, unpack
 from tests.unit import tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
@@ -124,7 +124,7 @@ def test_two_codes_share_a_byte_high_half_first() -> None:
     codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8).repeat(1, 8)
     weight = QuantizedWeight(W4, codes, torch.ones(1, 1))
     assert weight.packed_codes()[0, :2].tolist() == [0x12, 0xF0]
-    assert torch.equal(packed.unpack(weight.packed_codes(), 4), codes)
+    assert torch.equal(unpack(weight.packed_codes(), 4), codes)
 
 
 @pytest.mark.parametrize(("grid", "bits"), [(W4, 4 + 32 / 32), (W8, 8 + 16 / 256), (W8A8, 8 + 32 / 256)], ids=str)
