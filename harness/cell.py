@@ -41,7 +41,7 @@ class Cell:
     def command(self) -> str:
         import shlex
 
-        return shlex.join(["slimbench", "run", *self.overrides])
+        return shlex.join(["slimbench", "run", *(o for o in self.overrides if not o.startswith("results="))])
 
     def stages(self) -> list[Stage]:
         """The stages that make sense: random weights have no quality."""
@@ -72,7 +72,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             dtype=config.model.dtype,
             parameters=config.model.parameters,
             pipeline="+".join(step_label(step) for step in config.pipeline),
-            steps=[step.model_dump() for step in config.pipeline],
+            steps=[s.model_dump() | {"reference": m.reference} for s, m in zip(config.pipeline, methods, strict=True)],
             family="+".join(dict.fromkeys(m.family for m in methods)),
             engine=config.engine.name,
             device=config.device.name,

@@ -157,12 +157,10 @@ def with_reference(cell: Cell) -> Iterator[Cell]:
 
 
 def is_stale(record: Record) -> bool:
-    """Made with another version of slimbench, torch, transformers, or a library that the methods call."""
+    """Made with another version of slimbench, torch, transformers, lm-eval, or a library that the methods call."""
     then, now = record.provenance.get("packages", {}), provenance.packages()
-    libraries = {"slimbench", "torch", "transformers", "lm_eval"} | {
-        name for name in then if any(name.replace("-", "_") in str(step.get("reference", "")) for step in record.cell.steps)
-    }
-    return any(then.get(name) != now.get(name) for name in libraries if name in then or name in now)
+    called = {str(step.get("reference", "")).partition(":")[0] for step in record.cell.steps}
+    return any(then.get(name) != now.get(name) for name in {"slimbench", "torch", "transformers", "lm_eval"} | called)
 
 
 def is_offline(cell: Cell) -> bool:
