@@ -22,13 +22,14 @@ demo: setup
 
 test: setup
 	$(BIN)/slimbench assets fetch
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 0 tests/integration
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit
 
 integration: setup
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 0 tests/integration
 
 lint: setup
 	$(BIN)/ruff check .

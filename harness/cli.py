@@ -64,12 +64,12 @@ def sweep(overrides: Overrides = None) -> None:
 
 def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] | None) -> NoReturn:
     """Run cells, print their rows of the table, and exit."""
-    from leaderboard import tables
-
     try:
         finished = command(overrides or [])
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)
+    from leaderboard import tables
+
     _console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
     raise typer.Exit(finished.exit_code)
 
@@ -180,9 +180,10 @@ def board_build(
     results: Results = _DEFAULT_RESULTS, out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board")
 ) -> None:
     """Write page, tables and plots from the records; print the table and where to look."""
+    folder = _folder(results)
     from leaderboard import build, tables
 
-    written = build.build(_folder(results), out)
+    written = build.build(folder, out)
     _console().print(tables.to_terminal(_rows(results)))
     print(f"board: {next(p for p in written if p.name == 'index.html')}")
 
@@ -194,12 +195,13 @@ def board_table(
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
     from harness.config import ConfigError
-    from leaderboard import tables
     from tasks.errors import nearest
 
     if format not in _FORMATS:
         raise ConfigError(f"--format {format} is no valid choice{nearest(format, _FORMATS)}")
     rows = _rows(results)
+    from leaderboard import tables
+
     if format == "terminal":
         _console().print(tables.to_terminal(rows))
     else:
@@ -207,10 +209,11 @@ def board_table(
 
 
 def _rows(results: Path) -> list[Any]:
+    folder = _folder(results)
     from harness.store import Store
     from leaderboard import tables
 
-    return tables.rows(Store(_folder(results)).scan()[0])
+    return tables.rows(Store(folder).scan()[0])
 
 
 def _folder(results: Path) -> Path:

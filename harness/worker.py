@@ -1,6 +1,6 @@
 """One stage in a process of its own: the server that forks it, and the client that the runner talks to.
 
-`python -m harness.worker` is a server: it imports the heavy libraries once, starts no threads and touches no CUDA,
+`python -m harness.worker` is a server: it imports the heavy libraries once, starts no thread of its own, touches no CUDA,
 and then forks a fresh child for each stage that it is asked for, which costs hundredths of a second instead of many.
 Requests and answers are JSON lines on stdin and stdout. The server enforces wall-clock and memory limits, and when
 its own parent dies, it and its child die too.
@@ -29,7 +29,17 @@ import psutil
 
 from harness.record import Failure, Stage, Status
 
-_PRELOAD = ("torch", "transformers", "transformers.models.llama.modeling_llama", "datasets", "lm_eval", "harness.stages")
+_PRELOAD = (
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "harness.stages",
+    "harness.engines.transformers",
+    "harness.measure.perplexity",
+    "harness.measure.zeroshot",
+    "harness.measure.latency",
+)
 _POLL_S = 0.2
 _TAIL = 4000
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")

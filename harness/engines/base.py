@@ -11,6 +11,8 @@ import torch
 
 from harness.record import Evidence
 
+_PIECE_BYTES = (1 << 23, 1 << 28)  # of float32 logits, on a CPU and elsewhere
+
 
 @dataclass
 class Step:
@@ -60,12 +62,14 @@ class LoadedModel(ABC):
     def evidence(self) -> Evidence:
         """What was loaded: layers, bytes, bits, zeros, operators."""
 
-    def token_logprobs(self, ids: torch.Tensor, rows: int = 256) -> torch.Tensor:
+    def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1].
 
-        The softmax is taken in float32 whatever the model's dtype, `rows` positions at a time to bound memory.
+        The softmax is taken in float32 whatever the model's dtype, a few positions at a time: on a CPU the piece stays in
+        the cache (eight times faster than one that does not), on a GPU memory stays bounded.
         """
         logits, targets = self.logits(ids)[:, :-1], ids[:, 1:].to(self.device)
+        rows = max(1, _PIECE_BYTES[self.device.type != "cpu"] // (4 * logits.shape[0] * logits.shape[2]))
         parts = [
             -torch.nn.functional.cross_entropy(piece.flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
             for piece, target in zip(logits.split(rows, 1), targets.split(rows, 1), strict=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores with each other
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,4 +64,5 @@ def overrides(tiny: Path, text: Path) -> list[str]:
         "speed.budget_s=1",
         "speed.max_repeats=6",
         "device=cpu",
+        "device.threads=1",
     ]

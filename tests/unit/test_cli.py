@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,19 +61,6 @@ def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPat
     assert done.returncode == 2
     assert "pip install 'slimbench[quantization]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_run_then_table_from_the_command_line(overrides: list[str], tmp_path: Path) -> None:
-    done = slimbench("run", *overrides, "method=magnitude", "results=here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = slimbench("board", "table", "--format", "json", "--results", "here", cwd=tmp_path)
-    rows = {row["pipeline"]: row for row in json.loads(table.stdout)}
-    assert rows.keys() == {"dense", "magnitude"}
-    assert abs(rows["magnitude"]["sparsity"] - 0.5) < 0.01
-    assert rows["dense"]["speedup"] == 1.0
-    built = slimbench("board", "build", "--results", "here", "--out", "page", cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
-    assert (tmp_path / "page" / "index.html").is_file()
 
 
 def test_an_interrupted_run_says_how_to_go_on(overrides: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""The command line from a run to the board."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.unit.test_cli import slimbench
+
+
+def test_run_then_table_from_the_command_line(overrides: list[str], tmp_path: Path) -> None:
+    done = slimbench("run", *overrides, "method=magnitude", "results=here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = slimbench("board", "table", "--format", "json", "--results", "here", cwd=tmp_path)
+    rows = {row["pipeline"]: row for row in json.loads(table.stdout)}
+    assert rows.keys() == {"dense", "magnitude"}
+    assert abs(rows["magnitude"]["sparsity"] - 0.5) < 0.01
+    assert rows["dense"]["speedup"] == 1.0
+    built = slimbench("board", "build", "--results", "here", "--out", "page", cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "page" / "index.html").is_file()
