@@ -44,12 +44,12 @@ def slug(label: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}-{sha256(label.encode()).hexdigest()[:8]}"
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that it appears whole or not at all, and survives a crash once it is there."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all, and survives a crash once it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +93,7 @@ class Store:
         """
         path = self.path(record.cell, record.stage)
         try:
-            write_atomically(path, record.model_dump_json(indent=1, exclude_none=True) + "\n")
+            write_atomically(path, record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
         except OSError as error:
             raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
         return path

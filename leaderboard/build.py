@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from harness.record import Record
-from harness.store import Store, Unreadable
+from harness.store import Store, StoreError, Unreadable, write_atomically
 from leaderboard.figures import draw, plottable
 from leaderboard.row import clean
 from leaderboard.site.page import render
 from leaderboard.tables import Table, rows, tables, to_csv, to_json, to_markdown
 
 
-class BoardError(Exception):
+class BoardError(StoreError):
     """There is no board to build. The message is one line."""
 
 
@@ -48,10 +45,12 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
     if not records:
         raise BoardError("no records")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        return [_replace(out / name, content) for name, content in contents(records, unreadable).items()]
+        files = {out / name: content for name, content in contents(records, unreadable).items()}
+        for path, content in files.items():
+            write_atomically(path, content)
     except OSError as error:
         raise BoardError(f"cannot write the board to '{out}': {error.strerror or error}") from error
+    return list(files)
 
 
 def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> dict[str, bytes]:
@@ -79,17 +78,3 @@ def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:
         files |= {f"{stem}.png": draw(table, "png"), f"{stem}.svg": draw(table, "svg")}
     return files
 
-
-def _replace(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader sees the old or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return path

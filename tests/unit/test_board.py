@@ -343,7 +343,7 @@ def test_a_failed_write_leaves_the_old_board(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(builder.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(BoardError, match="No space left"):
         builder.write(board(), [], tmp_path)
     assert (tmp_path / "index.html").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
