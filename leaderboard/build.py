@@ -77,4 +77,3 @@ def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:
             stem += "-2"
         files |= {f"{stem}.png": draw(table, "png"), f"{stem}.svg": draw(table, "svg")}
     return files
-

@@ -18,6 +18,7 @@ from leaderboard.row import Row
 from leaderboard.tables import COLUMNS, EMPTY, Column, Table, decimal, pareto, shorten, tables
 
 _HERE = Path(__file__).parent
+_MANY_ZEROS = 0.05
 _LONGEST_NAME = 120
 _LONGEST_REMARK = 240
 _LONGEST_DETAIL = 2000
@@ -117,7 +118,7 @@ def _section(table: Table, name: str) -> Section:
         Line(
             row=row,
             name=shorten(row.pipeline, _LONGEST_NAME),
-            about=shorten(" · ".join([row.family, *([row.engine_label] if table.engines_differ else [])]), _LONGEST_NAME),
+            about=shorten(" · ".join(_about(row, table)), _LONGEST_NAME),
             family=family_of(row) if family_of(row) in FAMILIES else "other",
             fronts=[front for front, members in fronts.items() if id(row) in members],
             cells=[_cell(column, row, fastest) for column in COLUMNS],
@@ -180,3 +181,9 @@ def _text(form: Callable[[float], str], value: float | None, unit: str = "") -> 
 def _span(form: Callable[[float], str], value: float | None, low: float | None, high: float | None, unit: str) -> str:
     bounds = "" if low is None or high is None else f" ({_text(form, low)} to {_text(form, high)})"
     return EMPTY if value is None else f"{_text(form, value)}{unit}{bounds}"
+
+
+def _about(row: Row, table: Table) -> list[str]:
+    """The words under a row's name: family, the zeros it has if they are many, its engine where the table holds several."""
+    zeros = [f"{row.sparsity:.0%} zeros"] if row.sparsity is not None and row.sparsity >= _MANY_ZEROS else []
+    return [row.family, *zeros, *([row.engine_label] if table.engines_differ else [])]
