@@ -18,7 +18,6 @@ from leaderboard.row import Row
 from leaderboard.tables import COLUMNS, EMPTY, Column, Table, decimal, pareto, shorten, tables
 
 _HERE = Path(__file__).parent
-_MANY_ZEROS = 0.05
 _LONGEST_NAME = 120
 _LONGEST_REMARK = 240
 _LONGEST_DETAIL = 2000
@@ -184,6 +183,6 @@ def _span(form: Callable[[float], str], value: float | None, low: float | None, 
 
 
 def _about(row: Row, table: Table) -> list[str]:
-    """The words under a row's name: family, the zeros it has if they are many, its engine where the table holds several."""
-    zeros = [f"{row.sparsity:.0%} zeros"] if row.sparsity is not None and row.sparsity >= _MANY_ZEROS else []
+    """The words under a row's name: family, zeros if it was pruned, its engine where the table holds several."""
+    zeros = [f"{row.sparsity:.0%} zeros"] if row.sparsity is not None and "pruning" in row.family else []
     return [row.family, *zeros, *([row.engine_label] if table.engines_differ else [])]

@@ -18,6 +18,7 @@ loops that are many times slower than a dense product. Its 8-bit operator reads 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -119,29 +120,30 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}, kernel={self.kernel!r}"
 
 
-class _Kernel:
+class _Kernel(ABC):
     """One way to compute the product: whether it takes a weight, what it keeps of it, and how it multiplies."""
 
     name: ClassVar[str]
 
     @classmethod
+    @abstractmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
-        raise NotImplementedError
+        """Whether the kernel computes this weight."""
 
     @classmethod
+    @abstractmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Buffers to keep, by name."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
         """x [rows, in] times the weight: [rows, out], without the bias."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
         """The weight on its grid again, from the buffers."""
-        raise NotImplementedError
 
 
 class _Int4Pack(_Kernel):

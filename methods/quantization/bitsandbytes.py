@@ -6,6 +6,7 @@ loads as garbage without an error.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -26,12 +27,13 @@ class _BitsAndBytes(Method):
     needs: ClassVar[Needs] = Needs(extra="quantization", modules=("bitsandbytes",))
     produces: ClassVar[str] = _FORMAT
 
+    @abstractmethod
     def config(self, dense: DenseModel) -> BitsAndBytesConfig:
         """The library's own settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def claim(self) -> Claim:
-        raise NotImplementedError
+        """What the artefact holds."""
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         model = dense.load(quantization_config=self.config(dense), device_map=dense.device)
