@@ -37,7 +37,7 @@ lint: setup
 	$(BIN)/mypy
 
 board: setup
-	$(BIN)/slimbench board build --results results --out board
+	$(BIN)/slimbench board build --results results --out results/board
 
 clean:
 	rm -rf $(VENV) runs board
