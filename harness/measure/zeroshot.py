@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from harness.config import SuiteConfig
 from harness.engines.base import LoadedModel
 from harness.record import ZeroshotItem, ZeroshotResult
-from tasks import bigbench, zeroshot
+from tasks import zeroshot
 
 _HEADLINE = ("acc_norm", "acc", "exact_match")
 
@@ -177,8 +177,8 @@ def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResul
 
 
 def _headline(task: str) -> tuple[str, ...]:
-    declared = bigbench.definitions().get(task)
-    return (declared.metric,) if declared else _HEADLINE
+    declared = zeroshot.headline_metrics().get(task)
+    return (declared,) if declared else _HEADLINE
 
 
 def _item(sample: dict[str, Any], metric: str) -> ZeroshotItem:
