@@ -106,7 +106,7 @@ def plottable(table: Table) -> bool:
 def caption(table: Table) -> str:
     """What the plot shows, and which rows lie outside its scale."""
     limit = _limit(table)
-    off = [(row.pipeline, row.perplexity) for row in table.rows if row.perplexity is not None and row.perplexity > limit]
+    off = [(row.label, row.perplexity) for row in table.rows if row.perplexity is not None and row.perplexity > limit]
     listed = ", ".join(f"{shorten(name, 40)} ({decimal(0)(value)})" for name, value in off[:8])
     listed += f" and {len(off) - 8} more" if len(off) > 8 else ""
     text = "Bars are 95 % intervals; the line joins the rows that none beats in both."
@@ -254,7 +254,7 @@ def _label(ax: Axes, points: Sequence[Point], front: Sequence[Point], with_engin
     crowd = len(points) > _CROWD
     named = [p for p in points if p.row.is_reference or p in front or not crowd]
     for point in sorted(named, key=lambda p: (not p.row.is_reference, p not in front, p.y)):
-        name = shorten(f"{point.row.pipeline} · {point.row.engine}" if with_engine else point.row.pipeline, 28)
+        name = shorten(f"{point.row.label} · {point.row.engine}" if with_engine else point.row.label, 28)
         box = _place(ax, name, point, point in front or point.row.is_reference, marks, labels, lines)
         labels += [box] if box else []
 

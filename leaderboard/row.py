@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,7 +36,39 @@ class Row(BaseModel):
     perplexity_delta_percent: float | None = Field(None, description="Perplexity above the reference in per cent, paired over windows.")
     perplexity_ratio_low: float | None = Field(None, description="Lower bound of perplexity / reference perplexity, paired bootstrap.")
     perplexity_ratio_high: float | None = Field(None, description="Upper bound of perplexity / reference perplexity, paired bootstrap.")
-    perplexities: dict[str, float | None] = Field({}, description="Perplexity of each corpus of the suite.")
+    perplexity_p: float | None = Field(
+        None, description="p-value of the difference in NLL to the reference, paired t-test over windows, not corrected for several rows."
+    )
+    perplexities: dict[str, float | None] = Field({}, description="Perplexity of each corpus of the suite under the first protocol.")
+    perplexity_by_protocol: dict[str, float | None] = Field(
+        {}, description="Perplexity under each protocol: `CORPUS window TOKENS`, `CORPUS document (word)` and so on."
+    )
+    ood_perplexity_delta_percent: dict[str, float | None] = Field(
+        {}, description="Perplexity above the reference in per cent on each further corpus, under the first protocol, paired over windows."
+    )
+    rank: int | None = Field(
+        None,
+        description="1 + number of rows of the table with a significantly lower perplexity: paired t-tests over windows, Holm's correction "
+        "over all pairs, 5 %. Rows that do not differ significantly may share a rank.",
+    )
+    accuracy_rank: int | None = Field(
+        None,
+        description="1 + number of rows of the table that have significantly more items right: McNemar's exact test over the items of all "
+        "tasks, Holm's correction over all pairs, 5 %.",
+    )
+    kl_mean: float | None = Field(
+        None, description="KL(reference ‖ row) of the next-token distributions in nats, mean over the tokens of the first corpus."
+    )
+    kl_low: float | None = Field(None, description="Lower bound of the KL, bootstrap over windows.")
+    kl_high: float | None = Field(None, description="Upper bound of the KL, bootstrap over windows.")
+    kl_p99: float | None = Field(None, description="99th percentile of the KL over tokens, in nats.")
+    top1_agreement: float | None = Field(
+        None, description="Fraction of tokens at which row and reference hold the same token most likely, 0..1."
+    )
+    delta_p: float | None = Field(None, description="Mean absolute difference to the reference in the probability of the true token, 0..1.")
+    calibration_overlap: float | None = Field(
+        None, description="Fraction of the first corpus' scored n-grams that also stand in the calibration text, 0..1."
+    )
     accuracy: float | None = Field(
         None, description="Mean of the accuracies of the suite's zero-shot tasks, 0..1; each task weighs the same."
     )
@@ -45,6 +78,25 @@ class Row(BaseModel):
     accuracy_delta_high: float | None = Field(None, description="Upper bound of the accuracy difference, paired bootstrap over items.")
     task_accuracy: dict[str, float | None] = Field({}, description="Accuracy of each task.")
     task_delta: dict[str, float | None] = Field({}, description="Accuracy of each task above that of the reference on the same items.")
+    task_p: dict[str, float | None] = Field(
+        {}, description="p-value of each task's difference to the reference: McNemar's exact test, Holm's correction over the tasks."
+    )
+    flips_to_wrong: int | None = Field(None, description="Items that the reference has right and the row wrong.")
+    flips_to_right: int | None = Field(None, description="Items that the reference has wrong and the row right.")
+    mcnemar_p: float | None = Field(
+        None, description="p-value of McNemar's exact test of the flips over the items of all tasks, not corrected for several rows."
+    )
+    group_accuracy: dict[str, float | None] = Field(
+        {}, description="Mean accuracy of the tasks of each group: knowledge, language, reasoning, social, other."
+    )
+    group_delta: dict[str, float | None] = Field({}, description="Mean accuracy of each group above that of the reference.")
+    group_spread: float | None = Field(None, description="Largest less smallest of the groups' accuracy differences.")
+    worst_task: str | None = Field(None, description="Task whose accuracy fell most, or rose least, against the reference.")
+    worst_task_delta: float | None = Field(None, description="Accuracy of that task above that of the reference.")
+    worst_task_low: float | None = Field(
+        None, description="Lower bound of that difference, from the changed answers; holds for all tasks at once (Bonferroni)."
+    )
+    worst_task_high: float | None = Field(None, description="Upper bound of that difference.")
     speed_point: str | None = Field(None, description="Batch, prompt tokens and new tokens at which speed was measured.")
     prefill_ms: float | None = Field(None, description="Median milliseconds from prompt to first token.")
     prefill_low: float | None = Field(None, description="Lower bound of the prefill time, order statistics.")
@@ -57,7 +109,31 @@ class Row(BaseModel):
     )
     speedup_low: float | None = Field(None, description="Lower bound of the speed-up, order statistics of the paired ratios.")
     speedup_high: float | None = Field(None, description="Upper bound of the speed-up, order statistics of the paired ratios.")
+    throughput_tokens_per_s: float | None = Field(
+        None, description="Tokens per second while decoding, of all sequences of the batch together, at the median time."
+    )
+    roofline_fraction: float | None = Field(
+        None,
+        description="Least time of a decode step, if weights and KV cache came at the measured copy bandwidth, over the median time; "
+        "above 1 the measurement is defective.",
+    )
+    energy_j_per_token: float | None = Field(
+        None, description="Joules for each decoded token, of the whole card (NVML) or processor package (RAPL), idle power included."
+    )
+    speed_points: list[dict[str, float | int | str | None]] = Field(
+        [], description="Every point of the speed grid: batch, prompt, new_tokens, and its numbers under the names used here."
+    )
     weight_bytes: int | None = Field(None, description="Bytes of all tensors of the loaded artefact.")
+    kv_cache_bytes: int | None = Field(None, description="Bytes of the KV cache after the last step of the first speed point.")
+    activation_bytes: int | None = Field(
+        None, description="Peak of one run of the first speed point above weights and KV cache: activations and workspace."
+    )
+    process_peak_bytes: int | None = Field(
+        None, description="Highest resident memory of the process that ran the artefact, loading included."
+    )
+    largest_batch: int | None = Field(
+        None, description="Largest batch that was run with the first speed point's prompt before memory, a cap or the time ended."
+    )
     disk_bytes: int | None = Field(None, description="Bytes of the artefact's files.")
     compression_ratio: float | None = Field(None, description="Bytes of the dense source / bytes of the artefact's files.")
     effective_bits: float | None = Field(
@@ -65,7 +141,16 @@ class Row(BaseModel):
     )
     sparsity: float | None = Field(None, description="Fraction of zeros among the weights of the linear layers, 0..1.")
     compress_seconds: float | None = Field(None, description="Wall time of the compression.")
+    compress_cpu_seconds: float | None = Field(None, description="Processor time of the compression, over all threads and children.")
+    compress_device_hours: float | None = Field(
+        None, description="Hours of the compression times accelerators used; none where it ran on the processor."
+    )
     peak_memory_bytes: int | None = Field(None, description="Peak resident memory of the compression.")
+    peak_device_bytes: int | None = Field(None, description="Peak memory of the accelerator during the compression.")
+    calibration_tokens: int | None = Field(None, description="Tokens of calibration text that the methods were given.")
+    training_tokens: int | None = Field(None, description="Tokens of all gradient steps, as the methods claim them.")
+    trained_parameters: int | None = Field(None, description="Parameters updated by gradient descent, as the methods claim them.")
+    tuning_free: bool | None = Field(None, description="No method of the pipeline trains.")
     source_precision: str | None = Field(None, description="Precision of the dense source where it was not full.")
     dtype: str = Field(description="Storage and compute type of the dense source.")
     suite: str = Field(description="What quality was measured on.")
@@ -82,6 +167,13 @@ class Row(BaseModel):
     keys: Keys = Field(description="Content keys of the stages compress, quality and speed.")
     corpus: str | None = Field(None, description="Corpus of the perplexity.")
     calibration: str | None = Field(None, description="Fingerprint of the calibration text, where it was used.")
+    calibration_text: str | None = Field(None, description="Calibration corpus and how much of it, where it was used.")
+    calibration_seed: int | None = Field(None, description="Seed by which the calibration text was drawn, where it was used.")
+    replicate: str | None = Field(None, description="The seeds that tell the row from rows that differ in nothing else.")
+    replicates: int | None = Field(None, description="Rows with a perplexity that differ in nothing but seeds, this one included.")
+    perplexity_seed_sd: float | None = Field(None, description="Standard deviation of the perplexity over those rows.")
+    perplexity_seed_min: float | None = Field(None, description="Lowest perplexity of those rows.")
+    perplexity_seed_max: float | None = Field(None, description="Highest perplexity of those rows.")
     command: str = Field("", description="Command that makes the row again.")
     provenance: dict[str, str] = Field({}, description="Versions, commit and time of measurement.")
 
@@ -103,6 +195,24 @@ class Row(BaseModel):
     @property
     def engine_label(self) -> str:
         return f"{self.engine} · {self.dtype}"
+
+    @property
+    def label(self) -> str:
+        """The pipeline, with its seeds where other rows differ in nothing else."""
+        return f"{self.pipeline} · {self.replicate}" if self.replicate else self.pipeline
+
+    @property
+    def table_key(self) -> tuple[str, ...]:
+        """What rows must share to stand in one table: model, suite, speed protocol, device and hardware."""
+        return self.model, self.suite, self.suite_protocol, self.speed, self.speed_protocol, self.device, self.hardware
+
+
+def named(names: str, estimator: Callable[..., Sequence[float]], *samples: Any) -> dict[str, float]:
+    """The results of an estimator by name, for the fields of a row; nothing where the samples do not allow an estimate."""
+    try:
+        return dict(zip(names.split(), estimator(*samples), strict=True))
+    except ValueError:
+        return {}
 
 
 def clean(value: Any) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean, median
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from harness import stats
 from harness.hardware import Gpu, Hardware, short_hash
-from harness.record import PerplexityResult, QualityResult, Record, SpeedResult, Stage, Status, ZeroshotResult
+from harness.record import QualityResult, Record, Stage, Status
+from leaderboard.quality import fields as quality_fields
+from leaderboard.quality import losses
+from leaderboard.ranks import ranked
+from leaderboard.replicates import calibration, spread
 from leaderboard.row import Row
+from leaderboard.speed import fields as speed_fields
 
 INCOMPLETE = "incomplete"
 _WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.UNSUPPORTED)
@@ -26,18 +29,33 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Where several records have the same stage and key, the newest counts. Rows are sorted by table, then reference
     first, then perplexity; rows without a result come last.
     """
-    oldest_first = sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds, r.command))
-    newest: Records = {(r.stage, r.key): r for r in oldest_first}
-    cells = {(r.cell.keys.compress, r.cell.keys.quality, r.cell.keys.speed): r for r in oldest_first}
-    texts = _texts(oldest_first)
-    return sorted((_row(bearer, newest, texts) for bearer in cells.values()), key=_order)
+    ordered = oldest_first(records)
+    newest = by_key(ordered)
+    cells = {(r.cell.keys.compress, r.cell.keys.quality, r.cell.keys.speed): r for r in ordered}
+    texts = _texts(ordered)
+    bearers = list(cells.values())
+    board = ranked([(_row(bearer, newest, texts), _finished_quality(bearer, newest)) for bearer in bearers])
+    return sorted(spread(zip(board, bearers, strict=True)), key=_order)
+
+
+def oldest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds, r.command))
+
+
+def by_key(ordered: Sequence[Record]) -> Records:
+    """The last record of each stage and key."""
+    return {(r.stage, r.key): r for r in ordered}
 
 
 def _order(row: Row) -> tuple[Any, ...]:
     empty = row.perplexity is None and row.decode_tokens_per_s is None
-    table = (row.model, row.suite, row.suite_protocol, row.speed, row.speed_protocol, row.device, row.hardware)
-    rank = math.inf if row.perplexity is None else row.perplexity
-    return (*table, empty, not row.is_reference, rank, row.pipeline, row.engine, *row.keys.model_dump().values())
+    value = math.inf if row.perplexity is None else row.perplexity
+    return (*row.table_key, empty, not row.is_reference, value, row.pipeline, row.engine, *row.keys.model_dump().values())
+
+
+def _finished_quality(bearer: Record, newest: Records) -> QualityResult | None:
+    record = newest.get((Stage.QUALITY, bearer.cell.keys.quality))
+    return record.quality if record and record.status is Status.OK else None
 
 
 def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
@@ -51,6 +69,8 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     status, reason = _outcome(found, _expected(bearer))
     evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r]
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
+    measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
+    flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
@@ -83,8 +103,9 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         **_size(compress),
         **(evidences[0].model_dump(include={"weight_bytes", "effective_bits", "sparsity"}) if evidences else {}),
         kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
-        **(_quality(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}),
-        **(_speed(speed.speed, is_reference) if speed and speed.speed and not simulated else {}),
+        **measures,
+        **calibration(bearer),
+        **(speed_fields(speed.speed) if speed and speed.speed and not simulated else {}),
     )
 
 
@@ -122,97 +143,11 @@ def _size(record: Record | None) -> dict[str, Any]:
         "disk_bytes": result.disk_bytes,
         "compression_ratio": result.dense_bytes / result.disk_bytes if result.disk_bytes else None,
         "compress_seconds": result.seconds,
+        "compress_cpu_seconds": result.cpu_seconds,
+        "compress_device_hours": None if result.device_seconds is None else result.device_seconds / 3600,
         "peak_memory_bytes": record.peak_memory_bytes,
+        **result.model_dump(include={"peak_device_bytes", "calibration_tokens", "training_tokens", "trained_parameters", "tuning_free"}),
     }
-
-
-def _quality(ours: QualityResult, theirs: QualityResult | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if ours.perplexity:
-        head = ours.perplexity[0]
-        fields |= {
-            "corpus": head.corpus,
-            "perplexities": {p.corpus: _perplexity(p) for p in ours.perplexity},
-            "perplexity": _perplexity(head),
-        }
-        fields |= _named("perplexity_low perplexity_high", stats.perplexity_interval, head.window_nll)
-        if theirs and (shared := _same_corpus(head, theirs.perplexity)):
-            names = "perplexity_delta_percent perplexity_ratio_low perplexity_ratio_high"
-            fields |= _named(names, _relative, head.window_nll, shared.window_nll)
-    if ours.zeroshot:
-        fields |= _accuracy(ours.zeroshot, theirs.zeroshot if theirs else [])
-    return fields
-
-
-def _accuracy(ours: list[ZeroshotResult], theirs: list[ZeroshotResult]) -> dict[str, Any]:
-    items = [[item.correct for item in task.items] for task in ours]
-    per_task = {task.task: task.accuracy for task in ours}
-    fields: dict[str, Any] = {"task_accuracy": per_task, "accuracy": fmean(per_task.values())}
-    fields |= _named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items)
-    reference = {_same_items(task): task for task in theirs}
-    shared = [reference.get(_same_items(task)) for task in ours]
-    fields["task_delta"] = {t.task: t.accuracy - r.accuracy for t, r in zip(ours, shared, strict=True) if r}
-    paired = [[item.correct for item in task.items] for task in shared if task]
-    if len(paired) == len(items):
-        fields |= _named("accuracy_delta accuracy_delta_low accuracy_delta_high", stats.accuracy_delta_interval, items, paired)
-    return fields
-
-
-def _same_items(task: ZeroshotResult) -> tuple[Any, ...]:
-    """What two results must share to be paired."""
-    return task.task, task.version, task.metric, task.num_fewshot, tuple((item.id, item.hash) for item in task.items)
-
-
-def _speed(result: SpeedResult, is_reference: bool) -> dict[str, Any]:
-    if not result.points:
-        return {}
-    point = result.points[0]
-    fields: dict[str, Any] = {"speed_point": f"batch {point.batch}, prompt {point.prompt}, new {point.new_tokens}"}
-    fields |= _named("prefill_ms prefill_low prefill_high", _median, point.candidate.prefill_ms)
-    fields |= _named("decode_tokens_per_s decode_low decode_high", _rate, point.candidate.decode_ms)
-    if is_reference:
-        fields["speedup"] = 1.0
-    elif point.reference:
-        fields |= _named("speedup speedup_low speedup_high", stats.paired_speedup, point.candidate.decode_ms, point.reference.decode_ms)
-    return fields
-
-
-def _median(values: list[float]) -> tuple[float, float, float]:
-    low, high = stats.median_interval(values)
-    return median(values), low, high
-
-
-def _relative(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Perplexity above the reference in per cent, and the bounds of their ratio."""
-    ratio, low, high = stats.perplexity_ratio_interval(ours, theirs)
-    return 100 * (ratio - 1), low, high
-
-
-def _rate(milliseconds: list[float]) -> tuple[float, ...]:
-    """Tokens per second with bounds, from milliseconds per token."""
-    middle, low, high = _median(milliseconds)
-    return tuple(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low))
-
-
-def _named(names: str, function: Callable[..., Sequence[float]], *samples: Any) -> dict[str, float]:
-    """The results of an estimator by name; nothing where the samples do not allow an estimate."""
-    try:
-        return dict(zip(names.split(), function(*samples), strict=True))
-    except ValueError:
-        return {}
-
-
-def _perplexity(result: PerplexityResult) -> float:
-    return next(iter(_named("value", lambda nll: [stats.perplexity(nll)], result.window_nll).values()), math.nan)
-
-
-def _same_corpus(ours: PerplexityResult, candidates: list[PerplexityResult]) -> PerplexityResult | None:
-    """The result on the same windows of the same text, or None: only such may be paired."""
-
-    def protocol(p: PerplexityResult) -> tuple[Any, ...]:
-        return p.protocol, p.corpus_sha256, p.seqlen, p.labels_per_window, len(p.window_nll)
-
-    return next((p for p in candidates if protocol(p) == protocol(ours)), None)
 
 
 def _texts(records: Sequence[Record]) -> dict[str, list[str]]:

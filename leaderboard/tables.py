@@ -32,8 +32,12 @@ __all__ = [
 ]
 
 EMPTY = "–"
-_NAME_AND_NOTES = 36
-_LEAST_FIRST = ("prefill_ms", "disk_bytes", "effective_bits", "weight_bytes", "accuracy", "decode_tokens_per_s")
+_NAME_AND_NOTES = 40
+_LEAST_FIRST = ("prefill_ms", "disk_bytes", "kl_mean", "effective_bits", "weight_bytes", "accuracy", "decode_tokens_per_s")
+RANK = "1 + number of rows with a significantly lower perplexity: paired t-tests over windows, Holm's correction over all pairs, 5 %."
+_READING = (
+    "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error."
+)
 Axis = Literal["weight_bytes", "decode_tokens_per_s"]
 
 
@@ -100,6 +104,16 @@ def decimal(digits: int, scale: float = 1.0, signed: bool = False) -> Callable[[
     return text
 
 
+def p_value(value: float) -> str:
+    """A p-value with two digits; `< 0.001` below that."""
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def p_text(value: float) -> str:
+    """`p = 0.03`, or `p < 0.001`."""
+    return f"p {p_value(value)}" if value < 0.001 else f"p = {p_value(value)}"
+
+
 COLUMNS = (
     Column(
         "perplexity",
@@ -114,6 +128,13 @@ COLUMNS = (
         "Perplexity above the reference on the same windows, in per cent; 95 % paired bootstrap interval.",
         decimal(1, signed=True),
         Bounds("perplexity_delta_low", "perplexity_delta_high"),
+    ),
+    Column(
+        "kl_mean",
+        "KL",
+        "Of the next-token distributions from those of the reference, in nats, mean over the same tokens; 95 % bootstrap interval.",
+        decimal(4),
+        Bounds("kl_low", "kl_high"),
     ),
     Column(
         "accuracy",
@@ -184,7 +205,7 @@ def tables(board: Iterable[Row]) -> list[Table]:
     """Split the rows so that no column mixes two protocols or machines; equal titles get the hash of their protocol."""
     comparable: dict[tuple[str, ...], list[Row]] = {}
     for row in board:
-        comparable.setdefault(_comparable(row), []).append(row)
+        comparable.setdefault(row.table_key, []).append(row)
     groups = list(comparable.values())
     named = [(group[0].model, group[0].suite) for group in groups]
     protocols = {name: {group[0].suite_protocol for group, n in zip(groups, named, strict=True) if n == name} for name in named}
@@ -192,10 +213,6 @@ def tables(board: Iterable[Row]) -> list[Table]:
         Table(group, f" (protocol {group[0].suite_protocol})" if len(protocols[name]) > 1 else "")
         for group, name in zip(groups, named, strict=True)
     ]
-
-
-def _comparable(row: Row) -> tuple[str, ...]:
-    return row.model, row.suite, row.suite_protocol, row.speed, row.speed_protocol, row.device, row.hardware
 
 
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
@@ -247,11 +264,12 @@ def to_markdown(board: Sequence[Row]) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    cells = [["Pipeline", "Engine", *(c.header for c in COLUMNS), "Status and flags"]]
-    cells.append(["---", "---", *("--:" for _ in COLUMNS), "---"])
+    cells = [["#", "Pipeline", "Engine", *(c.header for c in COLUMNS), "Status and flags"]]
+    cells.append(["--:", "---", "---", *("--:" for _ in COLUMNS), "---"])
     for row in table.rows:
         notes = "; ".join(notes_of(row))
-        cells.append([_markdown(row.pipeline), _markdown(row.engine_label), *(c.plus_minus(row) for c in COLUMNS), _markdown(notes)])
+        names = [rank_of(row), _markdown(row.label), _markdown(row.engine_label)]
+        cells.append([*names, *(c.plus_minus(row) for c in COLUMNS), _markdown(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([f"## {_markdown(table.title)}", "", _markdown(table.setting), "", *lines, ""])
 
@@ -262,9 +280,23 @@ def _markdown(text: str) -> str:
 
 
 def notes_of(row: Row) -> list[str]:
-    """What a reader must know about the row: a bad end with its reason, then the flags."""
+    """What a reader must know about the row: a bad end with its reason, then the flags, then what seeds change."""
     ended = [] if row.status == Status.OK else [f"{row.status}: {row.reason}" if row.reason else row.status]
-    return ended + row.flags
+    spread = seed_spread(row)
+    return [*ended, *row.flags, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
+
+
+def seed_spread(row: Row) -> str | None:
+    """Mean-free spread of the perplexity over rows that differ in nothing but seeds; None where there is one row."""
+    if row.perplexity_seed_sd is None or row.perplexity_seed_min is None or row.perplexity_seed_max is None:
+        return None
+    form = decimal(2)
+    between = f"{form(row.perplexity_seed_min)} to {form(row.perplexity_seed_max)}"
+    return f"{between} over {row.replicates} seeds, standard deviation {form(row.perplexity_seed_sd)}"
+
+
+def rank_of(row: Row) -> str:
+    return EMPTY if row.rank is None else str(row.rank)
 
 
 def shorten(text: str, length: int) -> str:
@@ -285,7 +317,7 @@ def to_terminal(board: Sequence[Row]) -> RenderableType:
                 numbers.setdefault(note, len(numbers) + 1)
         notes = [Text(f"{number:>3}  {shorten(note, 300)}", style="dim") for note, number in numbers.items()]
         parts += [_Fitted(table, numbers), *notes, Text("")]
-    return Group(*parts, Text("± is half of the 95 % interval; of the accuracy, one standard error.", style="dim"))
+    return Group(*parts, Text(_READING, style="dim"))
 
 
 @dataclass(frozen=True)
@@ -317,14 +349,15 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
         pad_edge=False,
         collapse_padding=True,
     )
+    printed.add_column("#", justify="right", no_wrap=True)
     printed.add_column("Pipeline", overflow="fold", min_width=12)
     for column in columns:
         printed.add_column(column.header, justify="right", no_wrap=True)
     printed.add_column("Notes", overflow="fold", min_width=10)
     for row in table.rows:
-        name = shorten(row.pipeline, 60) + (f" · {shorten(row.engine_label, 40)}" if table.engines_differ else "")
+        name = shorten(row.label, 60) + (f" · {shorten(row.engine_label, 40)}" if table.engines_differ else "")
         marks = " ".join(str(numbers[note]) for note in notes_of(row))
         notes = " ".join(([] if row.status == Status.OK else [row.status]) + ([f"[{marks}]"] if marks else []))
         style = "bold" if row.is_reference else "" if row.status == Status.OK else "dim"
-        printed.add_row(Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(notes), style=style)
+        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(notes), style=style)
     return printed

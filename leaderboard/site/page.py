@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.record import Status
+from harness.significance import LEVEL
 from leaderboard.figures import FAMILIES, family_of, inline_svg, plottable
 from leaderboard.row import Row
-from leaderboard.tables import COLUMNS, EMPTY, Column, Table, decimal, pareto, shorten, tables
+from leaderboard.tables import COLUMNS, EMPTY, RANK, Column, Table, decimal, p_text, pareto, seed_spread, shorten, tables
 
 _HERE = Path(__file__).parent
 _LONGEST_NAME = 120
@@ -45,6 +46,7 @@ class Line:
     cells: list[Cell]
     reason: str
     flags: list[str]
+    seeds: str
     details: list[tuple[str, str]]
 
     @property
@@ -88,6 +90,7 @@ def render(board: Sequence[Row], unreadable: Sequence[tuple[str, str]] = ()) -> 
     return environment.get_template("page.html.j2").render(
         sections=[_section(table, f"table-{number}") for number, table in enumerate(tables(board), 1)],
         columns=COLUMNS,
+        rank_help=RANK,
         counts=_counts(board),
         unreadable=[(shorten(path, _LONGEST_REMARK), shorten(reason, _LONGEST_REMARK)) for path, reason in unreadable],
         style=Markup((_HERE / "page.css").read_text()),
@@ -116,13 +119,14 @@ def _section(table: Table, name: str) -> Section:
     lines = [
         Line(
             row=row,
-            name=shorten(row.pipeline, _LONGEST_NAME),
+            name=shorten(row.label, _LONGEST_NAME),
             about=shorten(" · ".join(_about(row, table)), _LONGEST_NAME),
             family=family_of(row) if family_of(row) in FAMILIES else "other",
             fronts=[front for front, members in fronts.items() if id(row) in members],
             cells=[_cell(column, row, fastest) for column in COLUMNS],
             reason=shorten(row.reason or "", _LONGEST_REMARK),
             flags=[shorten(flag, _LONGEST_REMARK) for flag in row.flags],
+            seeds=seed_spread(row) or "",
             details=details(row),
         )
         for row in table.rows
@@ -144,18 +148,10 @@ def _cell(column: Column, row: Row, fastest: float) -> Cell:
 
 def details(row: Row) -> list[tuple[str, str]]:
     """What the page says about a row beyond the columns, as pairs of name and text."""
-    signed = decimal(1, 100, signed=True)
-
-    def task(name: str, accuracy: float | None) -> str:
-        delta = row.task_delta.get(name)
-        return f"{name} {_text(decimal(1, 100), accuracy)}" + (f" ({signed(delta)})" if delta is not None else "")
-
     facts = {
         "Status": f"{row.status}: {row.reason}" if row.reason else row.status,
         "Flags": "; ".join(row.flags),
-        "Perplexity": ", ".join(f"{corpus} {_text(decimal(2), value)}" for corpus, value in row.perplexities.items()),
-        "Accuracy % (against the reference)": ", ".join(task(name, value) for name, value in row.task_accuracy.items()),
-        "Accuracy difference": _span(signed, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points"),
+        **_quality(row),
         "Speed at": row.speed_point,
         "Kernels": row.kernel,
         "Smaller on disk by": _text(decimal(2), row.compression_ratio, " ×"),
@@ -163,14 +159,67 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Compression took": _text(decimal(1), row.compress_seconds, " s"),
         "Peak memory of the compression": _text(decimal(0, 1e-6), row.peak_memory_bytes, " MB"),
         "Source precision": row.source_precision,
-        "Calibration": row.calibration,
-        "Seed": str(row.seed),
+        "Calibration": " · ".join(part for part in (row.calibration_text, row.calibration) if part),
+        "Seed": f"{row.seed}" + ("" if row.calibration_seed is None else f", of the calibration text {row.calibration_seed}"),
         "Hardware": row.hardware,
         "Keys": f"compress {row.keys.compress} · quality {row.keys.quality} · speed {row.keys.speed}",
         "Provenance": " · ".join(f"{name} {value}" for name, value in row.provenance.items()),
         "Command": row.command,
     }
     return [(name, shorten(value, _LONGEST_DETAIL)) for name, value in facts.items() if value and value != EMPTY]
+
+
+def _quality(row: Row) -> dict[str, str | None]:
+    points, nats = decimal(1, 100, signed=True), decimal(4)
+    rank = "" if row.rank is None else f"{row.rank} by perplexity"
+    by_accuracy = "" if row.accuracy_rank is None else f"{row.accuracy_rank} by right answers"
+    percent = decimal(1, signed=True)
+    above = (
+        [] if row.perplexity_delta_percent is None else [f"{row.corpus} {percent(row.perplexity_delta_percent)} %{_p(row.perplexity_p)}"]
+    )
+    further = row.ood_perplexity_delta_percent
+    elsewhere = [f"out of domain: {_list(percent, further, ' %')}"] if further else []
+    return {
+        "Rank": ", ".join(filter(None, (rank, by_accuracy))),
+        "Perplexity": _list(decimal(2), row.perplexity_by_protocol),
+        "Perplexity above the reference": "; ".join(above + elsewhere),
+        "Perplexity over seeds": seed_spread(row),
+        "KL from the reference": _span(nats, row.kl_mean, row.kl_low, row.kl_high, " nats")
+        + ("" if row.kl_p99 is None else f", 99th percentile {nats(row.kl_p99)}"),
+        "Same most likely token": _text(decimal(1, 100), row.top1_agreement, " %"),
+        "Change of the true token's probability": _text(decimal(2, 100), row.delta_p, " points"),
+        "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),
+        "Accuracy difference": _span(points, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points"),
+        "Changed answers": ""
+        if row.flips_to_wrong is None
+        else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",
+        "Groups of tasks %": ", ".join(_changed(group, value, row.group_delta.get(group)) for group, value in row.group_accuracy.items())
+        + ("" if row.group_spread is None else f"; changes spread over {decimal(1, 100)(row.group_spread)} points"),
+        "Worst task": ""
+        if row.worst_task is None
+        else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
+        "Test text in the calibration text": _text(decimal(2, 100), row.calibration_overlap, " % of its n-grams"),
+    }
+
+
+def _task(row: Row, name: str) -> str:
+    p_value = row.task_p.get(name)
+    mark = f", {p_text(p_value)}" if p_value is not None and p_value < LEVEL else ""
+    return _changed(name, row.task_accuracy[name], row.task_delta.get(name), mark)
+
+
+def _changed(name: str, accuracy: float | None, delta: float | None, mark: str = "") -> str:
+    """`name 41.2 (−3.1, p = 0.02)`, in per cent."""
+    change = "" if delta is None else f" ({decimal(1, 100, signed=True)(delta)}{mark})"
+    return f"{name} {_text(decimal(1, 100), accuracy)}{change}"
+
+
+def _list(form: Callable[[float], str], values: Mapping[str, float | None], unit: str = "") -> str:
+    return ", ".join(f"{name} {_text(form, value, unit)}" for name, value in values.items())
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f" ({p_text(value)})"
 
 
 def _text(form: Callable[[float], str], value: float | None, unit: str = "") -> str:

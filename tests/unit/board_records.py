@@ -13,14 +13,20 @@ from harness.record import (
     ArtefactFile,
     CellIdentity,
     CompressResult,
+    DivergenceResult,
+    DocumentResult,
+    EnergyResult,
     Evidence,
     Failure,
     Keys,
+    LargestBatch,
     LayerEvidence,
     MemoryResult,
     PerplexityResult,
+    Probe,
     QualityResult,
     Record,
+    Roofline,
     Samples,
     SpeedPointResult,
     SpeedResult,
@@ -32,7 +38,7 @@ from harness.record import (
 
 DENSE_BYTES = 269_060_552
 WINDOWS = 48
-TASKS = ("cause_and_effect", "goal_step", "social_iqa")
+TASKS = ("bb_general_knowledge", "bb_step_inference", "bb_social_iqa")
 HARDWARE = {"cpu": "Example CPU 9000", "cpu_flags": ["avx2", "fma"], "cores": 2, "memory_bytes": 8 * 2**30, "gpus": []}
 PROVENANCE = {
     "slimbench": "0.1.0",
@@ -227,6 +233,7 @@ def _compress(spec: Spec) -> CompressResult:
 def _quality(spec: Spec, rng: np.random.Generator) -> QualityResult:
     return QualityResult(
         perplexity=[_perplexity(spec, corpus, rng) for corpus in spec.corpora],
+        documents=[_documents(spec, spec.corpora[0])],
         zeroshot=[_task(task, spec.accuracy + offset, rng) for task, offset in zip(TASKS, (0.1, -0.05, -0.02), strict=True)],
         evidence=_evidence(spec, spec.flags),
         load_seconds=1.0,
@@ -245,6 +252,38 @@ def _perplexity(spec: Spec, corpus: str, rng: np.random.Generator) -> Perplexity
         window_nll=nll,
         labels_per_window=spec.seqlen - 1,
         perplexity=math.exp(sum(nll) / len(nll)),
+        divergence=None if spec.family == "reference" else _divergence(spec),
+    )
+
+
+def _divergence(spec: Spec) -> DivergenceResult:
+    rng = np.random.default_rng(int(short_hash(ascii(spec.pipeline), "divergence"), 16))
+    kl = (math.log(spec.loss) + 0.001) * rng.gamma(20, 0.05, WINDOWS)
+    return DivergenceResult(
+        top_k=512,
+        kl=kl.tolist(),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(9 * kl.mean()),
+        top1_agreement=np.exp(-kl).tolist(),
+        delta_p=(0.1 * np.sqrt(kl)).tolist(),
+    )
+
+
+def _documents(spec: Spec, corpus: str) -> DocumentResult:
+    rng = np.random.default_rng(len(corpus))
+    words = rng.integers(40, 900, 20)
+    nll = words * (3.9 + 1.4 * math.log(spec.loss) + rng.normal(0, 0.3, 20))
+    return DocumentResult(
+        corpus=corpus,
+        protocol="document-1",
+        corpus_sha256=short_hash(ascii(corpus)),
+        nll=nll.tolist(),
+        tokens=(words * 4 // 3).tolist(),
+        words=words.tolist(),
+        bytes=(words * 6).tolist(),
+        word_perplexity=float(np.exp(nll.sum() / words.sum())),
+        byte_perplexity=float(np.exp(nll.sum() / words.sum() / 6)),
+        bits_per_byte=float(nll.sum() / words.sum() / 6 / math.log(2)),
     )
 
 
@@ -292,12 +331,25 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
                 new_tokens=32,
                 candidate=Samples(prefill_ms=around(4 * spec.decode_ms), decode_ms=around(spec.decode_ms)),
                 reference=Samples(prefill_ms=around(184.0), decode_ms=around(46.0)),
-                warmup_ms=900.0,
+                first_call_ms=900.0,
+                probes=[Probe(copy_gbs=gbs, matmul_gflops=gflops, seconds=t) for gbs, gflops, t in ((10.6, 96.0, 0.0), (11.0, 99.0, 9.0))],
+                half_widths={"decode": 0.021, "prefill": 0.027, "reference_decode": 0.019, "speedup": 0.024},
                 stopped="target",
+                kv_cache_bytes=3_317_760,
+                roofline=Roofline(weight_bytes=DENSE_BYTES, cache_bytes=3_317_760, bound_ms=24.8, fraction=24.8 / spec.decode_ms),
+                energy=EnergyResult(reason="RAPL not readable: Permission denied"),
+                load={"other_cores": 0.02, "steal": 0.0, "load_average": 2.1},
             )
         ],
-        memory=MemoryResult(weight_bytes=round(DENSE_BYTES * spec.size), process_bytes=900_000_000, process_peak_bytes=1_000_000_000),
+        memory=MemoryResult(
+            weight_bytes=round(DENSE_BYTES * spec.size),
+            kv_cache_bytes=3_686_400,
+            activation_bytes=41_000_000,
+            process_bytes=900_000_000,
+            process_peak_bytes=1_000_000_000,
+        ),
         evidence=_evidence(spec, spec.flags),
         copy_bandwidth_gbs=11.0,
+        largest_batch=LargestBatch(batch=64, limited_by="cap", bytes_per_sequence=6_100_000),
         flags=["load average 3.1 on 2 cores while measuring"] if spec.pipeline == "nf4" else [],
     )

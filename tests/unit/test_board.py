@@ -68,10 +68,40 @@ def test_a_cell_joins_its_stages_and_its_reference() -> None:
     assert row.hardware == "Example CPU 9000 · 2 threads · 8 GB"
 
 
-def test_the_reference_has_speedup_one_and_no_difference() -> None:
+def test_the_reference_is_measured_against_itself_and_has_no_difference_in_quality() -> None:
     row = row_of(records(Spec()) + records(GPTQ), "dense")
-    assert row.is_reference and row.speedup == 1.0
-    assert (row.speedup_low, row.perplexity_delta_percent, row.accuracy_delta, row.task_delta) == (None, None, None, {})
+    assert row.is_reference and row.speedup_low < row.speedup < row.speedup_high  # type: ignore[operator]
+    assert row.speedup == pytest.approx(1.0, abs=0.05)
+    assert (row.perplexity_delta_percent, row.accuracy_delta, row.task_delta) == (None, None, {})
+
+
+def test_a_reference_that_was_not_measured_against_itself_has_no_speedup() -> None:
+    dense = records(Spec())
+    dense[2].speed.points[0].reference = None  # type: ignore[union-attr]
+    assert row_of(dense, "dense").speedup is None
+
+
+def test_every_point_of_the_speed_grid_is_on_the_row() -> None:
+    made = records(GPTQ)
+    head = made[2].speed.points[0]  # type: ignore[union-attr]
+    made[2].speed.points.append(head.model_copy(update={"batch": 4, "roofline": None}))  # type: ignore[union-attr]
+    row = row_of(made, "gptq")
+    first, second = row.speed_points
+    assert (first["batch"], second["batch"], first["prompt"]) == (1, 4, 128)
+    assert first["decode_tokens_per_s"] == row.decode_tokens_per_s == row.throughput_tokens_per_s
+    assert second["throughput_tokens_per_s"] == pytest.approx(4 * row.throughput_tokens_per_s)  # type: ignore[operator]
+    assert (row.roofline_fraction, second["roofline_fraction"]) == (head.roofline.fraction, None)
+    assert (row.largest_batch, row.kv_cache_bytes, row.energy_j_per_token) == (64, 3_686_400, None)
+
+
+def test_too_few_samples_have_no_interval() -> None:
+    made = records(GPTQ)
+    point = made[2].speed.points[0]  # type: ignore[union-attr]
+    for samples in (point.candidate, point.reference):
+        del samples.prefill_ms[5:], samples.decode_ms[5:]
+    row = row_of(made, "gptq")
+    assert row.speedup is not None and row.decode_tokens_per_s is not None
+    assert row.prefill_low is row.decode_low is row.speedup_low is row.speedup_high is None
 
 
 def test_without_its_reference_a_row_has_no_difference() -> None:
@@ -220,9 +250,10 @@ def test_markdown_reads_back() -> None:
     lines = [line for line in to_markdown(made).splitlines() if line.startswith("| ")]
     header, body = lines[0], lines[2:]
     cells = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body]
-    assert len(header.split("|")) - 2 == len(COLUMNS) + 3
-    assert [cell[0] for cell in cells] == [row.pipeline for row in made]
-    assert [cell[2] for cell in cells] == [COLUMNS[0].plus_minus(row) for row in made]
+    assert len(header.split("|")) - 2 == len(COLUMNS) + 4
+    assert [cell[0] for cell in cells] == [EMPTY if row.rank is None else str(row.rank) for row in made]
+    assert [cell[1] for cell in cells] == [row.pipeline for row in made]
+    assert [cell[3] for cell in cells] == [COLUMNS[0].plus_minus(row) for row in made]
     assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, multinomial
 
 from harness import stats
 
-RUNS = 1500
+RUNS = 1000
 PAIRED_SAMPLES = [stats.paired_delta_interval, stats.perplexity_ratio_interval, stats.paired_speedup]
 
 
@@ -19,9 +19,14 @@ def covers(interval: tuple[float, float], truth: float) -> bool:
     return interval[0] <= truth <= interval[1]
 
 
-def coverage(interval: Callable[[np.random.Generator], tuple[float, float]], truth: float) -> float:
+def draw(rng: np.random.Generator) -> int:
+    """A seed for the bootstrap: few resamples of one fixed draw would shift the coverage of every run alike."""
+    return int(rng.integers(2**31))
+
+
+def coverage(interval: Callable[[np.random.Generator], tuple[float, float]], truth: float, runs: int = RUNS) -> float:
     rng = np.random.default_rng(7)
-    return sum(covers(interval(rng), truth) for _ in range(RUNS)) / RUNS
+    return sum(covers(interval(rng), truth) for _ in range(runs)) / runs
 
 
 @pytest.mark.parametrize("n", [6, 9, 20, 25, 100])
@@ -162,3 +167,85 @@ def test_a_against_a_is_rarely_called_faster_even_when_the_machine_drifts() -> N
         return stats.paired_speedup(*(drift * rng.lognormal(3, 0.05, 25) for _ in range(2)))[1:]
 
     assert 0.95 <= coverage(interval, 1.0) <= 0.97
+
+
+def test_document_perplexity_weighs_documents_by_their_length() -> None:
+    mean, low, high = stats.document_perplexity_interval([30.0, 400.0], [10.0, 100.0])
+    assert mean == pytest.approx(math.exp(430 / 110))
+    assert low == pytest.approx(math.exp(3)) and high == pytest.approx(math.exp(4))
+    assert all(map(math.isnan, stats.document_perplexity_interval([30.0], [10.0])[1:]))
+    with pytest.raises(ValueError, match="unit"):
+        stats.document_perplexity_interval([1.0, 2.0], [0.0, 1.0])
+
+
+def test_the_ratio_of_document_perplexities_is_paired() -> None:
+    rng = np.random.default_rng(3)
+    words = rng.integers(50, 500, 30).astype(float)
+    theirs = words * rng.normal(4, 0.5, 30)
+    ours = theirs + words * rng.normal(0.1, 0.01, 30)
+    ratio, low, high = stats.document_ratio_interval(ours, theirs, words)
+    alone = [stats.document_perplexity_interval(nll, words) for nll in (ours, theirs)]
+    assert ratio == pytest.approx(alone[0][0] / alone[1][0])
+    assert low < math.exp(0.1) < high < 1.02 * low and alone[0][2] > 1.1 * alone[0][1]
+
+
+@pytest.mark.parametrize(("documents", "lengths"), [(10, 0.5), (40, 1.2)])
+def test_coverage_of_the_ratio_of_document_perplexities(documents: int, lengths: float) -> None:
+    def interval(rng: np.random.Generator) -> tuple[float, float]:
+        words = rng.lognormal(5, lengths, documents)
+        theirs = words * rng.normal(4, 0.5, documents)
+        ours = theirs + words * (0.3 + rng.normal(0, 0.1, documents))
+        return stats.document_ratio_interval(ours, theirs, words, resamples=600, seed=draw(rng))[1:]
+
+    assert 0.93 <= coverage(interval, math.exp(0.3), runs=2000) <= 0.97
+
+
+def test_flips_interval_holds_the_difference_and_shrinks_with_items() -> None:
+    low, high = stats.flips_interval(14, 4, 100)
+    assert low < -0.1 < high < 0
+    assert stats.flips_interval(0, 0, 64)[0] < 0 < stats.flips_interval(0, 0, 64)[1], "no change is no proof of equality"
+    assert np.diff(stats.flips_interval(140, 40, 1000)) < high - low
+    with pytest.raises(ValueError, match="do not fit"):
+        stats.flips_interval(3, 2, 4)
+
+
+@pytest.mark.parametrize("lost_and_won", [(0.02, 0.02), (0.15, 0.15), (0.2, 0.1), (0.3, 0.1)])
+def test_exact_coverage_of_the_flips_interval(lost_and_won: tuple[float, float]) -> None:
+    """Every outcome by its probability, so without simulation error."""
+    items, (lost, won) = 48, lost_and_won
+    counts = np.array([(i, j, items - i - j) for i in range(items + 1) for j in range(items + 1 - i)])
+    chances = multinomial.pmf(counts, items, (lost, won, 1 - lost - won))
+    likely = chances > 1e-7
+    for level, worst in ((0.95, 0.94), (0.995, 0.993)):
+        inside = [covers(stats.flips_interval(int(i), int(j), items, level), won - lost) for i, j, _ in counts[likely]]
+        assert chances[likely] @ inside >= worst
+
+
+@pytest.mark.parametrize(("tasks", "items", "redrawn"), [(1, 64, 0.1), (5, 32, 0.2)])
+def test_a_against_a_is_rarely_called_more_accurate(tasks: int, items: int, redrawn: float) -> None:
+    def interval(rng: np.random.Generator) -> tuple[float, float]:
+        theirs = rng.random((tasks, items)) < 0.5
+        ours = np.where(rng.random((tasks, items)) < redrawn, rng.random((tasks, items)) < 0.5, theirs)
+        return stats.accuracy_delta_interval(ours.astype(float), theirs.astype(float), resamples=1000)[1:]
+
+    assert coverage(interval, 0.0) >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / RUNS)
+
+
+def test_indirect_speedup_is_the_ratio_of_both_speedups() -> None:
+    reference = [20.0, 22.0, 18.0, 20.0, 20.0, 21.0, 19.0, 20.0]
+    ratio, low, high = stats.indirect_speedup(([10.0] * 8, reference), ([5.0] * 6, reference[:6]))
+    assert ratio == 0.5
+    assert 0.4 < low <= 0.5 <= high < 0.6
+    assert all(map(math.isnan, stats.indirect_speedup(([10.0], [20.0]), ([5.0] * 6, reference[:6]))[1:]))
+    with pytest.raises(ValueError, match="above zero"):
+        stats.indirect_speedup(([0.0, 1.0], [1.0, 1.0]), ([1.0, 1.0], [1.0, 1.0]))
+
+
+@pytest.mark.parametrize("pairs", [(6, 6), (21, 30)])
+def test_coverage_of_the_indirect_speedup_between_machines_in_different_states(pairs: tuple[int, int]) -> None:
+    def interval(rng: np.random.Generator) -> tuple[float, float]:
+        slow, fast = np.linspace(1.2, 1.5, pairs[0]), np.linspace(1.0, 0.9, pairs[1])
+        times = [(s * rng.lognormal(1, 0.05, len(s)), s * rng.lognormal(2, 0.05, len(s))) for s in (slow, fast)]
+        return stats.indirect_speedup(times[0], times[1], resamples=500, seed=draw(rng))[1:]
+
+    assert 0.93 <= coverage(interval, 1.0) <= 0.98
