@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel
 
 from harness.record import ArtefactFile
+from tasks.archive import hash_file
 from tasks.assets import cache_dir
 
 MANIFEST = "artefact.json"
@@ -43,9 +44,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def files(folder: Path) -> list[ArtefactFile]:
-    """The files of an artefact with their sizes in bytes, its manifest left out."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return [ArtefactFile(name=p.relative_to(folder).as_posix(), bytes=p.stat().st_size) for p in found]
+    """The files of an artefact with their sizes in bytes and hashes, its manifest left out."""
+    found = sorted(_content(folder))
+    return [ArtefactFile(name=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=hash_file(p)) for p in found]
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the files of an artefact, its manifest left out."""
+    return sum(path.stat().st_size for path in _content(folder))
+
+
+def _content(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
 @contextmanager

@@ -112,6 +112,6 @@ def check(name: str) -> dict[str, Any]:
             "effective_bits": found.effective_bits,
             "sparsity": found.sparsity,
             "kernel": found.kernel,
-            "flags": flags(claim, found),
+            "flags": flags(claim, found, artefact.disk_bytes(out)),
             "finite": bool(torch.isfinite(logits).all()),
         }

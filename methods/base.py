@@ -171,6 +171,8 @@ class Claim:
         pattern: `n:m` where the zeros follow a semi-structured pattern.
         activation_bits: Bits of the activations entering compressed layers; None if they keep their dtype.
         simulated: The numbers are rounded but stored in the source dtype, so no speed may be claimed.
+        training_tokens: Tokens of all gradient steps; 0 without training.
+        trained_parameters: Parameters that were updated by gradient descent.
     """
 
     format: str
@@ -180,7 +182,29 @@ class Claim:
     pattern: str | None = None
     activation_bits: int | None = None
     simulated: bool = False
+    training_tokens: int = 0
+    trained_parameters: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+
+    def then(self, later: Claim) -> Claim:
+        """The claim of a pipeline whose next step claims `later`.
+
+        The later step wins where it claims something, its grid (bits, group size, simulated or not) as a whole; what it is
+        silent on still holds. Training adds up.
+        """
+        grid = self if later.bits is None else later
+        return Claim(
+            format=later.format,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            sparsity=self.sparsity if later.sparsity is None else later.sparsity,
+            pattern=self.pattern if later.pattern is None else later.pattern,
+            activation_bits=self.activation_bits if later.activation_bits is None else later.activation_bits,
+            simulated=grid.simulated or later.simulated,
+            training_tokens=self.training_tokens + later.training_tokens,
+            trained_parameters=self.trained_parameters + later.trained_parameters,
+            details=self.details | later.details,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

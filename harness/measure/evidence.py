@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.measure import operators
+from harness.measure.zeros import Zeros, holds, zeros
 from harness.record import Evidence, LayerEvidence
 
-_PRODUCTS = ("mm", "matmul", "linear", "gemm", "gemv", "dequant", "bmm")
 _NESTING = 3
+_DENSE_BITS = 16
+_PRODUCTS = ("linear", "head")
 
 
 def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
@@ -24,48 +27,130 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
 
     Args:
         module: A causal language model; its leaf modules hold the weights.
-        decode_step: Runs one decode step; called twice, since some libraries repack in the first.
+        decode_step: Runs one decode step; called several times, since some libraries repack in the first.
     """
     decode_step()
-    operators, materialised = _observe(module, decode_step)
-    layers, counted = _layers(module)
+    found = _layers(module)
+    tensors = [tensor for layer in module.modules() for tensor in resident_tensors(layer)]
+    resident = {operators.storage_pointer(tensor) for tensor in tensors}
+    step = operators.observe([layer.module for layer in found if layer.role in _PRODUCTS], resident, decode_step)
+    layers = _merge(found, step)
     linear = [layer for layer in layers if layer.role == "linear"]
     weights = sum(layer.parameters for layer in linear)
     probed = [layer for layer in linear if layer.zeros is not None]
     probed_weights = sum(layer.parameters for layer in probed)
     return Evidence(
         weight_bytes=sum(layer.bytes for layer in layers),
-        parameters=counted,
+        parameters=sum(layer.parameters for layer in layers),
         effective_bits=8 * sum(layer.bytes for layer in linear) / weights if weights else None,
         sparsity=sum((layer.zeros or 0) * layer.parameters for layer in probed) / probed_weights if probed_weights else None,
         layers=layers,
-        kernel=_kernel(operators),
-        operators=dict(operators.most_common(12)),
-        materialised_bytes=materialised,
+        kernel=_kernel(found, step),
+        operators=dict(step.operators.most_common(12)),
+        kernels=operators.device_kernels(decode_step, next((t.device for t in tensors), torch.device("cpu"))),
+        materialised_bytes=sum(step.layers[id(x.module)].expanded_bytes for x in found if x.fell_back(step)),
     )
 
 
-def flags(claim: dict[str, Any], evidence: Evidence) -> list[str]:
-    """One line for each point in which claim and evidence differ."""
-    found: list[str] = []
+def flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | None = None) -> list[str]:
+    """One line for each point in which claim and evidence differ.
+
+    Args:
+        disk_bytes: Size of the artefact's files: tells an artefact that was never packed from one that the loader expanded.
+    """
+    linear = [layer for layer in evidence.layers if layer.role == "linear"]
+    return [
+        *_storage_flags(claim, evidence, disk_bytes),
+        *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
+        *_compute_flags(claim, linear),
+        *(["simulated: rounded numbers in dense storage"] if claim.get("simulated") else []),
+    ]
+
+
+def _storage_flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | None) -> Iterator[str]:
     bits, stored = claim.get("bits"), evidence.effective_bits
-    if bits is not None and stored is not None and not claim.get("simulated"):
-        overhead = 48 / claim["group_size"] if claim.get("group_size") else 0.5
-        if stored > bits + overhead:
-            found.append(f"claims {bits:g} bits, stores {stored:.1f}")
-    sparsity, zeros = claim.get("sparsity"), evidence.sparsity
-    if sparsity is not None and zeros is not None and zeros < sparsity - 0.01:
-        found.append(f"claims {sparsity:.0%} zeros, has {zeros:.0%}")
-    pattern = claim.get("pattern")
-    if pattern is not None:
-        broken = [x for x in evidence.layers if x.role == "linear" and x.zeros is not None and x.pattern != pattern]
-        found += [f"{pattern} mask does not hold in {sum(x.count for x in broken)} layers"] if broken else []
-        found += [f"{pattern} mask without a sparse kernel"] if evidence.kernel and "sparse" not in evidence.kernel else []
-    if claim.get("simulated"):
-        found.append("simulated: rounded numbers in dense storage")
-    if evidence.materialised_bytes and bits is not None:
-        found.append(f"dequantizes to dense on every step ({evidence.materialised_bytes / 1e6:.0f} MB written)")
-    return found
+    if bits is None or stored is None or claim.get("simulated"):
+        return
+    overhead = 48 / claim["group_size"] if claim.get("group_size") else 0.5
+    if stored <= bits + overhead:
+        return
+    on_disk = _bits_on_disk(evidence, disk_bytes)
+    if on_disk is None or on_disk > (bits + stored) / 2:
+        yield f"claims {bits:g} bits, stores {stored:.1f}"
+    elif stored < _DENSE_BITS:
+        yield f"packed on disk, {stored:.1f} bits in memory: expanded at load"
+    else:
+        yield "packed on disk, dense in memory: dequantized at load"
+
+
+def _bits_on_disk(evidence: Evidence, disk_bytes: int | None) -> float | None:
+    """Bits per weight of the linear layers on disk, if everything else lies there as it does in memory."""
+    weights = sum(layer.parameters for layer in evidence.layers if layer.role == "linear")
+    others = sum(layer.bytes for layer in evidence.layers if layer.role != "linear")
+    return None if disk_bytes is None or not weights else 8 * (disk_bytes - others) / weights
+
+
+def _zeros_flags(claim: dict[str, Any], evidence: Evidence, probed: list[LayerEvidence]) -> Iterator[str]:
+    sparsity, pattern = claim.get("sparsity"), claim.get("pattern")
+    if (sparsity is not None or pattern is not None) and not probed:
+        yield "zeros cannot be read in memory"
+        return
+    if sparsity is not None and evidence.sparsity is not None and evidence.sparsity < sparsity - 0.01:
+        yield f"claims {sparsity:.0%} zeros, has {evidence.sparsity:.0%}"
+    if pattern is None:
+        return
+    total = sum(layer.count for layer in probed)
+    try:
+        whole = sum(count for layer in probed for found, count in layer.patterns.items() if holds(pattern, found))
+    except ValueError as error:
+        yield f"{pattern} mask is not checked: {error}"
+    else:
+        if whole < total:
+            yield f"{pattern} mask does not hold in {total - whole} of {total} layers"
+    if evidence.kernel and "sparse" not in evidence.kernel:
+        yield f"{pattern} mask without a sparse kernel"
+
+
+def _compute_flags(claim: dict[str, Any], linear: list[LayerEvidence]) -> Iterator[str]:
+    total = sum(layer.count for layer in linear)
+    if fallen := sum(layer.fallback_layers for layer in linear):
+        yield f"fell back to dequantize + dense matmul in {fallen} of {total} layers"
+    if (bits := claim.get("activation_bits")) is None or claim.get("simulated"):
+        return
+    compute: Counter[str] = sum((Counter(layer.compute) for layer in linear), Counter())
+    wider = {dtype: count for dtype, count in compute.items() if 8 * getattr(torch, dtype).itemsize > bits}
+    if wider:
+        where = f" in {sum(wider.values())} of {total} layers" if sum(wider.values()) < total else ""
+        yield f"claims {bits}-bit activations, computes in {' and '.join(wider)}{where}"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One leaf of the module tree: what it holds, what its weights are, and how it multiplied."""
+
+    module: torch.nn.Module
+    role: str
+    parameters: int
+    dtypes: Counter[str]
+    zeros: Zeros | None
+
+    @property
+    def bytes(self) -> int:
+        return self.dtypes.total()
+
+    def fell_back(self, step: operators.Step) -> bool:
+        """Whether it holds less than 16 bits a weight and multiplied with a dense weight made on the spot."""
+        run = step.layers.get(id(self.module))
+        packed = self.role in _PRODUCTS and 8 * self.bytes < _DENSE_BITS * self.parameters
+        return packed and run is not None and run.expanded >= self.parameters
+
+    def operator(self, step: operators.Step) -> str | None:
+        """The operators of its product, None where it did not run."""
+        run = step.layers.get(id(self.module))
+        if run is None:
+            return None
+        name = " + ".join(dict.fromkeys(run.products)) or operators.UNSEEN
+        return f"dequantize + {name}" if self.fell_back(step) else name
 
 
 def resident_tensors(owner: Any, depth: int = _NESTING) -> Iterator[torch.Tensor]:
@@ -90,24 +175,23 @@ def resident_tensors(owner: Any, depth: int = _NESTING) -> Iterator[torch.Tensor
                 yield from resident_tensors(value, depth - 1)
 
 
-def _layers(module: torch.nn.Module) -> tuple[list[LayerEvidence], int]:
+def _layers(module: torch.nn.Module) -> list[_Layer]:
+    """The layers that hold tensors of their own; memory shared with an earlier layer counts there."""
     find_head: Any = getattr(module, "get_output_embeddings", None)
     head = find_head() if find_head else None
     seen: set[int] = set()
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for _, layer in module.named_modules():
+    found: list[_Layer] = []
+    for layer in module.modules():
         fresh: list[torch.Tensor] = []
         for tensor in resident_tensors(layer):
-            pointer = tensor.untyped_storage().data_ptr() if tensor.device.type != "meta" else 0
+            pointer = operators.storage_pointer(tensor)
             if pointer and pointer not in seen:
                 seen.add(pointer)
                 fresh.append(tensor)
         role = _role(layer, layer is head)
-        if not fresh and role == "other":
-            continue
-        groups[type(layer).__name__, role].append(_describe(layer, role, fresh))
-    layers = [_merge(name, role, found) for (name, role), found in groups.items()]
-    return layers, sum(layer.parameters for layer in layers)
+        if fresh or role in ("head", "embedding"):
+            found.append(_describe(layer, role, fresh))
+    return found
 
 
 def _role(layer: torch.nn.Module, is_head: bool) -> str:
@@ -120,94 +204,66 @@ def _role(layer: torch.nn.Module, is_head: bool) -> str:
     return "other"
 
 
-def _describe(layer: Any, role: str, tensors: list[torch.Tensor]) -> dict[str, Any]:
-    sizes: Counter[str] = Counter()
+def _describe(layer: Any, role: str, tensors: list[torch.Tensor]) -> _Layer:
+    dtypes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
-    if role == "linear" or (role == "head" and tensors):
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
+    if role in _PRODUCTS and tensors:
         parameters = layer.in_features * layer.out_features
     else:
         parameters = sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
-    zeros = pattern = None
-    if role == "linear" and (weight := _effective_weight(layer)) is not None:
-        zeros = float((weight == 0).float().mean())
-        pattern = "2:4" if zeros >= 0.5 - 1e-6 and _holds_2_of_4(weight) else None
-    return {"parameters": parameters, "dtypes": sizes, "zeros": zeros, "pattern": pattern}
+    weight = _effective_weight(layer, role) if tensors else None
+    return _Layer(layer, role, parameters, dtypes, None if weight is None else zeros(weight))
 
 
-def _merge(name: str, role: str, found: list[dict[str, Any]]) -> LayerEvidence:
-    parameters = sum(f["parameters"] for f in found)
-    dtypes: Counter[str] = sum((f["dtypes"] for f in found), Counter())
-    total = sum(dtypes.values())
-    probed = [f for f in found if f["zeros"] is not None]
-    weights = sum(f["parameters"] for f in probed)
+def _effective_weight(layer: Any, role: str) -> torch.Tensor | None:
+    """The weight matrix that a layer stands for, None where it cannot be read without running the layer."""
+    if role == "other":
+        return None
+    if hasattr(layer, "dequantize"):
+        return layer.dequantize()
+    shape = (layer.num_embeddings, layer.embedding_dim) if role == "embedding" else (layer.out_features, layer.in_features)
+    weight = getattr(layer, "weight", None)
+    return weight.detach() if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == shape else None
+
+
+def _merge(found: list[_Layer], step: operators.Step) -> list[LayerEvidence]:
+    groups: dict[tuple[str, str], list[_Layer]] = defaultdict(list)
+    for layer in found:
+        groups[type(layer.module).__name__, layer.role].append(layer)
+    return [_class(name, role, layers, step) for (name, role), layers in groups.items()]
+
+
+def _class(name: str, role: str, layers: list[_Layer], step: operators.Step) -> LayerEvidence:
+    parameters = sum(layer.parameters for layer in layers)
+    dtypes: Counter[str] = sum((layer.dtypes for layer in layers), Counter())
+    probed = [(layer.zeros, layer.parameters) for layer in layers if layer.zeros is not None]
+    weights = sum(count for _, count in probed)
+    patterns = Counter(z.pattern for z, _ in probed)
+    runs = [step.layers[id(layer.module)] for layer in layers if id(layer.module) in step.layers]
     return LayerEvidence(
         layer=name,
         role=role,
-        count=len(found),
+        count=len(layers),
         parameters=parameters,
-        bytes=total,
+        bytes=dtypes.total(),
         dtypes=dict(dtypes),
-        bits_per_weight=8 * total / parameters if parameters else 0.0,
-        zeros=sum(f["zeros"] * f["parameters"] for f in probed) / weights if weights else None,
-        pattern="2:4" if probed and all(f["pattern"] == "2:4" for f in probed) else None,
+        bits_per_weight=8 * dtypes.total() / parameters if parameters else 0.0,
+        zeros=sum(z.fraction * count for z, count in probed) / weights if weights else None,
+        pattern=next(iter(patterns)) if len(patterns) == 1 else None,
+        patterns={pattern: count for pattern, count in patterns.most_common() if pattern},
+        compute=dict(Counter(run.dtype for run in runs if run.dtype)),
+        operators=dict(Counter(operator for layer in layers if (operator := layer.operator(step)))),
+        fallback_layers=sum(layer.fell_back(step) for layer in layers),
     )
 
 
-def _effective_weight(layer: Any) -> torch.Tensor | None:
-    """The weight matrix [out, in] that a layer stands for, None where it cannot be read without running the layer."""
-    if hasattr(layer, "dequantize"):
-        return layer.dequantize()
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == (layer.out_features, layer.in_features):
-        return weight.detach()
-    return None
-
-
-def _holds_2_of_4(weight: torch.Tensor) -> bool:
-    if weight.shape[1] % 4:
-        return False
-    return bool(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all())
-
-
-class _Observer(TorchDispatchMode):
-    """Counts operators and the bytes of new tensors that have the shape of a weight matrix."""
-
-    def __init__(self, shapes: set[tuple[int, ...]], known: set[int]) -> None:
-        super().__init__()
-        self.shapes, self.known = shapes, known
-        self.operators: Counter[str] = Counter()
-        self.materialised = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if any(word in name for word in _PRODUCTS):
-            self.operators[name] += 1
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tuple(tensor.shape) in self.shapes:
-                pointer = tensor.untyped_storage().data_ptr()
-                if pointer not in self.known:
-                    self.materialised += tensor.untyped_storage().nbytes()
-        return out
-
-
-def _observe(module: torch.nn.Module, decode_step: Callable[[], Any]) -> tuple[Counter[str], int]:
-    shapes: set[tuple[int, ...]] = set()
-    known: set[int] = set()
-    layer: Any
-    for layer in module.modules():
-        if _role(layer, False) == "linear":
-            shapes |= {(layer.out_features, layer.in_features), (layer.in_features, layer.out_features)}
-        known |= {t.untyped_storage().data_ptr() for t in resident_tensors(layer) if t.device.type != "meta"}
-    observer = _Observer(shapes, known)
-    with observer:
-        decode_step()
-    return observer.operators, observer.materialised
-
-
-def _kernel(operators: Counter[str]) -> str | None:
-    """The operators that did at least a fifth of the products of the step, most frequent first."""
-    total = sum(operators.values())
-    leading = [name for name, count in operators.most_common() if count >= total / 5]
+def _kernel(found: list[_Layer], step: operators.Step) -> str | None:
+    """The operators that multiplied with at least a fifth of the weights inside the blocks, the heaviest first."""
+    weights: Counter[str] = Counter()
+    for layer in found:
+        if layer.role == "linear" and (operator := layer.operator(step)):
+            weights[operator] += layer.parameters
+    counted = weights or step.operators
+    leading = [name for name, count in counted.most_common() if count >= counted.total() / 5]
     return " + ".join(leading) or None
