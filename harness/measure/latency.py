@@ -1,9 +1,14 @@
 """Prefill and decode times over a grid of points, candidate and reference interleaved in one process.
 
 Each sample is one whole run: a prompt is processed (prefill, the time to first token) and `new_tokens` are chosen
-greedily one by one. Samples of candidate and reference alternate in the order A B B A, so that drift of the machine
-falls on both alike. Repetition ends when the 95 % interval of the median decode time is as narrow as asked, or when
-the budget ends. Tokenisation and sampling are excluded; token counts are fixed.
+greedily one by one. Tokenisation and sampling are excluded; token counts are fixed. Runs of candidate and reference
+alternate in the order A B B A B A A B … (Thue–Morse), so that drift of the machine, linear or bent, falls on both alike.
+
+Repetition ends when the 95 % intervals of the medians, and that of the paired speed-up, are as narrow as asked. Looking
+again and again until they are could make intervals too hopeful. Simulated here (four intervals looked at after every
+second pair, at least eight pairs, log-normal noise of 1 to 10 % with and without outliers, tests/unit/test_latency.py) it
+does not: each covers in 95 to 99 %, since order statistics are conservative at the sizes where stopping happens. With a
+first look after six pairs coverage is a point lower.
 """
 
 from __future__ import annotations
@@ -11,19 +16,70 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from harness.config import SpeedConfig, SpeedPoint
 from harness.engines.base import LoadedModel
-from harness.record import Samples, SpeedPointResult
-from harness.stats import median_interval
+from harness.measure import energy, gpu
+from harness.measure.machine import CacheFlush, MachineProbe
+from harness.measure.timer import Timer, timer
+from harness.record import EnergyResult, GpuState, Samples, SpeedPointResult
+from harness.stats import FEWEST_FOR_MEDIAN, median_interval, paired_speedup
 
-_PROBE_BYTES = 64 * 2**20
-_BUSY = 0.25
-_STEAL = 0.05
 _PROBE_EVERY = 4
+
+
+class Throttled(Exception):
+    """No run of a point was fit to be counted; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What is read beside the runs on one device. Not every machine has everything.
+
+    Attributes:
+        meter: Energy counter, or None with the reason in `no_meter`.
+        card: NVML of a CUDA card.
+        flush: Overwrites the last-level cache, where the protocol asks for it.
+    """
+
+    timer: Timer
+    probe: MachineProbe
+    meter: energy.Meter | None = None
+    no_meter: str | None = None
+    card: gpu.Monitor | None = None
+    flush: CacheFlush | None = None
+
+    @classmethod
+    def of(cls, device: torch.device, flush_cache: bool = False) -> Instruments:
+        """Everything that this machine has for a device."""
+        card, meter, missing = gpu.monitor(device), None, None
+        try:
+            meter = energy.meter(device, card)
+        except energy.NotReadable as error:
+            missing = str(error)
+        return cls(timer(device), MachineProbe(device), meter, missing, card, CacheFlush(device) if flush_cache else None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prefill and the decode steps after it: milliseconds, milliseconds a step, joules of the steps, the card at their end."""
+
+    prefill_ms: float
+    decode_ms: float
+    joules: float | None = None
+    state: GpuState | None = None
+
+
+def first_call(model: LoadedModel, point: SpeedPoint) -> float:
+    """Milliseconds of a prefill and a decode step at a point that the model has not run before: compilation, autotuning, repacking."""
+    clock, ids = timer(model.device), prompts(model, point)
+    model.synchronize()
+    start = clock.mark(model.synchronize)
+    model.decode_step(model.prefill(ids))
+    return clock.milliseconds(start, clock.mark(model.synchronize))
 
 
 def measure_point(
@@ -31,108 +87,163 @@ def measure_point(
     reference: LoadedModel | None,
     point: SpeedPoint,
     config: SpeedConfig,
+    instruments: Instruments,
     on_progress: Callable[[float], None],
+    first_call_ms: float | None = None,
 ) -> SpeedPointResult:
     """Measure one point of the grid.
 
     Args:
-        reference: The dense model on the same engine, or None if the candidate is the reference itself.
+        reference: The dense model on the same engine. The candidate itself may take this role too (A/A). None measures the candidate
+            alone.
+        instruments: Those of the candidate's device.
         on_progress: Called with the fraction of the budget that is used.
+        first_call_ms: What `first_call` gave for the candidate at this point; None if it has run here before.
+
+    Raises:
+        Throttled: The card was throttled in every pair of runs.
     """
-    models = [candidate] + ([reference] if reference else [])
-    prompts = torch.randint(0, candidate.vocab_size, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
-    began = time.perf_counter()
-    run_once(candidate, prompts, point.new_tokens)
-    warmup = time.perf_counter() - began
-    for model in models * max(0, config.warmup - 1) + models[1:]:
-        run_once(model, prompts, point.new_tokens)
-    taken = [Samples(prefill_ms=[], decode_ms=[]) for _ in models]
-    probes, began, stopped = [copy_bandwidth()], time.perf_counter(), "max_repeats"
+    ids = prompts(candidate, point)
+    models = [candidate] if reference is None else [candidate, reference]
+    others = [model for model in models if model is not candidate]
+    cache = _cache_halfway(candidate, point)
+    for model in others:
+        first_call(model, point)
+    for model in [candidate, *others] * config.warmup:
+        run_once(model, ids, point.new_tokens, instruments)
+    taken = _Taken([Samples(prefill_ms=[], decode_ms=[]) for _ in models])
+    instruments.probe.restart()
+    probes, stopped, began = [instruments.probe.read()], "max_repeats", time.perf_counter()
     for repeat in range(config.max_repeats):
-        order = range(len(models)) if repeat % 2 == 0 else reversed(range(len(models)))
-        for index in order:
-            prefill, decode = run_once(models[index], prompts, point.new_tokens)
-            taken[index].prefill_ms.append(prefill)
-            taken[index].decode_ms.append(decode)
-        if repeat % _PROBE_EVERY == _PROBE_EVERY - 1:
-            probes.append(copy_bandwidth())
+        taken.add({i: run_once(models[i], ids, point.new_tokens, instruments) for i in order(repeat, len(models))})
         elapsed = time.perf_counter() - began
         on_progress(min(1.0, elapsed / config.budget_s))
+        if repeat % 2 and taken.pairs >= config.min_repeats and precise(half_widths(*taken.samples), config.target):
+            stopped = "target"
+            break
         if elapsed > config.budget_s:
             stopped = "budget"
             break
-        if repeat + 1 >= config.min_repeats and all(_narrow(t.decode_ms, config.target) for t in taken):
-            stopped = "target"
-            break
+        if repeat % _PROBE_EVERY == _PROBE_EVERY - 1:
+            probes.append(instruments.probe.read())
+    probes.append(instruments.probe.read())
+    taken.check()
     return SpeedPointResult(
-        batch=point.batch,
-        prompt=point.prompt,
-        new_tokens=point.new_tokens,
-        candidate=taken[0],
-        reference=taken[1] if reference else None,
-        warmup_ms=1000 * warmup,
+        **point.model_dump(),
+        candidate=taken.samples[0],
+        reference=taken.samples[1] if len(models) > 1 else None,
+        first_call_ms=first_call_ms,
         probes=probes,
+        half_widths=half_widths(*taken.samples),
         stopped=stopped,
+        dropped=taken.dropped,
+        kv_cache_bytes=cache,
+        energy=_energy(instruments, taken.joules, point),
+        gpu=taken.states,
     )
 
 
-def run_once(model: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Milliseconds of one prefill, and mean milliseconds of the decode steps after it."""
+@dataclass
+class _Taken:
+    """What the runs of a point gave so far. Throttled runs are dropped, and with each its neighbour."""
+
+    samples: list[Samples]
+    joules: list[float] = field(default_factory=list)
+    states: list[GpuState] = field(default_factory=list)
+    dropped: int = 0
+
+    @property
+    def pairs(self) -> int:
+        return len(self.samples[0].decode_ms)
+
+    def add(self, runs: dict[int, Run]) -> None:
+        """Keep the runs of one repeat, keyed by the index of their model."""
+        self.states += [run.state for run in runs.values() if run.state]
+        if any(run.state and run.state.slowdowns for run in runs.values()):
+            self.dropped += 1
+            return
+        for index, run in runs.items():
+            self.samples[index].prefill_ms.append(run.prefill_ms)
+            self.samples[index].decode_ms.append(run.decode_ms)
+        if runs[0].joules is not None:
+            self.joules.append(runs[0].joules)
+
+    def check(self) -> None:
+        if not self.pairs:
+            reasons = sorted({reason for state in self.states for reason in state.slowdowns})
+            raise Throttled(f"the card was throttled in all {self.dropped} repeats: {', '.join(reasons)}")
+
+
+def run_once(model: LoadedModel, ids: torch.Tensor, new_tokens: int, instruments: Instruments) -> Run:
+    """One run. Cache flush, energy counter and NVML are read outside the timed regions."""
+    clock, meter = instruments.timer, instruments.meter
+    if instruments.flush:
+        instruments.flush()
     model.synchronize()
-    began = time.perf_counter()
-    step = model.prefill(prompts)
+    began = clock.mark(model.synchronize)
+    step = model.prefill(ids)
+    first = clock.mark(model.synchronize)
     model.synchronize()
-    first = time.perf_counter()
+    before = meter.snapshot() if meter else None
+    start = clock.mark(model.synchronize)
     for _ in range(new_tokens - 1):
         step = model.decode_step(step)
+    end = clock.mark(model.synchronize)
+    state = instruments.card.sample() if instruments.card else None
     model.synchronize()
-    last = time.perf_counter()
-    return 1000 * (first - began), 1000 * (last - first) / (new_tokens - 1)
+    joules = meter.joules(before, meter.snapshot()) if meter else None
+    return Run(clock.milliseconds(began, first), clock.milliseconds(start, end) / (new_tokens - 1), joules, state)
 
 
-def copy_bandwidth() -> float:
-    """GB/s of copying a buffer larger than the caches, bytes read and written counted; the best of three."""
-    source = torch.empty(_PROBE_BYTES // 4, dtype=torch.float32)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - began)
-    return 2 * _PROBE_BYTES / min(times) / 1e9
+def order(repeat: int, models: int) -> list[int]:
+    """Which model runs first in a repeat: A B, B A, B A, A B, … (Thue–Morse), so that also those after a probe are balanced."""
+    return list(range(models))[:: -1 if repeat.bit_count() % 2 else 1]
 
 
-def cache_bytes(model: LoadedModel, point: SpeedPoint) -> int | None:
-    """Bytes of the KV cache after the prompt of a point."""
-    prompts = torch.zeros(point.batch, point.prompt, dtype=torch.int64)
-    return model.cache_bytes(model.prefill(prompts).state)
+def half_widths(candidate: Samples, reference: Samples | None = None) -> dict[str, float | None]:
+    """How precise the medians of a point are: the larger distance of a bound of the 95 % interval, relative to the median.
+
+    Returns:
+        `decode` and `prefill` of the candidate and, with a reference, `reference_decode` and the paired `speedup`; None for fewer
+        than six samples.
+    """
+    found = {"decode": _spread(candidate.decode_ms), "prefill": _spread(candidate.prefill_ms)}
+    if reference:
+        found["reference_decode"] = _spread(reference.decode_ms)
+        enough = len(reference.decode_ms) >= FEWEST_FOR_MEDIAN
+        found["speedup"] = _relative(*paired_speedup(candidate.decode_ms, reference.decode_ms)) if enough else None
+    return found
 
 
-class LoadWatch:
-    """What else ran on the machine between `start` and `read`: other processes' cores, and time stolen by the hypervisor."""
-
-    def __init__(self) -> None:
-        self._own, self._times, self._began = self._own_seconds(), psutil.cpu_times(), time.perf_counter()
-
-    @staticmethod
-    def _own_seconds() -> float:
-        times = psutil.Process().cpu_times()
-        return times.user + times.system
-
-    def read(self) -> tuple[dict[str, float], list[str]]:
-        """Cores used by others and fraction of time stolen, and a flag for each that is high."""
-        wall = time.perf_counter() - self._began
-        now, before = psutil.cpu_times(), self._times
-        idle = {"idle", "iowait", "steal", "guest", "guest_nice"}
-        busy = sum(getattr(now, f) - getattr(before, f) for f in now._fields if f not in idle)
-        others = max(0.0, busy - (self._own_seconds() - self._own)) / wall
-        stolen = (getattr(now, "steal", 0.0) - getattr(before, "steal", 0.0)) / (wall * (psutil.cpu_count() or 1))
-        load = {"other_cores": round(others, 3), "steal": round(stolen, 4), "load_average": psutil.getloadavg()[0]}
-        flags = [f"other load: {others:.1f} cores busy beside the measurement"] if others > _BUSY else []
-        flags += [f"{stolen:.0%} of the time stolen by the hypervisor"] if stolen > _STEAL else []
-        return load, flags
+def precise(widths: dict[str, float | None], target: float) -> bool:
+    """Whether every interval is known and within the target."""
+    return all(width is not None and width <= target for width in widths.values())
 
 
-def _narrow(samples: list[float], target: float) -> bool:
-    low, high = median_interval(samples)
-    return (high - low) / 2 <= target * statistics.median(samples)
+def _spread(samples: list[float]) -> float | None:
+    return _relative(statistics.median(samples), *median_interval(samples)) if len(samples) >= FEWEST_FOR_MEDIAN else None
+
+
+def _relative(middle: float, low: float, high: float) -> float:
+    return max(high - middle, middle - low) / middle
+
+
+def prompts(model: LoadedModel, point: SpeedPoint) -> torch.Tensor:
+    """Random token ids, int64 [batch, prompt], the same for every model of one vocabulary."""
+    return torch.randint(0, model.vocab_size, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
+
+
+def _cache_halfway(model: LoadedModel, point: SpeedPoint) -> int | None:
+    step = model.prefill(prompts(model, point))
+    for _ in range(point.new_tokens // 2):
+        step = model.decode_step(step)
+    return model.cache_bytes(step.state)
+
+
+def _energy(instruments: Instruments, joules: list[float], point: SpeedPoint) -> EnergyResult:
+    if instruments.meter is None:
+        return EnergyResult(reason=instruments.no_meter)
+    tokens = len(joules) * point.batch * (point.new_tokens - 1)
+    if sum(joules) <= 0:
+        return EnergyResult(source=instruments.meter.source, reason="the counter did not move during the decode steps")
+    return EnergyResult(joules_per_token=sum(joules) / tokens, tokens=tokens, source=instruments.meter.source)

@@ -1,31 +1,121 @@
-"""What the process holds: resident set and its peak on the CPU side, the allocator's figures on CUDA."""
+"""Where the bytes are while a model generates: weights, KV cache, the rest; and what allocator, system and driver see."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import psutil
 import torch
 
+from harness.config import SpeedPoint
+from harness.engines.base import LoadedModel, Step
+from harness.measure.gpu import Monitor
+from harness.measure.latency import prompts
 from harness.record import MemoryResult
 
+_T = TypeVar("_T")
 
-def measure(weight_bytes: int, kv_cache_bytes: int | None, device: torch.device) -> MemoryResult:
-    """Split the memory of this process; call it before anything but the candidate is loaded.
+
+@dataclass(frozen=True)
+class Peak(Generic[_T]):
+    """Bytes in use before some work, the most in use during it (None where that cannot be known), and what the work returned."""
+
+    before: int
+    highest: int | None
+    result: _T
+
+
+def measure(model: LoadedModel, point: SpeedPoint, weight_bytes: int, card: Monitor | None = None) -> MemoryResult:
+    """Split the memory of one steady run; call it while nothing but the candidate is loaded, after its first call.
 
     Args:
+        point: The headline point.
         weight_bytes: Sum of the resident tensors of the model.
-        kv_cache_bytes: KV cache at the headline point.
+        card: NVML of the device, where it is a CUDA card.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    reserved = None
-    if device.type == "cuda":
-        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    resident, highest_so_far = resident_bytes(), _highest_resident()
+    peak = peak_of(model.device, lambda: _generate(model, point))
+    cache = model.cache_bytes(peak.result.state)
+    extra = None if peak.highest is None or cache is None else max(0, peak.highest - peak.before - cache)
+    on_card = model.device.type == "cuda"
     return MemoryResult(
         weight_bytes=weight_bytes,
-        kv_cache_bytes=kv_cache_bytes,
-        process_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss,
-        process_peak_bytes=peak,
-        reserved_bytes=reserved,
+        kv_cache_bytes=cache,
+        activation_bytes=extra,
+        process_bytes=resident,
+        process_peak_bytes=max(resident, highest_so_far, _highest_resident(), resident_bytes()),
+        device_used_bytes=peak.highest if on_card else None,
+        reserved_bytes=torch.cuda.memory_reserved(model.device) if on_card else None,
+        device_process_bytes=card.process_bytes() if card else None,
     )
+
+
+def peak_of(device: torch.device, work: Callable[[], _T]) -> Peak[_T]:
+    """Do some work and see the most memory in use meanwhile: by the allocator on CUDA, by the process elsewhere.
+
+    On Linux the kernel's peak of the resident set is reset beforehand, and memory that the C library keeps for later is
+    given back, so that it does not hide what the work needs. Elsewhere the peak is unknown.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        torch.cuda.synchronize(device)
+        return Peak(before, torch.cuda.max_memory_allocated(device), result)
+    _give_back()
+    known = _reset_peak()
+    before = psutil.Process().memory_info().rss
+    result = work()
+    return Peak(before, _status_bytes("VmHWM") if known else None, result)
+
+
+def resident_bytes() -> int:
+    """Resident set of this process and its children."""
+    total = psutil.Process().memory_info().rss
+    for child in psutil.Process().children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def _generate(model: LoadedModel, point: SpeedPoint) -> Step:
+    step = model.prefill(prompts(model, point))
+    for _ in range(point.new_tokens - 1):
+        step = model.decode_step(step)
+    return step
+
+
+def _highest_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _give_back() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak() -> bool:
+    """Set the kernel's peak of this process to its present resident set; false where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmHWM") is not None
+    except OSError:
+        return False
+
+
+def _status_bytes(field: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None

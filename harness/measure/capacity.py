@@ -1,0 +1,75 @@
+"""The largest batch that fits: doubled from one sequence until memory, a cap or the time ends."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from harness.config import SpeedPoint
+from harness.engines.base import LoadedModel, Step
+from harness.measure.latency import prompts
+from harness.measure.memory import peak_of, resident_bytes
+from harness.record import LargestBatch
+
+_SHARE = 0.9
+
+
+def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes: int, budget_s: float) -> LargestBatch:
+    """Run one prefill and one decode step with 1, 2, 4, … sequences of the prompt of a point.
+
+    On CUDA memory ends where the allocator says so. A CPU has no such end that a process would survive, so the next peak is
+    predicted from the growth between the last two, and a batch whose peak would exceed 90 % of the memory is not tried.
+
+    Args:
+        cap: Highest batch to try.
+        memory_bytes: What the process may use on a CPU.
+        budget_s: Seconds after which no further batch is tried.
+    """
+    began = time.perf_counter()
+    batch, seen = 1, [(0, _in_use(model.device))]
+    while True:
+        if model.device.type == "cpu" and _predicted(seen, batch) > _SHARE * memory_bytes:
+            return _result(seen, "memory")
+        try:
+            seen.append((batch, _peak(model, point.model_copy(update={"batch": batch}))))
+        except (torch.OutOfMemoryError, MemoryError):
+            return _result(seen, "memory")
+        finally:
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if batch >= cap:
+            return _result(seen, "cap")
+        if time.perf_counter() - began > budget_s:
+            return _result(seen, "budget")
+        batch = min(2 * batch, cap)
+
+
+def _predicted(seen: list[tuple[int, int]], batch: int) -> float:
+    """Peak of a batch, on the line through the last two (batch, peak); with one of them, what is in use now."""
+    last, peak = seen[-1]
+    return peak + _slope(seen[-2:]) * (batch - last)
+
+
+def _slope(seen: list[tuple[int, int]]) -> float:
+    """Bytes for each sequence between the first and the last (batch, peak); never negative."""
+    (first, low), (last, high) = seen[0], seen[-1]
+    return max(0.0, (high - low) / (last - first)) if last > first else 0.0
+
+
+def _result(seen: list[tuple[int, int]], limited_by: str) -> LargestBatch:
+    growth = round(_slope(seen[-2:])) if len(seen) > 2 else None
+    return LargestBatch(batch=seen[-1][0], limited_by=limited_by, bytes_per_sequence=growth)  # type: ignore[arg-type]
+
+
+def _peak(model: LoadedModel, point: SpeedPoint) -> int:
+    def work() -> tuple[Step, int]:
+        step = model.decode_step(model.prefill(prompts(model, point)))
+        return step, _in_use(model.device)
+
+    peak = peak_of(model.device, work)
+    return peak.highest if peak.highest is not None else peak.result[1]
+
+
+def _in_use(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()

@@ -1,0 +1,140 @@
+"""The state of the machine while it measures: what it can do at this moment, its caches, and what else runs on it."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from harness.measure.gpu import Monitor
+from harness.measure.timer import timer
+from harness.record import Probe
+
+_BUSY = 0.25
+_STEAL = 0.05
+_BUFFER = 128 * 2**20
+_CACHES = 4
+_BEST_OF = 5
+_SIDE = {"cpu": 768, "cuda": 4096}
+_UNKNOWN_CACHE = 32 * 2**20
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the L3 of one processor complex or of a card's L2; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def _bytes(text: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([KMG]?)\s*", text).groups()  # type: ignore[union-attr]
+    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+
+
+class CacheFlush:
+    """Writes zeros over twice the last-level cache, so that the next run finds none of the weights in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(2 * last_level_cache(device), dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
+class MachineProbe:
+    """Copy bandwidth and a matrix product on a device, each the best of five.
+
+    The copy goes from one buffer to another, each at least four times the last-level cache and written beforehand (untouched
+    memory is one page of zeros, read from the cache). Bytes read and bytes written are both counted. The product is of square
+    float32 matrices, some ten milliseconds on two cores and a few on a card.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._timer = timer(device)
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        size = max(_BUFFER, _CACHES * last_level_cache(device))
+        self._source, self._target = (torch.ones(size // 4, device=device) for _ in range(2))
+        side = _SIDE.get(device.type, _SIDE["cpu"])
+        self._left, self._right, self._product = (torch.ones(side, side, device=device) for _ in range(3))
+        self._began = time.perf_counter()
+        self._copy()
+        self._multiply()
+
+    def restart(self) -> None:
+        """Count the seconds of the readings from this moment on."""
+        self._began = time.perf_counter()
+
+    def read(self) -> Probe:
+        """Measure now."""
+        seconds = time.perf_counter() - self._began
+        copy, product = math.inf, math.inf
+        for _ in range(_BEST_OF):
+            copy = min(copy, self._timed(self._copy))
+            product = min(product, self._timed(self._multiply))
+        return Probe(
+            copy_gbs=2 * self._source.nbytes / copy / 1e6,
+            matmul_gflops=2 * self._left.shape[0] ** 3 / product / 1e6,
+            seconds=seconds,
+        )
+
+    def _copy(self) -> None:
+        self._target.copy_(self._source)
+
+    def _multiply(self) -> None:
+        torch.mm(self._left, self._right, out=self._product)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        self._wait()
+        start = self._timer.mark()
+        work()
+        return self._timer.milliseconds(start, self._timer.mark())
+
+
+class LoadWatch:
+    """What else runs on the machine between its making and `read`.
+
+    Everything that this process, its threads and its children do counts as its own; the probes are among it.
+
+    Args:
+        card: The card in use, to see the other processes on it.
+    """
+
+    def __init__(self, card: Monitor | None = None) -> None:
+        self._card = card
+        self._own, self._times, self._began = _own_seconds(), psutil.cpu_times(), time.perf_counter()
+
+    def read(self) -> tuple[dict[str, float], list[str]]:
+        """Cores used by others, fraction of time stolen by the hypervisor, load average, other GPU processes; flags where one is high."""
+        wall = time.perf_counter() - self._began
+        now, before = psutil.cpu_times(), self._times
+        idle = {"idle", "iowait", "steal", "guest", "guest_nice"}
+        busy = sum(getattr(now, f) - getattr(before, f) for f in now._fields if f not in idle)
+        others = max(0.0, busy - (_own_seconds() - self._own)) / wall
+        stolen = (getattr(now, "steal", 0.0) - getattr(before, "steal", 0.0)) / (wall * (psutil.cpu_count() or 1))
+        load = {"other_cores": round(others, 3), "steal": round(stolen, 4), "load_average": psutil.getloadavg()[0]}
+        flags = [f"other load: {others:.1f} cores busy beside the measurement"] if others > _BUSY else []
+        flags += [f"{stolen:.0%} of the time stolen by the hypervisor"] if stolen > _STEAL else []
+        if self._card:
+            load["other_gpu_processes"] = strangers = self._card.other_processes()
+            flags += [f"other load: {strangers} other processes on the card"] if strangers else []
+        return load, flags
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process, of its ended children and of those still running."""
+    me = psutil.Process()
+    times = me.cpu_times()
+    seconds = times.user + times.system + times.children_user + times.children_system
+    for child in me.children(recursive=True):
+        try:
+            used = child.cpu_times()
+            seconds += used.user + used.system + used.children_user + used.children_system
+        except psutil.Error:
+            continue
+    return seconds

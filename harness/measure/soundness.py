@@ -1,0 +1,88 @@
+"""Checks of speed figures: the roofline that none can break, and one line for each fact that makes a figure doubtful."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+
+from harness.record import Evidence, Probe, Roofline, SpeedPointResult, SpeedResult
+from harness.stats import FEWEST_FOR_MEDIAN, paired_speedup
+
+DRIFT = 0.15
+"""Change of the machine probe within a point, relative to its median, above which the point is flagged."""
+
+_EXPERTS = re.compile("expert|moe", re.IGNORECASE)
+
+
+def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool) -> None:
+    """Complete a result whose points are measured: best copy bandwidth, rooflines, highest load, flags.
+
+    Args:
+        disturbances: For each point the flags of its `LoadWatch`.
+        cache_size: Bytes of the last-level cache.
+        is_reference: Candidate and reference are the same loaded model.
+    """
+    result.copy_bandwidth_gbs = max(probe.copy_gbs for point in result.points for probe in point.probes)
+    for point, seen in zip(result.points, disturbances, strict=True):
+        point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, cache_size)
+        result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
+        result.flags += flags(point, seen, is_reference)
+
+
+def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, cache_size: int) -> Roofline:
+    """The least time that a decode step can take at the measured copy bandwidth, and the fraction of it that was reached.
+
+    Every weight that is resident is read once for the batch, the KV cache once for each sequence. Of an embedding table only a
+    few rows are read, unless it is the head too. There is no such bound where all of it fits into the cache, or where
+    only some of the experts of a mixture are read.
+
+    Args:
+        evidence: Of the loaded candidate; gives the bytes of each kind of layer.
+        copy_gbs: Best copy bandwidth seen, GB/s.
+        cache_size: Bytes of the last-level cache.
+
+    Source: Williams, Waterman and Patterson, Roofline, CACM 2009.
+    """
+    tied = not any(layer.bytes for layer in evidence.layers if layer.role == "head")
+    weights = sum(layer.bytes for layer in evidence.layers if layer.role != "embedding" or tied)
+    found = Roofline(weight_bytes=weights, cache_bytes=point.kv_cache_bytes)
+    if any(_EXPERTS.search(layer.layer) for layer in evidence.layers):
+        found.reason = "a mixture of experts reads only some of its weights in each step"
+    elif point.kv_cache_bytes is None:
+        found.reason = "the engine does not show the size of its KV cache"
+    elif weights + point.kv_cache_bytes <= cache_size:
+        found.reason = "weights and KV cache fit into the last-level cache"
+    else:
+        found.bound_ms = (weights + point.kv_cache_bytes) / copy_gbs / 1e6
+        found.fraction = found.bound_ms / statistics.median(point.candidate.decode_ms)
+    return found
+
+
+def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bool) -> list[str]:
+    """What makes the figures of a point doubtful, one line each.
+
+    Args:
+        disturbances: What `LoadWatch` saw while the point was measured.
+        is_reference: Candidate and reference are the same loaded model (A/A), so that the true speed-up is 1.
+    """
+    found = list(disturbances)
+    if is_reference and point.reference and len(point.reference.decode_ms) >= FEWEST_FOR_MEDIAN:
+        ratio, low, high = paired_speedup(point.candidate.decode_ms, point.reference.decode_ms)
+        if not low <= 1 <= high:
+            found.append(f"A/A: the reference differs from itself by {abs(ratio - 1):.1%}; the machine was not steady")
+    found += [f"the machine's {name} changed by {drift:.0%}" for name, drift in _drift(point.probes).items() if drift > DRIFT]
+    if point.roofline and point.roofline.fraction is not None and point.roofline.fraction > 1:
+        found.append(f"roofline: {point.roofline.fraction:.0%} of the measured bandwidth: a defect of the measurement")
+    if point.dropped:
+        found.append(f"{point.dropped} pairs of runs dropped: the card was throttled")
+    return [f"{text} ({point.batch}×{point.prompt}+{point.new_tokens})" for text in found]
+
+
+def _drift(probes: Sequence[Probe]) -> dict[str, float]:
+    """Range over median of each kind of reading."""
+    kinds = {
+        "copy bandwidth": [p.copy_gbs for p in probes],
+        "matrix product": [p.matmul_gflops for p in probes if p.matmul_gflops is not None],
+    }
+    return {name: (max(values) - min(values)) / statistics.median(values) for name, values in kinds.items() if values}

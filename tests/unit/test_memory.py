@@ -1,0 +1,84 @@
+"""The memory split and the largest batch, on real allocations of this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.config import SpeedPoint
+from harness.engines.base import Step
+from harness.engines.transformers import TransformersModel, load_pretrained
+from harness.measure import memory
+from harness.measure.capacity import largest_batch
+from harness.measure.memory import measure, peak_of
+from tests.unit.test_latency import Clock, Simulated
+
+CPU = torch.device("cpu")
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> TransformersModel:
+    return TransformersModel(load_pretrained(tiny, "cpu"), "cpu")
+
+
+def test_the_split_adds_up(model: TransformersModel) -> None:
+    config, weights = model.module.config, sum(p.nbytes for p in model.module.parameters())
+    split = measure(model, SpeedPoint(batch=2, prompt=64, new_tokens=8), weights)
+    assert split.weight_bytes == weights
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 2 * (64 + 7)
+    assert split.kv_cache_bytes == cache, "keys and values, layers, heads, width, float32, sequences, positions"
+    assert split.process_peak_bytes >= split.process_bytes > weights
+    assert split.device_used_bytes is split.reserved_bytes is split.device_process_bytes is None
+
+
+@pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
+def test_the_peak_is_that_of_the_work_alone() -> None:
+    large = torch.ones(100 * MB, dtype=torch.uint8)
+    del large
+    peak = peak_of(CPU, lambda: len(torch.ones(32 * MB, dtype=torch.uint8)))
+    assert peak.result == 32 * MB
+    assert peak.highest is not None and 30 * MB < peak.highest - peak.before < 48 * MB
+
+
+class Hungry(Simulated):
+    """Takes two megabytes for each sequence, and refuses more than `most` of them."""
+
+    most = 10**9
+
+    def prefill(self, ids: torch.Tensor) -> Step:
+        if len(ids) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Step(torch.zeros(len(ids), 1, dtype=torch.int64), torch.ones(2 * len(ids) * MB, dtype=torch.uint8))
+
+    def decode_step(self, step: Step) -> Step:
+        return step
+
+
+def hungry(most: int = 10**9) -> Any:
+    made = Hungry(Clock(), np.random.default_rng(0), 1.0, 0.0, 0.0)
+    made.most = most
+    return made
+
+
+def test_the_largest_batch_ends_at_the_cap_memory_or_time(model: TransformersModel) -> None:
+    point = SpeedPoint(batch=1, prompt=8, new_tokens=4)
+    room = 100 * 2**30
+    assert largest_batch(model, point, 5, room, 60).model_dump(include={"batch", "limited_by"}) == {"batch": 5, "limited_by": "cap"}
+    refused = largest_batch(hungry(8), point, 64, room, 60)
+    assert (refused.batch, refused.limited_by) == (8, "memory")
+    assert refused.bytes_per_sequence == pytest.approx(2 * MB, rel=0.2)
+    assert largest_batch(hungry(0), point, 64, room, 60).batch == 0
+    late = largest_batch(hungry(), point, 64, room, 0.0)
+    assert (late.batch, late.limited_by, late.bytes_per_sequence) == (1, "budget", None)
+
+
+def test_a_batch_that_would_not_fit_on_a_cpu_is_foreseen() -> None:
+    memory._give_back()
+    room = int((memory.resident_bytes() + 90 * MB) / 0.9)
+    found = largest_batch(hungry(), SpeedPoint(batch=1, prompt=8, new_tokens=4), 1024, room, 60)
+    assert (found.batch, found.limited_by) == (32, "memory"), "64 MB fit, 128 MB would not"
