@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,16 +19,21 @@ from harness.store import Store
 _MARKS = {Status.OK: "[green]ok[/]", Status.UNSUPPORTED: "[yellow]unsupported[/]"}
 
 
+def plan(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Stage]]:
+    """Every stage of the cells and of their references, in the order in which they run."""
+    return ((part, stage) for cell in cells for part in with_reference(cell) for stage in part.stages())
+
+
 class ProgressDisplay:
     """A listener of the runner. Estimates are the mean wall times of recorded stages of the same kind.
 
     Args:
-        cells: The cells that will run; with their references they make the plan.
+        plan: The stages that will run; one that stands there twice runs once.
+        store: Its records tell how long stages take.
     """
 
-    def __init__(self, cells: Iterable[Cell], store: Store, console: Console) -> None:
+    def __init__(self, plan: Iterable[tuple[Cell, Stage]], store: Store, console: Console) -> None:
         self.console = console
-        plan = [(part, stage) for cell in cells for part in with_reference(cell) for stage in part.stages()]
         self._open = {(stage, part.identity.keys.of(stage)): (part, stage) for part, stage in plan}
         self._total = len(self._open)
         self._seconds: dict[Stage, list[float]] = defaultdict(list)

@@ -1,0 +1,82 @@
+"""Virtual environments made on demand, for libraries that are compiled from source or conflict with the others.
+
+An environment lies in the cache, under a name that holds the hash of its requirements; it is made once and then only used.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from harness.config import ConfigError
+from tasks.assets import cache_dir
+from tasks.errors import nearest
+
+CATALOGUE = Path(__file__).with_suffix(".yaml")
+_READY = ".ready"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment of the catalogue: what it is for, and what pip installs into it."""
+
+    name: str
+    description: str
+    requirements: list[str]
+
+    @property
+    def folder(self) -> Path:
+        from harness.cell import digest
+
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return cache_dir() / "environments" / f"{self.name}-{digest([version, self.requirements])}"
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def is_made(self) -> bool:
+        return (self.folder / _READY).is_file()
+
+
+@cache
+def catalogue() -> dict[str, Environment]:
+    """The known environments by name."""
+    return {name: Environment(name, **facts) for name, facts in yaml.safe_load(CATALOGUE.read_text()).items()}
+
+
+def get(name: str) -> Environment:
+    """An environment by name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in catalogue():
+        raise ConfigError(f"no environment '{name}'{nearest(name, catalogue())}")
+    return catalogue()[name]
+
+
+def make(name: str) -> Path:
+    """Make an environment, unless it is there, and return its interpreter; pip's progress goes to the terminal.
+
+    Raises:
+        ConfigError: There is none of that name, or pip could not install it.
+    """
+    from filelock import FileLock
+
+    wanted = get(name)
+    wanted.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{wanted.folder}.lock"):
+        if not wanted.is_made:
+            pip = [str(wanted.python), "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
+            for command in ([sys.executable, "-m", "venv", "--clear", str(wanted.folder)], pip):
+                if code := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+                    raise ConfigError(f"environment '{name}' could not be made: exit code {code} of {Path(command[0]).name} {command[2]}")
+            (wanted.folder / _READY).touch()
+    return wanted.python
