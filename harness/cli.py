@@ -1,4 +1,4 @@
-"""The command line: `slimbench run · sweep · methods · assets · board`.
+"""The command line: `slimbench run · sweep · audit · compare · methods · assets · board · env`.
 
 Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
 """
@@ -26,9 +26,11 @@ app = typer.Typer(
 methods_app = typer.Typer(help="The compression methods: list, show, prove on a tiny model.", no_args_is_help=True)
 assets_app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
 board_app = typer.Typer(help="The leaderboard: build it, or print its table.", no_args_is_help=True)
+env_app = typer.Typer(help="Environments for libraries that need one of their own: list, make.", no_args_is_help=True)
 app.add_typer(methods_app, name="methods")
 app.add_typer(assets_app, name="assets")
 app.add_typer(board_app, name="board")
+app.add_typer(env_app, name="env")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
@@ -60,6 +62,62 @@ def sweep(overrides: Overrides = None) -> None:
     from harness import sweep as sweeps
 
     _measure(sweeps.sweep, overrides)
+
+
+@app.command()
+def audit(
+    results: Results = _DEFAULT_RESULTS,
+    sample: Annotated[int, typer.Option(min=1, help="Records to run again.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    stage: Annotated[list[str] | None, typer.Option(help="Kinds of records: compress, quality, speed; all if none is given.")] = None,
+) -> None:
+    """Run a random sample of a results folder's records again and say which of them reproduce."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from harness import audit as audits
+    from harness.config import ConfigError
+    from harness.record import Stage
+    from tasks.errors import nearest
+
+    for name in stage or []:
+        if name not in list(Stage):
+            raise ConfigError(f"--stage {name} is no valid choice{nearest(name, list(Stage))}")
+    stages = [Stage(name) for name in stage or list(Stage)]
+    verdicts = audits.audit(_folder(results), sample, seed, stages, Console(stderr=True))
+    table = Table("cell", "stage", "verdict", "figures", box=None, header_style="bold")
+    for verdict in verdicts:
+        cell = verdict.record.cell
+        table.add_row(f"{cell.model} · {cell.pipeline}", verdict.record.stage.value, verdict.outcome.value, verdict.detail)
+    _console().print(table)
+    counts = {outcome: sum(v.outcome is outcome for v in verdicts) for outcome in audits.Outcome}
+    print(", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count))
+    raise typer.Exit(1 if counts[audits.Outcome.DIFFERS] else 0)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Pipeline label, such as gptq or 'rtn-4bit(group_size=32)', or the beginning of a key.")],
+    b: Annotated[str | None, typer.Argument(help="The same of the cell to compare with; the reference if none is given.")] = None,
+    results: Results = _DEFAULT_RESULTS,
+    model: Annotated[str | None, typer.Option(help="Only cells of this model.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
+    device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
+    format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
+) -> None:
+    """Compare two cells of one table, paired: a verdict in words, then ratios, intervals and p-values."""
+    import json
+
+    _check_format(format, ("terminal", "json"))
+    records = _records(results)
+    from leaderboard import compare as comparing
+    from leaderboard import verdict
+
+    comparison = comparing.compare(records, a, b, model, suite, device)
+    if format == "terminal":
+        _console().print(verdict.to_terminal(comparison))
+    else:
+        print(json.dumps({"verdict": verdict.verdict(comparison)} | comparison.model_dump(mode="json"), indent=1, ensure_ascii=False))
 
 
 def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] | None) -> NoReturn:
@@ -175,6 +233,27 @@ def assets_verify(names: Annotated[list[str] | None, typer.Argument(help="Assets
     raise typer.Exit(1 if faults else 0)
 
 
+@env_app.command("list")
+def env_list() -> None:
+    """The known environments and whether they are made."""
+    from rich.table import Table
+
+    from harness import environments
+
+    table = Table("environment", "what for", "installs", "made", box=None, header_style="bold")
+    for name, item in environments.catalogue().items():
+        table.add_row(name, item.description, ", ".join(item.requirements).replace("[", "\\["), "yes" if item.is_made else "no")
+    _console().print(table)
+
+
+@env_app.command("make")
+def env_make(name: str) -> None:
+    """Make an environment in the cache, unless it is there, and print its interpreter."""
+    from harness import environments
+
+    print(environments.make(name))
+
+
 @board_app.command("build")
 def board_build(
     results: Results = _DEFAULT_RESULTS, out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board")
@@ -194,11 +273,7 @@ def board_table(
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FORMATS)}.")] = "terminal",
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
-    from harness.config import ConfigError
-    from tasks.errors import nearest
-
-    if format not in _FORMATS:
-        raise ConfigError(f"--format {format} is no valid choice{nearest(format, _FORMATS)}")
+    _check_format(format, _FORMATS)
     rows = _rows(results)
     from leaderboard import tables
 
@@ -208,12 +283,26 @@ def board_table(
         print({"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}[format](rows).rstrip())
 
 
+def _check_format(name: str, formats: Sequence[str]) -> None:
+    from harness.config import ConfigError
+    from tasks.errors import nearest
+
+    if name not in formats:
+        raise ConfigError(f"--format {name} is no valid choice{nearest(name, formats)}")
+
+
 def _rows(results: Path) -> list[Any]:
-    folder = _folder(results)
-    from harness.store import Store
+    records = _records(results)
     from leaderboard import tables
 
-    return tables.rows(Store(folder).scan()[0])
+    return tables.rows(records)
+
+
+def _records(results: Path) -> list[Any]:
+    folder = _folder(results)
+    from harness.store import Store
+
+    return Store(folder).scan()[0]
 
 
 def _folder(results: Path) -> Path:

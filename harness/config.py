@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from tasks.errors import nearest
 
@@ -79,14 +80,41 @@ class EngineConfig(_Strict):
     loaders: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One perplexity measurement of a suite: a corpus under a protocol.
+
+    Attributes:
+        protocol: `window`, `incremental`, `llamacpp` or `document`.
+        seqlen: Tokens of a window; no meaning for documents.
+        limit: Windows or documents at most, None for all.
+    """
+
+    corpus: str
+    protocol: str
+    seqlen: int
+    limit: int | None
+
+
+PROTOCOLS = ("window", "incremental", "llamacpp", "document")
+
+
 class SuiteConfig(_Strict):
     """What quality is measured on, and by which protocol.
 
     Attributes:
         corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
+            The first one is the headline, the others are out-of-domain text beside it.
+        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
+            rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
+            corpus, the others on the first corpus only, on equally many tokens.
         seqlen: Tokens of a window.
-        windows: Windows scored at most, taken evenly over the corpus; None for all.
+        windows: Windows of `seqlen` scored at most, taken evenly over the corpus; None for all.
+        documents: Documents scored at most under `document`, taken evenly; None for all.
+        chunk: Tokens that go through the cache at once under `incremental`.
         add_bos: Put the beginning-of-sequence token before each window.
+        divergence: Compare the next-token distributions with the reference's on the same tokens.
+        top_k: Tokens of the reference's distribution that are kept for it one by one.
         include_path: Folder of lm-eval task YAMLs, or `asset:NAME` for generated ones; None for lm-eval's own.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
@@ -96,14 +124,44 @@ class SuiteConfig(_Strict):
 
     name: str
     corpus: Uris = []
+    protocols: Uris = ["window"]
     seqlen: int = Field(default=512, ge=8)
     windows: int | None = Field(default=None, ge=1)
+    documents: int | None = Field(default=None, ge=1)
+    chunk: int = Field(default=64, ge=1)
     add_bos: bool = False
+    divergence: bool = True
+    top_k: int = Field(default=1024, ge=1)
     include_path: str | None = None
     tasks: Uris = []
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int = Field(default=0, ge=0)
     batch_tokens: int = Field(default=1024, ge=1)
+
+    @field_validator("protocols")
+    @classmethod
+    def _known_protocols(cls, protocols: list[str]) -> list[str]:
+        for text in protocols:
+            name, at, length = text.partition("@")
+            if name not in PROTOCOLS:
+                raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
+            if at and (not length.isdigit() or int(length) < 8 or name == "document"):
+                raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
+        if not protocols or protocols[0] == "document":
+            raise ValueError("the first protocol is the headline and must score windows")
+        return protocols
+
+    def passes(self) -> list[Pass]:
+        """Every perplexity measurement, the headline first."""
+        first, *others = self.protocols
+        return [self._pass(c, first) for c in self.corpus] + [self._pass(self.corpus[0], p) for p in others if self.corpus]
+
+    def _pass(self, corpus: str, protocol: str) -> Pass:
+        name, _, length = protocol.partition("@")
+        if name == "document":
+            return Pass(corpus, name, self.seqlen, self.documents)
+        seqlen = int(length or self.seqlen)
+        return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))
 
     def protocol(self) -> dict[str, Any]:
         """The fields that define the numbers."""
@@ -122,24 +180,46 @@ class SpeedConfig(_Strict):
     """How speed is measured.
 
     Attributes:
-        grid: Points to measure; the first one is the headline.
-        warmup: Uncounted runs before the first sample.
-        min_repeats: Counted runs at least, unless the budget ends.
+        grid: Points to measure. An entry may give several values in a list for any of its fields and then stands for their
+            product. The first point is the headline.
+        warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
+        min_repeats: Counted runs at least, unless the budget ends. Fewer than six samples carry no 95 % interval.
         max_repeats: Counted runs at most.
-        target: Relative half-width of the 95 % interval of the median at which repetition stops.
+        target: Distance of the bounds of the 95 % interval from the median, relative to it, at which repetition stops.
         budget_s: Seconds for each point, reference included.
+        flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.
+        largest_batch: Search the largest batch that fits, up to this one; None for no search.
     """
 
     name: str
     grid: list[SpeedPoint] = Field(min_length=1)
     warmup: int = Field(default=1, ge=0)
-    min_repeats: int = Field(default=6, ge=2)
+    min_repeats: int = Field(default=8, ge=2)
     max_repeats: int = Field(default=100, ge=2)
     target: float = Field(default=0.03, gt=0, lt=1)
     budget_s: float = Field(default=60.0, gt=0)
+    flush_cache: bool = False
+    largest_batch: int | None = Field(default=None, ge=1)
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _product(cls, grid: Any) -> Any:
+        return [point for entry in grid for point in _points(entry)] if isinstance(grid, list) else grid
 
     def protocol(self) -> dict[str, Any]:
+        """The fields that define the numbers."""
         return self.model_dump(exclude={"name"})
+
+
+def _points(entry: Any) -> list[Any]:
+    """The points that an entry of a grid stands for, in the order in which its lists are written."""
+    if not isinstance(entry, dict):
+        return [entry]
+    values = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
+    for key, value in values.items():
+        if not value:
+            raise ValueError(f"the list of '{key}' is empty; give at least one number")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 class DeviceConfig(_Strict):

@@ -7,11 +7,11 @@ every interval on the board can be computed again from the records alone.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Stage(StrEnum):
@@ -69,12 +69,39 @@ class CellIdentity(_Schema):
 class ArtefactFile(_Schema):
     name: str
     bytes: int
+    sha256: str | None = None
+
+
+class CalibrationFacts(_Schema):
+    """The calibration text of a cell and how it was sampled.
+
+    Attributes:
+        source: Spec of the corpus.
+        text_sha256: Hash of the whole text that was sampled from.
+        tokens_sha256: Hash of the token ids in the order in which the method saw them (int64, little-endian).
+    """
+
+    source: str
+    samples: int
+    length: int
+    seed: int
+    fingerprint: str
+    text_sha256: str
+    tokens_sha256: str
 
 
 class CompressResult(_Schema):
     """What `compress` wrote: the claim, the files, and what it cost.
 
-    `seconds` is the wall time of the pipeline, source download excluded; `step_seconds` splits it.
+    Attributes:
+        seconds: Wall time of the pipeline, source download excluded; `step_seconds` splits it.
+        cpu_seconds: User and system time of the process, threads and children included.
+        device_seconds: Wall time × accelerators used; None where the pipeline ran on the CPU.
+        peak_device_bytes: Peak of the accelerator's allocator; None on the CPU, whose peak is the record's.
+        calibration_tokens: Tokens handed to the methods as calibration.
+        training_tokens: Tokens of all gradient steps, as the methods claim them.
+        trained_parameters: Parameters updated by gradient descent, as the methods claim them.
+        tuning_free: No method of the pipeline trains.
     """
 
     claim: dict[str, Any]
@@ -83,15 +110,49 @@ class CompressResult(_Schema):
     dense_bytes: int
     seconds: float
     step_seconds: dict[str, float]
+    cpu_seconds: float | None = None
+    device_seconds: float | None = None
+    peak_device_bytes: int | None = None
     calibration_tokens: int = 0
+    calibration: CalibrationFacts | None = None
+    training_tokens: int = 0
+    trained_parameters: int = 0
+    tuning_free: bool = True
+
+
+class DivergenceResult(_Schema):
+    """Distance of the next-token distributions from the reference's, on the tokens of a perplexity result.
+
+    Attributes:
+        top_k: Tokens of the reference's distribution kept one by one; the others count as one tail.
+        kl: Mean KL(reference ‖ candidate) in nats of each window.
+        kl_mean: Mean over all positions, in nats.
+        kl_p99: 99th percentile over all positions, in nats.
+        top1_agreement: Fraction of positions of each window at which both choose the same token.
+        delta_p: Mean |difference of the probability of the true token| of each window.
+        exact_positions: Positions, spread evenly, whose whole distribution is kept to measure what the tail hides.
+        tail_error: Exact minus approximate mean KL over those positions, in nats: never below 0 but for rounding.
+    """
+
+    top_k: int
+    kl: list[float]
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: list[float]
+    delta_p: list[float]
+    exact_positions: int = 0
+    tail_error: float | None = None
 
 
 class PerplexityResult(_Schema):
-    """Negative log-likelihoods of one corpus under the `window` protocol.
+    """Negative log-likelihoods of one corpus under a protocol of windows with equally many labels.
 
     Attributes:
-        window_nll: Mean NLL of each window in nats, over `seqlen - 1` labels (`seqlen` with BOS).
+        protocol: Name and version: `window-1`, `incremental-1`, `llamacpp-1`.
+        window_nll: Mean NLL of each window in nats, over `labels_per_window` labels.
         corpus_sha256: Hash of the text that was tokenized.
+        divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
+        calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
     """
 
     corpus: str
@@ -101,6 +162,31 @@ class PerplexityResult(_Schema):
     window_nll: list[float]
     labels_per_window: int
     perplexity: float
+    divergence: DivergenceResult | None = None
+    calibration_overlap: float | None = None
+
+
+class DocumentResult(_Schema):
+    """Rolling log-likelihood of whole documents, as lm-eval measures it (protocol `document-1`).
+
+    Attributes:
+        nll: Sum of the negative log-likelihoods of each document in nats.
+        tokens: Tokens, words (lm-eval's split at white space) and UTF-8 bytes of each document.
+        word_perplexity: exp(sum nll / sum words).
+        byte_perplexity: exp(sum nll / sum bytes).
+        bits_per_byte: sum nll / (sum bytes · ln 2).
+    """
+
+    corpus: str
+    protocol: str
+    corpus_sha256: str
+    nll: list[float]
+    tokens: list[int]
+    words: list[int]
+    bytes: list[int]
+    word_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
 
 
 class ZeroshotItem(_Schema):
@@ -113,7 +199,7 @@ class ZeroshotItem(_Schema):
 
 
 class ZeroshotResult(_Schema):
-    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's."""
+    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's; `calibration_overlap` as of a perplexity."""
 
     task: str
     version: str
@@ -123,17 +209,24 @@ class ZeroshotResult(_Schema):
     chance: float | None = None
     num_fewshot: int
     items: list[ZeroshotItem]
+    calibration_overlap: float | None = None
 
 
 class LayerEvidence(_Schema):
-    """What was found in the layers of one class of the loaded artefact.
+    """What was found in the layers of one class and role of the loaded artefact.
 
     Attributes:
+        role: `linear` (inside the blocks), `head`, `embedding` or `other`.
         parameters: Weights that the layers stand for (in × out features).
         bytes: Bytes that they hold in memory, scales and zeros included.
+        dtypes: Those bytes by storage dtype.
         bits_per_weight: 8 · bytes / parameters.
         zeros: Fraction of exact zeros of the effective weights that were probed, None where they were not.
-        pattern: `2:4` where every group of four inputs of every probed layer has at least two zeros.
+        pattern: Pattern of the zeros that all probed layers share, see `harness.measure.zeros`; None without zeros or a shared one.
+        patterns: Probed layers that have zeros, by their pattern.
+        compute: Layers by the dtype in which they multiplied in one decode step.
+        operators: Layers by the operators that multiplied; `unseen` where a kernel was called past torch's dispatcher.
+        fallback_layers: Layers that hold a packed weight and expanded it to a dense one for the product.
     """
 
     layer: str
@@ -145,6 +238,10 @@ class LayerEvidence(_Schema):
     bits_per_weight: float
     zeros: float | None = None
     pattern: str | None = None
+    patterns: dict[str, int] = {}
+    compute: dict[str, int] = {}
+    operators: dict[str, int] = {}
+    fallback_layers: int = 0
 
 
 class Evidence(_Schema):
@@ -155,7 +252,9 @@ class Evidence(_Schema):
         effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart).
         sparsity: Fraction of zeros of the linear layers inside the blocks.
         kernel: Operators that did the matrix products of one decode step, the heaviest first.
-        materialised_bytes: Dense-weight-sized tensors written during one decode step: 0 where weights are used packed.
+        operators: How often each operator that multiplies was called in that step; library operators beside those inside them.
+        kernels: Device kernels of that step in microseconds, the heaviest first; None on a CPU or where profiling is not allowed.
+        materialised_bytes: Dense weights that the step expanded from packed ones, in bytes: 0 where weights are used packed.
         flags: One line for each mismatch of claim and evidence.
     """
 
@@ -166,30 +265,112 @@ class Evidence(_Schema):
     layers: list[LayerEvidence]
     kernel: str | None = None
     operators: dict[str, int] = {}
+    kernels: dict[str, float] | None = None
     materialised_bytes: int | None = None
     flags: list[str] = []
 
 
 class QualityResult(_Schema):
+    """Quality of one artefact. The first perplexity result is the headline.
+
+    Attributes:
+        seconds: Wall time of each part, by name.
+        flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.
+    """
+
     perplexity: list[PerplexityResult] = []
+    documents: list[DocumentResult] = []
     zeroshot: list[ZeroshotResult] = []
     evidence: Evidence
     load_seconds: float
     forward_tokens: int
     seconds: dict[str, float] = {}
+    flags: list[str] = []
 
 
 class Samples(_Schema):
-    """Samples of one point, in the order taken: milliseconds of prefill and mean milliseconds per decoded token of each run."""
+    """Samples of one point in the order taken: milliseconds of prefill, and mean milliseconds of a decode step, of each run.
+
+    A run is one prompt and `new_tokens` greedy tokens. Its decode steps are kept as their mean, not one by one: steps of one
+    run are not independent of each other, runs nearly are, and only independent samples carry an interval.
+    """
 
     prefill_ms: list[float]
     decode_ms: list[float]
 
 
+class Probe(_Schema):
+    """What the machine could do between two bursts of runs.
+
+    Attributes:
+        copy_gbs: Copy bandwidth in GB/s, bytes read and bytes written counted.
+        matmul_gflops: Product of float32 matrices in GFLOP/s; None in records of schema 1.
+        seconds: Since the first counted run of the point; None in records of schema 1.
+    """
+
+    copy_gbs: float
+    matmul_gflops: float | None = None
+    seconds: float | None = None
+
+
+class GpuState(_Schema):
+    """A card at the end of one run, as NVML sees it. `slowdowns` are the reasons for which the run is dropped, if any."""
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+    slowdowns: list[str] = []
+
+
+class Roofline(_Schema):
+    """The least time of a decode step, if all that must be read came at the measured copy bandwidth.
+
+    Attributes:
+        weight_bytes: Resident weights that every step reads: all but an embedding table apart from the head.
+        cache_bytes: KV cache of the batch halfway through decoding.
+        bound_ms: Their sum / best copy bandwidth of the stage.
+        fraction: `bound_ms` / median decode time: the share of the bandwidth that was reached.
+        reason: Why there is no bound.
+    """
+
+    weight_bytes: int
+    cache_bytes: int | None = None
+    bound_ms: float | None = None
+    fraction: float | None = None
+    reason: str | None = None
+
+
+class EnergyResult(_Schema):
+    """Energy of the candidate's decode steps, over all its kept runs: counters are too coarse for a single one.
+
+    Attributes:
+        joules_per_token: Joules / tokens; None with a `reason`.
+        tokens: Tokens decoded while the counter was read, those of all sequences.
+        source: `NVML` or `RAPL`.
+    """
+
+    joules_per_token: float | None = None
+    tokens: int = 0
+    source: str | None = None
+    reason: str | None = None
+
+
 class SpeedPointResult(_Schema):
     """One point of the grid. Sample i of `candidate` and sample i of `reference` were taken one right after the other.
 
-    `probes` are readings of the machine's copy bandwidth in GB/s between bursts.
+    Attributes:
+        reference: The dense model on the same engine; for the reference itself the same loaded model in a second role (A/A).
+        first_call_ms: The candidate's first prefill and decode at this point: compilation, autotuning, repacking. None where it had
+            run before.
+        probes: Readings of the machine before, between and after bursts of runs.
+        half_widths: Larger distance from the median to a bound of its 95 % interval, over the median, of `decode`, `prefill`,
+            `reference_decode` and `speedup`; None where there are too few samples for an interval.
+        stopped: What ended repetition: `target`, `max_repeats` or `budget`.
+        dropped: Pairs that were dropped because the card was throttled in one of their runs.
+        kv_cache_bytes: KV cache of the batch halfway through decoding.
+        load: What else ran on the machine meanwhile.
+        gpu: State of the card at the end of each run, dropped ones included.
     """
 
     batch: int
@@ -197,26 +378,72 @@ class SpeedPointResult(_Schema):
     new_tokens: int
     candidate: Samples
     reference: Samples | None = None
-    warmup_ms: float
-    probes: list[float] = []
+    first_call_ms: float | None = None
+    probes: list[Probe] = []
+    half_widths: dict[str, float | None] = {}
     stopped: str
+    dropped: int = 0
+    kv_cache_bytes: int | None = None
+    roofline: Roofline | None = None
+    energy: EnergyResult | None = None
+    load: dict[str, float] = {}
+    gpu: list[GpuState] = []
 
 
 class MemoryResult(_Schema):
-    """Bytes: resident tensors, KV cache at the headline point, what the OS or driver sees of the process, and its peak."""
+    """Bytes in use while the headline point runs with the candidate alone. What is used stands apart from what is reserved.
+
+    Attributes:
+        weight_bytes: Sum of all resident tensors of the model.
+        kv_cache_bytes: KV cache after the last step of the headline point.
+        activation_bytes: Peak of one steady run above what was in use before it, less the KV cache; None where the system keeps no
+            peak that can be reset.
+        process_bytes: Resident set of the process, children included, before the run.
+        process_peak_bytes: Highest resident set of the process so far, loading included.
+        device_used_bytes: CUDA: peak of the tensors that the allocator holds during the run.
+        reserved_bytes: CUDA: what the allocator holds, used or not.
+        device_process_bytes: CUDA: what NVML sees of the process, context and libraries included.
+    """
 
     weight_bytes: int
     kv_cache_bytes: int | None = None
+    activation_bytes: int | None = None
     process_bytes: int
     process_peak_bytes: int
+    device_used_bytes: int | None = None
     reserved_bytes: int | None = None
+    device_process_bytes: int | None = None
+
+
+class LargestBatch(_Schema):
+    """The largest batch that was seen to run: one prefill of the headline's prompt and one decode step, batches doubled from 1.
+
+    Attributes:
+        batch: 0 where not even one sequence fits.
+        limited_by: `memory`: twice as many do not fit; `cap` or `budget`: they were not tried.
+        bytes_per_sequence: Growth of the peak from the last batch but one to the last, for each sequence; None below two batches.
+    """
+
+    batch: int
+    limited_by: Literal["memory", "cap", "budget"]
+    bytes_per_sequence: int | None = None
 
 
 class SpeedResult(_Schema):
+    """Speed and memory of one artefact. The first point is the headline.
+
+    Attributes:
+        copy_bandwidth_gbs: Best reading of all probes. In schema 1 the source of the copy was untouched memory, so that the figure may
+            be that of a cache.
+        load: Highest reading of the points, by name.
+        flags: One line for each fact that makes a figure doubtful.
+    """
+
     points: list[SpeedPointResult]
     memory: MemoryResult
     evidence: Evidence
     copy_bandwidth_gbs: float
+    largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
     flags: list[str] = []
 
@@ -265,4 +492,15 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
     version = data.get("schema_version", 1)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(f"record schema {version!r} is newer than {SCHEMA_VERSION}; update slimbench")
+    if version < 2:
+        speed = data.get("speed")
+        for point in speed.get("points", []) if isinstance(speed, dict) else []:
+            _point_of_schema_1(point)
     return data
+
+
+def _point_of_schema_1(point: dict[str, Any]) -> None:
+    """Give the fields of a speed point their present names; fields that have them already are left alone."""
+    if "warmup_ms" in point:
+        point["first_call_ms"] = point.pop("warmup_ms")
+    point["probes"] = [{"copy_gbs": probe} if isinstance(probe, int | float) else probe for probe in point.get("probes", [])]

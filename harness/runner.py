@@ -58,15 +58,16 @@ class Runner:
             worker.close()
 
     def _run_one(self, cell: Cell) -> list[Record]:
-        compressed = self._stage(cell, Stage.COMPRESS)
+        compressed = self.stage(cell, Stage.COMPRESS)
         records = [compressed]
         if compressed.status is not Status.OK:
             return records
         for stage in cell.stages()[1:]:
-            records.append(self._stage(cell, stage))
+            records.append(self.stage(cell, stage))
         return records
 
-    def _stage(self, cell: Cell, stage: Stage) -> Record:
+    def stage(self, cell: Cell, stage: Stage) -> Record:
+        """The record of one stage of a cell, run unless there is one to reuse. Errors as of `run`."""
         existing = self._reusable(cell, stage)
         if existing is None:
             with self.store.lock(cell.identity, stage, lambda: self.listener.note(f"{cell.label}: waiting for another run of {stage}")):
@@ -124,11 +125,19 @@ class Runner:
             stage=stage,
             config=cell.config.model_dump(mode="json", by_alias=True),
             keys=cell.identity.keys.model_dump(),
-            reference_key=cell.identity.reference.compress,
+            reference_key=self._reference_key(cell, stage),
             wall_s=cell.config.limits.wall_s,
             memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
         )
         return self._worker(cell).run(task, self.listener.stage_event)
+
+    def _reference_key(self, cell: Cell, stage: Stage) -> str | None:
+        """Compress key of the reference; None where it ended badly, so that a candidate that fits is measured without it."""
+        if not cell.config.is_reference:
+            record = self.store.get(cell.reference().identity, stage)
+            if record is not None and record.status is not Status.OK:
+                return None
+        return cell.identity.reference.compress
 
     def _worker(self, cell: Cell) -> Worker:
         key = (sys.executable, is_offline(cell))
@@ -138,7 +147,8 @@ class Runner:
         """Make artefacts again that are recorded but no longer (or not on this machine) in the cache."""
         if stage is Stage.COMPRESS:
             return None
-        wanted = [cell] + ([cell.reference()] if stage is Stage.SPEED and not cell.config.is_reference else [])
+        alone = cell.config.is_reference or self._reference_key(cell, stage) is None
+        wanted = [cell] if alone else [cell, cell.reference()]
         for part in wanted:
             if artefact.exists(part.identity.keys.compress):
                 continue

@@ -57,7 +57,7 @@ def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
     global _session
     from rich.console import Console
 
-    from harness.progress import ProgressDisplay
+    from harness.progress import ProgressDisplay, plan
     from harness.runner import Runner
 
     for cell in cells:
@@ -65,7 +65,7 @@ def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
     store, console = Store(Path(cells[0].config.results)), Console(stderr=True)
     console.print(f"{len(cells)} cell{'s' * (len(cells) > 1)} → {store.root}/", highlight=False)
     session = _session = _Session()
-    with ProgressDisplay(cells, store, console) as display:
+    with ProgressDisplay(plan(cells), store, console) as display:
         session.runner = Runner(store, display)
         try:
             if multirun is None:
@@ -101,11 +101,11 @@ def job(config: DictConfig) -> None:
 def _alone(cell: Cell) -> None:
     from rich.console import Console
 
-    from harness.progress import ProgressDisplay
+    from harness.progress import ProgressDisplay, plan
     from harness.runner import Runner
 
     store = Store(Path(cell.config.results))
-    with ProgressDisplay([cell], store, Console(stderr=True)) as display:
+    with ProgressDisplay(plan([cell]), store, Console(stderr=True)) as display:
         runner = Runner(store, display)
         try:
             runner.run(cell)

@@ -38,6 +38,8 @@ _PRELOAD = (
     "harness.engines.transformers",
     "harness.measure.perplexity",
     "harness.measure.zeroshot",
+    "harness.measure.documents",
+    "harness.measure.divergence",
     "harness.measure.latency",
 )
 _POLL_S = 0.2
@@ -64,7 +66,7 @@ class Task:
     stage: Stage
     config: dict[str, Any]
     keys: dict[str, str]
-    reference_key: str
+    reference_key: str | None
     wall_s: float
     memory_bytes: int
     log: str = field(default="")

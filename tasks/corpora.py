@@ -27,6 +27,7 @@ SEPARATOR = "\n\n"
 HUB_SPEC = re.compile(r"hf:(?P<path>[^:@]+)(@(?P<revision>[^:]+))?:(?P<config>[^:]*):(?P<split>[^:\[]+(\[[^\]]*\])?):(?P<field>[^:]+)")
 
 WIKIPEDIA = "bigbench-1.0.0/bigbench/benchmark_tasks/paragraph_segmentation/task.json"
+MYSTERIES = "bigbench-1.0.0/bigbench/benchmark_tasks/minute_mysteries_qa/multiplechoice/task.json"
 WIKIPEDIA_ENGLISH = slice(1000, 2000)  # the file holds nine languages, 1,000 documents each; English is the second
 WIKIPEDIA_MIN_CHARS = 500
 WIKIPEDIA_STRIDE = 8
@@ -159,6 +160,12 @@ def _read_wikipedia(folder: Path) -> list[str]:
     return [article for article in articles if len(article) >= WIKIPEDIA_MIN_CHARS][::WIKIPEDIA_STRIDE]
 
 
+def _read_stories(folder: Path) -> list[str]:
+    """The stories of BIG-bench's minute_mysteries_qa task, each once, without their choices and answers."""
+    examples = json.loads((folder / MYSTERIES).read_text(encoding="utf-8"))["examples"]
+    return list(dict.fromkeys(example["input"].strip() for example in examples))
+
+
 def _join_sentences(sentences: str, labels: str) -> str:
     """Running text from one sentence a line; label `1` marks the last sentence of a paragraph.
 
@@ -169,7 +176,7 @@ def _join_sentences(sentences: str, labels: str) -> str:
     return re.sub(r"\(\s*[;,]\s*", "(", re.sub(r"\s*\(\s*[;,]?\s*\)", "", text)).strip()
 
 
-READERS: dict[str, Callable[[Path], list[str]]] = {"lines": _read_lines, "wikipedia": _read_wikipedia}
+READERS: dict[str, Callable[[Path], list[str]]] = {"lines": _read_lines, "stories": _read_stories, "wikipedia": _read_wikipedia}
 
 
 def _parse(spec: str) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from harness.record import Evidence
 
 _PIECE_BYTES = (1 << 23, 1 << 28)  # of float32 logits, on a CPU and elsewhere
+
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called with float32 logits [n, V], their log normalisers [n] and the log-probabilities of the labels [n]."""
 
 
 @dataclass
@@ -43,6 +47,14 @@ class LoadedModel(ABC):
         """
 
     @abstractmethod
+    def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        """Process tokens [B, T] through the KV cache, after those that `state` holds (None: nothing yet).
+
+        Returns:
+            Next-token logits [B, T, V] in the model's dtype, and the state that holds these tokens too.
+        """
+
+    @abstractmethod
     def prefill(self, ids: torch.Tensor) -> Step:
         """Process a prompt [B, T] and choose the first token."""
 
@@ -63,23 +75,36 @@ class LoadedModel(ABC):
         """What was loaded: layers, bytes, bits, zeros, operators."""
 
     def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1].
-
-        The softmax is taken in float32 whatever the model's dtype, a few positions at a time: on a CPU the piece stays in
-        the cache (eight times faster than one that does not), on a GPU memory stays bounded.
-        """
-        logits, targets = self.logits(ids)[:, :-1], ids[:, 1:].to(self.device)
-        rows = max(1, _PIECE_BYTES[self.device.type != "cpu"] // (4 * logits.shape[0] * logits.shape[2]))
-        parts = [
-            -torch.nn.functional.cross_entropy(piece.flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
-            for piece, target in zip(logits.split(rows, 1), targets.split(rows, 1), strict=True)
-        ]
-        return torch.cat(parts, 1).cpu()
+        """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
+        return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the model lives."""
+
+
+def label_logprobs(logits: torch.Tensor, labels: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
+    """Log-probabilities of the labels, float32 [B, T], on the device of the logits.
+
+    The softmax is taken in float32 whatever the model's dtype, a few positions at a time: on a CPU the piece stays in
+    the cache (eight times faster than one that does not), on a GPU memory stays bounded.
+
+    Args:
+        logits: [B, T, V] in the model's dtype.
+        labels: int64 [B, T].
+        observe: Sees each piece before it is gone: positions in the order of `labels.flatten()`.
+    """
+    rows = max(1, _PIECE_BYTES[logits.device.type != "cpu"] // (4 * logits.shape[2]))
+    flat, targets = logits.flatten(0, 1), labels.to(logits.device).flatten()
+    found = []
+    for piece, target in zip(flat.split(rows), targets.split(rows), strict=True):
+        scores = piece.float()
+        norm = torch.logsumexp(scores, -1)
+        found.append(scores.gather(1, target[:, None])[:, 0] - norm)
+        if observe:
+            observe(scores, norm, found[-1])
+    return torch.cat(found).view(labels.shape)
 
 
 class Engine(ABC):

@@ -44,6 +44,11 @@ class TransformersModel(LoadedModel):
         return self.module(ids.to(self._device), use_cache=False, logits_to_keep=keep).logits
 
     @torch.inference_mode()
+    def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        out = self.module(ids.to(self._device), past_key_values=state, use_cache=True)
+        return out.logits, out.past_key_values
+
+    @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> Step:
         return self._greedy(ids.to(self._device), None)
 

@@ -1,7 +1,9 @@
-"""Perplexity under the `window` protocol: disjoint windows of one tokenization, each scored alone.
+"""Perplexity under protocols of windows: disjoint windows of one tokenization, each scored alone.
 
-The protocol of the GPTQ, SparseGPT, Wanda and AWQ papers: documents joined by the corpus' separator, tokenized once,
-cut into windows of `seqlen` tokens, the tail dropped; perplexity is exp of the mean negative log-likelihood.
+`window` is the protocol of the GPTQ, SparseGPT, Wanda and AWQ papers: documents joined by the corpus' separator, tokenized
+once, cut into windows of `seqlen` tokens, the tail dropped; perplexity is exp of the mean negative log-likelihood.
+`incremental` scores the same labels, but feeds each window through the KV cache in chunks, so that a policy that acts on the
+cache is in force. `llamacpp` scores the second half of each window only, as llama.cpp's perplexity tool does.
 """
 
 from __future__ import annotations
@@ -16,57 +18,100 @@ import numpy as np
 import torch
 
 from harness.cell import digest
-from harness.config import SuiteConfig
-from harness.engines.base import LoadedModel
+from harness.config import Pass, SuiteConfig
+from harness.engines.base import LoadedModel, Observer, label_logprobs
 from harness.record import PerplexityResult
 from tasks import assets, corpora
 from tasks.errors import DataError
 
-PROTOCOL = "window-1"
+VERSIONS = {"window": "window-1", "incremental": "incremental-1", "llamacpp": "llamacpp-1"}
 _BATCH_TOKENS = 1024
+
+OnProgress = Callable[[int, int], None]
 
 
 class Diverged(Exception):
     """The model gives no finite likelihood: the artefact is broken, and no number is recorded."""
 
 
-def measure(model: LoadedModel, tokenizer: Any, spec: str, suite: SuiteConfig, on_progress: Callable[[int, int], None]) -> PerplexityResult:
-    """Score a corpus.
+class Windows:
+    """The windows of one pass as token ids, and which of their tokens are labels.
 
     Args:
         tokenizer: The tokenizer of the source model.
-        spec: Which corpus, as `tasks.corpora` names it.
+
+    Attributes:
+        ids: Token ids, int64 [windows, T].
+        first: The first label of each window; all labels after it count.
+
+    Raises:
+        tasks.errors.DataError: The corpus cannot be read or has not one window.
+    """
+
+    def __init__(self, tokenizer: Any, wanted: Pass, suite: SuiteConfig) -> None:
+        tokens, self.text_hash = token_stream(wanted.corpus, tokenizer)
+        windows = cut(tokens, wanted.seqlen, wanted.limit)
+        if not len(windows):
+            raise DataError(f"corpus {wanted.corpus} has {len(tokens)} tokens, fewer than one window of {wanted.seqlen}")
+        self.wanted, self.chunk = wanted, suite.chunk
+        self.ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
+        self.first = 1
+        if wanted.protocol == "llamacpp":
+            self.first = wanted.seqlen // 2 + 1
+            if suite.add_bos:
+                self.ids[:, 0] = tokenizer.bos_token_id
+        elif suite.add_bos:
+            self.ids = torch.cat([torch.full((len(self.ids), 1), tokenizer.bos_token_id), self.ids], 1)
+
+    @property
+    def labels(self) -> int:
+        """Labels of each window."""
+        return self.ids.shape[1] - self.first
+
+    def logits(self, model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, labels, V] of the positions that predict the labels."""
+        if self.wanted.protocol == "incremental":
+            parts, state = [], None
+            for chunk in ids[:, :-1].split(self.chunk, 1):
+                logits, state = model.extend(chunk, state)
+                parts.append(logits)
+            return torch.cat(parts, 1)
+        return model.logits(ids, self.first - 1)[:, :-1]
+
+
+def measure(model: LoadedModel, windows: Windows, on_progress: OnProgress, observe: Observer | None = None) -> PerplexityResult:
+    """Score the windows of a pass.
+
+    Args:
         on_progress: Called with windows done and windows in all.
+        observe: Sees the distributions at every label (see `harness.measure.divergence`).
 
     Raises:
         Diverged: A likelihood is NaN or infinite.
-        tasks.errors.DataError: The corpus cannot be read or has not one window.
     """
-    tokens, text_hash = token_stream(spec, tokenizer)
-    windows = cut(tokens, suite.seqlen, suite.windows)
-    if not len(windows):
-        raise DataError(f"corpus {spec} has {len(tokens)} tokens, fewer than one window of {suite.seqlen}")
-    ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
-    if suite.add_bos:
-        ids = torch.cat([torch.full((len(ids), 1), tokenizer.bos_token_id), ids], 1)
-    batch = max(1, _BATCH_TOKENS // suite.seqlen)
+    ids, wanted = windows.ids, windows.wanted
     nll: list[float] = []
     on_progress(0, len(ids))
-    for part in ids.split(batch):
-        nll += (-model.token_logprobs(part).double().mean(1)).tolist()
+    for part in ids.split(max(1, _BATCH_TOKENS // wanted.seqlen)):
+        logprobs = label_logprobs(windows.logits(model, part), part[:, windows.first :], observe)
+        nll += (-logprobs.double().mean(1)).tolist()
         if not all(map(math.isfinite, nll)):
-            raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {spec}")
+            raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")
         on_progress(len(nll), len(ids))
-    perplexity = math.exp(min(sum(nll) / len(nll), 700.0))
     return PerplexityResult(
-        corpus=spec if not spec.startswith("file:") else f"file:{Path(spec[5:]).name}",
-        protocol=PROTOCOL,
-        corpus_sha256=text_hash,
-        seqlen=suite.seqlen,
+        corpus=public_name(wanted.corpus),
+        protocol=VERSIONS[wanted.protocol],
+        corpus_sha256=windows.text_hash,
+        seqlen=wanted.seqlen,
         window_nll=nll,
-        labels_per_window=ids.shape[1] - 1,
-        perplexity=perplexity,
+        labels_per_window=windows.labels,
+        perplexity=math.exp(min(sum(nll) / len(nll), 700.0)),
     )
+
+
+def public_name(spec: str) -> str:
+    """A corpus as records name it: of a local file no folder."""
+    return spec if not spec.startswith("file:") else f"file:{Path(spec[5:]).name}"
 
 
 def cut(tokens: np.ndarray, seqlen: int, limit: int | None) -> np.ndarray:

@@ -8,16 +8,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
 
 from harness.config import SuiteConfig
 from harness.engines.base import LoadedModel
 from harness.record import ZeroshotItem, ZeroshotResult
 from tasks import zeroshot
+from tasks.overlap import overlap
 
 _HEADLINE = ("acc_norm", "acc", "exact_match")
 
@@ -136,9 +139,16 @@ class EngineLM(TemplateLM):
 
 
 def measure(
-    model: LoadedModel, tokenizer: Any, suite: SuiteConfig, on_progress: Callable[[int, int], None]
+    model: LoadedModel,
+    tokenizer: Any,
+    suite: SuiteConfig,
+    on_progress: Callable[[int, int], None],
+    calibration: NDArray[np.integer[Any]] | None = None,
 ) -> tuple[list[ZeroshotResult], int]:
     """Run the zero-shot tasks of a suite.
+
+    Args:
+        calibration: The cell's calibration tokens [samples, length], to be looked for in the questions.
 
     Returns:
         A result for each task, and the number of tokens that went through the model, padding included.
@@ -156,7 +166,12 @@ def measure(
         bootstrap_iters=100,
         log_samples=True,
     )
-    return [_result(task, out, suite) for task in sorted(out["samples"])], lm.forward_tokens
+    results = [_result(task, out, suite) for task in sorted(out["samples"])]
+    if calibration is not None:
+        for result in results:
+            questions = {sample["arguments"][0][0] for sample in out["samples"][result.task]}
+            result.calibration_overlap = overlap([np.array(lm.tok_encode(text), dtype=np.int64) for text in questions], calibration)
+    return results, lm.forward_tokens
 
 
 def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResult:

@@ -42,7 +42,7 @@ def main() -> None:
         runner.close()
     from harness.config import locate
     from harness.measure import perplexity, zeroshot
-    from harness.stages import _tokenizer
+    from harness.stages.common import tokenizer_of
 
     torch.set_num_threads(cell.config.device.threads or 1)
     source = models.prepare(cell.config.model, lambda phase: None)
@@ -59,9 +59,9 @@ def main() -> None:
         return plain(ids, start)
 
     model.logits = remembering  # type: ignore[method-assign]
-    tokenizer = _tokenizer(source, cell.config)
-    for spec in cell.config.suite.corpus:
-        perplexity.measure(model, tokenizer, spec, cell.config.suite, lambda done, total: None)
+    tokenizer = tokenizer_of(source, cell.config)
+    for wanted in cell.config.suite.passes():
+        perplexity.measure(model, perplexity.Windows(tokenizer, wanted, cell.config.suite), lambda done, total: None)
     zeroshot.measure(model, tokenizer, cell.config.suite, lambda done, total: None)
     began = time.perf_counter()
     for shape, start in calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -15,9 +16,9 @@ import torch
 from harness import artefact
 from harness.cell import Cell, make_cell
 from harness.compose import resolve
-from harness.config import SuiteConfig
+from harness.config import Pass, SuiteConfig
 from harness.engines.transformers import TransformersModel
-from harness.measure import perplexity, zeroshot
+from harness.measure import documents, perplexity, zeroshot
 from tasks import corpora
 from tasks import zeroshot as task_files
 
@@ -57,8 +58,9 @@ def suite(**changes: Any) -> SuiteConfig:
     return resolve([]).suite.model_copy(update=changes)
 
 
-def harness_perplexity(model: Any, tokenizer: Any) -> float:
-    return perplexity.measure(TransformersModel(model, "cpu"), tokenizer, "bigbench-wikipedia", suite(windows=WINDOWS), quiet).perplexity
+def harness_perplexity(model: Any, tokenizer: Any, protocol: str = "window", windows: int = WINDOWS) -> float:
+    (wanted,) = suite(windows=windows, protocols=[protocol]).passes()
+    return perplexity.measure(TransformersModel(model, "cpu"), perplexity.Windows(tokenizer, wanted, suite()), quiet).perplexity
 
 
 def test_perplexity_equals_a_plain_loop(fp32: Any, tokenizer: Any) -> None:
@@ -80,15 +82,54 @@ def test_float32_and_bfloat16_agree(fp32: Any, bf16: Any, tokenizer: Any) -> Non
     assert 8 < low < 40
 
 
+def test_the_cache_gives_the_same_perplexity_as_whole_windows(fp32: Any, tokenizer: Any) -> None:
+    whole, cached = (harness_perplexity(fp32, tokenizer, protocol) for protocol in ("window", "incremental"))
+    assert cached == pytest.approx(whole, rel=1e-4)
+
+
+def test_llamacpp_protocol_equals_llamacpp_on_the_same_file(bf16: Any, tokenizer: Any) -> None:
+    theirs = json.loads((Path(__file__).parents[1] / "parity" / "llamacpp.json").read_text())
+    tokens, text_hash = perplexity.token_stream(theirs["corpus"], tokenizer)
+    assert text_hash == theirs["corpus_sha256"]
+    assert hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest() == theirs["tokens_sha256"]
+    ours = harness_perplexity(bf16, tokenizer, f"llamacpp@{theirs['n_ctx']}", len(theirs["chunk_nll"]))
+    print(f"perplexity of the second halves: {ours:.4f}, {theirs['library']}: {theirs['perplexity']:.4f}")
+    assert ours == pytest.approx(theirs["perplexity"], rel=5e-3)
+
+
+def test_document_perplexity_equals_the_lm_eval_command(smollm2: Path, fp32: Any, tokenizer: Any, tmp_path: Path) -> None:
+    articles = [article for article in corpora.load("bigbench-wikipedia").documents if 2000 < len(article) < 4000][:2]
+    for index, article in enumerate(articles):
+        (tmp_path / f"{index}.txt").write_text(article, encoding="utf-8")
+    wanted = Pass(f"file:{tmp_path}", "document", 512, None)
+    mine, _ = documents.measure(TransformersModel(fp32, "cpu"), tokenizer, wanted, 1024, quiet)
+    data = tmp_path / "articles.jsonl"
+    data.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles))
+    (tmp_path / "task.yaml").write_text(
+        f"task: articles\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    theirs = lm_eval_results(smollm2, "articles", tmp_path, tmp_path / "out")
+    assert mine.word_perplexity == pytest.approx(theirs["word_perplexity,none"], rel=1e-4)
+    assert mine.byte_perplexity == pytest.approx(theirs["byte_perplexity,none"], rel=1e-4)
+    assert mine.bits_per_byte == pytest.approx(theirs["bits_per_byte,none"], rel=1e-4)
+    assert mine.word_perplexity == pytest.approx(math.exp(sum(mine.nll) / sum(mine.words)))
+
+
+def lm_eval_results(model: Path, task: str, include: Path, out: Path, *options: str) -> dict[str, Any]:
+    """What the `lm_eval` command finds for a task with its own model class, in float32."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--include_path", str(include)]
+    command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "4", "--output_path", str(out)]
+    subprocess.run([*command, *options], check=True, capture_output=True, timeout=600)
+    (results,) = out.rglob("results_*.json")
+    return json.loads(results.read_text())["results"][task]
+
+
 def test_zero_shot_equals_the_lm_eval_command(smollm2: Path, fp32: Any, tokenizer: Any, tmp_path: Path) -> None:
     mine, _ = zeroshot.measure(TransformersModel(fp32, "cpu"), tokenizer, suite(tasks=[TASK], limit=ITEMS), quiet)
     folder = task_files.resolve("asset:bigbench")
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", TASK, "--include_path", str(folder)]
-    command += ["--model_args", f"pretrained={smollm2},dtype=float32", "--limit", str(ITEMS), "--device", "cpu", "--batch_size", "4"]
-    command += ["--log_samples", "--output_path", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
-    (results,) = tmp_path.rglob("results_*.json")
-    theirs = json.loads(results.read_text())["results"][TASK]
+    theirs = lm_eval_results(smollm2, TASK, folder, tmp_path, "--limit", str(ITEMS), "--log_samples")
     assert mine[0].accuracy == theirs[f"{mine[0].metric},none"]
     assert mine[0].stderr == pytest.approx(theirs[f"{mine[0].metric}_stderr,none"])
     (samples,) = tmp_path.rglob("samples_*.jsonl")

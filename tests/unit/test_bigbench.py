@@ -72,7 +72,7 @@ def test_written_folder_is_lm_evals_format(tmp_path):
 def test_shipped_tasks_have_their_files_in_the_asset_and_a_measured_score():
     tasks = bigbench.definitions()
     members = assets.catalogue()["bigbench"].members
-    assert {task.member for task in tasks.values()} | {corpora.WIKIPEDIA} == set(members)
+    assert {task.member for task in tasks.values()} | {corpora.WIKIPEDIA, corpora.MYSTERIES} == set(members)
     assert {task.group for task in tasks.values()} == {"knowledge", "language", "reasoning", "social"}
     for name, task in tasks.items():
         assert name.startswith("bb_") and task.measured is not None

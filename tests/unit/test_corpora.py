@@ -103,6 +103,14 @@ def test_sentences_become_paragraphs_without_the_remains_of_markup():
     assert corpora._join_sentences(sentences, "0 1 1") == "Rome is a city. It is old (753 BC).\nKyiv is another (really)."
 
 
+def test_stories_are_taken_once_and_without_their_answers(tmp_path):
+    file = tmp_path / corpora.MYSTERIES
+    file.parent.mkdir(parents=True)
+    stories = [{"input": text, "target_scores": {"the butler": 1}} for text in (" A crime. Who? ", "Another. Who?", " A crime. Who? ")]
+    file.write_text(json.dumps({"examples": stories}))
+    assert corpora.READERS["stories"](tmp_path) == ["A crime. Who?", "Another. Who?"]
+
+
 def test_wikipedia_reader_takes_english_articles_of_some_length(tmp_path):
     file = tmp_path / corpora.WIKIPEDIA
     file.parent.mkdir(parents=True)

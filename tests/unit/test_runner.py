@@ -77,7 +77,9 @@ def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: R
     assert speed is not None
     assert speed.points[0].reference is not None
     assert len(speed.points[0].candidate.decode_ms) == len(speed.points[0].reference.decode_ms)
-    assert found["dense", Stage.SPEED].speed.points[0].reference is None  # type: ignore[union-attr]
+    itself = found["dense", Stage.SPEED].speed.points[0]  # type: ignore[union-attr]
+    assert len(itself.reference.decode_ms) == len(itself.candidate.decode_ms), "the reference is measured against itself"
+    assert speed.memory.kv_cache_bytes and speed.copy_bandwidth_gbs > 0 and speed.points[0].first_call_ms
     compress = found["rtn-4bit", Stage.COMPRESS]
     assert compress.compress is not None
     assert compress.compress.disk_bytes == sum(

@@ -1,0 +1,36 @@
+"""What one stage does, inside the worker's child process. Everything heavy is imported here, nothing is written to the store."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config import RunConfig
+from harness.record import Stage
+from harness.stages import compress, quality, speed
+from harness.stages.common import Reporter
+
+__all__ = ["Reporter", "run"]
+
+
+def run(stage: Stage, config: RunConfig, keys: dict[str, str], reference_key: str | None, report: Reporter) -> Any:
+    """Run a stage and return its result.
+
+    Args:
+        keys: Content keys of the three stages of the cell.
+        reference_key: Compress key of the reference; None where the reference itself did not run.
+    """
+    torch.set_num_threads(config.device.threads or torch.get_num_threads())
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.device.name == "cuda":
+        torch.cuda.set_device(config.device.index)
+    if stage is Stage.COMPRESS:
+        return compress.run(config, keys["compress"], report)
+    if stage is Stage.QUALITY:
+        return quality.run(config, keys["compress"], reference_key, report)
+    return speed.run(config, keys["compress"], reference_key, report)

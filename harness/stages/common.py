@@ -1,0 +1,58 @@
+"""What every stage needs: where it reports to, and how it loads an artefact, a tokenizer and calibration tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness import artefact
+from harness.config import RunConfig, build_method, locate
+from harness.engines.base import LoadedModel
+from harness.measure import evidence
+from harness.record import Evidence
+from methods.base import Calibration
+from tasks import calibration as calibration_sets
+
+
+class Reporter(Protocol):
+    """Where a stage says what it is doing; the parent shows it and keeps the last phase for the record."""
+
+    def phase(self, name: str) -> None: ...
+
+    def progress(self, done: float, total: float) -> None: ...
+
+
+def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artefact") -> tuple[LoadedModel, float]:
+    """An artefact in memory on the cell's engine and device, and the seconds that loading took."""
+    report.phase(phase)
+    engine = locate(config.engine.target)(loaders=config.engine.loaders)
+    device = f"cuda:{config.device.index}" if config.device.name == "cuda" else "cpu"
+    began = time.perf_counter()
+    model = engine.load(artefact.location(key), device, config.model.trust_remote_code)
+    return model, time.perf_counter() - began
+
+
+def evidence_of(model: LoadedModel, key: str) -> Evidence:
+    """What was loaded, held against what the artefact's manifest claims."""
+    found, folder = model.evidence(), artefact.location(key)
+    found.flags = evidence.flags(artefact.read_manifest(folder).claim, found, artefact.disk_bytes(folder))
+    return found
+
+
+def tokenizer_of(source: Path, config: RunConfig) -> Any:
+    """The tokenizer of the dense source."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+
+
+def calibration_of(config: RunConfig, source: Path, report: Reporter) -> Calibration | None:
+    """The calibration tokens of a cell; None where no method of its pipeline reads any."""
+    if not any(build_method(step).needs.calibration for step in config.pipeline):
+        return None
+    report.phase("calibration data")
+    wanted = config.calibration
+    arguments = (wanted.samples, wanted.length, wanted.seed)
+    ids = calibration_sets.sample(wanted.source, tokenizer_of(source, config), *arguments)
+    return Calibration(ids, calibration_sets.fingerprint(wanted.source, *arguments))

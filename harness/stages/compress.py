@@ -1,0 +1,75 @@
+"""The stage `compress`: run the pipeline on the dense model and publish the artefact."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+
+from harness import artefact, models
+from harness.config import RunConfig, build_method
+from harness.measure.cost import Cost
+from harness.measure.perplexity import public_name
+from harness.record import CalibrationFacts, CompressResult
+from harness.stages.common import Reporter, calibration_of
+from methods.base import Calibration, Claim, DenseModel
+from tasks import corpora
+
+
+def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
+    """Run the pipeline on the dense model and publish the artefact."""
+    source = models.prepare(config.model, report.phase)
+    shape = models.shape_of(source)
+    methods = [build_method(step) for step in config.pipeline]
+    for method in methods:
+        method.check(shape)
+    tokens = calibration_of(config, source, report)
+    claim: Claim | None = None
+    step_seconds: dict[str, float] = {}
+    cost = Cost(config.device.name)
+    with artefact.staging(key) as folder:
+        current = source
+        for index, (step, method) in enumerate(zip(config.pipeline, methods, strict=True)):
+            report.phase(f"compress {step.name}")
+            out = folder / f"step-{index}"
+            out.mkdir()
+            step_began = time.perf_counter()
+            dense = DenseModel(current, source, config.model.dtype, config.device.name, shape)  # type: ignore[arg-type]
+            made = method.compress(dense, tokens, out)
+            claim = claim.then(made) if claim else made
+            step_seconds[step.name] = time.perf_counter() - step_began
+            if current != source:
+                shutil.rmtree(current)
+            current = out
+        report.phase("write artefact")
+        assert claim is not None
+        manifest = artefact.Manifest(
+            key=key, model=config.model.name, pipeline=[s.model_dump() for s in config.pipeline], claim=claim.to_dict()
+        )
+        final = artefact.publish(current, manifest)
+    spent = cost.read()
+    report.phase("hash artefact")
+    return CompressResult(
+        **spent,
+        claim=manifest.claim,
+        files=artefact.files(final),
+        disk_bytes=artefact.disk_bytes(final),
+        dense_bytes=sum(p.stat().st_size for p in source.glob("*.safetensors")),
+        step_seconds=step_seconds,
+        calibration_tokens=tokens.ids.numel() if tokens else 0,
+        calibration=_calibration_facts(config, tokens) if tokens else None,
+        training_tokens=claim.training_tokens,
+        trained_parameters=claim.trained_parameters,
+        tuning_free=not any(method.needs.training for method in methods),
+    )
+
+
+def _calibration_facts(config: RunConfig, calibration: Calibration) -> CalibrationFacts:
+    wanted = config.calibration
+    return CalibrationFacts(
+        **wanted.model_dump(exclude={"source"}),
+        source=public_name(wanted.source),
+        fingerprint=calibration.fingerprint,
+        text_sha256=corpora.load(wanted.source).sha256,
+        tokens_sha256=hashlib.sha256(calibration.ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+    )

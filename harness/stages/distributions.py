@@ -1,0 +1,77 @@
+"""The reference's next-token distributions in the quality stage: who writes them, who reads them, and their key."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+
+from harness.cell import digest
+from harness.config import RunConfig
+from harness.engines.base import LoadedModel
+from harness.measure import divergence, perplexity
+from harness.measure.perplexity import Windows
+from harness.record import PerplexityResult
+from harness.stages.common import Reporter, load
+from tasks import corpora
+
+
+class Distributions:
+    """The reference's next-token distributions: written while the reference is scored, read while others are."""
+
+    def __init__(self, config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> None:
+        self.config, self.reference_key, self.report = config, reference_key, report
+        self.is_reference = key == reference_key
+        self.wanted = config.suite.divergence
+
+    @property
+    def missing(self) -> bool:
+        """They are wanted, and the reference did not run."""
+        return self.wanted and self.reference_key is None
+
+    def prepare(self, windows: list[Windows]) -> None:
+        """Score the reference where a candidate finds no distributions of it, as after a move to another machine."""
+        if not self.wanted or self.is_reference or self.reference_key is None:
+            return
+        absent = [w for w in windows if not divergence.exists(self._key(w))]
+        if not absent:
+            return
+        model, _ = load(self.config, self.reference_key, self.report, "load reference")
+        for part in absent:
+            self.report.phase(f"reference distributions {part.wanted.corpus}")
+            self._record(model, part)
+
+    def measure(self, model: LoadedModel, windows: Windows) -> PerplexityResult:
+        """Score a model; of the reference, keep the distributions, of another model, the distance from them."""
+        if self.wanted and self.is_reference:
+            return self._record(model, windows)
+        if not self.wanted or self.missing:
+            return perplexity.measure(model, windows, self.report.progress)
+        comparison = divergence.Comparison(self._key(windows))
+        measured = perplexity.measure(model, windows, self.report.progress, comparison)
+        measured.divergence = comparison.result(len(windows.ids))
+        return measured
+
+    def _record(self, model: LoadedModel, windows: Windows) -> PerplexityResult:
+        positions = len(windows.ids) * windows.labels
+        recorder = divergence.Recorder(self._key(windows), positions, self.config.suite.top_k, model.vocab_size)
+        try:
+            measured = perplexity.measure(model, windows, self.report.progress, recorder)
+            recorder.close()
+        except BaseException:
+            recorder.discard()
+            raise
+        return measured
+
+    def _key(self, windows: Windows) -> str:
+        """What the distributions depend on; versions too, for another build of torch rounds differently."""
+        suite, wanted = self.config.suite, dataclasses.asdict(windows.wanted)
+        return digest(
+            {
+                "reference": self.reference_key,
+                "engine": self.config.engine.name,
+                "device": self.config.device.name,
+                "pass": wanted | {"corpus": corpora.fingerprint(windows.wanted.corpus)},
+                "protocol": [suite.add_bos, suite.chunk, suite.top_k],
+                "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
+            }
+        )

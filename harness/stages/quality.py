@@ -1,0 +1,77 @@
+"""The stage `quality`: perplexity, divergence from the reference and zero-shot accuracy of an artefact loaded from disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from harness import models
+from harness.config import RunConfig
+from harness.measure import documents, perplexity, zeroshot
+from harness.record import QualityResult
+from harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
+from harness.stages.distributions import Distributions
+from tasks.overlap import overlap
+
+_OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
+
+
+def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> QualityResult:
+    """Measure an artefact under every protocol of the suite.
+
+    Args:
+        key: Compress key of the artefact.
+        reference_key: That of the reference; None where the reference did not run.
+
+    Raises:
+        harness.measure.perplexity.Diverged: The artefact is worse than chance.
+    """
+    suite = config.suite
+    source = models.prepare(config.model, report.phase)
+    tokenizer = tokenizer_of(source, config)
+    windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol != "document"]
+    distributions = Distributions(config, key, reference_key, report)
+    distributions.prepare(windows)
+    model, load_seconds = load(config, key, report)
+    result = QualityResult(evidence=evidence_of(model, key), load_seconds=load_seconds, forward_tokens=0)
+    calibration = calibration_of(config, source, report)
+    seen = calibration.ids.numpy() if calibration else None
+    for part in windows:
+        with _timed(result, report, f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"):
+            measured = distributions.measure(model, part)
+        if not result.perplexity and measured.perplexity > model.vocab_size:
+            raise perplexity.Diverged(
+                f"perplexity {measured.perplexity:.3g} exceeds the vocabulary size {model.vocab_size}: worse than chance"
+            )
+        measured.calibration_overlap = None if seen is None else overlap(part.ids.numpy(), seen)
+        result.perplexity.append(measured)
+        result.forward_tokens += part.ids.numel()
+    for wanted in (p for p in suite.passes() if p.protocol == "document"):
+        with _timed(result, report, f"{wanted.corpus} document"):
+            scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress)
+        result.documents.append(scored)
+        result.forward_tokens += tokens
+    if suite.tasks:
+        with _timed(result, report, "zero-shot"):
+            result.zeroshot, tokens = zeroshot.measure(model, tokenizer, suite, report.progress, seen)
+        result.forward_tokens += tokens
+    result.flags = _flags(result, distributions)
+    return result
+
+
+@contextmanager
+def _timed(result: QualityResult, report: Reporter, part: str) -> Iterator[None]:
+    """Report a part as a phase, and keep its wall time."""
+    name = perplexity.public_name(part)
+    report.phase(name)
+    began = time.perf_counter()
+    yield
+    result.seconds[name] = time.perf_counter() - began
+
+
+def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
+    fractions = [(p.corpus, p.calibration_overlap) for p in result.perplexity] + [(t.task, t.calibration_overlap) for t in result.zeroshot]
+    shared = [f"{fraction:.1%} of {name}" for name, fraction in fractions if fraction and fraction > _OVERLAP]
+    found = [f"calibration text inside the test text: {', '.join(dict.fromkeys(shared))}"] if shared else []
+    return found + (["no divergence: the reference did not run here"] if distributions.missing else [])

@@ -1,0 +1,59 @@
+"""The stage `speed`: prefill, decode, energy and memory of an artefact, interleaved with the reference on the same engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from harness.config import RunConfig
+from harness.engines.base import LoadedModel
+from harness.hardware import available_memory
+from harness.measure import capacity, gpu, latency, machine, memory, soundness
+from harness.record import LargestBatch, SpeedResult
+from harness.stages.common import Reporter, evidence_of, load
+
+
+def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> SpeedResult:
+    """Measure prefill, decode, energy and memory of an artefact, interleaved with the reference on the same engine.
+
+    The reference is interleaved with itself (A/A): what differs then is the machine.
+    """
+    protocol, is_reference = config.speed, key == reference_key
+    model, _ = load(config, key, report)
+    report.phase("first call")
+    first_calls = [latency.first_call(model, point) for point in protocol.grid]
+    found = evidence_of(model, key)
+    report.phase("memory")
+    split = memory.measure(model, protocol.grid[0], found.weight_bytes, gpu.monitor(model.device))
+    largest = _largest_batch(model, config, report) if protocol.largest_batch else None
+    reference = model if is_reference else load(config, reference_key, report, "load reference")[0] if reference_key else None
+    instruments = latency.Instruments.of(model.device, protocol.flush_cache)
+    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
+    disturbances: list[list[str]] = []
+    for index, (point, first) in enumerate(zip(protocol.grid, first_calls, strict=True)):
+        report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}")
+        share, watch = _Share(report.progress, index, len(protocol.grid)), machine.LoadWatch(instruments.card)
+        measured = latency.measure_point(model, reference, point, protocol, instruments, share, first)
+        measured.load, seen = watch.read()
+        result.points.append(measured)
+        disturbances.append(seen)
+    soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
+    if reference is None:
+        result.flags.append("no speed-up: the reference did not run here")
+    return result
+
+
+def _largest_batch(model: LoadedModel, config: RunConfig, report: Reporter) -> LargestBatch:
+    report.phase("largest batch")
+    protocol, limit = config.speed, config.limits.memory_gb
+    memory_bytes = int(limit * 1e9) if limit else available_memory()
+    return capacity.largest_batch(model, protocol.grid[0], protocol.largest_batch or 1, memory_bytes, protocol.budget_s)
+
+
+class _Share:
+    """The progress of one of several equal parts as progress of the whole."""
+
+    def __init__(self, report: Callable[[float, float], None], index: int, parts: int) -> None:
+        self.report, self.index, self.parts = report, index, parts
+
+    def __call__(self, fraction: float) -> None:
+        self.report(self.index + fraction, self.parts)
