@@ -21,9 +21,9 @@ SILENT = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The records of a cell and its reference."""
+    """The records of a cell."""
     results = tmp_path_factory.mktemp("audited")
-    named = (*overrides, "method=rtn-4bit")
+    named = tuple(overrides)
     runner = Runner(Store(results), Listener())
     runner.run(make_cell(resolve(named), named))
     runner.close()
@@ -32,7 +32,7 @@ def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def changed(folder: Path, out: Path, stage: Stage, change: dict[str, object]) -> Store:
     """A folder with one record of the cell, something in it replaced."""
-    record = next(r for r in Store(folder).scan()[0] if r.stage is stage and r.cell.pipeline == "rtn-4bit")
+    record = next(r for r in Store(folder).scan()[0] if r.stage is stage)
     store = Store(out)
     store.put(Record.model_validate(record.model_dump() | change))
     return store
@@ -40,22 +40,21 @@ def changed(folder: Path, out: Path, stage: Stage, change: dict[str, object]) ->
 
 def test_what_was_measured_here_reproduces(folder: Path) -> None:
     verdicts = audit(folder, 10, 0, list(Stage), SILENT)
-    assert len(verdicts) == 6
-    outcomes = {(v.record.cell.pipeline, v.record.stage): v.outcome for v in verdicts}
-    for pipeline in ("dense", "rtn-4bit"):
-        assert outcomes[pipeline, Stage.COMPRESS] is Outcome.EQUAL
-        assert outcomes[pipeline, Stage.QUALITY] is Outcome.EQUAL
-        assert outcomes[pipeline, Stage.SPEED] in (Outcome.WITHIN, Outcome.DIFFERS), "a busy machine may be slower by chance"
+    outcomes = {v.record.stage: v.outcome for v in verdicts}
+    assert outcomes[Stage.COMPRESS] is Outcome.EQUAL
+    assert outcomes[Stage.QUALITY] is Outcome.EQUAL
+    assert outcomes[Stage.SPEED] in (Outcome.WITHIN, Outcome.DIFFERS), "a busy machine may be slower by chance"
 
 
 def test_a_sample_is_drawn_by_its_seed(folder: Path) -> None:
-    drawn = [[r.record.key for r in draw(folder, 3, seed, list(Stage))[0]] for seed in (3, 3, 4)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len(drawn[0]) == 3
+    drawn = [[r.record.key for r in draw(folder, 2, seed, list(Stage))[0]] for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(keys) for keys in drawn}) > 1
+    assert {len(keys) for keys in drawn} == {2}
 
 
 def test_a_perplexity_that_was_made_up_is_found(folder: Path) -> None:
-    record = next(r for r in Store(folder).scan()[0] if r.stage is Stage.QUALITY and r.cell.pipeline == "rtn-4bit")
+    record = next(r for r in Store(folder).scan()[0] if r.stage is Stage.QUALITY)
     better = record.model_copy(deep=True)
     assert better.quality
     better.quality.perplexity[0].perplexity *= 0.9
