@@ -94,6 +94,16 @@ def test_every_point_of_the_speed_grid_is_on_the_row() -> None:
     assert (row.largest_batch, row.kv_cache_bytes, row.energy_j_per_token) == (64, 3_686_400, None)
 
 
+@pytest.mark.parametrize(("gbs", "flagged"), [(11.0, False), (20.0, True), (5.0, True)])
+def test_a_row_of_another_state_of_the_machine_is_flagged(gbs: float, flagged: bool) -> None:
+    made = records(GPTQ)
+    for probe in made[2].speed.points[0].probes:  # type: ignore[union-attr]
+        probe.copy_gbs = gbs
+    row = row_of(records(Spec()) + made, "gptq")
+    assert row.copy_bandwidth_gbs == gbs
+    assert any("compare speed-ups, not tokens/s" in flag for flag in row.flags) is flagged
+
+
 def test_too_few_samples_have_no_interval() -> None:
     made = records(GPTQ)
     point = made[2].speed.points[0]  # type: ignore[union-attr]
