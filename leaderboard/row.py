@@ -117,6 +117,10 @@ class Row(BaseModel):
         description="Least time of a decode step, if weights and KV cache came at the measured copy bandwidth, over the median time; "
         "above 1 the measurement is defective.",
     )
+    copy_bandwidth_gbs: float | None = Field(
+        None, description="Median of the copy-bandwidth probes while the headline point was measured, bytes read and written, GB/s."
+    )
+    energy_reason: str | None = Field(None, description="Why there is no figure of energy.")
     energy_j_per_token: float | None = Field(
         None, description="Joules for each decoded token, of the whole card (NVML) or processor package (RAPL), idle power included."
     )

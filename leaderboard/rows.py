@@ -14,6 +14,7 @@ from leaderboard.quality import losses
 from leaderboard.ranks import ranked
 from leaderboard.replicates import calibration, spread
 from leaderboard.row import Row
+from leaderboard.speed import disturbances
 from leaderboard.speed import fields as speed_fields
 
 INCOMPLETE = "incomplete"
@@ -71,6 +72,9 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
     flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
+    rival = newest.get((Stage.SPEED, cell.reference.speed))
+    if speed and speed.speed and rival:
+        flags += disturbances(speed.speed, rival.speed)
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer

@@ -11,6 +11,8 @@ from harness import stats
 from harness.record import SpeedPointResult, SpeedResult
 from leaderboard.row import named
 
+_OTHER_STATE = 0.2
+
 
 def fields(result: SpeedResult) -> dict[str, Any]:
     """The fields of a row that its speed stage gives; those of one grid point are of the first one, the headline."""
@@ -27,7 +29,22 @@ def fields(result: SpeedResult) -> dict[str, Any]:
     head, numbers = result.points[0], found["speed_points"][0]
     found["speed_point"] = f"batch {head.batch}, prompt {head.prompt}, new {head.new_tokens}"
     found["energy_j_per_token"] = head.energy.joules_per_token if head.energy else None
+    found["energy_reason"] = head.energy.reason if head.energy else None
+    found["copy_bandwidth_gbs"] = _bandwidth(result)
     return found | {name: value for name, value in numbers.items() if name not in ("batch", "prompt", "new_tokens")}
+
+
+def disturbances(ours: SpeedResult, theirs: SpeedResult | None) -> list[str]:
+    """A flag where the machine was in another state than when the reference's own row was measured."""
+    now, then = _bandwidth(ours), _bandwidth(theirs) if theirs else None
+    if now is None or then is None or abs(now / then - 1) <= _OTHER_STATE:
+        return []
+    return [f"measured at {now:.0f} GB/s of copy bandwidth, the reference's row at {then:.0f}: compare speed-ups, not tokens/s"]
+
+
+def _bandwidth(result: SpeedResult) -> float | None:
+    """Median of the copy-bandwidth probes around the headline point, GB/s."""
+    return median(probe.copy_gbs for probe in result.points[0].probes) if result.points and result.points[0].probes else None
 
 
 def _point(point: SpeedPointResult) -> dict[str, float | int | str | None]:

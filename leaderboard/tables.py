@@ -33,7 +33,16 @@ __all__ = [
 
 EMPTY = "–"
 _NAME_AND_NOTES = 40
-_LEAST_FIRST = ("prefill_ms", "disk_bytes", "kl_mean", "effective_bits", "weight_bytes", "accuracy", "decode_tokens_per_s")
+_LEAST_FIRST = (
+    "prefill_ms",
+    "disk_bytes",
+    "roofline_fraction",
+    "kl_mean",
+    "effective_bits",
+    "weight_bytes",
+    "accuracy",
+    "decode_tokens_per_s",
+)
 RANK = "1 + number of rows with a significantly lower perplexity: paired t-tests over windows, Holm's correction over all pairs, 5 %."
 _READING = (
     "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error."
@@ -157,6 +166,13 @@ COLUMNS = (
         "Decode rate of one sequence at the median time; 95 % interval of the median.",
         decimal(1),
         Bounds("decode_low", "decode_high"),
+        rising=True,
+    ),
+    Column(
+        "roofline_fraction",
+        "Roof\N{NO-BREAK SPACE}%",
+        "Of the decode rate that the measured copy bandwidth would allow, if only weights and KV cache had to be moved.",
+        decimal(0, 100),
         rising=True,
     ),
     Column(
