@@ -146,9 +146,10 @@ def _keys(config: RunConfig) -> Keys:
 
 
 def _settings(method: Any) -> dict[str, Any]:
+    """The settings that define the work; those that are off are left out, so that a new one does not change the keys of old cells."""
     import dataclasses
 
-    return dataclasses.asdict(method)
+    return {name: value for name, value in dataclasses.asdict(method).items() if value is not None}
 
 
 def _calibration_fingerprint(config: RunConfig) -> str:

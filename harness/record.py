@@ -255,6 +255,7 @@ class Evidence(_Schema):
         operators: How often each operator that multiplies was called in that step; library operators beside those inside them.
         kernels: Device kernels of that step in microseconds, the heaviest first; None on a CPU or where profiling is not allowed.
         materialised_bytes: Dense weights that the step expanded from packed ones, in bytes: 0 where weights are used packed.
+        missing_kernels: Faster kernels that the artefact could have used, with the reason why they cannot be had.
         flags: One line for each mismatch of claim and evidence.
     """
 
@@ -267,6 +268,7 @@ class Evidence(_Schema):
     operators: dict[str, int] = {}
     kernels: dict[str, float] | None = None
     materialised_bytes: int | None = None
+    missing_kernels: list[str] = []
     flags: list[str] = []
 
 

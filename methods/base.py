@@ -52,6 +52,7 @@ class Needs:
         device: The only device it runs on, or None for any.
         extra: The optional dependency group of slimbench that installs its reference library.
         modules: Import names that must be present.
+        environment: Name in `slimbench env list` of the environment that compression runs in; None for the harness's own.
     """
 
     calibration: bool = False
@@ -59,6 +60,7 @@ class Needs:
     device: Device | None = None
     extra: str | None = None
     modules: tuple[str, ...] = ()
+    environment: str | None = None
 
     def missing_modules(self) -> list[str]:
         """Import names that this Python cannot find; nothing is imported."""

@@ -48,6 +48,7 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
         kernel=_kernel(found, step),
         operators=dict(step.operators.most_common(12)),
         kernels=operators.device_kernels(decode_step, next((t.device for t in tensors), torch.device("cpu"))),
+        missing_kernels=sorted({reason for layer in module.modules() if (reason := getattr(layer, "kernel_missing", None))}),
         materialised_bytes=sum(step.layers[id(x.module)].expanded_bytes for x in found if x.fell_back(step)),
     )
 
@@ -63,6 +64,7 @@ def flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | None = No
         *_storage_flags(claim, evidence, disk_bytes),
         *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
         *_compute_flags(claim, linear),
+        *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
         *(["simulated: rounded numbers in dense storage"] if claim.get("simulated") else []),
     ]
 

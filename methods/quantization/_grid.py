@@ -9,19 +9,20 @@ chosen for those rounded values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
-    from methods.kernels.packed_linear import Grid, QuantizedWeight
+    from methods.kernels.grid import Grid, QuantizedWeight
 
 
 def round_to_grid(weight: Tensor, grid: Grid, symmetric: bool = True) -> QuantizedWeight:
     """Quantize a weight matrix [out, in] of the model's dtype."""
     import torch
 
-    from methods.kernels.packed_linear import QuantizedWeight
+    from methods.kernels.grid import QuantizedWeight
 
     steps, half = 2**grid.bits - 1, 2 ** (grid.bits - 1)
     groups = weight.float().unflatten(1, (-1, grid.group_size or weight.shape[1]))
@@ -36,8 +37,21 @@ def round_to_grid(weight: Tensor, grid: Grid, symmetric: bool = True) -> Quantiz
         offsets = (low + half * scales.float()).to(weight.dtype)
         groups = groups - offsets.float().unsqueeze(-1)
     codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-half, half - 1).flatten(1)
-    codes = (codes + half).to(torch.uint8) if grid.bits == 4 else codes.to(torch.int8)
+    codes = codes.to(torch.int8) if grid.bits == 8 else (codes + half).to(torch.uint8)
     return QuantizedWeight(grid, codes, scales, offsets)
+
+
+def round_head(model: PreTrainedModel, bits: Literal[4, 8] | None) -> Iterator[tuple[str, QuantizedWeight]]:
+    """The output head to nearest, symmetric: 8 bits with one scale a row, 4 bits with one for 32 inputs; nothing without `bits`.
+
+    A head that shares its weight with the input embedding takes it along.
+    """
+    from methods.kernels.grid import Grid
+
+    head = model.get_output_embeddings()
+    if bits is not None:
+        name = next(name for name, module in model.named_modules() if module is head)
+        yield name, round_to_grid(head.weight.detach(), Grid(bits, 32 if bits == 4 else None))
 
 
 def round_layers(layers: dict[str, nn.Linear], grid: Grid, symmetric: bool = True) -> Iterator[tuple[str, QuantizedWeight]]:

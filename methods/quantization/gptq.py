@@ -14,7 +14,7 @@ from methods.base import Calibration, Citation, Claim, DenseModel, Method, Model
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from methods.kernels.packed_linear import Grid, QuantizedWeight
+    from methods.kernels.grid import Grid, QuantizedWeight
 
 _PRUNED = 0.05
 
@@ -94,7 +94,7 @@ def _codes(layers: dict[str, nn.Linear], grid: Grid, masks: dict[str, Tensor]) -
     """The codes behind the rounded weights that the library left in the layers."""
     import torch
 
-    from methods.kernels.packed_linear import QuantizedWeight
+    from methods.kernels.grid import QuantizedWeight
 
     half = 2 ** (grid.bits - 1)
     for name, layer in layers.items():

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from methods._common import block_linears, check_groups
 from methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
-from methods.quantization._grid import round_layers
+from methods.quantization._grid import round_head, round_layers
 
 
 @dataclass(frozen=True)
 class RTN(Method):
-    """Round-to-nearest, weight only. Embeddings and output head keep their dtype.
+    """Round-to-nearest, weight only.
 
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Inputs that share one scale; None for one scale a row.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
+        head_bits: Bits of the output head, and of an input embedding that shares its weight; None: they keep their dtype.
     """
 
     family: ClassVar[str] = "quantization"
@@ -26,15 +28,10 @@ class RTN(Method):
     reference: ClassVar[str] = "paper"
     produces: ClassVar[str] = "packed"
 
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits == 4 and self.group_size is None:
-            raise ValueError("4 bits need a group_size: 32, 64, 128 or 256")
-        if self.bits == 8 and self.group_size is not None:
-            raise ValueError(f"8 bits have one scale a row: group_size must be null, not {self.group_size}")
+    head_bits: Literal[4, 8] | None = None
 
     def check(self, shape: ModelShape) -> None:
         if self.group_size:
@@ -46,5 +43,7 @@ class RTN(Method):
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)
-        packed.save(model, round_layers(layers, packed.Grid(self.bits, self.group_size), self.symmetric), out)
-        return Claim(self.produces, bits=self.bits, group_size=self.group_size, details={"symmetric": self.symmetric})
+        weights = round_layers(layers, packed.Grid(self.bits, self.group_size), self.symmetric)
+        packed.save(model, chain(weights, round_head(model, self.head_bits)), out)
+        details = {"symmetric": self.symmetric, "head_bits": self.head_bits}
+        return Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details)

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tasks.assets import cache_dir
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores with each other
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No test reads or fills the user's cache, and none asks the network."""
-    folder = tmp_path_factory.mktemp("cache")
+    """No test reads or fills the user's cache, but for compiled kernels; none asks the network."""
+    folder, kernels = tmp_path_factory.mktemp("cache"), cache_dir() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels").symlink_to(kernels)
     patch = pytest.MonkeyPatch()
     patch.setenv("SLIMBENCH_CACHE", str(folder))
     patch.setenv("HF_HUB_OFFLINE", "1")

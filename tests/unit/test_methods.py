@@ -75,10 +75,9 @@ def test_modules_import_no_heavy_library() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("rtn-4bit", {"group_size": None}, "4 bits need a group_size"),
+        ("rtn-4bit", {"bits": 5}, "method.rtn-4bit.bits: 5 is no valid choice"),
         ("rtn-4bit", {"group_size": 48}, "method.rtn-4bit.group_size: 48 is no valid choice"),
-        ("rtn-4bit", {"bits": 3}, "method.rtn-4bit.bits: 3 is no valid choice"),
-        ("rtn-8bit", {"group_size": 64}, "group_size must be null, not 64"),
+        ("rtn-4bit", {"head_bits": 3}, "method.rtn-4bit.head_bits: 3 is no valid choice"),
         ("rtn-4bit", {"grup_size": 64}, "did you mean 'group_size'"),
         ("gptq", {"bits": 3}, "method.gptq.bits: 3 is no valid choice"),
         ("gptq", {"dampening": 0}, "dampening must be positive"),

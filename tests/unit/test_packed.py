@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,12 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from methods.kernels import packed
-from methods.kernels.packed_linear import Grid, PackedLinear, QuantizedWeight, unpack
+from methods.kernels.base import Kernel
+from methods.kernels.cpu import build
+from methods.kernels.cpu.kernel import OwnCpu
+from methods.kernels.grid import Grid, Outliers, QuantizedWeight, unpack
+from methods.kernels.packed_linear import KERNELS, PackedEmbedding, PackedLinear
+from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM
+from methods.quantization._grid import round_head
 from tests.unit import tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 W4, W4_WIDE, W8, W8A8 = Grid(4, 32), Grid(4, 128), Grid(8), Grid(8, None, 8)
+NARROW = [Grid(2, 32), Grid(2), Grid(3, 64), Grid(3), Grid(4), Grid(8, 64)]
+OWN = "slimbench packed_mm"
 SHAPES = [(48, 256), (100, 128), (1, 128), (33, 384)]
 FALLBACK = "dequantize + matmul"
 
@@ -29,8 +38,8 @@ def _seed() -> None:
 
 def random_weight(grid: Grid, rows: int, columns: int, dtype: torch.dtype, offsets: bool = False, device: str = "cpu") -> QuantizedWeight:
     generator = torch.Generator().manual_seed(rows * columns)
-    low, high = (0, 16) if grid.bits == 4 else (-128, 128)
-    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.uint8 if grid.bits == 4 else torch.int8)
+    low, high = (-128, 128) if grid.bits == 8 else (0, 2**grid.bits)
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8 if grid.bits == 8 else torch.uint8)
     shape = (rows, columns // (grid.group_size or columns))
     scales = (torch.rand(shape, generator=generator) + 0.1).to(dtype)
     moved = torch.randn(shape, generator=generator).to(dtype) if offsets else None
@@ -43,7 +52,7 @@ def exact(weight: QuantizedWeight) -> Tensor:
     size = weight.grid.group_size or codes.shape[1]
     columns = []
     for i in range(codes.shape[1]):
-        column = (codes[:, i] - (8 if weight.grid.bits == 4 else 0)) * scales[:, i // size]
+        column = (codes[:, i] - {2: 2, 3: 4, 4: 8, 8: 0}[weight.grid.bits]) * scales[:, i // size]
         columns.append(column if weight.offsets is None else column + weight.offsets.double()[:, i // size])
     return torch.stack(columns, dim=1)
 
@@ -72,7 +81,9 @@ def within_rounding(got: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("grid", "offsets"), [(W4, False), (W4, True), (W4_WIDE, True), (W8, False), (W8, True), (W8A8, False), (W8A8, True)], ids=str
+    ("grid", "offsets"),
+    [(W4, False), (W4, True), (W4_WIDE, True), (W8, False), (W8, True), (W8A8, False), (W8A8, True), *((g, True) for g in NARROW)],
+    ids=str,
 )
 def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     weight = random_weight(grid, *shape, dtype, offsets, device)
@@ -88,24 +99,107 @@ def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("grid", "shape", "dtype", "offsets", "kernel"),
+    ("grid", "shape", "dtype", "offsets", "kernel", "without_own"),
     [
-        (W4, (48, 256), torch.bfloat16, False, "torch int4pack"),
-        (W4, (48, 256), torch.bfloat16, True, "torch int4pack"),
-        (W4, (100, 128), torch.bfloat16, False, FALLBACK),
-        (W4, (48, 256), torch.float16, False, FALLBACK),
-        (W4, (48, 256), torch.float32, False, FALLBACK),
-        (W8, (33, 384), torch.bfloat16, False, "torch int8pack"),
-        (W8, (33, 380), torch.bfloat16, False, FALLBACK),
-        (W8, (33, 384), torch.bfloat16, True, FALLBACK),
-        (W8, (33, 384), torch.float32, False, FALLBACK),
-        (W8A8, (48, 256), torch.bfloat16, False, "torch int_mm w8a8"),
-        (W8A8, (48, 256), torch.float32, False, "torch int_mm w8a8"),
-        (W8A8, (33, 384), torch.bfloat16, False, FALLBACK),
+        (W4, (48, 256), torch.bfloat16, False, OWN, "torch int4pack"),
+        (W4, (48, 256), torch.bfloat16, True, OWN, "torch int4pack"),
+        (W4, (100, 128), torch.bfloat16, False, OWN, FALLBACK),
+        (W4, (48, 256), torch.float16, False, FALLBACK, FALLBACK),
+        (W4, (48, 256), torch.float32, False, OWN, FALLBACK),
+        (Grid(3, 32), (48, 256), torch.bfloat16, False, OWN, FALLBACK),
+        (W8, (33, 384), torch.bfloat16, False, OWN, "torch int8pack"),
+        (W8, (33, 380), torch.bfloat16, False, FALLBACK, FALLBACK),
+        (W8, (33, 384), torch.bfloat16, True, OWN, FALLBACK),
+        (W8, (33, 384), torch.float32, False, OWN, FALLBACK),
+        (W8A8, (48, 256), torch.bfloat16, False, "torch int_mm w8a8", "torch int_mm w8a8"),
+        (W8A8, (48, 256), torch.float32, False, "torch int_mm w8a8", "torch int_mm w8a8"),
+        (W8A8, (33, 384), torch.bfloat16, False, FALLBACK, FALLBACK),
     ],
 )
-def test_kernel_on_cpu(grid: Grid, shape: tuple[int, int], dtype: torch.dtype, offsets: bool, kernel: str) -> None:
-    assert PackedLinear(random_weight(grid, *shape, dtype, offsets)).kernel == kernel
+def test_kernel_on_cpu(
+    grid: Grid, shape: tuple[int, int], dtype: torch.dtype, offsets: bool, kernel: str, without_own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(grid, *shape, dtype, offsets)
+    layer = PackedLinear(weight)
+    assert (layer.kernel, layer.kernel_missing) == (kernel, None)
+    monkeypatch.setattr(OwnCpu, "missing", classmethod(lambda cls: "no compiler"))
+    layer = PackedLinear(weight)
+    assert layer.kernel == without_own
+    assert layer.kernel_missing == (f"{OWN}: no compiler" if kernel == OWN else None)
+
+
+@pytest.mark.parametrize("kernel", [Int4Pack, Int8Pack, IntMM, Dequantize], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("grid", [W4, W4_WIDE, W8, W8A8], ids=str)
+def test_each_torch_operator_equals_float64(kernel: type[Kernel], grid: Grid) -> None:
+    weight = random_weight(grid, 48, 256, torch.bfloat16)
+    if not kernel.accepts(weight):
+        with pytest.raises(ValueError, match="no kernel"):
+            PackedLinear(weight, kernels=(kernel,))
+        return
+    layer, zero = PackedLinear(weight, kernels=(kernel,)), torch.zeros(48)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 256).bfloat16()
+        assert within_rounding(layer(x), rounded_inputs(x) if grid.activation_bits else x.double(), exact(weight), zero)
+    assert torch.equal(layer.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 32), Grid(3, 64), W4, Grid(8)], ids=str)
+def test_one_large_input_does_not_drown_the_others(grid: Grid) -> None:
+    weight = random_weight(grid, 48, 256, torch.bfloat16, offsets=True)
+    x = torch.randn(5, 256).bfloat16()
+    x[:, 7] = 3000
+    assert within_rounding(PackedLinear(weight)(x), x.double(), exact(weight), torch.zeros(48))
+
+
+def test_what_is_not_finite_is_passed_on_row_by_row() -> None:
+    x = torch.randn(3, 256).bfloat16()
+    x[0, 5], x[1, 6] = float("nan"), float("inf")
+    y = PackedLinear(random_weight(W4, 48, 256, torch.bfloat16))(x)
+    assert not y[0].isfinite().any() and not y[1].isfinite().any() and y[2].isfinite().all()
+
+
+def test_the_operator_refuses_tensors_that_do_not_fit() -> None:
+    assert build.missing() is None
+    layer = PackedLinear(random_weight(W4, 48, 256, torch.bfloat16))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.slimbench.packed_mm(torch.zeros(1, 128).bfloat16(), layer.weight_packed, layer.scales, None, 4, 48)
+    with pytest.raises(RuntimeError, match="scales of the dtype of x"):
+        torch.ops.slimbench.packed_mm(torch.zeros(1, 256), layer.weight_packed, layer.scales, None, 4, 48)
+
+
+def test_a_compiler_that_fails_is_one_line_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    build.missing.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    try:
+        assert build.missing() == "false could not build the CPU kernel: no message"
+        monkeypatch.setattr(build, "compiler", lambda: pytest.fail("asked again"))
+        assert "could not build" in (build.missing() or "")
+    finally:
+        build.missing.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, (Dequantize,)], ids=["own", "expanded"])
+def test_outliers_are_added_to_the_grid(kernels: tuple[type[Kernel], ...]) -> None:
+    plain = random_weight(W4, 48, 256, torch.bfloat16)
+    counts = torch.randint(0, 4, (48,))
+    starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    outliers = Outliers(starts, torch.randint(0, 256, (int(starts[-1]),)).int(), torch.randn(int(starts[-1])).bfloat16() * 5)
+    layer = PackedLinear(QuantizedWeight(plain.grid, plain.codes, plain.scales, None, outliers), kernels=kernels)
+    want = exact(plain)
+    for row in range(48):
+        for at in range(int(starts[row]), int(starts[row + 1])):
+            want[row, outliers.columns[at]] += outliers.values[at].double()
+    for rows in (1, 9):
+        x = torch.randn(rows, 256).bfloat16()
+        assert within_rounding(layer(x), x.double(), want, torch.zeros(48))
+    assert torch.allclose(layer.dequantize().double(), want, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_on_disk_and_back(bits: int) -> None:
+    codes = random_weight(Grid(bits, 32), 5, 96, torch.float32).codes  # type: ignore[arg-type]
+    stored = QuantizedWeight(Grid(bits, 32), codes, torch.ones(5, 3)).packed_codes()  # type: ignore[arg-type]
+    assert stored.shape == (5, 96 * bits // 8) and torch.equal(unpack(stored, bits), codes)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -127,7 +221,11 @@ def test_two_codes_share_a_byte_high_half_first() -> None:
     assert torch.equal(unpack(weight.packed_codes(), 4), codes)
 
 
-@pytest.mark.parametrize(("grid", "bits"), [(W4, 4 + 32 / 32), (W8, 8 + 16 / 256), (W8A8, 8 + 32 / 256)], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "bits"),
+    [(Grid(2, 64), 2.25), (Grid(3, 64), 3.25), (W4, 4.5), (Grid(4), 4 + 16 / 256), (W8, 8 + 16 / 256), (W8A8, 8 + 32 / 256)],
+    ids=str,
+)
 def test_layer_holds_only_packed_bytes(grid: Grid, bits: float) -> None:
     layer = PackedLinear(random_weight(grid, 64, 256, torch.bfloat16))
     layer(torch.randn(2, 256).bfloat16())
@@ -147,9 +245,9 @@ def test_int8_inputs_pass_nan_on_and_take_zero_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 32), "bits must be 4 or 8"),
-        ((4, 48), "group_size of 4-bit"),
-        ((4, None), "group_size of 4-bit"),
+        ((5, 32), "bits must be one of"),
+        ((4, 48), "group_size must be one of"),
+        ((8, 64, 8), "8-bit activations"),
         ((4, 32, 8), "8-bit activations"),
     ],
 )
@@ -236,3 +334,29 @@ def test_load_refuses_newer_schema_and_wrong_tensors(tmp_path: Path) -> None:
     (tmp_path / "packed.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="newer"):
         packed.load(tmp_path)
+
+
+@pytest.mark.parametrize("head_bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_packed_head_takes_the_tied_embedding_along(
+    tmp_path: Path, head_bits: Literal[4, 8], tied: bool, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny.save_model(tmp_path / "dense", tie_word_embeddings=tied).load()
+    ((name, weight),) = round_head(dense, head_bits)
+    packed.save(dense, [(name, weight)], tmp_path)
+    if not own:
+        monkeypatch.setattr(OwnCpu, "missing", classmethod(lambda cls: "no compiler"))
+    loaded = packed.load(tmp_path)
+    assert name == "lm_head" and torch.equal(loaded.lm_head.dequantize(), weight.dequantize())
+    assert isinstance(loaded.model.embed_tokens, PackedEmbedding) is tied
+    dense.lm_head.weight.data = weight.dequantize()
+    if tied:
+        dense.model.embed_tokens.weight.data = weight.dequantize()
+    ids = tiny.tokens(3, 50).ids
+    assert torch.equal(loaded.model.embed_tokens(ids), dense.model.embed_tokens(ids))
+    with torch.inference_mode():
+        want, got = dense(ids).logits.float(), loaded(ids).logits.float()
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("model.embed_tokens.weight" in file.keys()) is not tied  # noqa: SIM118 - it is no mapping

@@ -1,0 +1,41 @@
+"""What a kernel is: one way to compute the product of inputs with a quantized weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from methods.kernels.grid import QuantizedWeight
+
+
+class Kernel(ABC):
+    """Whether it takes a weight, what it keeps of it in memory, and how it multiplies. Outliers and biases are not its concern."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        """Whether the kernel computes this weight."""
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why the kernel cannot be had on this machine, in one line; None where it can."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Buffers to keep, by name."""
+
+    @classmethod
+    @abstractmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        """x [rows, in] times the weight: [rows, out], without the bias."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        """The weight on its grid again, from the buffers."""

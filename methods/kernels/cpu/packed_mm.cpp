@@ -1,0 +1,356 @@
+// Product of inputs with group-wise quantized weights on a CPU: y[m, o] = sum_i x[m, i] · w[o, i].
+//
+// Layout. Sixteen rows of the weight form a block, one 32-bit lane of a vector for each row. Codes are split into planes (3 bits into
+// 2 and 1, the others are whole). A word of a plane of width W holds 32 / W consecutive inputs of one row: byte t of it holds the
+// inputs t, 4 + t, 8 + t, … from its lowest bits upwards. Words are ordered block, group of inputs, plane, inputs, row:
+// [blocks, groups, words, 16], so that a block is read from one end to the other.
+//
+//     w = (q - mid) · scale + offset
+//
+// With AVX-512 VNNI, bfloat16 inputs become sixteen-bit integers with one step for each group of inputs, x = step · (256 · high + low)
+// with high and low of eight bits, and the products with the codes are summed exactly in 32-bit integers. Inputs are so kept to
+// 1 / 65,278 of the largest of their group; their bfloat16 rounding is coarser unless they are 128 times smaller than that one.
+// Elsewhere, and for float32 inputs, the compiler's own vectors compute in float32 on any processor.
+// One expansion of the weights serves up to eight rows of inputs, so that a prompt is limited by arithmetic, a token by memory.
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define SLIMBENCH_VNNI
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
+constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
+
+// Bits of a field, and the place in the code at which they belong.
+struct Plane {
+  int width, place;
+};
+
+template <int Bits>
+struct Code;
+template <>
+struct Code<2> {
+  static constexpr Plane planes[] = {{2, 0}};
+};
+template <>
+struct Code<3> {
+  static constexpr Plane planes[] = {{2, 0}, {1, 2}};
+};
+template <>
+struct Code<4> {
+  static constexpr Plane planes[] = {{4, 0}};
+};
+template <>
+struct Code<8> {
+  static constexpr Plane planes[] = {{8, 0}};
+};
+
+// `words` are those of one group of one row, `group` its inputs. `scale_stride` is 0 where all groups of a row share a scale.
+struct Shape {
+  int64_t rows, inputs, outputs, blocks, groups, group, words, scale_stride;
+};
+
+float to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN stays NaN
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float get(uint16_t x) { return to_float(x); }
+float get(float x) { return x; }
+void put(uint16_t& to, float x) { to = to_bfloat16(x); }
+void put(float& to, float x) { to = x; }
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+Words load_words(const uint32_t* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+
+Floats load_lanes(const float* from) {
+  Floats lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+Floats load_lanes(const uint16_t* from) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const Words bits = __builtin_convertvector(halves, Words) << 16;
+  return (Floats)bits;
+}
+
+template <typename T>
+void store_lanes(T* to, Floats lanes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) put(to[i], lanes[i]);
+}
+
+// Field `index` of the four bytes of each word, at its place in the code.
+template <Plane P>
+Words field(Words words, int index) {
+  constexpr uint32_t mask = ((1u << P.width) - 1) << P.place;
+  const int shift = P.width * index - P.place;
+  return (shift < 0 ? words << -shift : words >> shift) & (mask * 0x01010101u);
+}
+
+template <int Bits, typename Add>
+inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add) {
+  constexpr auto& planes = Code<Bits>::planes;
+  constexpr Plane first = planes[0], last = planes[std::size(planes) - 1];
+  for (int64_t i = 0; i < group; i += 32 / first.width, codes += kLanes) {
+    const Words words = load_words(codes);
+#pragma GCC unroll 8
+    for (int s = 0; s < 8 / first.width; ++s) add(field<first>(words, s), i + 4 * s);
+  }
+  if constexpr (std::size(planes) > 1) {
+    for (int64_t i = 0; i < group; i += 32 / last.width, codes += kLanes) {
+      const Words words = load_words(codes);
+#pragma GCC unroll 8
+      for (int s = 0; s < 8 / last.width; ++s) add(field<last>(words, s), i + 4 * s);
+    }
+  }
+  return codes;
+}
+
+// The compiler's own vectors: any processor, inputs in float32.
+struct Portable {
+  std::vector<float> values, totals;
+
+  template <typename T>
+  Portable(const Shape& shape, const T* x) : values(shape.rows * shape.inputs), totals(shape.rows * shape.groups) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = get(x[i]);
+    for (size_t i = 0; i < totals.size(); ++i)
+      for (int64_t j = 0; j < shape.group; ++j) totals[i] += values[i * shape.group + j];
+  }
+
+  float total(int64_t group) const { return totals[group]; }
+
+  // Adds the products of `Rows` rows of inputs with the codes of one group, less `mid` times the inputs.
+  template <int Bits, int Rows>
+  const uint32_t* accumulate(const Shape& shape, const uint32_t* codes, int64_t row, int64_t group, Floats (&sums)[Rows]) const {
+    constexpr float mid = float(1 << (Bits - 1));
+    const float* x[Rows];
+    for (int m = 0; m < Rows; ++m) {
+      x[m] = values.data() + (row + m) * shape.inputs + group * shape.group;
+      sums[m] = Floats{} - mid * totals[(row + m) * shape.groups + group];
+    }
+    return each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+      for (int t = 0; t < 4; ++t) {
+        const Floats weight = __builtin_convertvector((Ints)((bytes >> (8 * t)) & 0xffu), Floats);
+        for (int m = 0; m < Rows; ++m) sums[m] += weight * x[m][input + t];
+      }
+    });
+  }
+};
+
+#ifdef SLIMBENCH_VNNI
+
+// Integer products: inputs as two bytes with one step for each group.
+struct Vnni {
+  static constexpr float kLargest = 32639;  // 256 · 127 + 127
+
+  struct Group {
+    float step, total;
+    int32_t high, low;  // sums of the group's bytes
+  };
+
+  std::vector<int8_t> high, low;
+  std::vector<Group> groups;
+
+  Vnni(const Shape& shape, const uint16_t* x)
+      : high(shape.rows * shape.inputs), low(shape.rows * shape.inputs), groups(shape.rows * shape.groups) {
+    const auto prepare_rows = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * shape.groups; i < end * shape.groups; ++i) prepare(x, i, shape.group);
+    };
+    if (shape.rows < kRowsForThreads)
+      prepare_rows(0, shape.rows);
+    else
+      at::parallel_for(0, shape.rows, 1, prepare_rows);
+  }
+
+  void prepare(const uint16_t* x, int64_t index, int64_t size) {
+    const uint16_t* from = x + index * size;
+    int8_t *h = high.data() + index * size, *l = low.data() + index * size;
+    uint16_t largest = 0;
+    for (int64_t j = 0; j < size; ++j) largest = std::max<uint16_t>(largest, from[j] & 0x7fff);
+    Group& group = groups[index];
+    if (largest >= 0x7f80) {  // infinite or NaN: so is every output
+      group = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::quiet_NaN(), 0, 0};
+      return;
+    }
+    const float top = to_float(largest), inverse = top > 1e-30f ? kLargest / top : 0.f;
+    int32_t sum_high = 0, sum_low = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      const float shifted = to_float(from[j]) * inverse + 12582912.f;  // rounds to the nearest integer in the lowest bits
+      int32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      const int32_t value = bits - 0x4b400000, upper = (value + 128) >> 8, lower = value - upper * 256;
+      h[j] = int8_t(upper);
+      l[j] = int8_t(lower);
+      sum_high += upper;
+      sum_low += lower;
+    }
+    const float step = top / kLargest;
+    group = {step, step * (256.f * float(sum_high) + float(sum_low)), sum_high, sum_low};
+  }
+
+  float total(int64_t group) const { return groups[group].total; }
+
+  template <int Bits, int Rows>
+  const uint32_t* accumulate(const Shape& shape, const uint32_t* codes, int64_t row, int64_t group, Floats (&sums)[Rows]) const {
+    constexpr int32_t mid = 1 << (Bits - 1);
+    const int8_t *h[Rows], *l[Rows];
+    __m512i highs[Rows], lows[Rows];
+    for (int m = 0; m < Rows; ++m) {
+      const int64_t at = (row + m) * shape.inputs + group * shape.group;
+      const Group& facts = groups[(row + m) * shape.groups + group];
+      h[m] = high.data() + at;
+      l[m] = low.data() + at;
+      highs[m] = _mm512_set1_epi32(-mid * facts.high);
+      lows[m] = _mm512_set1_epi32(-mid * facts.low);
+    }
+    codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        highs[m] = _mm512_dpbusd_epi32(highs[m], (__m512i)bytes, four(h[m] + input));
+        lows[m] = _mm512_dpbusd_epi32(lows[m], (__m512i)bytes, four(l[m] + input));
+      }
+    });
+    for (int m = 0; m < Rows; ++m) {
+      const Floats sum = (Floats)_mm512_fmadd_ps(_mm512_cvtepi32_ps(highs[m]), _mm512_set1_ps(256.f), _mm512_cvtepi32_ps(lows[m]));
+      sums[m] = sum * groups[(row + m) * shape.groups + group].step;
+    }
+    return codes;
+  }
+
+  static __m512i four(const int8_t* from) {
+    int32_t bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+};
+
+#endif
+
+// One block of weights times `Rows` rows of inputs.
+template <int Bits, int Rows, typename Inputs, typename T>
+void tile(const Shape& shape, const Inputs& x, int64_t block, int64_t row, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
+  Floats result[Rows] = {};
+  const uint32_t* at = codes + block * shape.groups * shape.words * kLanes;
+  const int64_t first = shape.scale_stride ? block * shape.groups : block;
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    Floats sums[Rows];
+    at = x.template accumulate<Bits, Rows>(shape, at, row, g, sums);
+    const int64_t step = (first + g * shape.scale_stride) * kLanes;
+    const Floats scale = load_lanes(scales + step);
+    for (int m = 0; m < Rows; ++m) result[m] += scale * sums[m];
+    if (offsets) {
+      const Floats offset = load_lanes(offsets + step);
+      for (int m = 0; m < Rows; ++m) result[m] += offset * x.total((row + m) * shape.groups + g);
+    }
+  }
+  const int64_t begin = block * kLanes;
+  for (int m = 0; m < Rows; ++m)
+    store_lanes(y + (row + m) * shape.outputs + begin, result[m], std::min(kLanes, shape.outputs - begin));
+}
+
+// All rows of inputs from `row` on, `Rows` at once as long as there are so many.
+template <int Bits, int Rows, typename Inputs, typename T>
+void rows_of(const Shape& shape, const Inputs& x, int64_t block, int64_t row, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
+  for (; row + Rows <= shape.rows; row += Rows) tile<Bits, Rows>(shape, x, block, row, codes, scales, offsets, y);
+  if constexpr (Rows > 1) {
+    if (row < shape.rows) rows_of<Bits, Rows / 2>(shape, x, block, row, codes, scales, offsets, y);
+  }
+}
+
+template <int Bits, typename Inputs, typename T>
+void product(const Shape& shape, const Inputs& x, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
+  at::parallel_for(0, shape.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) rows_of<Bits, kMostRows>(shape, x, block, 0, codes, scales, offsets, y);
+  });
+}
+
+template <typename Inputs, typename T>
+void dispatch(int64_t bits, const Shape& shape, const Inputs& x, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
+  switch (bits) {
+    case 2: return product<2>(shape, x, codes, scales, offsets, y);
+    case 3: return product<3>(shape, x, codes, scales, offsets, y);
+    case 4: return product<4>(shape, x, codes, scales, offsets, y);
+    case 8: return product<8>(shape, x, codes, scales, offsets, y);
+    default: TORCH_CHECK(false, "bits must be 2, 3, 4 or 8, not ", bits);
+  }
+}
+
+template <typename T>
+const T* data(const at::Tensor& tensor) {
+  return reinterpret_cast<const T*>(tensor.const_data_ptr());
+}
+
+// x [rows, inputs] in bfloat16 or float32, codes int32 [blocks, groups, words, 16], scales and offsets [blocks, groups or 1, 16] of the
+// dtype of x. Returns [rows, outputs] of the dtype of x.
+at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& offsets,
+                     int64_t bits, int64_t outputs) {
+  TORCH_CHECK(x.dim() == 2 && codes.dim() == 4 && scales.dim() == 3, "expected x [rows, inputs], codes of 4 and scales of 3 dimensions");
+  TORCH_CHECK(x.is_contiguous() && codes.is_contiguous() && scales.is_contiguous(), "tensors must be contiguous");
+  TORCH_CHECK(codes.scalar_type() == at::kInt && scales.scalar_type() == x.scalar_type(), "codes are int32, scales of the dtype of x");
+  TORCH_CHECK(!offsets || (offsets->sizes() == scales.sizes() && offsets->scalar_type() == x.scalar_type() && offsets->is_contiguous()),
+              "offsets must be like scales");
+  Shape shape{x.size(0), x.size(1), outputs, codes.size(0), codes.size(1), 0, codes.size(2), scales.size(1) == 1 ? 0 : 1};
+  shape.group = shape.words * 32 / bits;
+  TORCH_CHECK(shape.group % 32 == 0 && shape.group * shape.groups == shape.inputs, "codes do not fit ", shape.inputs, " inputs");
+  TORCH_CHECK(codes.size(3) == kLanes && (outputs + kLanes - 1) / kLanes == shape.blocks, "codes do not fit ", outputs, " outputs");
+  TORCH_CHECK(scales.size(0) == shape.blocks && scales.size(2) == kLanes && (scales.size(1) == 1 || scales.size(1) == shape.groups),
+              "scales do not fit codes");
+  at::Tensor y = at::empty({shape.rows, outputs}, x.options());
+  const uint32_t* words = data<uint32_t>(codes);
+  if (x.scalar_type() == at::kFloat) {
+    const float* shifts = offsets ? data<float>(*offsets) : nullptr;
+    dispatch(bits, shape, Portable(shape, data<float>(x)), words, data<float>(scales), shifts, y.mutable_data_ptr<float>());
+    return y;
+  }
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "x must be bfloat16 or float32");
+#ifdef SLIMBENCH_VNNI
+  const Vnni inputs(shape, data<uint16_t>(x));
+#else
+  const Portable inputs(shape, data<uint16_t>(x));
+#endif
+  const uint16_t* shifts = offsets ? data<uint16_t>(*offsets) : nullptr;
+  dispatch(bits, shape, inputs, words, data<uint16_t>(scales), shifts, reinterpret_cast<uint16_t*>(y.mutable_data_ptr()));
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(slimbench, library) {
+  library.def("packed_mm(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int bits, int outputs) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(slimbench, CPU, library) { library.impl("packed_mm", packed_mm); }

@@ -1,0 +1,142 @@
+"""The grid of a quantized weight, and its codes as they lie on disk.
+
+A weight `w[o, i]` is an integer code `q` on a grid that it shares with its group of inputs, plus what is kept apart from the grid:
+
+    w = (q - mid) * scale + offset + outlier        mid = 2^(bits - 1), 0 for 8 bits; no offset on a symmetric grid
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128, 256)
+BITS = (2, 3, 4, 8)
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Widths of the fields that a code is split into, the lowest bits first."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the weights of a layer are laid out: bits of a code, inputs that share a scale (None: a row), bits of the inputs."""
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: int | None = None
+    activation_bits: Literal[8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, not {self.bits!r}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES} or None, not {self.group_size!r}")
+        if self.activation_bits not in (None, 8) or (self.activation_bits and (self.bits != 8 or self.group_size)):
+            raise ValueError("8-bit activations go with 8-bit weights that have one scale a row")
+
+    @property
+    def mid(self) -> int:
+        """The code of a weight 0 on a symmetric grid."""
+        return 0 if self.bits == 8 else 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Weights kept apart from the grid and added to it, by rows.
+
+    Attributes:
+        starts: int32 [out + 1]; those of row o are starts[o] .. starts[o + 1] - 1.
+        columns: int32 [n].
+        values: [n] in the model's dtype.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each one, int64 [n]."""
+        counts = self.starts.diff().long()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(self.columns))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix on its grid.
+
+    Attributes:
+        codes: [out, in], uint8 0..2^bits - 1, for 8 bits int8.
+        scales: [out, groups] in the model's dtype.
+        offsets: [out, groups] in the model's dtype, None on a symmetric grid.
+        outliers: What is added to single weights, None where nothing is.
+    """
+
+    grid: Grid
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+    outliers: Outliers | None = None
+
+    def dequantize(self) -> Tensor:
+        """The weights [out, in] in the model's dtype: computed in float32 and rounded once."""
+        grouped = (self.codes.float() - self.grid.mid).unflatten(1, (self.scales.shape[1], -1))
+        weight = grouped * self.scales.float().unsqueeze(-1)
+        if self.offsets is not None:
+            weight = weight + self.offsets.float().unsqueeze(-1)
+        weight = weight.flatten(1)
+        if self.outliers is not None:
+            apart = self.outliers
+            weight = weight.index_put((apart.rows, apart.columns.long()), apart.values.float(), accumulate=True)
+        return weight.to(self.scales.dtype)
+
+    @property
+    def symmetric(self) -> bool:
+        return self.offsets is None
+
+    def packed_codes(self) -> Tensor:
+        """The codes as they are stored: 8 bits as int8, others as uint8 [out, in · bits / 8].
+
+        The planes of a row stand one after the other; of the codes that share a byte, the first has the highest bits.
+        """
+        if self.grid.bits == 8:
+            return self.codes
+        return torch.cat([_join(field, width) for field, width in fields(self.codes, self.grid.bits)], dim=1)
+
+
+def fields(codes: Tensor, bits: int) -> list[tuple[Tensor, int]]:
+    """The planes of codes (unsigned, [out, in]) with their widths, the lowest bits first."""
+    found, shift = [], 0
+    for width in PLANES[bits]:
+        found.append((codes >> shift & (1 << width) - 1, width))
+        shift += width
+    return found
+
+
+def unpack(qweight: Tensor, bits: int) -> Tensor:
+    """Codes [out, in] from their stored form."""
+    if bits == 8:
+        return qweight
+    codes, begin, shift = None, 0, 0
+    for width in PLANES[bits]:
+        end = begin + qweight.shape[1] * width // bits
+        field = _split(qweight[:, begin:end], width) << shift
+        codes = field if codes is None else codes | field
+        begin, shift = end, shift + width
+    assert codes is not None
+    return codes
+
+
+def _join(field: Tensor, width: int) -> Tensor:
+    parts = field.unflatten(1, (-1, 8 // width))
+    byte = parts[..., 0]
+    for index in range(1, 8 // width):
+        byte = byte << width | parts[..., index]
+    return byte
+
+
+def _split(stored: Tensor, width: int) -> Tensor:
+    shifts = range(8 - width, -1, -width)
+    return torch.stack([stored >> shift & (1 << width) - 1 for shift in shifts], dim=-1).flatten(1)

@@ -1,0 +1,63 @@
+"""What the kernel benchmark runs: torch's dense product, and every packed kernel on every grid that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from methods.kernels.base import Kernel
+from methods.kernels.grid import Grid, QuantizedWeight
+from methods.kernels.packed_linear import KERNELS, PackedLinear
+from methods.kernels.torch_operators import Dequantize
+
+GRIDS = (Grid(2, 64), Grid(3, 64), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8), Grid(8, None, 8))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to multiply with a layer's weight.
+
+    Attributes:
+        kernel: Its name in evidence and records.
+        bits: Bits of a weight before scales, 16 for a dense one.
+        group_size: Inputs that share a scale; None for a row, or where there is none.
+        make: `(outputs, inputs) -> layer` with random weights.
+
+    Raises:
+        ValueError: From `make`, where the kernel takes no such layer.
+    """
+
+    kernel: str
+    bits: int
+    group_size: int | None
+    make: Callable[[int, int], nn.Module]
+
+
+def subjects(device: torch.device, dtype: torch.dtype) -> Iterator[Subject]:
+    """The dense product first; then the kernels that can be had on the device. The one that expands its weight is left out."""
+    yield Subject("torch linear", 8 * dtype.itemsize, None, partial(_dense, device, dtype))
+    for kernel in KERNELS:
+        for grid in GRIDS:
+            sample = random_weight(grid, 64, 256, device, dtype)
+            if kernel is not Dequantize and kernel.accepts(sample) and kernel.missing() is None:
+                yield Subject(kernel.name, grid.bits, grid.group_size, partial(_packed, kernel, grid, device, dtype))
+
+
+def random_weight(grid: Grid, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
+    """Random codes with scales as of a weight of size 0.02; symmetric."""
+    low, high, stored = (-128, 128, torch.int8) if grid.bits == 8 else (0, 1 << grid.bits, torch.uint8)
+    codes = torch.randint(low, high, (outputs, inputs), dtype=stored)
+    scales = (torch.rand(outputs, inputs // (grid.group_size or inputs)) + 0.5) * 0.04 / (1 << grid.bits)
+    return QuantizedWeight(grid, codes.to(device), scales.to(device, dtype))
+
+
+def _packed(kernel: type[Kernel], grid: Grid, device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> nn.Module:
+    return PackedLinear(random_weight(grid, outputs, inputs, device, dtype), kernels=(kernel,))
+
+
+def _dense(device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> nn.Module:
+    return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)

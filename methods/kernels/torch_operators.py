@@ -1,0 +1,173 @@
+"""Products by the operators that torch has, and the one that always works: expand the weight, then multiply.
+
+    torch int4pack          4 bits, CPU, bfloat16, out a multiple of 16
+    tinygemm                4 bits, CUDA from compute capability 8, bfloat16, out a multiple of 8, in a multiple of 32
+    torch int8pack          8 bits, one scale a row, CPU, bfloat16, in a multiple of 16
+    torch int_mm w8a8       8 bits and 8-bit inputs, one scale a row, in and out multiples of 8
+    dequantize + matmul     everything else: the weight is expanded on every call
+
+torch's packed CPU operators accept float16 and float32 too, but run scalar loops that are many times slower than a dense
+product. Its 8-bit operator reads beyond rows whose length is no multiple of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.kernels.base import Kernel
+from methods.kernels.grid import Grid, QuantizedWeight, unpack
+
+_ACTIVATION_MAX = 127.0
+_CUDA_INT_MM_ROWS = 17
+
+
+class Int4Pack(Kernel):
+    """torch's CPU operator for 4-bit groups; scales and offsets interleaved, [groups, out, 2]."""
+
+    name = "torch int4pack"
+    device, multiple_out, multiple_in = "cpu", 16, 2
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        rows, columns = weight.codes.shape
+        fits = rows % cls.multiple_out == 0 and columns % cls.multiple_in == 0 and columns % (weight.grid.group_size or 1) == 0
+        return weight.grid.bits == 4 and fits and weight.codes.device.type == cls.device and weight.scales.dtype is torch.bfloat16
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        offsets = torch.zeros_like(weight.scales) if weight.offsets is None else weight.offsets
+        steps = torch.stack((weight.scales, offsets), dim=-1).transpose(0, 1).contiguous()
+        return {"weight_packed": cls._pack(weight), "scales_and_offsets": steps}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        return cls._product(x, layer.weight_packed, layer.grid.group_size, layer.scales_and_offsets)
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        """Unit vectors on a grid of scale 1 make the operator itself give the codes; they are small integers, so exactly."""
+        scales, offsets = (t.transpose(0, 1).contiguous() for t in layer.scales_and_offsets.unbind(-1))
+        unit = torch.zeros_like(layer.scales_and_offsets)
+        unit[..., 0] = 1
+        eye = torch.eye(layer.in_features, dtype=layer.dtype, device=unit.device)
+        codes = cls._product(eye, layer.weight_packed, layer.grid.group_size, unit).t() + layer.grid.mid
+        return QuantizedWeight(layer.grid, codes.to(torch.uint8), scales, offsets if offsets.any() else None)
+
+    @staticmethod
+    def _pack(weight: QuantizedWeight) -> Tensor:
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32), 1)
+
+    @staticmethod
+    def _product(x: Tensor, packed: Tensor, group_size: int, steps: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, steps)
+
+
+class TinyGemm(Int4Pack):
+    """torch's CUDA operator for 4-bit groups; two 16-wide tiles of inputs side by side."""
+
+    name = "tinygemm"
+    device, multiple_out, multiple_in = "cuda", 8, 32
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        return super().accepts(weight) and torch.cuda.get_device_capability(weight.codes.device)[0] >= 8
+
+    @staticmethod
+    def _pack(weight: QuantizedWeight) -> Tensor:
+        return torch.ops.aten._convert_weight_to_int4pack(weight.packed_codes().contiguous(), 2)
+
+    @staticmethod
+    def _product(x: Tensor, packed: Tensor, group_size: int, steps: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(x, packed, group_size, steps)
+
+
+class IntMM(Kernel):
+    """int8 inputs times int8 weights into int32, rescaled by the token's and the row's scale."""
+
+    name = "torch int_mm w8a8"
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        rows, columns = weight.codes.shape
+        return weight.grid == Grid(8, None, 8) and weight.symmetric and rows % 8 == 0 and columns % 8 == 0
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        return {"codes": weight.codes.contiguous(), "scales": weight.scales.flatten().float()}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        codes, steps = quantize_tokens(x)
+        rows = codes.shape[0]
+        if codes.is_cuda and rows < _CUDA_INT_MM_ROWS:
+            codes = nn.functional.pad(codes, (0, 0, 0, _CUDA_INT_MM_ROWS - rows))
+        products = torch._int_mm(codes, layer.codes.t())[:rows]
+        return (products * (steps * layer.scales)).to(x.dtype)
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        return QuantizedWeight(layer.grid, layer.codes, layer.scales.to(layer.dtype).unsqueeze(1))
+
+
+class Int8Pack(Kernel):
+    """torch's CPU operator for 8-bit weights with one scale a row."""
+
+    name = "torch int8pack"
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        fits = weight.codes.shape[1] % 16 == 0 and weight.codes.device.type == "cpu" and weight.scales.dtype is torch.bfloat16
+        return weight.grid == Grid(8) and weight.symmetric and fits
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        return {"codes": weight.codes.contiguous(), "scales": weight.scales.flatten()}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, layer.codes, layer.scales)
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        return QuantizedWeight(layer.grid, layer.codes, layer.scales.unsqueeze(1))
+
+
+class Dequantize(Kernel):
+    """Expand the weight, then an ordinary product: no speed to gain, but the memory stays small."""
+
+    name = "dequantize + matmul"
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        return True
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        kept = {"qweight": weight.packed_codes().contiguous(), "scales": weight.scales}
+        return kept if weight.offsets is None else kept | {"offsets": weight.offsets}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        if layer.grid.activation_bits:
+            codes, steps = quantize_tokens(x)
+            x = (codes * steps).to(x.dtype)
+        return nn.functional.linear(x, cls.restore(layer).dequantize())
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        codes = unpack(layer.qweight, layer.grid.bits)
+        return QuantizedWeight(layer.grid, codes, layer.scales, getattr(layer, "offsets", None))
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of x [rows, in] to int8 by its own largest magnitude.
+
+    Returns:
+        Codes, int8 [rows, in], and scales, float32 [rows, 1]; NaN and infinity go into the scale.
+    """
+    x = x.float()
+    steps = (x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1)) / _ACTIVATION_MAX
+    return (x / steps.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8), steps
