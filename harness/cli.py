@@ -1,4 +1,4 @@
-"""The command line: `slimbench run · sweep · audit · compare · methods · assets · board · env`.
+"""The command line: `slimbench run · sweep · audit · compare · bench · methods · engines · assets · board · env`.
 
 Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
 """
@@ -24,10 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 methods_app = typer.Typer(help="The compression methods: list, show, prove on a tiny model.", no_args_is_help=True)
+engines_app = typer.Typer(help="What runs the artefacts: list, prove on a tiny model.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks beside the cells: kernels.", no_args_is_help=True)
 assets_app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
 board_app = typer.Typer(help="The leaderboard: build it, or print its table.", no_args_is_help=True)
 env_app = typer.Typer(help="Environments for libraries that need one of their own: list, make.", no_args_is_help=True)
 app.add_typer(methods_app, name="methods")
+app.add_typer(engines_app, name="engines")
+app.add_typer(bench_app, name="bench")
 app.add_typer(assets_app, name="assets")
 app.add_typer(board_app, name="board")
 app.add_typer(env_app, name="env")
@@ -108,7 +112,7 @@ def compare(
     """Compare two cells of one table, paired: a verdict in words, then ratios, intervals and p-values."""
     import json
 
-    _check_format(format, ("terminal", "json"))
+    _check_choice("--format", format, ("terminal", "json"))
     records = _records(results)
     from leaderboard import compare as comparing
     from leaderboard import verdict
@@ -188,6 +192,60 @@ def methods_check(name: str) -> None:
     good = facts["finite"] and not [f for f in facts["flags"] if f.startswith("claims")]
     print(f"{name}: {'passed' if good else 'FAILED'}")
     raise typer.Exit(0 if good else 1)
+
+
+@engines_app.command("list")
+def engines_list() -> None:
+    """The engines: what they load, where they run, and whether they can run here."""
+    from rich.table import Table
+
+    from harness.engines import catalogue as engines
+
+    table = Table("engine", "formats", "devices", "here", box=None, header_style="bold")
+    for engine in engines.catalogue():
+        here = engines.missing(engine) or "yes"
+        table.add_row(engine.name, ", ".join(engine.loaders), ", ".join(engine.devices), here.replace("[", "\\["))
+    _console().print(table)
+
+
+@engines_app.command("check")
+def engines_check(names: Annotated[list[str] | None, typer.Argument(help="Engines; all if none is named.")] = None) -> None:
+    """Prove engines in seconds: load a tiny model of each format, and hold logits, cache and decoding against each other."""
+    from rich.table import Table
+
+    from harness.engines import catalogue as engines
+
+    chosen = [engines.get(name) for name in names or [engine.name for engine in engines.catalogue()]]
+    table = Table("engine", "format", "kernel", "verdict", box=None, header_style="bold")
+    failed = 0
+    for engine in chosen:
+        for checked in engines.check(engine):
+            failed += checked.failed
+            table.add_row(engine.name, checked.format, checked.kernel or "–", checked.verdict.replace("[", "\\["))
+    _console().print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    layers: Annotated[str, typer.Option(help="Models whose layer shapes are measured, a pattern such as 'llama-*'.")] = "smollm2-*",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows of inputs; conf/bench/kernels.yaml names the usual ones.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the table and the plot.")] = Path("kernels"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if none is given.")] = None,
+) -> None:
+    """Products of packed and dense weights over layer shapes and batches: bandwidth, FLOP/s, roofline; CSV and plot."""
+    _check_choice("--device", device, ("cpu", "cuda"))
+    from harness import bench
+    from harness.hardware import hardware
+
+    wanted = bench.layers(layers)
+    if device == "cuda" and not hardware().gpus:
+        _fail("--device cuda, but this machine has no CUDA card that torch can use", 1)
+    table = bench.write(wanted, batch, device, threads, out, _console())
+    from leaderboard import kernels
+
+    print(f"{len(wanted)} layers → {', '.join(str(path) for path in [table, *kernels.plot(table)])}")
 
 
 @assets_app.command("list")
@@ -273,7 +331,7 @@ def board_table(
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FORMATS)}.")] = "terminal",
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
-    _check_format(format, _FORMATS)
+    _check_choice("--format", format, _FORMATS)
     rows = _rows(results)
     from leaderboard import tables
 
@@ -283,12 +341,12 @@ def board_table(
         print({"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}[format](rows).rstrip())
 
 
-def _check_format(name: str, formats: Sequence[str]) -> None:
+def _check_choice(option: str, name: str, choices: Sequence[str]) -> None:
     from harness.config import ConfigError
     from tasks.errors import nearest
 
-    if name not in formats:
-        raise ConfigError(f"--format {name} is no valid choice{nearest(name, formats)}")
+    if name not in choices:
+        raise ConfigError(f"{option} {name} is no valid choice{nearest(name, choices)}")
 
 
 def _rows(results: Path) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,18 +24,26 @@ _READY = ".ready"
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment of the catalogue: what it is for, and what pip installs into it."""
+    """An environment of the catalogue.
+
+    Attributes:
+        description: What it is for.
+        requirements: What pip installs into it.
+        overlay: It stands on top of this program's own environment and sees its packages, so that stages can run in it.
+    """
 
     name: str
     description: str
     requirements: list[str]
+    overlay: bool = False
 
     @property
     def folder(self) -> Path:
         from harness.cell import digest
 
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return cache_dir() / "environments" / f"{self.name}-{digest([version, self.requirements])}"
+        below = [sys.prefix] if self.overlay else []
+        return cache_dir() / "environments" / f"{self.name}-{digest([version, self.requirements, *below])}"
 
     @property
     def python(self) -> Path:
@@ -75,8 +84,21 @@ def make(name: str) -> Path:
     with FileLock(f"{wanted.folder}.lock"):
         if not wanted.is_made:
             pip = [str(wanted.python), "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
-            for command in ([sys.executable, "-m", "venv", "--clear", str(wanted.folder)], pip):
-                if code := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-                    raise ConfigError(f"environment '{name}' could not be made: exit code {code} of {Path(command[0]).name} {command[2]}")
+            _run(name, [sys.executable, "-m", "venv", "--clear", str(wanted.folder)])
+            if wanted.overlay:
+                _overlay(wanted)
+            _run(name, pip)
             (wanted.folder / _READY).touch()
     return wanted.python
+
+
+def _run(name: str, command: list[str]) -> None:
+    if code := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+        raise ConfigError(f"environment '{name}' could not be made: exit code {code} of {Path(command[0]).name} {command[2]}")
+
+
+def _overlay(environment: Environment) -> None:
+    """Let an environment see the packages of this one, after its own; editable installs included."""
+    (own,) = environment.folder.glob("lib/python*/site-packages")
+    below = sysconfig.get_path("purelib")
+    (own / "_below.pth").write_text(f"import site; site.addsitedir({below!r})\n")

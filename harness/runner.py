@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from harness import artefact, models, provenance
+from harness import artefact, environments, models, provenance
 from harness.cell import Cell
+from harness.engines import catalogue as engines
 from harness.hardware import available_memory, hardware
 from harness.record import Failure, Record, Stage, Status
 from harness.store import Store
@@ -98,7 +99,7 @@ class Runner:
     def _execute(self, cell: Cell, stage: Stage) -> Record:
         self.listener.stage_started(cell, stage)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        outcome = cannot_run(cell) or self._artefacts_ready(cell, stage) or self._work(cell, stage)
+        outcome = cannot_run(cell, stage) or self._artefacts_ready(cell, stage) or self._work(cell, stage)
         record = Record(
             stage=stage,
             status=outcome.status,
@@ -129,7 +130,7 @@ class Runner:
             wall_s=cell.config.limits.wall_s,
             memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
         )
-        return self._worker(cell).run(task, self.listener.stage_event)
+        return self._worker(cell, stage).run(task, self.listener.stage_event)
 
     def _reference_key(self, cell: Cell, stage: Stage) -> str | None:
         """Compress key of the reference; None where it ended badly, so that a candidate that fits is measured without it."""
@@ -139,8 +140,10 @@ class Runner:
                 return None
         return cell.identity.reference.compress
 
-    def _worker(self, cell: Cell) -> Worker:
-        key = (sys.executable, is_offline(cell))
+    def _worker(self, cell: Cell, stage: Stage) -> Worker:
+        environment = _environment(cell, stage)
+        python = str(environments.get(environment).python) if environment else sys.executable
+        key = (python, is_offline(cell))
         return self._workers.setdefault(key, Worker(*key))
 
     def _artefacts_ready(self, cell: Cell, stage: Stage) -> Outcome | None:
@@ -157,6 +160,13 @@ class Runner:
             if outcome.status is not Status.OK:
                 return outcome
         return None
+
+
+def _environment(cell: Cell, stage: Stage) -> str | None:
+    """Name of the environment that a stage runs in, None for this program's own."""
+    if stage is not Stage.COMPRESS:
+        return cell.config.engine.environment
+    return next((method.needs.environment for method in cell.methods if method.needs.environment), None)
 
 
 def with_reference(cell: Cell) -> Iterator[Cell]:
@@ -180,8 +190,8 @@ def is_offline(cell: Cell) -> bool:
     return not any(s.startswith("hf:") for s in sources) and (config.suite.include_path is not None or not config.suite.tasks)
 
 
-def cannot_run(cell: Cell) -> Outcome | None:
-    """An `unsupported` outcome where it is known beforehand that the cell cannot run on this machine."""
+def cannot_run(cell: Cell, stage: Stage) -> Outcome | None:
+    """An `unsupported` outcome where it is known beforehand that a stage of the cell cannot run on this machine."""
     machine, config = hardware(), cell.config
     needs_cuda = [s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"]
     if config.device.name == "cuda" and not machine.gpus:
@@ -192,7 +202,22 @@ def cannot_run(cell: Cell) -> Outcome | None:
     room = machine.gpus[config.device.index].memory_bytes if config.device.name == "cuda" else available_memory()
     if needed and needed > room:
         return _unsupported(f"the weights of {config.model.name} need {needed / 1e9:.0f} GB, this machine has {room / 1e9:.0f} GB")
+    if stage is not Stage.COMPRESS:
+        return _engine_cannot_run(cell)
+    environment = _environment(cell, stage)
+    if environment and not environments.get(environment).is_made:
+        return _unsupported(f"{cell.identity.pipeline} needs its environment: slimbench env make {environment}")
     return None
+
+
+def _engine_cannot_run(cell: Cell) -> Outcome | None:
+    engine, device, format_ = cell.config.engine, cell.config.device.name, cell.methods[-1].produces
+    if format_ not in engine.loaders:
+        return _unsupported(f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}")
+    if device not in engine.devices:
+        return _unsupported(f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}")
+    reason = engines.missing(engine)
+    return _unsupported(f"engine {engine.name} {reason}") if reason else None
 
 
 def _unsupported(message: str) -> Outcome:

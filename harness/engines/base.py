@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from harness.artefact import read_manifest
+from harness.config import locate
 from harness.record import Evidence
+from methods.base import Unsupported
 
 _PIECE_BYTES = (1 << 23, 1 << 28)  # of float32 logits, on a CPU and elsewhere
 
@@ -55,8 +58,13 @@ class LoadedModel(ABC):
         """
 
     @abstractmethod
-    def prefill(self, ids: torch.Tensor) -> Step:
-        """Process a prompt [B, T] and choose the first token."""
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        """Process a prompt [B, T] and choose the first token.
+
+        Args:
+            ids: Token ids, int64 [B, T].
+            room: Tokens that will follow at most, for engines whose KV cache does not grow.
+        """
 
     @abstractmethod
     def decode_step(self, step: Step) -> Step:
@@ -111,16 +119,24 @@ class Engine(ABC):
     """Loads artefacts of the formats in its table.
 
     Args:
-        loaders: Format of an artefact → dotted path of a function `(folder, device, trust_remote_code) -> model`.
+        loaders: Format of an artefact → dotted path of what turns its folder into this engine's model; what it is called with is
+            the engine's affair.
     """
 
     def __init__(self, loaders: dict[str, str]) -> None:
         self.loaders = loaders
 
-    @abstractmethod
     def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> LoadedModel:
         """Load an artefact from disk.
 
         Raises:
             methods.base.Unsupported: This engine does not load its format here.
         """
+        format_ = read_manifest(artefact).claim["format"]
+        if format_ not in self.loaders:
+            raise Unsupported(f"it does not load format '{format_}', only {', '.join(self.loaders)}")
+        return self.open(artefact, locate(self.loaders[format_]), device, trust_remote_code)
+
+    @abstractmethod
+    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
+        """Load an artefact with the loader of its format."""

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 
-from harness.artefact import read_manifest
-from harness.config import locate
 from harness.engines.base import Engine, LoadedModel, Step
 from harness.measure.evidence import collect
 from harness.record import Evidence
-from methods.base import Unsupported
 
 
 def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -49,7 +46,7 @@ class TransformersModel(LoadedModel):
         return out.logits, out.past_key_values
 
     @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor) -> Step:
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
         return self._greedy(ids.to(self._device), None)
 
     @torch.inference_mode()
@@ -70,20 +67,20 @@ class TransformersModel(LoadedModel):
 
     def evidence(self) -> Evidence:
         prompt = torch.zeros(1, 8, dtype=torch.int64)
-        return collect(self.module, lambda: self.decode_step(self._prefilled(prompt)))
+        return collect(self.module, lambda: self._evidence_step(self._prefilled(prompt)))
 
     def _prefilled(self, prompt: torch.Tensor) -> Step:
         if not hasattr(self, "_probe"):
             self._probe = self.prefill(prompt)
         return self._probe
 
+    @torch.inference_mode()
+    def _evidence_step(self, step: Step) -> Step:
+        return self.decode_step(step)
+
 
 class TransformersEngine(Engine):
     """Loads every format that ends as a module with the call of a transformers model."""
 
-    def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> LoadedModel:
-        format_ = read_manifest(artefact).claim["format"]
-        if format_ not in self.loaders:
-            raise Unsupported(f"engine transformers does not load format '{format_}'; it loads: {', '.join(self.loaders)}")
-        module = locate(self.loaders[format_])(artefact, device, trust_remote_code)
-        return TransformersModel(module, device)
+    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
+        return TransformersModel(loader(artefact, device, trust_remote_code), device)

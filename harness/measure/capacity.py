@@ -64,7 +64,7 @@ def _result(seen: list[tuple[int, int]], limited_by: str) -> LargestBatch:
 
 def _peak(model: LoadedModel, point: SpeedPoint) -> int:
     def work() -> tuple[Step, int]:
-        step = model.decode_step(model.prefill(prompts(model, point)))
+        step = model.decode_step(model.prefill(prompts(model, point), room=point.new_tokens))
         return step, _in_use(model.device)
 
     peak = peak_of(model.device, work)

@@ -78,7 +78,7 @@ def first_call(model: LoadedModel, point: SpeedPoint) -> float:
     clock, ids = timer(model.device), prompts(model, point)
     model.synchronize()
     start = clock.mark(model.synchronize)
-    model.decode_step(model.prefill(ids))
+    model.decode_step(model.prefill(ids, room=point.new_tokens))
     return clock.milliseconds(start, clock.mark(model.synchronize))
 
 
@@ -181,7 +181,7 @@ def run_once(model: LoadedModel, ids: torch.Tensor, new_tokens: int, instruments
         instruments.flush()
     model.synchronize()
     began = clock.mark(model.synchronize)
-    step = model.prefill(ids)
+    step = model.prefill(ids, room=new_tokens)
     first = clock.mark(model.synchronize)
     model.synchronize()
     before = meter.snapshot() if meter else None
@@ -234,7 +234,7 @@ def prompts(model: LoadedModel, point: SpeedPoint) -> torch.Tensor:
 
 
 def _cache_halfway(model: LoadedModel, point: SpeedPoint) -> int | None:
-    step = model.prefill(prompts(model, point))
+    step = model.prefill(prompts(model, point), room=point.new_tokens)
     for _ in range(point.new_tokens // 2):
         step = model.decode_step(step)
     return model.cache_bytes(step.state)

@@ -89,7 +89,7 @@ def resident_bytes() -> int:
 
 
 def _generate(model: LoadedModel, point: SpeedPoint) -> Step:
-    step = model.prefill(prompts(model, point))
+    step = model.prefill(prompts(model, point), room=point.new_tokens)
     for _ in range(point.new_tokens - 1):
         step = model.decode_step(step)
     return step

@@ -122,7 +122,7 @@ class EngineLM(TemplateLM):
         return texts
 
     def _generate(self, prompt: list[int], stops: list[str], limit: int) -> str:
-        step, produced, text = self.model.prefill(torch.tensor([prompt])), [], ""
+        step, produced, text = self.model.prefill(torch.tensor([prompt]), room=limit), [], ""
         for _ in range(limit):
             token = int(step.token)
             if token == self.eot_token_id:

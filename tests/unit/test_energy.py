@@ -65,9 +65,9 @@ class Burning(Simulated):
 
     counter: Path
 
-    def prefill(self, ids: torch.Tensor):  # type: ignore[no-untyped-def]
+    def prefill(self, ids: torch.Tensor, room: int = 32):  # type: ignore[no-untyped-def]
         self._burn(500_000)
-        return super().prefill(ids)
+        return super().prefill(ids, room)
 
     def decode_step(self, step):  # type: ignore[no-untyped-def]
         self._burn(1000)

@@ -49,7 +49,7 @@ class Simulated(LoadedModel):
         self.clock.now += median_ms * self.rng.lognormal(0, self.sigma) * slow
         return Step(torch.zeros(1, 1, dtype=torch.int64), None)
 
-    def prefill(self, ids: torch.Tensor) -> Step:
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
         return self._take(100.0)
 
     def decode_step(self, step: Step) -> Step:

@@ -50,7 +50,7 @@ class Hungry(Simulated):
 
     most = 10**9
 
-    def prefill(self, ids: torch.Tensor) -> Step:
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
         if len(ids) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Step(torch.zeros(len(ids), 1, dtype=torch.int64), torch.ones(2 * len(ids) * MB, dtype=torch.uint8))

@@ -1,0 +1,71 @@
+"""transformers compiled: decode steps through `torch.compile` with a static KV cache, as CUDA graphs on a card.
+
+Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Whole
+windows, by which quality is measured, run through compiled code too: what fusion does to the numbers is seen. Compilation happens
+in the first call at a shape and stands in the record as `first_call_ms`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.engines.base import LoadedModel, Step
+from harness.engines.transformers import TransformersEngine, TransformersModel
+
+_ROUND = 32
+
+
+class CompiledModel(TransformersModel):
+    """A transformers model with a static cache.
+
+    Caches are kept by batch and length and used again, since compiled code and CUDA graphs are bound to their memory: a `Step` is
+    valid until the next prompt of the same shape.
+    """
+
+    def __init__(self, module: Any, device: str) -> None:
+        super().__init__(module, device)
+        self._caches: dict[tuple[int, int], Any] = {}
+        mode = "reduce-overhead" if self._device.type == "cuda" else None
+        self._decode = torch.compile(self._next, mode=mode, fullgraph=True)
+        self._window = torch.compile(self._logits, fullgraph=True)
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return self._window(ids.to(self._device))[:, start:]
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        from transformers import StaticCache
+
+        batch, length = ids.shape
+        capacity = -(-(length + room) // _ROUND) * _ROUND
+        if (batch, capacity) not in self._caches:
+            self._caches[batch, capacity] = StaticCache(config=self.module.config, max_cache_len=capacity)
+        cache = self._caches[batch, capacity]
+        cache.reset()
+        return Step(self._next(ids.to(self._device), cache), cache)
+
+    @torch.inference_mode()
+    def decode_step(self, step: Step) -> Step:
+        return Step(self._decode(step.token, step.state).clone(), step.state)
+
+    def _next(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(-1)
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.module(ids, use_cache=False).logits
+
+    def _evidence_step(self, step: Step) -> Step:
+        """Uncompiled, so that the operators can be attributed to layers; the compiled code calls the same ones for packed weights."""
+        return Step(self._next(step.token, step.state), step.state)
+
+
+class CompiledEngine(TransformersEngine):
+    """The loaders of the eager engine, compiled."""
+
+    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
+        return CompiledModel(loader(artefact, device, trust_remote_code), device)

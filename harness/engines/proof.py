@@ -1,0 +1,81 @@
+"""`python -m harness.engines.proof ENGINE`: one engine on a tiny model, every format; one JSON line each. Run by `catalogue.check`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from harness import artefact, catalogue, models
+from harness.config import EngineConfig, locate
+from harness.engines.base import LoadedModel
+from harness.engines.catalogue import Checked, get, to_line
+from methods.base import Calibration, DenseModel, Unsupported
+
+_TOLERANCE = 0.05  # of the largest logit: bfloat16 in another order
+_WINDOW, _CHUNK, _STEPS = 24, 7, 6
+
+
+def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
+    """Make a tiny artefact of a format, load it, and hold whole windows, the cache and greedy decoding against each other."""
+    try:
+        folder = _artefact(format_, scratch)
+        model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+        kernel = model.evidence().kernel
+        return Checked(format_, kernel, _judge(model))
+    except Unsupported as reason:
+        return Checked(format_, None, f"unsupported: {reason}")
+    except Exception as error:
+        return Checked(format_, None, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _artefact(format_: str, scratch: Path) -> Path:
+    """An artefact of a tiny model, by the first method that writes the format and has all that it needs."""
+    able = [e for e in catalogue.entries() if e.method.produces == format_ and not e.missing and e.method.needs.device != "cuda"]
+    if not able:
+        raise Unsupported(f"no method that writes format {format_} can run here")
+    chosen = min(able, key=lambda e: (e.name != "dense", e.method.needs.calibration, e.name))
+    source, out = catalogue.tiny_model(scratch / "dense"), scratch / "artefact"
+    out.mkdir()
+    dense = DenseModel(source, source, "bfloat16", "cpu", models.shape_of(source))
+    ids = torch.randint(0, dense.shape.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+    claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
+    artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim.to_dict()))
+    return out
+
+
+def _judge(model: LoadedModel) -> str:
+    ids = torch.randint(0, model.vocab_size, (2, _WINDOW), generator=torch.Generator().manual_seed(1))
+    whole = model.logits(ids).float().cpu()
+    if not torch.isfinite(whole).all():
+        return "FAILED: logits are not finite"
+    state, pieces = None, []
+    for piece in ids.split(_CHUNK, dim=1):
+        logits, state = model.extend(piece, state)
+        pieces.append(logits.float().cpu())
+    bound = _TOLERANCE * whole.abs().max()
+    apart = (torch.cat(pieces, dim=1) - whole).abs().max()
+    if apart > bound:
+        return f"FAILED: through the cache, logits differ by {apart:.3g}"
+    step = model.prefill(ids, room=_STEPS)
+    for _ in range(_STEPS):
+        best = model.logits(ids)[:, -1].float().cpu()
+        chosen = best.gather(1, step.token.cpu())[:, 0]
+        if ((best.amax(1) - chosen) > bound).any():
+            return "FAILED: decoding does not choose the likeliest token"
+        ids = torch.cat([ids, step.token.cpu()], dim=1)
+        step = model.decode_step(step)
+    return "passed"
+
+
+def main() -> None:
+    engine = get(sys.argv[1])
+    for format_ in engine.loaders:
+        with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+            print(to_line(prove(engine, format_, Path(scratch))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
