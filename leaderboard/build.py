@@ -8,8 +8,9 @@ from pathlib import Path
 
 from harness.record import Record
 from harness.store import Store, StoreError, Unreadable, write_atomically
+from leaderboard import engines, scaling
 from leaderboard.figures import draw, plottable
-from leaderboard.row import clean
+from leaderboard.row import Row, clean
 from leaderboard.site.page import render
 from leaderboard.tables import Table, rows, tables, to_csv, to_json, to_markdown
 
@@ -26,7 +27,8 @@ def build(results: Path, out: Path) -> list[Path]:
         out: Folder that receives the files; made if it is not there.
 
     Returns:
-        The files written: `index.html`, `table.md`, `table.csv`, `table.json`, and `pareto.png` and `.svg` of each table.
+        The files written: `index.html`, `table.md`, `table.csv`, `table.json`, `pareto.png` and `.svg` of each table, and `sizes.png`
+        and `.svg` where several models were measured alike.
 
     Raises:
         BoardError: The folder holds no record, or `out` cannot be written.
@@ -59,11 +61,17 @@ def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -
     faults = sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable)
     texts = {
         "index.html": render(board, faults),
-        "table.md": to_markdown(board),
+        "table.md": "\n".join((to_markdown(board), engines.to_markdown(board))),
         "table.csv": to_csv(board),
         "table.json": to_json(board),
     }
-    return {name: text.encode() for name, text in texts.items()} | _plots([t for t in tables(board) if plottable(t)])
+    return {name: text.encode() for name, text in texts.items()} | _plots([t for t in tables(board) if plottable(t)]) | _sizes(board)
+
+
+def _sizes(board: Sequence[Row]) -> dict[str, bytes]:
+    """The plot of decode time against bytes, where several models were measured alike."""
+    drawn = scaling.series(board)
+    return {f"sizes.{kind}": scaling.draw(drawn, kind) for kind in ("png", "svg")} if drawn else {}  # type: ignore[arg-type]
 
 
 def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from leaderboard.drawing import DPI, GRID, INK, MUTED, render
 from leaderboard.row import Row
 from leaderboard.tables import Axis, Table, decimal, pareto, shorten
 
@@ -27,10 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OFF_SCALE = 20.0
-_DPI = 160
 _CROWD = 24
 _DIRECTIONS = ((1, 0), (0.7, 0.7), (0.7, -0.7), (-1, 0), (0, 1), (0, -1), (-0.7, 0.7), (-0.7, -0.7))
-INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"
 # Okabe and Ito, Color Universal Design, 2008; each family also has its own marker.
 FAMILIES = {
     "reference": ("#444b54", "*"),
@@ -51,22 +46,6 @@ _PAGE_COLOURS = {
     **{c: name for name, (c, _) in FAMILIES.items()},
 }
 _FAMILY_ORDER = {family: number for number, family in enumerate(FAMILIES)}
-_STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "slimbench",
-}
 
 
 @dataclass(frozen=True)
@@ -115,13 +94,7 @@ def caption(table: Table) -> str:
 
 def draw(table: Table, kind: Literal["svg", "png"]) -> bytes:
     """The plot as a file: perplexity with its 95 % interval against bytes and against tokens per second."""
-    with rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure = _figure(table)
-        out = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, dpi=_DPI, metadata=metadata, facecolor="white")
-    return out.getvalue()
+    return render(lambda: _figure(table), kind)
 
 
 def inline_svg(table: Table, name: str) -> str:
@@ -145,8 +118,7 @@ def inline_svg(table: Table, name: str) -> str:
 
 def _figure(table: Table) -> Figure:
     drawn = [(panel, points) for panel in PANELS if len(points := _points(table, panel)) > 1]
-    figure = Figure(figsize=(5.6 * len(drawn), 4.6), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(5.6 * len(drawn), 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     fronts = [_front(table, panel, points) for panel, points in drawn]
     for ax, (panel, points), front in zip(axes, drawn, fronts, strict=True):
@@ -242,7 +214,7 @@ def _label(ax: Axes, points: Sequence[Point], front: Sequence[Point], with_engin
 
     The reference and the front choose first, and may lie apart with a leader; in a crowd only they are named.
     """
-    pixel = _DPI / 72
+    pixel = DPI / 72
     marks = [_box(ax, (p.x, p.y), (p.x, p.y), pixel * (6 if p.row.is_reference else 3.5)) for p in points]
     lines = [_box(ax, (p.x, p.low), (p.x, p.high), pixel) for p in points] + [
         _box(ax, (p.left, p.y), (p.right, p.y), pixel) for p in points
@@ -269,7 +241,7 @@ def _place(
     """
     style: dict[str, Any] = {"fontsize": 7.5, "fontweight": "bold" if bold else "normal", "color": INK if bold else MUTED}
     text = ax.annotate(name, (point.x, point.y), (0, 0), textcoords="offset points", parse_math=False, zorder=6, **style)
-    frame, size, pixel = ax.get_window_extent(), text.get_window_extent(), _DPI / 72
+    frame, size, pixel = ax.get_window_extent(), text.get_window_extent(), DPI / 72
     centre = ax.transData.transform((point.x, point.y))
     taken = [*marks, *labels]
     others = np.array([mark.get_points().mean(axis=0) for mark in marks if _distance(mark, centre) > 0]).reshape(-1, 2)

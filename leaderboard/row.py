@@ -23,6 +23,7 @@ class Row(BaseModel):
     pipeline: str = Field(description="Methods applied one after the other, with the settings that differ from the shipped ones.")
     family: str = Field(description="Branch of the survey; several where the pipeline joins them.")
     engine: str = Field(description="What loaded and ran the artefact.")
+    format: str | None = Field(None, description="Format of the artefact on disk: huggingface, packed, gguf and so on.")
     kernel: str | None = Field(None, description="Operators that did the matrix products of one decode step, the heaviest first.")
     device: str = Field(description="Kind of device: cpu or cuda.")
     status: str = Field(
@@ -199,6 +200,11 @@ class Row(BaseModel):
     @property
     def engine_label(self) -> str:
         return f"{self.engine} · {self.dtype}"
+
+    @property
+    def path_label(self) -> str:
+        """Engine and kernel: what a speed or a speed-up belongs to."""
+        return f"{self.engine_label} · {self.kernel}" if self.kernel else self.engine_label
 
     @property
     def label(self) -> str:

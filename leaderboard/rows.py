@@ -144,6 +144,7 @@ def _size(record: Record | None) -> dict[str, Any]:
         return {"peak_memory_bytes": record.peak_memory_bytes} if record else {}
     result = record.compress
     return {
+        "format": result.claim.get("format"),
         "disk_bytes": result.disk_bytes,
         "compression_ratio": result.dense_bytes / result.disk_bytes if result.disk_bytes else None,
         "compress_seconds": result.seconds,

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 EMPTY = "–"
-_NAME_AND_NOTES = 40
+_NAME_KERNEL_AND_NOTES = 54
 _LEAST_FIRST = (
     "prefill_ms",
     "disk_bytes",
@@ -280,17 +280,17 @@ def to_markdown(board: Sequence[Row]) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    cells = [["#", "Pipeline", "Engine", *(c.header for c in COLUMNS), "Status and flags"]]
+    cells = [["#", "Pipeline", "Engine and kernel", *(c.header for c in COLUMNS), "Status and flags"]]
     cells.append(["--:", "---", "---", *("--:" for _ in COLUMNS), "---"])
     for row in table.rows:
         notes = "; ".join(notes_of(row))
-        names = [rank_of(row), _markdown(row.label), _markdown(row.engine_label)]
-        cells.append([*names, *(c.plus_minus(row) for c in COLUMNS), _markdown(notes)])
+        names = [rank_of(row), escape(row.label), escape(row.path_label)]
+        cells.append([*names, *(c.plus_minus(row) for c in COLUMNS), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([f"## {_markdown(table.title)}", "", _markdown(table.setting), "", *lines, ""])
+    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), "", *lines, ""])
 
 
-def _markdown(text: str) -> str:
+def escape(text: str) -> str:
     """Text that Markdown shows as it is, cut to a line that can be read."""
     return re.sub(r"([\\`*_{}\[\]<>()#|~&])", r"\\\1", shorten(text, 300))
 
@@ -346,7 +346,7 @@ class _Fitted:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = {c.key: 2 + max(len(c.header), *(len(c.plus_minus(row)) for row in self.table.rows)) for c in COLUMNS}
         for key in _LEAST_FIRST:
-            if sum(widths.values()) + _NAME_AND_NOTES > options.max_width:
+            if sum(widths.values()) + _NAME_KERNEL_AND_NOTES > options.max_width:
                 del widths[key]
         yield _terminal_table(self.table, self.numbers, [c for c in COLUMNS if c.key in widths])
 
@@ -369,11 +369,13 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
     printed.add_column("Pipeline", overflow="fold", min_width=12)
     for column in columns:
         printed.add_column(column.header, justify="right", no_wrap=True)
+    printed.add_column("Kernel", overflow="fold", min_width=12)
     printed.add_column("Notes", overflow="fold", min_width=10)
     for row in table.rows:
         name = shorten(row.label, 60) + (f" · {shorten(row.engine_label, 40)}" if table.engines_differ else "")
         marks = " ".join(str(numbers[note]) for note in notes_of(row))
         notes = " ".join(([] if row.status == Status.OK else [row.status]) + ([f"[{marks}]"] if marks else []))
+        kernel = shorten(row.kernel or "", 40)
         style = "bold" if row.is_reference else "" if row.status == Status.OK else "dim"
-        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(notes), style=style)
+        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(kernel), Text(notes), style=style)
     return printed

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from harness.record import Status
 from harness.significance import LEVEL
+from leaderboard.engines import paths
 from leaderboard.figures import FAMILIES, family_of, inline_svg, plottable
 from leaderboard.row import Row
 from leaderboard.tables import COLUMNS, EMPTY, RANK, Column, Table, decimal, p_text, pareto, seed_spread, shorten, tables
@@ -93,6 +94,7 @@ def render(board: Sequence[Row], unreadable: Sequence[tuple[str, str]] = ()) -> 
         columns=COLUMNS,
         rank_help=RANK,
         counts=_counts(board),
+        paths=paths(board),
         unreadable=[(shorten(path, _LONGEST_REMARK), shorten(reason, _LONGEST_REMARK)) for path, reason in unreadable],
         style=Markup((_HERE / "page.css").read_text()),
         script=Markup(script),
@@ -284,6 +286,6 @@ def _span(form: Callable[[float], str], value: float | None, low: float | None, 
 
 
 def _about(row: Row, table: Table) -> list[str]:
-    """The words under a row's name: family, zeros if it was pruned, its engine where the table holds several."""
+    """The words under a row's name: family, zeros if it was pruned, its engine where the table holds several, its kernel."""
     zeros = [f"{row.sparsity:.0%} zeros"] if row.sparsity is not None and "pruning" in row.family else []
-    return [row.family, *zeros, *([row.engine_label] if table.engines_differ else [])]
+    return [row.family, *zeros, *([row.engine_label] if table.engines_differ else []), *([shorten(row.kernel, 60)] if row.kernel else [])]

@@ -21,6 +21,7 @@ from rich.console import Console
 from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable
 from leaderboard import build as builder
+from leaderboard import scaling
 from leaderboard.build import BoardError, build, contents
 from leaderboard.figures import caption, draw, plottable
 from leaderboard.site.page import render
@@ -404,3 +405,20 @@ def test_the_board_imports_no_heavy_library() -> None:
     heavy = {"torch", "transformers", "datasets", "lm_eval", "matplotlib.pyplot"}
     code = f"import sys, leaderboard.build; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_decode_time_over_model_sizes_is_drawn_with_its_bound() -> None:
+    specs = [Spec(model=model, size=size, decode_ms=ms) for model, size, ms in (("a", 1, 40), ("b", 3, 110), ("c", 9, 350))]
+    board = rows([r for spec in specs for r in records(spec)])
+    (drawn,) = scaling.series(board)
+    assert [point[0] for point in drawn.points] == ["a", "b", "c"]
+    assert drawn.points[2][2] == pytest.approx(350, rel=0.1) and drawn.copy_gbs > 0
+    assert b"copy bandwidth" in scaling.draw([drawn], "svg")
+    assert scaling.series(rows(records(Spec()))) == []
+
+
+def test_a_speed_up_names_its_engine_and_kernel() -> None:
+    board = rows(records(Spec()) + records(GPTQ))
+    row = next(r for r in board if r.pipeline == "gptq")
+    assert row.kernel and row.path_label == f"transformers · bfloat16 · {row.kernel}"
+    assert row.path_label.split(" · ")[2] in to_markdown([row]).replace("\\", "")

@@ -1,0 +1,84 @@
+"""Decode time against the bytes that a step reads, over model sizes, with the bound that the copy bandwidth sets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from matplotlib.figure import Figure
+
+from leaderboard.drawing import DPI, MUTED, render
+from leaderboard.row import Row
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444b54")
+_MARKERS = "os^vDPX*"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One pipeline on one engine over several models.
+
+    Attributes:
+        points: For each model its name, resident bytes of the weights and milliseconds of a decode step, smallest first.
+        copy_gbs: Median copy bandwidth while they were measured, GB/s.
+    """
+
+    name: str
+    setting: str
+    points: tuple[tuple[str, int, float], ...]
+    copy_gbs: float
+
+
+def series(board: Sequence[Row]) -> list[Series]:
+    """Pipelines that were measured on at least two models under one speed protocol and hardware; those of the largest such group."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in board:
+        if row.decode_tokens_per_s and row.weight_bytes and row.copy_bandwidth_gbs:
+            groups[row.hardware, row.speed_protocol, row.speed_point or ""][row.pipeline, row.path_label].append(row)
+    found = [_group(setting, paths) for setting, paths in groups.items()]
+    return max(found, key=lambda drawn: sum(len(s.points) for s in drawn), default=[])
+
+
+def _group(setting: tuple[str, ...], paths: dict[tuple[str, str], list[Row]]) -> list[Series]:
+    drawn = []
+    for (pipeline, path), rows in paths.items():
+        by_model = {row.model: row for row in rows}
+        if len(by_model) < 2:
+            continue
+        points = sorted(
+            ((r.model, r.weight_bytes or 0, 1000 / (r.decode_tokens_per_s or 1)) for r in by_model.values()), key=lambda p: p[1]
+        )
+        bandwidth = median(r.copy_bandwidth_gbs or 0 for r in by_model.values())
+        drawn.append(Series(f"{pipeline} · {path}", f"{setting[0]} · {setting[2]}", tuple(points), bandwidth))
+    return drawn
+
+
+def draw(drawn: Sequence[Series], kind: Literal["svg", "png"]) -> bytes:
+    """The plot as a file; both axes are logarithmic, so that a bandwidth is a straight line."""
+    return render(lambda: _figure(drawn), kind)
+
+
+def _figure(drawn: Sequence[Series]) -> Figure:
+    figure = Figure(figsize=(8.4, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for index, item in enumerate(drawn):
+        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.plot([p[1] / 1e6 for p in item.points], [p[2] for p in item.points], label=item.name, linewidth=1.3, markersize=6, **style)
+        for model, size, milliseconds in item.points:
+            axes.annotate(model, (size / 1e6, milliseconds), textcoords="offset points", xytext=(6, -9), fontsize=7, color=MUTED)
+    gbs = median(item.copy_gbs for item in drawn)
+    ends = [min(p[1] for s in drawn for p in s.points), max(p[1] for s in drawn for p in s.points)]
+    axes.plot(
+        [e / 1e6 for e in ends],
+        [e / gbs / 1e6 for e in ends],
+        color=MUTED,
+        linestyle="--",
+        label=f"bound at {gbs:.0f} GB/s, the copy bandwidth",
+    )
+    axes.set(xscale="log", yscale="log", xlabel="resident weights, 10⁶ bytes", ylabel="decode step, ms")
+    axes.set_title(drawn[0].setting, fontsize=9, color=MUTED)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
