@@ -71,7 +71,7 @@ def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -
 def _sizes(board: Sequence[Row]) -> dict[str, bytes]:
     """The plot of decode time against bytes, where several models were measured alike."""
     drawn = scaling.series(board)
-    return {f"sizes.{kind}": scaling.draw(drawn, kind) for kind in ("png", "svg")} if drawn else {}  # type: ignore[arg-type]
+    return {f"sizes.{kind}": scaling.draw(drawn, kind) for kind in ("png", "svg")} if drawn else {}
 
 
 def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:

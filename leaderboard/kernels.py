@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def plot(path: Path) -> list[Path]:
     table, written = pd.read_csv(path), []
     for kind in ("png", "svg"):
         written.append(path.with_suffix(f".{kind}"))
-        write_atomically(written[-1], draw(table, kind))  # type: ignore[arg-type]
+        write_atomically(written[-1], draw(table, kind))
     return written
 
 
@@ -61,7 +61,7 @@ def _lines(axes: Axes, layer: pd.DataFrame, column: str, factor: float) -> None:
     batches = sorted(layer["batch"].unique())
     for (kernel, bits, group), rows in layer.groupby(["kernel", "bits", layer["group_size"].fillna(0).astype(int)], sort=False):
         name = f"{kernel} · {bits} bit" + (f", groups of {group}" if group else "")
-        style = {"color": INK, "linestyle": "--"} if kernel == DENSE else {}
+        style: dict[str, Any] = {"color": INK, "linestyle": "--"} if kernel == DENSE else {}
         axes.plot(rows["batch"], factor * rows[column], marker="o", markersize=3, linewidth=1.2, label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])

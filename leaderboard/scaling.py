@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ def _figure(drawn: Sequence[Series]) -> Figure:
     figure = Figure(figsize=(8.4, 5.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for index, item in enumerate(drawn):
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot([p[1] / 1e6 for p in item.points], [p[2] for p in item.points], label=item.name, linewidth=1.3, markersize=6, **style)
         for model, size, milliseconds in item.points:
             axes.annotate(model, (size / 1e6, milliseconds), textcoords="offset points", xytext=(6, -9), fontsize=7, color=MUTED)

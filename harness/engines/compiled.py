@@ -22,15 +22,19 @@ class CompiledModel(TransformersModel):
     """A transformers model with a static cache.
 
     Caches are kept by batch and length and used again, since compiled code and CUDA graphs are bound to their memory: a `Step` is
-    valid until the next prompt of the same shape.
+    valid until the next prompt of the same shape. Of the guards of a compiled step only those of tensors are kept, since the
+    module does not change: checking all of them costs milliseconds. A loader may leave a pass over the compiled graph in the
+    module's `graph_pass`.
     """
 
     def __init__(self, module: Any, device: str) -> None:
         super().__init__(module, device)
         self._caches: dict[tuple[int, int], Any] = {}
-        mode = "reduce-overhead" if self._device.type == "cuda" else None
-        self._decode = torch.compile(self._next, mode=mode, fullgraph=True)
-        self._window = torch.compile(self._logits, fullgraph=True)
+        own_pass = getattr(module, "graph_pass", None)
+        options = {"post_grad_custom_pre_pass": own_pass} if own_pass else {}
+        steady = {"triton.cudagraphs": self._device.type == "cuda", "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        self._decode = torch.compile(self._next, fullgraph=True, options=options | steady)
+        self._window = torch.compile(self._logits, fullgraph=True, options=options or None)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:

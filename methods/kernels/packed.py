@@ -109,7 +109,17 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
+    model.graph_pass = _graph_pass(device)
     return model.requires_grad_(False).eval()
+
+
+def _graph_pass(device: str) -> Any:
+    """What a compiling engine should do to the graphs of a packed model; None where there is nothing."""
+    if device != "cpu":
+        return None
+    from methods.kernels.cpu.share import ShareInputs
+
+    return ShareInputs()
 
 
 def _share_head(model: Any, keys: set[str]) -> None:

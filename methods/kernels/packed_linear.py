@@ -64,7 +64,8 @@ class PackedLinear(nn.Module):
     @property
     def outliers(self) -> Outliers | None:
         """What is added to the grid, None where nothing is."""
-        return Outliers(self.outlier_starts, self.outlier_columns, self.outlier_values) if self.sparse else None
+        parts = ("starts", "columns", "values")
+        return Outliers(*(self.get_buffer(f"outlier_{part}") for part in parts)) if self.sparse else None
 
     def _add_outliers(self, y: Tensor, x: Tensor) -> Tensor:
         outliers = self.outliers

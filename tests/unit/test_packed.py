@@ -167,6 +167,28 @@ def test_the_operator_refuses_tensors_that_do_not_fit() -> None:
         torch.ops.slimbench.packed_mm(torch.zeros(1, 256), layer.weight_packed, layer.scales, None, 4, 48)
 
 
+def test_products_of_the_same_inputs_become_one_call() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from methods.kernels.cpu.share import ShareInputs
+
+    a, b, c = (PackedLinear(random_weight(grid, rows, 256, torch.bfloat16, True)) for grid, rows in ((W4, 48), (Grid(3, 64), 20), (W8, 16)))
+    x = torch.randn(2, 3, 256).bfloat16()
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        first, second = a(x), b(x)
+        return first, second, c(x + 1), c(x)
+
+    traced = make_fx(model)(x)
+    ShareInputs()(traced.graph)
+    traced.recompile()
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.slimbench.packed_mm_shared.default) == 1
+    assert called.count(torch.ops.slimbench.packed_mm.default) == 1
+    for got, want in zip(traced(x), model(x), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_compiler_that_fails_is_one_line_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     build.missing.cache_clear()
     monkeypatch.setenv("CXX", "false")

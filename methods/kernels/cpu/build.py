@@ -1,4 +1,5 @@
-"""Compiles the CPU kernel for this processor on first use, and registers it as the operator `slimbench::packed_mm`."""
+"""Compiles the CPU kernel for this processor on first use, and registers its operators: `slimbench::packed_mm` and, for several
+weights with the same inputs, `slimbench::packed_mm_shared`."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ def missing() -> str | None:
     except (NotBuilt, OSError) as error:
         return " ".join(str(error).split())
     torch.library.register_fake("slimbench::packed_mm", _shape)
+    torch.library.register_fake("slimbench::packed_mm_shared", _shapes)
     return None
 
 
@@ -43,6 +45,17 @@ def _shape(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, bits: int, outputs: int
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], outputs)
+
+
+def _shapes(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    offsets: list[torch.Tensor | None],
+    bits: list[int],
+    outputs: list[int],
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], width) for width in outputs]
 
 
 def _library() -> Path:

@@ -23,6 +23,8 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <map>
+#include <optional>
 #include <vector>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -291,22 +293,42 @@ void rows_of(const Shape& shape, const Inputs& x, int64_t block, int64_t row, co
   }
 }
 
-template <int Bits, typename Inputs, typename T>
-void product(const Shape& shape, const Inputs& x, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
-  at::parallel_for(0, shape.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) rows_of<Bits, kMostRows>(shape, x, block, 0, codes, scales, offsets, y);
-  });
-}
-
+// A weight, where its product goes, and the inputs as its groups want them.
 template <typename Inputs, typename T>
-void dispatch(int64_t bits, const Shape& shape, const Inputs& x, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
-  switch (bits) {
-    case 2: return product<2>(shape, x, codes, scales, offsets, y);
-    case 3: return product<3>(shape, x, codes, scales, offsets, y);
-    case 4: return product<4>(shape, x, codes, scales, offsets, y);
-    case 8: return product<8>(shape, x, codes, scales, offsets, y);
-    default: TORCH_CHECK(false, "bits must be 2, 3, 4 or 8, not ", bits);
+struct Product {
+  Shape shape;
+  int64_t bits;
+  const uint32_t* codes;
+  const T *scales, *offsets;
+  T* y;
+  const Inputs* x;
+
+  void block(int64_t index) const {
+    switch (bits) {
+      case 2: return rows_of<2, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+      case 3: return rows_of<3, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+      case 4: return rows_of<4, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+      default: return rows_of<8, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+    }
   }
+};
+
+// All products of the same inputs in one parallel region, so that small weights keep all threads busy.
+template <typename Inputs, typename T>
+void multiply(const T* x, std::vector<Product<Inputs, T>>& products) {
+  std::map<int64_t, Inputs> prepared;
+  std::vector<int64_t> ends;
+  for (auto& product : products) {
+    product.x = &prepared.try_emplace(product.shape.group, product.shape, x).first->second;
+    ends.push_back((ends.empty() ? 0 : ends.back()) + product.shape.blocks);
+  }
+  at::parallel_for(0, ends.empty() ? 0 : ends.back(), 1, [&](int64_t begin, int64_t end) {
+    size_t which = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t block = begin; block < end; ++block) {
+      while (block >= ends[which]) ++which;
+      products[which].block(block - (ends[which] - products[which].shape.blocks));
+    }
+  });
 }
 
 template <typename T>
@@ -314,10 +336,9 @@ const T* data(const at::Tensor& tensor) {
   return reinterpret_cast<const T*>(tensor.const_data_ptr());
 }
 
-// x [rows, inputs] in bfloat16 or float32, codes int32 [blocks, groups, words, 16], scales and offsets [blocks, groups or 1, 16] of the
-// dtype of x. Returns [rows, outputs] of the dtype of x.
-at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& offsets,
-                     int64_t bits, int64_t outputs) {
+Shape shape_of(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& offsets, int64_t bits,
+               int64_t outputs) {
+  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, not ", bits);
   TORCH_CHECK(x.dim() == 2 && codes.dim() == 4 && scales.dim() == 3, "expected x [rows, inputs], codes of 4 and scales of 3 dimensions");
   TORCH_CHECK(x.is_contiguous() && codes.is_contiguous() && scales.is_contiguous(), "tensors must be contiguous");
   TORCH_CHECK(codes.scalar_type() == at::kInt && scales.scalar_type() == x.scalar_type(), "codes are int32, scales of the dtype of x");
@@ -329,28 +350,53 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
   TORCH_CHECK(codes.size(3) == kLanes && (outputs + kLanes - 1) / kLanes == shape.blocks, "codes do not fit ", outputs, " outputs");
   TORCH_CHECK(scales.size(0) == shape.blocks && scales.size(2) == kLanes && (scales.size(1) == 1 || scales.size(1) == shape.groups),
               "scales do not fit codes");
-  at::Tensor y = at::empty({shape.rows, outputs}, x.options());
-  const uint32_t* words = data<uint32_t>(codes);
-  if (x.scalar_type() == at::kFloat) {
-    const float* shifts = offsets ? data<float>(*offsets) : nullptr;
-    dispatch(bits, shape, Portable(shape, data<float>(x)), words, data<float>(scales), shifts, y.mutable_data_ptr<float>());
-    return y;
+  return shape;
+}
+
+template <typename Inputs, typename T>
+std::vector<at::Tensor> run(const at::Tensor& x, at::TensorList codes, at::TensorList scales,
+                            const c10::List<std::optional<at::Tensor>>& offsets, at::IntArrayRef bits, at::IntArrayRef outputs) {
+  std::vector<at::Tensor> results;
+  std::vector<Product<Inputs, T>> products;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const std::optional<at::Tensor> shifts = offsets.get(i);
+    const Shape shape = shape_of(x, codes[i], scales[i], shifts, bits[i], outputs[i]);
+    results.push_back(at::empty({shape.rows, outputs[i]}, x.options()));
+    products.push_back({shape, bits[i], data<uint32_t>(codes[i]), data<T>(scales[i]), shifts ? data<T>(*shifts) : nullptr,
+                        reinterpret_cast<T*>(results.back().mutable_data_ptr()), nullptr});
   }
+  multiply<Inputs, T>(data<T>(x), products);
+  return results;
+}
+
+// x [rows, inputs] in bfloat16 or float32; for each weight codes int32 [blocks, groups, words, 16], scales and offsets
+// [blocks, groups or 1, 16] of the dtype of x. Returns [rows, outputs] of the dtype of x for each.
+std::vector<at::Tensor> packed_mm_shared(const at::Tensor& x, at::TensorList codes, at::TensorList scales,
+                                         const c10::List<std::optional<at::Tensor>>& offsets, at::IntArrayRef bits, at::IntArrayRef outputs) {
+  const size_t count = codes.size();
+  TORCH_CHECK(scales.size() == count && offsets.size() == count && bits.size() == count && outputs.size() == count, "lists differ in length");
+  if (x.scalar_type() == at::kFloat) return run<Portable, float>(x, codes, scales, offsets, bits, outputs);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "x must be bfloat16 or float32");
 #ifdef SLIMBENCH_VNNI
-  const Vnni inputs(shape, data<uint16_t>(x));
+  return run<Vnni, uint16_t>(x, codes, scales, offsets, bits, outputs);
 #else
-  const Portable inputs(shape, data<uint16_t>(x));
+  return run<Portable, uint16_t>(x, codes, scales, offsets, bits, outputs);
 #endif
-  const uint16_t* shifts = offsets ? data<uint16_t>(*offsets) : nullptr;
-  dispatch(bits, shape, inputs, words, data<uint16_t>(scales), shifts, reinterpret_cast<uint16_t*>(y.mutable_data_ptr()));
-  return y;
+}
+
+at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& offsets,
+                     int64_t bits, int64_t outputs) {
+  return packed_mm_shared(x, {codes}, {scales}, c10::List<std::optional<at::Tensor>>({offsets}), {bits}, {outputs})[0];
 }
 
 }  // namespace
 
 TORCH_LIBRARY(slimbench, library) {
   library.def("packed_mm(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int bits, int outputs) -> Tensor");
+  library.def("packed_mm_shared(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] offsets, int[] bits, int[] outputs) -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(slimbench, CPU, library) { library.impl("packed_mm", packed_mm); }
+TORCH_LIBRARY_IMPL(slimbench, CPU, library) {
+  library.impl("packed_mm", packed_mm);
+  library.impl("packed_mm_shared", packed_mm_shared);
+}
