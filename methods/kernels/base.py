@@ -39,3 +39,8 @@ class Kernel(ABC):
     @abstractmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
         """The weight on its grid again, from the buffers."""
+
+    @classmethod
+    def rows(cls, layer: Any, index: Tensor) -> Tensor:
+        """Some rows of the weight, dequantized: [n, in] for an index [n]. Kernels whose layout allows it expand no others."""
+        return cls.restore(layer).dequantize()[index]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from methods.kernels.base import Kernel
 from methods.kernels.cpu.kernel import OwnCpu
+from methods.kernels.cuda.kernel import OwnCuda
 from methods.kernels.grid import Outliers, QuantizedWeight
 from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM, TinyGemm
+from methods.kernels.triton.kernel import OwnTriton
 
-KERNELS: tuple[type[Kernel], ...] = (OwnCpu, TinyGemm, IntMM, Int4Pack, Int8Pack, Dequantize)
+KERNELS: tuple[type[Kernel], ...] = (OwnCpu, TinyGemm, OwnCuda, OwnTriton, IntMM, Int4Pack, Int8Pack, Dequantize)
 
 
 class PackedLinear(nn.Module):
@@ -56,6 +58,10 @@ class PackedLinear(nn.Module):
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows of the weight on its grid, dequantized: [n, in] for an index [n]."""
+        return self._kernel.rows(self, index)
+
     def dequantize(self) -> Tensor:
         """The weights [out, in] that the layer stands for, read back from what the kernel holds."""
         weight = self._kernel.restore(self)
@@ -86,9 +92,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [..., hidden] of token ids [...]."""
-        index = ids.flatten()
-        rows = OwnCpu.rows(self.head, index) if self.head.kernel == OwnCpu.name else self.head.dequantize()[index]
-        return rows.view(*ids.shape, -1)
+        return self.head.rows(ids.flatten()).view(*ids.shape, -1)
 
 
 def choose(weight: QuantizedWeight, kernels: tuple[type[Kernel], ...] = KERNELS) -> tuple[type[Kernel], str | None]:

@@ -54,7 +54,6 @@ class OwnCpu(Kernel):
 
     @classmethod
     def rows(cls, layer: Any, index: Tensor) -> Tensor:
-        """Some rows of the weight, dequantized: [n, in] for an index [n]."""
         block, lane = index // LANES, index % LANES
         offsets = getattr(layer, "offsets", None)
         return QuantizedWeight(
