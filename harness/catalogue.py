@@ -84,9 +84,11 @@ def check(name: str) -> dict[str, Any]:
     from harness.config import locate
     from harness.measure.evidence import flags
     from harness.models import shape_of
-    from methods.base import Calibration, DenseModel
+    from methods.base import Calibration, DenseModel, Unsupported
 
     method = entry(name).method
+    if method.needs.environment:
+        raise Unsupported(f"it runs in the environment {method.needs.environment}: slimbench engines check tries the formats of an engine")
     engine = resolve([f"method={name}"]).engine
     with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
         source = tiny_model(Path(scratch) / "dense")

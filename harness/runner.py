@@ -112,7 +112,7 @@ class Runner:
             failure=outcome.failure,
             config=cell.config.model_dump(mode="json"),
             command=cell.command,
-            provenance=provenance.provenance(cell.config.seed, cell.config.device.threads or 1),
+            provenance=provenance.provenance(cell.config.seed, cell.config.device.threads or 1) | _environment_facts(cell, stage),
             **{stage.value: outcome.result},  # type: ignore[arg-type]
         )
         self.store.put(record)
@@ -167,6 +167,12 @@ def _environment(cell: Cell, stage: Stage) -> str | None:
     if stage is not Stage.COMPRESS:
         return cell.config.engine.environment
     return next((method.needs.environment for method in cell.methods if method.needs.environment), None)
+
+
+def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
+    """What stands in the environment of a stage beside the packages of this program."""
+    name = _environment(cell, stage)
+    return {"environment": {"name": name, "requirements": environments.get(name).requirements}} if name else {}
 
 
 def with_reference(cell: Cell) -> Iterator[Cell]:

@@ -74,7 +74,7 @@ def _storage_flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | 
     if bits is None or stored is None or claim.get("simulated"):
         return
     overhead = 48 / claim["group_size"] if claim.get("group_size") else 0.5
-    if stored <= bits + overhead:
+    if stored <= claim.get("details", {}).get("stored_bits", bits + overhead):
         return
     on_disk = _bits_on_disk(evidence, disk_bytes)
     if on_disk is None or on_disk > (bits + stored) / 2:
