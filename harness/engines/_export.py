@@ -1,0 +1,273 @@
+"""What the engines that run a graph share: the dense model as one traceable function, the loop around it, and evidence of weights.
+
+The function has no state and no loops: everything that it needs comes in as a tensor, and its KV cache goes in and comes out as
+one key and one value a layer. So an exporter sees a plain graph, and a decode step is a call with one more token.
+
+    ids        int64 [B, T]       new tokens
+    positions  int64 [T]          their places in the sequence
+    keys       int64 [P + T]      0, 1, 2, … up to the last of them
+    keep       int64 [K]          which of the T positions give logits
+    past.N.*   float32 [B, H, P, D]
+    → logits   float32 [B, K, V] and present.N.*, float32 [B, H, P + T, D]
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.engines.base import LoadedModel, Step
+from harness.measure.zeros import Zeros
+from harness.record import Evidence, LayerEvidence
+from methods.base import Unsupported
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+INPUTS = ("ids", "positions", "keys", "keep")
+LOGITS = "logits"
+_EXAMPLE = (2, 3, 4)  # batch, new tokens and tokens in the cache: none is 0 or 1, which exporters take for a constant
+
+
+class Decoder(torch.nn.Module):
+    """A dense model as a function of tokens, positions and KV cache.
+
+    Attributes:
+        cache: Heads and width of each key and value tensor, in the order key 0, value 0, key 1, …
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.cache = [(t.shape[1], t.shape[3]) for t in _cache_of(model)]
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor, *past: torch.Tensor) -> Any:
+        from transformers import Cache
+
+        cache: Any = Cache(layers=[_filled(*pair) for pair in zip(past[::2], past[1::2], strict=True)])
+        visible = keys.unsqueeze(0) <= positions.unsqueeze(1)
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+        out = self.model(
+            ids,
+            attention_mask=mask.unsqueeze(0).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the cache tensors: `kind` is `past` or `present`."""
+        return [f"{kind}.{index // 2}.{'value' if index % 2 else 'key'}" for index in range(len(self.cache))]
+
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """Inputs of every rank and type, no size of which is special."""
+        batch, new, past = _EXAMPLE
+        ids = torch.ones(batch, new, dtype=torch.int64)
+        places = torch.arange(past, past + new), torch.arange(past + new), torch.arange(new - 1)
+        return (ids, *places, *(torch.zeros(batch, heads, past, width) for heads, width in self.cache))
+
+
+def read_dense(folder: Path, trust_remote_code: bool = False) -> Decoder:
+    """The dense model of a folder of safetensors, in float32, ready to be exported.
+
+    Raises:
+        methods.base.Unsupported: Its layers are more than full attention, or it cannot give logits of chosen positions.
+    """
+    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    name = type(model).__name__
+    others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer}
+    if others:
+        raise Unsupported(f"{name} cannot be exported: only full attention can, and it has caches of {', '.join(sorted(others))}")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise Unsupported(f"{name} cannot be exported: it does not take logits_to_keep")
+    return Decoder(model.eval()).requires_grad_(False)
+
+
+def traced(decoder: Decoder) -> Any:
+    """The TorchScript of a decoder, recorded in one run; torch's check of it takes twice as long as the rest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(decoder, decoder.example(), check_trace=False)
+
+
+def _cache_of(model: Any) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        cache = model(torch.zeros(1, 1, dtype=torch.int64), use_cache=True).past_key_values
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _filled(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    """A layer of a cache that already holds these tensors."""
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.dtype, layer.device, layer.is_initialized = keys, values, keys.dtype, keys.device, True
+    return layer
+
+
+@dataclass
+class Cached:
+    """The state between calls: what the engine keeps of the sequence, and how many tokens that is."""
+
+    memory: Any
+    length: int = 0
+
+
+class GraphModel(LoadedModel):
+    """A decoder graph on a CPU, whatever executes it.
+
+    Args:
+        config: The contents of the artefact's `config.json`.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.vocab_size = config["vocab_size"]
+        self.max_length = config.get("max_position_embeddings", 2048)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @abstractmethod
+    def fresh(self, batch: int) -> Any:
+        """An empty KV cache for `batch` sequences."""
+
+    @abstractmethod
+    def run(self, feeds: dict[str, Array], memory: Any) -> tuple[Array, Any]:
+        """One call of the graph.
+
+        Args:
+            feeds: `INPUTS` by name.
+            memory: The KV cache; it may be changed in place.
+
+        Returns:
+            Logits, float32 [B, K, V], valid until the next call, and the cache that holds the new tokens too.
+        """
+
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        found, _ = self._call(ids.numpy(), Cached(self.fresh(len(ids))), start)
+        return torch.from_numpy(found.copy())
+
+    def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        found, state = self._call(ids.numpy(), state or Cached(self.fresh(len(ids))), 0)
+        return torch.from_numpy(found.copy()), state
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        return self._greedy(ids.numpy(), Cached(self.fresh(len(ids))))
+
+    def decode_step(self, step: Step) -> Step:
+        return self._greedy(step.token.numpy(), step.state)
+
+    def synchronize(self) -> None:
+        pass
+
+    def _greedy(self, ids: Array, state: Cached) -> Step:
+        found, state = self._call(ids, state, ids.shape[1] - 1)
+        return Step(torch.from_numpy(found.argmax(-1)), state)
+
+    def _call(self, ids: Array, state: Cached, start: int) -> tuple[Array, Cached]:
+        new, end = ids.shape[1], state.length + ids.shape[1]
+        places = (np.arange(state.length, end), np.arange(end), np.arange(start, new))
+        found, memory = self.run(dict(zip(INPUTS, (ids, *places), strict=True)), state.memory)
+        return found, Cached(memory, end)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of an artefact's `config.json`."""
+    return json.loads((folder / "config.json").read_text())
+
+
+@dataclass
+class Weight:
+    """A constant of a graph that is a layer's weight, with what belongs to it.
+
+    Attributes:
+        name: Of the node that uses it.
+        layer: Operator of that node.
+        role: `linear`, `head`, `embedding` or `other`, as in `harness.record.LayerEvidence`.
+        parameters: Numbers that it stands for.
+        dtypes: Bytes by storage dtype, scales and zero points included.
+        operator: What the engine multiplies with; None for a layer that multiplies nothing.
+        compute: Dtype of the product.
+        expanded: The engine makes a dense weight of it before the product.
+    """
+
+    name: str
+    layer: str
+    role: str
+    parameters: int
+    dtypes: Counter[str]
+    zeros: Zeros | None = None
+    operator: str | None = None
+    compute: str | None = None
+    expanded: bool = False
+
+
+def evidence_of(weights: list[Weight]) -> Evidence:
+    """The evidence of a graph: its weights by operator and role, and what they are multiplied with in a step."""
+    groups: dict[tuple[str, str], list[Weight]] = defaultdict(list)
+    for weight in weights:
+        groups[weight.layer, weight.role].append(weight)
+    linear = [w for w in weights if w.role == "linear"]
+    parameters = sum(w.parameters for w in linear)
+    return Evidence(
+        weight_bytes=sum(w.dtypes.total() for w in weights),
+        parameters=sum(w.parameters for w in weights),
+        effective_bits=8 * sum(w.dtypes.total() for w in linear) / parameters if parameters else None,
+        sparsity=_zeros(linear),
+        layers=[_class(layer, role, members) for (layer, role), members in groups.items()],
+        kernel=_kernel(linear),
+        operators=dict(Counter(w.operator for w in weights if w.operator)),
+    )
+
+
+def _zeros(weights: list[Weight]) -> float | None:
+    """Fraction of zeros of the weights that were probed."""
+    probed = [(w.zeros.fraction, w.parameters) for w in weights if w.zeros is not None]
+    total = sum(count for _, count in probed)
+    return sum(fraction * count for fraction, count in probed) / total if total else None
+
+
+def _kernel(weights: list[Weight]) -> str | None:
+    """What at least a fifth of the weights inside the blocks are multiplied with, the heaviest first."""
+    counted: Counter[str] = Counter()
+    for weight in weights:
+        if weight.operator:
+            counted[weight.operator] += weight.parameters
+    return " + ".join(name for name, count in counted.most_common() if count >= counted.total() / 5) or None
+
+
+def _class(layer: str, role: str, weights: list[Weight]) -> LayerEvidence:
+    parameters = sum(w.parameters for w in weights)
+    dtypes: Counter[str] = sum((w.dtypes for w in weights), Counter())
+    patterns = Counter(w.zeros.pattern for w in weights if w.zeros is not None)
+    return LayerEvidence(
+        layer=layer,
+        role=role,
+        count=len(weights),
+        parameters=parameters,
+        bytes=dtypes.total(),
+        dtypes=dict(dtypes),
+        bits_per_weight=8 * dtypes.total() / parameters if parameters else 0.0,
+        zeros=_zeros(weights),
+        pattern=next(iter(patterns)) if len(patterns) == 1 else None,
+        patterns={pattern: count for pattern, count in patterns.most_common() if pattern},
+        compute=dict(Counter(w.compute for w in weights if w.compute)),
+        operators=dict(Counter(w.operator for w in weights if w.operator)),
+        fallback_layers=sum(w.expanded for w in weights),
+    )
