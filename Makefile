@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS ?= quantization,pruning,dev
+EXTRAS ?= quantization,pruning,engines,dev
 
 .PHONY: setup demo test unit integration lint board clean
 
