@@ -24,9 +24,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from harness.engines import _export
-from harness.engines._export import Weight
 from harness.engines.base import Engine, LoadedModel, Step
+from harness.engines.graph import Weight, evidence_of, read_config
 from harness.measure.zeros import zeros
 from harness.record import Evidence
 from methods.base import Unsupported
@@ -58,7 +57,7 @@ def load_dense(folder: Path, scratch: Path, trust_remote_code: bool = False) -> 
 
     class Converter(TransformersConverter):
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
-            return _Numbers(_export.read_config(folder)["vocab_size"])
+            return _Numbers(read_config(folder)["vocab_size"])
 
     try:
         converter = Converter(str(folder), trust_remote_code=trust_remote_code)
@@ -163,7 +162,7 @@ class CTranslate2Model(LoadedModel):
         return None
 
     def evidence(self) -> Evidence:
-        return _export.evidence_of(self._weights)
+        return evidence_of(self._weights)
 
     def _stop(self) -> None:
         if self._running:
@@ -180,7 +179,7 @@ class CTranslate2Engine(Engine):
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         with tempfile.TemporaryDirectory(prefix="slimbench-ctranslate2-") as scratch:
-            return CTranslate2Model(loader(artefact, Path(scratch), trust_remote_code), _export.read_config(artefact))
+            return CTranslate2Model(loader(artefact, Path(scratch), trust_remote_code), read_config(artefact))
 
 
 def _weights(file: Path) -> Iterator[Weight]:

@@ -1,15 +1,12 @@
 """ONNX Runtime on a CPU: a graph with the KV cache among its inputs and outputs, all in float32.
 
-A dense artefact is exported when it is loaded (nothing is kept). The exporter is torch's older one, which works on a trace: for a
-decoder it is several times faster than the one on `torch.export`, and here its graphs ran a third faster. It writes a head that
-shares the embedding's weight a second time, transposed.
+A dense artefact is exported when it is loaded (nothing is kept).
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engines import _export
-from harness.engines._export import Array, Cached, GraphModel, Weight
 from harness.engines.base import Engine, LoadedModel
+from harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
 from harness.measure.zeros import Zeros, zeros
 from harness.record import Evidence
 
-GRAPH = "model.onnx"
-"""The graph of an artefact of format `onnx`; constants may lie in files beside it."""
-
-_OPSET = 18
 _PRODUCTS = {  # node of a graph → what the optimiser may make of it, and the dtype of the product
     "MatMul": (("MatMul", "FusedMatMul", "Gemm"), "float32"),
     "Gemm": (("Gemm", "FusedGemm"), "float32"),
@@ -36,42 +28,6 @@ _PRODUCTS = {  # node of a graph → what the optimiser may make of it, and the 
 }
 _INT8_ACCURACY = 4  # level of MatMulNBits at which inputs are rounded to 8 bits
 _QUANTIZED = "_quantized"
-
-
-def load_dense(folder: Path, scratch: Path, trust_remote_code: bool = False) -> Path:
-    """Export a dense source into a scratch folder and return the file of the graph."""
-    return export(folder, scratch, trust_remote_code)
-
-
-def load_onnx(folder: Path, scratch: Path, trust_remote_code: bool = False) -> Path:
-    """The file of the graph of an artefact of format `onnx`."""
-    return folder / GRAPH
-
-
-def export(folder: Path, out: Path, trust_remote_code: bool = False) -> Path:
-    """Write a dense source as a float32 graph and return its file.
-
-    Raises:
-        methods.base.Unsupported: The model cannot be exported.
-    """
-    decoder = _export.read_dense(folder, trust_remote_code)
-    past, present = decoder.names("past"), decoder.names("present")
-    axes = {"ids": {0: "batch", 1: "new"}, "positions": {0: "new"}, "keys": {0: "total"}, "keep": {0: "kept"}}
-    axes |= {_export.LOGITS: {0: "batch", 1: "kept"}}
-    axes |= {name: {0: "batch", 2: "past"} for name in past} | {name: {0: "batch", 2: "total"} for name in present}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _export.traced(decoder),
-            decoder.example(),
-            out / GRAPH,
-            dynamo=False,
-            input_names=[*_export.INPUTS, *past],
-            output_names=[_export.LOGITS, *present],
-            dynamic_axes=axes,
-            opset_version=_OPSET,
-        )
-    return out / GRAPH
 
 
 class ONNXRuntimeModel(GraphModel):
@@ -91,7 +47,7 @@ class ONNXRuntimeModel(GraphModel):
         options.log_severity_level = 3
         options.enable_profiling, options.profile_file_prefix = True, str(scratch / "profile")
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._past = [node for node in self._session.get_inputs() if node.name not in _export.INPUTS]
+        self._past = [node for node in self._session.get_inputs() if node.name.startswith("past.")]
         self._outputs = [node.name for node in self._session.get_outputs()]
         self.prefill(torch.zeros(1, 1, dtype=torch.int64))
         executed = _executed(Path(self._session.end_profiling()))
@@ -118,7 +74,7 @@ class ONNXRuntimeModel(GraphModel):
         return sum(tensor.tensor_size_in_bytes() for tensor in state.memory)
 
     def evidence(self) -> Evidence:
-        return _export.evidence_of(self._weights)
+        return evidence_of(self._weights)
 
 
 class ONNXRuntimeEngine(Engine):
@@ -127,7 +83,7 @@ class ONNXRuntimeEngine(Engine):
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:
             graph = loader(artefact, Path(scratch), trust_remote_code)
-            return ONNXRuntimeModel(graph, _export.read_config(artefact), Path(scratch))
+            return ONNXRuntimeModel(graph, read_config(artefact), Path(scratch))
 
 
 def _executed(profile: Path) -> set[str]:
@@ -185,7 +141,7 @@ def _weight(node: Any, role: str, parts: list[Any], executed: set[str]) -> Weigh
 def _head(graph: Any) -> str | None:
     """Name of the matrix product nearest to the logits."""
     makers = {name: node for node in graph.node for name in node.output}
-    waiting = deque([_export.LOGITS])
+    waiting = deque(["logits"])
     while waiting:
         node = makers.get(waiting.popleft())
         if node is None:

@@ -9,7 +9,6 @@ cache are float32. What stays is that inputs of 8-bit and 4-bit weights are roun
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,111 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engines import _export
-from harness.engines._export import Array, Cached, GraphModel, Weight
 from harness.engines.base import Engine, LoadedModel
+from harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
 from harness.measure.zeros import Zeros, zeros
 from harness.record import Evidence
 
-IR = "openvino_model.xml"
-"""The graph of an artefact of format `openvino`; its constants lie beside it in `openvino_model.bin`."""
-
-_BEAM = "beam"
 _DECOMPRESSION = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose")
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i4": "int4", "u4": "uint4"}
 _PACKED = ("i8", "u8", "i4", "u4")
-
-
-def load_dense(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """The graph of a dense source, its matrices in float16."""
-    import openvino
-
-    exact = convert(folder, trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="slimbench-openvino-") as scratch:
-        openvino.save_model(exact, Path(scratch) / IR, compress_to_fp16=True)
-        graph = _read(Path(scratch))
-    _restore(graph, exact)
-    return graph
-
-
-def _restore(graph: Any, exact: Any) -> None:
-    """Undo what the compression to float16 does to constants that are no matrices: the frequencies of rotary positions among them."""
-    from openvino import opset13 as ops
-
-    originals = {node.get_friendly_name(): node for node in exact.get_ops() if node.get_type_name() == "Constant"}
-    for node in graph.get_ops():
-        original = originals.get(node.get_friendly_name())
-        if node.get_type_name() == "Convert" and original and len(original.get_output_shape(0)) != 2:
-            constant = ops.constant(original.data, dtype=np.float32)
-            for target in node.output(0).get_target_inputs():
-                target.replace_source_output(constant.output(0))
-    graph.validate_nodes_and_infer_types()
-
-
-def load_ir(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """The graph of an artefact of format `openvino`."""
-    return _read(folder)
-
-
-def _read(folder: Path) -> Any:
-    import openvino
-
-    core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})
-    return core.read_model(folder / IR)
-
-
-def convert(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The stateful `openvino.Model` of a dense source, in float32.
-
-    Raises:
-        methods.base.Unsupported: The model cannot be exported.
-    """
-    import openvino
-
-    decoder = _export.read_dense(folder, trust_remote_code)
-    model = openvino.convert_model(_export.traced(decoder), example_input=decoder.example())
-    past = decoder.names("past")
-    shapes = [[-1, -1], [-1], [-1], [-1], *([-1, heads, -1, width] for heads, width in decoder.cache)]
-    for port, name, shape in zip(model.inputs, [*_export.INPUTS, *past], shapes, strict=True):
-        port.get_tensor().set_names({name})
-        port.get_node().set_friendly_name(name)
-        port.get_node().set_partial_shape(openvino.PartialShape(shape))
-    model.outputs[0].get_tensor().set_names({_export.LOGITS})
-    model.validate_nodes_and_infer_types()
-    _keep_state(model, past, decoder.cache)
-    return model
-
-
-def _keep_state(model: Any, names: list[str], cache: list[tuple[int, int]]) -> None:
-    """Turn inputs and outputs of the KV cache into state that is empty at first.
-
-    A further input, `beam`, says which sequence each one goes on with: the runtime fuses cache and attention only around it.
-    """
-    import openvino
-    from openvino import opset13 as ops
-    from openvino.op.util import Variable, VariableInfo
-
-    beam = ops.parameter([-1], np.int32, name=_BEAM)
-    beam.output(0).get_tensor().set_names({_BEAM})
-    batch = ops.gather(ops.shape_of(model.input("ids").get_node()), ops.constant(np.array([0])), ops.constant(0))
-    inputs, outputs = model.inputs[len(_export.INPUTS) :], model.results[1:]
-    writes = []
-    for port, result, name, (heads, width) in zip(inputs, outputs, names, cache, strict=True):
-        info = VariableInfo()
-        info.variable_id, info.data_type = name, openvino.Type.f32
-        info.data_shape = openvino.PartialShape([-1, heads, -1, width])
-        variable = Variable(info)
-        empty = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, ops.constant(np.array([heads, 0, width]))], 0))
-        held = ops.gather(ops.read_value(empty, variable), beam, ops.constant(0))
-        for target in port.get_target_inputs():
-            target.replace_source_output(held.output(0))
-        writes.append(ops.assign(result.input_value(0).get_node(), variable))
-        model.remove_result(result)
-        model.remove_parameter(port.get_node())
-    model.add_parameters([beam])
-    model.add_sinks(writes)
-    model.validate_nodes_and_infer_types()
 
 
 class OpenVINOModel(GraphModel):
@@ -150,7 +52,7 @@ class OpenVINOModel(GraphModel):
 
     def run(self, feeds: dict[str, Array], memory: Any) -> tuple[Array, Any]:
         beam = np.arange(len(feeds["ids"]), dtype=np.int32)
-        return memory.infer(feeds | {_BEAM: beam}, share_outputs=True)[_export.LOGITS], memory
+        return memory.infer(feeds | {"beam": beam}, share_outputs=True)["logits"], memory
 
     def cache_bytes(self, state: Cached) -> int | None:
         tensors = [variable.state for variable in state.memory.query_state()]
@@ -166,7 +68,7 @@ class OpenVINOModel(GraphModel):
                 packed = primitive.rpartition(" ")[2] in _PACKED and group > 0
                 weight.operator = f"openvino {primitive}" + (f" × int8 inputs in groups of {group}" if packed else "")
                 weight.compute = "int8" if packed else _DTYPES[self._precision.get_type_name()]
-        return _export.evidence_of(weights)
+        return evidence_of(weights)
 
 
 def _executed(compiled: Any) -> dict[str, str]:
@@ -246,4 +148,4 @@ class OpenVINOEngine(Engine):
     """Loads graphs and compiles them for the CPU."""
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        return OpenVINOModel(loader(artefact, device, trust_remote_code), _export.read_config(artefact))
+        return OpenVINOModel(loader(artefact, device, trust_remote_code), read_config(artefact))

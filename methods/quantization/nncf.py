@@ -45,14 +45,14 @@ class NNCF(Method):
         import nncf
         import openvino
 
-        from harness.engines import openvino as engine
+        from methods.quantization import _openvino
 
         mode = nncf.CompressWeightsMode[f"INT{self.bits}_{'SYM' if self.symmetric else 'ASYM'}"]
         settings = {} if self.bits == 8 else {"group_size": self.group_size or -1, "ratio": 1.0}
         nncf.set_log_level(logging.ERROR)
         with contextlib.redirect_stdout(sys.stderr):
-            graph = nncf.compress_weights(engine.convert(dense.path), mode=mode, **settings)
-        openvino.save_model(graph, out / engine.IR, compress_to_fp16=False)
+            graph = nncf.compress_weights(_openvino.convert(dense.path), mode=mode, **settings)
+        openvino.save_model(graph, out / _openvino.IR, compress_to_fp16=False)
         shutil.copyfile(dense.path / "config.json", out / "config.json")
         details = {"symmetric": self.symmetric, "head_bits": 8}
         return Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details)

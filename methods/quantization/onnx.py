@@ -30,10 +30,10 @@ class _ONNX(Method):
         """What the artefact holds."""
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        from harness.engines import onnxruntime as engine
+        from methods.quantization import _onnx
 
         with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:
-            self.quantize(engine.export(dense.path, Path(scratch)), out / engine.GRAPH)
+            self.quantize(_onnx.export(dense.path, Path(scratch)), out / _onnx.GRAPH)
         shutil.copyfile(dense.path / "config.json", out / "config.json")
         return self.claim()
 

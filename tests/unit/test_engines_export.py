@@ -13,12 +13,12 @@ import torch
 from harness import artefact
 from harness.config import StepConfig, build_method, locate, shipped_method
 from harness.engines import catalogue
-from harness.engines._export import read_dense
 from harness.engines.base import LoadedModel
 from harness.measure.evidence import flags
 from methods.base import Claim, DenseModel, Unsupported
 from methods.dense import Dense
 from methods.pruning.magnitude import Magnitude
+from methods.quantization._decoder import read_dense
 from tests.unit import tiny
 
 IDS = tiny.tokens(2, 40).ids
