@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import StepConfig, build_method, shipped, shipped_method
+from harness.config import EngineConfig, StepConfig, build_method, shipped, shipped_method
 
 TINY = {
     "model_type": "llama",
@@ -66,6 +66,22 @@ def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:
     return folder
 
 
+def _engine_for(format_: str) -> EngineConfig:
+    """The first engine that loads a format and can run here.
+
+    Raises:
+        methods.base.Unsupported: There is none.
+    """
+    from harness.engines import catalogue as engines
+    from methods.base import Unsupported
+
+    able = [engine for engine in engines.catalogue() if format_ in engine.loaders]
+    for engine in able:
+        if not engine.environment and engines.missing(engine) is None:
+            return engine
+    raise Unsupported("; ".join(f"{e.name} {engines.missing(e)}" for e in able) or f"no engine loads format {format_}")
+
+
 def check(name: str) -> dict[str, Any]:
     """Compress the tiny model, load the artefact from disk and hold the claim against the evidence.
 
@@ -80,7 +96,6 @@ def check(name: str) -> dict[str, Any]:
     import torch
 
     from harness import artefact
-    from harness.compose import resolve
     from harness.config import locate
     from harness.measure.evidence import flags
     from harness.models import shape_of
@@ -89,7 +104,7 @@ def check(name: str) -> dict[str, Any]:
     method = entry(name).method
     if method.needs.environment:
         raise Unsupported(f"it runs in the environment {method.needs.environment}: slimbench engines check tries the formats of an engine")
-    engine = resolve([f"method={name}"]).engine
+    engine = _engine_for(method.produces)
     with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
         source = tiny_model(Path(scratch) / "dense")
         shape = shape_of(source)

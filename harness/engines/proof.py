@@ -51,13 +51,9 @@ def _judge(model: LoadedModel) -> str:
     whole = model.logits(ids).float().cpu()
     if not torch.isfinite(whole).all():
         return "FAILED: logits are not finite"
-    state, pieces = None, []
-    for piece in ids.split(_CHUNK, dim=1):
-        logits, state = model.extend(piece, state)
-        pieces.append(logits.float().cpu())
-    bound = _TOLERANCE * whole.abs().max()
-    apart = (torch.cat(pieces, dim=1) - whole).abs().max()
-    if apart > bound:
+    bound = _TOLERANCE * float(whole.abs().max())
+    apart = _apart_through_the_cache(model, ids, whole)
+    if apart is not None and apart > bound:
         return f"FAILED: through the cache, logits differ by {apart:.3g}"
     step, tokens = model.prefill(ids, room=_STEPS), []
     for _ in range(_STEPS):
@@ -67,7 +63,19 @@ def _judge(model: LoadedModel) -> str:
     scores = model.logits(torch.cat([ids, chosen], dim=1), start=_WINDOW - 1)[:, :-1].float().cpu()
     if (scores.amax(-1) - scores.gather(2, chosen.unsqueeze(-1))[..., 0] > bound).any():
         return "FAILED: decoding does not choose the likeliest token"
-    return "passed"
+    return "passed" if apart is not None else "passed, but tokens cannot go through its cache in pieces"
+
+
+def _apart_through_the_cache(model: LoadedModel, ids: torch.Tensor, whole: torch.Tensor) -> float | None:
+    """Largest difference to whole windows where tokens go through the cache in pieces; None where an engine does not allow that."""
+    state, pieces = None, []
+    try:
+        for piece in ids.split(_CHUNK, dim=1):
+            logits, state = model.extend(piece, state)
+            pieces.append(logits.float().cpu())
+    except Unsupported:
+        return None
+    return float((torch.cat(pieces, dim=1) - whole).abs().max())
 
 
 def main() -> None:

@@ -23,13 +23,15 @@ def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) 
 
 
 class TransformersModel(LoadedModel):
-    """A transformers causal language model, or any module with the same call."""
+    """A transformers causal language model."""
 
     def __init__(self, module: Any, device: str) -> None:
         self.module = module
         self._device = torch.device(device)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
+        if head := module.get_output_embeddings():
+            head.register_forward_pre_hook(_contiguous)
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +79,11 @@ class TransformersModel(LoadedModel):
     @torch.inference_mode()
     def _evidence_step(self, step: Step) -> Step:
         return self.decode_step(step)
+
+
+def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The head's inputs in one piece: for a slice of positions torch would copy a frozen weight once for each sequence."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 class TransformersEngine(Engine):
