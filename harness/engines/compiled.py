@@ -63,6 +63,7 @@ class CompiledModel(TransformersModel):
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.module(ids, use_cache=False).logits
 
+    @torch.inference_mode()
     def _evidence_step(self, step: Step) -> Step:
         """Uncompiled, so that the operators can be attributed to layers; the compiled code calls the same ones for packed weights."""
         return Step(self._next(step.token, step.state), step.state)
