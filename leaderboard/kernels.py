@@ -53,8 +53,8 @@ def _figure(table: pd.DataFrame) -> Figure:
 
 
 def _largest(table: pd.DataFrame) -> pd.DataFrame:
-    sizes = table["outputs"] * table["inputs"]
-    return table[sizes == sizes.max()]
+    layer = table.loc[(table["outputs"] * table["inputs"]).idxmax()]
+    return table[(table["outputs"] == layer["outputs"]) & (table["inputs"] == layer["inputs"])]
 
 
 def _lines(axes: Axes, layer: pd.DataFrame, column: str, factor: float) -> None:
