@@ -214,7 +214,8 @@ class Table:
 
     @property
     def reference(self) -> Row | None:
-        return next((row for row in self.rows if row.is_reference and row.perplexity is not None), None)
+        """The reference, if any of its figures was measured."""
+        return next((row for row in self.rows if row.is_reference and (row.perplexity or row.decode_tokens_per_s)), None)
 
 
 def tables(board: Iterable[Row]) -> list[Table]:
