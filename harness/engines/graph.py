@@ -1,14 +1,5 @@
-"""What the engines that run a graph share: the loop around it, and evidence of weights.
-
-The graph has no state and no loops: everything that it needs comes in as a tensor, and its KV cache goes in and comes out as
-one key and one value a layer. So an exporter sees a plain graph, and a decode step is a call with one more token.
-
-    ids        int64 [B, T]       new tokens
-    positions  int64 [T]          their places in the sequence
-    keys       int64 [P + T]      0, 1, 2, … up to the last of them
-    keep       int64 [K]          which of the T positions give logits
-    past.N.*   float32 [B, H, P, D]
-    → logits   float32 [B, K, V] and present.N.*, float32 [B, H, P + T, D]
+"""What the engines that run a graph share: the loop around it, and evidence of weights. Inputs and outputs
+of the graph are those of `methods.quantization._decoder`.
 """
 
 from __future__ import annotations
