@@ -15,7 +15,7 @@ def test_run_then_table_from_the_command_line(overrides: list[str], tmp_path: Pa
     rows = {row["pipeline"]: row for row in json.loads(table.stdout)}
     assert rows.keys() == {"dense", "magnitude"}
     assert abs(rows["magnitude"]["sparsity"] - 0.5) < 0.01
-    assert rows["dense"]["speedup"] == 1.0
+    assert rows["dense"]["is_reference"] and 0.5 < rows["dense"]["speedup"] < 2  # measured against itself, beside whatever else runs
     built = slimbench("board", "build", "--results", "here", "--out", "page", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "page" / "index.html").is_file()
