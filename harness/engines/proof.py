@@ -32,11 +32,11 @@ def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
 
 
 def _artefact(format_: str, scratch: Path) -> Path:
-    """An artefact of a tiny model, by the first method that writes the format and has all that it needs."""
+    """An artefact of a tiny model, by the first method that writes the format and has all that it needs; weight-only ones first."""
     able = [e for e in catalogue.entries() if e.method.produces == format_ and not e.missing and e.method.needs.device != "cuda"]
     if not able:
         raise Unsupported(f"no method that writes format {format_} can run here")
-    chosen = min(able, key=lambda e: (e.name != "dense", e.method.needs.calibration, e.name))
+    chosen = min(able, key=lambda e: (e.name != "dense", e.method.needs.calibration, "bits" not in e.settings, e.name))
     source, out = catalogue.tiny_model(scratch / "dense"), scratch / "artefact"
     out.mkdir()
     dense = DenseModel(source, source, "bfloat16", "cpu", models.shape_of(source))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from methods.kernels.cpu.kernel import OwnCpu
 from methods.kernels.grid import Grid, Outliers, QuantizedWeight, unpack
 from methods.kernels.packed_linear import PackedEmbedding, PackedLinear
 
@@ -109,13 +110,13 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    model.graph_pass = _graph_pass(device)
+    model.graph_pass = _graph_pass(model)
     return model.requires_grad_(False).eval()
 
 
-def _graph_pass(device: str) -> Any:
-    """What a compiling engine should do to the graphs of a packed model; None where there is nothing."""
-    if device != "cpu":
+def _graph_pass(model: nn.Module) -> Any:
+    """What a compiling engine should do to the graphs of a packed model; None where none of its layers has a kernel that gains by it."""
+    if not any(isinstance(layer, PackedLinear) and layer.kernel == OwnCpu.name for layer in model.modules()):
         return None
     from methods.kernels.cpu.share import ShareInputs
 

@@ -75,7 +75,7 @@ def test_the_reference_engine_proves_itself_in_each_format_that_can_be_made(tmp_
     (tmp_path / "two").mkdir()
     dense, packed = (proof.prove(engine, name, tmp_path / at) for name, at in (("huggingface", "one"), ("packed", "two")))
     assert (dense.verdict, dense.kernel) == ("passed", "linear")
-    assert packed.verdict == "passed" and packed.kernel == "_int_mm"  # of int8-dynamic, the first method that writes the format
+    assert packed.verdict == "passed" and packed.kernel == "slimbench::packed_mm"
 
 
 def test_a_proof_finds_an_engine_whose_cache_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ class ShareInputs(CustomGraphPass):
     """Replaces `packed_mm` calls with the same inputs by one `packed_mm_shared`."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        calls: dict[tuple[Any, ...], list[torch.fx.Node]] = defaultdict(list)
+        calls: dict[tuple[Any, str], list[torch.fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=torch.ops.slimbench.packed_mm.default):
             if all(weight.op in ("placeholder", "get_attr") for weight in node.all_input_nodes if weight is not node.args[0]):
-                calls[_source(node.args[0]), tuple(node.args[0].meta["val"].shape)].append(node)
+                calls[_source(node.args[0]), str(node.args[0].meta["val"].shape)].append(node)
         for nodes in calls.values():
             if len(nodes) > 1:
                 _join(graph, nodes)
