@@ -53,8 +53,9 @@ def _figure(table: pd.DataFrame) -> Figure:
 
 
 def _largest(table: pd.DataFrame) -> pd.DataFrame:
-    layer = table.loc[(table["outputs"] * table["inputs"]).idxmax()]
-    return table[(table["outputs"] == layer["outputs"]) & (table["inputs"] == layer["inputs"])]
+    largest = int((table["outputs"] * table["inputs"]).to_numpy().argmax())
+    same = (table["outputs"] == table["outputs"].iloc[largest]) & (table["inputs"] == table["inputs"].iloc[largest])
+    return table[same]
 
 
 def _lines(axes: Axes, layer: pd.DataFrame, column: str, factor: float) -> None:
