@@ -33,7 +33,7 @@ def test_pairing_makes_the_standard_error_at_least_five_times_smaller(committed:
             if ours.perplexity < 3 * theirs.perplexity and len(ours.window_nll) > 8:
                 gains[record.cell.pipeline, record.cell.suite] = standard_errors(ours.window_nll, theirs.window_nll).gain
     print({name: round(gain, 1) for name, gain in gains.items()})
-    assert len(gains) >= 5 and min(gains.values()) > 4.95
+    assert len(gains) >= 5 and min(gains.values()) >= 5
 
 
 def test_no_figure_breaks_the_roofline_and_each_speed_up_names_its_kernel(committed: list[Record]) -> None:
