@@ -35,6 +35,11 @@ def location(key: str) -> Path:
     return cache_dir() / "artefacts" / key
 
 
+def checkpoints(key: str, step: int) -> Path:
+    """Where a step of a pipeline keeps what it resumes from; the folder is made by who writes into it and removed when the step is done."""
+    return cache_dir() / "checkpoints" / f"{key}-{step}"
+
+
 def exists(key: str) -> bool:
     return (location(key) / MANIFEST).is_file()
 

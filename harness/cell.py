@@ -44,8 +44,9 @@ class Cell:
         return shlex.join(["slimbench", "run", *(o for o in self.overrides if not o.startswith("results="))])
 
     def stages(self) -> list[Stage]:
-        """The stages that make sense: random weights have no quality."""
-        return [Stage.COMPRESS, Stage.SPEED] if self.config.model.is_random else list(Stage)
+        """The stages that are asked for and make sense: random weights have no quality."""
+        wanted = [Stage.COMPRESS, *(stage for stage in (Stage.QUALITY, Stage.SPEED) if stage in self.config.stages)]
+        return [stage for stage in wanted if not (self.config.model.is_random and stage is Stage.QUALITY)]
 
     def reference(self) -> Cell:
         """The dense cell with which this one is compared."""

@@ -271,6 +271,7 @@ class RunConfig(_Strict):
     calibration: CalibrationConfig
     limits: LimitsConfig
     seed: int = 0
+    stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     results: str = "runs"
     on_existing: OnExisting = "keep"
 

@@ -82,6 +82,8 @@ class ProgressDisplay:
         if record.status is not Status.OK and stage is Stage.COMPRESS:
             for other in cell.stages()[1:]:
                 self._open.pop((other, cell.identity.keys.of(other)), None)
+        if record.simulated:
+            self._open.pop((Stage.SPEED, cell.identity.keys.speed), None)
         if not reused and record.status is Status.OK:
             self._seconds[stage].append(record.wall_seconds)
         done = self._total - len(self._open)

@@ -481,6 +481,11 @@ class Record(_Schema):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def simulated(self) -> bool:
+        """The artefact holds rounded numbers in dense storage: no speed may be claimed for it, so none is measured."""
+        return bool(self.compress and self.compress.claim.get("simulated"))
+
+    @property
     def result(self) -> CompressResult | QualityResult | SpeedResult | None:
         return self.compress or self.quality or self.speed
 

@@ -66,8 +66,8 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     compress, quality, speed = (found.get(stage) for stage in Stage)
     is_reference = cell.keys.compress == cell.reference.compress
     reference = None if is_reference else newest.get((Stage.QUALITY, cell.reference.quality))
-    simulated = bool(compress and compress.compress and compress.compress.claim.get("simulated"))
-    status, reason = _outcome(found, _expected(bearer))
+    simulated = bool(compress and compress.simulated)
+    status, reason = _outcome(found, _expected(bearer, simulated))
     evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r]
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
@@ -113,10 +113,12 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     )
 
 
-def _expected(bearer: Record) -> list[Stage]:
-    """The stages of a cell: random weights have no quality."""
-    random = _section(bearer, "model").get("source") == "random"
-    return [stage for stage in Stage if not (random and stage is Stage.QUALITY)]
+def _expected(bearer: Record, simulated: bool) -> list[Stage]:
+    """The stages that the cell was asked for: random weights have no quality, simulated artefacts no speed."""
+    wanted = bearer.config.get("stages", list(Stage))
+    without = {Stage.QUALITY} if _section(bearer, "model").get("source") == "random" else set()
+    without |= {Stage.SPEED} if simulated else set()
+    return [stage for stage in Stage if stage not in without and (stage is Stage.COMPRESS or stage in wanted)]
 
 
 def _outcome(found: dict[Stage, Record], expected: Sequence[Stage]) -> tuple[str, str | None]:

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["cpu", "cuda"]
 HUGGINGFACE = "huggingface"
+
+
+def _silent(done: float, total: float) -> None:
+    """Progress that nobody watches."""
 
 
 class Unsupported(Exception):
@@ -118,6 +124,8 @@ class DenseModel:
         tokenizer_path: Folder with the tokenizer of the source model.
         dtype: Name of the torch dtype in which the weights are stored and computed with.
         device: Where compression runs.
+        progress: Told how much of the work is done, `(done, total)`; shown with an estimate of what is left.
+        checkpoints: Folder that outlives an interrupted run, in which a training method keeps what it resumes from; None: keep nothing.
     """
 
     path: Path
@@ -125,6 +133,8 @@ class DenseModel:
     dtype: str
     device: Device
     shape: ModelShape
+    progress: Callable[[float, float], None] = _silent
+    checkpoints: Path | None = None
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
         """Load the weights, in evaluation mode, on the device. `kwargs` go to `from_pretrained`."""

@@ -34,8 +34,10 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             out = folder / f"step-{index}"
             out.mkdir()
             step_began = time.perf_counter()
-            dense = DenseModel(current, source, config.model.dtype, config.device.name, shape)  # type: ignore[arg-type]
+            kept = artefact.checkpoints(key, index)
+            dense = DenseModel(current, source, config.model.dtype, config.device.name, shape, report.progress, kept)  # type: ignore[arg-type]
             made = method.compress(dense, tokens, out)
+            shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
             step_seconds[step.name] = time.perf_counter() - step_began
             if current != source:

@@ -1,0 +1,145 @@
+"""The blocks of a decoder one after another, each with the inputs that calibration brings to it.
+
+Methods that compress block by block work on what the compressed blocks before have made of the calibration text, so that a block
+can make up for the errors of its predecessors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BATCH_TOKENS = 2048
+
+Observer = Callable[[str, Tensor], None]
+"""Told the full name of a linear layer and its inputs [tokens, in] of one batch."""
+
+
+class _Caught(Exception):
+    """Ends a forward pass when the first block is reached."""
+
+
+@dataclass
+class Block:
+    """One decoder block.
+
+    Attributes:
+        name: Full name of the block in the model.
+        inputs: Hidden states [samples, length, hidden] of each batch, as the blocks before, compressed ones included, made them.
+        arguments: What else the block is called with, for each batch: masks, positions.
+        dense_inputs: Hidden states of each batch as the uncompressed blocks made them; empty unless they were asked for.
+        dense_outputs: What this block makes of `dense_inputs` before it is compressed.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Tensor]
+    arguments: list[dict[str, Any]]
+    dense_inputs: list[Tensor] = field(default_factory=list)
+    dense_outputs: list[Tensor] = field(default_factory=list)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linear layers of the block by their full name, in the order in which the module holds them."""
+        return {f"{self.name}.{name}": layer for name, layer in self.module.named_modules() if type(layer) is nn.Linear}
+
+    def run(self, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """Outputs [samples, length, hidden] of the block for one batch, of its own inputs or of other ones. Gradients flow if enabled."""
+        made = self.module(self.inputs[batch] if hidden is None else hidden, **self.arguments[batch])
+        return made[0] if isinstance(made, tuple) else made
+
+    @torch.no_grad()
+    def observe(self, observer: Observer, layers: Sequence[str] | None = None, dense: bool = False) -> None:
+        """Run all batches through the block and show the inputs of its linear layers.
+
+        Args:
+            layers: Full names of those to watch; all if None.
+            dense: Run `dense_inputs` instead of `inputs`.
+        """
+        watched = self.linears()
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: observer(name, args[0].detach().flatten(0, -2)))
+            for name, layer in watched.items()
+            if layers is None or name in layers
+        ]
+        try:
+            for batch, hidden in enumerate(self.dense_inputs if dense else self.inputs):
+                self.run(batch, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder blocks by name, in order.
+
+    Raises:
+        Unsupported: The model has no list of them.
+    """
+    wanted = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise Unsupported(f"{type(model).__name__} has no list of {wanted} decoder blocks")
+
+
+def walk(
+    model: PreTrainedModel,
+    ids: Tensor,
+    progress: Callable[[float, float], None] | None = None,
+    dense: bool = False,
+) -> Iterator[Block]:
+    """Yield the blocks in order; whatever the caller did to a block counts for the inputs of the next one.
+
+    Args:
+        model: In evaluation mode; changed in place by the caller.
+        ids: Calibration tokens, int64 [samples, length].
+        progress: Told of finished blocks.
+        dense: Keep the stream of the uncompressed model beside that of the compressed one.
+    """
+    blocks = blocks_of(model)
+    hidden, arguments = _first_inputs(model, next(iter(blocks.values())), ids)
+    stream = list(hidden) if dense else []
+    for index, (name, module) in enumerate(blocks.items()):
+        block = Block(name, module, hidden, arguments, stream)
+        if dense:
+            with torch.no_grad():
+                block.dense_outputs = [block.run(batch, states) for batch, states in enumerate(stream)]
+        yield block
+        with torch.no_grad():
+            hidden = [block.run(batch) for batch in range(len(hidden))]
+        stream = block.dense_outputs
+        if progress:
+            progress(index + 1, len(blocks))
+
+
+@torch.no_grad()
+def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Hidden states and further arguments with which the first block is called, for each batch."""
+    hidden: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.pop("hidden_states")
+        hidden.append(states)
+        arguments.append(kwargs | {"past_key_values": None, "use_cache": False})
+        raise _Caught
+
+    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
+            try:
+                model(batch.to(model.device), use_cache=False)
+            except _Caught:
+                continue
+    finally:
+        hook.remove()
+    return hidden, arguments
