@@ -1,4 +1,4 @@
-"""The command line: `slimbench run · sweep · audit · compare · bench · methods · engines · assets · board · env`.
+"""The command line: `slimbench run · sweep · audit · compare · recommend · bench · methods · engines · assets · board · env`.
 
 Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
 """
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness import __version__
+from harness.cli_recommend import recommend
+from harness.terminal import check_choice, console, fail, read_records, results_folder
 
 if TYPE_CHECKING:
     from harness.sweep import Finished
@@ -35,6 +37,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(assets_app, name="assets")
 app.add_typer(board_app, name="board")
 app.add_typer(env_app, name="env")
+app.command()(recommend)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
@@ -88,12 +91,12 @@ def audit(
         if name not in list(Stage):
             raise ConfigError(f"--stage {name} is no valid choice{nearest(name, list(Stage))}")
     stages = [Stage(name) for name in stage or list(Stage)]
-    verdicts = audits.audit(_folder(results), sample, seed, stages, Console(stderr=True))
+    verdicts = audits.audit(results_folder(results), sample, seed, stages, Console(stderr=True))
     table = Table("cell", "stage", "verdict", "figures", box=None, header_style="bold")
     for verdict in verdicts:
         cell = verdict.record.cell
         table.add_row(f"{cell.model} · {cell.pipeline}", verdict.record.stage.value, verdict.outcome.value, verdict.detail)
-    _console().print(table)
+    console().print(table)
     counts = {outcome: sum(v.outcome is outcome for v in verdicts) for outcome in audits.Outcome}
     print(", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count))
     raise typer.Exit(1 if counts[audits.Outcome.DIFFERS] else 0)
@@ -112,14 +115,14 @@ def compare(
     """Compare two cells of one table, paired: a verdict in words, then ratios, intervals and p-values."""
     import json
 
-    _check_choice("--format", format, ("terminal", "json"))
-    records = _records(results)
+    check_choice("--format", format, ("terminal", "json"))
+    records = read_records(results)
     from leaderboard import compare as comparing
     from leaderboard import verdict
 
     comparison = comparing.compare(records, a, b, model, suite, device)
     if format == "terminal":
-        _console().print(verdict.to_terminal(comparison))
+        console().print(verdict.to_terminal(comparison))
     else:
         print(json.dumps({"verdict": verdict.verdict(comparison)} | comparison.model_dump(mode="json"), indent=1, ensure_ascii=False))
 
@@ -129,10 +132,10 @@ def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] 
     try:
         finished = command(overrides or [])
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
+        fail("interrupted; the same command goes on where it stopped", 130)
     from leaderboard import tables
 
-    _console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
+    console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
     raise typer.Exit(finished.exit_code)
 
 
@@ -148,7 +151,7 @@ def methods_list() -> None:
         paper = f"{item.method.citation.title} ({item.method.citation.year})"
         here = "ready" if not item.missing else f"install [{item.method.needs.extra}]"
         table.add_row(item.name, item.method.family, paper, item.method.reference, item.needs.replace("[", "\\["), here.replace("[", "\\["))
-    _console().print(table)
+    console().print(table)
 
 
 @methods_app.command("show")
@@ -186,7 +189,7 @@ def methods_check(name: str) -> None:
     try:
         facts = check(name)
     except Unsupported as error:
-        _fail(f"{name} does not run here: {error}", 1)
+        fail(f"{name} does not run here: {error}", 1)
     for key, value in facts.items():
         print(f"{key:<15} {value}")
     good = facts["finite"] and not [f for f in facts["flags"] if f.startswith("claims")]
@@ -205,7 +208,7 @@ def engines_list() -> None:
     for engine in engines.catalogue():
         here = engines.missing(engine) or "yes"
         table.add_row(engine.name, ", ".join(engine.loaders), ", ".join(engine.devices), here.replace("[", "\\["))
-    _console().print(table)
+    console().print(table)
 
 
 @engines_app.command("check")
@@ -222,7 +225,7 @@ def engines_check(names: Annotated[list[str] | None, typer.Argument(help="Engine
         for checked in engines.check(engine):
             failed += checked.failed
             table.add_row(engine.name, checked.format, checked.kernel or "–", checked.verdict.replace("[", "\\["))
-    _console().print(table)
+    console().print(table)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -235,14 +238,14 @@ def bench_kernels(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if none is given.")] = None,
 ) -> None:
     """Products of packed and dense weights over layer shapes and batches: bandwidth, FLOP/s, roofline; CSV and plot."""
-    _check_choice("--device", device, ("cpu", "cuda"))
+    check_choice("--device", device, ("cpu", "cuda"))
     from harness import bench
     from harness.hardware import hardware
 
     wanted = bench.layers(layers)
     if device == "cuda" and not hardware().gpus:
-        _fail("--device cuda, but this machine has no CUDA card that torch can use", 1)
-    table = bench.write(wanted, batch, device, threads, out, _console())
+        fail("--device cuda, but this machine has no CUDA card that torch can use", 1)
+    table = bench.write(wanted, batch, device, threads, out, console())
     from leaderboard import kernels
 
     print(f"{len(wanted)} layers → {', '.join(str(path) for path in [table, *kernels.plot(table)])}")
@@ -258,7 +261,7 @@ def assets_list() -> None:
     table = Table("asset", "source", "cached", box=None, header_style="bold")
     for name, asset in assets.catalogue().items():
         table.add_row(name, asset.uri, "yes" if assets.is_fetched(name) else "no")
-    _console().print(table)
+    console().print(table)
 
 
 @assets_app.command("fetch")
@@ -301,7 +304,7 @@ def env_list() -> None:
     table = Table("environment", "what for", "installs", "made", box=None, header_style="bold")
     for name, item in environments.catalogue().items():
         table.add_row(name, item.description, ", ".join(item.requirements).replace("[", "\\["), "yes" if item.is_made else "no")
-    _console().print(table)
+    console().print(table)
 
 
 @env_app.command("make")
@@ -317,11 +320,11 @@ def board_build(
     results: Results = _DEFAULT_RESULTS, out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board")
 ) -> None:
     """Write page, tables and plots from the records; print the table and where to look."""
-    folder = _folder(results)
+    folder = results_folder(results)
     from leaderboard import build, tables
 
     written = build.build(folder, out)
-    _console().print(tables.to_terminal(_rows(results)))
+    console().print(tables.to_terminal(_rows(results)))
     print(f"board: {next(p for p in written if p.name == 'index.html')}")
 
 
@@ -331,60 +334,21 @@ def board_table(
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FORMATS)}.")] = "terminal",
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
-    _check_choice("--format", format, _FORMATS)
+    check_choice("--format", format, _FORMATS)
     rows = _rows(results)
     from leaderboard import tables
 
     if format == "terminal":
-        _console().print(tables.to_terminal(rows))
+        console().print(tables.to_terminal(rows))
     else:
         print({"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}[format](rows).rstrip())
 
 
-def _check_choice(option: str, name: str, choices: Sequence[str]) -> None:
-    from harness.config import ConfigError
-    from tasks.errors import nearest
-
-    if name not in choices:
-        raise ConfigError(f"{option} {name} is no valid choice{nearest(name, choices)}")
-
-
 def _rows(results: Path) -> list[Any]:
-    records = _records(results)
+    records = read_records(results)
     from leaderboard import tables
 
     return tables.rows(records)
-
-
-def _records(results: Path) -> list[Any]:
-    folder = _folder(results)
-    from harness.store import Store
-
-    return Store(folder).scan()[0]
-
-
-def _folder(results: Path) -> Path:
-    from harness.config import ConfigError
-    from tasks.errors import nearest
-
-    if not results.is_dir():
-        beside = [p.name for p in results.absolute().parent.glob("*") if p.is_dir() and not p.name.startswith(".")]
-        hint = nearest(results.name, [b for b in beside if b in ("results", "runs") or b.startswith(results.name[:3])])
-        raise ConfigError(f"no results folder '{results}': run `slimbench sweep experiment=demo` or give --results{hint}")
-    return results
-
-
-def _console() -> Any:
-    import shutil
-
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else max(160, shutil.get_terminal_size().columns))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def main() -> None:
@@ -401,16 +365,16 @@ def main() -> None:
     except ConfigError as error:
         if debug:
             raise
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except DataError as error:
         if debug:
             raise
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except StoreError as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except Exception as error:
         if debug:
             raise
-        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1)
+        fail(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1)

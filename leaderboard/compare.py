@@ -213,6 +213,12 @@ def _quality(newest: Records, row: Row) -> QualityResult | None:
     return record.quality if record else None
 
 
+def headline(newest: Records, a: Row, b: Row) -> TextComparison | None:
+    """The first text that two cells share, A against B; None where they share none."""
+    ours, theirs = _quality(newest, a), _quality(newest, b)
+    return next(iter(_texts(ours, theirs)), None) if ours and theirs else None
+
+
 def _texts(ours: QualityResult, theirs: QualityResult) -> list[TextComparison]:
     windows = [_windows(a, b) for a, b in partners(ours.perplexity, theirs.perplexity, windows_of) if b]
     return windows + [_documents(a, b) for a, b in partners(ours.documents, theirs.documents, documents_of) if b]
