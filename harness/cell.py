@@ -50,7 +50,7 @@ class Cell:
 
     def reference(self) -> Cell:
         """The dense cell with which this one is compared."""
-        kept = [o for o in self.overrides if not o.lstrip("+~").startswith(("method=", "method."))]
+        kept = [o for o in self.overrides if not o.lstrip("+~").startswith(("method=", "method.", "settings."))]
         return make_cell(self.config.as_reference(), (*kept, f"method={self.config.reference.name}"))
 
 

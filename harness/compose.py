@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from harness.config import CONF_DIR, ConfigError, RunConfig, parse, shipped
+from harness.config import CONF_DIR, ConfigError, RunConfig, conf_dirs, parse, shipped
 from tasks.errors import nearest
 
 if TYPE_CHECKING:
@@ -68,18 +68,24 @@ def launch(overrides: Sequence[str], job: Callable[[DictConfig], None]) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--multirun", *overrides]
+    arguments, sys.argv = sys.argv, [sys.argv[0], "--multirun", *_search_path(), *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     finally:
         sys.argv = arguments
 
 
+def _search_path() -> list[str]:
+    """The override that lets Hydra find what the user's own folders of choices offer."""
+    own = ["'" + f"file://{folder}".replace("'", "\\'") + "'" for folder in conf_dirs()[1:]]
+    return [f"hydra.searchpath=[{','.join(own)}]"] if own else []
+
+
 def _compose(overrides: list[str], **kwargs: Any) -> DictConfig:
     from hydra import compose
 
     try:
-        return compose("config", overrides=overrides, **kwargs)
+        return compose("config", overrides=[*_search_path(), *overrides], **kwargs)
     except Exception as error:
         raise ConfigError(_explain(error, overrides)) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -284,9 +285,46 @@ class RunConfig(_Strict):
         return self.model_copy(update={"pipeline": [self.reference]})
 
 
+def conf_dirs() -> list[Path]:
+    """The project's `conf/` and, where `SLIMBENCH_CONF` names one, the user's own folder of the same layout.
+
+    Raises:
+        ConfigError: `SLIMBENCH_CONF` is no folder.
+    """
+    own = os.environ.get("SLIMBENCH_CONF")
+    if not own:
+        return [CONF_DIR]
+    folder = Path(own).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"SLIMBENCH_CONF: no folder '{own}'")
+    return [CONF_DIR, folder]
+
+
 def shipped(group: str) -> list[str]:
-    """Names of the choices that `conf/GROUP/` offers."""
-    return sorted(p.relative_to(CONF_DIR / group).with_suffix("").as_posix() for p in (CONF_DIR / group).rglob("*.yaml"))
+    """Names of the choices that `conf/GROUP/`, and the user's own folder beside it, offer.
+
+    Raises:
+        ConfigError: Both offer one of the same name.
+    """
+    found: list[str] = []
+    for folder in conf_dirs():
+        names = [p.relative_to(folder / group).with_suffix("").as_posix() for p in (folder / group).rglob("*.yaml")]
+        if both := sorted(set(found) & set(names)):
+            raise ConfigError(f"SLIMBENCH_CONF: {group} '{both[0]}' is a name of slimbench's own; give the file another one")
+        found += names
+    return sorted(found)
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The contents of the YAML behind a choice of a group.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in shipped(group):
+        raise ConfigError(f"no {group} '{name}'{nearest(name, shipped(group))}")
+    path = next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+    return yaml.safe_load(path.read_text())
 
 
 def shipped_method(name: str) -> dict[str, Any]:
@@ -295,10 +333,7 @@ def shipped_method(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such method.
     """
-    path = CONF_DIR / "method" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
-    return yaml.safe_load(path.read_text())
+    return choice("method", name)
 
 
 def locate(dotted: str) -> Any:
@@ -345,14 +380,15 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         "seed": raw.pop("calibration_seed", None),
     }
     methods = raw.pop("method", None) or {}
+    shared = {key: value for key, value in (raw.pop("settings", None) or {}).items() if value is not None}
     reference = str(raw.pop("reference", None))
-    known = [*RunConfig.model_fields, "method", *(f"calibration_{k}" for k in ("samples", "length", "seed"))]
+    known = [*RunConfig.model_fields, "method", "settings", *(f"calibration_{k}" for k in ("samples", "length", "seed"))]
     for key in raw:
         if key not in RunConfig.model_fields:
             raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
     data = raw | {
         "calibration": calibration,
-        "pipeline": [_step(name, settings) for name, settings in methods.items()],
+        "pipeline": _share([_step(name, settings) for name, settings in methods.items()], shared),
         "reference": _step(reference, shipped_method(reference)),
     }
     try:
@@ -367,6 +403,19 @@ def _step(name: str, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict) or "_target_" not in settings:
         raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
     return {"name": name, "target": settings["_target_"], "settings": {k: v for k, v in settings.items() if k != "_target_"}}
+
+
+def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps with `settings.KEY` in place of their own setting of that name, for each step that has one."""
+    for key, value in shared.items():
+        having = [step for step in steps if key in step["settings"]]
+        if not having:
+            known = sorted({name for step in steps for name in step["settings"]})
+            names = "+".join(step["name"] for step in steps)
+            raise ConfigError(f"settings.{key}: '{names}' has no setting '{key}'{nearest(key, known)}")
+        for step in having:
+            step["settings"] = step["settings"] | {key: value}
+    return steps
 
 
 def _check_pipeline(config: RunConfig) -> None:

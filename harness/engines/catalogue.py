@@ -9,11 +9,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import yaml
-
 from harness import environments
-from harness.config import CONF_DIR, ConfigError, EngineConfig, shipped
-from tasks.errors import nearest
+from harness.config import EngineConfig, choice, shipped
 
 _TIMEOUT_S = 600
 
@@ -43,10 +40,7 @@ def get(name: str) -> EngineConfig:
     Raises:
         ConfigError: There is none of that name.
     """
-    path = CONF_DIR / "engine" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no engine '{name}'{nearest(name, shipped('engine'))}")
-    return EngineConfig.model_validate(yaml.safe_load(path.read_text()))
+    return EngineConfig.model_validate(choice("engine", name))
 
 
 def missing(engine: EngineConfig) -> str | None:

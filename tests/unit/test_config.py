@@ -106,3 +106,59 @@ def test_the_reference_shares_everything_but_the_method(overrides: list[str]) ->
     assert reference.identity.keys == cell.identity.reference
     assert reference.command.endswith("method=dense")
     assert "rtn-4bit" not in reference.command
+
+
+def test_settings_are_given_to_every_step_that_has_them() -> None:
+    config = resolve(["method=[magnitude,rtn-4bit]", "settings.group_size=32"])
+    assert [step.settings.get("group_size") for step in config.pipeline] == [None, 32]
+    assert config == resolve(["method=[magnitude,rtn-4bit]", "method.rtn-4bit.group_size=32"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=nf4", "settings.bits=3"], "settings.bits: 'nf4' has no setting 'bits'; choices: double_quant"),
+        (["method=rtn-4bit", "+settings.symetric=true"], "did you mean 'symmetric'"),
+        (["method=rtn-4bit", "settings.bits=5"], "method.rtn-4bit.bits: 5 is no valid choice"),
+        (["method=rtn-4bit", "settings.group_siz=32"], "did you mean 'settings.group_size'"),
+    ],
+)
+def test_shared_settings_that_no_step_has_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(overrides)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sweep_over_shared_settings_is_the_product_and_each_cell_has_its_own_key(overrides: list[str]) -> None:
+    found = jobs([*overrides, "method=rtn-4bit,rtn-8bit", "settings.bits=2,3", "settings.group_size=32,64"])
+    cells = [make_cell(config, tuple(job)) for job, config in found]
+    assert len({cell.identity.keys.compress for cell in cells}) == 4  # the two YAMLs differ in nothing else
+    reference = cells[0].reference()
+    assert reference.identity.keys == cells[-1].identity.reference and "settings" not in reference.command
+
+
+def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "it's [my], own folder"
+    for group, name, text in (
+        ("method", "mine", "# @package method.mine\n_target_: methods.quantization.rtn.RTN\nbits: 3\ngroup_size: 32\n"),
+        ("suite", "mine", "name: mine\nseqlen: 32\n"),
+        (
+            "engine",
+            "mine",
+            "name: mine\n_target_: harness.engines.transformers.TransformersEngine\nloaders: {packed: methods.kernels.packed.load}\n",
+        ),
+    ):
+        (own / group).mkdir(parents=True)
+        (own / group / f"{name}.yaml").write_text(text)
+    monkeypatch.setenv("SLIMBENCH_CONF", str(own))
+    config = resolve(["method=mine", "suite=mine", "engine=mine"])
+    assert (config.pipeline[0].settings["bits"], config.suite.seqlen, config.engine.name) == (3, 32, "mine")
+    assert [c.pipeline[0].name for _, c in jobs(["method=mine,dense"])] == ["mine", "dense"]
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        resolve(["method=mime"])
+    (own / "method" / "gptq.yaml").write_text("# @package method.gptq\n_target_: methods.dense.Dense\n")
+    with pytest.raises(ConfigError, match="'gptq' is a name of slimbench's own"):
+        resolve(["method=mine"])
+    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="SLIMBENCH_CONF: no folder"):
+        resolve(["method=dense"])
