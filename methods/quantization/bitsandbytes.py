@@ -1,4 +1,4 @@
-"""The two schemes of bitsandbytes, through transformers: LLM.int8() and NF4.
+"""The schemes of bitsandbytes, through transformers: LLM.int8(), NF4 and FP4.
 
 Both are saved before any forward pass: the library's CPU kernels repack the weights in the first one, and what is saved after that
 loads as garbage without an error.
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _FORMAT = "bitsandbytes"
-_NF4_BLOCK = 64
+_BLOCK = 64
 
 
 class _BitsAndBytes(Method):
-    """What both share: quantize while loading, save at once."""
+    """What they share: quantize while loading, save at once."""
 
     family: ClassVar[str] = "quantization"
     needs: ClassVar[Needs] = Needs(extra="quantization", modules=("bitsandbytes",))
@@ -68,17 +68,15 @@ class LLMInt8(_BitsAndBytes):
 
 
 @dataclass(frozen=True)
-class NF4(_BitsAndBytes):
-    """NormalFloat: 16 levels at the quantiles of a normal distribution, blocks of 64 weights with one scale.
+class _FourBits(_BitsAndBytes):
+    """Sixteen levels that the library fixes, blocks of 64 weights with one scale.
 
     Attributes:
         double_quant: Quantize the scales to 8 bits as well.
     """
 
-    citation: ClassVar[Citation] = Citation(
-        "NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",)
-    )
     reference: ClassVar[str] = "bitsandbytes:nn.Linear4bit"
+    levels: ClassVar[str]
 
     double_quant: bool = True
 
@@ -88,10 +86,28 @@ class NF4(_BitsAndBytes):
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=self.levels,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=getattr(torch, dense.dtype),
         )
 
     def claim(self) -> Claim:
-        return Claim(_FORMAT, bits=4, group_size=_NF4_BLOCK, details={"double_quant": self.double_quant})
+        return Claim(_FORMAT, bits=4, group_size=_BLOCK, details={"double_quant": self.double_quant})
+
+
+@dataclass(frozen=True)
+class NF4(_FourBits):
+    """NormalFloat: the levels stand at the quantiles of a normal distribution."""
+
+    citation: ClassVar[Citation] = Citation(
+        "NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",)
+    )
+    levels: ClassVar[str] = "nf4"
+
+
+@dataclass(frozen=True)
+class FP4(_FourBits):
+    """A floating-point number of 4 bits: sign, two of exponent, one of mantissa, as the QLoRA paper compares it with NF4."""
+
+    citation: ClassVar[Citation] = Citation("FP4 (bitsandbytes)", year=2023, arxiv="2305.14314")
+    levels: ClassVar[str] = "fp4"

@@ -1,0 +1,75 @@
+"""Weight-only methods that a library carries out give what its own documented call gives, on a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from methods.base import DenseModel
+from methods.kernels import packed
+from methods.quantization.bitsandbytes import FP4
+from methods.quantization.hqq import HQQ
+from tests.integration.test_method_parity import CALIBRATION, assert_same, block_weights
+from tests.unit import tiny
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    return tiny.save_model(tmp_path_factory.mktemp("dense"))
+
+
+def packed_layers(folder: Path) -> dict[str, packed.PackedLinear]:
+    return {n: m for n, m in packed.load(folder).named_modules() if isinstance(m, packed.PackedLinear)}
+
+
+def codes_of(layer: packed.PackedLinear) -> Tensor:
+    """Unsigned codes [out, in], read back from what the kernel holds."""
+    codes = layer._kernel.restore(layer).codes
+    return codes.int() + (128 if layer.grid.bits == 8 else 0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_hqq_has_the_codes_of_the_library(dense: DenseModel, tmp_path: Path, bits: int) -> None:
+    core = pytest.importorskip("hqq.core.quantize")
+    claim = HQQ(bits=bits, group_size=32).compress(dense, None, tmp_path)  # type: ignore[arg-type]
+    assert (claim.format, claim.bits, claim.group_size) == ("packed", bits, 32)
+    layers, unit = packed_layers(tmp_path), torch.finfo(torch.bfloat16).eps
+    source = {n: m for n, m in dense.load().named_modules() if n in layers}
+    assert len(layers) == 14
+    for name, layer in source.items():
+        config = core.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+        library = core.HQQLinear(layer, config, del_orig=False, compute_dtype=torch.float32, device="cpu")
+        scales, zeros = (library.meta[key].view(layer.out_features, -1) for key in ("scale", "zero"))
+        unpacked = library.unpack(dtype=torch.float32).flatten()[: layer.weight.numel()].view(layer.weight.shape)
+        assert torch.equal(codes_of(layers[name]), unpacked.int())
+        reach = (2 ** (bits - 1) + (2 ** (bits - 1) - zeros).abs()) * scales
+        difference = (layers[name].dequantize().float() - library.dequantize()).abs()
+        assert (difference <= unit * reach.repeat_interleave(32, dim=1)).all()
+
+
+def test_fp4_reloads_to_what_the_library_quantized(dense: DenseModel, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    from transformers import AutoModelForCausalLM
+
+    claim = FP4().compress(dense, None, tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
+    got, want, levels = {}, {}, set()
+    for name, weight in block_weights(dense.load()).items():
+        layer: Any = reloaded.get_submodule(name)
+        got[name] = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="fp4")
+        want[name] = functional.dequantize_4bit(codes, state)
+        levels |= set(layer.weight.quant_state.code.abs().mul(12).tolist())
+    assert_same(got, want)
+    assert sorted(levels) == pytest.approx([0, 1 / 16, 2, 3, 4, 6, 8, 12]) and (claim.bits, claim.format) == (4, "bitsandbytes")
+    assert "quant_state.bitsandbytes__fp4" in " ".join(load_file(tmp_path / "model.safetensors"))
+    with torch.inference_mode():
+        exact, rounded = (m(CALIBRATION.ids).logits.float() for m in (dense.load(), reloaded))
+    assert (rounded - exact).norm() < 0.4 * exact.norm()
