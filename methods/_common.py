@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from methods.base import ModelShape, Unsupported
+from methods.base import Calibration, ModelShape, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,23 @@ def check_groups(layers: dict[str, nn.Linear], group_size: int | None) -> None:
     for name, layer in layers.items():
         if group_size and layer.in_features % group_size:
             raise Unsupported(f"group_size {group_size} does not divide the {layer.in_features} inputs of {name}")
+
+
+def check_calibration(calibration: Calibration | None, shape: ModelShape) -> Calibration:
+    """The calibration tokens, if there are enough of them for second moments of the inputs, and they are those of the model.
+
+    Raises:
+        ValueError: There are none, or some are outside the vocabulary.
+        Unsupported: There are fewer tokens than a hidden state has features.
+    """
+    if calibration is None or not calibration.ids.numel():
+        raise ValueError("calibration holds no tokens")
+    tokens = calibration.ids.numel()
+    if tokens < shape.hidden_size:
+        raise Unsupported(f"calibration has {tokens} tokens, fewer than the {shape.hidden_size} features of a hidden state")
+    if int(calibration.ids.max()) >= shape.vocab_size or int(calibration.ids.min()) < 0:
+        raise ValueError(f"calibration has token ids outside the vocabulary of {shape.vocab_size}")
+    return calibration
 
 
 def zero_fraction(layers: dict[str, nn.Linear]) -> float:

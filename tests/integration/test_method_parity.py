@@ -64,6 +64,11 @@ def decompressed(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return block_weights(back)
 
 
+def library_weights(model: nn.Module, folder: Path, bits: int) -> dict[str, Tensor]:
+    """The library's weights through its own file where it packs that many bits, else the rounded ones that it leaves in memory."""
+    return decompressed(model, folder) if bits == 4 else block_weights(model)
+
+
 def block_weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")}
 
@@ -84,21 +89,40 @@ def broken_groups(weights: dict[str, Tensor]) -> float:
     return float((groups < 2).float().mean())
 
 
-@pytest.mark.parametrize("act_order", [True, False])
-def test_gptq_equals_llmcompressor(dense: DenseModel, tmp_path: Path, act_order: bool) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        GPTQ(group_size=32),
+        GPTQ(group_size=32, act_order=False),
+        GPTQ(bits=3, group_size=32),
+        GPTQ(bits=3, group_size=32, observer="mse"),
+        GPTQ(bits=2, group_size=32, observer="mse", asymmetric=True),
+        GPTQ(bits=8, group_size=None),
+    ],
+    ids=["4 bits", "4 bits in order", "3 bits", "3 bits mse", "2 bits asymmetric", "8 bits by row"],
+)
+def test_gptq_equals_llmcompressor(dense: DenseModel, tmp_path: Path, method: GPTQ) -> None:
     pytest.importorskip("llmcompressor")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    arguments = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+    arguments = QuantizationArgs(
+        num_bits=method.bits,
+        type="int",
+        symmetric=not method.asymmetric,
+        strategy="group" if method.group_size else "channel",
+        group_size=method.group_size,
+        observer=method.observer,
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
-    modifier = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], actorder="static" if act_order else None)
-    want = decompressed(library_oneshot(dense.path, modifier), tmp_path / "library")
+    modifier = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], actorder="static" if method.act_order else None)
+    want = library_weights(library_oneshot(dense.path, modifier), tmp_path / "library", method.bits)
     out = tmp_path / "ours"
     out.mkdir()
-    claim = GPTQ(group_size=32, act_order=act_order).compress(dense, CALIBRATION, out)
+    claim = method.compress(dense, CALIBRATION, out)
     assert_same(packed_weights(out), want)
-    assert (claim.bits, claim.group_size, claim.details["layers_rounded_without_hessian"]) == (4, 32, 0)
+    assert (claim.bits, claim.group_size) == (method.bits, method.group_size)
+    assert claim.details["layers_rounded_without_hessian"] == 0
     assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "packed.json"}
 
 
