@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.config import EngineConfig, StepConfig, build_method, shipped, shipped_method
+from harness.record import Record, Stage, Status
 
 TINY = {
     "model_type": "llama",
@@ -36,10 +38,31 @@ class Entry:
         return self.method.needs.missing_modules()
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> list[str]:
+        """What it cannot do without, each in one word: calibration, training, a device, an environment, an [extra]."""
         needs = self.method.needs
-        wanted = [w for w, on in (("calibration", needs.calibration), ("training", needs.training)) if on]
-        return ", ".join(wanted + ([needs.device] if needs.device else []) + ([f"[{needs.extra}]"] if needs.extra else []))
+        words = [("calibration", needs.calibration), ("training", needs.training), (needs.device, needs.device)]
+        words += [(f"env {needs.environment}", needs.environment), (f"[{needs.extra}]", needs.extra)]
+        return [str(word) for word, wanted in words if wanted]
+
+    @property
+    def here(self) -> str:
+        """`ready`, or the command that would make it run here."""
+        from harness import environments
+
+        needs = self.method.needs
+        if self.missing:
+            return f"install [{needs.extra}]" if needs.extra else f"install {' '.join(self.missing)}"
+        if needs.environment and not environments.get(needs.environment).is_made:
+            return f"slimbench env make {needs.environment}"
+        return "ready"
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines that load what it writes."""
+        from harness.engines import catalogue as engines
+
+        return [engine.name for engine in engines.catalogue() if self.method.produces in engine.loaders]
 
 
 def entry(name: str) -> Entry:
@@ -55,6 +78,23 @@ def entry(name: str) -> Entry:
 
 def entries() -> Iterator[Entry]:
     yield from (entry(name) for name in shipped("method"))
+
+
+def outcomes(records: Iterable[Record]) -> dict[str, dict[str, str]]:
+    """What came of each method on each model: name → model → text. Only pipelines of the method alone count, under any settings.
+
+    `ok` means that each stage that was tried has ended well at least once, on whichever engine, suite or machine; else the first
+    stage that never did is named with its status.
+    """
+    found: dict[tuple[str, str], dict[Stage, list[Status]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if len(record.cell.steps) == 1:
+            found[record.cell.steps[0]["name"], record.cell.model][record.stage].append(record.status)
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
+    for (name, model), stages in found.items():
+        bad = [f"{stage.value} {stages[stage][-1].value}" for stage in Stage if stage in stages and Status.OK not in stages[stage]]
+        texts[name][model] = bad[0] if bad else "ok"
+    return texts
 
 
 def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from harness import __version__
+from harness import __version__, cli_methods, cli_wandb
 from harness.cli_recommend import recommend
-from harness.terminal import check_choice, console, fail, read_records, results_folder
+from harness.terminal import FORMATS, check_choice, console, fail, read_records, results_folder
 
 if TYPE_CHECKING:
     from harness.sweep import Finished
@@ -25,24 +25,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-methods_app = typer.Typer(help="The compression methods: list, show, prove on a tiny model.", no_args_is_help=True)
 engines_app = typer.Typer(help="What runs the artefacts: list, prove on a tiny model.", no_args_is_help=True)
 bench_app = typer.Typer(help="Benchmarks beside the cells: kernels.", no_args_is_help=True)
 assets_app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
 board_app = typer.Typer(help="The leaderboard: build it, or print its table.", no_args_is_help=True)
 env_app = typer.Typer(help="Environments for libraries that need one of their own: list, make.", no_args_is_help=True)
-app.add_typer(methods_app, name="methods")
+app.add_typer(cli_methods.app, name="methods")
 app.add_typer(engines_app, name="engines")
 app.add_typer(bench_app, name="bench")
 app.add_typer(assets_app, name="assets")
 app.add_typer(board_app, name="board")
 app.add_typer(env_app, name="env")
+app.add_typer(cli_wandb.app, name="wandb")
 app.command()(recommend)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 _DEFAULT_RESULTS = Path("runs")
-_FORMATS = ("terminal", "md", "csv", "json")
 
 
 @app.callback(invoke_without_command=True)
@@ -137,64 +136,6 @@ def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] 
 
     console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
     raise typer.Exit(finished.exit_code)
-
-
-@methods_app.command("list")
-def methods_list() -> None:
-    """One line for each method."""
-    from rich.table import Table
-
-    from harness.catalogue import entries
-
-    table = Table("method", "family", "paper", "reference", "needs", "here", box=None, header_style="bold")
-    for item in entries():
-        paper = f"{item.method.citation.title} ({item.method.citation.year})"
-        here = "ready" if not item.missing else f"install [{item.method.needs.extra}]"
-        table.add_row(item.name, item.method.family, paper, item.method.reference, item.needs.replace("[", "\\["), here.replace("[", "\\["))
-    console().print(table)
-
-
-@methods_app.command("show")
-def methods_show(name: str) -> None:
-    """What a method is, its citation, its settings."""
-    import inspect
-
-    from harness.catalogue import entry
-
-    item = entry(name)
-    citation = item.method.citation
-    kind = type(item.method)
-    print(f"{inspect.getdoc(inspect.getmodule(kind))}\n\n{inspect.getdoc(kind)}\n")
-    print(f"family      {item.method.family}")
-    print(f"paper       {citation.title} ({citation.year})" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""))
-    print(f"reference   {item.method.reference}")
-    print(f"covers      {', '.join(citation.covers) or '-'}")
-    print(f"needs       {item.needs or '-'}")
-    print(f"writes      {item.method.produces}")
-    print("settings    (override with method.NAME.SETTING=VALUE)")
-    for key, value in item.settings.items():
-        print(f"  {key} = {value}")
-
-
-@methods_app.command("check")
-def methods_check(name: str) -> None:
-    """Prove a method in seconds: compress a tiny random model, reload it, hold claim against evidence."""
-    from harness.catalogue import check, entry
-    from harness.config import ConfigError
-    from methods.base import Unsupported
-
-    item = entry(name)
-    if item.missing:
-        raise ConfigError(f"method '{name}' needs {', '.join(item.missing)}: pip install 'slimbench[{item.method.needs.extra}]'")
-    try:
-        facts = check(name)
-    except Unsupported as error:
-        fail(f"{name} does not run here: {error}", 1)
-    for key, value in facts.items():
-        print(f"{key:<15} {value}")
-    good = facts["finite"] and not [f for f in facts["flags"] if f.startswith("claims")]
-    print(f"{name}: {'passed' if good else 'FAILED'}")
-    raise typer.Exit(0 if good else 1)
 
 
 @engines_app.command("list")
@@ -331,10 +272,10 @@ def board_build(
 @board_app.command("table")
 def board_table(
     results: Results = _DEFAULT_RESULTS,
-    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FORMATS)}.")] = "terminal",
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
-    check_choice("--format", format, _FORMATS)
+    check_choice("--format", format, FORMATS)
     rows = _rows(results)
     from leaderboard import tables
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+FORMATS = ("terminal", "md", "csv", "json")
+
 
 def console() -> Any:
     """A console as wide as the terminal; wide enough for tables where the output goes elsewhere."""
@@ -29,6 +31,40 @@ def check_choice(option: str, name: str, choices: Sequence[str]) -> None:
 
     if name not in choices:
         raise ConfigError(f"{option} {name} is no valid choice{nearest(name, choices)}")
+
+
+def print_table(format: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows in one of `FORMATS`.
+
+    Args:
+        format: `terminal`, `md`, `csv` or `json`.
+        columns: Key of a row → header. JSON and CSV have every key of the rows, terminal and Markdown these.
+        rows: Lists are joined by commas where the format has none.
+    """
+    import csv
+    import json
+
+    if format == "json":
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif format == "csv":
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
+    elif format == "md":
+        lines = [list(columns.values()), ["---"] * len(columns), *([_text(row[key]) or "–" for key in columns] for row in rows)]
+        print("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines))
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns.values(), box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(_text(row[key])) for key in columns))
+        console().print(table)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
 
 
 def results_folder(results: Path) -> Path:

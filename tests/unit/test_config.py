@@ -138,14 +138,14 @@ def test_a_sweep_over_shared_settings_is_the_product_and_each_cell_has_its_own_k
 
 
 def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / "it's [my], own folder"
+    own, transformers = tmp_path / "it's [my], own folder", "harness.engines.transformers.TransformersEngine"
     for group, name, text in (
         ("method", "mine", "# @package method.mine\n_target_: methods.quantization.rtn.RTN\nbits: 3\ngroup_size: 32\n"),
         ("suite", "mine", "name: mine\nseqlen: 32\n"),
         (
             "engine",
             "mine",
-            "name: mine\n_target_: harness.engines.transformers.TransformersEngine\nloaders: {packed: methods.kernels.packed.load}\n",
+            f"name: mine\n_target_: {transformers}\nloaders: {{packed: methods.kernels.packed.load}}\n",
         ),
     ):
         (own / group).mkdir(parents=True)
