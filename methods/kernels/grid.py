@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GROUP_SIZES = (32, 64, 128, 256)
 BITS = (2, 3, 4, 8)
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,), 10: (8, 2), 12: (8, 4), 16: (8, 8)}
 """Widths of the fields that a code is split into, the lowest bits first."""
 
 
@@ -62,6 +62,21 @@ class Outliers:
         counts = self.starts.diff().long()
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(self.columns))
 
+    @classmethod
+    def of(cls, weight: Tensor, mask: Tensor) -> Outliers:
+        """The weights under a boolean mask, both [out, in]."""
+        starts = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        return cls(starts.int(), mask.nonzero()[:, 1].int(), weight[mask])
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by the names under which they are stored."""
+        return {f"outlier_{part}": tensor for part, tensor in vars(self).items()}
+
+    @classmethod
+    def from_parts(cls, parts: dict[str, Tensor]) -> Outliers | None:
+        """From stored tensors; None where there are none."""
+        return cls(*(parts[f"outlier_{part}"] for part in ("starts", "columns", "values"))) if "outlier_values" in parts else None
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -97,13 +112,18 @@ class QuantizedWeight:
         return self.offsets is None
 
     def packed_codes(self) -> Tensor:
-        """The codes as they are stored: 8 bits as int8, others as uint8 [out, in · bits / 8].
+        """The codes as they are stored: 8 bits as int8, others as uint8 [out, in · bits / 8]."""
+        return pack(self.codes, self.grid.bits)
 
-        The planes of a row stand one after the other; of the codes that share a byte, the first has the highest bits.
-        """
-        if self.grid.bits == 8:
-            return self.codes
-        return torch.cat([_join(field, width) for field, width in fields(self.codes, self.grid.bits)], dim=1)
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [out, in] as uint8 [out, in · bits / 8]; 8-bit codes as they are.
+
+    The planes of a row stand one after the other; of the codes that share a byte, the first has the highest bits.
+    """
+    if bits == 8:
+        return codes
+    return torch.cat([_join(field.to(torch.uint8), width) for field, width in fields(codes, bits)], dim=1)
 
 
 def fields(codes: Tensor, bits: int) -> list[tuple[Tensor, int]]:
@@ -116,13 +136,14 @@ def fields(codes: Tensor, bits: int) -> list[tuple[Tensor, int]]:
 
 
 def unpack(qweight: Tensor, bits: int) -> Tensor:
-    """Codes [out, in] from their stored form."""
+    """Codes [out, in] from their stored form: of its dtype up to 8 bits, int32 above."""
     if bits == 8:
         return qweight
     codes, begin, shift = None, 0, 0
     for width in PLANES[bits]:
         end = begin + qweight.shape[1] * width // bits
-        field = _split(qweight[:, begin:end], width) << shift
+        field = _split(qweight[:, begin:end], width)
+        field = (field if bits <= 8 else field.int()) << shift
         codes = field if codes is None else codes | field
         begin, shift = end, shift + width
     assert codes is not None

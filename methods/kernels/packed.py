@@ -20,7 +20,6 @@ The grid is that of `methods.kernels.grid`; `methods.kernels.packed_linear` says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from methods.kernels import storage
 from methods.kernels.cpu.kernel import OwnCpu
 from methods.kernels.grid import Grid, Outliers, QuantizedWeight, unpack
 from methods.kernels.packed_linear import PackedEmbedding, PackedLinear
@@ -39,8 +39,7 @@ __all__ = ["Grid", "Outliers", "PackedLinear", "QuantizedWeight", "load", "save"
 
 SCHEMA = 2
 DESCRIPTION = "packed.json"
-WEIGHTS = "model.safetensors"
-_PARTS = ("qweight", "scales", "offsets", "outlier_starts", "outlier_columns", "outlier_values", "bias")
+WEIGHTS = storage.WEIGHTS
 
 
 def save(model: PreTrainedModel, weights: Iterable[tuple[str, QuantizedWeight]], out: Path) -> None:
@@ -51,27 +50,16 @@ def save(model: PreTrainedModel, weights: Iterable[tuple[str, QuantizedWeight]],
         weights: Names of `nn.Linear` layers with their weights; consumed one at a time.
         out: Folder to write into.
     """
-    from safetensors.torch import save_file
-
-    grids: dict[str, Grid] = {}
+    grids: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, weight in weights:
-        grids[name] = weight.grid
+        grids[name] = asdict(weight.grid)
         parts = {"qweight": weight.packed_codes(), "scales": weight.scales, "offsets": weight.offsets}
         if weight.outliers is not None:
-            parts |= {f"outlier_{part}": tensor for part, tensor in vars(weight.outliers).items()}
-        tensors |= {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in parts.items() if t is not None}
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    stored = {model.get_parameter(f"{name}.weight").data_ptr() for name in grids if f"{name}.weight" in tied}
-    for key, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
-        owner, _, leaf = key.rpartition(".")
-        if (owner in grids and leaf != "bias") or tensor.data_ptr() in stored:
-            continue
-        stored.add(tensor.data_ptr())
-        tensors[key] = tensor.detach().cpu().contiguous()
-    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    _dense_config(model).save_pretrained(out)
-    (out / DESCRIPTION).write_text(json.dumps(_describe(grids), indent=1) + "\n")
+            parts |= weight.outliers.parts()
+        tensors |= {f"{name}.{part}": storage.on_disk(t) for part, t in parts.items() if t is not None}
+    storage.save(model, grids, tensors, out)
+    storage.describe(out, DESCRIPTION, "packed", SCHEMA, grids, asdict(Grid(8)))
 
 
 def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
@@ -80,38 +68,17 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     Raises:
         ValueError: The schema is newer than this program, or tensors are missing or left over.
     """
-    from accelerate import init_empty_weights
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    layout = storage.described(folder, DESCRIPTION, SCHEMA)
 
-    described = json.loads((folder / DESCRIPTION).read_text())
-    if described["schema"] > SCHEMA:
-        raise ValueError(f"packed schema {described['schema']} is newer than {SCHEMA}; update slimbench")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
-    with safe_open(folder / WEIGHTS, framework="pt", device=device) as file:
-        keys = set(file.keys())
-        for name in sorted(key.removesuffix(".qweight") for key in keys if key.endswith(".qweight")):
-            grid = Grid(**described["layers"].get(name, described["default"]))
-            parts = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in keys}
-            keys -= {f"{name}.{part}" for part in parts}
-            apart = [parts[f"outlier_{part}"] for part in ("starts", "columns", "values")] if "outlier_values" in parts else None
-            codes = unpack(parts["qweight"], grid.bits)
-            weight = QuantizedWeight(grid, codes, parts["scales"], parts.get("offsets"), Outliers(*apart) if apart else None)
-            model.set_submodule(name, PackedLinear(weight, parts.get("bias")))
-        _share_head(model, keys)
-        _, unexpected = model.load_state_dict({key: file.get_tensor(key) for key in keys}, strict=False, assign=True)
-    if not isinstance(model.get_output_embeddings(), PackedLinear):
-        model.tie_weights()
-    absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if absent or unexpected:
-        raise ValueError(f"{folder.name} does not fit its config: missing {absent[:3]}, left over {unexpected[:3]}")
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+    def build(name: str, parts: dict[str, Tensor]) -> PackedLinear:
+        grid = Grid(**layout(name))
+        codes = unpack(parts["qweight"], grid.bits)
+        weight = QuantizedWeight(grid, codes, parts["scales"], parts.get("offsets"), Outliers.from_parts(parts))
+        return PackedLinear(weight, parts.get("bias"))
+
+    model = storage.load(folder, device, "qweight", build, PackedEmbedding, trust_remote_code=trust_remote_code)
     model.graph_pass = _graph_pass(model)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _graph_pass(model: nn.Module) -> Any:
@@ -121,25 +88,3 @@ def _graph_pass(model: nn.Module) -> Any:
     from methods.kernels.cpu.share import ShareInputs
 
     return ShareInputs()
-
-
-def _share_head(model: Any, keys: set[str]) -> None:
-    """Let the input embedding look up the rows of a packed head, unless it has a weight of its own in the file."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    if isinstance(head, PackedLinear) and f"{name}.weight" not in keys:
-        model.set_submodule(name, PackedEmbedding(head))
-
-
-def _describe(grids: dict[str, Grid]) -> dict[str, Any]:
-    default = next(iter(grids.values()), Grid(8))
-    differing = {name: asdict(grid) for name, grid in grids.items() if grid != default}
-    return {"format": "slimbench packed", "schema": SCHEMA, "default": asdict(default), "layers": differing}
-
-
-def _dense_config(model: PreTrainedModel) -> Any:
-    """The model's config without what a quantization library may have put into it."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
