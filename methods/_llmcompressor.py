@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
@@ -38,17 +38,22 @@ def check_solver(dampening: float, block_size: int, multiple: int = 1) -> None:
         raise ValueError(f"block_size must be a positive multiple of {multiple}, not {block_size}")
 
 
-def oneshot(model: PreTrainedModel, modifier: Any, calibration: Calibration) -> Report:
+def oneshot(
+    model: PreTrainedModel, modifier: Any, calibration: Calibration, progress: Callable[[float, float], None] | None = None
+) -> Report:
     """Apply a modifier to a model in place, block by block, each block calibrated on the outputs of the compressed ones before it.
 
     Args:
         model: A model loaded from a path, which llmcompressor reads the config from.
-        modifier: An llmcompressor modifier.
+        modifier: An llmcompressor modifier, or several in a list.
         calibration: Tokens; several samples go through a block at once.
+        progress: Told of finished blocks.
     """
-    with _quiet() as report:
+    with _quiet() as report, _pageable_memory():
         import llmcompressor
 
+        if progress is not None:
+            modifier = [*(modifier if isinstance(modifier, list) else [modifier]), _reporter(progress, model.config.num_hidden_layers)]
         llmcompressor.oneshot(
             model=model,
             processor=_NO_PROCESSOR,
@@ -59,6 +64,40 @@ def oneshot(model: PreTrainedModel, modifier: Any, calibration: Calibration) -> 
             clear_sparse_session=True,
         )
     return report
+
+
+@contextlib.contextmanager
+def _pageable_memory() -> Iterator[None]:
+    """Keep llmcompressor from pinning activations where there is no accelerator to pin them for, which it does not ask."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.cuda.is_available():
+        yield
+        return
+    pin = vars(IntermediatesCache)["_pin_intermediate"]
+    IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        IntermediatesCache._pin_intermediate = pin  # type: ignore[method-assign]
+
+
+def _reporter(progress: Callable[[float, float], None], blocks: int) -> Any:
+    """A modifier that changes nothing and tells of finished blocks."""
+    from llmcompressor.modifiers import Modifier
+
+    class Reporter(Modifier):
+        done_: int = 0
+
+        def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+            return True
+
+        def on_sequential_epoch_end(self, state: Any, event: Any, modules: Any = None, **kwargs: Any) -> None:
+            self.done_ += 1
+            progress(min(self.done_, blocks), blocks)
+
+    return Reporter()
 
 
 def batches(calibration: Calibration) -> DataLoader[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from methods.base import DenseModel
 from methods.kernels import packed
+from methods.quantization.awq import AWQ
 from methods.quantization.bitsandbytes import FP4
 from methods.quantization.hqq import HQQ
-from tests.integration.test_method_parity import CALIBRATION, assert_same, block_weights
+from methods.quantization.rtn import RTN
+from tests.integration.test_method_parity import CALIBRATION, assert_same, block_weights, decompressed, library_oneshot
 from tests.unit import tiny
 
 pytestmark = pytest.mark.integration
@@ -27,6 +30,22 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
 
 def packed_layers(folder: Path) -> dict[str, packed.PackedLinear]:
     return {n: m for n, m in packed.load(folder).named_modules() if isinstance(m, packed.PackedLinear)}
+
+
+@pytest.fixture(scope="module")
+def salient(dense: DenseModel, tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """The tiny model with a few features behind each norm that are ten times as large as the others."""
+    model, out = dense.load(), tmp_path_factory.mktemp("salient")
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            parameter.data[::16] *= 10
+    model.save_pretrained(out)
+    return tiny.dense_model(out)
+
+
+def logits_error(got: torch.nn.Module, dense: DenseModel) -> float:
+    with torch.inference_mode():
+        return float((got(CALIBRATION.ids).logits.float() - dense.load()(CALIBRATION.ids).logits.float()).norm())
 
 
 def codes_of(layer: packed.PackedLinear) -> Tensor:
@@ -73,3 +92,45 @@ def test_fp4_reloads_to_what_the_library_quantized(dense: DenseModel, tmp_path: 
     with torch.inference_mode():
         exact, rounded = (m(CALIBRATION.ids).logits.float() for m in (dense.load(), reloaded))
     assert (rounded - exact).norm() < 0.4 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_awq_equals_llmcompressor(salient: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """Offsets in bfloat16 are a few hundredths of a step away from the library's integer zero points; no code differs."""
+    pytest.importorskip("llmcompressor")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    method = AWQ(bits=bits, group_size=32)  # type: ignore[arg-type]
+    done: list[tuple[float, float]] = []
+    (tmp_path / "ours").mkdir()
+    method.compress(dataclasses.replace(salient, progress=lambda *p: done.append(p)), CALIBRATION, tmp_path / "ours")
+    assert done[-1] == (2, 2)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(IntermediatesCache, "_pin_intermediate", classmethod(lambda cls, value: None))
+    arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    recipe = [AWQModifier(), QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])]
+    library = library_oneshot(salient.path, recipe)
+    scales = {n: m.weight_scale.detach() for n, m in library.named_modules() if hasattr(m, "weight_scale")}
+    norms = {n: p.detach().clone() for n, p in library.named_parameters() if "norm" in n}
+    want, layers, ours = decompressed(library, tmp_path / "library"), packed_layers(tmp_path / "ours"), packed.load(tmp_path / "ours")
+    assert set(layers) == set(want) and len(layers) == 14
+    for name, layer in layers.items():
+        steps = (layer.dequantize().float() - want[name].float()).abs().unflatten(1, (-1, 32)) / scales[name].float().unsqueeze(-1)
+        assert steps.max() <= 2**bits * torch.finfo(torch.bfloat16).eps
+    before = dict(salient.load().named_parameters())
+    assert len(norms) == 5 and any(not torch.equal(norm, before[name]) for name, norm in norms.items())
+    assert all(torch.equal(ours.get_parameter(name), norm) for name, norm in norms.items())
+
+
+def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> None:
+    pytest.importorskip("llmcompressor")
+    errors = {}
+    for name, method in {"awq": AWQ(bits=3, group_size=64), "rtn": RTN(bits=3, group_size=64, symmetric=False)}.items():
+        (tmp_path / name).mkdir()
+        method.compress(salient, CALIBRATION, tmp_path / name)
+        errors[name] = logits_error(packed.load(tmp_path / name), salient)
+    assert errors["awq"] < 0.9 * errors["rtn"]
