@@ -218,7 +218,7 @@ def _keep(
     from methods import _checkpoints
 
     assert dense.checkpoints is not None
-    tensors = {f"parameter/{name}": value for name, value in parameters.items()}
+    tensors: dict[str, Tensor] = {f"parameter/{name}": value for name, value in parameters.items()}
     tensors |= {f"{key}/{name}": state for name, value in parameters.items() for key, state in optimizer.state[value].items()}
     tensors["random"] = torch.get_rng_state()
     if dense.device == "cuda":
@@ -257,7 +257,7 @@ def _identity(settings: TrainingSettings, parameters: Mapping[str, nn.Parameter]
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in [("windows", windows), *parameters.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
