@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from harness.stats import Samples, paired_values
 
@@ -97,7 +97,7 @@ def paired_p_values(differences: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(differences.shape[:-1], math.nan)
     mean, error = differences.mean(axis=-1), differences.std(axis=-1, ddof=1) / math.sqrt(count)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_values = 2 * stats.t.sf(np.abs(mean / error), count - 1)
+        p_values = 2 * special.stdtr(count - 1, -np.abs(mean / error))
     return np.where((mean == 0) & (error == 0), 1.0, p_values)
 
 
@@ -129,8 +129,8 @@ def mcnemar(right_to_wrong: ArrayLike, wrong_to_right: ArrayLike) -> NDArray[np.
 
     Source: McNemar, Psychometrika 12(2), 1947; agrees with `statsmodels.stats.contingency_tables.mcnemar(exact=True)`.
     """
-    lost, won = np.asarray(right_to_wrong), np.asarray(wrong_to_right)
-    return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(lost, won), lost + won, 0.5))
+    lost, won = (np.asarray(counts).astype(np.intp) for counts in (right_to_wrong, wrong_to_right))
+    return np.minimum(1.0, 2 * special.bdtr(np.minimum(lost, won), lost + won, 0.5))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

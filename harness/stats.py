@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ Estimate = tuple[float, float, float]
 
 UNDEFINED: Interval = (math.nan, math.nan)
 RESAMPLES = 2000
+_BATCH = 256
+_MOST_KEPT = 4096
 FEWEST_FOR_MEDIAN = 6
 """Below so many samples no two of them bound the median with 95 % confidence."""
 
@@ -45,9 +48,17 @@ def median_interval(samples: Samples, level: float = 0.95) -> Interval:
     Source: Conover, Practical Nonparametric Statistics, 3rd ed. 1999, section 3.2; `scipy.stats.quantile_test`.
     """
     values = _finite(samples)
-    interval = stats.quantile_test(values, p=0.5).confidence_interval(level)
+    low, high = _median_bounds(len(values), level)
+    ordered = np.sort(values)
+    return float(ordered[low]), float(ordered[high])
+
+
+@lru_cache(maxsize=256)
+def _median_bounds(count: int, level: float) -> tuple[int, int]:
+    """Positions, among `count` sorted samples, of the bounds of their median: they depend on nothing else."""
+    interval = stats.quantile_test(np.arange(count), p=0.5).confidence_interval(level)
     low, high = float(interval.low), float(interval.high)
-    return (float(values.min()), float(values.max())) if math.isnan(low) or math.isnan(high) else (low, high)
+    return (0, count - 1) if math.isnan(low) or math.isnan(high) else (int(low), int(high))
 
 
 def mean_interval(samples: Samples, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -76,7 +87,26 @@ def mean_interval(samples: Samples, level: float = 0.95, resamples: int = RESAMP
         return UNDEFINED
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    return _bootstrap((values,), np.mean, _expanded_level(len(values), level), resamples, seed)
+    if len(values) > _MOST_KEPT:
+        return _bootstrap((values,), np.mean, _expanded_level(len(values), level), resamples, seed)
+    means = _draws(len(values), resamples, seed) @ values / len(values)
+    tail = (1 - _expanded_level(len(values), level)) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def _draws(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """How often each of `count` samples is drawn, shape [resamples, count]: those that `scipy.stats.bootstrap` draws from the seed.
+
+    Rows of a board have equally many windows, so drawing once serves them all.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros((resamples, count))
+    for begin in range(0, resamples, _BATCH):
+        block = drawn[begin : begin + _BATCH]
+        np.add.at(block, (np.arange(len(block))[:, None], rng.integers(0, count, (len(block), count))), 1)
+    return drawn
 
 
 def perplexity(window_nll: Samples) -> float:
@@ -224,7 +254,7 @@ def accuracy_se(tasks: Sequence[Samples]) -> float:
 
     Source: Miller, Adding Error Bars to Evals, 2024 (arXiv:2411.00640); variance of a mean of independent means.
     """
-    variances = [stats.sem(values) ** 2 if len(values) > 1 else math.nan for values in _tasks(tasks)]
+    variances = [values.var(ddof=1) / len(values) if len(values) > 1 else math.nan for values in _tasks(tasks)]
     return math.sqrt(sum(variances)) / len(variances)
 
 
@@ -380,7 +410,7 @@ def _bootstrap(
         statistic,
         confidence_level=level,
         n_resamples=resamples,
-        batch=256,
+        batch=_BATCH,
         vectorized=True,
         paired=paired,
         method="percentile",
@@ -395,6 +425,7 @@ def _resampled_means(values: NDArray[np.float64], resamples: int, rng: np.random
     return rng.multinomial(len(values), counts / len(values), size=resamples) @ distinct / len(values)
 
 
+@lru_cache(maxsize=256)
 def _expanded_level(count: float, level: float) -> float:
     """Level at which a percentile bootstrap of `count` samples is as wide as Student's t interval of `level`."""
     tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, count - 1) * math.sqrt(count / (count - 1))))

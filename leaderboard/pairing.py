@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from harness.record import DocumentResult, PerplexityResult, ZeroshotResult
 
 T = TypeVar("T")
+
+_asked = attrgetter("id", "hash")
 
 
 def windows_of(result: PerplexityResult) -> tuple[Any, ...]:
@@ -22,7 +25,7 @@ def documents_of(result: DocumentResult) -> tuple[Any, ...]:
 
 def items_of(result: ZeroshotResult) -> tuple[Any, ...]:
     """What identifies the items of a task and how they were asked."""
-    return result.task, result.version, result.metric, result.num_fewshot, tuple((item.id, item.hash) for item in result.items)
+    return result.task, result.version, result.metric, result.num_fewshot, tuple(map(_asked, result.items))
 
 
 def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any]) -> list[tuple[T, T | None]]:

@@ -99,8 +99,11 @@ def _accuracy(paired: Paired) -> dict[str, Any]:
     found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items)
     found["task_delta"] = {ours.task: ours.accuracy - theirs.accuracy for ours, theirs in shared}
     flips = {ours.task: significance.flips(correctness(ours), correctness(theirs)) for ours, theirs in shared}
-    adjusted = significance.holm([significance.mcnemar(*flip) for flip in flips.values()])
-    found["task_p"] = dict(zip(flips, adjusted.tolist(), strict=True))
+    if flips:
+        adjusted = significance.holm(significance.mcnemar(*zip(*flips.values(), strict=True)))
+        found["task_p"] = dict(zip(flips, adjusted.tolist(), strict=True))
+    else:
+        found["task_p"] = {}
     if len(shared) == len(paired):
         reference = [correctness(theirs) for _, theirs in shared]
         found |= named("accuracy_delta accuracy_delta_low accuracy_delta_high", stats.accuracy_delta_interval, items, reference)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from harness.hardware import Gpu, Hardware, short_hash
 from harness.record import QualityResult, Record, Stage, Status
+from leaderboard.pairing import items_of
 from leaderboard.quality import fields as quality_fields
 from leaderboard.quality import losses
 from leaderboard.ranks import ranked
@@ -160,10 +162,11 @@ def _size(record: Record | None) -> dict[str, Any]:
 def _texts(records: Sequence[Record]) -> dict[str, list[str]]:
     """For each quality key of a reference, the texts and tasks on which it and its rivals were measured."""
     seen: dict[str, set[str]] = {}
+    digest = lru_cache(maxsize=None)(lambda items: _digest([list(item) for item in items]))
     for record in records:
         if record.quality:
             texts = {f"{p.protocol} {p.corpus_sha256} {p.seqlen}" for p in record.quality.perplexity}
-            tasks = {f"{t.task} {t.version} {t.metric} {_digest([(i.id, i.hash) for i in t.items])}" for t in record.quality.zeroshot}
+            tasks = {f"{t.task} {t.version} {t.metric} {digest(items_of(t)[-1])}" for t in record.quality.zeroshot}
             seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks)
     return {key: sorted(texts) for key, texts in seen.items()}
 

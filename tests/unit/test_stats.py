@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binom, multinomial
+from scipy.stats import binom, multinomial, quantile_test
 
 from harness import stats
 
@@ -249,3 +249,13 @@ def test_coverage_of_the_indirect_speedup_between_machines_in_different_states(p
         return stats.indirect_speedup(times[0], times[1], resamples=500, seed=draw(rng))[1:]
 
     assert 0.93 <= coverage(interval, 1.0) <= 0.98
+
+
+@pytest.mark.parametrize("count", [2, 5, 48, 301])
+def test_shared_draws_give_the_interval_of_scipy(count: int) -> None:
+    values = np.random.default_rng(count).lognormal(size=count)
+    level = stats._expanded_level(count, 0.95)
+    assert stats.mean_interval(values, seed=7) == pytest.approx(stats._bootstrap((values,), np.mean, level, stats.RESAMPLES, 7), rel=1e-12)
+    theirs = quantile_test(values, p=0.5).confidence_interval(0.95)
+    if count > stats.FEWEST_FOR_MEDIAN:
+        assert stats.median_interval(values) == (theirs.low, theirs.high)
