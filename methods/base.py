@@ -85,6 +85,12 @@ class ModelShape:
     num_kv_heads: int
     vocab_size: int
     tied_embeddings: bool
+    head_size: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key or value of one head."""
+        return self.head_size or self.hidden_size // self.num_heads
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
@@ -103,6 +109,7 @@ class ModelShape:
             num_kv_heads=first("num_key_value_heads") or heads,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+            head_size=config.get("head_dim"),
         )
 
     def check_group(self, group_size: int) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from methods._common import save_dense
+from methods._source import link_source
 from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
 
 
@@ -23,18 +20,5 @@ class Dense(Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Link the files of the source, or copy them across file systems: the artefact is the same bytes."""
-        config = json.loads((dense.path / "config.json").read_text())
-        files = [dense.path / "config.json", *dense.path.glob("*.safetensors"), *dense.path.glob("*.safetensors.index.json")]
-        if config.get("dtype", config.get("torch_dtype")) != dense.dtype or len(files) == 1:
-            save_dense(dense.load(), out)
-        else:
-            for file in files:
-                _link(file.resolve(), out / file.name)
+        link_source(dense, out)
         return Claim(format=HUGGINGFACE)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from harness.engines.base import Engine, LoadedModel, Step
 from harness.measure.evidence import collect
 from harness.record import Evidence
+
+_CHUNK = 64
 
 
 def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -23,10 +26,15 @@ def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) 
 
 
 class TransformersModel(LoadedModel):
-    """A transformers causal language model."""
+    """A transformers causal language model.
+
+    A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
+    too, in chunks: what the cache does to the numbers is seen by every protocol.
+    """
 
     def __init__(self, module: Any, device: str) -> None:
         self.module = module
+        self._new_cache: Callable[[], Any] = getattr(module, "new_cache", None) or _library_default
         self._device = torch.device(device)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
@@ -39,17 +47,31 @@ class TransformersModel(LoadedModel):
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if self._new_cache is not _library_default:
+            return self._through_cache(ids.to(self._device), start)
         keep = ids.shape[1] - start if start else 0
         return self.module(ids.to(self._device), use_cache=False, logits_to_keep=keep).logits
 
+    def _through_cache(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """The head sees no positions before `start` but the last of a chunk, since it must see one."""
+        parts, cache, end = [], self._new_cache(), 0
+        for chunk in ids.split(_CHUNK, 1):
+            end += chunk.shape[1]
+            keep = min(chunk.shape[1], max(1, end - start))
+            out = self.module(chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            if end > start:
+                parts.append(out.logits)
+        return torch.cat(parts, 1)
+
     @torch.inference_mode()
     def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        out = self.module(ids.to(self._device), past_key_values=state, use_cache=True)
+        cache = self._new_cache() if state is None else state
+        out = self.module(ids.to(self._device), past_key_values=cache, use_cache=True)
         return out.logits, out.past_key_values
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
-        return self._greedy(ids.to(self._device), None)
+        return self._greedy(ids.to(self._device), self._new_cache())
 
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
@@ -64,6 +86,8 @@ class TransformersModel(LoadedModel):
             torch.cuda.synchronize(self._device)
 
     def cache_bytes(self, state: Any) -> int | None:
+        if hasattr(state, "stored_bytes"):
+            return state.stored_bytes()
         tensors = [t for layer in getattr(state, "layers", []) for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors) if tensors else None
 
@@ -79,6 +103,10 @@ class TransformersModel(LoadedModel):
     @torch.inference_mode()
     def _evidence_step(self, step: Step) -> Step:
         return self.decode_step(step)
+
+
+def _library_default() -> None:
+    """No cache: the library makes one that keeps everything."""
 
 
 def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
