@@ -1,0 +1,196 @@
+"""Methods that round weights and activations, on a tiny model, against the definitions of their papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from methods._sequential import walk
+from methods.base import Claim, DenseModel, Method
+from methods.kernels import packed, runtime
+from methods.quantization.fp8 import FP8Dynamic, FP8Static
+from methods.quantization.microscaling import NVFP4, Microscaling
+from methods.quantization.rtn_activation import RTNActivation
+from methods.quantization.smoothquant import SmoothQuant, SmoothQuantStatic, smooth
+from tests.unit import tiny
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    return tiny.save_model(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    return tiny.save_model(tmp_path_factory.mktemp("exact"), "float32")
+
+
+def run(method: Method, dense: DenseModel, out: Path) -> Claim:
+    out.mkdir(exist_ok=True)
+    method.check(dense.shape)
+    return method.compress(dense, tiny.tokens(16, 32) if method.needs.calibration else None, out)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(tiny.tokens(4, 32, seed=1).ids).logits.float()
+
+
+def activations(dense: DenseModel) -> dict[str, Tensor]:
+    """The inputs of each linear layer of the dense model on the calibration tokens."""
+    caught: dict[str, list[Tensor]] = {}
+    for block in walk(dense.load(), tiny.tokens(16, 32).ids):
+        block.observe(lambda name, x: caught.setdefault(name, []).append(x.float()))
+    return {name: torch.cat(parts) for name, parts in caught.items()}
+
+
+def distance(made: Any, dense: DenseModel) -> float:
+    """Error of the logits relative to their size."""
+    want = logits(dense.load())
+    return float((logits(made) - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_smoothing_scales_are_those_of_the_paper_and_change_nothing(exact: DenseModel, alpha: float) -> None:
+    model, before = exact.load(), exact.load()
+    smooth(model, tiny.tokens(16, 32), alpha, exact)
+    torch.testing.assert_close(logits(model), logits(before), rtol=1e-4, atol=1e-5)
+    seen = activations(exact)
+    for name in (n for n in seen if n.endswith(NORMED)):
+        x, weights = seen[name], [before.get_submodule(n).weight for n in seen if n.endswith(NORMED) and torch.equal(seen[n], seen[name])]
+        assert len(weights) in (2, 3)
+        want = x.abs().amax(0) ** alpha / torch.cat(weights).abs().amax(0) ** (1 - alpha)
+        found = model.get_submodule(name).weight / before.get_submodule(name).weight
+        torch.testing.assert_close(found.median(0).values, want, rtol=1e-3, atol=1e-5)
+
+
+def test_smoothquant_multiplies_integers(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(SmoothQuant(), dense, tmp_path)
+    assert claim == Claim("packed", bits=8, activation_bits=8, details={"alpha": 0.5})
+    loaded = packed.load(tmp_path)
+    assert {layer.kernel for layer in loaded.modules() if isinstance(layer, packed.PackedLinear)} == {"torch int_mm w8a8"}
+    assert 0 < distance(loaded, dense) < 0.05
+
+
+def test_static_smoothquant_has_one_scale_for_the_smoothed_inputs(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(SmoothQuantStatic(), dense, tmp_path)
+    assert claim.simulated and claim.activation_bits == 8
+    loaded, seen = runtime.load(tmp_path), activations(dense)
+    assert 0 < distance(loaded, dense) < 0.05
+    for name, x in seen.items():
+        planned = loaded.get_submodule(name)
+        assert planned.inputs.static_scale.shape == ()
+        if not name.endswith(NORMED):
+            torch.testing.assert_close(planned.inputs.static_scale, x.abs().amax() / 127, rtol=0.05, atol=0)
+
+
+def dense_and_made(dense: DenseModel, out: Path) -> list[tuple[str, Tensor, Tensor, runtime.PlannedInputs]]:
+    """Name, dense weight, rounded weight and inputs of each layer with a plan."""
+    source, loaded = dense.load(), runtime.load(out)
+    names = [name for name, layer in loaded.named_modules() if isinstance(layer, runtime.PlannedLinear)]
+    found = [(name, loaded.get_submodule(name)) for name in names]
+    return [
+        (
+            name,
+            source.get_submodule(name).weight.data,
+            layer.inner.dequantize() if isinstance(layer.inner, packed.PackedLinear) else layer.inner.weight.data,  # type: ignore[union-attr]
+            layer.inputs,  # type: ignore[union-attr]
+        )
+        for name, layer in found
+    ]
+
+
+@pytest.mark.parametrize(("bits", "furthest"), [(8, 0.15), (4, 0.5)])
+def test_rtn_rounds_packed_weights_and_inputs_of_each_token(dense: DenseModel, tmp_path: Path, bits: Any, furthest: float) -> None:
+    claim = run(RTNActivation(activation_bits=bits), dense, tmp_path)
+    assert (claim.bits, claim.group_size, claim.activation_bits, claim.simulated) == (4, 64, bits, True)
+    made = dense_and_made(dense, tmp_path)
+    assert len(made) == 14 and all(inputs.grid == runtime.ActivationGrid("int", bits) for *_, inputs in made)
+    for _, weight, rounded, inputs in made:
+        groups, scale = weight.double().unflatten(1, (-1, 64)), None
+        scale = (groups.abs().amax(-1, keepdim=True) / 7.5).bfloat16().double()
+        assert torch.equal(rounded, ((groups / scale).round().clamp(-8, 7) * scale).flatten(1).bfloat16())
+        x = torch.randn(5, weight.shape[1])
+        steps = x.double().abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        torch.testing.assert_close(inputs(x).double(), (x / steps).round() * steps, rtol=1e-4, atol=1e-6)
+    assert 0 < distance(runtime.load(tmp_path), dense) < furthest
+
+
+def test_more_bits_of_the_inputs_are_nearer(dense: DenseModel, tmp_path: Path) -> None:
+    found = []
+    for bits, group in ((4, None), (4, 32), (6, None), (8, None)):
+        out = tmp_path / f"{bits}-{group}"
+        run(RTNActivation(bits=8, group_size=None, activation_bits=bits, activation_group_size=group), dense, out)  # type: ignore[arg-type]
+        found.append(distance(runtime.load(out), dense))
+    assert found == sorted(found, reverse=True)
+
+
+def e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_fp8_rounds_rows_and_tokens(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(FP8Dynamic(), dense, tmp_path)
+    assert (claim.bits, claim.activation_bits, claim.simulated) == (8, 8, True)
+    for _, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        assert torch.equal(rounded, e4m3(weight, weight.float().abs().amax(1, keepdim=True) / 448).bfloat16())
+        x = torch.randn(5, weight.shape[1])
+        torch.testing.assert_close(inputs(x), e4m3(x, x.abs().amax(1, keepdim=True) / 448))
+    assert 0 < distance(runtime.load(tmp_path), dense) < 0.1
+
+
+def test_static_fp8_has_the_largest_calibrated_input_as_448(dense: DenseModel, tmp_path: Path) -> None:
+    run(FP8Static(), dense, tmp_path)
+    seen = activations(dense)
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        assert torch.equal(rounded, e4m3(weight, weight.float().abs().amax() / 448).bfloat16())
+        torch.testing.assert_close(inputs.static_scale, seen[name].abs().amax() / 448)
+        torch.testing.assert_close(inputs(1e4 * torch.ones(1, weight.shape[1])).amax(), seen[name].abs().amax())
+    assert 0 < distance(runtime.load(tmp_path), dense) < 0.1
+
+
+@pytest.mark.parametrize(("number", "furthest"), [("e2m1", 0.6), ("e4m3", 0.1)])
+def test_mx_scales_are_powers_of_two(dense: DenseModel, tmp_path: Path, number: Any, furthest: float) -> None:
+    claim = run(Microscaling(number), dense, tmp_path)
+    bits = 4 if number == "e2m1" else 8
+    assert (claim.bits, claim.group_size, claim.details["stored_bits"], claim.simulated) == (bits, 32, bits + 0.25, True)
+    exponent, points = (2, E2M1) if number == "e2m1" else (8, torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+    for _, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        blocks = weight.float().unflatten(1, (-1, 32))
+        scale = torch.exp2(torch.floor(torch.log2(blocks.abs().amax(-1, keepdim=True))) - exponent)
+        codes = rounded.float().unflatten(1, (-1, 32)) / scale
+        assert torch.isin(codes.abs(), points).all()
+        nearest = ((blocks / scale).abs().clamp_max(points.max()).unsqueeze(-1) - points).abs().amin(-1)
+        torch.testing.assert_close((codes.abs() - (blocks / scale).abs().clamp_max(points.max())).abs(), nearest)
+        assert inputs.grid is not None and inputs.grid.scale_format == "e8m0" and inputs.static_scale is None
+    assert 0 < distance(runtime.load(tmp_path), dense) < furthest
+
+
+def test_nvfp4_has_scales_in_e4m3_below_those_of_calibration(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(NVFP4(), dense, tmp_path)
+    assert (claim.bits, claim.group_size, claim.details["stored_bits"]) == (4, 16, 4.5)
+    seen = activations(dense)
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        torch.testing.assert_close(inputs.static_scale, seen[name].abs().amax() / (6 * 448))
+        whole, blocks = weight.float().abs().amax() / (6 * 448), weight.float().unflatten(1, (-1, 16))
+        scale = e4m3(blocks.abs().amax(-1, keepdim=True) / 6, whole)
+        codes = rounded.float().unflatten(1, (-1, 16)) / scale
+        distances = (codes.abs().unsqueeze(-1) - E2M1).abs().amin(-1)
+        assert (distances < 0.03).all() and (codes - blocks / scale).abs().max() <= 1.02
+    assert 0 < distance(runtime.load(tmp_path), dense) < 0.5
+
+
+def test_weights_alone_leave_the_inputs_as_they_are(dense: DenseModel, tmp_path: Path) -> None:
+    for method in (Microscaling(activations=False), NVFP4(activations=False)):
+        out = tmp_path / type(method).__name__
+        assert run(method, dense, out).activation_bits is None
+        loaded = runtime.load(out)
+        assert not any(isinstance(layer, runtime.PlannedLinear) for layer in loaded.modules())
+        assert 0 < distance(loaded, dense) < 0.5
