@@ -77,6 +77,46 @@ class Block:
             for hook in hooks:
                 hook.remove()
 
+    @torch.no_grad()
+    def inputs_of(self, layers: Sequence[str], batch: int, dense: bool = False) -> dict[str, Tensor]:
+        """Inputs [tokens, in] of some linear layers for one batch; layers that no token reaches are left out.
+
+        The pass ends where the last of the layers begins, so that looking at early layers costs little.
+
+        Args:
+            layers: Full names.
+            dense: Run `dense_inputs` instead of `inputs`.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def catch(name: str, x: Tensor) -> None:
+            seen[name] = x.detach().flatten(0, -2)
+            if len(seen) == len(layers):
+                raise _Caught
+
+        watched = self.linears()
+        hooks = [watched[name].register_forward_pre_hook(lambda _, args, name=name: catch(name, args[0])) for name in layers]
+        try:
+            self.run(batch, self.dense_inputs[batch] if dense else None)
+        except _Caught:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def stages(self) -> list[list[str]]:
+        """The linear layers in the order in which they run; those that read the very same inputs stand together."""
+        seen = self.inputs_of(list(self.linears()), 0)
+        stages: list[list[str]] = []
+        for name, x in seen.items():
+            shared = stages and seen[stages[-1][0]].data_ptr() == x.data_ptr() and seen[stages[-1][0]].shape == x.shape
+            if shared:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+        return stages + [[name] for name in self.linears() if name not in seen]
+
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder blocks by name, in order.

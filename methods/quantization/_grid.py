@@ -12,33 +12,76 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from methods.kernels.grid import Grid, QuantizedWeight
 
 
-def round_to_grid(weight: Tensor, grid: Grid, symmetric: bool = True) -> QuantizedWeight:
-    """Quantize a weight matrix [out, in] of the model's dtype."""
-    import torch
-
+def round_to_grid(weight: Tensor, grid: Grid, symmetric: bool = True, clip: bool = False) -> QuantizedWeight:
+    """Quantize a weight matrix [out, in] of the model's dtype; `clip` as in `fit_groups`."""
     from methods.kernels.grid import QuantizedWeight
 
-    steps, half = 2**grid.bits - 1, 2 ** (grid.bits - 1)
     groups = weight.float().unflatten(1, (-1, grid.group_size or weight.shape[1]))
+    scales, offsets = fit_groups(groups, grid.bits, weight.dtype, symmetric, clip)
+    return QuantizedWeight(grid, nearest_codes(groups, scales, offsets, grid).flatten(1), scales, offsets)
+
+
+def fit_groups(groups: Tensor, bits: int, dtype: torch.dtype, symmetric: bool = True, clip: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Scales, and offsets of an asymmetric grid, both [...] of `dtype`, for groups [..., n] in float32.
+
+    Args:
+        clip: Shrink the range of each group as far as its squared rounding error falls, down to three tenths.
+    """
+    import torch
+
     low, high = groups.amin(-1), groups.amax(-1)
-    if symmetric:
-        span, offsets = 2 * torch.maximum(-low, high), None
-    else:
-        span = high - low
-    scales = (span / steps).to(weight.dtype)
+    scales, offsets = _grid_over(low, high, bits, dtype, symmetric)
+    if not clip:
+        return scales, offsets
+    least = _rounding_error(groups, scales, offsets, bits)
+    for percent in range(98, 28, -2):
+        tried, shifted = _grid_over(low * (percent / 100), high * (percent / 100), bits, dtype, symmetric)
+        error = _rounding_error(groups, tried, shifted, bits)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, tried, scales)
+        offsets = None if offsets is None or shifted is None else torch.where(better, shifted, offsets)
+    return scales, offsets
+
+
+def nearest_codes(groups: Tensor, scales: Tensor, offsets: Tensor | None, grid: Grid) -> Tensor:
+    """Codes of the nearest points for groups [..., n] in float32, as a `QuantizedWeight` holds them."""
+    import torch
+
+    return (_steps(groups, scales, offsets, grid.bits) + grid.mid).to(torch.int8 if grid.bits == 8 else torch.uint8)
+
+
+def _grid_over(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets of grids over ranges."""
+    import torch
+
+    span = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scales = (span / (2**bits - 1)).to(dtype)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    if not symmetric:
-        offsets = (low + half * scales.float()).to(weight.dtype)
+    return scales, None if symmetric else (low + 2 ** (bits - 1) * scales.float()).to(dtype)
+
+
+def _steps(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
+    """Nearest points, in steps of the scale from the middle of the grid."""
+    half = 2 ** (bits - 1)
+    if offsets is not None:
         groups = groups - offsets.float().unsqueeze(-1)
-    codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-half, half - 1).flatten(1)
-    codes = codes.to(torch.int8) if grid.bits == 8 else (codes + half).to(torch.uint8)
-    return QuantizedWeight(grid, codes, scales, offsets)
+    return (groups / scales.float().unsqueeze(-1)).round_().clamp_(-half, half - 1)
+
+
+def _rounding_error(groups: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Tensor:
+    """Squared error [...] of rounding groups [..., n] to nearest."""
+    rounded = _steps(groups, scales, offsets, bits) * scales.float().unsqueeze(-1)
+    if offsets is not None:
+        rounded = rounded + offsets.float().unsqueeze(-1)
+    return (rounded - groups).square_().sum(-1)
 
 
 def round_head(model: PreTrainedModel, bits: Literal[4, 8] | None) -> Iterator[tuple[str, QuantizedWeight]]:

@@ -1,0 +1,70 @@
+"""Quantizing a decoder block by block, each layer on the second moments of the inputs that the quantized layers before it give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from methods._sequential import Block, walk
+from methods.base import Unsupported
+from methods.quantization._second_order import Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from methods.kernels.grid import QuantizedWeight
+
+Quantizer = Callable[[str, Tensor, Moments], "QuantizedWeight"]
+"""From the full name of a layer, its weight [out, in] and the moments of its inputs."""
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: PreTrainedModel,
+    ids: Tensor,
+    quantizer: Quantizer,
+    progress: Callable[[float, float], None] | None = None,
+    drift: bool = False,
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Quantize the linear layers of all blocks in the order in which they run; the model then computes with the rounded weights.
+
+    Args:
+        ids: Calibration tokens, int64 [samples, length].
+        progress: Told of finished blocks.
+        drift: Measure what the inputs have lost against those of the uncompressed model.
+    """
+    for block in walk(model, ids, progress, dense=drift):
+        layers = block.linears()
+        dense = Block(block.name, deepcopy(block.module), block.dense_inputs, block.arguments) if drift else None
+        for stage in block.stages():
+            moments = measure(block, stage, dense)
+            for name in stage:
+                weight = quantizer(name, layers[name].weight.detach(), moments)
+                layers[name].weight.copy_(weight.dequantize())
+                yield name, weight
+
+
+def measure(block: Block, stage: Sequence[str], dense: Block | None = None) -> Moments:
+    """The moments of the inputs that some layers of a block share.
+
+    Args:
+        dense: The uncompressed block with the inputs that it has in the uncompressed model.
+
+    Raises:
+        Unsupported: Tokens are routed in another way than in the uncompressed model.
+    """
+    name = stage[0]
+    layer = block.linears()[name]
+    moments = Moments.zeros(layer.in_features, layer.weight.device, drift=dense is not None)
+    for batch in range(len(block.inputs)):
+        seen = block.inputs_of([name], batch).get(name)
+        wanted = None if dense is None else dense.inputs_of([name], batch).get(name)
+        if dense is not None and (0 if seen is None else len(seen)) != (0 if wanted is None else len(wanted)):
+            raise Unsupported(f"{name} sees other tokens than in the uncompressed model, so its inputs cannot be compared")
+        if seen is not None:
+            moments.add(seen, wanted)
+    return moments
