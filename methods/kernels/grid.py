@@ -7,6 +7,7 @@ A weight `w[o, i]` is an integer code `q` on a grid that it shares with its grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,14 +136,19 @@ def fields(codes: Tensor, bits: int) -> list[tuple[Tensor, int]]:
     return found
 
 
-def unpack(qweight: Tensor, bits: int) -> Tensor:
-    """Codes [out, in] from their stored form: of its dtype up to 8 bits, int32 above."""
+def unpack(qweight: Tensor, bits: int, split: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
+    """Codes [out, in] from their stored form: of its dtype up to 8 bits, int32 above.
+
+    Args:
+        split: Takes bytes [out, n] apart into their fields of a width, [out, n · 8 / width]; None: by shifting.
+    """
     if bits == 8:
         return qweight
+    split = split or _split
     codes, begin, shift = None, 0, 0
     for width in PLANES[bits]:
         end = begin + qweight.shape[1] * width // bits
-        field = _split(qweight[:, begin:end], width)
+        field = split(qweight[:, begin:end], width)
         field = (field if bits <= 8 else field.int()) << shift
         codes = field if codes is None else codes | field
         begin, shift = end, shift + width

@@ -39,19 +39,20 @@ def random_weight(
     shape = (books, out // dim, width) if more.get("along") == "out" else (books, out, width // dim)
     codes = torch.randint(0, 2**bits, shape)
     table = torch.randn(books, tables, 2**bits, dim).to(dtype)
-    return CodebookWeight(codes.to(torch.uint8 if bits <= 8 else torch.int32), table, bits, dtype, **more)
+    return CodebookWeight.of(codes.to(torch.uint8 if bits <= 8 else torch.int32), table, bits, dtype, **more)
 
 
 def exact(weight: CodebookWeight) -> Tensor:
     """The definition, one weight after the other, in float64."""
     out, width = weight.shape
+    codes = weight.indices()
     dim, result = weight.codebook.shape[3], torch.zeros(out, width, dtype=torch.float64)
     for o in range(out):
         for i in range(width):
             for k in range(len(weight.codes)):
                 row, column, place = (o, i // dim, i % dim) if weight.along == "in" else (o // dim, i, o % dim)
                 tables = weight.codebook[k if len(weight.codebook) > 1 else 0]
-                level = tables[o if len(tables) > 1 else 0, int(weight.codes[k, row, column]), place].double()
+                level = tables[o if len(tables) > 1 else 0, int(codes[k, row, column]), place].double()
                 if weight.scales is not None:
                     scales = weight.scales[k if len(weight.scales) > 1 else 0]
                     level = level * scales[o, i * scales.shape[1] // width].double()
@@ -79,7 +80,7 @@ def kinds() -> dict[str, CodebookWeight]:
         "8 bits, float32 scales": random_weight(8, scales=scales, dtype=torch.float32),
         "e8m0 scales": random_weight(4, scales=scales.to(torch.float8_e8m0fnu)),
         "e4m3 and tensor scale": random_weight(4, scales=scales.to(torch.float8_e4m3fn), tensor_scale=torch.tensor(0.37)),
-        "binary, scales and offsets": CodebookWeight(
+        "binary, scales and offsets": CodebookWeight.of(
             torch.randint(0, 2, (3, OUT, IN), dtype=torch.uint8),
             torch.tensor([-1.0, 1.0]).to(BF16).view(1, 1, 2, 1),
             1,
@@ -122,7 +123,8 @@ def test_parts_take_the_bytes_that_the_format_implies_and_come_back(kind: str) -
     assert torch.equal(layer.dequantize(), weight.dequantize())
     assert torch.equal(layer(x), torch.nn.functional.linear(x, weight.dequantize()))
     held = {name: buffer.nbytes for name, buffer in layer.named_buffers()}
-    assert held.pop("codes") == weight.codes.numel() * weight.bits / 8
+    books, dim = len(weight.codes), weight.codebook.shape[3]
+    assert held.pop("codes") == books * weight.shape[0] * weight.shape[1] // dim * weight.bits / 8
     others = (weight.codebook, weight.scales, weight.tensor_scale, weight.offsets)
     expected = sum(t.nbytes for t in others if t is not None)
     expected += 4 * (OUT + 1) + (4 + 2) * len(weight.outliers.columns) if weight.outliers else 0
@@ -135,7 +137,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not end at a byte"):
         random_weight(3, width=36)
     with pytest.raises(ValueError, match="16 levels do not fit into codes of 3 bits"):
-        CodebookWeight(torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 16, 1), 3, BF16)
+        CodebookWeight.of(torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 16, 1), 3, BF16)
 
 
 def write(dense: DenseModel, out: Path, **settings: Any) -> tuple[Any, dict[str, CodebookWeight], float]:
@@ -148,7 +150,7 @@ def write(dense: DenseModel, out: Path, **settings: Any) -> tuple[Any, dict[str,
     for name, layer in block_linears(model).items():
         weights[name] = random_weight(4, layer.out_features, layer.in_features, scales=torch.rand(1, layer.out_features, 2).to(BF16))
         if "self_attn" in name:
-            weights[name] = CodebookWeight(weights[name].codes, shared, 4, BF16)
+            weights[name] = CodebookWeight.of(weights[name].indices(), shared, 4, BF16)
     return model, weights, codebook.save(model, weights.items(), out)
 
 
@@ -164,7 +166,7 @@ def test_saved_model_loads_with_the_same_weights(dense: DenseModel, tmp_path: Pa
     assert sum(key.startswith("codebooks.") for key in stored) == 1
     tables = {loaded.get_submodule(name).codebook.data_ptr() for name in weights if "self_attn" in name}
     assert len(tables) == 1
-    numbers = sum(w.codes.numel() for w in weights.values())
+    numbers = sum(w.shape[0] * w.shape[1] for w in weights.values())
     linear = sum(t.nbytes for key, t in stored.items() if key.startswith("codebooks.") or key.rpartition(".")[0] in weights)
     assert bits == pytest.approx(8 * linear / numbers, abs=1e-4) and 4 < bits < 5
     assert torch.equal(stored["model.embed_tokens.weight"], model.get_input_embeddings().weight)
