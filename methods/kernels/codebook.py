@@ -194,10 +194,15 @@ class CodebookLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def weight_in_parts(self) -> CodebookWeight:
+        """The weight as indices and tables."""
+        parts = {name: self.get_buffer(name) for name in self._parts}
+        return CodebookWeight.from_parts(parts, self.bits, self.dtype, self.along)
+
     def dequantize(self) -> Tensor:
         """The weights [out, in] that the layer stands for."""
-        parts = {name: self.get_buffer(name) for name in self._parts}
-        return CodebookWeight.from_parts(parts, self.bits, self.dtype, self.along).dequantize()
+        return self.weight_in_parts.dequantize()
 
     def rows(self, index: Tensor) -> Tensor:
         """Some rows of the weight: [n, in] for an index [n]."""
