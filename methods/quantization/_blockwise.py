@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,39 @@ if TYPE_CHECKING:
 
 Quantizer = Callable[[str, Tensor, Moments], "QuantizedWeight"]
 """From the full name of a layer, its weight [out, in] and the moments of its inputs."""
+
+
+@dataclass
+class Tally:
+    """What weights take up, counted while they pass by.
+
+    Attributes:
+        code_bits: Bits of all codes.
+        stored_bits: Bits of everything that is stored: codes, scales, offsets, outliers.
+        weights: Weights that these stand for.
+        outliers: How many are kept beside their grid.
+    """
+
+    code_bits: int = 0
+    stored_bits: int = 0
+    weights: int = 0
+    outliers: int = 0
+
+    def count(self, weights: Iterable[tuple[str, QuantizedWeight]]) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The same weights."""
+        for name, weight in weights:
+            apart = weight.outliers
+            self.weights += weight.codes.numel()
+            self.code_bits += weight.grid.bits * weight.codes.numel()
+            self.outliers += 0 if apart is None else len(apart.values)
+            kept = [weight.scales, weight.offsets, *(vars(apart).values() if apart else ())]
+            self.stored_bits += weight.grid.bits * weight.codes.numel() + sum(8 * t.nbytes for t in kept if t is not None)
+            yield name, weight
+
+    def details(self) -> dict[str, float]:
+        """For a claim: what a weight takes up, with a hundredth for what kernels fill up, and the share of outliers."""
+        found = {"stored_bits": round(1.01 * self.stored_bits / self.weights, 4)}
+        return found | ({"outlier_fraction": round(self.outliers / self.weights, 6)} if self.outliers else {})
 
 
 @torch.no_grad()

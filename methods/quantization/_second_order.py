@@ -256,7 +256,6 @@ def quantize(
     """
     dense = weight.float()
     order = solver.order(moments.hessian, keep)
-    zeros = dense == 0
     rounder = GridRounder(
         dense,
         order,
@@ -266,10 +265,16 @@ def quantize(
         clip,
         static=solver.act_order or keep is not None,
         apart=None if keep is None else keep.expand_as(dense),
-        zeros=zeros if symmetric and float(zeros.float().mean()) > _PRUNED else None,
+        zeros=pruned(dense) if symmetric else None,
     )
     run(dense, moments, solver, order, rounder)
     return rounder.result()
+
+
+def pruned(weight: Tensor) -> Tensor | None:
+    """The zeros of a weight as a boolean mask, if they are so many that pruning has made them; else None."""
+    zeros = weight == 0
+    return zeros if float(zeros.float().mean()) > _PRUNED else None
 
 
 def run(weight: Tensor, moments: Moments, solver: Solver, order: Tensor, rounder: GridRounder, factor: Tensor | None = None) -> Tensor:

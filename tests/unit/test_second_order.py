@@ -14,10 +14,13 @@ from methods._sequential import walk
 from methods.base import Calibration, Claim, DenseModel, Method, Unsupported
 from methods.kernels import packed
 from methods.kernels.grid import Grid, QuantizedWeight
+from methods.quantization import _outliers as outliers
 from methods.quantization._blockwise import measure, quantize_blocks
 from methods.quantization._grid import round_to_grid
 from methods.quantization._second_order import GridRounder, Moments, Solver, drift_rows, inverse_factor, quantize, sweep
 from methods.quantization.gptaq import GPTAQ
+from methods.quantization.owq import OWQ
+from methods.quantization.spqr import SpQR
 from tests.unit import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=64)
@@ -248,7 +251,72 @@ def test_gptaq_comes_nearer_to_the_dense_model(dense: DenseModel, tmp_path: Path
     assert errors[0.25] < errors[0.0] and errors[1.0] < errors[0.0]
 
 
-@pytest.mark.parametrize("method", [GPTAQ(group_size=32)], ids=lambda m: type(m).__name__)
+def test_owq_keeps_the_columns_that_cost_most(dense: DenseModel, tmp_path: Path) -> None:
+    method = OWQ(group_size=32, column_fraction=0.04)
+    claim, layers = compress(method, dense, tmp_path)
+    name = "model.layers.0.self_attn.q_proj"
+    weight, x = dense.load().get_submodule(name).weight.detach(), inputs_in(dense.load(), name)
+    change = (round_to_grid(weight, Grid(3, 32), clip=True).dequantize().float() - weight.float()).square().sum(0)
+    weakest = (x.float().square().mean(0) * change).topk(3).indices.sort().values
+    kept = layers[name].outliers
+    assert kept is not None and kept.columns.unique().tolist() == weakest.tolist()
+    assert claim.bits == 3 and claim.details["outlier_fraction"] == pytest.approx(3 / 64, abs=0.01)
+
+
+def test_owq_beats_the_same_grid_without_weak_columns() -> None:
+    x, weight, grid = correlated(128, 1500, 9), weight_of(48, 128, 9), Grid(3, 32)
+    keep = OWQ(group_size=32, column_fraction=0.05).weak_columns(weight, moments_of(x))
+    assert int(keep.sum()) == 7
+    with_columns, plain = (quantize(weight, moments_of(x), grid, Solver(), keep=mask) for mask in (keep, None))
+    assert layer_error(with_columns, weight, x) < 0.8 * layer_error(plain, weight, x)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gain_of_leaving_a_weight_out_is_what_it_says(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    group, cost, grid = torch.randn(3, 32, generator=generator), torch.rand(32, generator=generator) + 0.5, Grid(3, 32)
+    group[1, 7] = 9.0
+
+    def error(weights: Tensor, price: Tensor) -> Tensor:
+        low, high = weights.min(), weights.max()
+        step = (2 * torch.maximum(-low, high) if symmetric else high - low) / 7
+        middle = torch.zeros(()) if symmetric else low + 4 * step
+        rounded = ((weights - middle) / step).round().clamp(-4, 3) * step + middle
+        return ((weights - rounded).square() * price).sum()
+
+    got = outliers.gains(group, cost, grid, torch.float32, symmetric)
+    for row in range(3):
+        for column in range(32):
+            others = torch.arange(32) != column
+            want = error(group[row], cost) - error(group[row, others], cost[others])
+            assert float(got[row, column]) == pytest.approx(float(want), rel=1e-3, abs=1e-4)
+    assert got.argmax() == 39 and got[1, 7] > 5 * got[0].max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_spqr_keeps_the_planted_outliers(symmetric: bool) -> None:
+    x, weight = correlated(128, 1500, 10), weight_of(48, 128, 10)
+    rows, columns = torch.arange(0, 48, 4), torch.arange(0, 48, 4) * 2 + 11
+    weight[rows, columns] = 0.6
+    got = outliers.quantize(weight, moments_of(x), Grid(3, 32), 0.01, fraction=0.01, symmetric=symmetric)
+    assert got.outliers is not None
+    planted = set(zip(rows.tolist(), columns.tolist(), strict=True))
+    found = set(zip(got.outliers.rows.tolist(), got.outliers.columns.tolist(), strict=True))
+    assert len(planted & found) >= 0.9 * len(planted) and 0.004 < len(found) / weight.numel() < 0.03
+    plain = quantize(weight, moments_of(x), Grid(3, 32), Solver(act_order=False), symmetric)
+    assert layer_error(got, weight, x) < 0.7 * layer_error(plain, weight, x)
+
+
+@pytest.mark.parametrize("method", [OWQ(group_size=32), SpQR()], ids=lambda m: type(m).__name__)
+def test_claimed_bits_are_those_in_memory(method: Method, dense: DenseModel, tmp_path: Path) -> None:
+    claim, layers = compress(method, dense, tmp_path)
+    stored = sum(t.nbytes for layer in layers.values() for t in layer.buffers())
+    bits = 8 * stored / sum(layer.in_features * layer.out_features for layer in layers.values())
+    assert claim.details["stored_bits"] == pytest.approx(bits, rel=0.02) and claim.details["stored_bits"] >= bits
+    assert all(layer.outliers is not None for layer in layers.values()) and len(layers) == LAYERS
+
+
+@pytest.mark.parametrize("method", [GPTAQ(group_size=32), OWQ(group_size=32), SpQR()], ids=lambda m: type(m).__name__)
 def test_bad_calibration_is_one_line_before_work(method: Method, dense: DenseModel, tmp_path: Path) -> None:
     missing = dataclasses.replace(dense, path=tmp_path / "nowhere")
     for ids, error, message in (
