@@ -139,10 +139,10 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         raise ValueError(f"{block} is no power of two that divides {x.shape[-1]}")
     made, width = x.reshape(-1, block, 1), 1
     while width < block:
-        pairs = made.view(-1, block // (2 * width), 2, width)
+        pairs = made.reshape(-1, block // (2 * width), 2, width)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         made, width = torch.cat((first + second, first - second), -1), 2 * width
-    return (made * block**-0.5).view(x.shape)
+    return (made * block**-0.5).reshape(x.shape)
 
 
 def largest_power_of_two(number: int) -> int:

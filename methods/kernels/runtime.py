@@ -15,7 +15,8 @@ base itself multiplies integers (`activation_bits` of its grid).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from methods.kernels.numbers import ActivationGrid, fake_quantize, hadamard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ActivationGrid", "InputPlan", "PlannedLinear", "fake_quantize", "hadamard", "load", "save", "transform"]
+__all__ = ["ActivationGrid", "InputPlan", "PlannedLinear", "fake_quantize", "hadamard", "load", "planned", "save", "transform"]
 
 SCHEMA = 1
 DESCRIPTION = "runtime.json"
@@ -143,6 +144,23 @@ def attach(model: nn.Module, plans: dict[str, InputPlan]) -> None:
     """Put the layers that have a plan behind it, in place."""
     for name, plan in plans.items():
         model.set_submodule(name, PlannedLinear(model.get_submodule(name), plan))
+
+
+@contextmanager
+def planned(model: nn.Module, plans: dict[str, InputPlan]) -> Iterator[None]:
+    """Let layers see planned inputs for a while, without a change to the modules of the model.
+
+    What is hooked to a layer inside sees them too.
+    """
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, plan=plan: (transform(args[0], plan), *args[1:]))
+        for name, plan in plans.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save(

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from methods._sequential import blocks_of, walk
 from methods.base import Unsupported
+from methods.kernels import runtime
 from methods.quantization import _observe
 from methods.quantization._equivalent import check_norm, links
+from methods.quantization._rotation import orthogonal
+from methods.quantization.quarot import rotated
 from tests.unit import tiny
 
 
@@ -121,3 +124,38 @@ def test_statistics_are_those_of_all_tokens(tmp_path: Path) -> None:
         torch.testing.assert_close(statistics.squares, x.square().mean(0))
         assert statistics.gram is not None
         torch.testing.assert_close(statistics.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 96, 576])
+def test_rotation_is_orthogonal_and_spreads_every_channel(size: int) -> None:
+    rotation = orthogonal(size, 0)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(size, dtype=torch.float64))
+    assert (rotation.abs() > 0).all() and rotation.abs().max() < 0.35 * (1 if size > 64 else 0.5)
+    assert not torch.equal(rotation, orthogonal(size, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "online"),
+    [
+        ({}, {"o_proj": 64, "down_proj": 128}),
+        ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 96}, {"down_proj": 32}),
+        ({"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, {"o_proj": 64, "down_proj": 128}),
+    ],
+)
+def test_rotated_model_equals_the_dense_one(tmp_path: Path, shape: dict[str, Any], online: dict[str, int]) -> None:
+    model = randomized(tmp_path, **shape)
+    want, embeddings = logits(model), model.model.embed_tokens.weight.clone()
+    transforms = rotated(model, seed=0)
+    assert {name.rpartition(".")[2]: size for name, size in transforms.items()} == online and len(transforms) == 2 * len(online)
+    assert not torch.allclose(model.model.embed_tokens.weight, embeddings, atol=1e-3)
+    assert all((p == 1).all() for name, p in model.named_parameters() if "norm" in name)
+    with runtime.planned(model, {name: runtime.InputPlan(hadamard=size) for name, size in transforms.items()}):
+        torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=2e-5)
+    assert not torch.allclose(logits(model), want, atol=1e-3)
+
+
+def test_rotation_needs_norms_that_commute_with_it(tmp_path: Path) -> None:
+    model = randomized(tmp_path)
+    model.model.norm = nn.LayerNorm(64)
+    with pytest.raises(Unsupported, match="LayerNorm does not commute"):
+        rotated(model, seed=0)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from methods._sequential import walk
-from methods.base import Claim, DenseModel, Method
+from methods.base import Claim, DenseModel, Method, Unsupported
 from methods.kernels import packed, runtime
 from methods.quantization.fp8 import FP8Dynamic, FP8Static
 from methods.quantization.microscaling import NVFP4, Microscaling
+from methods.quantization.quarot import QuaRot, QuaRotRTN
 from methods.quantization.rtn_activation import RTNActivation
 from methods.quantization.smoothquant import SmoothQuant, SmoothQuantStatic, smooth
+from methods.quantization.zeroquant import ZeroQuant, ZeroQuantMixed
 from tests.unit import tiny
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -194,3 +196,67 @@ def test_weights_alone_leave_the_inputs_as_they_are(dense: DenseModel, tmp_path:
         loaded = runtime.load(out)
         assert not any(isinstance(layer, runtime.PlannedLinear) for layer in loaded.modules())
         assert 0 < distance(loaded, dense) < 0.5
+
+
+def by_groups_of_rows(weight: Tensor, bits: int, groups: int) -> Tensor:
+    rows = weight.double().view(groups, -1)
+    scale = (rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)).bfloat16().double()
+    return ((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale).view_as(weight).bfloat16()
+
+
+def test_zeroquant_has_a_scale_for_each_group_of_rows(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(ZeroQuant(groups=16), dense, tmp_path / "8")
+    assert claim == Claim("packed", bits=8, activation_bits=8, details={"groups": 16})
+    source, loaded = dense.load(), packed.load(tmp_path / "8")
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, packed.PackedLinear)}
+    assert len(layers) == 14 and {layer.kernel for layer in layers.values()} == {"torch int_mm w8a8"}
+    for name, layer in layers.items():
+        assert torch.equal(layer.dequantize(), by_groups_of_rows(source.get_submodule(name).weight, 8, 16))
+    assert 0 < distance(loaded, dense) < 0.05
+    with pytest.raises(Unsupported, match="64 groups do not divide the 32 outputs"):
+        run(ZeroQuant(), dense, tmp_path / "64")
+
+
+def test_zeroquant_mixes_four_bits_in_mlps_with_eight_in_attention(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(ZeroQuantMixed(groups=16), dense, tmp_path)
+    attention, mlp = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128
+    assert claim.bits == (8 * attention + 4 * mlp) / (attention + mlp) and claim.simulated
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        assert torch.equal(rounded, by_groups_of_rows(weight, 4 if "mlp" in name else 8, 16))
+        assert inputs.grid == runtime.ActivationGrid("int", 8)
+    assert 0.01 < distance(runtime.load(tmp_path), dense) < 0.2
+
+
+def outlying(folder: Path) -> DenseModel:
+    """A model in which two hidden channels are far larger than the others, so that rounding by token suffers; its blocks weigh more."""
+    from safetensors.torch import load_file, save_file
+
+    made = tiny.save_model(folder, tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, [5, 40]] *= 10
+    for name in (n for n in tensors if n.endswith(("o_proj.weight", "down_proj.weight"))):
+        tensors[name] *= 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def test_rotation_makes_four_bits_of_the_inputs_bearable(tmp_path: Path) -> None:
+    dense = outlying(tmp_path / "dense")
+    errors = {}
+    for name, method in (("rtn", RTNActivation(8, None, activation_bits=4)), ("quarot", QuaRotRTN(8))):
+        claim = run(method, dense, tmp_path / name)
+        assert (claim.activation_bits, claim.simulated) == (4, True)
+        errors[name] = distance(runtime.load(tmp_path / name), dense)
+    assert errors["quarot"] < 0.65 * errors["rtn"]
+
+
+def test_quarot_with_gptq_is_nearer_than_to_nearest(dense: DenseModel, tmp_path: Path) -> None:
+    errors = []
+    for method in (QuaRot(bits=3, activation_bits=8, activation_clip=1.0), QuaRotRTN(bits=3, activation_bits=8, activation_clip=1.0)):
+        out = tmp_path / type(method).__name__
+        assert run(method, dense, out).details["transforms"] == [64, 128]
+        loaded = runtime.load(out)
+        assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()  # type: ignore[union-attr]
+        assert {layer.inner.kernel_missing for layer in loaded.modules() if isinstance(layer, runtime.PlannedLinear)} == {None}
+        errors.append(distance(loaded, dense))
+    assert 0 < errors[0] < errors[1] < 0.8
