@@ -29,7 +29,7 @@ class TransformersModel(LoadedModel):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
-    too, in chunks: what the cache does to the numbers is seen by every protocol.
+    too, in pieces of the cache's `chunk` tokens: what the cache does to the numbers is seen by every protocol.
     """
 
     def __init__(self, module: Any, device: str) -> None:
@@ -55,7 +55,7 @@ class TransformersModel(LoadedModel):
     def _through_cache(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """The head sees no positions before `start` but the last of a chunk, since it must see one."""
         parts, cache, end = [], self._new_cache(), 0
-        for chunk in ids.split(_CHUNK, 1):
+        for chunk in ids.split(getattr(cache, "chunk", _CHUNK), 1):
             end += chunk.shape[1]
             keep = min(chunk.shape[1], max(1, end - start))
             out = self.module(chunk, past_key_values=cache, use_cache=True, logits_to_keep=keep)

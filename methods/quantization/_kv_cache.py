@@ -13,6 +13,10 @@ history, to the residual and to each other exactly, and only then the cache is b
 whenever `residual_length` tokens are full (so it holds 0 to `residual_length` - 1 tokens), along tokens only what is older than the
 newest `residual_length` leaves. Without a residual new tokens are stored first, and attention reads what is stored, the tokens
 themselves included; then it makes no difference in how many pieces a text goes through the cache.
+
+A text that is scored goes through a cache with a residual in pieces that divide the residual: so each token sees the keys that it would
+see if tokens came one by one. Of the values it sees the newest `residual_length` and those of its own piece exactly, at most one piece
+more than one by one.
 """
 
 from __future__ import annotations
@@ -191,7 +195,13 @@ class QuantizedLayer(DynamicLayer):
 
 
 class StoredCache(Cache):
-    """A cache that knows how much memory it takes."""
+    """A cache that knows how much memory it takes.
+
+    Attributes:
+        chunk: Tokens that go through it at once while whole texts are scored.
+    """
+
+    chunk = 64
 
     def stored_bytes(self) -> int:
         return sum(layer_bytes(layer) for layer in self.layers)

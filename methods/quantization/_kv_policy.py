@@ -9,6 +9,7 @@ with the policy in force.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,9 @@ class OwnCache:
         from methods.quantization._kv_cache import QuantizedLayer, StoredCache
 
         layers = full_attention_layers(config)
-        return StoredCache([QuantizedLayer(self.keys, self.values, self.residual_length) for _ in range(layers)])
+        cache = StoredCache([QuantizedLayer(self.keys, self.values, self.residual_length) for _ in range(layers)])
+        cache.chunk = math.gcd(cache.chunk, self.residual_length)
+        return cache
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class TransformersCache:
         from methods.quantization._kv_cache import LibraryCache
 
         full_attention_layers(config)
-        return LibraryCache(config=config, **asdict(self))
+        cache = LibraryCache(config=config, **asdict(self))
+        cache.chunk = math.gcd(cache.chunk, self.residual_length)
+        return cache
 
 
 Policy = OwnCache | TransformersCache
