@@ -96,6 +96,45 @@ class ScaledLinear(GridLinear):
         return QuantizedWeight(self.grid, self.codes, self.scales.to(self.dtype), None if offsets is None else offsets.to(self.dtype))
 
 
+class PooledAdapterLinear(GridLinear):
+    """Frozen codes and scales under offsets to which a low-rank product is added: QA-LoRA's adapter, merged in each forward pass.
+
+    Args:
+        weight: Asymmetric, with groups.
+        scaling: Of the product.
+        generator: Of the initial values of A, on the CPU; B is zero, so that training starts from `weight`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    base: Tensor
+
+    def __init__(self, source: nn.Linear, weight: QuantizedWeight, rank: int, scaling: float, generator: torch.Generator) -> None:
+        super().__init__(source, weight.grid, weight.scales.dtype)
+        assert weight.offsets is not None
+        groups, device = weight.scales.shape[1], weight.codes.device
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales.float())
+        self.register_buffer("base", weight.offsets.float())
+        self.scaling = scaling
+        bound = groups**-0.5
+        first = torch.empty(rank, groups).uniform_(-bound, bound, generator=generator)
+        self.adapter_in = nn.Parameter(first.to(device), requires_grad=False)
+        self.adapter_out = nn.Parameter(torch.zeros(self.out_features, rank, device=device), requires_grad=False)
+
+    def offsets(self) -> Tensor:
+        """float32 [out, groups], before they are rounded to the dtype in which they are stored."""
+        with torch.autocast(self.codes.device.type, enabled=False):
+            return self.base + self.scaling * (self.adapter_out @ self.adapter_in)
+
+    def effective(self) -> Tensor:
+        return expanded(self.codes, self.grid, self.scales, self.offsets(), self.dtype)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        return QuantizedWeight(self.grid, self.codes, self.scales.to(self.dtype), self.offsets().to(self.dtype))
+
+
 class _Replaced(torch.autograd.Function):
     """The second argument forward; the gradient goes to the first one unchanged."""
 

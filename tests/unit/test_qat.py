@@ -16,9 +16,11 @@ from methods._training import TrainingSettings, objective
 from methods.base import Claim, DenseModel, Method, Unsupported
 from methods.kernels import packed
 from methods.kernels.grid import Grid
-from methods.quantization._grid_layers import GridLinear, RoundedLinear, ScaledLinear
+from methods.quantization._grid import round_to_grid
+from methods.quantization._grid_layers import GridLinear, PooledAdapterLinear, RoundedLinear, ScaledLinear
 from methods.quantization.llm_qat import LLMQAT, min_max
 from methods.quantization.peqa import PEQA, fit_grid
+from methods.quantization.qa_lora import QALoRA
 from methods.quantization.ternary import TernaryQAT, absmean
 from tests.unit import tiny
 
@@ -194,6 +196,50 @@ def test_llm_qat_needs_no_data(dense: DenseModel, tmp_path: Path) -> None:
     claim = assert_training_helps(LLMQAT(bits=3, sequences=48, generation_batch=48, learning_rate=1e-3, **SHORT), dense, tmp_path, 0.95)
     assert claim.details["generated_tokens"] == 48 * 32 and claim.trained_parameters == dense.load().num_parameters()
     assert not LLMQAT.needs.calibration and all(t.dtype in (torch.bfloat16, torch.uint8) for t in tensors(tmp_path / "trained").values())
+
+
+def pooled(dtype: torch.dtype, bits: Any = 4) -> PooledAdapterLinear:
+    weight = torch.randn(8, 64).to(dtype)
+    layer = PooledAdapterLinear(linear(weight), round_to_grid(weight, Grid(bits, 32), False), 3, 0.5, torch.Generator().manual_seed(0))
+    layer.adapter_in.requires_grad_(True)
+    layer.adapter_out.requires_grad_(True)
+    return layer
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pooled_adapter_trains_what_it_stores(bits: Any, dtype: torch.dtype) -> None:
+    layer = pooled(dtype, bits)
+    before = layer.quantized().dequantize()
+    assert_trains_what_it_stores(layer)
+    with torch.no_grad():
+        layer.adapter_out.normal_()
+    assert_trains_what_it_stores(layer)
+    assert not torch.equal(layer.quantized().dequantize(), before)
+
+
+def test_merging_the_pooled_adapter_is_exact() -> None:
+    """The paper's operator form, x W₀ᵀ + c · B(A(pool(x))) beside the quantized layer, equals the merged grid."""
+    layer = pooled(torch.float32).double()
+    base = layer.quantized().dequantize().double()
+    with torch.no_grad():
+        layer.adapter_out.normal_()
+    x = torch.randn(5, 64, dtype=torch.float64)
+    average = nn.AvgPool1d(32)(x.unsqueeze(1)).squeeze(1) * 32
+    want = x @ base.t() + 0.5 * (average @ layer.adapter_in.t()) @ layer.adapter_out.t()
+    merged = layer.quantized()
+    exact = (merged.codes.double() - 8).unflatten(1, (2, 32)) * merged.scales.double().unsqueeze(-1) + layer.offsets().unsqueeze(-1)
+    assert torch.allclose(x @ exact.flatten(1).t(), want, rtol=1e-12, atol=1e-6)
+    assert torch.allclose(x @ merged.dequantize().double().t(), want, atol=1e-4) and not torch.allclose(want, x @ base.t(), atol=0.1)
+
+
+def test_qa_lora_changes_the_offsets_and_nothing_else(dense: DenseModel, tmp_path: Path) -> None:
+    claim = assert_training_helps(QALoRA(bits=3, learning_rate=3e-3, rank=4, **SHORT), dense, tmp_path, 0.9)
+    trained, still = tensors(tmp_path / "trained"), tensors(tmp_path / "still")
+    assert set(trained) == set(still)
+    assert {name.rpartition(".")[2] for name in trained if not torch.equal(trained[name], still[name])} == {"offsets"}
+    shapes = [t.shape for name, t in trained.items() if name.endswith(".offsets")]
+    assert claim.trained_parameters == sum(4 * (rows + groups) for rows, groups in shapes)
 
 
 def test_own_text_is_greedy_first_then_drawn(dense: DenseModel) -> None:
