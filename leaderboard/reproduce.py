@@ -1,0 +1,158 @@
+"""Published numbers beside measured ones. The numbers stand in `published/*.yaml` with citation, table, protocol and tolerance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from harness.config import ConfigError
+from harness.record import PerplexityResult, Record, Stage, Status
+from harness.stats import perplexity_interval
+from leaderboard.row import named
+from leaderboard.rows import by_key, oldest_first, rows
+from tasks.errors import nearest
+
+FOLDER = Path(__file__).parent / "published"
+
+
+class Paper(BaseModel):
+    """The published table of one paper.
+
+    Attributes:
+        table: What the numbers are, in words.
+        mark: `S`: read in the source; `M`: recalled with confidence. Others do not stand here.
+        corpus: Name of the corpus on which perplexity was measured, in windows of `seqlen` tokens.
+        tolerance_percent: How far a reproduction may lie from the published number.
+        hours_per_billion: Hours on one A100 to compress a billion parameters, by method; for the expected cost.
+        differs: In what our sweep differs from the paper.
+        note: Why there is no number.
+        values: Model → pipeline → perplexity.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    year: int
+    arxiv: str
+    table: str
+    mark: Literal["S", "M"] | None = None
+    corpus: str
+    seqlen: int = Field(gt=0)
+    tolerance_percent: float = Field(default=3, gt=0)
+    hours_per_billion: dict[str, float] = {}
+    differs: str = ""
+    note: str = ""
+    values: dict[str, dict[str, float]] = {}
+
+
+class Verdict(StrEnum):
+    REPRODUCED = "reproduced"
+    DIFFERS = "differs"
+    NO_TARGET = "no published number"
+    MISSING = "not measured"
+
+
+class Line(BaseModel):
+    """One cell of the published table.
+
+    Attributes:
+        published: Perplexity of the paper, None where it gives none.
+        measured: Ours with its 95 % interval, None where there is no record.
+        difference_percent: Ours above the paper's.
+        reason: Why it was not measured.
+    """
+
+    model: str
+    pipeline: str
+    published: float | None
+    measured: float | None = None
+    low: float | None = None
+    high: float | None = None
+    difference_percent: float | None = None
+    verdict: Verdict
+    reason: str = ""
+
+
+def names() -> list[str]:
+    """The papers that can be reproduced."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def paper(name: str) -> Paper:
+    """A paper by the name of its file.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in names():
+        raise ConfigError(f"no paper '{name}'{nearest(name, names())}")
+    return Paper.model_validate({"name": name} | yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+
+
+def lines(found: Paper, records: Sequence[Record], planned: Mapping[tuple[str, str], str]) -> list[Line]:
+    """Every published number, and every planned cell without one, beside what was measured.
+
+    Args:
+        records: Records of a results folder.
+        planned: Cells of the paper's sweep, by model and pipeline, with the reason why they cannot run here, empty if they can.
+    """
+    ordered = oldest_first(records)
+    newest = by_key(ordered)
+    measured: dict[tuple[str, str], tuple[float, float | None, float | None]] = {}
+    failed: dict[tuple[str, str], str] = {}
+    for row in rows(ordered):
+        record = newest.get((Stage.QUALITY, row.keys.quality))
+        result = _of(found, record.quality.perplexity) if record and record.quality else None
+        if result and record and record.status is Status.OK:
+            bounds = named("low high", perplexity_interval, result.window_nll)
+            measured[row.model, row.pipeline] = (result.perplexity, bounds.get("low"), bounds.get("high"))
+        elif row.reason:
+            failed[row.model, row.pipeline] = row.reason
+    wanted = [(model, pipeline) for model, values in found.values.items() for pipeline in values]
+    wanted += [cell for cell in planned if cell not in wanted]
+    return [_line(found, cell, measured.get(cell), failed.get(cell, ""), planned) for cell in wanted]
+
+
+def _of(found: Paper, results: Sequence[PerplexityResult]) -> PerplexityResult | None:
+    wanted = (found.corpus, found.seqlen)
+    return next((r for r in results if (r.corpus, r.seqlen) == wanted and r.protocol.startswith("window")), None)
+
+
+def _line(
+    found: Paper,
+    cell: tuple[str, str],
+    ours: tuple[float, float | None, float | None] | None,
+    failure: str,
+    planned: Mapping[tuple[str, str], str],
+) -> Line:
+    model, pipeline = cell
+    published = found.values.get(model, {}).get(pipeline)
+    line = Line(model=model, pipeline=pipeline, published=published, verdict=Verdict.MISSING)
+    if ours is None:
+        reason = failure or planned.get(cell, f"the sweep has no cell {pipeline}: no such method yet") or "not run yet"
+        return line.model_copy(update={"reason": reason})
+    value, low, high = ours
+    facts: dict[str, object] = {"measured": value, "low": low, "high": high, "verdict": Verdict.NO_TARGET}
+    if published is not None:
+        difference = 100 * (value / published - 1)
+        kept = math.isfinite(difference) and abs(difference) <= found.tolerance_percent
+        facts |= {"difference_percent": difference, "verdict": Verdict.REPRODUCED if kept else Verdict.DIFFERS}
+    return line.model_copy(update=facts)
+
+
+def gpu_hours(found: Paper, pipeline: str, parameters: int | None, tokens: int) -> float | None:
+    """Expected hours on one A100 for a cell: compression as published, and the forward passes of the test text.
+
+    A forward pass takes two operations for each parameter and token; 40 % of 312 TFLOP/s are assumed to be reached.
+    """
+    if parameters is None:
+        return None
+    compress = found.hours_per_billion.get(pipeline.partition("(")[0].removesuffix("-row").removesuffix("-3bit").removesuffix("-2of4"), 0.0)
+    return compress * parameters / 1e9 + 2 * parameters * tokens / (0.4 * 312e12) / 3600
