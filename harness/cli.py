@@ -1,4 +1,4 @@
-"""The command line: `slimbench run · sweep · audit · compare · recommend · bench · methods · engines · assets · board · env`.
+"""The command line: `slimbench run · sweep · audit · compare · recommend · reproduce · bench · methods · engines · assets · board · env`.
 
 Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
 """
@@ -14,10 +14,11 @@ import typer
 
 from harness import __version__, cli_methods, cli_wandb
 from harness.cli_recommend import recommend
-from harness.terminal import FORMATS, check_choice, console, fail, read_records, results_folder
+from harness.cli_reproduce import reproduce
+from harness.terminal import FORMATS, check_choice, console, fail, print_table, read_records, results_folder
 
 if TYPE_CHECKING:
-    from harness.sweep import Finished
+    from harness.sweep import Finished, PlannedCell
 
 app = typer.Typer(
     help="Benchmark and leaderboard harness for LLM compression.",
@@ -38,6 +39,7 @@ app.add_typer(board_app, name="board")
 app.add_typer(env_app, name="env")
 app.add_typer(cli_wandb.app, name="wandb")
 app.command()(recommend)
+app.command()(reproduce)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
@@ -63,10 +65,16 @@ def run(overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sweep(overrides: Overrides = None) -> None:
+def sweep(
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")] = False,
+) -> None:
     """Run a Hydra multirun, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
     from harness import sweep as sweeps
 
+    if plan:
+        _print_plan(sweeps.plan(overrides or []))
+        return
     _measure(sweeps.sweep, overrides)
 
 
@@ -136,6 +144,24 @@ def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] 
 
     console().print(tables.to_terminal([row for row in _rows(finished.results) if row.keys in finished.keys]))
     raise typer.Exit(finished.exit_code)
+
+
+def _print_plan(cells: list[PlannedCell]) -> None:
+    """One line for each cell, and how many stages there are of each kind."""
+    from collections import Counter
+
+    from harness.record import Stage
+
+    counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
+    rows = [
+        {"cell": planned.cell.label, "engine": planned.cell.config.engine.name}
+        | {stage.value: planned.stages.get(stage, "–") for stage in Stage}
+        | {"reason": planned.reason}
+        for planned in cells
+    ]
+    print_table("terminal", {key: key for key in rows[0]}, rows)
+    todo = ", ".join(f"{counts[kind]} {text}" for kind, text in (("run", "to run"), ("recorded", "recorded"), ("cannot", "cannot run")))
+    print(f"{len(cells)} cells, references included; stages: {todo}")
 
 
 @engines_app.command("list")

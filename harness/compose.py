@@ -104,7 +104,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """A Hydra error as one line."""
     text = str(error)
-    if found := re.search(r"Could not find '([a-z]+)/(.+?)'", text):
+    if found := re.search(r"Could not (?:find|load) '([a-z]+)/(.+?)'", text):
         group, name = found.groups()
         return f"no {group} '{name}'{nearest(name, shipped(group))}"
     if found := re.search(r"Could not (?:override|append) '(.+?)'", text):

@@ -433,6 +433,7 @@ def _one_line(error: ValidationError, prefix: str, cls: Any) -> str:
     """The first fault of a pydantic error as `path: what is wrong; what would be right`."""
     fault = error.errors(include_url=False)[0]
     path = ".".join(str(p) for p in ([prefix] if prefix else []) + list(fault["loc"]))
+    path = path.replace("calibration.source", "calibration").replace("calibration.", "calibration_")  # as they are written
     if fault["type"] == "extra_forbidden":
         parent = _model_at(cls, fault["loc"][:-1])
         key = str(fault["loc"][-1])

@@ -40,6 +40,25 @@ def shape_of(folder: Path) -> ModelShape:
     return ModelShape.from_config(json.loads((folder / "config.json").read_text()))
 
 
+def known_shape(model: ModelConfig) -> ModelShape | None:
+    """The shape of a model where it can be read without fetching or making anything, else None."""
+    kind, _, rest = model.source.partition(":")
+    if kind == "random":
+        given = model.shape or {}
+        whole = given.keys() >= {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+        return ModelShape.from_config(given) if whole else None
+    if kind == "file":
+        folder = Path(rest).expanduser()
+    elif kind == "hf":
+        uri = f"{model.source}@{model.revision}" if model.revision else model.source
+        if not assets.is_fetched(uri):
+            return None
+        folder = assets.path(uri)
+    else:
+        folder = _folder(model)
+    return shape_of(folder) if (folder / "config.json").is_file() else None
+
+
 def weight_bytes(model: ModelConfig) -> int | None:
     """Bytes of the dense weights where the number of parameters is known."""
     size = {"float32": 4}.get(model.dtype, 2)
@@ -49,9 +68,7 @@ def weight_bytes(model: ModelConfig) -> int | None:
 def _cached(model: ModelConfig, make: Callable[[Path], None], on_phase: Callable[[str], None]) -> Path:
     from filelock import FileLock
 
-    kind, _, rest = model.source.partition(":")
-    content = assets.catalogue()[rest].fingerprint if kind == "asset" else model.shape
-    folder = assets.cache_dir() / "models" / f"{slug(model.name)}-{model.dtype}-{digest(content)}"
+    folder = _folder(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():
@@ -62,6 +79,13 @@ def _cached(model: ModelConfig, make: Callable[[Path], None], on_phase: Callable
         make(partial)
         os.replace(partial, folder)
     return folder
+
+
+def _folder(model: ModelConfig) -> Path:
+    """Where an asset is kept as safetensors, and random weights."""
+    kind, _, rest = model.source.partition(":")
+    content = assets.catalogue()[rest].fingerprint if kind == "asset" else model.shape
+    return assets.cache_dir() / "models" / f"{slug(model.name)}-{model.dtype}-{digest(content)}"
 
 
 def _convert(source: Path, out: Path, dtype: str) -> None:

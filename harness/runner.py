@@ -15,9 +15,11 @@ from harness.hardware import available_memory, hardware
 from harness.record import Failure, Record, Stage, Status
 from harness.store import Store
 from harness.worker import Outcome, Task, Worker
+from methods.base import Unsupported
 
 PLAN = "plan"  # phase of a stage that was not started; what this machine lacks, another may have
 _MEMORY_SHARE = 0.95
+_FINAL = (Status.OK, Status.UNSUPPORTED)
 
 
 class Listener(Protocol):
@@ -82,20 +84,9 @@ class Runner:
     def _reusable(self, cell: Cell, stage: Stage) -> Record | None:
         """The record that makes running the stage needless, or None."""
         record = self.store.get(cell.identity, stage)
-        if record is None or record.phase == PLAN:
-            return None
-        if (stage, record.key) in self._done:
+        if record is not None and record.phase != PLAN and (stage, record.key) in self._done:
             return record
-        if record.failure and record.failure.interrupted:
-            return None
-        policy = cell.config.on_existing
-        redo = {
-            "keep": False,
-            "failed": record.status not in (Status.OK, Status.UNSUPPORTED),
-            "stale": is_stale(record),
-            "all": True,
-        }[policy]
-        return None if redo else record
+        return record if record is not None and is_reusable(record, cell) else None
 
     def _execute(self, cell: Cell, stage: Stage) -> Record:
         self.listener.stage_started(cell, stage)
@@ -177,10 +168,23 @@ def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
 
 
 def with_reference(cell: Cell) -> Iterator[Cell]:
-    """The reference of a cell, if it is another one, and the cell itself."""
-    if not cell.config.is_reference:
+    """The reference of a cell, if it is another one, and the cell itself. A method that refuses the model needs no reference."""
+    if not cell.config.is_reference and _misfit(cell) is None:
         yield cell.reference()
     yield cell
+
+
+def is_reusable(record: Record, cell: Cell) -> bool:
+    """Whether the record stands, under the cell's `on_existing`, so that its stage is not run again."""
+    if record.phase == PLAN or (record.failure and record.failure.interrupted):
+        return False
+    redo = {
+        "keep": False,
+        "failed": record.status not in _FINAL,
+        "stale": is_stale(record),
+        "all": True,
+    }[cell.config.on_existing]
+    return not redo
 
 
 def is_stale(record: Record) -> bool:
@@ -214,6 +218,18 @@ def cannot_run(cell: Cell, stage: Stage) -> Outcome | None:
     environment = _environment(cell, stage)
     if environment and not environments.get(environment).is_made:
         return _unsupported(f"{cell.identity.pipeline} needs its environment: slimbench env make {environment}")
+    misfit = _misfit(cell)
+    return _unsupported(misfit) if misfit else None
+
+
+def _misfit(cell: Cell) -> str | None:
+    """Why a method refuses the model's shape, where that is known before the model is loaded."""
+    shape = models.known_shape(cell.config.model)
+    for method in cell.methods if shape else ():
+        try:
+            method.check(shape)
+        except Unsupported as error:
+            return str(error)
     return None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from harness import compose
 from harness.cell import Cell, make_cell
 from harness.config import ConfigError, parse
-from harness.record import Keys, Record, Status
+from harness.record import Keys, Record, Stage, Status
 from harness.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -28,6 +28,15 @@ class Finished:
     exit_code: int
     results: Path
     keys: list[Keys]
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """What a sweep would do with a cell: for each stage `recorded STATUS`, `run` or `cannot run`, and the reason for that."""
+
+    cell: Cell
+    stages: dict[Stage, str]
+    reason: str = ""
 
 
 class _Session:
@@ -51,6 +60,39 @@ def sweep(overrides: Sequence[str]) -> Finished:
     """Run a Hydra multirun of cells. Every job is validated before the first one starts."""
     cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
     return _measure(cells, overrides)
+
+
+def plan(overrides: Sequence[str]) -> list[PlannedCell]:
+    """What `sweep` would do with each cell, and with each reference, in order; nothing is run or written."""
+    from harness.runner import with_reference
+
+    cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
+    for cell in cells:
+        require_extras(cell)
+    parts = {part.identity.keys.model_dump_json(): part for cell in cells for part in with_reference(cell)}
+    return [_planned(part) for part in parts.values()]
+
+
+def _planned(cell: Cell) -> PlannedCell:
+    from harness.runner import cannot_run, is_reusable
+
+    store, simulated, reason = Store(Path(cell.config.results)), False, ""
+    stages: dict[Stage, str] = {}
+    for stage in cell.stages():
+        if stage is Stage.SPEED and simulated:
+            continue
+        record = store.get(cell.identity, stage)
+        if record is not None and is_reusable(record, cell):
+            stages[stage], ends = f"recorded {record.status.value}", record.status is not Status.OK
+            simulated |= record.simulated
+        elif outcome := cannot_run(cell, stage):
+            stages[stage], ends = "cannot run", True
+            reason = reason or (outcome.failure.message if outcome.failure else "")
+        else:
+            stages[stage], ends = "run", False
+        if stage is Stage.COMPRESS and ends:
+            break
+    return PlannedCell(cell, stages, reason)
 
 
 def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:

@@ -100,10 +100,13 @@ def fingerprint(spec: str) -> str:
     A hub data set is identified by its spec, so by its revision; name one to pin it.
 
     Raises:
-        DataError: Unknown name or missing file.
+        DataError: Unknown name, missing file, or nothing in it.
     """
     if spec.startswith("file:"):
-        identity: list[object] = [hash_file(file) for file in _files(spec)]
+        files = _files(spec)
+        if not any(file.stat().st_size for file in files):
+            raise DataError(f"corpus '{spec}' holds no text")
+        identity: list[object] = [hash_file(file) for file in files]
     elif spec.startswith("hf:"):
         _parse(spec)
         identity = [spec, SEPARATOR]

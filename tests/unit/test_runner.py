@@ -188,3 +188,25 @@ def test_random_weights_are_measured_for_speed_only(runner: Runner, overrides: l
     records = runner.run(cell(mine, "model=custom", "model.name=r", "model.source=random", f"+model.shape={shape}"))
     assert [r.stage for r in records] == [Stage.COMPRESS, Stage.SPEED]
     assert all(r.status is Status.OK for r in records)
+
+
+def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runner: Runner, overrides: list[str]) -> None:
+    from harness.sweep import plan
+
+    folder = runner.store.root
+    mine = [*overrides, f"results={folder}"]
+    runner.run(cell(mine, "method=rtn-8bit", "stages=[quality]"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    planned = {p.cell.identity.pipeline: p for p in plan([*mine, "method=rtn-8bit,rtn-4bit", "settings.group_size=32,256"])}
+    fresh, refused = dict.fromkeys(Stage, "run"), {Stage.COMPRESS: "cannot run"}
+    recorded = {Stage.COMPRESS: "recorded ok", Stage.QUALITY: "recorded ok", Stage.SPEED: "run"}
+    assert {name: p.stages for name, p in planned.items()} == {
+        "dense": recorded,
+        "rtn-8bit(group_size=32)": fresh,
+        "rtn-8bit(group_size=256)": refused,
+        "rtn-4bit(group_size=32)": fresh,
+        "rtn-4bit(group_size=256)": refused,
+    }
+    assert "group_size 256 does not divide" in planned["rtn-4bit(group_size=256)"].reason
+    assert plan([*mine, "method=rtn-8bit", "on_existing=all"])[1].stages == fresh
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
