@@ -1,18 +1,25 @@
-"""A results folder becomes a board: page, tables and plots. Reads records only, needs no model."""
+"""A results folder becomes a board: site, tables and plots. Reads records only, needs no model."""
 
 from __future__ import annotations
 
+import gc
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness.record import Record
-from harness.store import Store, StoreError, Unreadable, write_atomically
+from harness.store import Store, StoreError, Unreadable
 from leaderboard import engines, scaling
 from leaderboard.figures import draw, plottable
 from leaderboard.row import Row, clean
-from leaderboard.site.page import render
+from leaderboard.rows import by_key, oldest_first
+from leaderboard.site.board import Board
+from leaderboard.site.site import FOLDERS, files
 from leaderboard.tables import Table, rows, tables, to_csv, to_json, to_markdown
+
+MOST_PLOTTED = 3
 
 
 class BoardError(StoreError):
@@ -27,45 +34,94 @@ def build(results: Path, out: Path) -> list[Path]:
         out: Folder that receives the files; made if it is not there.
 
     Returns:
-        The files written: `index.html`, `table.md`, `table.csv`, `table.json`, `pareto.png` and `.svg` of each table, and `sizes.png`
-        and `.svg` where several models were measured alike.
+        The files written: `index.html` and the pages, scripts and styles that it leads to, `table.md`, `table.csv`, `table.json`,
+        `pareto.png` and `.svg` of the fullest tables, and `sizes.png` and `.svg` where several models were measured alike.
 
     Raises:
         BoardError: The folder holds no record, or `out` cannot be written.
     """
     if not results.is_dir():
         raise BoardError(f"there is no results folder '{results}'; make records with `slimbench run`")
-    records, unreadable = Store(results).scan()
-    if not records:
-        hint = f"; {len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}" if unreadable else ""
-        raise BoardError(f"no records in '{results}'{hint}")
-    return write(records, unreadable, out)
+    with _no_garbage():
+        records, unreadable = Store(results).scan()
+        if not records:
+            hint = (
+                f"; {len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}"
+                if unreadable
+                else ""
+            )
+            raise BoardError(f"no records in '{results}'{hint}")
+        return write(records, unreadable, out)
 
 
 def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path) -> list[Path]:
-    """Write the board of records that are already loaded; arguments and errors as of `build`."""
+    """Write the board of records that are already loaded; arguments and errors as of `build`.
+
+    Pages of an older board in the same folder that no longer belong to it are removed, once the new one is whole.
+    """
     if not records:
         raise BoardError("no records")
+    written: list[Path] = []
     try:
-        files = {out / name: content for name, content in contents(records, unreadable).items()}
-        for path, content in files.items():
-            write_atomically(path, content)
+        with _no_garbage():
+            for name, content in contents(records, unreadable):
+                written.append(out / name)
+                _place(out / name, content)
+        _sweep(out, set(written))
     except OSError as error:
         raise BoardError(f"cannot write the board to '{out}': {error.strerror or error}") from error
-    return list(files)
+    return written
 
 
-def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> dict[str, bytes]:
-    """Every file of the board by its name. The same records, in any order, give the same bytes."""
-    board = rows(records)
+def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file of the board. The same records, in any order, give the same bytes."""
+    ordered = oldest_first(records)
+    board = rows(ordered)
+    yield "table.md", "\n".join((to_markdown(board), engines.to_markdown(board))).encode()
+    yield "table.csv", to_csv(board).encode()
+    yield "table.json", to_json(board).encode()
+    beside = ["table.md", "table.csv", "table.json"]
+    for name, content in (_plots([t for t in tables(board) if plottable(t)]) | _sizes(board)).items():
+        beside.append(name)
+        yield name, content
     faults = sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable)
-    texts = {
-        "index.html": render(board, faults),
-        "table.md": "\n".join((to_markdown(board), engines.to_markdown(board))),
-        "table.csv": to_csv(board),
-        "table.json": to_json(board),
-    }
-    return {name: text.encode() for name, text in texts.items()} | _plots([t for t in tables(board) if plottable(t)]) | _sizes(board)
+    yield from files(Board(board, by_key(ordered), faults), beside)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """No search for cycles meanwhile: a board is millions of small objects without any, and the search takes longer than the board."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _place(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all. It can be made again, so it is not forced to the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sweep(out: Path, written: set[Path]) -> None:
+    """Remove the pages of an older board."""
+    for folder in FOLDERS:
+        for path in (out / folder).glob("*.html"):
+            if path not in written:
+                path.unlink()
 
 
 def _sizes(board: Sequence[Row]) -> dict[str, bytes]:
@@ -75,9 +131,10 @@ def _sizes(board: Sequence[Row]) -> dict[str, bytes]:
 
 
 def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:
-    """The plots by file name: the first is `pareto`, others are named by model and suite."""
+    """The plots of the fullest tables by file name: the first is `pareto`, others are named by model and suite."""
     files: dict[str, bytes] = {}
-    for table in plotted:
+    fullest = sorted(plotted, key=lambda table: -sum(row.perplexity is not None for row in table.rows))[:MOST_PLOTTED]
+    for table in (table for table in plotted if table in fullest):
         row = table.rows[0]
         words = [row.model, row.suite, row.speed, row.device] if files else []
         stem = "-".join(["pareto", *(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.")[:40] for word in words)])

@@ -99,18 +99,20 @@ class Column:
         return value if spread is None or value == EMPTY else f"{value} ± {self.format(spread).removeprefix('+')}"
 
 
-def decimal(digits: int, scale: float = 1.0, signed: bool = False) -> Callable[[float], str]:
+@dataclass(frozen=True)
+class decimal:
     """A formatter with so many digits, one less from 100 on and none from 1000 on; beyond a million, powers of ten."""
-    sign = "+" if signed else ""
 
-    def text(value: float) -> str:
-        value *= scale
-        size = abs(value)
+    digits: int
+    scale: float = 1.0
+    signed: bool = False
+
+    def __call__(self, value: float) -> str:
+        value *= self.scale
+        size, sign = abs(value), "+" if self.signed else ""
         if size >= 1e6:
             return f"{value:{sign}.1e}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
-        return f"{value:{sign}.{0 if size >= 1000 else max(0, digits - (size >= 100))}f}".replace("-", "−")
-
-    return text
+        return f"{value:{sign}.{0 if size >= 1000 else max(0, self.digits - (size >= 100))}f}".replace("-", "−")
 
 
 def p_value(value: float) -> str:

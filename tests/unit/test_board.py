@@ -10,9 +10,7 @@ import random
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -24,22 +22,10 @@ from leaderboard import build as builder
 from leaderboard import scaling
 from leaderboard.build import BoardError, build, contents
 from leaderboard.figures import caption, draw, plottable
-from leaderboard.site.page import render
 from leaderboard.tables import COLUMNS, EMPTY, Row, pareto, rows, tables, to_csv, to_json, to_markdown, to_terminal
 from tests.unit.board_records import Spec, board, failure, records, specs
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "' onmouseover='alert(1)",
-    "$\\frac{1}$ \\invalid $",
-    "=HYPERLINK(A1)",
-    "[bold red]{{ 7 * 7 }}[/]",
-    "a|b\n\x1b[31mred\x00\u202e",
-    "x" * 10_000,
-    "\ud800 surrogate, 漢字 🙂",
-]
 
 
 def row_of(made: list[Record], pipeline: str) -> Row:
@@ -234,7 +220,7 @@ def test_order_of_records_is_without_effect() -> None:
     made = board()
     shuffled = random.Random(5).sample(made, len(made))
     faults = [Unreadable("b", "x"), Unreadable("a", "y")]
-    assert contents(made, faults) == contents(shuffled, faults[::-1])
+    assert dict(contents(made, faults)) == dict(contents(shuffled, faults[::-1]))
 
 
 def test_json_has_every_key_and_never_nan() -> None:
@@ -282,70 +268,6 @@ def test_a_value_without_interval_stands_alone() -> None:
     assert {column.plus_minus(row) for column in COLUMNS} == {EMPTY}
 
 
-class Elements(HTMLParser):
-    """Every element of a page with its attributes, and the text outside scripts and styles."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_the_page_refers_to_nothing_outside() -> None:
-    page = render(rows(board()))
-    elements = Elements(page)
-    assert "http://" not in page and "https://" not in page and "@import" not in page
-    assert all(tag not in ("link", "img", "iframe", "object") for tag, _ in elements.found)
-    assert all("src" not in attributes for _, attributes in elements.found)
-    links = [value or "" for _, attributes in elements.found for key, value in attributes.items() if key.endswith("href")]
-    assert links and all(link.startswith("#") for link in links)
-    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
-    assert {link[1:] for link in links} <= set(ids)
-
-
-def test_the_page_shows_failures_flags_and_files_it_could_not_read() -> None:
-    text = Elements(render(rows(board()), [("a/b/quality-1.json", "not a record: broken")])).text
-    for row in rows(board()):
-        assert row.reason is None or row.reason in text
-        assert all(flag in text for flag in row.flags)
-    assert "a/b/quality-1.json" in text and "not a record: broken" in text
-    assert "could not be read" not in Elements(render(rows(board()))).text
-
-
-def test_the_page_notes_the_precision_of_the_source() -> None:
-    assert "q4_1" in Elements(render(rows(records(replace(GPTQ, source_precision="q4_1"))))).text
-
-
-@pytest.fixture(scope="module")
-def harmless_tags() -> set[str]:
-    """The elements of a page that shows everything a page can show."""
-    made = [record for spec in (*specs(), Spec(model="other")) for record in records(replace(spec, source_precision="q4"))]
-    return {tag for tag, _ in Elements(render(rows(made), [("a", "b")])).found}
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_shown_and_never_run(text: str, harmless_tags: set[str]) -> None:
-    spec = Spec(text, text, model=text, engine=text, suite=text, speed=text, corpora=(text,), flags=(text,), source_precision=text)
-    other = Spec("plain", "pruning", model=text, engine=text, suite=text, speed=text, corpora=(text,), loss=1.2, size=0.5)
-    bad = replace(other, pipeline="bad", ends={Stage.COMPRESS: (Status.FAILED, failure(text, text))})
-    made = [record for one in (spec, other, bad) for record in records(one)]
-    files = contents(made, [Unreadable(text, text)])
-    elements = Elements(files["index.html"].decode())
-    assert {tag for tag, _ in elements.found} <= harmless_tags
-    assert [tag for tag, _ in elements.found].count("script") == 1
-    assert not any(key.startswith("on") for _, attributes in elements.found for key in attributes)
-    assert not re.search(r"[\x00-\x08\x1b\u202e]", files["index.html"].decode() + printed(made, 120))
-    ET.fromstring(files["pareto.svg"])
-    assert len(files["index.html"]) < 1_000_000
-
-
 def test_a_text_that_looks_like_a_formula_is_defused_in_csv() -> None:
     assert csv.DictReader(io.StringIO(to_csv(rows(records(Spec("=1+1")))))).__next__()["pipeline"] == "'=1+1"
 
@@ -361,7 +283,7 @@ def test_the_plot_leaves_out_and_names_rows_off_the_scale() -> None:
 def test_nothing_is_plotted_from_a_single_point() -> None:
     (table,) = tables(rows(records(Spec())))
     assert not plottable(table)
-    assert "pareto.png" not in contents(records(Spec()))
+    assert "pareto.png" not in dict(contents(records(Spec())))
 
 
 def test_build_writes_the_board_of_a_folder(tmp_path: Path) -> None:
@@ -371,10 +293,11 @@ def test_build_writes_the_board_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "results" / "m" / "p").mkdir(parents=True)
     (tmp_path / "results" / "m" / "p" / "quality-x.json").write_text("{")
     written = build(tmp_path / "results", tmp_path / "board")
-    names = {path.name for path in written}
+    names = {path.relative_to(tmp_path / "board").as_posix() for path in written}
     assert {"index.html", "table.md", "table.csv", "table.json", "pareto.png", "pareto.svg"} <= names
     assert len([name for name in names if name.startswith("pareto-")]) == 2
-    assert names == {path.name for path in (tmp_path / "board").iterdir()}, "no temporary file may stay"
+    there = {path.relative_to(tmp_path / "board").as_posix() for path in (tmp_path / "board").rglob("*") if path.is_file()}
+    assert names == there, "no temporary file may stay"
     assert "m/p/quality-x.json" in (tmp_path / "board" / "index.html").read_text()
 
 
@@ -388,7 +311,7 @@ def test_a_failed_write_leaves_the_old_board(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(BoardError, match="No space left"):
         builder.write(board(), [], tmp_path)
-    assert (tmp_path / "index.html").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+    assert (tmp_path / "index.html").read_bytes() == before and not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_no_records_is_an_error_of_one_line(tmp_path: Path) -> None:

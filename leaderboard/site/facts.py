@@ -1,156 +1,19 @@
-"""The board as one HTML file that needs nothing else: styles, script and plots are inside. Nothing from a record is trusted."""
+"""What is known of a cell, in words: pairs of name and text."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from harness.record import Status
 from harness.significance import LEVEL
-from leaderboard.engines import paths
-from leaderboard.figures import FAMILIES, family_of, inline_svg, plottable
 from leaderboard.row import Row
-from leaderboard.tables import COLUMNS, EMPTY, RANK, Column, Table, decimal, p_text, pareto, seed_spread, shorten, tables
+from leaderboard.tables import EMPTY, decimal, p_text, seed_spread, shorten
 
-_HERE = Path(__file__).parent
-_LONGEST_NAME = 120
-_LONGEST_REMARK = 240
-_LONGEST_DETAIL = 2000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of the page: what it sorts by, what it says, its interval, and where the interval lies on a bar (per cent)."""
-
-    sort: float | None
-    value: str
-    interval: str
-    bar: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row as the page shows it."""
-
-    row: Row
-    name: str
-    about: str
-    family: str
-    fronts: list[str]
-    cells: list[Cell]
-    reason: str
-    flags: list[str]
-    seeds: str
-    details: list[tuple[str, str]]
-
-    @property
-    def breakable(self) -> Markup:
-        """The name, escaped, with places where a line may end."""
-        return Markup("<wbr>").join(re.split(r"(?<=[+,(])", self.name))
-
-    @property
-    def empty(self) -> bool:
-        return all(cell.value == EMPTY for cell in self.cells)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with its plot."""
-
-    id: str
-    title: str
-    setting: str
-    notes: list[str]
-    lines: list[Line]
-    figure: Markup | None
-
-
-def render(board: Sequence[Row], unreadable: Sequence[tuple[str, str]] = ()) -> str:
-    """The page of a board.
-
-    Args:
-        board: The rows, sorted.
-        unreadable: Path and reason of each file that should be a record and is not.
-    """
-    script = (_HERE / "page.js").read_text()
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.j2").render(
-        sections=[_section(table, f"table-{number}") for number, table in enumerate(tables(board), 1)],
-        columns=COLUMNS,
-        rank_help=RANK,
-        counts=_counts(board),
-        paths=paths(board),
-        unreadable=[(shorten(path, _LONGEST_REMARK), shorten(reason, _LONGEST_REMARK)) for path, reason in unreadable],
-        style=Markup((_HERE / "page.css").read_text()),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-
-
-def _counts(board: Sequence[Row]) -> str:
-    models, ended = len({row.model for row in board}), sum(row.status == Status.OK for row in board)
-    others = len(board) - ended
-    parts = [_plural(len(board), "row"), _plural(models, "model"), f"{ended} measured in full"]
-    return ", ".join(parts + ([f"{others} not"] if others else []))
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
-def _section(table: Table, name: str) -> Section:
-    fronts = {
-        "smallest": {id(row) for row in pareto(table.rows, "weight_bytes")},
-        "fastest": {id(row) for row in pareto(table.rows, "decode_tokens_per_s")},
-    }
-    fastest = max((row.speedup_high or row.speedup or 0.0 for row in table.rows), default=0.0)
-    lines = [
-        Line(
-            row=row,
-            name=shorten(row.label, _LONGEST_NAME),
-            about=shorten(" · ".join(_about(row, table)), _LONGEST_NAME),
-            family=family_of(row) if family_of(row) in FAMILIES else "other",
-            fronts=[front for front, members in fronts.items() if id(row) in members],
-            cells=[_cell(column, row, fastest) for column in COLUMNS],
-            reason=shorten(row.reason or "", _LONGEST_REMARK),
-            flags=[shorten(flag, _LONGEST_REMARK) for flag in row.flags],
-            seeds=seed_spread(row) or "",
-            details=details(row),
-        )
-        for row in table.rows
-    ]
-    precisions = sorted({row.source_precision for row in table.rows if row.source_precision})
-    notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions]
-    if table.reference is None:
-        notes.append("There is no measured reference in this table, so nothing is compared with it.")
-    figure = Markup(inline_svg(table, name)) if plottable(table) else None
-    return Section(name, shorten(table.title, _LONGEST_NAME), shorten(table.setting, 300), notes, lines, figure)
-
-
-def _cell(column: Column, row: Row, fastest: float) -> Cell:
-    bar = None
-    if column.key == "speedup" and row.speedup_low is not None and row.speedup_high is not None and fastest > 0:
-        bar = (100 * row.speedup_low / fastest, 100 * (row.speedup_high - row.speedup_low) / fastest, 100 / fastest)
-    return Cell(getattr(row, column.key), column.value(row), column.interval(row), bar)
+LONGEST_DETAIL = 2000
 
 
 def details(row: Row) -> list[tuple[str, str]]:
-    """What the page says about a row beyond the columns, as pairs of name and text."""
+    """What is known of a row, as pairs of name and text."""
     facts = {
         "Status": f"{row.status}: {row.reason}" if row.reason else row.status,
         "Flags": "; ".join(row.flags),
@@ -168,7 +31,7 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Provenance": " · ".join(f"{name} {value}" for name, value in row.provenance.items()),
         "Command": row.command,
     }
-    return [(name, shorten(value, _LONGEST_DETAIL)) for name, value in facts.items() if value and value != EMPTY]
+    return [(name, shorten(value, LONGEST_DETAIL)) for name, value in facts.items() if value and value != EMPTY]
 
 
 def _quality(row: Row) -> dict[str, str | None]:
@@ -283,9 +146,3 @@ def _text(form: Callable[[float], str], value: float | None, unit: str = "") -> 
 def _span(form: Callable[[float], str], value: float | None, low: float | None, high: float | None, unit: str) -> str:
     bounds = "" if low is None or high is None else f" ({_text(form, low)} to {_text(form, high)})"
     return EMPTY if value is None else f"{_text(form, value)}{unit}{bounds}"
-
-
-def _about(row: Row, table: Table) -> list[str]:
-    """The words under a row's name: family, zeros if it was pruned, its engine where the table holds several, its kernel."""
-    zeros = [f"{row.sparsity:.0%} zeros"] if row.sparsity is not None and "pruning" in row.family else []
-    return [row.family, *zeros, *([row.engine_label] if table.engines_differ else []), *([shorten(row.kernel, 60)] if row.kernel else [])]

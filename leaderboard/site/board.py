@@ -1,0 +1,88 @@
+"""What every page is made of: the rows with their tables, fronts and records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from harness.record import Keys, Record, Stage, Status
+from leaderboard.row import Row
+from leaderboard.rows import Records
+from leaderboard.tables import Table, pareto, tables
+
+KeyTriple = tuple[str, str, str]
+SMALLEST, FASTEST = "size", "speed"
+
+
+def triple(keys: Keys) -> KeyTriple:
+    return keys.compress, keys.quality, keys.speed
+
+
+@dataclass(frozen=True)
+class Board:
+    """A results folder, read.
+
+    Attributes:
+        rows: One for each cell, sorted.
+        newest: The newest record of each stage and key.
+        unreadable: Path and reason of each file that should be a record and is not.
+    """
+
+    rows: Sequence[Row]
+    newest: Records = field(default_factory=dict)
+    unreadable: Sequence[tuple[str, str]] = ()
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        return tables(self.rows)
+
+    @cached_property
+    def table_of(self) -> dict[KeyTriple, int]:
+        """The position of each row's table."""
+        return {triple(row.keys): number for number, table in enumerate(self.tables) for row in table.rows}
+
+    @cached_property
+    def fronts(self) -> dict[KeyTriple, list[str]]:
+        """On which Pareto fronts of its table a row lies: `size`, `speed`."""
+        found: dict[KeyTriple, list[str]] = {}
+        for table in self.tables:
+            for name, axis in ((SMALLEST, "weight_bytes"), (FASTEST, "decode_tokens_per_s")):
+                for row in pareto(table.rows, axis):  # type: ignore[arg-type]
+                    found.setdefault(triple(row.keys), []).append(name)
+        return found
+
+    @cached_property
+    def scaling(self) -> dict[str, list[list[Row]]]:
+        """For each model its pipelines that were measured alike on others too: the rows of all those models, in the best filled setting."""
+        settings: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
+        for row in self.rows:
+            settings.setdefault(row.table_key[1:], {}).setdefault((row.pipeline, row.engine_label), {})[row.model] = row
+        found: dict[str, list[list[Row]]] = {}
+        for pipelines in settings.values():
+            here: dict[str, list[list[Row]]] = {}
+            for models in pipelines.values():
+                if len(models) > 1:
+                    for model in models:
+                        here.setdefault(model, []).append(list(models.values()))
+            found |= {model: groups for model, groups in here.items() if len(groups) > len(found.get(model, ()))}
+        return found
+
+    def records(self, row: Row) -> dict[Stage, Record]:
+        """The records that a row was made of."""
+        return {stage: self.newest[stage, row.keys.of(stage)] for stage in Stage if (stage, row.keys.of(stage)) in self.newest}
+
+    def bearer(self, row: Row) -> Record | None:
+        """Any record that describes the cell of a row."""
+        return next(reversed(self.records(row).values()), None)
+
+    @property
+    def counts(self) -> str:
+        """How much there is, in words."""
+        ended = sum(row.status == Status.OK for row in self.rows)
+        parts = [plural(len(self.rows), "cell"), plural(len({row.model for row in self.rows}), "model"), f"{ended} measured in full"]
+        return ", ".join(parts + ([f"{len(self.rows) - ended} not"] if len(self.rows) > ended else []))
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

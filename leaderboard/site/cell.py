@@ -1,0 +1,185 @@
+"""The page of one cell: all its measurements, what the method claims and what was found, provenance, and how to run it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.record import Evidence, Record, Stage
+from leaderboard.row import Row, clean
+from leaderboard.site import names
+from leaderboard.site.board import Board, triple
+from leaderboard.site.facts import details
+from leaderboard.site.lines import Line
+from leaderboard.site.method import steps
+from leaderboard.site.pages import LONGEST_REMARK, page
+from leaderboard.site.ranking import set_facts
+from leaderboard.tables import COLUMNS, EMPTY, decimal, p_value, shorten
+
+_LONGEST_TEXT = 20_000
+_SHOWN_APART = {"Status", "Flags", "Command", "Provenance", "Perplexity", "Accuracy % (against the reference)", "Speed over the grid"}
+_BYTES = decimal(1, 1e-6)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A small table."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    facts: Sequence[tuple[str, str]] = ()
+
+
+def render(board: Board, row: Row, line: Line) -> str:
+    records = board.records(row)
+    table = board.tables[board.table_of[triple(row.keys)]]
+    setting = set_facts(table)
+    return page(
+        "cell.html.j2",
+        names.cell(row),
+        f"{row.label} · {row.model}",
+        row=row,
+        line=line,
+        set_id=setting["id"],
+        setting=setting["title"],
+        model_href=names.model(row.model),
+        methods=[(name, names.method(name)) for name in steps(board, row)],
+        tiles=[
+            {"header": column.header, "help": column.help, "value": column.value(row), "interval": column.interval(row)}
+            for column in COLUMNS
+            if column.value(row) != EMPTY
+        ],
+        command=shorten(row.command, _LONGEST_TEXT),
+        details=[(name, text) for name, text in details(row) if name not in _SHOWN_APART],
+        grids=[grid for grid in (_perplexities(row), _tasks(row), _speeds(row)) if grid.rows],
+        evidence=list(_evidence(records)),
+        provenance=[_provenance(stage, record) for stage, record in records.items()],
+    )
+
+
+def _perplexities(row: Row) -> Grid:
+    form = decimal(2)
+    return Grid(
+        "Perplexity by corpus and protocol",
+        ("Protocol", "Perplexity"),
+        [(_cut(k), _text(form, v)) for k, v in row.perplexity_by_protocol.items()],
+    )
+
+
+def _tasks(row: Row) -> Grid:
+    form, signed = decimal(1, 100), decimal(1, 100, signed=True)
+    rows = [
+        (_cut(task), _text(form, value), _text(signed, row.task_delta.get(task)), _text(p_value, row.task_p.get(task)))
+        for task, value in row.task_accuracy.items()
+    ]
+    return Grid("Zero-shot tasks", ("Task", "Accuracy %", "Points above the reference", "p (Holm)"), rows)
+
+
+def _speeds(row: Row) -> Grid:
+    forms = {
+        "prefill_ms": ("Prefill ms", decimal(0)),
+        "decode_tokens_per_s": ("Tokens/s", decimal(1)),
+        "throughput_tokens_per_s": ("Tokens/s in all", decimal(1)),
+        "speedup": ("Speed-up", decimal(2)),
+        "roofline_fraction": ("Roof %", decimal(0, 100)),
+    }
+    rows = [
+        (
+            f"{point['batch']} × {point['prompt']} + {point['new_tokens']}",
+            *(_number(form, point.get(key)) for key, (_, form) in forms.items()),
+        )
+        for point in row.speed_points
+    ]
+    return Grid("Speed: batch × prompt + new tokens", ("Point", *(header for header, _ in forms.values())), rows)
+
+
+def _number(form: Any, value: Any) -> str:
+    return form(value) if isinstance(value, int | float) else EMPTY
+
+
+def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
+    compress = records.get(Stage.COMPRESS)
+    if compress and compress.compress:
+        claim = {k: v for k, v in clean(compress.compress.claim).items() if v not in (None, 0, {}, [])}
+        yield Grid("Claim", (), (), [(_cut(name), _cut(_plain(value))) for name, value in claim.items()])
+    for stage in (Stage.QUALITY, Stage.SPEED):
+        result = (records[stage].quality or records[stage].speed) if stage in records else None
+        if result:
+            yield _found(f"Found by the stage {stage}", result.evidence)
+            break
+    if compress and compress.compress:
+        files = [(_cut(clean(f.name)), f"{f.bytes:,}", (f.sha256 or EMPTY)[:64]) for f in compress.compress.files[:100]]
+        yield Grid("Files of the artefact", ("File", "Bytes", "SHA-256"), files)
+
+
+def _found(title: str, evidence: Evidence) -> Grid:
+    bits, zeros = decimal(2), decimal(1, 100)
+    rows = [
+        (
+            _cut(clean(f"{layer.layer} ({layer.role})")),
+            f"{layer.count:,}",
+            f"{layer.parameters:,}",
+            f"{layer.bytes:,}",
+            _number(bits, clean(layer.bits_per_weight)),
+            _number(zeros, clean(layer.zeros)) + (f" ({_cut(clean(layer.pattern))})" if layer.pattern and layer.zeros else ""),
+            _cut(", ".join(clean(list(layer.dtypes)))),
+            _cut(", ".join(clean(list(layer.operators)))) or EMPTY,
+        )
+        for layer in evidence.layers[:100]
+    ]
+    facts = {
+        "Weights in memory": f"{evidence.weight_bytes:,} bytes",
+        "Operators of one decode step": ", ".join(f"{name} × {count}" for name, count in evidence.operators.items()),
+        "Dense weights expanded in a step": None if evidence.materialised_bytes is None else f"{_BYTES(evidence.materialised_bytes)} MB",
+        "Faster kernels that are missing": "; ".join(evidence.missing_kernels),
+    }
+    header = ("Layers", "Number", "Weights", "Bytes", "Bits a weight", "Zeros %", "Stored as", "Multiplied by")
+    return Grid(title, header, rows, [(name, _cut(clean(text))) for name, text in facts.items() if text])
+
+
+def _provenance(stage: Stage, record: Record) -> dict[str, Any]:
+    facts, failure = record.provenance, record.failure
+    git = value if isinstance(value := facts.get("git"), dict) else {}
+    hardware = value if isinstance(value := facts.get("hardware"), dict) else {}
+    packages = value if isinstance(value := facts.get("packages"), dict) else {}
+    known = {
+        "Key": record.key,
+        "Started": record.started,
+        "Took": f"{record.wall_seconds:,.1f} s",
+        "Peak memory": None if record.peak_memory_bytes is None else f"{_BYTES(record.peak_memory_bytes)} MB",
+        "Record": f"schema {record.schema_version}",
+        "slimbench": facts.get("slimbench"),
+        "Commit": f"{git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else None,
+        "Python": facts.get("python"),
+        "System": facts.get("os"),
+        "Processor": hardware.get("cpu"),
+        "Threads": facts.get("threads"),
+    }
+    texts = {
+        "Packages": "\n".join(f"{name} {version}" for name, version in packages.items()),
+        "Configuration": json.dumps(record.config, indent=1, ensure_ascii=False, default=str),
+        "Traceback": failure.traceback if failure else "",
+        "End of stderr": failure.stderr_tail if failure else "",
+    }
+    return {
+        "title": f"Stage {stage}: {record.status}",
+        "facts": [(name, _cut(clean(str(value)))) for name, value in known.items() if value not in (None, "")],
+        "texts": [
+            (name, "\n".join(clean(line) for line in shorten(text, _LONGEST_TEXT).splitlines())) for name, text in texts.items() if text
+        ],
+    }
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cut(text: str) -> str:
+    return shorten(text, LONGEST_REMARK)
+
+
+def _text(form: Any, value: float | None) -> str:
+    return EMPTY if value is None else form(value)

@@ -1,0 +1,25 @@
+"""The guide: what columns, marks and statuses mean, and which engine runs what."""
+
+from __future__ import annotations
+
+from leaderboard.engines import paths
+from leaderboard.site.board import Board
+from leaderboard.site.pages import page
+from leaderboard.site.ranking import ALL
+from leaderboard.tables import RANK
+
+_STATUSES = {
+    "ok": "Every stage that was asked for ended well.",
+    "incomplete": "A stage has no record yet.",
+    "unsupported": "The combination cannot run: the reason says why.",
+    "diverged": "The perplexity is not finite or above the vocabulary size.",
+    "timeout": "A stage took longer than it was given.",
+    "oom": "Memory did not suffice.",
+    "failed": "A stage ended in an error. Nothing that failed is left out.",
+}
+
+
+def render(board: Board) -> str:
+    return page(
+        "guide.html.j2", "guide.html", "Guide", columns=ALL, rank_help=RANK, statuses=list(_STATUSES.items()), paths=paths(board.rows)
+    )

@@ -1,0 +1,126 @@
+"""Pages of the methods: what each is, from the registry, and its results on every model. Imports no model library."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from leaderboard.row import Row
+from leaderboard.site import names
+from leaderboard.site.board import Board
+from leaderboard.site.lines import Line
+from leaderboard.site.pages import page
+from leaderboard.site.ranking import set_facts
+from leaderboard.tables import COLUMNS, shorten
+
+_LONGEST_DOC = 4000
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a method: nothing but its name where only records name it."""
+
+    name: str
+    family: str = ""
+    title: str = ""
+    year: int | None = None
+    reference: str = ""
+    doc: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    settings: Sequence[tuple[str, str]] = ()
+    covers: Sequence[str] = field(default_factory=tuple)
+
+
+def registry() -> tuple[list[About], list[tuple[str, str]]]:
+    """Every method of the configuration, and each that could not be loaded with the reason."""
+    from harness.catalogue import entry
+    from harness.config import shipped
+
+    found, broken = [], []
+    for name in shipped("method"):
+        try:
+            found.append(_about(entry(name)))
+        except Exception as error:  # one broken file must not take the board down
+            broken.append((name, f"{type(error).__name__}: {error}"))
+    return found, broken
+
+
+def _about(entry: Any) -> About:
+    method = entry.method
+    citation = method.citation
+    facts = {
+        "Family": method.family,
+        "Paper": f"{citation.title}, {citation.year}" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""),
+        "Reference implementation": "written here from the paper" if method.reference == "paper" else method.reference,
+        "Needs": entry.needs,
+        "Format of the artefact": method.produces,
+        "Stands for": ", ".join(citation.covers),
+        "Module": type(method).__module__,
+    }
+    return About(
+        entry.name,
+        method.family,
+        citation.title,
+        citation.year,
+        method.reference,
+        _paragraphs(type(method).__doc__),
+        _paragraphs(sys.modules[type(method).__module__].__doc__),
+        [(name, value) for name, value in facts.items() if value],
+        [(name, str(value)) for name, value in entry.settings.items()],
+        citation.covers,
+    )
+
+
+def _paragraphs(doc: str | None) -> list[str]:
+    text = shorten(inspect.cleandoc(doc or ""), _LONGEST_DOC)
+    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def users(board: Board) -> dict[str, list[Row]]:
+    """The rows in whose pipeline a method stands, by its name."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in board.rows:
+        for name in steps(board, row):
+            found[name].append(row)
+    return found
+
+
+def steps(board: Board, row: Row) -> list[str]:
+    """Names of the methods of a row's pipeline."""
+    bearer = board.bearer(row)
+    return list(dict.fromkeys(str(step.get("name", "unnamed")) for step in bearer.cell.steps)) if bearer else []
+
+
+def index(abouts: Iterable[About], broken: Sequence[tuple[str, str]], used: dict[str, list[Row]]) -> str:
+    methods = [
+        {
+            "name": about.name,
+            "href": names.method(about.name),
+            "family": about.family or "–",
+            "title": about.title or "only records name it",
+            "year": about.year,
+            "reference": about.reference,
+            "cells": len(used.get(about.name, ())),
+            "models": len({row.model for row in used.get(about.name, ())}),
+        }
+        for about in abouts
+    ]
+    return page("methods.html.j2", "methods.html", "Methods", methods=methods, broken=broken)
+
+
+def render(board: Board, about: About, rows: Sequence[Row], lines: dict[str, Line]) -> str:
+    """The page of one method with its rows, set by set."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.table_key].append(row)
+    sections = [
+        {**set_facts(table), "lines": [lines[names.cell(row)] for row in groups[key]]}
+        for table in board.tables
+        if (key := table.rows[0].table_key) in groups
+    ]
+    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, columns=COLUMNS)

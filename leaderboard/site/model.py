@@ -1,0 +1,114 @@
+"""Pages of the models: an index, and for each model its pipelines, set by set, and the same pipelines on other sizes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from harness.record import Status
+from leaderboard.row import Row
+from leaderboard.site import names
+from leaderboard.site.board import Board, plural
+from leaderboard.site.lines import Line
+from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from leaderboard.site.ranking import set_facts
+from leaderboard.tables import COLUMNS, EMPTY, Column, decimal, shorten
+
+LOW_BITS = 5.0
+_MOST_SCALED = 200
+_SCALED = ("perplexity_delta_percent", "speedup", "decode_tokens_per_s", "weight_bytes")
+_CHANGE = decimal(1, signed=True)
+
+
+def count(parameters: int | None) -> str:
+    """A number of parameters for people: `135 M`, `1.7 B`."""
+    if parameters is None:
+        return EMPTY
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+
+
+def index(board: Board) -> str:
+    models = [
+        {
+            "name": name,
+            "href": names.model(name),
+            "parameters": count(_parameters(board, rows)),
+            "cells": len(rows),
+            "ended": sum(row.status == Status.OK for row in rows),
+            "best": _best(rows),
+        }
+        for name, rows in by_model(board).items()
+    ]
+    return page("models.html.j2", "models.html", "Models", board=board, models=models)
+
+
+def by_model(board: Board) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in board.rows:
+        found[row.model].append(row)
+    return found
+
+
+def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line], sizes: bool) -> str:
+    """The page of one model.
+
+    Args:
+        rows: Its rows.
+        lines: The line of each row by its page.
+        sizes: There is a plot over model sizes.
+    """
+    models = {row.model for row in rows}
+    sections = [
+        {**set_facts(table), "lines": [lines[names.cell(row)] for row in table.rows]}
+        for table in board.tables
+        if table.rows[0].model in models
+    ]
+    ended = sum(row.status == Status.OK for row in rows)
+    parameters = _parameters(board, rows)
+    parts = [*([f"{count(parameters)} parameters"] if parameters else []), plural(len(rows), "cell"), f"{ended} measured in full"]
+    return page(
+        "model.html.j2",
+        names.model(name),
+        name,
+        name=name,
+        summary=", ".join(parts) + ".",
+        sections=sections,
+        columns=COLUMNS,
+        relatives=_relatives(board, name),
+        sizes=sizes,
+    )
+
+
+def _parameters(board: Board, rows: Sequence[Row]) -> int | None:
+    return next((record.cell.parameters for row in rows if (record := board.bearer(row)) and record.cell.parameters), None)
+
+
+def _best(rows: Sequence[Row]) -> dict[str, str] | None:
+    """The row of few bits that loses least against its reference."""
+    candidates = [
+        (row.perplexity_delta_percent, row)
+        for row in rows
+        if row.status == Status.OK
+        and row.perplexity_delta_percent is not None
+        and row.effective_bits is not None
+        and row.effective_bits < LOW_BITS
+    ]
+    if not candidates:
+        return None
+    change, row = min(candidates, key=lambda pair: pair[0])
+    return {"href": names.cell(row), "name": shorten(row.label, LONGEST_NAME), "loss": f"{_CHANGE(change)} %"}
+
+
+def _relatives(board: Board, name: str) -> dict[str, Any] | None:
+    """Pipelines of the model beside the same pipelines of other models, smallest first."""
+    columns: list[Column] = [column for column in COLUMNS if column.key in _SCALED]
+    shown: list[list[str]] = []
+    for rows in board.scaling.get(name, []):
+        if len(shown) >= _MOST_SCALED:
+            break
+        for row in sorted(rows, key=lambda r: (_parameters(board, [r]) or 0, r.weight_bytes or 0, r.model)):
+            label = shorten(f"{row.pipeline} · {row.engine_label}", LONGEST_REMARK)
+            numbers = [column.plus_minus(row) for column in columns]
+            shown.append([label, shorten(row.model, LONGEST_NAME), count(_parameters(board, [row])), *numbers])
+    return {"header": ["Pipeline", "Model", "Parameters", *(column.header for column in columns)], "rows": shown} if shown else None

@@ -1,0 +1,142 @@
+"""The ranking: every cell in one table that the browser sorts and filters. Its rows travel as compact JSON in a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from leaderboard.recommend import memory_bytes
+from leaderboard.row import Row
+from leaderboard.site import names
+from leaderboard.site.board import FASTEST, SMALLEST, Board, triple
+from leaderboard.site.lines import colour, simulated
+from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from leaderboard.tables import COLUMNS, RANK, Bounds, Column, Table, decimal, seed_spread, shorten
+
+EXTRA = (
+    Column("compress_seconds", "Compress\N{NO-BREAK SPACE}s", "Wall time of the compression.", decimal(1)),
+    Column("peak_memory_bytes", "Peak MB", "Peak resident memory of the compression, in 10⁶ bytes.", decimal(0, 1e-6)),
+)
+ALL = (*COLUMNS, *EXTRA)
+_HIDDEN = {"kl_mean", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
+_LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
+_REFERENCE, _SIMULATED, _SMALLEST, _FASTEST = 1, 2, 4, 8
+_MEMORY = decimal(1, 1e-6)
+
+
+def index(board: Board, files: Iterable[str]) -> str:
+    """The page; its rows come from `data`.
+
+    Args:
+        files: Names of the tables and plots that lie beside it.
+    """
+    tables, plots = [f for f in files if f.startswith("table.")], [f for f in files if f.endswith(".svg")]
+    return page("ranking.html.j2", "index.html", "Ranking", board=board, columns=ALL, rank_help=RANK, tables=tables, plots=plots)
+
+
+def data(board: Board) -> str:
+    """A script that defines `BOARD`: texts once, rows as arrays, numbers as they are shown."""
+    texts = _Texts()
+    rows = [_row(board, row, texts) for row in board.rows]
+    content = {
+        "columns": [_column(column) for column in ALL],
+        "sets": [set_facts(table) for table in board.tables],
+        "rows": rows,
+        "texts": list(texts),
+    }
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"window.BOARD=JSON.parse('{quoted}');\n"
+
+
+class _Texts(dict[str, int]):
+    """Texts by their number, in the order in which they were first asked for."""
+
+    def __missing__(self, text: str) -> int:
+        self[text] = number = len(self)
+        return number
+
+    def name(self, text: str | None) -> int | None:
+        return self[shorten(text, LONGEST_NAME)] if text else None
+
+    def remark(self, text: str | None) -> int | None:
+        return self[shorten(text, LONGEST_REMARK)] if text else None
+
+
+def _column(column: Column) -> dict[str, Any]:
+    return {
+        "key": column.key,
+        "header": column.header,
+        "help": column.help,
+        "digits": column.format.digits,  # type: ignore[attr-defined]
+        "signed": column.format.signed,  # type: ignore[attr-defined]
+        "rising": column.rising,
+        "log": column.key in _LOGARITHMIC,
+        "shown": column.key not in _HIDDEN,
+    }
+
+
+def set_facts(table: Table) -> dict[str, Any]:
+    """What stands above the rows that were measured alike."""
+    row = table.rows[0]
+    notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions(table)]
+    if table.reference is None:
+        notes.append("There is no measured reference in this set, so nothing is compared with it.")
+    return {
+        "id": names.slug("\n".join(row.table_key))[-6:],
+        "title": shorten(table.title, LONGEST_NAME),
+        "setting": shorten(table.setting, LONGEST_REMARK),
+        "notes": notes,
+        "reference": None if table.reference is None else names.cell_id(table.reference),
+    }
+
+
+def precisions(table: Table) -> list[str]:
+    """Precisions of the dense source below full, where there are any."""
+    return sorted({row.source_precision for row in table.rows if row.source_precision})
+
+
+def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
+    fronts, bearer = board.fronts.get(triple(row.keys), ()), board.bearer(row)
+    marks = _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
+    marks |= _SMALLEST * (SMALLEST in fronts) | _FASTEST * (FASTEST in fronts)
+    seeds = seed_spread(row)
+    return [
+        names.cell_id(row),
+        board.table_of[triple(row.keys)],
+        texts.name(row.model),
+        texts.name(row.label),
+        texts.name(row.family),
+        texts[colour(row)],
+        texts.name(row.engine_label),
+        texts.name(row.kernel),
+        texts.name(row.device),
+        texts[row.status],
+        texts.remark(row.reason),
+        [texts.remark(text) for text in (*row.flags, *([f"Perplexity {seeds}"] if seeds else []))],
+        row.rank,
+        marks,
+        texts.name(row.source_precision),
+        None if bearer is None else bearer.cell.parameters,
+        None if (memory := memory_bytes(row)) is None else shown(_MEMORY(memory)),
+        *(_number(column, row) for column in ALL),
+    ]
+
+
+def _number(column: Column, row: Row) -> Any:
+    """Nothing, the number, the number with its error, or the number with the bounds of its interval."""
+    value = getattr(row, column.key)
+    if value is None:
+        return None
+    if isinstance(column.bounds, Bounds):
+        bounds = [getattr(row, name) for name in column.bounds]
+        return [shown(column.format(v)) for v in (value, *bounds)] if None not in bounds else shown(column.format(value))
+    error = getattr(row, column.error) if column.error else None
+    return shown(column.format(value)) if error is None else [shown(column.format(value)), shown(column.format(error))]
+
+
+def shown(text: str) -> float | int:
+    """The number that a text shows."""
+    value = float(text.replace("−", "-"))
+    return int(value) if value.is_integer() else value

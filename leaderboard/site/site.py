@@ -1,0 +1,43 @@
+"""The whole site: every page by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from leaderboard.site import cell, coverage, guide, method, model, names, ranking
+from leaderboard.site.assets import assets
+from leaderboard.site.board import Board
+from leaderboard.site.lines import line
+
+FOLDERS = ("cell", "model", "method")
+
+
+def files(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file of the site, the ranking last: it appears once all that it links to is there.
+
+    Args:
+        beside: Names of the tables and plots that lie beside the ranking.
+    """
+    yield from assets().items()
+    for path, text in _pages(board, beside):
+        yield path, text.encode()
+
+
+def _pages(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, str]]:
+    abouts, broken = method.registry()
+    used = method.users(board)
+    known = {about.name for about in abouts}
+    abouts += [method.About(name) for name in sorted(set(used) - known)]
+    lines = {names.cell(row): line(board, row) for row in board.rows}
+    for row in board.rows:
+        yield names.cell(row), cell.render(board, row, lines[names.cell(row)])
+    for name, rows in model.by_model(board).items():
+        yield names.model(name), model.render(board, name, rows, lines, "sizes.svg" in beside)
+    for about in abouts:
+        yield names.method(about.name), method.render(board, about, used.get(about.name, []), lines)
+    yield "models.html", model.index(board)
+    yield "methods.html", method.index(abouts, broken, used)
+    yield "coverage.html", coverage.render({about.name for about in abouts})
+    yield "guide.html", guide.render(board)
+    yield "data/rows.js", ranking.data(board)
+    yield "index.html", ranking.index(board, beside)
