@@ -58,12 +58,8 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         lines: The line of each row by its page.
         sizes: There is a plot over model sizes.
     """
-    models = {row.model for row in rows}
-    sections = [
-        {**set_facts(table), "lines": [lines[names.cell(row)] for row in table.rows]}
-        for table in board.tables
-        if table.rows[0].model in models
-    ]
+    own = [table for table in board.tables if table.rows[0].model == name]
+    sections = [{**set_facts(table), "lines": [lines[names.cell(row)] for row in table.rows]} for table in own]
     ended = sum(row.status == Status.OK for row in rows)
     parameters = _parameters(board, rows)
     parts = [*([f"{count(parameters)} parameters"] if parameters else []), plural(len(rows), "cell"), f"{ended} measured in full"]

@@ -23,7 +23,7 @@ from leaderboard import scaling
 from leaderboard.build import BoardError, build, contents
 from leaderboard.figures import caption, draw, plottable
 from leaderboard.tables import COLUMNS, EMPTY, Row, pareto, rows, tables, to_csv, to_json, to_markdown, to_terminal
-from tests.unit.board_records import Spec, board, failure, records, specs
+from tests.unit.board_records import Spec, board, failure, records
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
 
