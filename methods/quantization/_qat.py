@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,8 @@ from methods.quantization._grid_layers import GridLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from methods.kernels.grid import QuantizedWeight
 
 Layer = TypeVar("Layer", bound=GridLinear)
 
@@ -46,10 +48,14 @@ def fit(
 
 def save(model: PreTrainedModel, layers: Mapping[str, GridLinear], dense: DenseModel, out: Path) -> None:
     """Write the trained model packed, everything else in the dtype of the dense model."""
+    save_weights(model, [(name, layer.quantized()) for name, layer in layers.items()], dense, out)
+
+
+def save_weights(model: PreTrainedModel, weights: Iterable[tuple[str, QuantizedWeight]], dense: DenseModel, out: Path) -> None:
+    """Write a trained model with weights that are quantized already; everything else in the dtype of the dense model."""
     from methods.kernels import packed
 
     dtype = getattr(torch, dense.dtype)
-    weights = [(name, layer.quantized()) for name, layer in layers.items()]
     model.to(dtype)
     model.config.dtype = dtype
     packed.save(model, weights, out)

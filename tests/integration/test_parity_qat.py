@@ -1,0 +1,77 @@
+"""Trained quantization gives what its libraries' own documented calls give, on a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from methods._training import cut, objective, train
+from methods.base import DenseModel
+from methods.kernels import packed
+from methods.quantization.qat import TorchAOQAT
+from tests.unit import tiny
+
+pytestmark = pytest.mark.integration
+
+CALIBRATION = tiny.tokens(samples=8, length=64)
+SHORT: dict[str, Any] = {"steps": 12, "batch_size": 4, "length": 32, "learning_rate": 1e-3}
+
+
+def dense_model(folder: Path, dtype: str) -> DenseModel:
+    return tiny.save_model(folder, dtype=dtype, initializer_range=0.15)
+
+
+def packed_weights(folder: Path) -> dict[str, Tensor]:
+    return {n: m.dequantize() for n, m in packed.load(folder).named_modules() if isinstance(m, packed.PackedLinear)}
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (3, 64), (8, None)])
+def test_qat_equals_torchao_prepared_and_converted(tmp_path: Path, bits: Any, group_size: Any) -> None:
+    """In float32 the artefact holds the weights of `QATConfig(base, step="convert")` after the same training."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
+    from torchao.quantization.qat import QATConfig
+
+    dense, settings = dense_model(tmp_path, "float32"), TorchAOQAT(bits=bits, group_size=group_size, **SHORT)
+    base = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(group_size) if group_size else PerAxis(0))
+
+    def wanted(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+
+    model: Any = dense.load()
+    quantize_(model, QATConfig(base, step="prepare"), filter_fn=wanted)
+    train(settings, dict(model.named_parameters()), objective(settings, model, dense), cut(CALIBRATION.ids, 32), dense)
+    quantize_(model, QATConfig(base, step="convert"), filter_fn=wanted)
+    out = tmp_path / "out"
+    out.mkdir()
+    claim = settings.compress(dense, CALIBRATION, out)
+    got = packed_weights(out)
+    assert len(got) == 14 and (claim.bits, claim.group_size) == (bits, group_size)
+    for name, weight in got.items():
+        assert torch.equal(weight, model.get_submodule(name).weight.dequantize()), name
+    ids = CALIBRATION.ids
+    with torch.inference_mode():
+        assert torch.allclose(packed.load(out)(ids).logits, model(ids).logits, atol=1e-3)
+
+
+def test_qat_in_bfloat16_packs_what_was_trained(tmp_path: Path) -> None:
+    """The library's fake quantizer, applied to the trained weights, gives the weights of the artefact."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import quantize_
+
+    dense, settings = dense_model(tmp_path, "bfloat16"), TorchAOQAT(group_size=32, **SHORT)
+    model: Any = dense.load(dtype=torch.float32)
+    quantize_(model, settings.prepare("bfloat16"), filter_fn=lambda m, name: isinstance(m, torch.nn.Linear) and "lm_head" not in name)
+    train(settings, dict(model.named_parameters()), objective(settings, model, dense), cut(CALIBRATION.ids, 32), dense)
+    out = tmp_path / "out"
+    out.mkdir()
+    claim = settings.compress(dense, CALIBRATION, out)
+    for name, weight in packed_weights(out).items():
+        layer = model.get_submodule(name)
+        assert torch.equal(weight, layer.weight_fake_quantizer(layer.weight).bfloat16()), name
+    assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]
+    assert claim.trained_parameters == dense.load().num_parameters()
