@@ -188,7 +188,7 @@ def save(
         tensors |= _save_dense(model, out)
     else:
         packed.save(model, weights, out)
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, out / TENSORS)
+    save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, out / TENSORS)
     described = {
         "format": "slimbench runtime",
         "schema": SCHEMA,

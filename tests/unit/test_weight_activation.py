@@ -12,12 +12,17 @@ from torch import Tensor
 from methods._sequential import walk
 from methods.base import Claim, DenseModel, Method, Unsupported
 from methods.kernels import packed, runtime
+from methods.quantization.atom import Atom
 from methods.quantization.fp8 import FP8Dynamic, FP8Static
+from methods.quantization.fptq import FPTQ, equalising_scale
 from methods.quantization.microscaling import NVFP4, Microscaling
+from methods.quantization.outlier_suppression import OutlierSuppressionPlus, suppress, threshold_scale
 from methods.quantization.quarot import QuaRot, QuaRotRTN
+from methods.quantization.rptq import RPTQ
 from methods.quantization.rtn_activation import RTNActivation
 from methods.quantization.smoothquant import SmoothQuant, SmoothQuantStatic, smooth
 from methods.quantization.zeroquant import ZeroQuant, ZeroQuantMixed
+from methods.quantization.zeroquant_fp import ZeroQuantFP
 from tests.unit import tiny
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -260,3 +265,118 @@ def test_quarot_with_gptq_is_nearer_than_to_nearest(dense: DenseModel, tmp_path:
         assert {layer.inner.kernel_missing for layer in loaded.modules() if isinstance(layer, runtime.PlannedLinear)} == {None}
         errors.append(distance(loaded, dense))
     assert 0 < errors[0] < errors[1] < 0.8
+
+
+def test_outlier_suppression_centres_channels_and_changes_nothing(exact: DenseModel) -> None:
+    model = exact.load()
+    grid = runtime.ActivationGrid("int", 8)
+    shifts = suppress(model, tiny.tokens(16, 32), grid, 5, exact)
+    assert {name.rpartition(".")[2] for name in shifts} == set(NORMED)
+    caught: dict[str, list[Tensor]] = {}
+    with runtime.planned(model, {name: runtime.InputPlan(shift=shift) for name, shift in shifts.items()}):
+        torch.testing.assert_close(logits(model), logits(exact.load()), rtol=1e-3, atol=2e-5)
+        for block in walk(model, tiny.tokens(16, 32).ids):
+            block.observe(lambda name, x: caught.setdefault(name, []).append(x))
+    for name in shifts:
+        x = torch.cat(caught[name])
+        torch.testing.assert_close(x.amax(0), -x.amin(0), rtol=1e-3, atol=1e-5)
+    largest = torch.tensor([0.5, 2.0, 8.0])
+    assert threshold_scale(largest, 2.0).tolist() == [1, 1, 4]
+
+
+def test_outlier_suppression_multiplies_integers_or_simulates(dense: DenseModel, tmp_path: Path) -> None:
+    errors = []
+    for bits, simulated in ((8, False), (6, True)):
+        out = tmp_path / str(bits)
+        claim = run(OutlierSuppressionPlus(bits, thresholds=4), dense, out)  # type: ignore[arg-type]
+        assert (claim.bits, claim.activation_bits, claim.simulated, claim.details) == (bits, bits, simulated, {"shifts_at_run_time": 10})
+        loaded = runtime.load(out)
+        kernels = {layer.kernel for layer in loaded.modules() if isinstance(layer, packed.PackedLinear)}
+        assert kernels == (set() if simulated else {"torch int_mm w8a8"})
+        assert all(loaded.get_submodule(f"model.layers.{i}.self_attn.v_proj").inner.bias is not None for i in (0, 1))
+        errors.append(distance(loaded, dense))
+    assert 0 < errors[0] < 0.05 and errors[0] < errors[1] < 0.2
+
+
+@pytest.mark.parametrize("scales", ["free", "power-of-two"])
+def test_zeroquant_fp_puts_weights_on_e2m1(dense: DenseModel, tmp_path: Path, scales: Any) -> None:
+    claim = run(ZeroQuantFP(32, scales), dense, tmp_path)
+    assert (claim.bits, claim.group_size, claim.activation_bits, claim.simulated) == (4, 32, 8, True)
+    seen, moved = activations(dense), 0
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        groups = weight.float().unflatten(1, (-1, 32))
+        scale = groups.abs().amax(-1, keepdim=True) / 6
+        scale = torch.exp2(torch.ceil(torch.log2(scale))) if scales == "power-of-two" else scale
+        codes = rounded.float().unflatten(1, (-1, 32)) / scale
+        assert ((codes.abs().unsqueeze(-1) - E2M1).abs().amin(-1) < 0.03).all()
+        assert inputs.grid == runtime.ActivationGrid("e4m3")
+        nearest = runtime.fake_quantize(groups, runtime.ActivationGrid("e2m1", 4, "tensor"), scale).flatten(1)
+        moved += int((seen[name] @ (rounded - weight).float().T).norm() < (seen[name] @ (nearest - weight.float()).T).norm())
+    assert moved >= 12
+
+
+def test_atom_keeps_the_loudest_channels_in_eight_bits(tmp_path: Path) -> None:
+    dense = outlying(tmp_path / "dense")
+    claim = run(Atom(32, 32), dense, tmp_path)
+    assert claim.bits is not None and claim.simulated and claim.activation_bits == 4
+    inputs_of = {name: layer.in_features for name, layer in dense.load().named_modules() if name.endswith("_proj")}
+    weights = {name: dense.load().get_submodule(name).weight for name in inputs_of}
+    eight = sum(32 * w.shape[0] for w in weights.values()) / sum(w.numel() for w in weights.values())
+    assert claim.bits == pytest.approx(4 + 4 * eight)
+    seen = activations(dense)
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        assert inputs.permutation is not None and inputs.tail == 32
+        squares = seen[name].square().mean(0)[inputs.permutation]
+        assert squares[-32:].min() >= 0.999 * squares[:-32].max()
+        body = rounded[:, :-32].float().unflatten(1, (-1, 32))
+        assert max(len(group.unique()) for row in body for group in row) <= 15
+        assert (rounded[:, -32:] - weight[:, inputs.permutation][:, -32:]).abs().max() < 0.1 * weight.abs().max()
+    plain = tmp_path / "plain"
+    run(RTNActivation(4, 32, activation_bits=4, activation_group_size=32), dense, plain)
+    assert distance(runtime.load(tmp_path), dense) < 0.7 * distance(runtime.load(plain), dense)
+
+
+def test_fptq_equalises_in_the_middle_and_scales_tokens_beyond(exact: DenseModel, dense: DenseModel, tmp_path: Path) -> None:
+    largest = torch.tensor([0.1, 2.0, 30.0, 1e3])
+    torch.testing.assert_close(largest / equalising_scale(largest), torch.log2(2 + largest))
+    model = exact.load()
+    plans = FPTQ(low=0, high=1e9).plans(model, tiny.tokens(16, 32), exact)
+    torch.testing.assert_close(logits(model), logits(exact.load()), rtol=1e-3, atol=2e-5)
+    for name, x in activations(exact).items():
+        top, scale = x.abs().amax(0), plans[name].static_scale
+        assert scale is not None
+        if name.endswith(NORMED):
+            torch.testing.assert_close(scale * 127, torch.log2(2 + top).max())
+    left = exact.load()
+    plans = FPTQ(low=1e9, high=1e9).plans(left, tiny.tokens(16, 32), exact)
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), exact.load().parameters(), strict=True))
+    assert all(plan.static_scale is not None for plan in plans.values())
+    assert run(FPTQ(low=0, high=0), dense, tmp_path / "token").details == {"static_layers": 0, "token_layers": 14}
+    claim = run(FPTQ(group_size=32), dense, tmp_path / "default")
+    assert (claim.bits, claim.group_size, claim.activation_bits, claim.simulated) == (4, 32, 8, True)
+    assert 0 < distance(runtime.load(tmp_path / "default"), dense) < 0.3
+
+
+def test_rptq_clusters_have_a_static_grid_over_their_range(dense: DenseModel, tmp_path: Path) -> None:
+    claim = run(RPTQ(clusters=5), dense, tmp_path)
+    assert (claim.bits, claim.activation_bits, claim.simulated) == (4, 8, True)
+    seen = activations(dense)
+    for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
+        order, scale, offset = inputs.permutation, inputs.static_scale, inputs.static_offset
+        assert order is not None and scale is not None and offset is not None
+        assert torch.equal(order.sort().values, torch.arange(weight.shape[1]))
+        changes = ((scale[1:] != scale[:-1]) | (offset[1:] != offset[:-1])).sum()
+        assert 1 <= changes < 5
+        x = seen[name][:, order]
+        assert ((inputs(seen[name]) - x).abs() <= 0.51 * scale + 0.01 * x.abs()).all()
+        assert (rounded.float() - weight[:, order].float()).abs().max() < 0.5 * weight.float().abs().max()
+    assert 0 < distance(runtime.load(tmp_path), dense) < 0.3
+
+
+def test_more_clusters_are_nearer(tmp_path: Path) -> None:
+    dense = outlying(tmp_path / "dense")
+    errors = []
+    for clusters in (1, 8):
+        run(RPTQ(8, activation_bits=4, clusters=clusters), dense, tmp_path / str(clusters))
+        errors.append(distance(runtime.load(tmp_path / str(clusters)), dense))
+    assert errors[1] < 0.8 * errors[0]
