@@ -153,8 +153,9 @@ def _print_plan(cells: list[PlannedCell]) -> None:
     from harness.record import Stage
 
     counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
+    shared = Counter(override for planned in cells for override in planned.cell.overrides)
     rows = [
-        {"cell": planned.cell.label, "engine": planned.cell.config.engine.name}
+        {"cell": planned.cell.label, "overrides": " ".join(o for o in planned.cell.overrides if shared[o] < len(cells))}
         | {stage.value: planned.stages.get(stage, "–") for stage in Stage}
         | {"reason": planned.reason}
         for planned in cells
