@@ -18,6 +18,7 @@ from leaderboard.site.pages import LONGEST_REMARK, page
 from leaderboard.site.ranking import set_facts
 from leaderboard.tables import COLUMNS, EMPTY, decimal, p_value, shorten
 
+EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000
 _SHOWN_APART = {"Status", "Flags", "Command", "Provenance", "Perplexity", "Accuracy % (against the reference)", "Speed over the grid"}
 _BYTES = decimal(1, 1e-6)
@@ -108,7 +109,7 @@ def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
     for stage in (Stage.QUALITY, Stage.SPEED):
         result = (records[stage].quality or records[stage].speed) if stage in records else None
         if result:
-            yield _found(f"Found by the stage {stage}", result.evidence)
+            yield _found(f"{EVIDENCE_TITLE} {stage}", result.evidence)
             break
     if compress and compress.compress:
         files = [(_cut(clean(f.name)), f"{f.bytes:,}", (f.sha256 or EMPTY)[:64]) for f in compress.compress.files[:100]]

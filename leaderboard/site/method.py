@@ -7,9 +7,10 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from leaderboard.row import Row
+from leaderboard.row import Row, clean
 from leaderboard.site import names
 from leaderboard.site.board import Board
 from leaderboard.site.lines import Line
@@ -36,6 +37,7 @@ class About:
     covers: Sequence[str] = field(default_factory=tuple)
 
 
+@cache
 def registry() -> tuple[list[About], list[tuple[str, str]]]:
     """Every method of the configuration, and each that could not be loaded with the reason."""
     from harness.catalogue import entry
@@ -93,7 +95,7 @@ def users(board: Board) -> dict[str, list[Row]]:
 def steps(board: Board, row: Row) -> list[str]:
     """Names of the methods of a row's pipeline."""
     bearer = board.bearer(row)
-    return list(dict.fromkeys(str(step.get("name", "unnamed")) for step in bearer.cell.steps)) if bearer else []
+    return list(dict.fromkeys(clean(str(step.get("name", "unnamed"))) for step in bearer.cell.steps)) if bearer else []
 
 
 def index(abouts: Iterable[About], broken: Sequence[tuple[str, str]], used: dict[str, list[Row]]) -> str:

@@ -27,7 +27,7 @@ def _pages(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, str]]:
     abouts, broken = method.registry()
     used = method.users(board)
     known = {about.name for about in abouts}
-    abouts += [method.About(name) for name in sorted(set(used) - known)]
+    abouts = [*abouts, *(method.About(name) for name in sorted(set(used) - known))]
     lines = {names.cell(row): line(board, row) for row in board.rows}
     for row in board.rows:
         yield names.cell(row), cell.render(board, row, lines[names.cell(row)])
