@@ -1,0 +1,153 @@
+"""Learned rounding: each layer against the definition in its paper, and learning that helps, resumes and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from methods.base import Claim, DenseModel, Unsupported
+from methods.kernels import packed
+from methods.kernels.grid import Grid
+from methods.quantization._learned import ClippedLinear, DistilledLinear, DividedLinear, LearnedLinear, UpOrDownLinear
+from methods.quantization._reconstructing import Reconstructing
+from methods.quantization.adaround import AdaRound
+from methods.quantization.flexround import FlexRound
+from methods.quantization.omniquant import OmniQuant
+from methods.quantization.zeroquant_lkd import ZeroQuantLKD
+from tests.unit import tiny
+
+GRID = Grid(3, 32)
+CALIBRATION = tiny.tokens(samples=4, length=16)
+METHODS: dict[str, Reconstructing] = {
+    "omniquant": OmniQuant(bits=3, group_size=32, steps=8, samples=2, learning_rate=0.2),
+    "adaround": AdaRound(bits=3, group_size=32, steps=8, samples=2, learning_rate=0.2),
+    "flexround": FlexRound(bits=3, group_size=32, steps=8, samples=2, learning_rate=0.01),
+    "zeroquant-lkd": ZeroQuantLKD(bits=3, group_size=32, steps=8, samples=2, learning_rate=3e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    return tiny.save_model(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture
+def source() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(64, 24, bias=False, dtype=torch.float32).requires_grad_(False)
+
+
+def moved(layer: LearnedLinear) -> LearnedLinear:
+    """The layer after random changes of everything that it learns."""
+    torch.manual_seed(1)
+    for parameter, _ in layer.learned():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return layer
+
+
+def by_group(layer: LearnedLinear, formula: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """A weight from a formula for the weights of one group in float64, its row and its place."""
+    rows = [[formula(group.double(), o, g) for g, group in enumerate(row)] for o, row in enumerate(layer.groups)]
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def test_omniquant_clips_as_the_paper_defines(source: nn.Linear) -> None:
+    layer = moved(ClippedLinear(source, GRID))
+    upper, lower = layer.upper.detach().double().sigmoid(), layer.lower.detach().double().sigmoid()
+
+    def formula(w: Tensor, o: int, g: int) -> Tensor:
+        h = (upper[o, g] * w.max() - lower[o, g] * w.min()) / 7
+        z = -(lower[o, g] * w.min() / h).round()
+        return h * (((w / h).round() + z).clamp(0, 7) - z)
+
+    assert torch.allclose(layer.quantized().dequantize().double(), by_group(layer, formula), atol=1e-6)
+    assert upper.min() < 0.97 < upper.max()
+
+
+def test_adaround_rounds_up_where_it_has_learned_to(source: nn.Linear) -> None:
+    layer = UpOrDownLinear(source, GRID, symmetric=True, penalty=1.0)
+    inside = (layer.floors >= -4) & (layer.floors < 3)
+    assert torch.allclose(layer.effective()[inside], source.weight[inside], atol=1e-6), "at first a soft weight is the dense one"
+    moved(layer)
+    v, s = layer.v.detach().double().unflatten(1, (-1, 32)), layer.scales.double()
+    soft = by_group(layer, lambda w, o, g: s[o, g] * ((w / s[o, g]).floor() + (v[o, g].sigmoid() * 1.2 - 0.1).clamp(0, 1)).clamp(-4, 3))
+    hard = by_group(layer, lambda w, o, g: s[o, g] * ((w / s[o, g]).floor() + (v[o, g].sigmoid() >= 0.5)).clamp(-4, 3))
+    assert torch.allclose(layer.effective().double(), soft, atol=1e-6)
+    assert torch.allclose(layer.quantized().dequantize().double(), hard, atol=1e-6)
+    assert layer.penalty(0.1) == 0
+    h = (v.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+    assert float(torch.as_tensor(layer.penalty(1.0)).detach()) == pytest.approx(float((1 - (2 * h - 1).abs() ** 2).mean()), abs=1e-5)
+    assert float(torch.as_tensor(layer.penalty(0.2)).detach()) == pytest.approx(float((1 - (2 * h - 1).abs() ** 20).mean()), abs=1e-5)
+
+
+def test_flexround_divides_as_the_paper_defines(source: nn.Linear) -> None:
+    layer = moved(DividedLinear(source, GRID, symmetric=True))
+    s1, s2, s3 = (p.detach().double().exp() for p in (layer.log_scales, layer.log_weights, layer.log_rows))
+
+    def formula(w: Tensor, o: int, g: int) -> Tensor:
+        return s1[o, g] * (w / (s1[o, g] * s2[o, g] * s3[o, 0, 0])).round().clamp(-4, 3)
+
+    assert torch.allclose(layer.quantized().dequantize().double(), by_group(layer, formula), atol=1e-5)
+
+
+def test_what_is_stored_is_what_was_learned_with(source: nn.Linear) -> None:
+    half = nn.Linear(64, 24, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    for make in (ClippedLinear, lambda s, g: DividedLinear(s, g, False), lambda s, g: DistilledLinear(s, g, False)):
+        layer: Any = moved(make(half, GRID))
+        stored = layer.quantized().dequantize()
+        assert stored.dtype is torch.bfloat16 and torch.equal(layer.effective().bfloat16(), stored)
+        layer.effective().square().sum().backward()
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter, _ in layer.learned())
+
+
+def compress(method: Reconstructing, dense: DenseModel, out: Path) -> Claim:
+    out.mkdir()
+    return method.compress(dense, CALIBRATION, out)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_learning_reduces_the_error_of_the_blocks(name: str, dense: DenseModel, tmp_path: Path) -> None:
+    done: list[float] = []
+    claim = compress(METHODS[name], dataclasses.replace(dense, progress=lambda n, _: done.append(n)), tmp_path / "out")
+    assert claim.details["loss_last"] < 0.97 * claim.details["loss_first"]
+    assert done == sorted(done) and done[-1] == 2
+    per_step = 14 * 32 if name == "adaround" else 2 * 32
+    assert claim.training_tokens == 8 * per_step and claim.trained_parameters > 0
+    layers = [m for m in packed.load(tmp_path / "out").modules() if isinstance(m, packed.PackedLinear)]
+    assert len(layers) == 14 and {layer.grid for layer in layers} == {GRID}
+
+
+@pytest.mark.parametrize("name", ["omniquant", "adaround"])
+def test_an_interrupted_run_goes_on_with_the_next_block(name: str, dense: DenseModel, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(done: float, _: float) -> None:
+        if done > 1:
+            raise Stopped
+
+    kept = dataclasses.replace(dense, checkpoints=tmp_path / "kept")
+    with pytest.raises(Stopped):
+        compress(METHODS[name], dataclasses.replace(kept, progress=stop), tmp_path / "first")
+    done: list[float] = []
+    resumed = compress(METHODS[name], dataclasses.replace(kept, progress=lambda n, _: done.append(n)), tmp_path / "second")
+    assert done[0] == 1, "the first block was learned again"
+    assert resumed == compress(METHODS[name], dense, tmp_path / "whole")
+    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_float16_is_refused(dense: DenseModel, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="float16"):
+        compress(METHODS["omniquant"], dataclasses.replace(dense, dtype="float16"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"samples": 0}, {"learning_rate": 0.0}])
+def test_settings_must_be_positive(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        OmniQuant(**settings)
