@@ -7,6 +7,10 @@ integer grid runs from the smallest to the largest value, both widened to hold z
 Block formats: with `e8m0` scales (OCP Microscaling) a scale is the power of two 2^(floor(log2 max) - emax), emax being the exponent
 of the largest number of the format; larger values saturate. With `e4m3` scales (NVFP4) a scale is an e4m3 number times one
 float32 scale of the tensor, max / (448 · largest); where none is given, it is that of the token.
+
+Outlier-victim pairs (`ovp`, OliVe, arXiv 2304.07493): integers -7 .. 7, but of two neighbours whose larger one is beyond 7, that one
+goes to the nearest of ±12, 16, 24, 32, 48, 64, 96 (e2m1 with an exponent bias of its own) and the other one to zero, so
+that its code can say so. The scale must be given, or nothing is beyond 7.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ class _Float(NamedTuple):
     largest_exponent: int
 
 
+_BITS = {"e4m3": 8, "e2m1": 4, "ovp": 4}
+_OUTLIERS = (12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0)
+
 FLOATS = {"e4m3": _Float(3, -6, 448.0, 8), "e2m1": _Float(1, 0, 6.0, 2)}
 
 
@@ -41,7 +48,7 @@ class ActivationGrid:
         clip: The largest magnitude is multiplied by it before the scale is made of it, 0..1; what is larger saturates.
     """
 
-    format: Literal["int", "e4m3", "e2m1"]
+    format: Literal["int", "e4m3", "e2m1", "ovp"]
     bits: int = 8
     granularity: Literal["token", "tensor", "group"] = "token"
     group_size: int | None = None
@@ -50,7 +57,7 @@ class ActivationGrid:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.format != "int" and self.bits != int(self.format[1]) + int(self.format[3]) + 1:
+        if self.format != "int" and self.bits != _BITS[self.format]:
             raise ValueError(f"{self.format} numbers do not have {self.bits} bits")
         if not 2 <= self.bits <= 16:
             raise ValueError(f"bits must be between 2 and 16, not {self.bits}")
@@ -58,7 +65,7 @@ class ActivationGrid:
             raise ValueError("group_size goes with the granularity group")
         if self.format != "int" and not self.symmetric:
             raise ValueError(f"{self.format} numbers are symmetric")
-        if self.scale_format != "none" and (self.format == "int" or self.granularity != "group"):
+        if self.scale_format != "none" and (self.format not in FLOATS or self.granularity != "group"):
             raise ValueError(f"{self.scale_format} scales go with groups of floating-point numbers")
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip must be above 0 and at most 1, not {self.clip}")
@@ -66,7 +73,7 @@ class ActivationGrid:
     @property
     def largest(self) -> float:
         """The largest number of a symmetric format, before scales."""
-        return 2.0 ** (self.bits - 1) - 1 if self.format == "int" else FLOATS[self.format].largest
+        return FLOATS[self.format].largest if self.format in FLOATS else 2.0 ** (self.bits - 1) - 1
 
 
 def minifloat(x: Tensor, format: Literal["e4m3", "e2m1"]) -> Tensor:
@@ -76,6 +83,17 @@ def minifloat(x: Tensor, format: Literal["e4m3", "e2m1"]) -> Tensor:
     exponent = torch.frexp(x).exponent.float() - 1
     step = torch.exp2(exponent.clamp_min(kind.smallest_exponent) - kind.mantissa)
     return torch.round(x / step) * step
+
+
+def outlier_victim(x: Tensor) -> Tensor:
+    """Round float32 numbers [..., n], n even, in pairs of neighbours: to -7 .. 7, or an outlier and a zero."""
+    pairs = x.unflatten(-1, (-1, 2))
+    outlier = torch.round(pairs).abs() > 7
+    outlier = outlier & (torch.arange(2, device=x.device) == pairs.abs().argmax(-1, keepdim=True))
+    points = torch.tensor(_OUTLIERS, device=x.device)
+    nearest = points[torch.bucketize(pairs.abs(), (points[1:] + points[:-1]) / 2)] * pairs.sign()
+    normal = torch.round(pairs).clamp(-7, 7).masked_fill(outlier.flip(-1), 0.0)
+    return torch.where(outlier, nearest, normal).flatten(-2)
 
 
 def fake_quantize(x: Tensor, grid: ActivationGrid, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -91,7 +109,9 @@ def fake_quantize(x: Tensor, grid: ActivationGrid, scale: Tensor | None = None, 
     if scale is None or grid.granularity == "group":
         scale, offset = scales(values, grid, scale)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    if grid.format != "int":
+    if grid.format == "ovp":
+        values = outlier_victim(values / scale) * scale
+    elif grid.format != "int":
         values = minifloat(values / scale, grid.format) * scale
     elif grid.symmetric:
         values = torch.round(values / scale).clamp(-grid.largest, grid.largest) * scale

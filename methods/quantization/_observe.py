@@ -14,6 +14,8 @@ from methods._sequential import Block, walk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SAMPLE = 512
+
 
 @dataclass
 class Inputs:
@@ -63,6 +65,15 @@ def inputs(block: Block, layers: Sequence[str] | None = None, gram: bool = False
 
     block.observe(observe, layers)
     return found
+
+
+def samples(block: Block, layers: Sequence[str], tokens: int = _SAMPLE) -> dict[str, Tensor]:
+    """Inputs [about `tokens`, in] of some layers, evenly spread over each batch; float32."""
+    found: dict[str, list[Tensor]] = {}
+    total = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.inputs)
+    step = max(1, total // tokens)
+    block.observe(lambda name, x: found.setdefault(name, []).append(x[::step].float()), layers)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def of_model(

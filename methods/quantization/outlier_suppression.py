@@ -24,11 +24,8 @@ from methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods._sequential import Block
     from methods.kernels.runtime import ActivationGrid
     from methods.quantization._equivalent import Link
-
-_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def suppress(model: Any, calibration: Calibration, grid: ActivationGrid, thresho
     from methods._sequential import walk
     from methods.kernels import runtime
     from methods.quantization._equivalent import add_bias, links
-    from methods.quantization._observe import inputs
+    from methods.quantization._observe import inputs, samples
 
     shifts: dict[str, Tensor] = {}
     with ExitStack() as shifted:
@@ -108,17 +105,6 @@ def suppress(model: Any, calibration: Calibration, grid: ActivationGrid, thresho
                         shifted.enter_context(runtime.planned(model, {name: runtime.InputPlan(shift=shifts[name])}))
                 link.fold_scale(scale)
     return shifts
-
-
-def samples(block: Block, layers: list[str], tokens: int = _TOKENS) -> dict[str, Tensor]:
-    """Inputs [about `tokens`, in] of some layers, evenly spread over all batches; float32."""
-    import torch
-
-    found: dict[str, list[Tensor]] = {}
-    total = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.inputs)
-    step = max(1, total // tokens)
-    block.observe(lambda name, x: found.setdefault(name, []).append(x[::step].float()), layers)
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def best_scale(link: Link, centred: Tensor, largest: Tensor, grid: ActivationGrid, thresholds: int) -> Tensor:

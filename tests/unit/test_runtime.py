@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from methods._common import block_linears
 from methods.base import DenseModel
 from methods.kernels import packed, runtime
-from methods.kernels.numbers import FLOATS, largest_power_of_two, minifloat
+from methods.kernels.numbers import FLOATS, largest_power_of_two, minifloat, outlier_victim
 from methods.kernels.runtime import ActivationGrid, InputPlan, fake_quantize, hadamard, transform
 from methods.quantization._grid import round_layers
 from tests.unit import tiny
@@ -69,6 +69,16 @@ def test_minifloat_is_the_nearest_number_of_the_format(format: Literal["e4m3", "
     if format == "e4m3":
         assert torch.equal(got, x.clamp(-448, 448).to(torch.float8_e4m3fn).double())
     assert minifloat(torch.tensor([float("nan")]), format).isnan().all()
+
+
+def test_outliers_take_over_the_code_of_their_victim() -> None:
+    pairs = [(3.2, -6.7), (7.4, 7.4), (8, 6.9), (1, -20.1), (-90, 95), (500, 0), (13.9, -14.1), (0, 0), (7.6, -7.6)]
+    want = [(3, -7), (7, 7), (12, 0), (0, -24), (0, 96), (96, 0), (0, -16), (0, 0), (12, 0)]
+    got = outlier_victim(torch.tensor(pairs).float().flatten()).view(-1, 2)
+    assert got.tolist() == [[float(x) for x in pair] for pair in want]
+    grid = ActivationGrid("ovp", 4, "tensor")
+    x = inputs(5, 64)
+    assert torch.equal(fake_quantize(x, grid, torch.tensor(0.3)), outlier_victim(x / 0.3) * 0.3)
 
 
 def nearest(x: Tensor, scale: Tensor, points: Tensor) -> Tensor:
@@ -139,6 +149,7 @@ def test_static_scales_ignore_the_inputs_and_dynamic_ones_follow_them() -> None:
     ("settings", "message"),
     [
         ({"format": "e4m3", "bits": 4}, "do not have 4 bits"),
+        ({"format": "ovp", "bits": 8}, "do not have 8 bits"),
         ({"format": "int", "bits": 1}, "between 2 and 16"),
         ({"format": "int", "granularity": "group"}, "group_size goes with"),
         ({"format": "e4m3", "symmetric": False}, "are symmetric"),

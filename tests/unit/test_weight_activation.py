@@ -16,6 +16,7 @@ from methods.quantization.atom import Atom
 from methods.quantization.fp8 import FP8Dynamic, FP8Static
 from methods.quantization.fptq import FPTQ, equalising_scale
 from methods.quantization.microscaling import NVFP4, Microscaling
+from methods.quantization.olive import OliVe, best_scale
 from methods.quantization.outlier_suppression import OutlierSuppressionPlus, suppress, threshold_scale
 from methods.quantization.quarot import QuaRot, QuaRotRTN
 from methods.quantization.rptq import RPTQ
@@ -380,3 +381,26 @@ def test_more_clusters_are_nearer(tmp_path: Path) -> None:
         run(RPTQ(8, activation_bits=4, clusters=clusters), dense, tmp_path / str(clusters))
         errors.append(distance(runtime.load(tmp_path / str(clusters)), dense))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_olive_has_one_scale_for_a_weight_and_one_for_the_inputs(dense: DenseModel, tmp_path: Path) -> None:
+    points = torch.tensor([*range(8), 12, 16, 24, 32, 48, 64, 96]).float()
+    for activations_too in (True, False):
+        out = tmp_path / str(activations_too)
+        claim = run(OliVe(activations_too), dense, out)
+        assert (claim.bits, claim.activation_bits, claim.simulated) == (4, 4 if activations_too else None, True)
+        assert 0 < distance(runtime.load(out), dense) < 0.6
+    for _, weight, rounded, inputs in dense_and_made(dense, tmp_path / "True"):
+        scale = best_scale(weight.float())
+        codes = (rounded.float() / scale).abs()
+        assert ((codes.unsqueeze(-1) - points).abs().amin(-1) < 0.01 * codes.clamp_min(1)).all()
+        assert (codes.unflatten(1, (-1, 2)).amin(-1)[codes.unflatten(1, (-1, 2)).amax(-1) > 8] == 0).all()
+        assert inputs.static_scale is not None and inputs.static_scale.shape == () and inputs.grid is not None
+
+
+def test_olive_is_nearer_than_integers_where_there_are_outliers() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 20
+    pairs = runtime.fake_quantize(x, runtime.ActivationGrid("ovp", 4, "tensor"), best_scale(x))
+    integers = runtime.fake_quantize(x, runtime.ActivationGrid("int", 4, "tensor"))
+    assert (pairs - x).norm() < 0.5 * (integers - x).norm()
