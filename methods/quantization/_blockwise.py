@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from methods.kernels.grid import QuantizedWeight
 
-Quantizer = Callable[[str, Tensor, Moments], "QuantizedWeight"]
+
+class Encoded(Protocol):
+    """A weight in whatever form, that knows what it stands for."""
+
+    def dequantize(self) -> Tensor: ...
+
+
+E = TypeVar("E", bound=Encoded)
+
+Quantizer = Callable[[str, Tensor, Moments], E]
 """From the full name of a layer, its weight [out, in] and the moments of its inputs."""
 
 
@@ -60,16 +69,18 @@ class Tally:
 def quantize_blocks(
     model: PreTrainedModel,
     ids: Tensor,
-    quantizer: Quantizer,
+    quantizer: Quantizer[E],
     progress: Callable[[float, float], None] | None = None,
     drift: bool = False,
-) -> Iterator[tuple[str, QuantizedWeight]]:
+    expand: Callable[[str, QuantizedWeight], Tensor] | None = None,
+) -> Iterator[tuple[str, E]]:
     """Quantize the linear layers of all blocks in the order in which they run; the model then computes with the rounded weights.
 
     Args:
         ids: Calibration tokens, int64 [samples, length].
         progress: Told of finished blocks.
         drift: Measure what the inputs have lost against those of the uncompressed model.
+        expand: The weight [out, in] that a layer computes with, from its name and the quantized one; None: the latter, dequantized.
     """
     for block in walk(model, ids, progress, dense=drift):
         layers = block.linears()
@@ -78,7 +89,7 @@ def quantize_blocks(
             moments = measure(block, stage, dense)
             for name in stage:
                 weight = quantizer(name, layers[name].weight.detach(), moments)
-                layers[name].weight.copy_(weight.dequantize())
+                layers[name].weight.copy_(weight.dequantize() if expand is None else expand(name, weight))
                 yield name, weight
 
 

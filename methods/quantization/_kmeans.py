@@ -134,11 +134,11 @@ def kmeans_vectors(x: Tensor, entries: int, weights: Tensor, steps: int, generat
     A centroid to which no vector belongs moves to one of those with the largest error.
     """
     size = min(entries, len(x))
-    weights = weights.clamp(min=1e-12 * float(weights.max().clamp(min=1e-30)))
-    centroids = x[torch.multinomial(weights.double(), size, generator=generator)].clone()
+    weights = weights.float().clamp(min=1e-12 * float(weights.max().clamp(min=1e-30)))
+    centroids = x[_weighted_choice(weights, size, generator)]
     for _ in range(steps):
         index, error = nearest_vectors(x, centroids)
-        mass = torch.zeros(size, dtype=x.dtype).index_add_(0, index, weights)
+        mass = weights.new_zeros(size).index_add_(0, index, weights)
         moved = torch.zeros_like(centroids).index_add_(0, index, x * weights.unsqueeze(1)) / mass.clamp(min=1e-30).unsqueeze(1)
         empty = (mass == 0).nonzero().flatten()
         if len(empty):
@@ -147,6 +147,12 @@ def kmeans_vectors(x: Tensor, entries: int, weights: Tensor, steps: int, generat
             break
         centroids = moved
     return torch.nn.functional.pad(centroids, (0, 0, 0, entries - size))
+
+
+def _weighted_choice(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Indices of `size` different items, drawn by weight: those with the largest of u^(1/w), u uniform (Efraimidis and Spirakis)."""
+    u = torch.rand(len(weights), generator=generator, dtype=torch.float64).clamp(min=1e-300).to(weights.device)
+    return (u.log() / weights.double()).topk(size).indices
 
 
 def nearest_vectors(x: Tensor, centroids: Tensor, chunk_numbers: int = 1 << 22) -> tuple[Tensor, Tensor]:

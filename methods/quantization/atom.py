@@ -72,7 +72,7 @@ class Atom(Method):
             for _ in quantize_blocks(
                 model,
                 calibration.ids,
-                lambda _, weight, moments: solve(  # type: ignore[arg-type, return-value]
+                lambda _, weight, moments: solve(
                     weight,
                     moments,
                     [Part(weight.shape[1] - self.outliers, weights), Part(self.outliers, high)],

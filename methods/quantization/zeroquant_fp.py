@@ -59,7 +59,7 @@ class ZeroQuantFP(Method):
         for _ in quantize_blocks(
             model,
             calibration.ids,
-            lambda _, weight, moments: solve(weight, moments, [Part(weight.shape[1], grid, adjust)], self.dampening),  # type: ignore[arg-type, return-value]
+            lambda _, weight, moments: solve(weight, moments, [Part(weight.shape[1], grid, adjust)], self.dampening),
             dense.progress,
         ):
             pass
