@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from methods._sequential import walk
-from methods.base import Calibration, Claim, DenseModel, Method, Unsupported
+from methods.base import Calibration, Claim, DenseModel, Method, ModelShape, Unsupported
 from methods.kernels import packed
 from methods.kernels.grid import Grid, QuantizedWeight
 from methods.quantization import _outliers as outliers
@@ -19,7 +19,10 @@ from methods.quantization._blockwise import measure, quantize_blocks
 from methods.quantization._grid import round_to_grid
 from methods.quantization._second_order import GridRounder, Moments, Solver, drift_rows, inverse_factor, quantize, sweep
 from methods.quantization.gptaq import GPTAQ
+from methods.quantization.gptq import GPTQ
+from methods.quantization.mixed_precision import MixedPrecision
 from methods.quantization.owq import OWQ
+from methods.quantization.quip import QuIP
 from methods.quantization.spqr import SpQR
 from tests.unit import tiny
 
@@ -316,7 +319,7 @@ def test_claimed_bits_are_those_in_memory(method: Method, dense: DenseModel, tmp
     assert all(layer.outliers is not None for layer in layers.values()) and len(layers) == LAYERS
 
 
-@pytest.mark.parametrize("method", [GPTAQ(group_size=32), OWQ(group_size=32), SpQR()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [GPTQ(), GPTAQ(), OWQ(), SpQR(), MixedPrecision(), QuIP()], ids=lambda m: type(m).__name__)
 def test_bad_calibration_is_one_line_before_work(method: Method, dense: DenseModel, tmp_path: Path) -> None:
     missing = dataclasses.replace(dense, path=tmp_path / "nowhere")
     for ids, error, message in (
@@ -327,3 +330,20 @@ def test_bad_calibration_is_one_line_before_work(method: Method, dense: DenseMod
         with pytest.raises(error, match=message) as caught:
             method.compress(missing, Calibration(ids, "bad"), tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [GPTQ, GPTAQ, OWQ, SpQR, MixedPrecision, QuIP])
+def test_settings_that_do_not_fit_are_one_line(kind: Any) -> None:
+    with pytest.raises(ValueError, match="dampening must be positive, not 0") as caught:
+        kind(dampening=0)
+    assert "\n" not in str(caught.value)
+    shape = ModelShape("LlamaForCausalLM", 96, 160, 2, 2, 2, 256, True)
+    with pytest.raises(Unsupported, match="group_size 64 does not divide the input features 96"):
+        kind(group_size=64).check(shape)
+
+
+def test_heads_and_embeddings_keep_their_dtype(dense: DenseModel, tmp_path: Path) -> None:
+    compress(OWQ(group_size=32), dense, tmp_path)
+    model, source = packed.load(tmp_path), dense.load()
+    assert torch.equal(model.get_output_embeddings().weight, source.get_output_embeddings().weight)  # type: ignore[operator]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
