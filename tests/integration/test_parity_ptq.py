@@ -13,6 +13,7 @@ from torch import Tensor
 
 from methods.base import DenseModel
 from methods.kernels import packed
+from methods.quantization.autoround import SignRound
 from methods.quantization.awq import AWQ
 from methods.quantization.bitsandbytes import FP4
 from methods.quantization.hqq import HQQ
@@ -134,3 +135,31 @@ def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> Non
         method.compress(salient, CALIBRATION, tmp_path / name)
         errors[name] = logits_error(packed.load(tmp_path / name), salient)
     assert errors["awq"] < 0.9 * errors["rtn"]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True)])
+def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool) -> None:
+    """The library's documented call leaves rounded weights in the model; symmetric ones are packed without any loss."""
+    auto_round = pytest.importorskip("auto_round")
+
+    class Tokenizer:
+        """The library asks for one, but reads tokens here."""
+
+    ids, done = CALIBRATION.ids[:, :32], list[tuple[float, float]]()
+    method = SignRound(bits=bits, group_size=32, symmetric=symmetric, iterations=5, batch_size=4)  # type: ignore[arg-type]
+    observed = dataclasses.replace(dense, progress=lambda *p: done.append(p))
+    method.compress(observed, dataclasses.replace(CALIBRATION, ids=ids), tmp_path)
+    assert done == [(1, 2), (2, 2)]
+    settings = {"bits": bits, "group_size": 32, "sym": symmetric, "iters": 5, "nsamples": 8, "seqlen": 32, "batch_size": 4}
+    library, _ = auto_round.AutoRound(
+        dense.load(), Tokenizer(), scheme="W4A16", dataset=list(ids.split(1)), device_map="cpu", scale_dtype="bf16",
+        enable_torch_compile=False, **settings,
+    ).quantize()  # fmt: skip
+    source, moved = block_weights(dense.load()), 0.0
+    for name, layer in packed_layers(tmp_path).items():
+        want, scales = library.get_submodule(name).weight, library.get_submodule(name).scale.float()
+        steps = (layer.dequantize().float() - want.float()).abs().unflatten(1, (-1, 32)) / scales.abs().unsqueeze(-1)
+        assert steps.max() <= (0 if symmetric else 2**bits * torch.finfo(torch.bfloat16).eps)
+        shifts = (want.float() - source[name].float()).abs().unflatten(1, (-1, 32)) / scales.abs().unsqueeze(-1)
+        moved = max(moved, float((shifts > 0.55).float().mean()))
+    assert moved > 0, "nothing was learned: every weight is at the nearest point of its grid"
