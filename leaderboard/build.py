@@ -13,11 +13,10 @@ from harness.record import Record
 from harness.store import Store, StoreError, Unreadable
 from leaderboard import engines, scaling
 from leaderboard.figures import draw, plottable
-from leaderboard.row import Row, clean
-from leaderboard.rows import by_key, oldest_first
+from leaderboard.row import Row
 from leaderboard.site.board import Board
 from leaderboard.site.site import FOLDERS, files
-from leaderboard.tables import Table, rows, tables, to_csv, to_json, to_markdown
+from leaderboard.tables import Table, to_csv, to_json, to_markdown
 
 MOST_PLOTTED = 3
 
@@ -75,17 +74,15 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
 
 def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
-    ordered = oldest_first(records)
-    board = rows(ordered)
-    yield "table.md", "\n".join((to_markdown(board), engines.to_markdown(board))).encode()
-    yield "table.csv", to_csv(board).encode()
-    yield "table.json", to_json(board).encode()
+    board = Board.of(records, unreadable)
+    yield "table.md", "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode()
+    yield "table.csv", to_csv(board.rows).encode()
+    yield "table.json", to_json(board.rows).encode()
     beside = ["table.md", "table.csv", "table.json"]
-    for name, content in (_plots([t for t in tables(board) if plottable(t)]) | _sizes(board)).items():
+    for name, content in (_plots([t for t in board.tables if plottable(t)]) | _sizes(board.rows)).items():
         beside.append(name)
         yield name, content
-    faults = sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable)
-    yield from files(Board(board, by_key(ordered), faults), beside)
+    yield from files(board, beside)
 
 
 @contextmanager

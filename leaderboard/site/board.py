@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from harness.record import Keys, Record, Stage, Status
-from leaderboard.row import Row
-from leaderboard.rows import Records
+from harness.store import Unreadable
+from leaderboard.row import Row, clean
+from leaderboard.rows import Records, by_key, oldest_first, rows
 from leaderboard.tables import Table, pareto, tables
 
 KeyTriple = tuple[str, str, str]
@@ -32,6 +33,12 @@ class Board:
     rows: Sequence[Row]
     newest: Records = field(default_factory=dict)
     unreadable: Sequence[tuple[str, str]] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[Record], unreadable: Iterable[Unreadable] = ()) -> Board:
+        """The board of records in any order."""
+        ordered = oldest_first(records)
+        return cls(rows(ordered), by_key(ordered), sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable))
 
     @cached_property
     def tables(self) -> list[Table]:

@@ -12,6 +12,9 @@ from leaderboard.site.board import Board, triple
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from leaderboard.tables import COLUMNS, EMPTY, seed_spread, shorten
 
+SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
+"""Columns of the static tables; the pages of the cells have them all."""
+
 
 @dataclass(frozen=True)
 class Number:
@@ -51,8 +54,8 @@ def line(board: Board, row: Row) -> Line:
         about=shorten(" · ".join(about), LONGEST_NAME),
         family=colour(row),
         fronts=board.fronts.get(triple(row.keys), ()),
-        numbers=[Number(getattr(row, column.key), column.value(row), column.interval(row)) for column in COLUMNS],
-        labels=labels(row),
+        numbers=[Number(getattr(row, column.key), column.value(row), column.interval(row)) for column in SHOWN],
+        labels=["simulated"] if simulated(row) else [],
         remarks=[shorten(text, LONGEST_REMARK) for text in [*row.flags, *([f"Perplexity {seeds}"] if seeds else [])]],
     )
 
@@ -64,9 +67,3 @@ def colour(row: Row) -> str:
 
 def simulated(row: Row) -> bool:
     return any(flag.startswith("simulated") for flag in row.flags)
-
-
-def labels(row: Row) -> list[str]:
-    """What must stand beside a name: simulated numbers, and a source that was not of full precision."""
-    source = [f"source {shorten(row.source_precision, 20)}"] if row.source_precision else []
-    return (["simulated"] if simulated(row) else []) + source

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from leaderboard.row import Row, clean
 from leaderboard.site import names
 from leaderboard.site.board import Board
-from leaderboard.site.lines import Line
+from leaderboard.site.lines import SHOWN, Line
 from leaderboard.site.pages import page
 from leaderboard.site.ranking import set_facts
-from leaderboard.tables import COLUMNS, shorten
+from leaderboard.tables import shorten
 
 _LONGEST_DOC = 4000
 
@@ -30,11 +31,11 @@ class About:
     title: str = ""
     year: int | None = None
     reference: str = ""
+    lead: str = ""
     doc: Sequence[str] = ()
     notes: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()
-    settings: Sequence[tuple[str, str]] = ()
-    covers: Sequence[str] = field(default_factory=tuple)
+    settings: Sequence[tuple[str, str, str]] = ()
 
 
 @cache
@@ -59,28 +60,43 @@ def _about(entry: Any) -> About:
         "Family": method.family,
         "Paper": f"{citation.title}, {citation.year}" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""),
         "Reference implementation": "written here from the paper" if method.reference == "paper" else method.reference,
-        "Needs": entry.needs,
+        "Needs": entry.needs if isinstance(entry.needs, str) else ", ".join(map(str, entry.needs)),
         "Format of the artefact": method.produces,
         "Stands for": ", ".join(citation.covers),
         "Module": type(method).__module__,
     }
+    module = _paragraphs(sys.modules[type(method).__module__].__doc__)
+    doc, meanings = _split(type(method).__doc__)
     return About(
-        entry.name,
-        method.family,
-        citation.title,
-        citation.year,
-        method.reference,
-        _paragraphs(type(method).__doc__),
-        _paragraphs(sys.modules[type(method).__module__].__doc__),
-        [(name, value) for name, value in facts.items() if value],
-        [(name, str(value)) for name, value in entry.settings.items()],
-        citation.covers,
+        name=entry.name,
+        family=method.family,
+        title=citation.title,
+        year=citation.year,
+        reference=method.reference,
+        lead=module[0] if module else "",
+        doc=doc,
+        notes=module[1:],
+        facts=[(name, value) for name, value in facts.items() if value],
+        settings=[(name, str(value), meanings.get(name, "")) for name, value in entry.settings.items()],
     )
 
 
 def _paragraphs(doc: str | None) -> list[str]:
     text = shorten(inspect.cleandoc(doc or ""), _LONGEST_DOC)
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def _split(doc: str | None) -> tuple[list[str], dict[str, str]]:
+    """The paragraphs of a docstring, and what its section `Attributes` says of each name."""
+    paragraphs, meanings = [], {}
+    for paragraph in _paragraphs(doc):
+        if not paragraph.startswith("Attributes:"):
+            paragraphs.append(paragraph)
+            continue
+        for entry in re.split(r"\n    (?=\S)", paragraph)[1:]:
+            name, _, meaning = entry.partition(":")
+            meanings[name.strip()] = " ".join(meaning.split())
+    return paragraphs, meanings
 
 
 def users(board: Board) -> dict[str, list[Row]]:
@@ -125,4 +141,4 @@ def render(board: Board, about: About, rows: Sequence[Row], lines: dict[str, Lin
         for table in board.tables
         if (key := table.rows[0].table_key) in groups
     ]
-    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, columns=COLUMNS)
+    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, columns=SHOWN)

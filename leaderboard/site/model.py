@@ -10,7 +10,7 @@ from harness.record import Status
 from leaderboard.row import Row
 from leaderboard.site import names
 from leaderboard.site.board import Board, plural
-from leaderboard.site.lines import Line
+from leaderboard.site.lines import SHOWN, Line
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
 from leaderboard.site.ranking import set_facts
 from leaderboard.tables import COLUMNS, EMPTY, Column, decimal, shorten
@@ -70,7 +70,7 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         name=name,
         summary=", ".join(parts) + ".",
         sections=sections,
-        columns=COLUMNS,
+        columns=SHOWN,
         relatives=_relatives(board, name),
         sizes=sizes,
     )

@@ -19,10 +19,10 @@ from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable, read
 from leaderboard import build as builder
 from leaderboard.row import Row
-from leaderboard.rows import by_key, oldest_first
 from leaderboard.site import method, names, ranking
 from leaderboard.site.board import Board, triple
 from leaderboard.site.cell import EVIDENCE_TITLE
+from leaderboard.site.lines import SHOWN
 from leaderboard.site.site import files
 from leaderboard.tables import COLUMNS, rows
 from tests.unit.board_records import Spec, board, failure, records, specs
@@ -71,8 +71,7 @@ class Elements(HTMLParser):
 
 def site(made: Sequence[Record], unreadable: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """The text of each file, without the plots and without DataTables."""
-    ordered = oldest_first(made)
-    found = dict(files(Board(rows(ordered), by_key(ordered), unreadable), ["table.csv"]))
+    found = dict(files(Board.of(made, [Unreadable(*fault) for fault in unreadable]), ["table.csv"]))
     return {name: content.decode() for name, content in found.items() if name != "assets/datatables.js"} | {"table.csv": ""}
 
 
@@ -158,7 +157,7 @@ def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:
     pages_ = pages(site(records_))
     row = row_of(records_, "gptq")
     for name in (names.cell(row), names.model(row.model), names.method("gptq")):
-        for column in COLUMNS:
+        for column in COLUMNS if name.startswith("cell/") else SHOWN:
             assert column.value(row) in pages_[name].text and column.interval(row) in pages_[name].text, (name, column.key)
     cell = pages_[names.cell(row)].text
     assert row.command in cell and row.keys.quality in cell and "0123456789abcdef" in cell and EVIDENCE_TITLE in cell
@@ -178,7 +177,10 @@ def test_fronts_ranks_and_labels_are_marked() -> None:
         assert (bool(marks[row.label] & 4), bool(marks[row.label] & 8)) == ("size" in fronts, "speed" in fronts)
     assert marks["dense"] & 1 and marks["fake-int6"] & 2 and not marks["gptq"] & 3
     assert "simulated" in pages(site(records_))[names.cell(row_of(records_, "fake-int6"))].text
-    assert "source q4_1" in pages(site(records(replace(GPTQ, source_precision="q4_1"))))[names.model("tiny-135m")].text
+    coarse = records(replace(GPTQ, source_precision="q4_1"))
+    parsed = pages(site(coarse))
+    assert "source q4_1" in parsed[names.cell(row_of(coarse, "gptq"))].text
+    assert all("made from q4_1 weights" in parsed[name].text for name in (names.model("tiny-135m"), names.method("gptq")))
 
 
 def test_failures_and_files_that_could_not_be_read_are_shown(made: dict[str, str]) -> None:

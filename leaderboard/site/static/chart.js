@@ -4,7 +4,8 @@
   const { columns, sets, position, value, bounds, format, element, state, changed, MARKS } = window.slim;
   const AXES = ["weight_bytes", "decode_tokens_per_s", "speedup", "effective_bits", "disk_bytes", "prefill_ms"].filter((key) => key in position);
   const NS = "http://www.w3.org/2000/svg";
-  const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 380, 58, 14, 12, 44];
+  const [LEFT, RIGHT, TOP, BOTTOM] = [58, 14, 12, 44];
+  let [WIDTH, HEIGHT] = [640, 380];
   const OFF_SCALE = 20;
   const MOST = 1500;
   const SHAPES = {
@@ -37,6 +38,7 @@
   const logTicks = (low, high) => {
     const ticks = [];
     for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++) for (const m of [1, 2, 5]) if (m * 10 ** p >= low && m * 10 ** p <= high) ticks.push(m * 10 ** p);
+    if (ticks.length < 3) return linearTicks(low, high);
     return ticks.length > 8 ? ticks.filter((t) => /^1/.test(String(t))) : ticks;
   };
 
@@ -49,6 +51,8 @@
   const draw = (kept, set) => {
     const box = document.getElementById("chart"), note = document.getElementById("plotted");
     box.replaceChildren();
+    WIDTH = Math.min(760, Math.max(320, box.clientWidth || 640));
+    HEIGHT = Math.round(Math.min(380, 160 + WIDTH * 0.36));
     const index = position[state.axis], column = columns[index], ppl = position.perplexity;
     const inSet = kept.filter((row) => row.set === set);
     const known = inSet.filter((row) => value(row, ppl) !== null && value(row, index) !== null);
@@ -96,6 +100,8 @@
     const choice = document.getElementById("axis");
     choice.append(...AXES.map((key) => element("option", { value: key }, columns[position[key]].header)));
     choice.addEventListener("change", () => { state.axis = choice.value; changed("chart"); });
+    let waiting;
+    window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => changed("chart"), 150); });
   };
   window.slim.chart = { build, draw, show: () => { document.getElementById("axis").value = state.axis; } };
 })();

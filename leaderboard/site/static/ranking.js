@@ -17,7 +17,7 @@
     if (row.marks & MARKS.size) box.append(" ", tag("best size", "front", `${FRONT} fewer bytes`));
     if (row.marks & MARKS.speed) box.append(" ", tag("best speed", "front", `${FRONT} more tokens per second`));
     if (row.marks & MARKS.simulated) box.append(" ", tag("simulated", "label"));
-    if (row.source) box.append(" ", tag(`source ${row.source}`, "label"));
+    if (row.source && !(state.group && sets.length > 1)) box.append(" ", tag(`source ${row.source}`, "label"));
     if (row.marks & MARKS.reference) box.append(" ", tag("reference"));
     box.append(element("span", { className: "about" }, element("i", { className: `dot ${row.colour}` }), [row.family, row.engine, row.kernel].filter(Boolean).join(" · ")));
     return box;
@@ -28,6 +28,9 @@
     for (const flag of row.flags) box.append(element("p", { className: "flag" }, flag));
     return box;
   };
+
+  const sizes = sets.map(() => 0);
+  for (const row of rows) if (row.status === "ok" && row.cells[0] !== null) sizes[row.set] += 1;
 
   const spans = new Map();
   const span = (set, index) => {
@@ -62,9 +65,11 @@
     return box;
   };
 
+  const full = sets.map((_, set) => set).sort((a, b) => sizes[b] - sizes[a] || a - b);
+  const fullest = sets.map((_, set) => full.indexOf(set));
   const column = (key, title, sort, display, more = {}) => ({ name: key, title, type: "nlast", searchable: false, data: (row, type) => (type === "display" ? display(row) : type === "filter" ? "" : sort(row)), ...more });
   const layout = [
-    column("set", "Set", (row) => row.set, (row) => String(row.set), { visible: false }),
+    column("set", "Set", (row) => fullest[row.set], (row) => String(row.set), { visible: false }),
     column("rank", "Rank", (row) => row.rank, (row) => (row.rank === null ? "–" : String(row.rank)), { className: "rank" }),
     column("name", "Pipeline", (row) => row.name, nameCell, { cellType: "th", createdCell: (cell) => { cell.scope = "row"; } }),
     ...TEXTS.map(([key, title]) => column(key, title, (row) => row[key] || null, (row) => row[key] || "–", { className: "wrap" })),
@@ -154,6 +159,7 @@
       const failed = kept.filter((row) => row.status !== "ok").length;
       document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} without a full measurement` : ""}`;
     }
+    if (what === "order") table.rows().invalidate();
     if (["all", "order"].includes(what)) { table.order.fixed(fixed()); table.order(sorting()).draw(what !== "all" || !state.page ? true : "page"); }
     if (["all", "columns"].includes(what)) {
       for (const box of document.querySelectorAll("#chooser input")) { box.checked = shown().has(box.value); table.column(place(box.value)).visible(box.checked, false); }
