@@ -72,7 +72,7 @@ def quantize_blocks(
     quantizer: Quantizer[E],
     progress: Callable[[float, float], None] | None = None,
     drift: bool = False,
-    expand: Callable[[str, QuantizedWeight], Tensor] | None = None,
+    expand: Callable[[str, E], Tensor] | None = None,
 ) -> Iterator[tuple[str, E]]:
     """Quantize the linear layers of all blocks in the order in which they run; the model then computes with the rounded weights.
 
