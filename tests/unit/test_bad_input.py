@@ -18,7 +18,7 @@ from harness.config import CONF_DIR, ConfigError, ModelConfig
 from harness.record import Record, Stage, Status
 from harness.runner import Runner, cannot_run, with_reference
 from harness.store import Store
-from methods.base import ModelShape, Unsupported
+from methods.base import DenseModel, ModelShape, Unsupported
 from tests.unit import tiny
 from tests.unit.test_cli import HEAVY, slimbench
 from tests.unit.test_runner import Listener
@@ -114,16 +114,35 @@ def test_a_refused_step_of_a_pipeline_refuses_the_cell(overrides: list[str], tmp
     assert list(with_reference(cell)) == [cell]
 
 
-def test_a_model_of_other_layers_is_unsupported(runner: Runner, overrides: list[str], tiny: Path, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """A model whose blocks have no `nn.Linear`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=64, n_layer=1, n_head=2, n_inner=128)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=64, n_layer=1, n_head=2, n_inner=128, dtype="bfloat16")
+    GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
+    return tiny.dense_model(folder)
+
+
+@pytest.mark.parametrize("name", [item.name for item in entries() if not (item.method.needs.modules or item.method.needs.environment)])
+def test_a_method_refuses_other_layers_in_one_line_or_can_do_them(name: str, gpt2: DenseModel, tmp_path: Path) -> None:
+    method = entry(name).method
+    try:
+        claim = method.compress(gpt2, tiny.tokens() if method.needs.calibration else None, tmp_path)
+    except Unsupported as error:
+        assert "GPT2" in str(error) and "\n" not in str(error)
+    else:
+        assert claim.format == method.produces and (claim.bits is None or claim.bits == 16)  # nothing inside the blocks was rounded
+
+
+def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str], tiny: Path, gpt2: DenseModel, tmp_path: Path) -> None:
+    import shutil
+
+    model = shutil.copytree(gpt2.path, tmp_path / "gpt2")
     for file in tiny.glob("token*"):
-        shutil.copy(file, tmp_path / "gpt2")
-    records = run(runner, odd_overrides(overrides, tmp_path / "gpt2"), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
+        shutil.copy(file, model)
+    records = run(runner, odd_overrides(overrides, model), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
     assert [(r.stage, r.status) for r in records] == [(Stage.COMPRESS, Status.UNSUPPORTED)]
     assert records[0].failure and "GPT2LMHeadModel has no nn.Linear layers" in records[0].failure.message
 
