@@ -41,7 +41,7 @@ class BCQ(Method):
         "Binary-coding quantization (LUT-GEMM)",
         year=2022,
         arxiv="2206.09557",
-        covers=("quantization/lut-gemm-nuqmm", "quantization/bcq-xnor-net"),
+        covers=("quantization/bcq-xnor-net",),
     )
     reference: ClassVar[str] = "paper"
     produces: ClassVar[str] = FORMAT

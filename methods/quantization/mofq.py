@@ -30,7 +30,7 @@ class MoFQ(Method):
     """
 
     family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("MoFQ", year=2023, arxiv="2305.12356", covers=("quantization/mofq",))
+    citation: ClassVar[Citation] = Citation("MoFQ", year=2023, arxiv="2305.12356")
     reference: ClassVar[str] = "paper"
     produces: ClassVar[str] = FORMAT
 
