@@ -3,6 +3,8 @@
 A weight `w[o, i]` is an integer code `q` on a grid that it shares with its group of inputs, plus what is kept apart from the grid:
 
     w = (q - mid) * scale + offset + outlier        mid = 2^(bits - 1), 0 for 8 bits; no offset on a symmetric grid
+
+and the whole matrix may have a product of two thin ones added to it.
 """
 
 from __future__ import annotations
@@ -80,6 +82,28 @@ class Outliers:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A product of two thin matrices that is added to the grid: `expand @ reduce`.
+
+    Attributes:
+        reduce: [rank, in] in the model's dtype.
+        expand: [out, rank] in the model's dtype.
+    """
+
+    reduce: Tensor
+    expand: Tensor
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by the names under which they are stored."""
+        return {"low_rank_in": self.reduce, "low_rank_out": self.expand}
+
+    @classmethod
+    def from_parts(cls, parts: dict[str, Tensor]) -> LowRank | None:
+        """From stored tensors; None where there are none."""
+        return cls(parts["low_rank_in"], parts["low_rank_out"]) if "low_rank_in" in parts else None
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A weight matrix on its grid.
 
@@ -88,6 +112,7 @@ class QuantizedWeight:
         scales: [out, groups] in the model's dtype.
         offsets: [out, groups] in the model's dtype, None on a symmetric grid.
         outliers: What is added to single weights, None where nothing is.
+        low_rank: What is added to the whole matrix, None where nothing is.
     """
 
     grid: Grid
@@ -95,6 +120,7 @@ class QuantizedWeight:
     scales: Tensor
     offsets: Tensor | None = None
     outliers: Outliers | None = None
+    low_rank: LowRank | None = None
 
     def dequantize(self) -> Tensor:
         """The weights [out, in] in the model's dtype: computed in float32 and rounded once."""
@@ -106,6 +132,8 @@ class QuantizedWeight:
         if self.outliers is not None:
             apart = self.outliers
             weight = weight.index_put((apart.rows, apart.columns.long()), apart.values.float(), accumulate=True)
+        if self.low_rank is not None:
+            weight = weight + self.low_rank.expand.float() @ self.low_rank.reduce.float()
         return weight.to(self.scales.dtype)
 
     @property

@@ -9,6 +9,8 @@ The folder holds an ordinary `config.json`, and `model.safetensors` in which eac
     X.offsets   like the scales; absent on a symmetric grid
     X.outlier_starts, X.outlier_columns, X.outlier_values
                 int32 [out + 1], int32 [n], model dtype [n]: added to single weights, by rows; absent where there are none
+    X.low_rank_in, X.low_rank_out
+                model dtype [rank, in], [out, rank]: their product `out @ in` is added to the matrix; absent where there is none (schema 3)
 
 Every other tensor stays as it was; a tied output head is stored once, under the name of the head where it is packed.
 `packed.json` names the schema, the grid of the layers
@@ -29,15 +31,15 @@ from torch import Tensor, nn
 
 from methods.kernels import storage
 from methods.kernels.cpu.kernel import OwnCpu
-from methods.kernels.grid import Grid, Outliers, QuantizedWeight, unpack
+from methods.kernels.grid import Grid, LowRank, Outliers, QuantizedWeight, unpack
 from methods.kernels.packed_linear import PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Grid", "Outliers", "PackedLinear", "QuantizedWeight", "load", "save"]
+__all__ = ["Grid", "LowRank", "Outliers", "PackedLinear", "QuantizedWeight", "load", "save"]
 
-SCHEMA = 2
+SCHEMA = 3
 DESCRIPTION = "packed.json"
 WEIGHTS = storage.WEIGHTS
 
@@ -57,6 +59,8 @@ def save(model: PreTrainedModel, weights: Iterable[tuple[str, QuantizedWeight]],
         parts = {"qweight": weight.packed_codes(), "scales": weight.scales, "offsets": weight.offsets}
         if weight.outliers is not None:
             parts |= weight.outliers.parts()
+        if weight.low_rank is not None:
+            parts |= weight.low_rank.parts()
         tensors |= {f"{name}.{part}": storage.on_disk(t) for part, t in parts.items() if t is not None}
     storage.save(model, grids, tensors, out)
     storage.describe(out, DESCRIPTION, "packed", SCHEMA, grids, asdict(Grid(8)))
@@ -73,7 +77,8 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     def build(name: str, parts: dict[str, Tensor]) -> PackedLinear:
         grid = Grid(**layout(name))
         codes = unpack(parts["qweight"], grid.bits)
-        weight = QuantizedWeight(grid, codes, parts["scales"], parts.get("offsets"), Outliers.from_parts(parts))
+        apart = Outliers.from_parts(parts), LowRank.from_parts(parts)
+        weight = QuantizedWeight(grid, codes, parts["scales"], parts.get("offsets"), *apart)
         return PackedLinear(weight, parts.get("bias"))
 
     model = storage.load(folder, device, "qweight", build, PackedEmbedding, trust_remote_code=trust_remote_code)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from methods.kernels.base import Kernel
 from methods.kernels.cpu.kernel import OwnCpu
 from methods.kernels.cuda.kernel import OwnCuda
-from methods.kernels.grid import Outliers, QuantizedWeight
+from methods.kernels.grid import LowRank, Outliers, QuantizedWeight
 from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM, TinyGemm
 from methods.kernels.triton.kernel import OwnTriton
 
@@ -20,7 +20,7 @@ KERNELS: tuple[type[Kernel], ...] = (OwnCpu, TinyGemm, OwnCuda, OwnTriton, IntMM
 
 
 class PackedLinear(nn.Module):
-    """`y = x wᵀ + b` with a packed weight.
+    """`y = x wᵀ + b` with a packed weight; a low-rank part of it is multiplied on its own and never expanded.
 
     Args:
         kernels: Those to choose from, the most wanted first.
@@ -46,6 +46,10 @@ class PackedLinear(nn.Module):
             self.register_buffer("outlier_starts", weight.outliers.starts)
             self.register_buffer("outlier_columns", weight.outliers.columns)
             self.register_buffer("outlier_values", weight.outliers.values)
+        self.has_low_rank = weight.low_rank is not None
+        if weight.low_rank is not None:
+            self.register_buffer("low_rank_in", weight.low_rank.reduce)
+            self.register_buffer("low_rank_out", weight.low_rank.expand)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ class PackedLinear(nn.Module):
         y = self._kernel.multiply(self, rows)
         if self.sparse:
             y = self._add_outliers(y, rows)
+        if self.has_low_rank:
+            y = y + nn.functional.linear(nn.functional.linear(rows, self.low_rank_in), self.low_rank_out)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -65,13 +71,18 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weights [out, in] that the layer stands for, read back from what the kernel holds."""
         weight = self._kernel.restore(self)
-        return QuantizedWeight(weight.grid, weight.codes, weight.scales, weight.offsets, self.outliers).dequantize()
+        return QuantizedWeight(weight.grid, weight.codes, weight.scales, weight.offsets, self.outliers, self.low_rank).dequantize()
 
     @property
     def outliers(self) -> Outliers | None:
         """What is added to the grid, None where nothing is."""
         parts = ("starts", "columns", "values")
         return Outliers(*(self.get_buffer(f"outlier_{part}") for part in parts)) if self.sparse else None
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """What is added to the whole matrix, None where nothing is."""
+        return LowRank(self.low_rank_in, self.low_rank_out) if self.has_low_rank else None
 
     def _add_outliers(self, y: Tensor, x: Tensor) -> Tensor:
         outliers = self.outliers

@@ -171,6 +171,8 @@ def _packed(source: _Source, naming: _Naming, layer: str, grid: Any, place: str)
     name, rows = naming.of(f"{place}.weight"), source.shape(f"{layer}.qweight")[0]
     width = source.shape(f"{layer}.qweight")[1] * 8 // grid.bits
     symmetric, outliers = f"{layer}.offsets" not in source.keys, f"{layer}.outlier_values" in source.keys
+    if f"{layer}.low_rank_in" in source.keys:
+        raise Unsupported(f"{layer} has a low-rank part, which no GGUF block type holds")
     kind = block_type(layer, grid, width, symmetric, outliers)
     return Part(name, (rows, width), kind, partial(_blocks, source, naming, layer, grid, name))
 

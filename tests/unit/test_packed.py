@@ -16,7 +16,7 @@ from methods.kernels import packed
 from methods.kernels.base import Kernel
 from methods.kernels.cpu import build
 from methods.kernels.cpu.kernel import OwnCpu
-from methods.kernels.grid import Grid, Outliers, QuantizedWeight, unpack
+from methods.kernels.grid import Grid, LowRank, Outliers, QuantizedWeight, unpack
 from methods.kernels.packed_linear import KERNELS, PackedEmbedding, PackedLinear
 from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM
 from methods.quantization._grid import round_head
@@ -215,6 +215,48 @@ def test_outliers_are_added_to_the_grid(kernels: tuple[type[Kernel], ...]) -> No
         x = torch.randn(rows, 256).bfloat16()
         assert within_rounding(layer(x), x.double(), want, torch.zeros(48))
     assert torch.allclose(layer.dequantize().double(), want, rtol=2**-7, atol=1e-6)
+
+
+def low_rank_of(rows: int, columns: int, rank: int, dtype: torch.dtype) -> LowRank:
+    return LowRank(torch.randn(rank, columns).to(dtype), (torch.randn(rows, rank) / rank).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernels", [KERNELS, (Dequantize,)], ids=["own", "expanded"])
+def test_a_low_rank_part_is_added_to_the_product(kernels: tuple[type[Kernel], ...], dtype: torch.dtype) -> None:
+    plain, part = random_weight(W4, 48, 256, dtype, offsets=True), low_rank_of(48, 256, 5, dtype)
+    bias = torch.randn(48, dtype=dtype)
+    layer = PackedLinear(QuantizedWeight(plain.grid, plain.codes, plain.scales, plain.offsets, None, part), bias, kernels=kernels)
+    added = part.expand.double() @ part.reduce.double()
+    for rows in (1, 9):
+        x = torch.randn(rows, 256).to(dtype)
+        reduced = (x.double() @ part.reduce.double().T).abs() @ part.expand.double().abs().T
+        slack = torch.finfo(dtype).eps * (reduced + 16 * exact(plain).norm(dim=1)) + 1e-5
+        want = x.double() @ (exact(plain) + added).T + bias.double()
+        assert ((layer(x).double() - want).abs() <= slack).all()
+        assert ((PackedLinear(plain, bias, kernels=kernels)(x).double() - want).abs() > slack).any()
+    assert torch.allclose(layer.dequantize().double(), exact(plain) + added, rtol=2**-7, atol=1e-5)
+
+
+def test_a_low_rank_part_lies_on_disk_and_older_artefacts_load(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense").load()
+    weights = mixed_weights(dense, torch.bfloat16)
+    name, plain = next(iter(weights.items()))
+    part = low_rank_of(*plain.codes.shape, 3, torch.bfloat16)
+    with_part = QuantizedWeight(plain.grid, plain.codes, plain.scales, plain.offsets, None, part)
+    packed.save(dense, (weights | {name: with_part}).items(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {key for key in stored if "low_rank" in key} == {f"{name}.low_rank_in", f"{name}.low_rank_out"}
+    layer = packed.load(tmp_path).get_submodule(name)
+    assert isinstance(layer, PackedLinear) and torch.equal(layer.dequantize(), with_part.dequantize())
+    held = sum(t.untyped_storage().nbytes() for t in (*layer.buffers(), *layer.parameters()))
+    bare = sum(t.untyped_storage().nbytes() for t in PackedLinear(plain).buffers())
+    assert held == bare + 2 * 3 * sum(plain.codes.shape)
+    packed.save(dense, weights.items(), tmp_path)
+    described = json.loads((tmp_path / "packed.json").read_text())
+    (tmp_path / "packed.json").write_text(json.dumps(described | {"schema": 2}))
+    older = packed.load(tmp_path).get_submodule(name)
+    assert isinstance(older, PackedLinear) and older.low_rank is None and torch.equal(older.dequantize(), plain.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
