@@ -106,7 +106,7 @@ class CodebookWeight:
         """The weights [out, in], computed in float32 and rounded once."""
         weight = self._scaled(0)
         for book in range(1, len(self.codes)):
-            weight = weight.float() + self._scaled(book)
+            weight = weight.float().add_(self._scaled(book))
         if self.offsets is not None:
             weight = (weight.unflatten(1, (self.offsets.shape[1], -1)) + self.offsets.float().unsqueeze(-1)).flatten(1)
         weight = weight.to(self.dtype)
@@ -126,7 +126,7 @@ class CodebookWeight:
             scales, table = scales.float(), table.float()
         if self.tensor_scale is not None:
             scales = scales * self.tensor_scale
-        return (self._look_up(codes, table).unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(-1)).flatten(1)
+        return self._look_up(codes, table).unflatten(1, (scales.shape[1], -1)).mul_(scales.unsqueeze(-1)).flatten(1)
 
     def _look_up(self, codes: Tensor, table: Tensor) -> Tensor:
         """Levels [out, in] of one codebook [tables, entries, dim]."""
