@@ -11,8 +11,10 @@ from torch import Tensor
 
 from methods._training import cut, objective, train
 from methods.base import DenseModel
-from methods.kernels import packed
+from methods.kernels import adapters, packed
+from methods.quantization.bitsandbytes import NF4
 from methods.quantization.qat import TorchAOQAT
+from methods.quantization.qlora import QLoRA
 from tests.unit import tiny
 
 pytestmark = pytest.mark.integration
@@ -75,3 +77,43 @@ def test_qat_in_bfloat16_packs_what_was_trained(tmp_path: Path) -> None:
         assert torch.equal(weight, layer.weight_fake_quantizer(layer.weight).bfloat16()), name
     assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]
     assert claim.trained_parameters == dense.load().num_parameters()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_qlora_equals_peft_on_a_bitsandbytes_model(tmp_path: Path, double_quant: bool) -> None:
+    """The base is the one of NF4, and with the adapters' numbers peft's own model over it gives the same logits."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    dense = dense_model(tmp_path / "dense", "bfloat16")
+    settings = QLoRA(double_quant=double_quant, rank=4, alpha=8.0, **SHORT | {"learning_rate": 5e-3})
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    for folder in (out, plain):
+        folder.mkdir()
+    claim = settings.compress(dense, CALIBRATION, out)
+    NF4(double_quant=double_quant).compress(dense, None, plain)
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    stored = load_file(out / adapters.TENSORS)
+    assert len(stored) == 28 and claim.trained_parameters == sum(t.numel() for t in stored.values())
+
+    base = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", use_safetensors=True)
+    names = sorted({key.rpartition(".")[0] for key in stored})
+    config = peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=names, task_type="CAUSAL_LM")
+    library = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        for name in names:
+            layer = library.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(stored[f"{name}.low_rank_in"])
+            layer.lora_B["default"].weight.copy_(stored[f"{name}.low_rank_out"].float() / 2)
+        want, exact = library(CALIBRATION.ids).logits.float(), dense.load()(CALIBRATION.ids).logits.float()
+        got, still = (model(CALIBRATION.ids).logits.float() for model in (adapters.load(out), AutoModelForCausalLM.from_pretrained(plain)))
+    assert (got - want).norm() < 0.02 * want.norm()
+
+    def divergence(logits: Tensor) -> float:
+        wanted = exact.log_softmax(-1)
+        return float((wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).mean())
+
+    assert divergence(got) < 0.9 * divergence(still)
+    assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from methods import _self_text
 from methods._training import TrainingSettings, objective
 from methods.base import Claim, DenseModel, Method, Unsupported
-from methods.kernels import packed
+from methods.kernels import adapters, packed
 from methods.kernels.grid import Grid
 from methods.quantization._grid import round_to_grid
 from methods.quantization._grid_layers import GridLinear, PooledAdapterLinear, RoundedLinear, ScaledLinear
 from methods.quantization.llm_qat import LLMQAT, min_max
+from methods.quantization.loftq import LoftQ, decompose, low_rank
 from methods.quantization.peqa import PEQA, fit_grid
 from methods.quantization.qa_lora import QALoRA
 from methods.quantization.ternary import TernaryQAT, absmean
@@ -47,8 +48,9 @@ def compress(method: Method, dense: DenseModel, out: Path) -> Claim:
 
 def divergence(folder: Path, dense: DenseModel) -> float:
     """Mean KL divergence of an artefact from the dense model, in nats, on the calibration tokens."""
+    model = (adapters if (folder / adapters.DESCRIPTION).exists() else packed).load(folder)
     with torch.inference_mode():
-        want, got = (m(CALIBRATION.ids).logits.float().log_softmax(-1) for m in (dense.load(), packed.load(folder)))
+        want, got = (m(CALIBRATION.ids).logits.float().log_softmax(-1) for m in (dense.load(), model))
     return float((want.exp() * (want - got)).sum(-1).mean())
 
 
@@ -242,6 +244,63 @@ def test_qa_lora_changes_the_offsets_and_nothing_else(dense: DenseModel, tmp_pat
     assert claim.trained_parameters == sum(4 * (rows + groups) for rows, groups in shapes)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (8, 8)])
+def test_low_rank_factors_are_those_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """Eckart and Young: nothing of this rank is nearer than the leading singular values; each factor has their roots."""
+    matrix = torch.randn(*shape)
+    first, second = low_rank(matrix, 5)
+    u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert first.shape == (5, shape[1]) and second.shape == (shape[0], 5)
+    assert torch.allclose(second @ first, u[:, :5] * sigma[:5] @ v[:5], atol=1e-5)
+    assert torch.allclose(first.norm(dim=1), sigma[:5].sqrt(), atol=1e-5) and torch.allclose(
+        second.norm(dim=0), sigma[:5].sqrt(), atol=1e-5
+    )
+    zeros = low_rank(torch.zeros(shape), 5)
+    assert not zeros[0].any() and not zeros[1].any()
+
+
+def test_loftq_alternates_between_grid_and_low_rank() -> None:
+    """Q_t = q(W − A_{t-1} B_{t-1}) and A_t B_t = SVD_r(W − Q_t), from A₀ = B₀ = 0; both together are nearer to W than Q alone."""
+    weight, grid = torch.randn(48, 64), Grid(2, 32)
+    product, errors = torch.zeros(48, 64), []
+    for rounds in (1, 2, 3):
+        quantized, first, second = decompose(weight, grid, 6, rounds, torch.float32)
+        want = round_to_grid(weight - product, grid).dequantize()
+        assert (quantized.dequantize() == want).float().mean() > 0.99
+        u, sigma, v = torch.linalg.svd(weight - quantized.dequantize(), full_matrices=False)
+        assert torch.allclose(second @ first, u[:, :6] * sigma[:6] @ v[:6], atol=1e-4)
+        product = second @ first
+        errors.append(float((weight - quantized.dequantize() - product).norm()))
+    assert max(errors) < float((weight - round_to_grid(weight, grid).dequantize()).norm())
+
+
+def test_loftq_keeps_its_adapters_beside_the_grid(dense: DenseModel, tmp_path: Path) -> None:
+    claim = assert_training_helps(LoftQ(bits=2, group_size=32, rank=4, learning_rate=5e-3, **SHORT), dense, tmp_path, 0.9)
+    assert claim.format == "adapters" and claim.details["stored_bits"] > 2.5
+    base, model = packed.load(tmp_path / "trained"), adapters.load(tmp_path / "trained")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, adapters.AdaptedPackedLinear)}
+    assert len(layers) == 14 and claim.trained_parameters == sum(m.low_rank_in.numel() + m.low_rank_out.numel() for m in layers.values())
+    weights = sum(m.in_features * m.out_features for m in layers.values())
+    held = sum(t.untyped_storage().nbytes() for m in layers.values() for t in m.buffers())
+    assert claim.details["stored_bits"] == pytest.approx(8 * held / weights, rel=0.02)
+    for name, layer in layers.items():
+        x = torch.randn(3, layer.in_features).bfloat16()
+        low_rank_part = layer.low_rank_out.float() @ layer.low_rank_in.float()
+        want = base.get_submodule(name).dequantize().float() + low_rank_part
+        assert torch.allclose(layer.dequantize().float(), want, atol=1e-2) and low_rank_part.abs().max() > 0.01
+        assert torch.allclose(layer(x).float(), x.float() @ want.t(), atol=0.1)
+
+
+def test_an_adapter_that_does_not_fit_is_an_error(dense: DenseModel, tmp_path: Path) -> None:
+    compress(LoftQ(group_size=32, rank=4, steps=1), dense, tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    adapters.save(tmp_path, "packed", {name: adapters.Adapter(torch.zeros(4, 32), torch.zeros(128, 4))})
+    with pytest.raises(ValueError, match=r"does not fit model\.layers\.0\.mlp\.up_proj"):
+        adapters.load(tmp_path)
+    with pytest.raises(Unsupported, match="rank 33 is more than the 32 outputs"):
+        LoftQ(group_size=32, rank=33).check(dense.shape)
+
+
 def test_own_text_is_greedy_first_then_drawn(dense: DenseModel) -> None:
     ids = _self_text.generate(dense, 6, 24, greedy=4, batch_size=6, seed=0)
     assert ids.shape == (6, 24) and ids.dtype is torch.int64 and not (ids == 2).any()
@@ -287,7 +346,7 @@ def test_own_text_is_kept_and_goes_on_where_it_stopped(dense: DenseModel, tmp_pa
     assert seen == [6, 8, 3, 6, 8]
 
 
-@pytest.mark.parametrize("make", [lambda: PEQA(group_size=32, **SHORT), lambda: TernaryQAT(**SHORT)])
+@pytest.mark.parametrize("make", [lambda: PEQA(group_size=32, **SHORT), lambda: TernaryQAT(**SHORT), lambda: LoftQ(group_size=32, **SHORT)])
 def test_a_killed_method_resumes_to_the_same_artefact(make: Callable[[], Method], dense: DenseModel, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -301,9 +360,11 @@ def test_a_killed_method_resumes_to_the_same_artefact(make: Callable[[], Method]
     with pytest.raises(Killed):
         compress(make(), interrupted, tmp_path / "killed")
     seen: list[float] = []
-    compress(make(), dataclasses.replace(interrupted, progress=lambda done, _: seen.append(done)), tmp_path / "resumed")
+    watched = dataclasses.replace(interrupted, progress=lambda done, total: seen.append(done) if total == 30 else None)
+    compress(make(), watched, tmp_path / "resumed")
     assert seen == [21, 22, 23, 24, 25, 26, 27, 28, 29, 30]
-    assert (tmp_path / "resumed/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    for made in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "resumed" / made.name).read_bytes() == made.read_bytes(), made.name
 
 
 def test_training_on_the_text_itself(dense: DenseModel, tmp_path: Path) -> None:
@@ -316,6 +377,6 @@ def test_training_on_the_text_itself(dense: DenseModel, tmp_path: Path) -> None:
 
 
 def test_groups_that_do_not_fit_are_refused(dense: DenseModel) -> None:
-    for method in (PEQA(group_size=128),):
+    for method in (PEQA(group_size=128), LLMQAT(group_size=128), TernaryQAT(group_size=128), QALoRA(group_size=128), LoftQ(group_size=128)):
         with pytest.raises(Unsupported, match="group_size 128"):
             method.check(dense.shape)
