@@ -82,7 +82,7 @@ def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> tupl
 
     Arguments and errors as of `audit`.
     """
-    records = [r for r in Store(results).scan()[0] if r.status is Status.OK and r.stage in stages]
+    records = [r for r in Store(results).scan()[0] if r.status is Status.OK and r.stage in stages and r.imported is None]
     if not records:
         raise ConfigError(f"no ok record of {', '.join(stages)} in '{results}'")
     chosen = np.random.default_rng(seed).permutation(len(records))[:sample]

@@ -1,4 +1,4 @@
-"""The command line: `slimbench run · sweep · audit · compare · recommend · reproduce · bench · methods · engines · assets · board · env`.
+"""The command line: `slimbench COMMAND`, of which `slimbench --help` has the list.
 
 Nothing heavy is imported until a command needs it: help and configuration errors answer within a second.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from harness import __version__, cli_methods, cli_wandb
+from harness import __version__, cli_methods, cli_records, cli_wandb
 from harness.cli_recommend import recommend
 from harness.cli_reproduce import reproduce
 from harness.terminal import FORMATS, check_choice, console, fail, print_table, read_records, results_folder
@@ -38,6 +38,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(board_app, name="board")
 app.add_typer(env_app, name="env")
 app.add_typer(cli_wandb.app, name="wandb")
+app.add_typer(cli_records.app, name="records")
 app.command()(recommend)
 app.command()(reproduce)
 

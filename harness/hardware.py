@@ -39,7 +39,7 @@ class Hardware:
         """Name of what speed depends on, readable: the card, or the processor with its threads."""
         if device == "cuda":
             return self.gpus[index].name
-        return f"{self.cpu} · {threads} threads · {round(self.memory_bytes / 2**30)} GB"
+        return f"{self.cpu} · {threads or 'unknown'} threads · {round(self.memory_bytes / 2**30)} GB"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -38,7 +38,7 @@ class ProgressDisplay:
         self._total = len(self._open)
         self._seconds: dict[Stage, list[float]] = defaultdict(list)
         for record in store.scan()[0]:
-            if record.status is Status.OK:
+            if record.status is Status.OK and record.wall_seconds is not None:
                 self._seconds[record.stage].append(record.wall_seconds)
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
@@ -85,9 +85,9 @@ class ProgressDisplay:
         if record.simulated:
             self._open.pop((Stage.SPEED, cell.identity.keys.speed), None)
         if not reused and record.status is Status.OK:
-            self._seconds[stage].append(record.wall_seconds)
+            self._seconds[stage].append(record.wall_seconds or 0)
         done = self._total - len(self._open)
-        how = "recorded" if reused else f"{record.wall_seconds:.0f} s"
+        how = "recorded" if reused else f"{record.wall_seconds or 0:.0f} s"
         mark = _MARKS.get(record.status, f"[red]{record.status}[/]")
         reason = f"  {record.failure.message.splitlines()[0]}" if record.failure else ""
         self._refresh()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 
@@ -171,7 +171,7 @@ class DocumentResult(_Schema):
 
     Attributes:
         nll: Sum of the negative log-likelihoods of each document in nats.
-        tokens: Tokens, words (lm-eval's split at white space) and UTF-8 bytes of each document.
+        tokens: Tokens, words (lm-eval's split at white space) and UTF-8 bytes of each document; no tokens where they were not counted.
         word_perplexity: exp(sum nll / sum words).
         byte_perplexity: exp(sum nll / sum bytes).
         bits_per_byte: sum nll / (sum bytes · ln 2).
@@ -181,7 +181,7 @@ class DocumentResult(_Schema):
     protocol: str
     corpus_sha256: str
     nll: list[float]
-    tokens: list[int]
+    tokens: list[int] = []
     words: list[int]
     bytes: list[int]
     word_perplexity: float
@@ -199,7 +199,10 @@ class ZeroshotItem(_Schema):
 
 
 class ZeroshotResult(_Schema):
-    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's; `calibration_overlap` as of a perplexity."""
+    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's; `calibration_overlap` as of a perplexity.
+
+    `items` is empty where an imported file has none: then nothing is paired.
+    """
 
     task: str
     version: str
@@ -276,6 +279,7 @@ class QualityResult(_Schema):
     """Quality of one artefact. The first perplexity result is the headline.
 
     Attributes:
+        forward_tokens: Tokens that went through the model, padding included; 0 where they were not counted.
         seconds: Wall time of each part, by name.
         flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.
     """
@@ -283,9 +287,9 @@ class QualityResult(_Schema):
     perplexity: list[PerplexityResult] = []
     documents: list[DocumentResult] = []
     zeroshot: list[ZeroshotResult] = []
-    evidence: Evidence
-    load_seconds: float
-    forward_tokens: int
+    evidence: Evidence | None = None
+    load_seconds: float | None = None
+    forward_tokens: int = 0
     seconds: dict[str, float] = {}
     flags: list[str] = []
 
@@ -368,7 +372,7 @@ class SpeedPointResult(_Schema):
         probes: Readings of the machine before, between and after bursts of runs.
         half_widths: Larger distance from the median to a bound of its 95 % interval, over the median, of `decode`, `prefill`,
             `reference_decode` and `speedup`; None where there are too few samples for an interval.
-        stopped: What ended repetition: `target`, `max_repeats` or `budget`.
+        stopped: What ended repetition: `target`, `max_repeats` or `budget`; `imported` where another tool decided.
         dropped: Pairs that were dropped because the card was throttled in one of their runs.
         kv_cache_bytes: KV cache of the batch halfway through decoding.
         load: What else ran on the machine meanwhile.
@@ -407,11 +411,11 @@ class MemoryResult(_Schema):
         device_process_bytes: CUDA: what NVML sees of the process, context and libraries included.
     """
 
-    weight_bytes: int
+    weight_bytes: int | None = None
     kv_cache_bytes: int | None = None
     activation_bytes: int | None = None
-    process_bytes: int
-    process_peak_bytes: int
+    process_bytes: int | None = None
+    process_peak_bytes: int | None = None
     device_used_bytes: int | None = None
     reserved_bytes: int | None = None
     device_process_bytes: int | None = None
@@ -442,9 +446,9 @@ class SpeedResult(_Schema):
     """
 
     points: list[SpeedPointResult]
-    memory: MemoryResult
-    evidence: Evidence
-    copy_bandwidth_gbs: float
+    memory: MemoryResult = MemoryResult()
+    evidence: Evidence | None = None
+    copy_bandwidth_gbs: float | None = None
     largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
     flags: list[str] = []
@@ -460,8 +464,31 @@ class Failure(_Schema):
     interrupted: bool = False
 
 
+class Imported(_Schema):
+    """Where a result comes from that another tool measured.
+
+    Attributes:
+        tool: Its name, such as `lm-eval`, and its version where the file has it.
+        file: Name of the file without its folder; `sha256` is that of its bytes.
+        run: When it was run, as the file says (ISO 8601); None where it does not.
+    """
+
+    tool: str
+    version: str | None = None
+    file: str
+    sha256: str
+    run: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.tool} {self.version}" if self.version else self.tool
+
+
 class Record(_Schema):
-    """One stage of one cell."""
+    """One stage of one cell.
+
+    What slimbench measured itself has evidence, memory and times; what is imported has of these what its file has.
+    """
 
     schema_version: int = SCHEMA_VERSION
     stage: Stage
@@ -470,7 +497,7 @@ class Record(_Schema):
     cell: CellIdentity
     phase: str = ""
     started: str
-    wall_seconds: float
+    wall_seconds: float | None = None
     peak_memory_bytes: int | None = None
     compress: CompressResult | None = None
     quality: QualityResult | None = None
@@ -479,6 +506,20 @@ class Record(_Schema):
     config: dict[str, Any]
     command: str
     provenance: dict[str, Any] = Field(default_factory=dict)
+    imported: Imported | None = None
+
+    @model_validator(mode="after")
+    def _measured_here(self) -> Record:
+        if self.imported is None:
+            measured: dict[str, Any] = {"wall_seconds": self.wall_seconds}
+            if self.quality:
+                measured |= {name: getattr(self.quality, name) for name in ("evidence", "load_seconds")}
+            if self.speed:
+                memory = {name: getattr(self.speed.memory, name) for name in ("weight_bytes", "process_bytes", "process_peak_bytes")}
+                measured |= memory | {name: getattr(self.speed, name) for name in ("evidence", "copy_bandwidth_gbs")}
+            if missing := [name for name, value in measured.items() if value is None]:
+                raise ValueError(f"no {missing[0]}, and the record is not imported")
+        return self
 
     @property
     def simulated(self) -> bool:

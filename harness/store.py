@@ -61,6 +61,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def dump(record: Record) -> bytes:
+    """The content of a record's file."""
+    return record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
+
+
 class Store:
     """A folder of records.
 
@@ -72,7 +77,7 @@ class Store:
         self.root = root
 
     def path(self, cell: CellIdentity, stage: Stage) -> Path:
-        return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{cell.keys.of(stage)}.json"
+        return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{slug(cell.keys.of(stage))}.json"
 
     def get(self, cell: CellIdentity, stage: Stage) -> Record | None:
         """The record of a stage, or None. A file that cannot be read is moved aside, kept, and counts as absent."""
@@ -93,7 +98,7 @@ class Store:
         """
         path = self.path(record.cell, record.stage)
         try:
-            write_atomically(path, record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+            write_atomically(path, dump(record))
         except OSError as error:
             raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
         return path
@@ -123,12 +128,16 @@ class Store:
         finally:
             lock.release()
 
-    def scan(self) -> tuple[list[Record], list[Unreadable]]:
-        """Every record of the folder, sorted by path, and every file that should be one and is not."""
+    def scan(self, reader: Callable[[Path], Record | str] | None = None) -> tuple[list[Record], list[Unreadable]]:
+        """Every record of the folder, sorted by path, and every file that should be one and is not.
+
+        Args:
+            reader: Reads one file; `read` unless another is given.
+        """
         records: list[Record] = []
         unreadable: list[Unreadable] = []
         for path in sorted([*self.root.glob("*/*/*.json"), *self.root.glob("*/*/*.json.unreadable")]):
-            record = read(path)
+            record = (reader or read)(path)
             if isinstance(record, Record):
                 records.append(record)
             else:
@@ -139,9 +148,17 @@ class Store:
 def read(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        return Record.model_validate(migrate(json.loads(path.read_text(encoding="utf-8"))))
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"not a record: {error}"
+
+
+def parse(text: str) -> Record | str:
+    """The record in a JSON text, or one line that says why there is none."""
+    try:
+        return Record.model_validate(migrate(json.loads(text)))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        return f"not a valid record: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-    except (OSError, ValueError, AttributeError) as error:
+        return ": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]])
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"not a record: {error}"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from harness import significance, stats
 from harness.config import ConfigError
 from harness.record import DocumentResult, PerplexityResult, QualityResult, Record, SpeedPointResult, SpeedResult, Stage, ZeroshotResult
-from leaderboard.pairing import correctness, documents_of, items_of, name_of, partners, windows_of
+from leaderboard.pairing import correctness, documents_of, name_of, partners, shared_items, windows_of
 from leaderboard.row import Row
 from leaderboard.rows import Records, by_key, oldest_first, rows
 from leaderboard.speed import speedup
@@ -150,7 +150,7 @@ def compare(
         a=one,
         b=other,
         texts=_texts(ours, theirs) if ours and theirs else [],
-        accuracy=_accuracy(partners(ours.zeroshot, theirs.zeroshot, items_of)) if ours and theirs else None,
+        accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs else None,
         speed=_speed(newest, one, other),
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
         disk_ratio=_ratio(one.disk_bytes, other.disk_bytes),

@@ -34,6 +34,11 @@ def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any
     return [(result, known.get(identity(result))) for result in ours]
 
 
+def shared_items(ours: Sequence[ZeroshotResult], theirs: Sequence[ZeroshotResult]) -> list[tuple[ZeroshotResult, ZeroshotResult | None]]:
+    """Each of our tasks with theirs on the same items, or None; a task whose items are not known has no partner."""
+    return partners(ours, [task for task in theirs if task.items], items_of)
+
+
 def correctness(result: ZeroshotResult) -> list[float]:
     return [item.correct for item in result.items]
 

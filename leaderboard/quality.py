@@ -10,7 +10,7 @@ from typing import Any
 from harness import significance, stats
 from harness.record import DivergenceResult, DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 from harness.significance import LEVEL
-from leaderboard.pairing import correctness, items_of, name_of, partners, windows_of
+from leaderboard.pairing import correctness, name_of, partners, shared_items, windows_of
 from leaderboard.row import named
 from tasks import zeroshot
 
@@ -29,11 +29,11 @@ def fields(ours: QualityResult, theirs: QualityResult | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if ours.perplexity:
         found |= _perplexity(ours.perplexity, theirs.perplexity if theirs else [])
-        found["perplexity_by_protocol"] = {name_of(p): _value(p) for p in ours.perplexity} | _documents(ours.documents)
         if divergence := ours.perplexity[0].divergence:
             found |= _divergence(divergence)
+    found["perplexity_by_protocol"] = {name_of(p): _value(p) for p in ours.perplexity} | _documents(ours.documents)
     if ours.zeroshot:
-        paired = partners(ours.zeroshot, theirs.zeroshot if theirs else [], items_of)
+        paired = shared_items(ours.zeroshot, theirs.zeroshot if theirs else [])
         found |= _accuracy(paired)
         found |= _versatility(found["task_accuracy"], found["task_delta"])
         found |= _worst(paired)
@@ -96,7 +96,7 @@ def _accuracy(paired: Paired) -> dict[str, Any]:
     items = [correctness(ours) for ours, _ in paired]
     shared = [(ours, theirs) for ours, theirs in paired if theirs]
     found: dict[str, Any] = {"task_accuracy": per_task, "accuracy": fmean(per_task.values())}
-    found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items)
+    found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items) or _reported_error([ours for ours, _ in paired])
     found["task_delta"] = {ours.task: ours.accuracy - theirs.accuracy for ours, theirs in shared}
     flips = {ours.task: significance.flips(correctness(ours), correctness(theirs)) for ours, theirs in shared}
     if flips:
@@ -110,6 +110,12 @@ def _accuracy(paired: Paired) -> dict[str, Any]:
         lost, won = (sum(counts) for counts in zip(*flips.values(), strict=True))
         found |= {"flips_to_wrong": lost, "flips_to_right": won, "mcnemar_p": float(significance.mcnemar(lost, won))}
     return found
+
+
+def _reported_error(tasks: list[ZeroshotResult]) -> dict[str, float]:
+    """The standard error from those that the tasks report, for tasks whose items are not known."""
+    errors = [task.stderr for task in tasks if task.stderr is not None]
+    return {"accuracy_se": math.hypot(*errors) / len(errors)} if len(errors) == len(tasks) else {}
 
 
 def _versatility(accuracy: Mapping[str, float], delta: Mapping[str, float]) -> dict[str, Any]:

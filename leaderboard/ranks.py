@@ -93,5 +93,7 @@ def _windows(quality: QualityResult) -> tuple[Any, list[float]] | None:
 def _items(quality: QualityResult) -> tuple[Any, list[float]] | None:
     """What identifies the items of all tasks, and whether each was right; None where there is nothing to rank."""
     tasks = sorted(quality.zeroshot, key=lambda task: task.task)
+    if not all(task.items for task in tasks):
+        return None
     right = [float(value >= 0.5) for task in tasks for value in correctness(task)]
     return (tuple(map(items_of, tasks)), right) if right else None

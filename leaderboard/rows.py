@@ -42,7 +42,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 
 def oldest_first(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds, r.command))
+    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds or 0, r.command))
 
 
 def by_key(ordered: Sequence[Record]) -> Records:
@@ -70,7 +70,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     reference = None if is_reference else newest.get((Stage.QUALITY, cell.reference.quality))
     simulated = bool(compress and compress.simulated)
     status, reason = _outcome(found, _expected(bearer, simulated))
-    evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r]
+    evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r and r.evidence]
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
     flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
@@ -80,10 +80,14 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
+    imported = measured.imported
+    if imported:
+        flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
     return Row(
         **cell.model_dump(
             include={
                 "model",
+                "parameters",
                 "pipeline",
                 "family",
                 "engine",
@@ -96,6 +100,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
                 "calibration",
             }
         ),
+        methods=[str(step.get("target") or step.get("name") or cell.pipeline).rpartition(".")[2] for step in cell.steps],
         status=status,
         reason=reason,
         is_reference=is_reference,
@@ -104,6 +109,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
         speed_protocol=_digest(_protocol(bearer, "speed")),
         flags=list(dict.fromkeys(flags)),
+        imported=imported.label if imported else None,
         command=bearer.command,
         provenance=_provenance(measured),
         **_size(compress),
@@ -116,7 +122,9 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
 
 
 def _expected(bearer: Record, simulated: bool) -> list[Stage]:
-    """The stages that the cell was asked for: random weights have no quality, simulated artefacts no speed."""
+    """The stages that the cell was asked for: random weights have no quality, simulated artefacts no speed, imported cells one stage."""
+    if bearer.imported:
+        return [bearer.stage]
     wanted = bearer.config.get("stages", list(Stage))
     without = {Stage.QUALITY} if _section(bearer, "model").get("source") == "random" else set()
     without |= {Stage.SPEED} if simulated else set()

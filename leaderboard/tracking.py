@@ -177,9 +177,9 @@ def _tables(row: Row, found: dict[Stage, Record | None]) -> dict[str, tuple[list
         ),
     }
     results = [result for stage in (Stage.QUALITY, Stage.SPEED) if (r := found[stage]) and (result := r.quality or r.speed)]
-    if results:
+    if results and (evidence := results[0].evidence):
         columns = ["layer", "role", "count", "parameters", "bytes", "bits_per_weight", "zeros", "operators"]
-        layers = [layer.model_dump() for layer in results[0].evidence.layers]
+        layers = [layer.model_dump() for layer in evidence.layers]
         tables["layers"] = (columns, [[_flat(layer[name]) for name in columns] for layer in layers])
     return tables
 

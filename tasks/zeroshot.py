@@ -15,6 +15,7 @@ from tasks.archive import hash_file
 from tasks.errors import DataError, nearest
 
 ASSET_PREFIX = "asset:"
+_HEADLINE = ("acc_norm", "acc", "exact_match")
 
 
 def resolve(include_path: str | None) -> Path | None:
@@ -68,6 +69,12 @@ def groups() -> dict[str, str]:
 def headline_metrics() -> dict[str, str]:
     """The metric by which each shipped task is ranked."""
     return {name: task.metric for name, task in bigbench.definitions().items()}
+
+
+def headline(task: str) -> tuple[str, ...]:
+    """The metrics by which a task may be ranked; the first that was measured counts."""
+    declared = headline_metrics().get(task)
+    return (declared,) if declared else _HEADLINE
 
 
 def _check_asset(include_path: str) -> None:

@@ -25,7 +25,8 @@ def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size
     """
     result.copy_bandwidth_gbs = max(probe.copy_gbs for point in result.points for probe in point.probes)
     for point, seen in zip(result.points, disturbances, strict=True):
-        point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, cache_size)
+        if result.evidence:
+            point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, cache_size)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)
 

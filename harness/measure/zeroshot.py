@@ -22,8 +22,6 @@ from harness.record import ZeroshotItem, ZeroshotResult
 from tasks import zeroshot
 from tasks.overlap import overlap
 
-_HEADLINE = ("acc_norm", "acc", "exact_match")
-
 
 class EngineLM(TemplateLM):
     """lm-eval's model interface on top of an engine.
@@ -176,7 +174,7 @@ def measure(
 
 def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResult:
     scores, samples = out["results"][task], out["samples"][task]
-    metric = next((m for m in _headline(task) if m in samples[0]), None) or next(m for m in samples[0]["metrics"])
+    metric = next((m for m in zeroshot.headline(task) if m in samples[0]), None) or next(m for m in samples[0]["metrics"])
     filter_ = samples[0]["filter"]
     choices = [len(s["arguments"]) for s in samples]
     return ZeroshotResult(
@@ -189,11 +187,6 @@ def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResul
         num_fewshot=suite.num_fewshot,
         items=[_item(s, metric) for s in samples if s["filter"] == filter_],
     )
-
-
-def _headline(task: str) -> tuple[str, ...]:
-    declared = zeroshot.headline_metrics().get(task)
-    return (declared,) if declared else _HEADLINE
 
 
 def _item(sample: dict[str, Any], metric: str) -> ZeroshotItem:

@@ -108,7 +108,7 @@ def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
         yield Grid("Claim", (), (), [(_cut(name), _cut(_plain(value))) for name, value in claim.items()])
     for stage in (Stage.QUALITY, Stage.SPEED):
         result = (records[stage].quality or records[stage].speed) if stage in records else None
-        if result:
+        if result and result.evidence:
             yield _found(f"{EVIDENCE_TITLE} {stage}", result.evidence)
             break
     if compress and compress.compress:
@@ -149,9 +149,10 @@ def _provenance(stage: Stage, record: Record) -> dict[str, Any]:
     known = {
         "Key": record.key,
         "Started": record.started,
-        "Took": f"{record.wall_seconds:,.1f} s",
+        "Took": None if record.wall_seconds is None else f"{record.wall_seconds:,.1f} s",
         "Peak memory": None if record.peak_memory_bytes is None else f"{_BYTES(record.peak_memory_bytes)} MB",
         "Record": f"schema {record.schema_version}",
+        "Imported": f"{imported.label}, {imported.file}, SHA-256 {imported.sha256}" if (imported := record.imported) else None,
         "slimbench": facts.get("slimbench"),
         "Commit": f"{git['commit']}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else None,
         "Python": facts.get("python"),
