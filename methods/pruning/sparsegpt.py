@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from methods import _llmcompressor
-from methods._common import block_linears, check_pattern, check_sparsity, holds_pattern, parse_pattern, save_dense, zero_fraction
-from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
-
-_TOLERANCE = 0.01
+from methods._common import check_pattern, check_sparsity, parse_pattern
+from methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from methods.pruning import _library
 
 
 @dataclass(frozen=True)
@@ -46,23 +45,9 @@ class SparseGPT(Method):
         check_pattern(shape, self.pattern)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        """Prune, save with the zeros in place, and check that they are there.
-
-        Raises:
-            RuntimeError: The library left fewer zeros than asked for, or broke the pattern.
-        """
         assert calibration is not None
-        model = dense.load()
-        layers = block_linears(model)
-        report = _llmcompressor.oneshot(model, self.modifier(), calibration)
-        zeros = zero_fraction(layers)
-        if zeros < self.sparsity - _TOLERANCE:
-            raise RuntimeError(f"llmcompressor left {zeros:.1%} zeros where {self.sparsity:.1%} were asked for")
-        if self.pattern and not all(holds_pattern(layer, self.pattern) for layer in layers.values()):
-            raise RuntimeError(f"llmcompressor broke the pattern {self.pattern}")
-        save_dense(model, out)
-        details = {"failed_inverses": report.failed_inverses}
-        return Claim(HUGGINGFACE, sparsity=zeros, pattern=self.pattern, details=details)
+        claim, report = _library.prune(dense, self.modifier(), calibration, self.sparsity, self.pattern, out)
+        return replace(claim, details={"failed_inverses": report.failed_inverses})
 
     def modifier(self) -> object:
         """The library's own object for these settings."""
@@ -74,6 +59,5 @@ class SparseGPT(Method):
             mask_structure=self.pattern or "0:0",
             dampening_frac=self.dampening,
             block_size=self.block_size,
-            targets=["Linear"],
-            ignore=["re:.*lm_head"],
+            **_library.TARGETS,
         )

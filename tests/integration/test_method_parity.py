@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from methods.base import DenseModel
 from methods.kernels import packed
 from methods.pruning.sparsegpt import SparseGPT
+from methods.pruning.wanda import Wanda
 from methods.quantization.bitsandbytes import NF4, LLMInt8
 from methods.quantization.gptq import GPTQ
 from methods.quantization.rtn import RTN
@@ -153,6 +154,18 @@ def test_sparsegpt_equals_llmcompressor(dense: DenseModel, tmp_path: Path, patte
     assert claim.sparsity == pytest.approx(0.5, abs=2e-3) and claim.bits is None and claim.details == {"failed_inverses": 0}
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
     assert not list(tmp_path.glob("recipe*"))
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_wanda_equals_llmcompressor(dense: DenseModel, tmp_path: Path, pattern: str | None) -> None:
+    pytest.importorskip("llmcompressor")
+    from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+    modifier = WandaPruningModifier(sparsity=0.5, mask_structure=pattern or "0:0", targets=["Linear"], ignore=["re:.*lm_head"])
+    want = block_weights(library_oneshot(dense.path, modifier))
+    claim = Wanda(pattern=pattern).compress(dense, CALIBRATION, tmp_path)
+    assert_same(block_weights(tiny.dense_model(tmp_path).load()), want)
+    assert (claim.sparsity, claim.pattern, claim.bits) == (0.5, pattern, None)
 
 
 def test_block_size_does_not_change_a_pattern(dense: DenseModel, pruned: DenseModel, tmp_path: Path) -> None:

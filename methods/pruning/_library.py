@@ -1,0 +1,37 @@
+"""Pruning through a modifier of llmcompressor, with its zeros counted afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from methods import _llmcompressor
+from methods._common import block_linears, holds_pattern, save_dense, zero_fraction
+from methods.base import HUGGINGFACE, Calibration, Claim, DenseModel
+
+_TOLERANCE = 0.01
+TARGETS: dict[str, Any] = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+"""What a modifier is told to prune: the linear layers of the blocks."""
+
+
+def prune(
+    dense: DenseModel, modifier: Any, calibration: Calibration, sparsity: float, pattern: str | None, out: Path
+) -> tuple[Claim, _llmcompressor.Report]:
+    """Prune block by block, save with the zeros in place, and check that they are there.
+
+    Returns:
+        The claim, and what the library had to say.
+
+    Raises:
+        RuntimeError: The library left fewer zeros than asked for, or broke the pattern.
+    """
+    model = dense.load()
+    layers = block_linears(model)
+    report = _llmcompressor.oneshot(model, modifier, calibration, dense.progress)
+    zeros = zero_fraction(layers)
+    if zeros < sparsity - _TOLERANCE:
+        raise RuntimeError(f"llmcompressor left {zeros:.1%} zeros where {sparsity:.1%} were asked for")
+    if pattern and not all(holds_pattern(layer, pattern) for layer in layers.values()):
+        raise RuntimeError(f"llmcompressor broke the pattern {pattern}")
+    save_dense(model, out)
+    return Claim(HUGGINGFACE, sparsity=zeros, pattern=pattern), report
