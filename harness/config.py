@@ -273,6 +273,7 @@ class RunConfig(_Strict):
     limits: LimitsConfig
     seed: int = 0
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
+    tracking: Literal["wandb"] | None = None
     results: str = "runs"
     on_existing: OnExisting = "keep"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
         try:
             if multirun is None:
                 session.records = session.runner.run(cells[0])
+                track(cells[0], store)
             else:
                 compose.launch(multirun, job)
         finally:
@@ -136,6 +138,7 @@ def job(config: DictConfig) -> None:
     if _session.error is None:
         try:
             _session.records += _session.runner.run(cell)
+            track(cell, _session.runner.store)
         except StoreError as error:
             _session.error = error
 
@@ -151,8 +154,25 @@ def _alone(cell: Cell) -> None:
         runner = Runner(store, display)
         try:
             runner.run(cell)
+            track(cell, store)
         finally:
             runner.close()
+
+
+def track(cell: Cell, store: Store) -> None:
+    """Log a finished cell, with its reference, where the configuration asks for it; a tracker that fails stops no sweep."""
+    if cell.config.tracking != "wandb":
+        return
+    from rich.console import Console
+
+    from leaderboard import tracking
+
+    identities = (cell.reference().identity, cell.identity)
+    records = [record for identity in identities for stage in Stage if (record := store.get(identity, stage))]
+    try:
+        tracking.log(records, os.environ.get("WANDB_PROJECT", "slimbench"), Path(os.environ.get("WANDB_DIR", ".")))
+    except Exception as error:
+        Console(stderr=True).print(f"not logged to W&B: {error}; `slimbench wandb log` does it later", highlight=False)
 
 
 def require_extras(cell: Cell) -> None:

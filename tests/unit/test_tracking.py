@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import sweep
 from harness.record import Record
+from harness.store import Store
 from leaderboard import dashboard, tracking
 from leaderboard.row import Row
 from leaderboard.rows import rows
@@ -78,3 +80,27 @@ def test_dashboard_shows_metrics_that_the_runs_have() -> None:
     named = set(re.findall(r'summary:([a-z_]+)|"metrics": \["([a-z_]+)"', text))
     named = {name for pair in named for name in pair if name}
     assert {"weight_bytes", "perplexity", "kl_mean", "speedup", "compress_seconds", "accuracy"} <= named <= set(Row.model_fields)
+
+
+def test_a_cell_is_logged_when_it_is_done(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    results = tmp_path / "results"
+    done = sweep.run([*overrides, f"results={results}", "method=rtn-4bit", "settings.group_size=32", "tracking=wandb", "stages=[quality]"])
+    assert done.exit_code == 0
+    logged = {run["config"]["pipeline"]: run for run in map(wandb_file.read, tracking.offline_runs(tmp_path))}
+    board = {row.pipeline: row for row in rows(Store(results).scan()[0])}
+    assert set(logged) == set(board) == {"dense", "rtn-4bit(group_size=32)"}
+    for name, row in board.items():
+        assert logged[name]["summary"]["perplexity"] == row.perplexity
+
+
+def test_a_tracker_that_fails_stops_nothing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(tracking, "log", refuse)
+    assert sweep.run([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[quality]"]).exit_code == 0
+    assert "not logged to W&B: no room" in capsys.readouterr().err
