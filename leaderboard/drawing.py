@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +21,7 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
@@ -28,10 +29,18 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "svg.fonttype": "none",
     "svg.hashsalt": "slimbench",
+    "pdf.fonttype": 42,
+}
+Kind = Literal["svg", "png", "pdf"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_METADATA: dict[Kind, dict[str, None]] = {
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
 
 
-def render(make: Callable[[], Figure], kind: Literal["svg", "png"]) -> bytes:
+def render(make: Callable[[], Figure], kind: Kind) -> bytes:
     """A figure as a file.
 
     Args:
@@ -42,6 +51,5 @@ def render(make: Callable[[], Figure], kind: Literal["svg", "png"]) -> bytes:
         figure = make()
         FigureCanvasAgg(figure)
         out = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, dpi=DPI, metadata=metadata, facecolor="white")
+        figure.savefig(out, format=kind, dpi=DPI, metadata=_METADATA[kind], facecolor="white")
     return out.getvalue()

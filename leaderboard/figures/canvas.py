@@ -1,0 +1,131 @@
+"""What all figures share: title above, caption below, legend outside, and plain numbers on logarithmic axes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from leaderboard.drawing import DPI, INK, MUTED, Kind, render
+from leaderboard.tables import shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Text
+
+CHARACTERS_PER_INCH = 16.5
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that the rows allow.
+
+    Attributes:
+        name: Of the file, without its ending.
+        title: What it shows.
+        caption: How to read it, and which rows it leaves out.
+        make: Draws it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    make: Callable[[], Figure]
+
+    def draw(self, kind: Kind) -> bytes:
+        """The figure as a file; the same rows give the same bytes."""
+        return render(self.make, kind)
+
+
+def canvas(title: str, setting: str, caption: str, width: float, height: float, columns: int = 1, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure with its words, and its axes as an array of one row.
+
+    Args:
+        width: Inches, as the height.
+    """
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **subplots)[0]
+    line = int(width * CHARACTERS_PER_INCH)
+    figure.suptitle(shorten(title, int(0.55 * line)), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    words = [*textwrap.wrap(setting, line), *textwrap.wrap(caption, line)]
+    figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=7.5, color=MUTED, parse_math=False)
+    return figure, axes
+
+
+def legend(ax: Axes, *entries: Any) -> None:
+    """A legend in lines above the axes, below the title; none where it would say one thing.
+
+    Args:
+        entries: Handles and labels; those of the axes if none are given.
+    """
+    handles, labels = entries or ax.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    columns = max(1, min(len(labels), int(ax.bbox.width / DPI * CHARACTERS_PER_INCH / (max(map(len, labels)) + 4))))
+    made = ax.legend(
+        handles,
+        labels,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
+    plain(made.get_texts())
+
+
+def side_legend(ax: Axes, *entries: Any) -> None:
+    """A legend right of the axes, for many entries.
+
+    Args:
+        entries: Handles and labels; those of the axes if none are given.
+    """
+    made = ax.legend(*entries, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    plain(made.get_texts())
+
+
+def plain(texts: Sequence[Text]) -> None:
+    """Show dollar signs as they are."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def log_axis(ax: Axes, which: str, ticks: Sequence[float] | None = None) -> None:
+    """A logarithmic axis with plain numbers on it: at 1, 2 and 5, or where `ticks` says."""
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    if ticks is None:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_ticks(list(ticks))
+        axis.set_minor_locator(NullLocator())
+
+
+def spread_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
+    """A logarithmic axis where positive values span more than a factor of three."""
+    if min(values) > 0 and max(values) > 3 * min(values):
+        log_axis(ax, which)
+
+
+def bit_axis(ax: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis of bits with the usual numbers of bits as its ticks."""
+    low, high = min(values), max(values)
+    usual = [bits for bits in (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 32) if 0.8 * low <= bits <= 1.25 * high]
+    if low > 0 and len(usual) > 1:
+        log_axis(ax, "x", usual)
+
+
+def category_axis(ax: Axes, names: Sequence[str], size: float = 8.5) -> None:
+    """Names down the left side, the first on top."""
+    ax.set_yticks(range(len(names)), list(names), fontsize=size, color=INK, parse_math=False)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)

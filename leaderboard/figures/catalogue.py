@@ -1,0 +1,95 @@
+"""The kinds of figures, and which of them the rows of a board allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from harness.config import ConfigError
+from leaderboard.figures.bars import flips, memory
+from leaderboard.figures.canvas import Plot
+from leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table
+from leaderboard.figures.lines import bits, degradation, sparsity
+from leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
+from leaderboard.figures.palette import Palette
+from leaderboard.figures.scatter import against, divergence
+from leaderboard.figures.seeds import seeds
+from leaderboard.figures.speedups import speedups
+from leaderboard.figures.tasks import tasks
+from leaderboard.row import Row
+from tasks.errors import nearest
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of figure.
+
+    Attributes:
+        about: What it shows, in words.
+        groups: Which rows it puts together.
+        make: Draws a group, or raises `Unplottable`.
+    """
+
+    name: str
+    about: str
+    groups: Grouping
+    make: Callable[[Group], Plot]
+
+
+KINDS = (
+    Kind("perplexity-bytes", "perplexity against the bytes of the weights", by_quality, partial(against, y=PERPLEXITY, x=BYTES)),
+    Kind("perplexity-bits", "perplexity against the bits of a weight", by_quality, partial(against, y=PERPLEXITY, x=BITS)),
+    Kind("perplexity-speed", "perplexity against decode speed", by_table, partial(against, y=PERPLEXITY, x=SPEED)),
+    Kind("accuracy-bytes", "zero-shot accuracy against the bytes of the weights", by_quality, partial(against, y=ACCURACY, x=BYTES)),
+    Kind("accuracy-bits", "zero-shot accuracy against the bits of a weight", by_quality, partial(against, y=ACCURACY, x=BITS)),
+    Kind("accuracy-speed", "zero-shot accuracy against decode speed", by_table, partial(against, y=ACCURACY, x=SPEED)),
+    Kind("methods-bits", "perplexity over bits, a line for each method", by_quality, bits),
+    Kind("methods-sparsity", "perplexity over sparsity, a line for each method", by_quality, sparsity),
+    Kind("degradation", "perplexity above dense over the size of the model", by_suite, degradation),
+    Kind("speedup", "speed-up over batch and context, with the roofline", by_speed, speedups),
+    Kind("memory", "weights, KV cache and activations", by_speed, memory),
+    Kind("divergence", "KL to the dense model against perplexity", by_quality, divergence),
+    Kind("flips", "answers that turned wrong and right", by_quality, flips),
+    Kind("seeds", "spread of the perplexity over seeds", by_quality, seeds),
+    Kind("tasks", "accuracy differences by method and task", by_quality, tasks),
+)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A figure that the rows of a group do not allow, with the reason."""
+
+    kind: str
+    title: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.title}: {self.reason}"
+
+
+def names() -> list[str]:
+    return [kind.name for kind in KINDS]
+
+
+def kind(name: str) -> Kind:
+    """The kind of a name; `ConfigError` with the nearest one if there is none."""
+    found = next((kind for kind in KINDS if kind.name == name), None)
+    if found is None:
+        raise ConfigError(f"no figure '{name}'{nearest(name, names())}")
+    return found
+
+
+def figures(board: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Plot | Absent]:
+    """Every figure that the rows allow, and for each group that allows none of a kind the reason. Nothing is drawn yet.
+
+    Args:
+        only: Names of kinds; all if none is given.
+    """
+    palette = Palette.of(board)
+    for chosen in [kind(name) for name in only] or KINDS:
+        for group in chosen.groups(board, palette):
+            try:
+                yield chosen.make(group)
+            except Unplottable as reason:
+                yield Absent(chosen.name, group.title, str(reason))

@@ -1,0 +1,162 @@
+"""Rows that may stand in one figure, and what a figure says of the rows that it does not show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from harness.record import Status
+from leaderboard.figures.palette import Palette
+from leaderboard.row import Row
+from leaderboard.tables import shorten, tables
+
+_NAMED = 4
+
+
+class Unplottable(ValueError):
+    """The rows do not allow a figure. The message is the reason in one line."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that may be compared in what a figure shows.
+
+    Attributes:
+        rows: All of them, those that ended badly included.
+        title: What they have in common.
+        setting: Where and how they were measured.
+        stem: The title as part of a file name.
+    """
+
+    rows: Sequence[Row]
+    title: str
+    setting: str
+    palette: Palette = field(default_factory=Palette)
+
+    @property
+    def stem(self) -> str:
+        return slug(self.title)
+
+    @property
+    def engines_differ(self) -> bool:
+        return len({row.engine_label for row in self.rows if measured(row)}) > 1
+
+    @property
+    def reference(self) -> Row | None:
+        """The reference, if its perplexity was measured."""
+        return next((row for row in self.rows if row.is_reference and row.perplexity), None)
+
+    def name(self, row: Row, length: int = 34) -> str:
+        """The row as labels call it: with its engine where that differs."""
+        return shorten(f"{row.label} · {row.engine}" if self.engines_differ else row.label, length)
+
+
+Grouping = Callable[[Sequence[Row], Palette], list[Group]]
+
+
+def measured(row: Row) -> bool:
+    return any(value is not None for value in (row.perplexity, row.accuracy, row.decode_tokens_per_s, row.weight_bytes))
+
+
+def by_quality(board: Sequence[Row], palette: Palette) -> list[Group]:
+    """Rows whose quality may be compared: one model, suite and kind of device. A result measured once stands once."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    for row in sorted(board, key=lambda row: (row.decode_tokens_per_s is None, row.status != Status.OK)):
+        group = groups.setdefault((row.model, row.suite, row.suite_protocol, row.device), {})
+        group.setdefault((row.keys.quality, row.label), row)
+    position = {id(row): number for number, row in enumerate(board)}
+    return _named(
+        [sorted(group.values(), key=lambda row: position[id(row)]) for group in groups.values()],
+        palette,
+        lambda row: (row.model, row.suite),
+        lambda row: row.suite_protocol,
+    )
+
+
+def by_table(board: Sequence[Row], palette: Palette) -> list[Group]:
+    """The tables of the board: quality and speed may both be compared."""
+    return _distinct([Group(table.rows, table.title, table.setting, palette) for table in tables(board)])
+
+
+def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
+    """Rows whose speed may be compared: one model, speed protocol, device and hardware."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    for row in board:
+        key = row.model, row.speed, row.speed_protocol, row.device, row.hardware
+        groups.setdefault(key, {}).setdefault((row.keys.speed, row.label), row)
+    found = [list(group.values()) for group in groups.values()]
+    found = [rows for rows in found if any(row.speed_points for row in rows)] or found
+    return _named(found, palette, lambda row: (row.model, f"speed {row.speed}"), lambda row: f"{row.hardware} {row.speed_protocol}")
+
+
+def by_suite(board: Sequence[Row], palette: Palette) -> list[Group]:
+    """Rows of several models on one suite: only differences to each model's own reference may be compared."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in board:
+        groups.setdefault((row.suite, row.suite_protocol, row.device), []).append(row)
+    return _named(list(groups.values()), palette, lambda row: ("all models", row.suite), lambda row: row.suite_protocol)
+
+
+def _named(
+    groups: Sequence[Sequence[Row]], palette: Palette, words: Callable[[Row], tuple[str, ...]], protocol: Callable[[Row], str]
+) -> list[Group]:
+    """Groups with a title, told apart by what else distinguishes them where two have the same."""
+    found = []
+    for rows in groups:
+        machines = sorted({row.hardware for row in rows if measured(row)}) or [rows[0].hardware]
+        where = machines[0] if len(machines) == 1 else f"{len(machines)} machines"
+        engines = sorted({row.engine_label for row in rows if measured(row)})
+        setting = " · ".join([*(engines if len(engines) == 1 else []), rows[0].device, where])
+        twins = [other for other in groups if words(other[0]) == words(rows[0])]
+        parts = [*words(rows[0])]
+        if len({row.device for other in twins for row in other}) > 1:
+            parts.append(rows[0].device)
+        if len([other for other in twins if other[0].device == rows[0].device]) > 1:
+            parts.append(protocol(rows[0]))
+        found.append(Group(rows, " · ".join(parts), setting, palette))
+    return _distinct(found)
+
+
+def _distinct(groups: list[Group]) -> list[Group]:
+    """The same groups, with a number where two would write the same file."""
+    seen: dict[str, int] = {}
+    found = []
+    for group in groups:
+        seen[group.stem] = count = seen.get(group.stem, 0) + 1
+        found.append(group if count == 1 else Group(group.rows, f"{group.title} ({count})", group.setting, group.palette))
+    return found
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits, dots and hyphens of a text."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:80] or "unnamed"
+
+
+def left_out(group: Group, shown: Iterable[Row], missing: str) -> str:
+    """A sentence on the rows of a group that a figure does not show, by the reason; empty where there are none.
+
+    Args:
+        missing: What the rows that ended well lack.
+    """
+    there = {id(row) for row in shown}
+    reasons: dict[str, list[str]] = {}
+    for row in group.rows:
+        if id(row) not in there:
+            reason = row.status if row.status not in (Status.OK, "incomplete") else f"without {missing}"
+            reasons.setdefault(reason, []).append(group.name(row))
+    parts = [f"{len(names)} {reason} ({listed(names)})" for reason, names in sorted(reasons.items())]
+    return f"Not shown: {'; '.join(parts)}." if parts else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(distinct[:_NAMED]) + (f" and {len(distinct) - _NAMED} more" if len(distinct) > _NAMED else "")
+
+
+def off_scale(group: Group, factor: float) -> float:
+    """Perplexity above which a row is off the scale: so many times the reference or, without one, the best row."""
+    known = [row.perplexity for row in group.rows if row.perplexity is not None]
+    reference = group.reference
+    return factor * (reference.perplexity if reference and reference.perplexity else min(known, default=1.0))

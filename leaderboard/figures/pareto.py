@@ -1,0 +1,62 @@
+"""The plot of one table: perplexity against bytes and against tokens per second, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from leaderboard.drawing import Kind, render
+from leaderboard.figures.canvas import canvas, legend, spread_axis
+from leaderboard.figures.groups import Group, left_out, off_scale
+from leaderboard.figures.measures import BYTES, PERPLEXITY, SPEED, Measure, Point, front, points
+from leaderboard.figures.scatter import OFF_SCALE, above, corpus, finish, off_text, scatter
+from leaderboard.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PANELS = (BYTES, SPEED)
+
+
+def plottable(table: Table) -> bool:
+    """Whether there is anything to plot: at least two rows with a perplexity and a size or speed."""
+    return bool(_drawn(table))
+
+
+def caption(table: Table) -> str:
+    """What the plot shows, and which rows it does not."""
+    group = _group(table)
+    limit = off_scale(group, OFF_SCALE)
+    hidden = left_out(group, [p.row for _, shown in _drawn(table) for p in shown] + above(group, limit), "both numbers")
+    note = "Bars are 95 % intervals; the line joins the rows that none beats in both."
+    return " ".join(filter(None, [note, off_text(group, limit), hidden]))
+
+
+def draw(table: Table, kind: Kind) -> bytes:
+    """The plot as a file: perplexity with its 95 % interval against bytes and against tokens per second."""
+    return render(lambda: _figure(table), kind)
+
+
+def _group(table: Table) -> Group:
+    return Group(table.rows, table.title, table.setting)
+
+
+def _drawn(table: Table) -> list[tuple[Measure, list[Point]]]:
+    limit = off_scale(_group(table), OFF_SCALE)
+    return [(x, shown) for x in _PANELS if len(shown := points(table.rows, x, PERPLEXITY, limit)) > 1]
+
+
+def _figure(table: Table) -> Figure:
+    group, drawn = _group(table), _drawn(table)
+    figure, axes = canvas(table.title, table.setting, caption(table), 6.4 * len(drawn), 5.2, len(drawn), sharey=True)
+    panels = []
+    for ax, (x, shown) in zip(axes, drawn, strict=True):
+        members = front(shown, x, PERPLEXITY)
+        scatter(ax, shown, members)
+        ax.set_xlabel(x.label)
+        panels.append((ax, shown, members))
+    axes[0].set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
+    spread_axis(axes[0], "y", [p.y for _, shown in drawn for p in shown])
+    fullest = max(panels, key=lambda panel: len({p.row.family for p in panel[1]}))
+    legend(axes[-1], *fullest[0].get_legend_handles_labels())
+    finish(figure, panels, group)
+    return figure

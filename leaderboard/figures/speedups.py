@@ -1,0 +1,128 @@
+"""Speed-up over batch and over context, with what the roofline would allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from leaderboard.drawing import MUTED
+from leaderboard.figures.canvas import Plot, canvas, side_legend
+from leaderboard.figures.groups import Group, Unplottable, left_out
+from leaderboard.figures.palette import method_of
+from leaderboard.row import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 16
+_AXES = (("batch", "prompt", "sequences in the batch"), ("prompt", "batch", "tokens of context"))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A speed-up at one point of the grid.
+
+    Attributes:
+        bound: Speed-up that the row would have at its roofline; None where that is unknown.
+    """
+
+    at: int
+    value: float
+    low: float
+    high: float
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one pair of axes shows: speed-ups over one side of the grid, the other one fixed."""
+
+    over: str
+    fixed: str
+    fixed_at: int
+    label: str
+    series: dict[int, list[Reading]]
+
+
+def speedups(group: Group) -> Plot:
+    """Speed-up over the reference on the same engine over batch and context.
+
+    Raises:
+        Unplottable: Speed was measured at one batch and one context only.
+    """
+    rows = [row for row in group.rows if row.speed_points and not row.is_reference]
+    panels = [panel for over, fixed, label in _AXES if (panel := _panel(rows, over, fixed, label))]
+    if not panels:
+        grid = {(p.get("batch"), p.get("prompt")) for row in rows for p in row.speed_points}
+        raise Unplottable(f"no row has speed-ups at several batches or contexts ({len(grid)} point{'s' * (len(grid) != 1)} in all)")
+    shown = [row for index, row in enumerate(rows) if any(index in panel.series for panel in panels)]
+    bases = [row for row in group.rows if row.is_reference]
+    note = (
+        "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals. Thin dotted lines with hollow "
+        "marks: the speed-up if the row moved its weights and KV cache at the measured copy bandwidth (roofline)."
+    )
+    text = " ".join(filter(None, [note, left_out(group, [*shown, *bases], "several speed points")]))
+    title = "Speed-up over batch and context"
+
+    def make() -> Figure:
+        figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 3.2 + 4.6 * len(panels), 5.2, len(panels), sharey=True)
+        for ax, panel in zip(axes, panels, strict=True):
+            _draw(ax, panel, rows, group)
+        axes[0].set_ylabel("times as fast as dense  (↑ higher is better)")
+        fullest = max(range(len(panels)), key=lambda i: len(panels[i].series))
+        side_legend(axes[-1], *axes[fullest].get_legend_handles_labels())
+        return figure
+
+    return Plot(f"speedup-{group.stem}", title, text, make)
+
+
+def _panel(rows: Sequence[Row], over: str, fixed: str, label: str) -> Panel | None:
+    """The panel at the fixed value that shows most; None where no row was measured at two points."""
+    found: dict[int, dict[int, list[Reading]]] = {}
+    for index, row in enumerate(rows):
+        for point in row.speed_points:
+            at, kept, value = point.get(over), point.get(fixed), point.get("speedup")
+            if isinstance(at, int) and isinstance(kept, int) and isinstance(value, float):
+                found.setdefault(kept, {}).setdefault(index, []).append(_reading(at, value, point))
+    best: Panel | None = None
+    for kept, series in sorted(found.items()):
+        lines = {i: sorted(own, key=lambda r: r.at) for i, own in series.items() if len({r.at for r in own}) > 1}
+        lines = dict(sorted(lines.items(), key=lambda item: -max(r.value for r in item[1]))[:MOST_LINES])
+        if lines and (best is None or sum(map(len, lines.values())) > sum(map(len, best.series.values()))):
+            best = Panel(over, fixed, kept, label, lines)
+    return best
+
+
+def _reading(at: int, value: float, point: dict[str, float | int | str | None]) -> Reading:
+    low, high, fraction = (point.get(name) for name in ("speedup_low", "speedup_high", "roofline_fraction"))
+    return Reading(
+        at,
+        value,
+        low if isinstance(low, float) else value,
+        high if isinstance(high, float) else value,
+        value / fraction if isinstance(fraction, float) and fraction > 0 else None,
+    )
+
+
+def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group) -> None:
+    for index, own in sorted(panel.series.items()):
+        look = group.palette.look(method_of(rows[index]))
+        style = {"color": look.colour, "marker": look.marker}
+        at = [r.at for r in own]
+        spread = [[max(0.0, r.value - r.low) for r in own], [max(0.0, r.high - r.value) for r in own]]
+        name = group.name(rows[index], 32).lstrip("_")
+        ax.errorbar(at, [r.value for r in own], yerr=spread, ls=look.dashes, lw=1.5, elinewidth=1, ms=6, mec="white", label=name, **style)
+        bounds = [(r.at, r.bound) for r in own if r.bound is not None]
+        if len(bounds) > 1:
+            ax.plot(*zip(*bounds, strict=True), ls=":", lw=1, ms=4, mfc="white", alpha=0.8, **style)
+    ax.axhline(1, color=MUTED, lw=0.9)
+    ticks = sorted({r.at for own in panel.series.values() for r in own})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.1)
+    ax.set_xlabel(panel.label)
+    ax.set_title(f"{panel.fixed} {panel.fixed_at}", fontsize=9, color=MUTED)
