@@ -81,14 +81,14 @@ def entries() -> Iterator[Entry]:
 
 
 def outcomes(records: Iterable[Record]) -> dict[str, dict[str, str]]:
-    """What came of each method on each model: name → model → text. Only pipelines of the method alone count, under any settings.
+    """What came of each method on each model: name → model → text. Only measured pipelines of the method alone count, under any settings.
 
     `ok` means that each stage that was tried has ended well at least once, on whichever engine, suite or machine; else the first
     stage that never did is named with its status.
     """
     found: dict[tuple[str, str], dict[Stage, list[Status]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if len(record.cell.steps) == 1:
+        if len(record.cell.steps) == 1 and record.imported is None:
             found[record.cell.steps[0]["name"], record.cell.model][record.stage].append(record.status)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for (name, model), stages in found.items():
