@@ -59,7 +59,7 @@ class PackedLinear(nn.Module):
         if self.sparse:
             y = self._add_outliers(y, rows)
         if self.has_low_rank:
-            y = y + nn.functional.linear(nn.functional.linear(rows, self.low_rank_in), self.low_rank_out)
+            y = y + self._low_rank_product(rows)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -82,7 +82,12 @@ class PackedLinear(nn.Module):
     @property
     def low_rank(self) -> LowRank | None:
         """What is added to the whole matrix, None where nothing is."""
-        return LowRank(self.low_rank_in, self.low_rank_out) if self.has_low_rank else None
+        return LowRank(self.get_buffer("low_rank_in"), self.get_buffer("low_rank_out")) if self.has_low_rank else None
+
+    def _low_rank_product(self, x: Tensor) -> Tensor:
+        part = self.low_rank
+        assert part is not None
+        return nn.functional.linear(nn.functional.linear(x, part.reduce), part.expand)
 
     def _add_outliers(self, y: Tensor, x: Tensor) -> Tensor:
         outliers = self.outliers

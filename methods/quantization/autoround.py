@@ -29,8 +29,8 @@ class SignRound(Method):
 
     A weight becomes s · clip(round(w / s + v) + z), with a shift v in [-0.5, 0.5] for each weight and a factor in [0, 1] on each end of
     the range of a group, all moved by the sign of the gradient with a step of 1 / iterations that falls to zero. The best
-    parameters seen in a block are kept. Symmetric grids of the library may have negative scales, so that the one code without
-    a counterpart stands on the side of the largest weight.
+    parameters seen in a block are kept. The library cannot resume an interrupted run. Symmetric grids of the library may have
+    negative scales, so that the one code without a counterpart stands on the side of the largest weight.
 
     Attributes:
         bits: Bits of a weight, before scales.
@@ -43,7 +43,7 @@ class SignRound(Method):
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SignRound", year=2023, arxiv="2309.05516", covers=("quantization/signround-autoround",))
     reference: ClassVar[str] = "auto_round:AutoRound"
-    needs: ClassVar[Needs] = Needs(calibration=True, extra="quantization", modules=("auto_round",))
+    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("auto_round",))
     produces: ClassVar[str] = "packed"
 
     bits: Literal[2, 3, 4] = 4
@@ -77,8 +77,16 @@ class SignRound(Method):
             model, _ = self.rounder(model, dense, calibration).quantize()
         layers = {name: model.get_submodule(name) for name in names}
         packed.save(model, self._codes(layers, packed.Grid(self.bits, self.group_size)), out)
-        details = {"symmetric": self.symmetric, "iterations": self.iterations}
-        return Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details)
+        samples, length = calibration.ids.shape
+        weights = sum(layer.weight.numel() for layer in block_linears(model).values())
+        return Claim(
+            self.produces,
+            bits=self.bits,
+            group_size=self.group_size,
+            training_tokens=self.iterations * min(self.batch_size, samples) * length * dense.shape.num_layers,
+            trained_parameters=weights + 2 * weights // self.group_size,
+            details={"symmetric": self.symmetric, "iterations": self.iterations},
+        )
 
     def rounder(self, model: Any, dense: DenseModel, calibration: Calibration) -> Any:
         """The library's own object for these settings."""

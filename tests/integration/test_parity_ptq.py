@@ -148,14 +148,15 @@ def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: in
     ids, done = CALIBRATION.ids[:, :32], list[tuple[float, float]]()
     method = SignRound(bits=bits, group_size=32, symmetric=symmetric, iterations=5, batch_size=4)  # type: ignore[arg-type]
     observed = dataclasses.replace(dense, progress=lambda *p: done.append(p))
-    method.compress(observed, dataclasses.replace(CALIBRATION, ids=ids), tmp_path)
-    assert done == [(1, 2), (2, 2)]
+    claim = method.compress(observed, dataclasses.replace(CALIBRATION, ids=ids), tmp_path)
+    assert done == [(1, 2), (2, 2)] and claim.training_tokens == 2 * 5 * 4 * 32
     settings = {"bits": bits, "group_size": 32, "sym": symmetric, "iters": 5, "nsamples": 8, "seqlen": 32, "batch_size": 4}
     library, _ = auto_round.AutoRound(
         dense.load(), Tokenizer(), scheme="W4A16", dataset=list(ids.split(1)), device_map="cpu", scale_dtype="bf16",
         enable_torch_compile=False, **settings,
     ).quantize()  # fmt: skip
     source, moved = block_weights(dense.load()), 0.0
+    assert claim.trained_parameters == sum(w.numel() + w.numel() // 16 for w in source.values())
     for name, layer in packed_layers(tmp_path).items():
         want, scales = library.get_submodule(name).weight, library.get_submodule(name).scale.float()
         steps = (layer.dequantize().float() - want.float()).abs().unflatten(1, (-1, 32)) / scales.abs().unsqueeze(-1)
