@@ -11,7 +11,7 @@ from torch import Tensor
 from methods._common import block_linears
 from methods._training import Trained, TrainingSettings
 from methods.base import DenseModel
-from methods.kernels.adapters import Adapter
+from methods.kernels.grid import LowRank
 from methods.quantization import _qat
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def fit(
     ids: Tensor,
     dense: DenseModel,
     initial: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> tuple[dict[str, Adapter], Trained]:
+) -> tuple[dict[str, LowRank], Trained]:
     """Train an adapter for each linear layer of the blocks; the model is left as it was.
 
     Args:
@@ -53,7 +53,7 @@ def fit(
     done = _qat.fit(adapted, parameters, settings, ids, dense)
     dtype = getattr(torch, dense.dtype)
     made = {
-        name: Adapter(
+        name: LowRank(
             parameters[f"{name}.lora_A"].detach().to(dtype).contiguous(),
             (scaling * parameters[f"{name}.lora_B"].detach()).to(dtype).contiguous(),
         )

@@ -5,11 +5,13 @@ From A₀ = B₀ = 0, for t = 1 … T:
     Q_t = q(W − A_{t−1} B_{t−1}),      A_t B_t = the best approximation of rank r to W − Q_t
 
 where q rounds to the nearest point of the symmetric grid, and the approximation, by singular values, is split evenly between both
-factors. Then the adapters are trained over the frozen Q_T; they stay beside it in the artefact.
+factors. Then the adapters are trained over the frozen Q_T; they stay beside it in the artefact, as the
+low-rank part of the packed weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -39,7 +41,7 @@ class LoftQ(TrainingSettings, Method):
     citation: ClassVar[Citation] = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
     reference: ClassVar[str] = "paper"
     needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("peft",))
-    produces: ClassVar[str] = "adapters"
+    produces: ClassVar[str] = "packed"
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64
@@ -61,7 +63,7 @@ class LoftQ(TrainingSettings, Method):
         import torch
 
         from methods._common import block_linears, check_groups
-        from methods.kernels import adapters, packed
+        from methods.kernels import packed
         from methods.quantization import _lora, _qat
 
         assert calibration is not None
@@ -76,11 +78,16 @@ class LoftQ(TrainingSettings, Method):
             layer.weight.copy_(weights[name].dequantize())
             dense.progress(index + 1, len(layers))
         made, done = _lora.fit(model, self, self.rank, float(self.rank), calibration.ids, dense, initial)
-        _qat.save_weights(model, weights.items(), dense, out)
-        adapters.save(out, "packed", made)
-        bits = adapters.stored_bits(adapters.bytes_of_layers(out, made), made)
-        claim = Claim(self.produces, bits=self.bits, group_size=self.group_size)
-        return done.added_to(replace(claim, details={"symmetric": True, "rank": self.rank, "stored_bits": bits}))
+        whole = {name: replace(weight, low_rank=made[name]) for name, weight in weights.items()}
+        _qat.save_weights(model, whole.items(), dense, out)
+        details = {"symmetric": True, "rank": self.rank, "stored_bits": stored_bits(whole.values())}
+        return done.added_to(Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details))
+
+
+def stored_bits(weights: Collection[QuantizedWeight]) -> float:
+    """Bits of a weight with its scales and its adapter."""
+    kept = [t for w in weights if w.low_rank for t in (w.packed_codes(), w.scales, *w.low_rank.parts().values())]
+    return 8 * sum(tensor.nbytes for tensor in kept) / sum(w.codes.numel() for w in weights)
 
 
 def decompose(weight: Tensor, grid: Grid, rank: int, iterations: int, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor, Tensor]:

@@ -56,9 +56,8 @@ class QLoRA(TrainingSettings, Method):
         model = _qat.load_float32(dense)
         _take_weights(model, out, dense.device)
         made, done = _lora.fit(model, self, self.rank, self.alpha, calibration.ids, dense)
-        adapters.save(out, "bitsandbytes", made)
-        bits = adapters.stored_bits(adapters.bytes_of_layers(out, made), made)
-        details = claim.details | {"rank": self.rank, "stored_bits": bits}
+        adapters.save(out, made)
+        details = claim.details | {"rank": self.rank, "stored_bits": adapters.stored_bits(out, made)}
         return done.added_to(replace(claim, format=self.produces, details=details))
 
 

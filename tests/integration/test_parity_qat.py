@@ -12,6 +12,7 @@ from torch import Tensor
 from methods._training import cut, objective, train
 from methods.base import DenseModel
 from methods.kernels import adapters, packed
+from methods.kernels.grid import LowRank
 from methods.quantization.bitsandbytes import NF4
 from methods.quantization.qat import TorchAOQAT
 from methods.quantization.qlora import QLoRA
@@ -117,3 +118,8 @@ def test_qlora_equals_peft_on_a_bitsandbytes_model(tmp_path: Path, double_quant:
 
     assert divergence(got) < 0.9 * divergence(still)
     assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]
+
+    name = "model.layers.0.mlp.up_proj"
+    adapters.save(out, {name: LowRank(torch.zeros(4, 32), torch.zeros(128, 4))})
+    with pytest.raises(ValueError, match=f"does not fit {name}"):
+        adapters.load(out)
