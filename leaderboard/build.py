@@ -5,20 +5,26 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from harness.record import Record
 from harness.store import Store, StoreError, Unreadable
 from leaderboard import engines, scaling
 from leaderboard.figures import draw, plottable
+from leaderboard.parallel import mapped
+from leaderboard.reading import Reader
 from leaderboard.row import Row
 from leaderboard.site.board import Board
 from leaderboard.site.site import FOLDERS, files
 from leaderboard.tables import Table, to_csv, to_json, to_markdown
 
-MOST_PLOTTED = 3
+KINDS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
+MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
 
 
 class BoardError(StoreError):
@@ -42,7 +48,7 @@ def build(results: Path, out: Path) -> list[Path]:
     if not results.is_dir():
         raise BoardError(f"there is no results folder '{results}'; make records with `slimbench run`")
     with _no_garbage():
-        records, unreadable = Store(results).scan()
+        records, unreadable = Store(results).scan(Reader())
         if not records:
             hint = (
                 f"; {len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}"
@@ -75,14 +81,13 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
 def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
     board = Board.of(records, unreadable)
+    beside = ["table.md", "table.csv", "table.json"]
     yield "table.md", "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode()
     yield "table.csv", to_csv(board.rows).encode()
     yield "table.json", to_json(board.rows).encode()
-    beside = ["table.md", "table.csv", "table.json"]
-    for name, content in (_plots([t for t in board.tables if plottable(t)]) | _sizes(board.rows)).items():
-        beside.append(name)
-        yield name, content
-    yield from files(board, beside)
+    plots = _plots([t for t in board.tables if plottable(t)]) | _sizes(board.rows)
+    yield from zip(plots, mapped(lambda drawn: drawn(), list(plots.values()), fewest=2), strict=True)
+    yield from files(board, [*beside, *plots])
 
 
 @contextmanager
@@ -121,21 +126,28 @@ def _sweep(out: Path, written: set[Path]) -> None:
                 path.unlink()
 
 
-def _sizes(board: Sequence[Row]) -> dict[str, bytes]:
-    """The plot of decode time against bytes, where several models were measured alike."""
-    drawn = scaling.series(board)
-    return {f"sizes.{kind}": scaling.draw(drawn, kind) for kind in ("png", "svg")} if drawn else {}
+def _sizes(board: Sequence[Row]) -> dict[str, Callable[[], bytes]]:
+    """The plot of decode time against bytes, where several models were measured alike: of as many lines and models as can be read."""
+    drawn = [replace(line, points=_spread(line.points)) for line in scaling.series(board)[:MOST_LINES]]
+    return {f"sizes.{kind}": partial(scaling.draw, drawn, kind) for kind in KINDS} if drawn else {}
 
 
-def _plots(plotted: Sequence[Table]) -> dict[str, bytes]:
+def _spread(points: tuple[Any, ...]) -> tuple[Any, ...]:
+    """At most `MOST_POINTS` of the points, both ends among them."""
+    last, kept = len(points) - 1, min(len(points), MOST_POINTS) - 1
+    return tuple(points[round(number * last / kept)] for number in range(kept + 1)) if kept else points
+
+
+def _plots(plotted: Sequence[Table]) -> dict[str, Callable[[], bytes]]:
     """The plots of the fullest tables by file name: the first is `pareto`, others are named by model and suite."""
-    files: dict[str, bytes] = {}
-    fullest = sorted(plotted, key=lambda table: -sum(row.perplexity is not None for row in table.rows))[:MOST_PLOTTED]
-    for table in (table for table in plotted if table in fullest):
+    plots: dict[str, Callable[[], bytes]] = {}
+    measured = [sum(row.perplexity is not None for row in table.rows) for table in plotted]
+    fullest = sorted(range(len(plotted)), key=lambda number: (-measured[number], number))[:MOST_PLOTTED]
+    for table in (plotted[number] for number in sorted(fullest)):
         row = table.rows[0]
-        words = [row.model, row.suite, row.speed, row.device] if files else []
+        words = [row.model, row.suite, row.speed, row.device] if plots else []
         stem = "-".join(["pareto", *(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.")[:40] for word in words)])
-        while f"{stem}.png" in files:
+        while f"{stem}.png" in plots:
             stem += "-2"
-        files |= {f"{stem}.png": draw(table, "png"), f"{stem}.svg": draw(table, "svg")}
-    return files
+        plots |= {f"{stem}.{kind}": partial(draw, table, kind) for kind in KINDS}
+    return plots

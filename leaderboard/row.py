@@ -233,6 +233,8 @@ def clean(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
+        if value.isascii() and value.isprintable():
+            return value
         return _CONTROL.sub(" ", value).encode("utf-8", "replace").decode()
     if isinstance(value, dict):
         return {clean(k): clean(v) for k, v in value.items()}

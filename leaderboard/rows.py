@@ -11,6 +11,7 @@ from typing import Any
 from harness.hardware import Gpu, Hardware, short_hash
 from harness.record import QualityResult, Record, Stage, Status
 from leaderboard.pairing import items_of
+from leaderboard.parallel import mapped
 from leaderboard.quality import fields as quality_fields
 from leaderboard.quality import losses
 from leaderboard.ranks import ranked
@@ -37,7 +38,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     cells = {(r.cell.keys.compress, r.cell.keys.quality, r.cell.keys.speed): r for r in ordered}
     texts = _texts(ordered)
     bearers = list(cells.values())
-    board = ranked([(_row(bearer, newest, texts), _finished_quality(bearer, newest)) for bearer in bearers])
+    made = mapped(lambda bearer: _row(bearer, newest, texts), bearers)
+    board = ranked([(row, _finished_quality(bearer, newest)) for row, bearer in zip(made, bearers, strict=True)])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
 
 
