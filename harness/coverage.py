@@ -1,8 +1,8 @@
 """Which of the surveyed systems the methods cover: the systems, an answer for each, and the totals.
 
 `methods/survey.csv` names the systems of "Model Compression and Efficient Inference for Large Language Models: A Survey"
-(arXiv:2402.09748) and a few later ones. What a method covers exactly, it says itself (`Citation.covers`); for the others
-`methods/coverage.yaml` says which method (or engine) comes near, or why there is none.
+(arXiv:2402.09748) and a few later ones. What a method stands for, it says itself (`Citation.covers`). `methods/coverage.yaml` says
+where that is only a part of the system, which method (or engine) comes near to another, or why there is none.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ def answers(found: Sequence[System], covers: dict[str, tuple[str, ...]], said: N
 
 
 def _answer(system: System, methods: tuple[str, ...], said: Notes) -> Answer:
-    if methods:
-        return Answer(system, Status.COVERED, methods)
     if system.id in said.approximated:
         by, how = said.approximated[system.id]
-        return Answer(system, Status.APPROXIMATED, (by,), how)
+        return Answer(system, Status.APPROXIMATED, methods or (by,), how)
+    if methods:
+        return Answer(system, Status.COVERED, methods)
     return Answer(system, Status.MISSING, (), _reason(system, said) or "")
 
 
@@ -196,6 +196,7 @@ def problems(found: Sequence[System], covers: dict[str, tuple[str, ...]], engine
     ids, covered = {system.id for system in found}, {id_ for claimed in covers.values() for id_ in claimed}
     sections = {key for system in found for key in (system.branch, system.number)}
     noted = [*said.engines, *said.approximated, *said.missing]
+    partly = {id_ for id_, (by, _) in said.approximated.items() if id_ in covers.get(by, ())}
     claimed = [(name, id_) for name, claims in covers.items() for id_ in claims]
     by_engine = {name for names in said.engines.values() for name in names}
     near = [(id_, by) for id_, (by, _) in said.approximated.items()]
@@ -203,7 +204,7 @@ def problems(found: Sequence[System], covers: dict[str, tuple[str, ...]], engine
     return [
         *(f"method '{name}' covers '{id_}', which is no system{nearest(id_, ids)}" for name, id_ in claimed if id_ not in ids),
         *(f"'{id_}' is noted, but is no system{nearest(id_, ids)}" for id_ in noted if id_ not in ids),
-        *(f"'{id_}' is noted as not covered, but a method covers it" for id_ in noted if id_ in covered),
+        *(f"'{id_}' is noted as not covered, but a method covers it" for id_ in noted if id_ in covered - partly),
         *(f"'{id_}' has two answers" for id_ in sorted(set(noted)) if noted.count(id_) > 1),
         *(f"'{name}' is no engine{nearest(name, engines)}" for name in sorted(by_engine) if name not in engines),
         *(f"'{id_}' is approximated by '{by}'{nearest(by, covers)}" for id_, by in near if by not in {*covers, *engines}),

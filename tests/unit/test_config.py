@@ -8,7 +8,7 @@ import pytest
 
 from harness.cell import make_cell, step_label
 from harness.compose import jobs, resolve
-from harness.config import ConfigError, shipped
+from harness.config import ConfigError, choice, shipped
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,16 @@ def test_every_shipped_choice_composes(group: str) -> None:
 def test_every_shipped_experiment_composes() -> None:
     for name in shipped("experiment"):
         assert len(jobs([f"experiment={name}"])) > 1
+
+
+def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
+    from harness.catalogue import entries
+
+    names = choice("experiment", "quantization")["hydra"]["sweeper"]["params"]["method"].split(",")
+    swept = [choice("method", name.strip())["_target_"] for name in names]
+    offered = {item.name: item for item in entries() if item.method.family == "quantization" and "transformers" in item.engines}
+    targets = {f"{type(item.method).__module__}.{type(item.method).__qualname__}": name for name, item in offered.items()}
+    assert [name for target, name in targets.items() if target not in swept] == []
 
 
 def test_sweep_jobs_are_the_product_and_the_command_line_wins_over_the_experiment() -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from harness import coverage
-from harness.config import ConfigError, shipped
+from harness.config import CONF_DIR, ConfigError, shipped
 from harness.coverage import Answer, Notes, Status, System
 from tests.unit.test_cli import slimbench
 
@@ -41,6 +41,10 @@ def test_every_system_has_one_answer_and_every_answer_names_what_exists() -> Non
     assert coverage.problems(coverage.systems(), coverage.registered(), shipped("engine"), coverage.notes()) == []
 
 
+def test_every_quantization_system_has_an_answer_of_its_own() -> None:
+    assert not {"quantization", *(f"1.{n}" for n in range(1, 8))} & set(coverage.notes().defaults)
+
+
 def test_answers_follow_from_methods_engines_and_notes() -> None:
     found = coverage.answers(FOUND, COVERS, NOTES)
     assert found == [
@@ -58,13 +62,23 @@ def test_answers_follow_from_methods_engines_and_notes() -> None:
     assert coverage.problems(FOUND, COVERS, ["transformers"], NOTES) == []
 
 
+def test_a_method_may_stand_for_a_part_of_a_system() -> None:
+    notes = Notes(NOTES.engines, NOTES.approximated | {"pruning/a": ("two", "half of it")}, {}, NOTES.defaults)
+    assert coverage.answers(FOUND, COVERS, notes)[0] == Answer(FOUND[0], Status.APPROXIMATED, ("one", "two"), "half of it")
+    assert coverage.problems(FOUND, COVERS, ["transformers"], notes) == []
+
+
 @pytest.mark.parametrize(
     ("covers", "notes", "fault"),
     [
         ({"one": ("pruning/z",)}, Notes(defaults={"pruning": "x", "peft": "x"}), "method 'one' covers 'pruning/z', which is no system"),
         (COVERS, Notes(missing={"pruning/z": "x"}), "'pruning/z' is noted, but is no system"),
         (COVERS, Notes(missing={"pruning/a": "x"}), "'pruning/a' is noted as not covered, but a method covers it"),
-        (COVERS, Notes(approximated={"pruning/a": ("two", "x")}), "'pruning/a' is noted as not covered, but a method covers it"),
+        (
+            COVERS | {"three": ()},
+            Notes(approximated={"pruning/a": ("three", "x")}),
+            "'pruning/a' is noted as not covered, but a method covers it",
+        ),
         (COVERS, Notes(approximated={"pruning/b": ("two", "x")}, missing={"pruning/b": "x"}), "'pruning/b' has two answers"),
         (COVERS, Notes(approximated={"pruning/b": ("tow", "x")}), "'pruning/b' is approximated by 'tow'; did you mean 'two'?"),
         (COVERS, Notes(engines={"pruning/b": ("trnsformers",)}), "'trnsformers' is no engine; did you mean 'transformers'?"),
@@ -94,3 +108,9 @@ def test_the_command_prints_the_same_rows_in_every_format() -> None:
     open_ = json.loads(slimbench("methods", "coverage", "--missing", "--format", "json").stdout)
     assert {row["status"] for row in open_} == {"missing"} and len(open_) < 329
     assert "| quantization | 86 |" in slimbench("methods", "coverage", "--summary", "--format", "md").stdout
+
+
+def test_the_readme_has_the_totals_of_the_registry() -> None:
+    readme = (CONF_DIR.parent / "README.md").read_text(encoding="utf-8")
+    stated = readme.partition("<!-- coverage: begin -->\n")[2].partition("<!-- coverage: end -->")[0]
+    assert stated == slimbench("methods", "coverage", "--summary", "--format", "md").stdout
