@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness import __version__, cli_methods, cli_records, cli_wandb
+from harness.cli_figures import figures
 from harness.cli_recommend import recommend
 from harness.cli_reproduce import reproduce
 from harness.terminal import FORMATS, check_choice, console, fail, print_table, read_records, results_folder
@@ -41,6 +42,7 @@ app.add_typer(cli_wandb.app, name="wandb")
 app.add_typer(cli_records.app, name="records")
 app.command()(recommend)
 app.command()(reproduce)
+board_app.command("figures")(figures)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
@@ -300,17 +302,18 @@ def board_build(
 @board_app.command("table")
 def board_table(
     results: Results = _DEFAULT_RESULTS,
-    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join((*FORMATS, 'tex'))}.")] = "terminal",
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
-    check_choice("--format", format, FORMATS)
+    check_choice("--format", format, (*FORMATS, "tex"))
     rows = _rows(results)
-    from leaderboard import tables
+    from leaderboard import latex, tables
 
     if format == "terminal":
         console().print(tables.to_terminal(rows))
     else:
-        print({"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}[format](rows).rstrip())
+        forms = {"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json, "tex": latex.to_latex}
+        print(forms[format](rows).rstrip())
 
 
 def _rows(results: Path) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from harness.significance import LEVEL, holm
 from leaderboard.drawing import INK, MUTED
@@ -12,6 +13,7 @@ from leaderboard.row import Row
 from leaderboard.tables import decimal
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_BARS = 40
@@ -58,14 +60,14 @@ def memory(group: Group) -> Plot:
         legend(ax)
         return figure
 
-    return Plot(f"memory-{group.stem}", title, text, make)
+    return Plot("memory", group.stem, title, text, make)
 
 
 def _total(row: Row) -> int:
     return sum(getattr(row, key) or 0 for key, _, _ in _PARTS)
 
 
-def _bold_references(ax, rows: list[Row]) -> None:  # type: ignore[no-untyped-def]
+def _bold_references(ax: Axes, rows: Sequence[Row]) -> None:
     for label, row in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row.is_reference else "normal")
 
@@ -102,8 +104,8 @@ def flips(group: Group) -> Plot:
         ax.barh(places, right, height=0.68, color=_RIGHT, label="wrong → right", hatch="///", edgecolor="white", linewidth=0)
         for place in places:
             for count, side in ((wrong[place], -1), (right[place], 1)):
-                style = {"textcoords": "offset points", "va": "center", "ha": "left" if side > 0 else "right", "fontsize": 7.5}
-                ax.annotate(str(count), (side * count, place), (4 * side, 0), color=INK, **style)
+                style: dict[str, Any] = {"va": "center", "ha": "left" if side > 0 else "right", "fontsize": 7.5, "color": INK}
+                ax.annotate(str(count), (side * count, place), (4 * side, 0), textcoords="offset points", **style)
         category_axis(ax, [f"{group.name(row, 42)}{' *' if id(row) in clear else ''}" for row in rows])
         reach = max(*wrong, *right, 1)
         ax.set_xlim(-1.12 * max(*wrong, 0.2 * reach), 1.12 * max(*right, 0.2 * reach))
@@ -113,4 +115,4 @@ def flips(group: Group) -> Plot:
         legend(ax)
         return figure
 
-    return Plot(f"flips-{group.stem}", title, text, make)
+    return Plot("flips", group.stem, title, text, make)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 CHARACTERS_PER_INCH = 16.5
+CAPTION = "caption"
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,22 @@ class Plot:
     """A figure that the rows allow.
 
     Attributes:
-        name: Of the file, without its ending.
+        kind: Name in the catalogue.
+        stem: Of the file, after the kind.
         title: What it shows.
         caption: How to read it, and which rows it leaves out.
         make: Draws it.
     """
 
-    name: str
+    kind: str
+    stem: str
     title: str
     caption: str
     make: Callable[[], Figure]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.stem}"
 
     def draw(self, kind: Kind) -> bytes:
         """The figure as a file; the same rows give the same bytes."""
@@ -52,7 +59,7 @@ def canvas(title: str, setting: str, caption: str, width: float, height: float, 
     line = int(width * CHARACTERS_PER_INCH)
     figure.suptitle(shorten(title, int(0.55 * line)), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
     words = [*textwrap.wrap(setting, line), *textwrap.wrap(caption, line)]
-    figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=7.5, color=MUTED, parse_math=False)
+    figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=7.5, color=MUTED, parse_math=False).set_gid(CAPTION)
     return figure, axes
 
 

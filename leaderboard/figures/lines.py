@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leaderboard.drawing import INK, MUTED
 from leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axis, side_legend, spread_axis
@@ -70,17 +70,14 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 6)
         paths = _by_method(ax, shown, group, x)
         bit_axis(ax, [p.x for p in all_of_them]) if x is BITS else ax.set_xlim(0, 100)
-        spread_axis(
-            ax,
-            "y",
-            [*([limit] if off else []), *(p.y for p in shown), *([reference.perplexity] if reference and reference.perplexity else [])],
-        )
+        base = [reference.perplexity] if reference and reference.perplexity else []
+        spread_axis(ax, "y", [*([limit] if off else []), *(p.y for p in shown), *base])
         ax.margins(x=0.1)
         top = max([limit if off else 0.0, *(p.high for p in shown)])
         _ceiling(ax, top, shown, off, group)
-        if reference and reference.perplexity:
-            ax.axhline(reference.perplexity, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
-            paths.append([(end, reference.perplexity) for end in ax.get_xlim()])
+        for dense in base:
+            ax.axhline(dense, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
+            paths.append([(end, dense) for end in ax.get_xlim()])
         ax.set_xlabel(x.label)
         ax.set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
         side_legend(ax)
@@ -90,7 +87,7 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
         place(ax, named, paths)
         return figure
 
-    return Plot(f"methods-{x.name}-{group.stem}", title, text, make)
+    return Plot(f"methods-{x.name}", group.stem, title, text, make)
 
 
 def _named(group: Group, point: Point, y: float, more: str = "") -> Named:
@@ -128,8 +125,8 @@ def _by_method(ax: Axes, shown: Sequence[Point], group: Group, x: Measure) -> li
             label=(shorten(method, 26).lstrip("_") or "unnamed") if len(own) > 1 else None,
         )
         if others:
-            hollow = {"marker": look.marker, "ls": "none", "ms": 6, "mfc": "white", "mec": look.colour, "mew": 1.2, "zorder": 3}
-            ax.plot([p.x for p in others], [p.y for p in others], **hollow)
+            hollow: dict[str, Any] = {"ms": 6, "mfc": "white", "mec": look.colour, "mew": 1.2, "zorder": 3}
+            ax.plot([p.x for p in others], [p.y for p in others], marker=look.marker, ls="none", **hollow)
     return paths
 
 
@@ -181,7 +178,7 @@ def degradation(group: Group) -> Plot:
             look = group.palette.look(method_of(own[0][1].row))
             sizes, values = [size for size, _ in own], [p.y for _, p in own]
             spread = [[p.y - p.low for _, p in own], [p.high - p.y for _, p in own]]
-            style = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 6.5, "mec": "white", "mew": 0.7}
+            style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 6.5, "mec": "white", "mew": 0.7}
             ax.errorbar(sizes, values, yerr=spread, lw=1.5, elinewidth=1, label=name.lstrip("_"), **style)
         ax.axhline(0, color=MUTED, lw=0.9)
         lowest = min(p.low for own in drawn.values() for _, p in own)
@@ -196,7 +193,7 @@ def degradation(group: Group) -> Plot:
         side_legend(ax)
         return figure
 
-    return Plot(f"degradation-{group.stem}", title, text, make)
+    return Plot("degradation", group.stem, title, text, make)
 
 
 def _count(parameters: int) -> str:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leaderboard.drawing import MUTED
-from leaderboard.figures.canvas import Plot, bit_axis, canvas, legend, log_axis, spread_axis
+from leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, log_axis, spread_axis
 from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale
 from leaderboard.figures.labels import Named, place
 from leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
 from leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
+from leaderboard.row import Row
 from leaderboard.tables import decimal, shorten
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def against(group: Group, y: Measure, x: Measure) -> Plot:
         finish(figure, [(ax, shown, members)], group)
         return figure
 
-    return Plot(f"{y.name}-{x.name}-{group.stem}", title, text, make)
+    return Plot(f"{y.name}-{x.name}", group.stem, title, text, make)
 
 
 def divergence(group: Group) -> Plot:
@@ -87,7 +88,7 @@ def divergence(group: Group) -> Plot:
         finish(figure, [(ax, shown, [])], group, [path])
         return figure
 
-    return Plot(f"divergence-{group.stem}", title, text, make)
+    return Plot("divergence", group.stem, title, text, make)
 
 
 def corpus(group: Group) -> str:
@@ -96,7 +97,7 @@ def corpus(group: Group) -> str:
     return f"{shorten(name, 40)} "
 
 
-def above(group: Group, limit: float) -> list:  # type: ignore[type-arg]
+def above(group: Group, limit: float) -> list[Row]:
     """The rows off the scale."""
     return [row for row in group.rows if row.perplexity is not None and row.perplexity > limit]
 
@@ -104,7 +105,7 @@ def above(group: Group, limit: float) -> list:  # type: ignore[type-arg]
 def off_text(group: Group, limit: float) -> str:
     """Which rows lie above the scale, with their perplexity; empty where none does."""
     off = above(group, limit)
-    names = listed(f"{group.name(row, 40)} ({decimal(0)(row.perplexity)})" for row in off)
+    names = listed(f"{group.name(row, 40)} ({decimal(0)(row.perplexity or 0)})" for row in off)
     return f"Off the scale, above {OFF_SCALE:.0f} × the reference: {names}." if off else ""
 
 
@@ -160,9 +161,9 @@ def finish(
         wanted = [named[id(p)] for p in shown if len(shown) <= CROWD or id(p) in chosen]
         homeless += len(shown) - len(wanted)
         homeless += place(ax, list(named.values()), [[(p.x, p.y) for p in members], *paths], wanted)
-    if homeless and figure.get_supxlabel():
-        note = figure._supxlabel  # type: ignore[attr-defined]
-        note.set_text(f"{note.get_text()}{_UNNAMED}")
+    for note in figure.texts if homeless else []:
+        if note.get_gid() == CAPTION:
+            note.set_text(f"{note.get_text()}{_UNNAMED}")
 
 
 def _rows(count: int) -> str:

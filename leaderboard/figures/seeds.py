@@ -67,7 +67,7 @@ def seeds(group: Group) -> Plot:
         ax.set_xlabel(f"{corpus(group)}{PERPLEXITY.label.replace('↓', '←')}", parse_math=False)
         return figure
 
-    return Plot(f"seeds-{group.stem}", title, text, make)
+    return Plot("seeds", group.stem, title, text, make)
 
 
 def _mean(rows: list[Row]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leaderboard.drawing import MUTED
 from leaderboard.figures.canvas import Plot, canvas, side_legend
@@ -75,7 +75,7 @@ def speedups(group: Group) -> Plot:
         side_legend(axes[-1], *axes[fullest].get_legend_handles_labels())
         return figure
 
-    return Plot(f"speedup-{group.stem}", title, text, make)
+    return Plot("speedup", group.stem, title, text, make)
 
 
 def _panel(rows: Sequence[Row], over: str, fixed: str, label: str) -> Panel | None:
@@ -109,7 +109,7 @@ def _reading(at: int, value: float, point: dict[str, float | int | str | None]) 
 def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group) -> None:
     for index, own in sorted(panel.series.items()):
         look = group.palette.look(method_of(rows[index]))
-        style = {"color": look.colour, "marker": look.marker}
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
         at = [r.at for r in own]
         spread = [[max(0.0, r.value - r.low) for r in own], [max(0.0, r.high - r.value) for r in own]]
         name = group.name(rows[index], 32).lstrip("_")

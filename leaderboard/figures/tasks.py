@@ -82,7 +82,7 @@ def tasks(group: Group) -> Plot:
         figure.colorbar(image, ax=ax, label="points", fraction=0.03, pad=0.02)
         return figure
 
-    return Plot(f"tasks-{group.stem}", title, text, make)
+    return Plot("tasks", group.stem, title, text, make)
 
 
 def _points(row: Row, task: str) -> float:
