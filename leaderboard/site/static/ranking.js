@@ -170,7 +170,7 @@
       const set = focus(kept);
       if (["all", "rows", "chart"].includes(what)) { chart.show(); chart.draw(kept, set); }
       if (["all", "rows", "budget"].includes(what)) { if (what !== "budget") budget.show(); budget.advise(kept, set); }
-      if (what === "all") document.documentElement.classList.add("ready");
+      if (what === "all") { document.documentElement.classList.add("ready"); performance.mark("rows"); }
     });
   };
   onChange((what) => { if (what === "rows") showFacets(); update(what); });
