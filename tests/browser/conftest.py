@@ -37,21 +37,24 @@ def chromium(width: int = 1400, height: int = 1000, dark: bool = False) -> Any:
         options.add_argument(argument)
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     made.set_script_timeout(60)
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    made.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    screen(made, width, height)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     made.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
     return made
+
+
+def screen(driver: Any, width: int, height: int) -> None:
+    """Make the page so wide and high; below 500 as on a phone."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 @pytest.fixture(scope="session")
 def made() -> list[Record]:
     """Two models with every kind of end, and one cell whose every text is hostile."""
     found = [record for model in ("tiny-135m", "tiny-1b") for spec in specs() for record in records(replace(spec, model=model))]
-    hostile = Spec(
-        HOSTILE, "quantization", model="tiny-135m", loss=1.5, bits=3.0, size=0.3, flags=(HOSTILE,), source_precision=HOSTILE[:20]
-    )
-    return found + records(hostile)
+    hostile = Spec(HOSTILE, "quantization", model="tiny-135m", loss=1.5, bits=3.0, size=0.3, flags=(HOSTILE,))
+    return found + records(replace(hostile, source_precision=HOSTILE[:20]))
 
 
 @pytest.fixture(scope="session")
