@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class KMeans(Method):
     """K-means levels, weight only, no data.
 
+    With one table for a whole layer, as in the paper, smollm2-135m diverges at 3 and at 4 bits although the weights keep 15 to 19 dB of
+    signal to noise: the few largest weights of a layer fall to a level far below them. The shipped settings have a table for each row.
+
     Attributes:
         bits: Bits of an index.
         table: What has a table of its own: a layer, as in the paper, or each row (output) of a layer.
