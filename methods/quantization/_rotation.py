@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from methods._sequential import blocks_of
 from methods.base import Unsupported
 from methods.kernels.numbers import hadamard, largest_power_of_two
-from methods.quantization._equivalent import links
+from methods.quantization._equivalent import Link, links
 
 _WRITING = ("o_proj", "down_proj")
 
@@ -42,8 +42,32 @@ def rotate(model: Any, seed: int) -> None:
         Unsupported: The model is not built like Llama, or its norms do not commute with a rotation.
     """
     rotation = orthogonal(model.config.hidden_size, seed).to(model.device)
-    blocks = blocks_of(model)
-    norms = [link for name, block in blocks.items() for link in links(model, name, block, ("norm",))]
+    norms = fold_gains(model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for weight in (embedding.weight, head.weight):
+        _set(weight, weight.double() @ rotation)
+    for link in norms:
+        for layer in link.layers.values():
+            _set(layer.weight, layer.weight.double() @ rotation)
+    for block in blocks_of(model).values():
+        for name, layer in block.named_modules():
+            if name.endswith(_WRITING) and isinstance(layer, nn.Linear):
+                _set(layer.weight, rotation.T @ layer.weight.double())
+                if layer.bias is not None:
+                    _set(layer.bias, layer.bias.double() @ rotation)
+
+
+@torch.no_grad()
+def fold_gains(model: Any) -> list[Link]:
+    """Fold the gains of all norms into the layers after them, in place. The head no longer shares the embedding's weight.
+
+    Returns:
+        The norms of the blocks with those layers.
+
+    Raises:
+        Unsupported: The model is not built like Llama, or its norms do not commute with a rotation.
+    """
+    norms = [link for name, block in blocks_of(model).items() for link in links(model, name, block, ("norm",))]
     final = getattr(model.base_model, "norm", None)
     if final is None:
         raise Unsupported(f"{type(model).__name__} has no norm before its head")
@@ -54,20 +78,10 @@ def rotate(model: Any, seed: int) -> None:
         link.fold_scale(gain.detach().clone())
         gain.fill_(1)
     _check_commutes(final)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
     _set(head.weight, head.weight.double() * final.weight.double())
     final.weight.fill_(1)
-    for weight in (embedding.weight, head.weight):
-        _set(weight, weight.double() @ rotation)
-    for link in norms:
-        for layer in link.layers.values():
-            _set(layer.weight, layer.weight.double() @ rotation)
-    for block in blocks.values():
-        for name, layer in block.named_modules():
-            if name.endswith(_WRITING) and isinstance(layer, nn.Linear):
-                _set(layer.weight, rotation.T @ layer.weight.double())
-                if layer.bias is not None:
-                    _set(layer.bias, layer.bias.double() @ rotation)
+    return norms
 
 
 @torch.no_grad()
