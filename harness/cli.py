@@ -16,6 +16,7 @@ from harness import __version__, cli_methods, cli_records, cli_wandb
 from harness.cli_figures import figures
 from harness.cli_recommend import recommend
 from harness.cli_reproduce import reproduce
+from harness.cli_serve import serve
 from harness.terminal import FORMATS, check_choice, console, fail, print_table, read_records, results_folder
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ app = typer.Typer(
 engines_app = typer.Typer(help="What runs the artefacts: list, prove on a tiny model.", no_args_is_help=True)
 bench_app = typer.Typer(help="Benchmarks beside the cells: kernels.", no_args_is_help=True)
 assets_app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
-board_app = typer.Typer(help="The leaderboard: build it, or print its table.", no_args_is_help=True)
+board_app = typer.Typer(help="The leaderboard: build it, serve it, or print its table.", no_args_is_help=True)
 env_app = typer.Typer(help="Environments for libraries that need one of their own: list, make.", no_args_is_help=True)
 app.add_typer(cli_methods.app, name="methods")
 app.add_typer(engines_app, name="engines")
@@ -43,6 +44,7 @@ app.add_typer(cli_records.app, name="records")
 app.command()(recommend)
 app.command()(reproduce)
 board_app.command("figures")(figures)
+board_app.command()(serve)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]

@@ -163,7 +163,7 @@ def test_the_budget_recommends_what_the_command_recommends(browser: Any, board: 
 
 
 def test_a_slider_changes_the_advice_and_the_address(browser: Any, board: Path) -> None:
-    open_ranking(browser, board, "#model=tiny-1b")
+    open_ranking(browser, board)
     before = browser.find_element(By.ID, "advice").text
     slider = browser.find_element(By.ID, "memory")
     slider.send_keys(Keys.HOME)

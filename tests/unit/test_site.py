@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
+from threading import Thread
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -19,6 +21,7 @@ from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable, read
 from leaderboard import build as builder
 from leaderboard.row import Row
+from leaderboard.serve import server, url
 from leaderboard.site import method, names, ranking
 from leaderboard.site.board import Board, triple
 from leaderboard.site.cell import EVIDENCE_TITLE
@@ -278,3 +281,15 @@ dict(contents(records(Spec())))
 print(sorted({heavy} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]"
+
+
+def test_a_board_is_served_on_this_machine_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("board")
+    with server(tmp_path, 0) as serving:
+        Thread(target=serving.serve_forever, daemon=True).start()
+        assert url(serving).startswith("http://127.0.0.1:") and urlopen(url(serving)).read() == b"board"
+        with pytest.raises(builder.BoardError, match="cannot listen"):
+            server(tmp_path, serving.server_address[1])
+        serving.shutdown()
+    with pytest.raises(builder.BoardError, match="there is no board"):
+        server(tmp_path / "absent", 0)

@@ -105,6 +105,16 @@
     });
   };
 
+  // With rows kept apart by set, DataTables announces the order of the sets; what the reader sorts by is the next one.
+  const announce = (api) => {
+    const now = api.order().find(([at]) => at !== 0);
+    layout.forEach((_, i) => {
+      const header = api.column(i).header();
+      header.removeAttribute("aria-sort");
+      if (now && now[0] === i && now[1]) header.setAttribute("aria-sort", now[1] === "asc" ? "ascending" : "descending");
+    });
+  };
+
   let kept = select(), table, quiet = true;
   const start = () => {
     build(); chart.build(); budget.build();
@@ -113,7 +123,7 @@
       layout: { topStart: null, topEnd: null, bottomStart: "info", bottomEnd: "paging" },
       language: { info: "_START_ to _END_ of _TOTAL_ cells", infoEmpty: "no cells", infoFiltered: "", zeroRecords: "No cell fits these filters.", emptyTable: "No cells." },
       createdRow: (node, row) => { if (row.marks & MARKS.reference) node.classList.add("reference"); },
-      drawCallback() { groups(this.api()); },
+      drawCallback() { groups(this.api()); announce(this.api()); },
       initComplete() { this.api().search.fixed("filters", (_, row, index) => mask[index] === 1); },
     });
     layout.forEach((c, i) => {
@@ -123,6 +133,7 @@
     });
     table.columns.adjust();
     table.on("order", () => {
+      announce(table);
       if (quiet) return;
       const now = table.order().find(([at]) => at !== 0);
       state.sort = now && now[1] ? [layout[now[0]].name, now[1]] : null;
