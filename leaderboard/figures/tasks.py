@@ -50,8 +50,7 @@ def tasks(group: Group) -> Plot:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, max(width, 7.5), 2.6 + 0.27 * len(rows))
         values = np.array([[_points(row, name) for name in names] + [100 * _mean(row)] for row in rows], dtype=float)
         reach = max(float(np.nanmax(np.abs(values))), 1.0)
-        colours = colormaps["PuOr"].copy()
-        colours.set_bad("#eeeeee")
+        colours = colormaps["PuOr"].with_extremes(bad="#eeeeee")
         norm = TwoSlopeNorm(0, -reach, reach)
         image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto")
         for y, row in enumerate(rows):
