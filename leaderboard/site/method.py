@@ -20,6 +20,7 @@ from leaderboard.site.ranking import set_facts
 from leaderboard.tables import shorten
 
 _LONGEST_DOC = 4000
+_WRITTEN_HERE = "written here from the paper"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _about(entry: Any) -> About:
     facts = {
         "Family": method.family,
         "Paper": f"{citation.title}, {citation.year}" + (f", arXiv:{citation.arxiv}" if citation.arxiv else ""),
-        "Reference implementation": "written here from the paper" if method.reference == "paper" else method.reference,
+        "Reference implementation": _WRITTEN_HERE if method.reference == "paper" else method.reference,
         "Needs": entry.needs if isinstance(entry.needs, str) else ", ".join(map(str, entry.needs)),
         "Format of the artefact": method.produces,
         "Stands for": ", ".join(citation.covers),
@@ -122,7 +123,7 @@ def index(abouts: Iterable[About], broken: Sequence[tuple[str, str]], used: dict
             "family": about.family or "–",
             "title": about.title or "only records name it",
             "year": about.year,
-            "reference": about.reference,
+            "reference": _WRITTEN_HERE if about.reference == "paper" else about.reference,
             "cells": len(used.get(about.name, ())),
             "models": len({row.model for row in used.get(about.name, ())}),
         }

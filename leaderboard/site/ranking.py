@@ -81,7 +81,9 @@ def set_facts(table: Table) -> dict[str, Any]:
     """What stands above the rows that were measured alike."""
     row = table.rows[0]
     notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions(table)]
-    if table.reference is None:
+    if table.reference is None and any(r.perplexity_delta_percent is not None or r.speedup is not None for r in table.rows):
+        notes.append("The reference itself stands in another set: it was measured on other hardware or by another speed protocol.")
+    elif table.reference is None:
         notes.append("There is no measured reference in this set, so nothing is compared with it.")
     return {
         "id": names.slug("\n".join(row.table_key))[-6:],

@@ -16,7 +16,7 @@
       const search = table.dataset.search;
       new DataTable(table, {
         paging: false, info: false, order: [], autoWidth: false, searching: Boolean(search), orderMulti: false,
-        language: { search: search || "", searchPlaceholder: search || "" },
+        language: { search: search || "", searchPlaceholder: "" },
         layout: { topStart: search ? "search" : null, topEnd: null, bottomStart: null, bottomEnd: null },
         columnDefs: [{ targets: ["n", "rank"], type: "nlast" }, { targets: "text", type: "words" }, { targets: "remarks", orderable: false }],
       });
