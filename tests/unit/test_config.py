@@ -70,7 +70,7 @@ def test_every_shipped_experiment_composes() -> None:
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
     from harness.catalogue import entries
 
-    names = choice("experiment", "quantization")["hydra"]["sweeper"]["params"]["method"].split(",")
+    names = choice("experiment", "quantization_all")["hydra"]["sweeper"]["params"]["method"].split(",")
     swept = [choice("method", name.strip())["_target_"] for name in names]
     offered = {item.name: item for item in entries() if item.method.family == "quantization" and "transformers" in item.engines}
     targets = {f"{type(item.method).__module__}.{type(item.method).__qualname__}": name for name, item in offered.items()}
