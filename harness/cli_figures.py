@@ -46,7 +46,7 @@ def figures(
                     raise StoreError(f"cannot write figures to '{out}': {error.strerror or error}") from error
         print(f"{out / found.name}.{{{','.join(kinds)}}}" if len(kinds) > 1 else f"{out / found.name}.{kinds[0]}")
     for name in wanted:
-        missing = absent.get(name, [])
+        missing = sorted(absent.get(name, []), key=lambda reason: -reason.rows)
         if reasons or name not in drawn:
             for reason in missing if reasons else missing[:1]:
                 print(f"no {reason}" + (f" (and {len(missing) - 1} more groups)" if not reasons and len(missing) > 1 else ""))

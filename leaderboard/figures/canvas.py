@@ -56,11 +56,16 @@ def canvas(title: str, setting: str, caption: str, width: float, height: float, 
     """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **subplots)[0]
-    line = int(width * CHARACTERS_PER_INCH)
+    line = line_length(figure)
     figure.suptitle(shorten(title, int(0.55 * line)), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
     words = [*textwrap.wrap(setting, line), *textwrap.wrap(caption, line)]
     figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=7.5, color=MUTED, parse_math=False).set_gid(CAPTION)
     return figure, axes
+
+
+def line_length(figure: Figure) -> int:
+    """Characters of the caption that fit in one line."""
+    return int(figure.get_figwidth() * CHARACTERS_PER_INCH)
 
 
 def legend(ax: Axes, *entries: Any) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from harness.config import ConfigError
 from leaderboard.figures.bars import flips, memory
 from leaderboard.figures.canvas import Plot
-from leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table
+from leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
 from leaderboard.figures.lines import bits, degradation, sparsity
 from leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
 from leaderboard.figures.palette import Palette
@@ -58,11 +58,12 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Absent:
-    """A figure that the rows of a group do not allow, with the reason."""
+    """A figure that the rows of a group do not allow, with the reason; `rows` are those that were measured."""
 
     kind: str
     title: str
     reason: str
+    rows: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind}, {self.title}: {self.reason}"
@@ -92,4 +93,4 @@ def figures(board: Sequence[Row], only: Sequence[str] = ()) -> Iterator[Plot | A
             try:
                 yield chosen.make(group)
             except Unplottable as reason:
-                yield Absent(chosen.name, group.title, str(reason))
+                yield Absent(chosen.name, group.title, str(reason), sum(map(measured, group.rows)))

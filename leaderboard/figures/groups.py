@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,15 @@ def by_quality(board: Sequence[Row], palette: Palette) -> list[Group]:
 
 def by_table(board: Sequence[Row], palette: Palette) -> list[Group]:
     """The tables of the board: quality and speed may both be compared."""
-    return _distinct([Group(table.rows, table.title, table.setting, palette) for table in tables(board)])
+    found = tables(board)
+    found = [table for table in found if any(row.speed_points for row in table.rows)] or found
+    titles = Counter(table.title for table in found)
+    return _distinct(
+        [
+            Group(table.rows, table.title + (f" · {table.rows[0].hardware}" if titles[table.title] > 1 else ""), table.setting, palette)
+            for table in found
+        ]
+    )
 
 
 def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:

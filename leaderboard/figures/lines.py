@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off
 from leaderboard.figures.labels import Named, place
 from leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, SPARSITY, Measure, Point, front, points
 from leaderboard.figures.palette import method_of
-from leaderboard.figures.scatter import corpus
+from leaderboard.figures.scatter import UNNAMED, corpus, remark
 from leaderboard.row import Row
 from leaderboard.tables import decimal, shorten
 
@@ -68,13 +69,13 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
 
     def make() -> Figure:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 6)
-        paths = _by_method(ax, shown, group, x)
+        paths = _by_method(ax, shown, off, group, x)
         bit_axis(ax, [p.x for p in all_of_them]) if x is BITS else ax.set_xlim(0, 100)
         base = [reference.perplexity] if reference and reference.perplexity else []
         spread_axis(ax, "y", [*([limit] if off else []), *(p.y for p in shown), *base])
         ax.margins(x=0.1)
         top = max([limit if off else 0.0, *(p.high for p in shown)])
-        _ceiling(ax, top, shown, off, group)
+        paths += _ceiling(ax, top, shown, off, group)
         for dense in base:
             ax.axhline(dense, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
             paths.append([(end, dense) for end in ax.get_xlim()])
@@ -84,7 +85,7 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         named = [_named(group, p, p.y) for p in shown] + [_named(group, p, top, f" {decimal(0)(p.y)}") for p in off]
-        place(ax, named, paths)
+        remark(figure, UNNAMED if place(ax, named, paths) else "")
         return figure
 
     return Plot(f"methods-{x.name}", group.stem, title, text, make)
@@ -96,11 +97,12 @@ def _named(group: Group, point: Point, y: float, more: str = "") -> Named:
     return Named(group.name(point.row) + more, point.x, y, (y if more else point.low, y if more else point.high, *ends), colour=colour)
 
 
-def _by_method(ax: Axes, shown: Sequence[Point], group: Group, x: Measure) -> list[list[tuple[float, float]]]:
+def _by_method(ax: Axes, shown: Sequence[Point], off: Sequence[Point], group: Group, x: Measure) -> list[list[tuple[float, float]]]:
     """Draw the settings of each method with their line, and return the lines. Methods of one setting need no legend: it has its name."""
     methods: dict[str, list[Point]] = {}
     for point in shown:
         methods.setdefault(method_of(point.row), []).append(point)
+    several = Counter(method_of(point.row) for point in (*shown, *off))
     paths = []
     for method in sorted(methods, key=lambda m: (group.palette.methods.index(m) if m in group.palette.methods else len(methods), m)):
         look, own = group.palette.look(method), methods[method]
@@ -122,7 +124,7 @@ def _by_method(ax: Axes, shown: Sequence[Point], group: Group, x: Measure) -> li
             mec="white",
             mew=0.7,
             zorder=4,
-            label=(shorten(method, 26).lstrip("_") or "unnamed") if len(own) > 1 else None,
+            label=(shorten(method, 26).lstrip("_") or "unnamed") if several[method] > 1 else None,
         )
         if others:
             hollow: dict[str, Any] = {"ms": 6, "mfc": "white", "mec": look.colour, "mew": 1.2, "zorder": 3}
@@ -135,10 +137,15 @@ def _least(x: Measure) -> Measure:
     return x if x is BITS else Measure(x.key, x.label, x.missing, x.name, x.scale, rising=True)
 
 
-def _ceiling(ax: Axes, top: float, shown: Sequence[Point], off: Sequence[Point], group: Group) -> None:
-    """Arrows at the top of the axes for the points above it, each joined to the nearest setting of its method below."""
+def _ceiling(ax: Axes, top: float, shown: Sequence[Point], off: Sequence[Point], group: Group) -> list[list[tuple[float, float]]]:
+    """Arrows at the top of the axes for the points above it, each joined to the nearest setting of its method below.
+
+    Returns:
+        Those joints.
+    """
     if not off:
-        return
+        return []
+    joints = []
     ax.set_ylim(top=top * 1.12)
     for point in off:
         method = method_of(point.row)
@@ -148,6 +155,8 @@ def _ceiling(ax: Axes, top: float, shown: Sequence[Point], off: Sequence[Point],
         if family:
             nearest = min(family, key=lambda p: (abs(p.x - point.x), p.y))
             ax.plot([point.x, nearest.x], [top, nearest.y], color=colour, lw=1.2, ls=":", zorder=2)
+            joints.append([(point.x, top), (nearest.x, nearest.y)])
+    return joints
 
 
 def degradation(group: Group) -> Plot:

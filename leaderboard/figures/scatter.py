@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from leaderboard.drawing import MUTED
-from leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, log_axis, spread_axis
+from leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, spread_axis
 from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale
 from leaderboard.figures.labels import Named, place
 from leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 OFF_SCALE = 20.0
 CROWD = 40
 _STAR, _DOT = 7.0, 3.8
-_UNNAMED = " Points without a name found no room for it."
+UNNAMED = "Points without a name found no room for it."
+_CROWDED = "Of so many, only the reference and the front are named."
 
 
 def against(group: Group, y: Measure, x: Measure) -> Plot:
@@ -159,11 +161,17 @@ def finish(
             for p in shown
         }
         wanted = [named[id(p)] for p in shown if len(shown) <= CROWD or id(p) in chosen]
-        homeless += len(shown) - len(wanted)
         homeless += place(ax, list(named.values()), [[(p.x, p.y) for p in members], *paths], wanted)
-    for note in figure.texts if homeless else []:
+    crowd = any(len(shown) > CROWD for _, shown, _ in panels)
+    remark(figure, _CROWDED if crowd else UNNAMED if homeless else "")
+
+
+def remark(figure: Figure, text: str) -> None:
+    """Add a sentence to the caption, once it is known to be needed."""
+    for note in figure.texts if text else []:
         if note.get_gid() == CAPTION:
-            note.set_text(f"{note.get_text()}{_UNNAMED}")
+            words = f"{note.get_text()} {text}"
+            note.set_text("\n".join(line for part in words.split("\n") for line in textwrap.wrap(part, line_length(figure))))
 
 
 def _rows(count: int) -> str:

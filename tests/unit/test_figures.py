@@ -182,6 +182,14 @@ def test_rows_that_are_not_drawn_are_counted_by_their_end(name: str, realistic: 
     assert " ".join(words(plot).split()).count("1 failed (quip)") == 1
 
 
+def test_of_a_crowd_only_the_front_is_named_and_the_caption_says_so() -> None:
+    crowd = [Spec(f"m{i}", "quantization", loss=1.1 + 0.02 * i, size=0.3 + 0.005 * i, bits=4.0) for i in range(45)]
+    made = rows([r for spec in (Spec(), *crowd) for r in records(spec)[:2]])
+    text = words(of(made, "perplexity-bytes")[0])
+    assert {"dense", "m0"} <= set(text.splitlines()) and "m44" not in text.splitlines()
+    assert "only the reference and the front are named" in " ".join(text.split())
+
+
 def test_every_row_is_drawn_or_accounted_for(realistic: list[Row]) -> None:
     (plot,) = of(realistic, "perplexity-bytes")
     text = words(plot)
