@@ -81,13 +81,15 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
 def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
     board = Board.of(records, unreadable)
-    beside = ["table.md", "table.csv", "table.json"]
-    yield "table.md", "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode()
-    yield "table.csv", to_csv(board.rows).encode()
-    yield "table.json", to_json(board.rows).encode()
-    plots = _plots([t for t in board.tables if plottable(t)]) | _sizes(board.rows)
-    yield from zip(plots, mapped(lambda drawn: drawn(), list(plots.values()), fewest=2), strict=True)
-    yield from files(board, [*beside, *plots])
+    beside: dict[str, Callable[[], bytes]] = {
+        "table.md": lambda: "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode(),
+        "table.csv": lambda: to_csv(board.rows).encode(),
+        "table.json": lambda: to_json(board.rows).encode(),
+        **_plots([t for t in board.tables if plottable(t)]),
+        **_sizes(board.rows),
+    }
+    yield from zip(beside, mapped(lambda made: made(), list(beside.values()), fewest=2), strict=True)
+    yield from files(board, list(beside))
 
 
 @contextmanager

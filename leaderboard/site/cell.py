@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from harness.record import Evidence, Record, Stage
 from leaderboard.row import Row, clean
 from leaderboard.site import names
@@ -15,7 +17,6 @@ from leaderboard.site.facts import details
 from leaderboard.site.lines import Line
 from leaderboard.site.method import steps
 from leaderboard.site.pages import LONGEST_REMARK, page
-from leaderboard.site.ranking import set_facts
 from leaderboard.tables import COLUMNS, EMPTY, decimal, p_value, shorten
 
 EVIDENCE_TITLE = "Found by the stage"
@@ -34,10 +35,14 @@ class Grid:
     facts: Sequence[tuple[str, str]] = ()
 
 
-def render(board: Board, row: Row, line: Line) -> str:
+def render(board: Board, row: Row, line: Line, settings: Sequence[Mapping[str, Any]]) -> str:
+    """The page.
+
+    Args:
+        settings: What stands above the rows of each table of the board.
+    """
     records = board.records(row)
-    table = board.tables[board.table_of[triple(row.keys)]]
-    setting = set_facts(table)
+    setting = settings[board.table_of[triple(row.keys)]]
     return page(
         "cell.html.j2",
         names.cell(row),
@@ -162,7 +167,7 @@ def _provenance(stage: Stage, record: Record) -> dict[str, Any]:
     }
     texts = {
         "Packages": "\n".join(f"{name} {version}" for name, version in packages.items()),
-        "Configuration": json.dumps(record.config, indent=1, ensure_ascii=False, default=str),
+        "Configuration": to_json(record.config, indent=1, fallback=str).decode(),
         "Traceback": failure.traceback if failure else "",
         "End of stderr": failure.stderr_tail if failure else "",
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from leaderboard.parallel import mapped
 from leaderboard.site import cell, coverage, guide, method, model, names, ranking
 from leaderboard.site.assets import assets
 from leaderboard.site.board import Board
 from leaderboard.site.lines import line
+from leaderboard.site.ranking import set_facts
 
 FOLDERS = ("cell", "model", "method")
 
@@ -29,8 +31,9 @@ def _pages(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, str]]:
     known = {about.name for about in abouts}
     abouts = [*abouts, *(method.About(name) for name in sorted(set(used) - known))]
     lines = {names.cell(row): line(board, row) for row in board.rows}
-    for row in board.rows:
-        yield names.cell(row), cell.render(board, row, lines[names.cell(row)])
+    settings = [set_facts(table) for table in board.tables]
+    cells = mapped(lambda row: cell.render(board, row, lines[names.cell(row)], settings), board.rows)
+    yield from zip(map(names.cell, board.rows), cells, strict=True)
     for name, rows in model.by_model(board).items():
         yield names.model(name), model.render(board, name, rows, lines, "sizes.svg" in beside)
     for about in abouts:

@@ -32,11 +32,14 @@
   const sizes = sets.map(() => 0);
   for (const row of rows) if (row.status === "ok" && row.cells[0] !== null) sizes[row.set] += 1;
 
+  const members = sets.map(() => []);
+  for (const row of rows) members[row.set].push(row);
+  const references = sets.map((set, index) => members[index].find((row) => row.id === set.reference));
   const spans = new Map();
   const span = (set, index) => {
     const key = set * 1000 + index;
     if (!spans.has(key)) {
-      const known = rows.filter((row) => row.set === set).map((row) => bounds(row, index)).filter(Boolean);
+      const known = members[set].map((row) => bounds(row, index)).filter(Boolean);
       const lows = known.map((b) => b[0]).sort((a, b) => a - b), highs = known.map((b) => b[1]).sort((a, b) => a - b);
       spans.set(key, known.length < 2 ? null : [lows[0], highs[Math.min(highs.length - 1, Math.floor(highs.length * 0.95))]]);
     }
@@ -51,7 +54,7 @@
     made.setAttribute("aria-hidden", "true");
     made.style.setProperty("--low", `${at(between[0])}%`);
     made.style.setProperty("--wide", `${Math.max(0, at(between[1]) - at(between[0]))}%`);
-    const reference = sets[row.set].reference && rows.find((other) => other.id === sets[row.set].reference);
+    const reference = references[row.set];
     const mark = reference ? value(reference, index) : null;
     if (mark !== null) made.style.setProperty("--mark", `${at(mark)}%`); else made.classList.add("bare");
     return [made];
