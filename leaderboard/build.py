@@ -25,6 +25,8 @@ from leaderboard.tables import Table, to_csv, to_json, to_markdown
 
 KINDS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
+MANY = 12
+"""Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages, and the site draws them all."""
 
 
 class BoardError(StoreError):
@@ -144,7 +146,8 @@ def _plots(plotted: Sequence[Table]) -> dict[str, Callable[[], bytes]]:
     """The plots of the fullest tables by file name: the first is `pareto`, others are named by model and suite."""
     plots: dict[str, Callable[[], bytes]] = {}
     measured = [sum(row.perplexity is not None for row in table.rows) for table in plotted]
-    fullest = sorted(range(len(plotted)), key=lambda number: (-measured[number], number))[:MOST_PLOTTED]
+    fullest = sorted(range(len(plotted)), key=lambda number: (-measured[number], number))
+    fullest = fullest[: MOST_PLOTTED if len(plotted) <= MANY else 1]
     for table in (plotted[number] for number in sorted(fullest)):
         row = table.rows[0]
         words = [row.model, row.suite, row.speed, row.device] if plots else []
