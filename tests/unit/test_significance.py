@@ -15,12 +15,10 @@ from statsmodels.stats.multitest import multipletests
 
 from harness import significance
 from harness.record import Status
-from harness.store import Store
 from leaderboard.ranks import items_ranks, windows_ranks
 from leaderboard.rows import rows
 from tests.unit.board_records import Spec, board, records
 
-COMMITTED = Path(__file__).parents[2] / "results"
 Draw = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 NOISE: dict[str, Draw] = {
     "normal": lambda rng, shape: rng.normal(0, 1, shape),
@@ -194,17 +192,3 @@ def test_ranks_do_not_cross_tables() -> None:
         r for seqlen in (512, 2048) for spec in (Spec(seqlen=seqlen), Spec("a", "pruning", loss=1.3, seqlen=seqlen)) for r in records(spec)
     ]
     assert sorted((row.pipeline, row.rank) for row in rows(made)) == [("a", 2), ("a", 2), ("dense", 1), ("dense", 1)]
-
-
-def test_pairing_makes_the_standard_error_at_least_five_times_smaller_on_the_committed_records() -> None:
-    """Of every quantized cell; heavy pruning changes each window in its own way, and gains less."""
-    made, _ = Store(COMMITTED).scan()
-    measured = {r.key: r for r in made if r.quality and r.quality.perplexity}
-    nll = {key: record.quality.perplexity[0].window_nll for key, record in measured.items()}  # type: ignore[union-attr]
-    quantized = {key: record.cell for key, record in measured.items() if record.cell.family == "quantization"}
-    gains = {
-        f"{cell.model} {cell.suite} {cell.pipeline}": significance.standard_errors(nll[key], nll[cell.reference.quality]).gain
-        for key, cell in quantized.items()
-    }
-    print({name: round(gain, 1) for name, gain in gains.items()})
-    assert gains and min(gains.values()) >= 5
