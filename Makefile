@@ -38,6 +38,7 @@ lint: setup
 
 board: setup
 	$(BIN)/slimbench board build --results results --out results/board
+	$(BIN)/slimbench board figures --results results --out results/board/figures --kind svg
 
 clean:
 	rm -rf $(VENV) runs board
