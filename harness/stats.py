@@ -274,7 +274,7 @@ def accuracy_interval(tasks: Sequence[Samples], level: float = 0.95) -> Estimate
     Source: `accuracy_se`; central limit theorem, so some thirty items a task are needed.
     """
     mean = float(np.mean([values.mean() for values in _tasks(tasks)]))
-    reach = float(stats.norm.isf((1 - level) / 2)) * accuracy_se(tasks)
+    reach = _normal(level) * accuracy_se(tasks)
     return (mean, *UNDEFINED) if math.isnan(reach) else (mean, max(0.0, mean - reach), min(1.0, mean + reach))
 
 
@@ -330,7 +330,7 @@ def flips_interval(right_to_wrong: int, wrong_to_right: int, items: int, level: 
         raise ValueError(f"{right_to_wrong} and {wrong_to_right} changes do not fit {items} items")
     lost, won = (right_to_wrong + 1) / (items + 2), (wrong_to_right + 1) / (items + 2)
     middle = won - lost
-    reach = float(stats.norm.isf((1 - level) / 2)) * math.sqrt((won + lost - middle**2) / (items + 2))
+    reach = _normal(level) * math.sqrt((won + lost - middle**2) / (items + 2))
     return max(-1.0, middle - reach), min(1.0, middle + reach)
 
 
@@ -440,6 +440,12 @@ def _expanded_level(count: float, level: float) -> float:
     """Level at which a percentile bootstrap of `count` samples is as wide as Student's t interval of `level`."""
     tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, count - 1) * math.sqrt(count / (count - 1))))
     return 1 - 2 * tail
+
+
+@lru_cache(maxsize=256)
+def _normal(level: float) -> float:
+    """How many standard errors on each side hold so much of a normal distribution."""
+    return float(stats.norm.isf((1 - level) / 2))
 
 
 def _exp(value: float) -> float:

@@ -230,14 +230,18 @@ def named(names: str, estimator: Callable[..., Sequence[float]], *samples: Any) 
 
 def clean(value: Any) -> Any:
     """The same value with non-finite numbers as None and each text on one line, without control characters."""
+    if value is None or type(value) in (int, bool):
+        return value
+    if isinstance(value, str):
+        return value if _plain(value) else _CONTROL.sub(" ", value).encode("utf-8", "replace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        if value.isascii() and value.isprintable():
-            return value
-        return _CONTROL.sub(" ", value).encode("utf-8", "replace").decode()
     if isinstance(value, dict):
-        return {clean(k): clean(v) for k, v in value.items()}
+        return {k if type(k) is str and _plain(k) else clean(k): clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [clean(v) for v in value]
     return value
+
+
+def _plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
