@@ -1,0 +1,55 @@
+"use strict";
+// The rows that `data/rows.js` brings, with names, and numbers as the other renderings of the board print them.
+(() => {
+  const { columns, sets, texts, rows } = window.BOARD;
+  const text = (index) => (index === null ? "" : texts[index]);
+  const WIDTH = 17;
+  const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8 };
+
+  const bucket = (bounds, names) => (value) => (value === null ? "unknown" : names[bounds.findIndex((bound) => value <= bound)] ?? names.at(-1));
+  const BITS = ["up to 2.5", "2.5 to 3.5", "3.5 to 5", "5 to 7", "7 to 9", "above 9"];
+  const SIZES = ["up to 200 M", "200 to 500 M", "0.5 to 1 B", "1 to 3 B", "3 to 10 B", "above 10 B"];
+  const bitsOf = bucket([2.5, 3.5, 5, 7, 9], BITS);
+  const sizeOf = bucket([2e8, 5e8, 1e9, 3e9, 1e10], SIZES);
+  const position = Object.fromEntries(columns.map((column, index) => [column.key, index]));
+
+  const value = (row, index) => { const cell = row.cells[index]; return Array.isArray(cell) ? cell[0] : cell; };
+  const bounds = (row, index) => {
+    const cell = row.cells[index];
+    if (!Array.isArray(cell)) return null;
+    return cell.length === 3 ? [cell[1], cell[2]] : [cell[0] - 1.96 * cell[1], cell[0] + 1.96 * cell[1]];
+  };
+
+  const table = rows.map((raw, index) => {
+    const row = {
+      index, id: raw[0], set: raw[1], model: text(raw[2]), name: text(raw[3]), family: text(raw[4]), colour: text(raw[5]), engine: text(raw[6]),
+      kernel: text(raw[7]), device: text(raw[8]), status: text(raw[9]), reason: text(raw[10]), flags: raw[11].map(text), rank: raw[12], marks: raw[13],
+      source: text(raw[14]), parameters: raw[15], memory: raw[16], cells: raw.slice(WIDTH),
+    };
+    row.bits = bitsOf(value(row, position.effective_bits));
+    row.size = sizeOf(row.parameters);
+    row.href = `cell/${row.id}.html`;
+    return row;
+  });
+
+  const format = (column, number) => {
+    const size = Math.abs(number), sign = column.signed && number >= 0 ? "+" : "";
+    const digits = size >= 1000 ? 0 : Math.max(0, column.digits - (size >= 100 ? 1 : 0));
+    const shown = size >= 1e6 ? number.toExponential(1).replace("e+", "e") : number.toFixed(digits);
+    return (sign + shown).replaceAll("-", "−");
+  };
+  const interval = (column, cell) => {
+    if (!Array.isArray(cell)) return "";
+    if (cell.length === 2) return `± ${format(column, cell[1])}`;
+    const [low, high] = [format(column, cell[1]), format(column, cell[2])];
+    return `${low}${/^[+−]/.test(low) ? " to " : "–"}${high}`;
+  };
+  const element = (tag, props = {}, ...children) => {
+    const { dataset, ...rest } = props;
+    const made = Object.assign(document.createElement(tag), rest);
+    Object.assign(made.dataset, dataset);
+    made.append(...children);
+    return made;
+  };
+  window.slim = { columns, sets, rows: table, position, value, bounds, format, interval, element, MARKS, BITS, SIZES };
+})();

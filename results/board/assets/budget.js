@@ -1,0 +1,110 @@
+"use strict";
+// Which cell to ship under a budget: the rules of `slimbench recommend`, on the numbers of the page.
+(() => {
+  const { columns, sets, position, value, bounds, format, element, state, changed, MARKS } = window.slim;
+  const SLIDERS = ["memory", "drop", "speed"];
+  const Z = 1.959963984540054;
+  let ranges = { memory: [0, 1], speed: [0, 1] };
+
+  const ppl = position.perplexity, delta = position.perplexity_delta_percent, decode = position.decode_tokens_per_s, speedup = position.speedup;
+  const drop = (row) => (row.marks & MARKS.reference ? 0 : value(row, delta));
+  const least = (v) => (v === null ? Infinity : v);
+  const ORDERS = {
+    quality: (row) => [least(value(row, ppl)), least(row.memory), -(value(row, decode) ?? -Infinity)],
+    speed: (row) => [-(value(row, decode) ?? -Infinity), least(value(row, ppl)), least(row.memory)],
+    size: (row) => [least(row.memory), least(value(row, ppl)), -(value(row, decode) ?? -Infinity)],
+  };
+  const compare = (order) => (a, b) => { const [x, y] = [order(a), order(b)]; for (let i = 0; i < x.length; i++) if (x[i] !== y[i]) return x[i] < y[i] ? -1 : 1; return a.index - b.index; };
+
+  const erf = (x) => { const t = 1 / (1 + 0.3275911 * Math.abs(x)); const y = 1 - ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * Math.exp(-x * x); return x < 0 ? -y : y; };
+  const keeps = (v, interval, limit, sign) => {
+    if (v === null || !interval || Math.min(v, interval[0], limit) <= 0) return null;
+    const error = (Math.log(interval[1]) - Math.log(interval[0])) / (2 * Z), distance = sign * (Math.log(v) - Math.log(limit));
+    return error === 0 ? Number(distance >= 0) : 0.5 * (1 + erf(distance / error / Math.SQRT2));
+  };
+  const hold = (row) => {
+    const limits = [];
+    if (state.memory !== null) limits.push({ name: "memory", excess: row.memory === null ? Infinity : Math.max(0, row.memory / state.memory - 1), sure: null });
+    if (state.drop !== null) {
+      const d = drop(row), ratio = d === null ? null : 1 + d / 100, limit = 1 + state.drop / 100, between = bounds(row, delta)?.map((v) => 1 + v / 100);
+      limits.push({ name: "perplexity", excess: ratio === null ? Infinity : Math.max(0, ratio / limit - 1), sure: keeps(ratio, between, limit, -1) });
+    }
+    if (state.speed !== null) {
+      const v = value(row, decode);
+      limits.push({ name: "speed", excess: v === null ? Infinity : Math.max(0, state.speed / v - 1), sure: keeps(v, bounds(row, decode), state.speed, 1) });
+    }
+    const known = limits.map((l) => l.sure).filter((v) => v !== null);
+    return { row, excess: limits.reduce((sum, l) => sum + l.excess, 0), missed: limits.filter((l) => l.excess > 0), sure: known.length ? Math.min(...known) : null };
+  };
+
+  const words = (row) => {
+    const parts = [];
+    const say = (index, text) => { if (value(row, index) !== null) parts.push(text(format(columns[index], value(row, index)))); };
+    say(ppl, (v) => `perplexity ${v}`);
+    say(delta, (v) => `${v} %`);
+    if (row.memory !== null) parts.push(`${row.memory.toFixed(0)} MB`);
+    say(decode, (v) => `${v} tokens/s`);
+    say(speedup, (v) => `${v} × the reference`);
+    return parts.join(", ");
+  };
+  const percent = (p) => (p > 0.999 ? "> 99.9 %" : p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
+  const line = (title, held, extra = "") => element("p", {}, element("b", {}, `${title} `), element("a", { href: held.row.href }, held.row.name), ` (${held.row.engine}): ${words(held.row)}${extra}`);
+
+  const advise = (kept, set) => {
+    const box = document.getElementById("advice");
+    const candidates = kept.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null);
+    spread(candidates);
+    box.replaceChildren();
+    if (!candidates.length) { box.append(element("p", {}, "No finished cell in view to choose from.")); return; }
+    const held = candidates.sort(compare(ORDERS[state.objective])).map(hold);
+    const [choice, next] = held.filter((h) => h.excess === 0);
+    box.append(element("p", { className: "setting" }, `Of ${candidates.length} finished cells of ${sets[set].title} in view. Memory: weights, KV cache and activations as measured.`));
+    if (!choice) {
+      const near = held.reduce((best, h) => (h.excess < best.excess ? h : best));
+      const missed = near.missed.map((l) => `${l.name} ${isFinite(l.excess) ? `by ${(100 * l.excess).toFixed(1)} %` : "(not measured)"}`).join(", ");
+      box.append(element("p", { className: "notice" }, "None keeps to the budget."), line("Nearest miss:", near, `; misses ${missed}`));
+      return;
+    }
+    box.append(line(`Best by ${state.objective}:`, choice, choice.sure === null ? "." : `. Keeps to the budget with a probability of ${percent(choice.sure)}.`));
+    if (next) {
+      const tie = choice.row.rank !== null && choice.row.rank === next.row.rank;
+      box.append(line("Runner-up:", next, tie ? ". Shares its rank." : "."));
+    }
+  };
+
+  const nice = (v) => Number(v.toPrecision(3));
+  const from = {
+    memory: (p) => (p >= 100 ? null : nice(ranges.memory[0] + (p / 100) * (ranges.memory[1] - ranges.memory[0]))),
+    drop: (p) => (p >= 100 ? null : nice(100 * (p / 100) ** 2)),
+    speed: (p) => (p <= 0 ? null : nice((p / 100) * ranges.speed[1])),
+  };
+  const to = {
+    memory: (v) => (v === null ? 100 : (100 * (v - ranges.memory[0])) / (ranges.memory[1] - ranges.memory[0] || 1)),
+    drop: (v) => (v === null ? 100 : 100 * Math.sqrt(Math.max(0, v) / 100)),
+    speed: (v) => (v === null ? 0 : (100 * v) / (ranges.speed[1] || 1)),
+  };
+  const UNITS = { memory: "MB", drop: "%", speed: "tokens/s" };
+  const label = (key) => {
+    const text = state[key] === null ? "any" : `${state[key]} ${UNITS[key]}`, slider = document.getElementById(key);
+    slider.setAttribute("aria-valuetext", text);
+    document.querySelector(`output[for=${key}]`).textContent = text;
+  };
+  const spread = (candidates) => {
+    const memory = candidates.map((row) => row.memory).filter((v) => v !== null), speed = candidates.map((row) => value(row, decode)).filter((v) => v !== null);
+    const wanted = { memory: memory.length ? [Math.min(...memory) * 0.95, Math.max(...memory)] : [0, 1], speed: [0, speed.length ? Math.max(...speed) : 1] };
+    if (JSON.stringify(wanted) !== JSON.stringify(ranges)) { ranges = wanted; show(); }
+  };
+  const show = () => {
+    for (const key of SLIDERS) {
+      const slider = document.getElementById(key);
+      if (document.activeElement !== slider) slider.value = to[key](state[key]);
+      label(key);
+    }
+    document.getElementById("objective").value = state.objective;
+  };
+  const build = () => {
+    for (const key of SLIDERS) document.getElementById(key).addEventListener("input", (event) => { state[key] = from[key](Number(event.target.value)); label(key); changed("budget"); });
+    document.getElementById("objective").addEventListener("change", (event) => { state.objective = event.target.value; changed("budget"); });
+  };
+  window.slim.budget = { build, advise, show };
+})();
