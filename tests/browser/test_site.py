@@ -196,8 +196,9 @@ def test_static_tables_sort_with_empty_values_last(browser: Any, board: Path) ->
     header = wait(lambda: browser.find_elements(By.XPATH, "//table[contains(@class, 'dataTable')]//thead//th[contains(., 'Perplexity')]"))[
         0
     ]
-    header.click()
-    header.click()
+    for order in ("ascending", "descending"):
+        header.click()
+        wait(lambda order=order: header.get_attribute("aria-sort") == order)
     values = browser.execute_script("return [...document.querySelectorAll('tbody tr')].map(tr => tr.children[2].dataset.order)")
     numbers = [float(v) for v in values if v]
     assert numbers == sorted(numbers, reverse=True) and not any(values[len(numbers) :]) and len(numbers) > 8
