@@ -26,7 +26,8 @@ class GPTQ(Method):
     Grids are symmetric. The library's asymmetric grid has an integer zero point, so that a weight is `(q - z) * scale`; as an offset
     in the model's dtype, `(2^(bits - 1) - z) * scale` is exact for 2 bits alone, and only there it is offered.
 
-    On smollm2-135m at 3 bits the observer "mse" gives perplexity 42.6 (quick suite, 32 × 256 calibration tokens), rounding to nearest 141.9.
+    On smollm2-135m at 3 bits the observer "mse" gives perplexity 42.6 (suite quick, 32 × 256 calibration tokens), rounding to
+    nearest 141.9.
 
     After pruning: llmcompressor moves pruned weights off zero while it corrects for rounding (in 16 % of the groups of a 2:4
     mask). In every layer that comes in with more than 5 % zeros, those weights are therefore set to code zero again afterwards.
