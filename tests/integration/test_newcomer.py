@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +37,12 @@ def slimbench(environment: dict[str, str], folder: Path, *arguments: str) -> sub
 
 
 def test_one_file_and_one_yaml_pass_the_check_in_seconds(newcomer: dict[str, str], tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
     done = slimbench(newcomer, tmp_path, "methods", "check", "toy")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of the processor: others may be using it
+    seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
     assert "toy: passed" in done.stdout and "'simulated': True" in done.stdout
+    print(f"{seconds:.1f} s")
     assert seconds < LIMIT_S
 
 

@@ -15,6 +15,8 @@ from leaderboard.rows import rows
 
 RESULTS = Path(__file__).parents[2] / "results"
 MODEL = "smollm2-135m"
+MISSES = ("gptq-3bit", "signround-3bit", "rtn-3bit", "hqq-3bit", "kmeans-3bit", "kmeans-4bit", "gptq-2bit", "ternary-qat", "vptq")
+"""Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +26,32 @@ def committed() -> list[Record]:
     return records
 
 
-def test_pairing_makes_the_standard_error_at_least_five_times_smaller(committed: list[Record]) -> None:
-    """For every method near the dense model (half as much perplexity again); farther off single windows that break part the two."""
+@pytest.fixture(scope="module")
+def gains(committed: list[Record]) -> dict[str, float]:
+    """Unpaired over paired standard error of each pipeline against its reference; the least of its cells."""
     quality = {r.cell.keys.quality: r.quality for r in committed if r.quality and r.cell.model == MODEL}
-    gains = {}
+    found: dict[str, float] = {}
     for record in committed:
         reference = quality.get(record.cell.reference.quality)
         if record.quality and reference and record.cell.keys.quality != record.cell.reference.quality:
             ours, theirs = record.quality.perplexity[0], reference.perplexity[0]
-            if ours.perplexity < 3 * theirs.perplexity and len(ours.window_nll) > 8:
-                near = ours.perplexity < 1.5 * theirs.perplexity
-                gains[record.cell.pipeline, record.cell.suite] = standard_errors(ours.window_nll, theirs.window_nll).gain, near
-    print({name: round(gain, 1) for name, (gain, _) in gains.items()})
-    assert min(gain for gain, near in gains.values() if near) >= 5 and len(gains) >= 30
-    assert sum(gain >= 5 for gain, _ in gains.values()) >= 0.9 * len(gains)
+            if record.cell.family == "quantization" or (ours.perplexity < 3 * theirs.perplexity and len(ours.window_nll) > 8):
+                gain = standard_errors(ours.window_nll, theirs.window_nll).gain
+                found[record.cell.pipeline] = min(gain, found.get(record.cell.pipeline, gain))
+    return found
+
+
+def test_pairing_makes_the_standard_error_at_least_five_times_smaller(gains: dict[str, float]) -> None:
+    """For every quantized cell, and every other below three times the dense perplexity, but the known misses."""
+    print({name: round(gain, 1) for name, gain in gains.items()})
+    kept = [gain for name, gain in gains.items() if name not in MISSES]
+    assert len(kept) >= 30 and min(kept) >= 5
+
+
+@pytest.mark.parametrize("pipeline", MISSES)
+@pytest.mark.xfail(strict=True, reason="single windows that break part it from the dense model: pairing gains less than five times")
+def test_pairing_gains_as_much_where_windows_break(gains: dict[str, float], pipeline: str) -> None:
+    assert gains[pipeline] >= 5
 
 
 def test_no_figure_breaks_the_roofline_and_each_speed_up_names_its_kernel(committed: list[Record]) -> None:

@@ -64,7 +64,7 @@ def test_every_shipped_choice_composes(group: str) -> None:
 
 def test_every_shipped_experiment_composes() -> None:
     for name in shipped("experiment"):
-        assert jobs([f"experiment={name}"])
+        assert len(jobs([f"experiment={name}"])) > 1
 
 
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
