@@ -98,26 +98,10 @@ def decompose(weight: Tensor, grid: Grid, rank: int, iterations: int, dtype: tor
         dtype: In which the scales are stored.
     """
     from methods.quantization._grid import round_to_grid
+    from methods.quantization._low_rank import closest
 
     first, second = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
     for _ in range(iterations):
         quantized = round_to_grid((weight - second @ first).to(dtype), grid)
-        first, second = low_rank(weight - quantized.dequantize().float(), rank)
+        first, second = closest(weight - quantized.dequantize().float(), rank)
     return quantized, first, second
-
-
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors √σ vᵀ [rank, in] and u √σ [out, rank] of the largest singular values.
-
-    From the eigenvectors of the smaller Gram matrix, in float64: many times faster than a whole decomposition.
-    """
-    import torch
-
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.double().t() if tall else matrix.double()
-    vectors = torch.linalg.eigh(wide @ wide.t()).eigenvectors[:, -rank:].flip(-1)
-    others = vectors.t() @ wide
-    roots = others.norm(dim=1, keepdim=True).sqrt()
-    left, right = vectors * roots.t(), others / roots.clamp_min(torch.finfo(torch.float64).tiny)
-    first, second = (left.t(), right.t()) if tall else (right, left)
-    return first.to(matrix.dtype).contiguous(), second.to(matrix.dtype).contiguous()

@@ -16,9 +16,9 @@ from methods.base import Calibration, Citation, Claim, DenseModel, Method, Model
 from methods.quantization._grid import round_to_grid
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from methods.kernels.grid import Grid, LowRank, QuantizedWeight
+    from methods.kernels.grid import Grid, QuantizedWeight
 
 _FLOAT_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
@@ -76,20 +76,12 @@ class LoRC(Method):
         return round(self.bits + _FLOAT_BITS[dtype] * numbers / weights + 5e-5, 4)
 
     def _weights(self, layers: dict[str, nn.Linear], grid: Grid, dense: DenseModel) -> Iterator[tuple[str, QuantizedWeight]]:
+        from methods.kernels.grid import LowRank
+        from methods.quantization._low_rank import closest
+
         for done, (name, layer) in enumerate(layers.items()):
             weight = layer.weight.detach()
             rounded = round_to_grid(weight, grid, self.symmetric)
-            yield name, replace(rounded, low_rank=closest(weight.float() - rounded.dequantize().float(), self.rank, weight))
+            factors = closest(weight.float() - rounded.dequantize().float(), self.rank)
+            yield name, replace(rounded, low_rank=LowRank(*(factor.to(weight.dtype) for factor in factors)))
             dense.progress(done + 1, len(layers))
-
-
-def closest(error: Tensor, rank: int, like: Tensor) -> LowRank:
-    """The two factors of the closest matrix of a rank, [out, in], in the dtype of `like`; each has half of the singular values."""
-    import torch
-
-    from methods.kernels.grid import LowRank
-
-    left, values, right = torch.linalg.svd(error, full_matrices=False)
-    roots = values[:rank].sqrt()
-    expand, reduce = left[:, :rank] * roots, roots.unsqueeze(1) * right[:rank]
-    return LowRank(reduce.to(like.dtype).contiguous(), expand.to(like.dtype).contiguous())

@@ -18,8 +18,9 @@ from methods.kernels import packed
 from methods.kernels.grid import Grid
 from methods.quantization._grid import round_to_grid
 from methods.quantization._grid_layers import GridLinear, PooledAdapterLinear, RoundedLinear, ScaledLinear
+from methods.quantization._low_rank import closest
 from methods.quantization.llm_qat import LLMQAT, min_max
-from methods.quantization.loftq import LoftQ, decompose, low_rank
+from methods.quantization.loftq import LoftQ, decompose
 from methods.quantization.peqa import PEQA, fit_grid
 from methods.quantization.qa_lora import QALoRA
 from methods.quantization.ternary import TernaryQAT, absmean
@@ -247,15 +248,17 @@ def test_qa_lora_changes_the_offsets_and_nothing_else(dense: DenseModel, tmp_pat
 def test_low_rank_factors_are_those_of_the_singular_values(shape: tuple[int, int]) -> None:
     """Eckart and Young: nothing of this rank is nearer than the leading singular values; each factor has their roots."""
     matrix = torch.randn(*shape)
-    first, second = low_rank(matrix, 5)
+    first, second = closest(matrix, 5)
     u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
     assert first.shape == (5, shape[1]) and second.shape == (shape[0], 5)
     assert torch.allclose(second @ first, u[:, :5] * sigma[:5] @ v[:5], atol=1e-5)
     assert torch.allclose(first.norm(dim=1), sigma[:5].sqrt(), atol=1e-5) and torch.allclose(
         second.norm(dim=0), sigma[:5].sqrt(), atol=1e-5
     )
-    zeros = low_rank(torch.zeros(shape), 5)
+    zeros = closest(torch.zeros(shape), 5)
     assert not zeros[0].any() and not zeros[1].any()
+    whole = closest(matrix, 99)
+    assert whole[0].shape == (min(shape), shape[1]) and torch.allclose(whole[1] @ whole[0], matrix, atol=1e-5)
 
 
 def test_loftq_alternates_between_grid_and_low_rank() -> None:
