@@ -30,12 +30,14 @@ class Environment:
         description: What it is for.
         requirements: What pip installs into it.
         overlay: It stands on top of this program's own environment and sees its packages, so that stages can run in it.
+        absent: Packages that the requirements bring along and that break it, such as those compiled for a torch with CUDA.
     """
 
     name: str
     description: str
     requirements: list[str]
     overlay: bool = False
+    absent: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -88,6 +90,8 @@ def make(name: str) -> Path:
             if wanted.overlay:
                 _overlay(wanted)
             _run(name, pip)
+            if wanted.absent:
+                _run(name, [*pip[:3], "uninstall", "--yes", *wanted.absent])
             (wanted.folder / _READY).touch()
     return wanted.python
 

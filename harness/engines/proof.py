@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,31 +20,38 @@ _WINDOW, _CHUNK, _STEPS = 24, 7, 6
 
 
 def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
-    """Make a tiny artefact of a format, load it, and hold whole windows, the cache and greedy decoding against each other."""
+    """Make tiny artefacts of a format until one loads; hold whole windows, the cache and greedy decoding of it against each other."""
+    reason = f"no method that writes format {format_} can run here"
     try:
-        folder = _artefact(format_, scratch)
-        model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
-        kernel = model.evidence().kernel
-        return Checked(format_, kernel, _judge(model))
-    except Unsupported as reason:
-        return Checked(format_, None, f"unsupported: {reason}")
+        for folder in _artefacts(format_, scratch):
+            try:
+                model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+            except Unsupported as refusal:
+                reason = str(refusal)
+                continue
+            return Checked(format_, model.evidence().kernel, _judge(model))
+    except Unsupported as refusal:
+        reason = str(refusal)
     except Exception as error:
         return Checked(format_, None, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Checked(format_, None, f"unsupported: {reason}")
 
 
-def _artefact(format_: str, scratch: Path) -> Path:
-    """An artefact of a tiny model, by the first method that writes the format and has all that it needs; weight-only ones first."""
+def _artefacts(format_: str, scratch: Path) -> Iterator[Path]:
+    """Artefacts of a tiny model, by each method that writes the format and has all that it needs; of those with data only the first."""
     able = [e for e in catalogue.entries() if e.method.produces == format_ and not e.missing and e.method.needs.device != "cuda"]
-    if not able:
-        raise Unsupported(f"no method that writes format {format_} can run here")
-    chosen = min(able, key=lambda e: (e.name != "dense", e.method.needs.calibration, "bits" not in e.settings, e.name))
-    source, out = catalogue.tiny_model(scratch / "dense"), scratch / "artefact"
-    out.mkdir()
+    able.sort(key=lambda e: (e.name != "dense", e.method.needs.calibration, "bits" not in e.settings, e.name))
+    source = catalogue.tiny_model(scratch / "dense")
     dense = DenseModel(source, source, "bfloat16", "cpu", models.shape_of(source))
     ids = torch.randint(0, dense.shape.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
-    claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
-    artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim.to_dict()))
-    return out
+    for index, chosen in enumerate(able):
+        if index and chosen.method.needs.calibration:
+            return
+        out = scratch / f"artefact-{index}"
+        out.mkdir()
+        claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
+        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim.to_dict()))
+        yield out
 
 
 def _judge(model: LoadedModel) -> str:

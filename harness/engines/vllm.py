@@ -1,0 +1,234 @@
+"""vLLM: a paged KV cache and kernels of its own choice, driven in this process, one scheduler step after the other.
+
+What its interface does not let the harness do:
+
+- Tokens cannot be added to sequences that are in the cache, so the protocol `incremental` is unsupported.
+- Logits of a prompt are given out as Python dictionaries only. The harness looks at the hidden states before the head instead and
+  asks the model itself for their logits: those that vLLM samples from, at all positions.
+
+The cache is reserved when the model is loaded: what `cache_bytes` tells is the part of it that sequences hold.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.engines.base import Engine, LoadedModel, Step
+from harness.engines.graph import Weight, evidence_of, read_config
+from harness.measure.zeros import zeros
+from harness.record import Evidence
+from methods.base import Unsupported
+
+_LONGEST = 32_768
+_CPU_CACHE_BYTES = 2 << 30
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_HEAD, _EMBEDDING = "lm_head", "embed_tokens"
+_WEIGHTS = ("weight", "weight_packed")
+
+
+class Generation:
+    """Sequences that vLLM continues greedily, a token each in a step.
+
+    Args:
+        ids: Prompts, int64 [B, T].
+        room: Tokens of each at most.
+    """
+
+    def __init__(self, engine: Any, ids: torch.Tensor, room: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._engine = engine
+        greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, "output_kind": RequestOutputKind.DELTA}
+        self._tokens: dict[str, deque[int]] = {str(row): deque() for row in range(len(ids))}
+        for name, prompt in zip(self._tokens, ids.tolist(), strict=True):
+            engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(max_tokens=room, **greedy))
+
+    def next(self) -> torch.Tensor:
+        """The next token of each sequence, int64 [B, 1].
+
+        Raises:
+            RuntimeError: As many tokens as there is room for were asked for already.
+        """
+        while not all(self._tokens.values()):
+            if not self._engine.has_unfinished_requests():
+                raise RuntimeError("no more tokens were asked for when the prompt was given")
+            for output in self._engine.step():
+                self._tokens[output.request_id].extend(output.outputs[0].token_ids)
+        return torch.tensor([[tokens.popleft()] for tokens in self._tokens.values()])
+
+    def stop(self) -> None:
+        """Take the sequences out of the engine and its cache."""
+        self._engine.abort_request(list(self._tokens))
+
+
+class VllmModel(LoadedModel):
+    """A model in vLLM. One generation runs at a time: a new prompt, or a call of `logits`, ends the one before it.
+
+    Args:
+        artefact: Gives the config.
+        loader: Called with the artefact and a scratch folder; returns the folder that vLLM loads.
+
+    Raises:
+        methods.base.Unsupported: The loader or vLLM refuses the artefact.
+    """
+
+    def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> None:
+        config = read_config(artefact)
+        self.vocab_size = config["vocab_size"]
+        self.max_length = min(config.get("max_position_embeddings", 2048), _LONGEST)
+        self._scratch = tempfile.TemporaryDirectory(prefix="slimbench-vllm-")
+        self._checkpoint = loader(artefact, Path(self._scratch.name))
+        self._device = torch.device(device)
+        self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code)
+        (self._module,) = self._engine.apply_model(lambda module: module)
+        self._running: Generation | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return torch.stack([self._window(row.unsqueeze(0), start) for row in ids])
+
+    def _window(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits [T - start, V] of one sequence."""
+        self._stop()
+        seen: list[torch.Tensor] = []
+        hook = self._module.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden.clone()))
+        try:
+            Generation(self._engine, ids, room=1).next()
+        finally:
+            hook.remove()
+        (hidden,) = seen
+        return self._module.compute_logits(hidden[start : ids.shape[1]])
+
+    def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        raise Unsupported("vLLM adds no tokens to sequences in its cache: no protocol that goes through the cache can be measured")
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        self._stop()
+        self._running = Generation(self._engine, ids, room + 1)
+        return Step(self._running.next(), self._running)
+
+    def decode_step(self, step: Step) -> Step:
+        return Step(step.state.next(), step.state)
+
+    def synchronize(self) -> None:
+        """Nothing to do: the tokens of a step are on the host."""
+
+    def cache_bytes(self, state: Any) -> int | None:
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        layout, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
+        used = layout.num_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's own
+        return used * sum(tensor.size for tensor in layout.kv_cache_tensors) // layout.num_blocks
+
+    def evidence(self) -> Evidence:
+        return evidence_of(list(_weights(self._checkpoint, self._module)))
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running.stop()
+            self._running = None
+
+
+class VllmEngine(Engine):
+    """Loads dense sources, and packed ones as `compressed-tensors`."""
+
+    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
+        return VllmModel(artefact, loader, device, trust_remote_code)
+
+
+def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_code: bool) -> Any:
+    threads = torch.get_num_threads()
+    os.environ.update(_SETTINGS, OMP_NUM_THREADS=str(threads))
+    from vllm import EngineArgs, LLMEngine
+
+    cache = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} if device.type == "cpu" else {}
+    arguments = EngineArgs(
+        model=str(checkpoint),
+        skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
+        max_model_len=longest,
+        max_num_batched_tokens=longest,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        load_format="safetensors",
+        **cache,
+    )
+    try:
+        return LLMEngine.from_engine_args(arguments)
+    except (ValueError, NotImplementedError) as error:
+        raise Unsupported(f"vLLM does not load this model: {' '.join(str(error).split())[:200]}") from error
+
+
+def _weights(checkpoint: Path, module: Any) -> Iterator[Weight]:
+    """The layers of what vLLM loaded, from the files; the kernels from its modules."""
+    from safetensors import safe_open
+
+    kernels = dict(_kernels(module))
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            layers: dict[str, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                layers.setdefault(key.rpartition(".")[0], []).append(key)
+            for name, keys in layers.items():
+                yield _weight(name, {key.rpartition(".")[2]: file.get_tensor(key) for key in keys}, kernels.get(name))
+
+
+def _weight(name: str, parts: dict[str, torch.Tensor], kernel: tuple[str, str] | None) -> Weight:
+    dtypes: Counter[str] = Counter()
+    for part, tensor in parts.items():
+        if part != "weight_shape":
+            dtypes[_name(tensor.dtype)] += tensor.nbytes
+    numbers = next(_numbers(parts[part], parts) for part in _WEIGHTS if part in parts)
+    leaf = name.rpartition(".")[2]
+    role = "other" if numbers.ndim < 2 else "embedding" if leaf == _EMBEDDING else "head" if leaf == _HEAD else "linear"
+    found = Weight(name, kernel[0] if kernel else "tensor", role, numbers.numel(), dtypes)
+    if role != "other":
+        found.zeros = zeros(numbers)
+    if role in ("linear", "head") and kernel:
+        inputs = parts["weight_scale"] if "weight_packed" in parts else numbers
+        found.operator, found.compute = f"vllm {kernel[1]}", _name(inputs.dtype)
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _numbers(weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weight [out, in], or its codes around zero."""
+    if "weight_packed" not in parts:
+        return weight
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shape = torch.Size(parts["weight_shape"].tolist())
+    return unpack_from_int32(weight, 32 * weight.shape[1] // shape[1], shape)
+
+
+def _kernels(module: Any) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Names of layers in the files, with the class of the module that stands for each and what it multiplies with."""
+    fused = getattr(module, "packed_modules_mapping", {})
+    for name, layer in module.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if method is None:
+            continue
+        scheme = getattr(layer, "scheme", None)
+        kernel = type(getattr(scheme, "kernel", None) or scheme or method).__name__
+        parent, dot, leaf = name.rpartition(".")
+        for part in fused.get(leaf, [leaf]):
+            yield f"{parent}{dot}{part}", (type(layer).__name__, kernel)

@@ -1,0 +1,88 @@
+"""vLLM on a CPU against transformers on the same artefacts; the work is done in its environment, which must have been made before."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import artefact, environments
+from harness.engines.base import LoadedModel
+from harness.engines.transformers import TransformersEngine
+from methods.base import Unsupported
+from methods.dense import Dense
+from methods.quantization.int8_dynamic import Int8Dynamic
+from methods.quantization.rtn import RTN
+from tests.unit import tiny
+
+ENVIRONMENT = environments.get("vllm-cpu")
+WINDOWS, LENGTH, PROMPT, NEW = 4, 256, 24, 12
+TRANSFORMERS = {"huggingface": "harness.engines.transformers.load_pretrained", "packed": "methods.kernels.packed.load"}
+KERNELS = {"dense": "UnquantizedLinearMethod", "rtn-4bit": "CPUWNA16LinearKernel", "int8-dynamic": "Int8"}
+
+pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbench env make vllm-cpu`")
+
+
+def measured(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """Perplexity, tokens after two prompts of different lengths, and what the evidence says."""
+    evidence = model.evidence()
+    step = model.prefill(ids[:2, :PROMPT], room=NEW)
+    tokens, used = [step.token], model.cache_bytes(step.state)
+    for _ in range(NEW):
+        step = model.decode_step(step)
+        tokens.append(step.token)
+    return {
+        "perplexity": math.exp(-float(model.token_logprobs(ids).double().mean())),
+        "greedy": torch.cat(tokens, 1).tolist(),
+        "start": float((model.logits(ids[:1], 100) - model.logits(ids[:1])[:, 100:]).abs().max()),
+        "cache_bytes": used,
+        "kernel": evidence.kernel,
+        "weight_bytes": evidence.weight_bytes,
+        "bits": evidence.effective_bits,
+        "parameters": evidence.parameters,
+    }
+
+
+def answer() -> None:
+    """Runs in the environment: one artefact of a JSON request on stdin; JSON to stdout."""
+    from harness.config import locate
+    from harness.engines.catalogue import get
+
+    request, engine = json.load(sys.stdin), get("vllm-cpu")
+    model = locate(engine.target)(loaders=engine.loaders).load(Path(request["folder"]), "cpu")
+    found = measured(model, torch.tensor(request["ids"]))
+    try:
+        model.extend(torch.tensor(request["ids"]))
+    except Unsupported as reason:
+        found["extend"] = str(reason)
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, name: str) -> None:
+    method = {"dense": Dense(), "rtn-4bit": RTN(4, 64), "int8-dynamic": Int8Dynamic()}[name]
+    claim = method.compress(tiny.dense_model(smollm2), None, tmp_path)
+    artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim.to_dict()))
+    ids = torch.randint(1000, 20_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(WINDOWS, 1)
+    ids[1:] = (ids[1:] + torch.arange(1, WINDOWS).unsqueeze(1) * 7) % 20_000
+    command = [str(ENVIRONMENT.python), "-c", "from tests.integration.test_vllm import answer; answer()"]
+    request = json.dumps({"folder": str(tmp_path), "ids": ids.tolist()})
+    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
+    assert not done.returncode, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ours = measured(TransformersEngine(TRANSFORMERS).load(tmp_path, "cpu"), ids)
+
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=0.02)
+    assert [row[0] for row in theirs["greedy"]] == [row[0] for row in ours["greedy"]]
+    assert theirs["start"] == 0
+    assert KERNELS[name] in theirs["kernel"]
+    assert theirs["weight_bytes"] == pytest.approx(ours["weight_bytes"], rel=0.01)
+    assert theirs["bits"] == pytest.approx(ours["bits"], rel=0.01)
+    assert 0 < theirs["cache_bytes"] < 100 * ours["cache_bytes"]
+    assert "adds no tokens" in theirs["extend"]
