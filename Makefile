@@ -38,7 +38,6 @@ lint: setup
 
 board: setup
 	$(BIN)/slimbench board build --results results --out results/board
-	$(BIN)/slimbench board figures --results results --out results/board/figures --kind svg
 
 clean:
 	rm -rf $(VENV) runs board

@@ -290,13 +290,15 @@ def env_make(name: str) -> None:
 
 @board_app.command("build")
 def board_build(
-    results: Results = _DEFAULT_RESULTS, out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board")
+    results: Results = _DEFAULT_RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board"),
+    figures: Annotated[bool, typer.Option(help="Draw every figure that the records allow, on boards of few tables.")] = True,
 ) -> None:
     """Write page, tables and plots from the records; print the table and where to look."""
     folder = results_folder(results)
     from leaderboard import build, tables
 
-    written = build.build(folder, out)
+    written = build.build(folder, out, figures)
     console().print(tables.to_terminal(_rows(results)))
     print(f"board: {next(p for p in written if p.name == 'index.html')}")
 

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 from harness.record import Record
 from harness.store import Store, StoreError, Unreadable
-from leaderboard import engines, scaling
-from leaderboard.figures import draw, plottable
+from leaderboard import engines
+from leaderboard.drawing import KINDS
+from leaderboard.figures import catalogue
 from leaderboard.parallel import mapped
+from leaderboard.plots import FIGURES, Gallery, gallery
 from leaderboard.reading import Reader
-from leaderboard.row import Row
 from leaderboard.site.board import Board
 from leaderboard.site.site import FOLDERS, files
-from leaderboard.tables import Table, to_csv, to_json, to_markdown
-
-KINDS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
-MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
-MANY = 12
-"""Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages, and the site draws them all."""
+from leaderboard.tables import to_csv, to_json, to_markdown
 
 
 class BoardError(StoreError):
     """There is no board to build. The message is one line."""
 
 
-def build(results: Path, out: Path) -> list[Path]:
+def build(results: Path, out: Path, figures: bool = True) -> list[Path]:
     """Write the board of a results folder.
 
     Args:
         results: Folder of records.
         out: Folder that receives the files; made if it is not there.
+        figures: Draw the catalogue of figures, unless there are very many tables.
 
     Returns:
         The files written: `index.html` and the pages, scripts and styles that it leads to, `table.md`, `table.csv`, `table.json`,
-        `pareto.png` and `.svg` of the fullest tables, and `sizes.png` and `.svg` where several models were measured alike.
+        and as PNG, SVG and PDF `pareto` of the fullest tables, `sizes` where several models were measured alike, and `figures/`.
 
     Raises:
         BoardError: The folder holds no record, or `out` cannot be written.
@@ -58,20 +51,20 @@ def build(results: Path, out: Path) -> list[Path]:
                 else ""
             )
             raise BoardError(f"no records in '{results}'{hint}")
-        return write(records, unreadable, out)
+        return write(records, unreadable, out, figures)
 
 
-def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path) -> list[Path]:
+def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path, figures: bool = True) -> list[Path]:
     """Write the board of records that are already loaded; arguments and errors as of `build`.
 
-    Pages of an older board in the same folder that no longer belong to it are removed, once the new one is whole.
+    Pages and figures of an older board in the same folder that no longer belong to it are removed, once the new one is whole.
     """
     if not records:
         raise BoardError("no records")
     written: list[Path] = []
     try:
         with _no_garbage():
-            for name, content in contents(records, unreadable):
+            for name, content in contents(records, unreadable, figures):
                 written.append(out / name)
                 _place(out / name, content)
         _sweep(out, set(written))
@@ -80,18 +73,28 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
     return written
 
 
-def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = ()) -> Iterator[tuple[str, bytes]]:
+def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = (), figures: bool = True) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
     board = Board.of(records, unreadable)
-    beside: dict[str, Callable[[], bytes]] = {
+    planned = gallery(board, figures)
+    tables: dict[str, Callable[[], bytes]] = {
         "table.md": lambda: "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode(),
         "table.csv": lambda: to_csv(board.rows).encode(),
         "table.json": lambda: to_json(board.rows).encode(),
-        **_plots([t for t in board.tables if plottable(t)]),
-        **_sizes(board.rows),
     }
-    yield from zip(beside, mapped(lambda made: made(), list(beside.values()), fewest=2), strict=True)
-    yield from files(board, list(beside))
+    drawn = mapped(lambda made: made(), [*(_drawn(planned, path) for path in planned.plots), *map(_alone, tables.items())], fewest=2)
+    beside = {name: content for made in drawn for name, content in made.items()}
+    yield from beside.items()
+    yield from files(board, beside, planned)
+
+
+def _drawn(planned: Gallery, path: str) -> Callable[[], dict[str, bytes]]:
+    return lambda: {f"{path}.{kind}": content for kind, content in planned.plots[path].draw_all().items()}
+
+
+def _alone(table: tuple[str, Callable[[], bytes]]) -> Callable[[], dict[str, bytes]]:
+    name, made = table
+    return lambda: {name: made()}
 
 
 @contextmanager
@@ -123,36 +126,9 @@ def _place(path: Path, content: bytes) -> None:
 
 
 def _sweep(out: Path, written: set[Path]) -> None:
-    """Remove the pages of an older board."""
-    for folder in FOLDERS:
-        for path in (out / folder).glob("*.html"):
-            if path not in written:
-                path.unlink()
-
-
-def _sizes(board: Sequence[Row]) -> dict[str, Callable[[], bytes]]:
-    """The plot of decode time against bytes, where several models were measured alike: of as many lines and models as can be read."""
-    drawn = [replace(line, points=_spread(line.points)) for line in scaling.series(board)[:MOST_LINES]]
-    return {f"sizes.{kind}": partial(scaling.draw, drawn, kind) for kind in KINDS} if drawn else {}
-
-
-def _spread(points: tuple[Any, ...]) -> tuple[Any, ...]:
-    """At most `MOST_POINTS` of the points, both ends among them."""
-    last, kept = len(points) - 1, min(len(points), MOST_POINTS) - 1
-    return tuple(points[round(number * last / kept)] for number in range(kept + 1)) if kept else points
-
-
-def _plots(plotted: Sequence[Table]) -> dict[str, Callable[[], bytes]]:
-    """The plots of the fullest tables by file name: the first is `pareto`, others are named by model and suite."""
-    plots: dict[str, Callable[[], bytes]] = {}
-    measured = [sum(row.perplexity is not None for row in table.rows) for table in plotted]
-    fullest = sorted(range(len(plotted)), key=lambda number: (-measured[number], number))
-    fullest = fullest[: MOST_PLOTTED if len(plotted) <= MANY else 1]
-    for table in (plotted[number] for number in sorted(fullest)):
-        row = table.rows[0]
-        words = [row.model, row.suite, row.speed, row.device] if plots else []
-        stem = "-".join(["pareto", *(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.")[:40] for word in words)])
-        while f"{stem}.png" in plots:
-            stem += "-2"
-        plots |= {f"{stem}.{kind}": partial(draw, table, kind) for kind in KINDS}
-    return plots
+    """Remove the pages and figures of an older board."""
+    older = [path for folder in FOLDERS for path in (out / folder).glob("*.html")]
+    older += [path for name in catalogue.names() for kind in KINDS for path in (out / FIGURES).glob(f"{name}-*.{kind}")]
+    for path in older:
+        if path not in written:
+            path.unlink(missing_ok=True)

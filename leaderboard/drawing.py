@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 DPI = 160
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"
@@ -46,10 +47,21 @@ def render(make: Callable[[], Figure], kind: Kind) -> bytes:
     Args:
         make: Draws it; called with the style in force.
     """
+    return render_all(make, [kind])[kind]
+
+
+def render_all(make: Callable[[], Figure], kinds: Sequence[Kind] = KINDS) -> dict[Kind, bytes]:
+    """A figure as a file of each kind, made and laid out once; each has the bytes that `render` gives."""
+    files: dict[Kind, bytes] = {}
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure = make()
         FigureCanvasAgg(figure)
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=DPI, metadata=_METADATA[kind], facecolor="white")
-    return out.getvalue()
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        for kind in kinds:
+            out = io.BytesIO()
+            figure.savefig(out, format=kind, dpi=DPI, metadata=_METADATA[kind], facecolor="white")
+            files[kind] = out.getvalue()
+    return files

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from leaderboard.drawing import DPI, MUTED, render
+from leaderboard.figures.canvas import Plot
+from leaderboard.figures.groups import Group
 from leaderboard.row import Row
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444b54")
@@ -54,6 +56,14 @@ def _group(setting: tuple[str, ...], paths: dict[tuple[str, str], list[Row]]) ->
         bandwidth = median(r.copy_bandwidth_gbs or 0 for r in by_model.values())
         drawn.append(Series(f"{pipeline} · {path}", f"{setting[0]} · {setting[2]}", tuple(points), bandwidth))
     return drawn
+
+
+def plot(drawn: Sequence[Series]) -> Plot:
+    """The plot with its words."""
+    gbs = median(item.copy_gbs for item in drawn)
+    reading = f"The dashed line is the least time that the bytes of a step need at {gbs:.0f} GB/s, the measured copy bandwidth."
+    group = Group((), "all models", drawn[0].setting)
+    return Plot("sizes", group, "Decode time against size", reading, f"{len(drawn)} pipelines and engines.", lambda: _figure(drawn))
 
 
 def draw(drawn: Sequence[Series], kind: Literal["svg", "png"]) -> bytes:

@@ -60,7 +60,14 @@ def memory(group: Group) -> Plot:
         legend(ax)
         return figure
 
-    return Plot("memory", group.stem, title, text, make)
+    dense = next((row for row in whole if row.is_reference), None)
+    reading = f"{group.name(rows[0])} takes least, {_megabytes(rows[0])} MB"
+    reading += f"; the dense model takes {_megabytes(dense)} MB." if dense and dense is not rows[0] else "."
+    return Plot("memory", group, title, reading, text, make)
+
+
+def _megabytes(row: Row) -> str:
+    return decimal(1, 1e-6)(_total(row))
 
 
 def _total(row: Row) -> int:
@@ -115,4 +122,6 @@ def flips(group: Group) -> Plot:
         legend(ax)
         return figure
 
-    return Plot("flips", group.stem, title, text, make)
+    best = f"{group.name(rows[0])} ({rows[0].flips_to_wrong} turned wrong, {rows[0].flips_to_right} right)"
+    reading = f"The best balance has {best}; of {len(whole)} rows, {len(clear)} turned significantly more answers one way than the other."
+    return Plot("flips", group, title, reading, text, make)

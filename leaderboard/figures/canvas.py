@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from leaderboard.drawing import DPI, INK, MUTED, Kind, render
+from leaderboard.drawing import DPI, INK, MUTED, Kind, render, render_all
 from leaderboard.tables import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
+
+    from leaderboard.figures.groups import Group
 
 CHARACTERS_PER_INCH = 16.5
 CAPTION = "caption"
@@ -27,25 +29,31 @@ class Plot:
 
     Attributes:
         kind: Name in the catalogue.
-        stem: Of the file, after the kind.
+        group: The rows that it is of.
         title: What it shows.
+        reading: What can be read off it, in one sentence.
         caption: How to read it, and which rows it leaves out.
         make: Draws it.
     """
 
     kind: str
-    stem: str
+    group: Group
     title: str
+    reading: str
     caption: str
     make: Callable[[], Figure]
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.stem}"
+        return f"{self.kind}-{self.group.stem}"
 
     def draw(self, kind: Kind) -> bytes:
         """The figure as a file; the same rows give the same bytes."""
         return render(self.make, kind)
+
+    def draw_all(self) -> dict[Kind, bytes]:
+        """The figure as a file of each kind."""
+        return render_all(self.make)
 
 
 def canvas(title: str, setting: str, caption: str, width: float, height: float, columns: int = 1, **subplots: Any) -> tuple[Figure, Any]:

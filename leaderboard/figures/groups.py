@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from harness.record import Status
 from leaderboard.figures.palette import Palette
 from leaderboard.row import Row
-from leaderboard.tables import shorten, tables
+from leaderboard.tables import Table, shorten, tables
 
 _NAMED = 4
 
@@ -79,13 +79,13 @@ def by_table(board: Sequence[Row], palette: Palette) -> list[Group]:
     """The tables of the board: quality and speed may both be compared."""
     found = tables(board)
     found = [table for table in found if any(row.speed_points for row in table.rows)] or found
-    titles = Counter(table.title for table in found)
-    return _distinct(
-        [
-            Group(table.rows, table.title + (f" · {table.rows[0].hardware}" if titles[table.title] > 1 else ""), table.setting, palette)
-            for table in found
-        ]
-    )
+    return _distinct([Group(table.rows, title, table.setting, palette) for table, title in zip(found, titles(found), strict=True)])
+
+
+def titles(found: Sequence[Table]) -> list[str]:
+    """The titles of tables, with the hardware where two are called the same."""
+    counts = Counter(table.title for table in found)
+    return [table.title + (f" · {table.rows[0].hardware}" if counts[table.title] > 1 else "") for table in found]
 
 
 def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
@@ -162,6 +162,13 @@ def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     distinct = list(dict.fromkeys(names))
     return ", ".join(distinct[:_NAMED]) + (f" and {len(distinct) - _NAMED} more" if len(distinct) > _NAMED else "")
+
+
+def unbeaten(group: Group, count: int, front: Sequence[Row]) -> str:
+    """A sentence on the rows that none of so many beats on two axes at once."""
+    if not front:
+        return f"None of the {count} rows ended well."
+    return f"Of {count} rows, none beats {listed(group.name(row) for row in front)} in both."
 
 
 def off_scale(group: Group, factor: float) -> float:

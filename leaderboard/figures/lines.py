@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from leaderboard.drawing import INK, MUTED
 from leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axis, side_legend, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale
+from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
 from leaderboard.figures.labels import Named, place
 from leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, SPARSITY, Measure, Point, front, points
 from leaderboard.figures.palette import method_of
-from leaderboard.figures.scatter import UNNAMED, corpus, remark
+from leaderboard.figures.scatter import UNNAMED, corpus, settle
 from leaderboard.row import Row
 from leaderboard.tables import decimal, shorten
 
@@ -82,13 +82,14 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
         ax.set_xlabel(x.label)
         ax.set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
         side_legend(ax)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        unsay = settle(figure, UNNAMED)
         named = [_named(group, p, p.y) for p in shown] + [_named(group, p, top, f" {decimal(0)(p.y)}") for p in off]
-        remark(figure, UNNAMED if place(ax, named, paths) else "")
+        if not place(ax, named, paths):
+            unsay()
         return figure
 
-    return Plot(f"methods-{x.name}", group.stem, title, text, make)
+    best = [p.row for p in front(all_of_them, _least(x), PERPLEXITY)]
+    return Plot(f"methods-{x.name}", group, title, unbeaten(group, len(all_of_them), best), text, make)
 
 
 def _named(group: Group, point: Point, y: float, more: str = "") -> Named:
@@ -202,7 +203,10 @@ def degradation(group: Group) -> Plot:
         side_legend(ax)
         return figure
 
-    return Plot("degradation", group.stem, title, text, make)
+    size = max(own[-1][0] for own in drawn.values())
+    loss, best = min((own[-1][1].y, name) for name, own in drawn.items() if own[-1][0] == size)
+    reading = f"On the largest model, {best} lies lowest, {decimal(1, signed=True)(loss)} % from dense."
+    return Plot("degradation", group, title, reading, text, make)
 
 
 def _count(parameters: int) -> str:

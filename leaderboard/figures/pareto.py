@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from leaderboard.drawing import Kind, render
-from leaderboard.figures.canvas import canvas, legend, spread_axis
-from leaderboard.figures.groups import Group, left_out, off_scale
+from leaderboard.figures.canvas import Plot, canvas, legend, spread_axis
+from leaderboard.figures.groups import Group, left_out, listed, off_scale
 from leaderboard.figures.measures import BYTES, PERPLEXITY, SPEED, Measure, Point, front, points
 from leaderboard.figures.scatter import OFF_SCALE, above, corpus, finish, off_text, scatter
 from leaderboard.tables import Table
@@ -29,6 +29,20 @@ def caption(table: Table) -> str:
     hidden = left_out(group, [p.row for _, shown in _drawn(table) for p in shown] + above(group, limit), "both numbers")
     note = "Bars are 95 % intervals; the line joins the rows that none beats in both."
     return " ".join(filter(None, [note, off_text(group, limit), hidden]))
+
+
+def plot(table: Table, heading: str) -> Plot:
+    """The plot of a table that is plottable, with its words.
+
+    Args:
+        heading: What the table is called among others.
+    """
+    group = Group(table.rows, heading, table.setting)
+    fronts = [(x, listed(group.name(p.row) for p in front(shown, x, PERPLEXITY))) for x, shown in _drawn(table)]
+    beaten = [f"in perplexity and {x.missing}, none beats {names}" for x, names in fronts if names]
+    reading = "; ".join(beaten) or "no row ended well"
+    title = " and ".join(["Perplexity against " + fronts[0][0].missing, *(x.missing for x, _ in fronts[1:])])
+    return Plot("pareto", group, title, f"{reading[0].upper()}{reading[1:]}.", caption(table), lambda: _figure(table))
 
 
 def draw(table: Table, kind: Kind) -> bytes:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from leaderboard.drawing import MUTED
 from leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale
+from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
 from leaderboard.figures.labels import Named, place
 from leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
 from leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
@@ -43,8 +43,9 @@ def against(group: Group, y: Measure, x: Measure) -> Plot:
     text = " ".join(filter(None, [note, off_text(group, limit), hidden]))
     title = f"{y.name.capitalize()} against {x.missing}"
 
+    members = front(shown, x, y)
+
     def make() -> Figure:
-        members = front(shown, x, y)
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 8.6, 6)
         scatter(ax, shown, members)
         ax.set_xlabel(x.label)
@@ -55,7 +56,7 @@ def against(group: Group, y: Measure, x: Measure) -> Plot:
         finish(figure, [(ax, shown, members)], group)
         return figure
 
-    return Plot(f"{y.name}-{x.name}", group.stem, title, text, make)
+    return Plot(f"{y.name}-{x.name}", group, title, unbeaten(group, len(shown), [p.row for p in members]), text, make)
 
 
 def divergence(group: Group) -> Plot:
@@ -90,7 +91,9 @@ def divergence(group: Group) -> Plot:
         finish(figure, [(ax, shown, [])], group, [path])
         return figure
 
-    return Plot("divergence", group.stem, title, text, make)
+    nearest, farthest = min(shown, key=lambda p: p.y), max(shown, key=lambda p: p.y)
+    ends = [f"{p.y:.2g} nats ({group.name(p.row)})" for p in (nearest, farthest)]
+    return Plot("divergence", group, title, f"The KL of {len(shown)} rows runs from {ends[0]} to {ends[1]}.", text, make)
 
 
 def corpus(group: Group) -> str:
@@ -144,8 +147,8 @@ def finish(
     paths: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
     """Fix the layout and name the points: the reference and the front first, and in a crowd them alone."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    crowd = any(len(shown) > CROWD for _, shown, _ in panels)
+    unsay = settle(figure, _CROWDED if crowd else UNNAMED)
     homeless = 0
     for ax, shown, members in panels:
         chosen = {id(p) for p in members} | {id(p) for p in shown if p.row.is_reference}
@@ -162,16 +165,22 @@ def finish(
         }
         wanted = [named[id(p)] for p in shown if len(shown) <= CROWD or id(p) in chosen]
         homeless += place(ax, list(named.values()), [[(p.x, p.y) for p in members], *paths], wanted)
-    crowd = any(len(shown) > CROWD for _, shown, _ in panels)
-    remark(figure, _CROWDED if crowd else UNNAMED if homeless else "")
+    if not crowd and not homeless:
+        unsay()
 
 
-def remark(figure: Figure, text: str) -> None:
-    """Add a sentence to the caption, once it is known to be needed."""
-    for note in figure.texts if text else []:
-        if note.get_gid() == CAPTION:
-            words = f"{note.get_text()} {text}"
-            note.set_text("\n".join(line for part in words.split("\n") for line in textwrap.wrap(part, line_length(figure))))
+def settle(figure: Figure, text: str) -> Callable[[], None]:
+    """Fix the layout, with a sentence more in the caption.
+
+    Returns:
+        What takes the sentence away again, should it turn out not to be needed.
+    """
+    (note,) = [note for note in figure.texts if note.get_gid() == CAPTION]
+    before = note.get_text()
+    note.set_text("\n".join(line for part in f"{before} {text}".split("\n") for line in textwrap.wrap(part, line_length(figure))))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return lambda: note.set_text(before)
 
 
 def _rows(count: int) -> str:

@@ -67,7 +67,8 @@ def seeds(group: Group) -> Plot:
         ax.set_xlabel(f"{corpus(group)}{PERPLEXITY.label.replace('↓', '←')}", parse_math=False)
         return figure
 
-    return Plot("seeds", group.stem, title, text, make)
+    spread, widest = max((rows[0].perplexity_seed_sd or 0.0, rows[0].pipeline) for rows in whole)
+    return Plot("seeds", group, title, f"Seeds move {shorten(widest, 44)} most: s = {_FORM(spread)}.", text, make)
 
 
 def _mean(rows: list[Row]) -> float:

@@ -11,6 +11,7 @@ from leaderboard.figures.canvas import Plot, canvas, side_legend
 from leaderboard.figures.groups import Group, Unplottable, left_out
 from leaderboard.figures.palette import method_of
 from leaderboard.row import Row
+from leaderboard.tables import decimal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +76,13 @@ def speedups(group: Group) -> Plot:
         side_legend(axes[-1], *axes[fullest].get_legend_handles_labels())
         return figure
 
-    return Plot("speedup", group.stem, title, text, make)
+    fastest, panel, index = max(
+        ((max(own, key=lambda r: r.value), panel, index) for panel in panels for index, own in panel.series.items()),
+        key=lambda found: found[0].value,
+    )
+    where = f"at {panel.over} {fastest.at}, {panel.fixed} {panel.fixed_at}"
+    reading = f"Fastest is {group.name(rows[index])}: {decimal(2)(fastest.value)} times as fast as dense {where}."
+    return Plot("speedup", group, title, reading, text, make)
 
 
 def _panel(rows: Sequence[Row], over: str, fixed: str, label: str) -> Panel | None:

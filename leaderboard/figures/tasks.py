@@ -81,7 +81,9 @@ def tasks(group: Group) -> Plot:
         figure.colorbar(image, ax=ax, label="points", fraction=0.03, pad=0.02)
         return figure
 
-    return Plot("tasks", group.stem, title, text, make)
+    ends = [f"{group.name(row)} ({_POINTS(100 * _mean(row))} points)" for row in (ordered[0], ordered[-1])]
+    reading = f"On average, {ends[0]} loses least and {ends[1]} most." if len(whole) > 1 else f"On average: {ends[0]}."
+    return Plot("tasks", group, title, reading, text, make)
 
 
 def _points(row: Row, task: str) -> float:

@@ -138,6 +138,7 @@ def _found(title: str, evidence: Evidence) -> Grid:
     ]
     facts = {
         "Weights in memory": f"{evidence.weight_bytes:,} bytes",
+        "Weights offloaded": f"{evidence.offloaded_bytes:,} bytes" if evidence.offloaded_bytes else None,
         "Operators of one decode step": ", ".join(f"{name} × {count}" for name, count in evidence.operators.items()),
         "Dense weights expanded in a step": None if evidence.materialised_bytes is None else f"{_BYTES(evidence.materialised_bytes)} MB",
         "Faster kernels that are missing": "; ".join(evidence.missing_kernels),

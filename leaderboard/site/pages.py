@@ -18,6 +18,7 @@ NAVIGATION = (
     ("index.html", "Ranking"),
     ("models.html", "Models"),
     ("methods.html", "Methods"),
+    ("figures.html", "Figures"),
     ("coverage.html", "Coverage"),
     ("guide.html", "Guide"),
 )

@@ -31,7 +31,7 @@ def index(board: Board, files: Iterable[str]) -> str:
     Args:
         files: Names of the tables and plots that lie beside it.
     """
-    tables, plots = [f for f in files if f.startswith("table.")], [f for f in files if f.endswith(".svg")]
+    tables, plots = [f for f in files if f.startswith("table.")], [f for f in files if f.endswith(".svg") and "/" not in f]
     return page("ranking.html.j2", "index.html", "Ranking", board=board, columns=ALL, rank_help=RANK, tables=tables, plots=plots)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from leaderboard.parallel import mapped
-from leaderboard.site import cell, coverage, guide, method, model, names, ranking
+from leaderboard.plots import Gallery
+from leaderboard.site import cell, coverage, figures, guide, method, model, names, ranking
 from leaderboard.site.assets import assets
 from leaderboard.site.board import Board
 from leaderboard.site.lines import line
@@ -14,18 +15,19 @@ from leaderboard.site.ranking import set_facts
 FOLDERS = ("cell", "model", "method")
 
 
-def files(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+def files(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the site, the ranking last: it appears once all that it links to is there.
 
     Args:
-        beside: Names of the tables and plots that lie beside the ranking.
+        beside: Tables, plots and figures by their path.
+        gallery: What the plots and figures show.
     """
     yield from assets().items()
-    for path, text in _pages(board, beside):
+    for path, text in _pages(board, beside, gallery):
         yield path, text.encode()
 
 
-def _pages(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _pages(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Iterator[tuple[str, str]]:
     abouts, broken = method.registry()
     used = method.users(board)
     known = {about.name for about in abouts}
@@ -40,6 +42,7 @@ def _pages(board: Board, beside: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield names.method(about.name), method.render(board, about, used.get(about.name, []), lines)
     yield "models.html", model.index(board)
     yield "methods.html", method.index(abouts, broken, used)
+    yield "figures.html", figures.render(board, beside, gallery)
     yield "coverage.html", coverage.render({about.name for about in abouts})
     yield "guide.html", guide.render(board)
     yield "data/rows.js", ranking.data(board)

@@ -12,6 +12,7 @@ import pytest
 
 from harness.record import Record
 from harness.store import Unreadable
+from leaderboard.plots import gallery
 from leaderboard.site.board import Board
 from leaderboard.site.site import files
 from tests.unit.board_records import Spec, records, specs
@@ -61,7 +62,10 @@ def made() -> list[Record]:
 def board(made: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a board."""
     folder = tmp_path_factory.mktemp("board")
-    for name, content in files(Board.of(made, [Unreadable("a/b/quality-1.json", "not a record: broken")]), []):
+    whole = Board.of(made, [Unreadable("a/b/quality-1.json", "not a record: broken")])
+    planned = gallery(whole, figures=True)
+    beside = {f"{path}.{kind}": content for path, plot in planned.plots.items() for kind, content in plot.draw_all().items()}
+    for name, content in [*beside.items(), *files(whole, beside, planned)]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     return folder

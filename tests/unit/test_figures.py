@@ -116,6 +116,12 @@ def test_every_kind_of_figure_comes_out_the_same_twice(name: str) -> None:
     assert plot.title in words(plot)
 
 
+@pytest.mark.parametrize("name", ["memory", "tasks"])
+def test_files_drawn_together_are_those_drawn_alone(name: str) -> None:
+    (plot,), (again,) = of(sample(name), name), of(sample(name), name)
+    assert plot.draw_all() == {format: again.draw(format) for format in FORMATS}
+
+
 @pytest.mark.parametrize("name", ["methods-bits", "tasks"])
 def test_every_format_comes_out_the_same_from_records_in_any_order(name: str) -> None:
     made = EVERYTHING.get(name, board)()
@@ -143,10 +149,14 @@ def test_labels_of_points_are_those_of_the_rows_and_do_not_overlap(name: str, re
 @pytest.mark.parametrize("name", NAMES)
 def test_title_legend_axes_and_caption_keep_apart_and_inside(name: str) -> None:
     (plot,) = of(sample(name), name)
-    figure = shown(plot)
+    check_apart(shown(plot))
+
+
+def check_apart(figure: Figure) -> None:
     parts: list[tuple[str, Bbox]] = [(text.get_text()[:20], text.get_window_extent()) for text in figure.texts]
     parts += [("legend", legend.get_window_extent()) for ax in figure.axes if (legend := ax.get_legend())]
     parts += [("axes", ax.get_window_extent()) for ax in figure.axes]
+    parts += [(f"label {ax.get_xlabel()}", ax.xaxis.label.get_window_extent()) for ax in figure.axes if ax.get_xlabel()]
     for (one, a), (other, b) in itertools.combinations(parts, 2):
         assert not a.padded(-1).overlaps(b.padded(-1)), (one, other)
     assert all(figure.bbox.padded(1).contains(*corner) for _, box in parts for corner in (box.min, box.max))
@@ -185,7 +195,9 @@ def test_rows_that_are_not_drawn_are_counted_by_their_end(name: str, realistic: 
 def test_of_a_crowd_only_the_front_is_named_and_the_caption_says_so() -> None:
     crowd = [Spec(f"m{i}", "quantization", loss=1.1 + 0.02 * i, size=0.3 + 0.005 * i, bits=4.0) for i in range(45)]
     made = rows([r for spec in (Spec(), *crowd) for r in records(spec)[:2]])
-    text = words(of(made, "perplexity-bytes")[0])
+    (plot,) = of(made, "perplexity-bytes")
+    check_apart(shown(plot))
+    text = words(plot)
     assert {"dense", "m0"} <= set(text.splitlines()) and "m44" not in text.splitlines()
     assert "only the reference and the front are named" in " ".join(text.split())
 

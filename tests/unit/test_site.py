@@ -14,12 +14,15 @@ from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any
 from urllib.request import urlopen
+from xml.etree import ElementTree
 
 import pytest
 
 from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable, read
 from leaderboard import build as builder
+from leaderboard.figures import catalogue
+from leaderboard.plots import MANY, Gallery, gallery
 from leaderboard.row import Row
 from leaderboard.serve import server, url
 from leaderboard.site import method, names, ranking
@@ -44,7 +47,7 @@ HOSTILE = [
     "漢字 🙂",
     "javascript:alert(1)",
 ]
-PAGES = {"index.html", "models.html", "methods.html", "coverage.html", "guide.html", "data/rows.js"}
+PAGES = {"index.html", "models.html", "methods.html", "figures.html", "coverage.html", "guide.html", "data/rows.js"}
 
 
 class Elements(HTMLParser):
@@ -74,7 +77,7 @@ class Elements(HTMLParser):
 
 def site(made: Sequence[Record], unreadable: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """The text of each file, without the plots and without DataTables."""
-    found = dict(files(Board.of(made, [Unreadable(*fault) for fault in unreadable]), ["table.csv"]))
+    found = dict(files(Board.of(made, [Unreadable(*fault) for fault in unreadable]), {"table.csv": b""}, Gallery()))
     return {name: content.decode() for name, content in found.items() if name != "assets/datatables.js"} | {"table.csv": ""}
 
 
@@ -198,6 +201,54 @@ def test_failures_and_files_that_could_not_be_read_are_shown(made: dict[str, str
 
 
 @pytest.fixture(scope="module")
+def drawn() -> dict[str, bytes]:
+    """Every file of a board with figures."""
+    return dict(builder.contents(records(Spec()) + records(GPTQ)))
+
+
+def test_the_page_of_figures_shows_and_describes_what_was_drawn(drawn: dict[str, bytes]) -> None:
+    found = gallery(Board.of(records(Spec()) + records(GPTQ)), figures=True)
+    page = Elements(drawn["figures.html"].decode())
+    images = {a["src"]: a for tag, a in page.found if tag == "img"}
+    assert images.keys() == {f"{path}.svg" for path in found.plots} and len(images) > 8
+    for path, plot in found.plots.items():
+        image = images[f"{path}.svg"]
+        words = image["alt"] or ""
+        assert words.startswith(f"{plot.title}, {plot.group.title}") and plot.reading in words and plot.reading in page.text
+        assert {f"{path}.{kind}" for kind in ("png", "svg", "pdf")} <= set(page.links) & set(drawn)
+        box = [float(length) for length in ElementTree.fromstring(drawn[f"{path}.svg"]).attrib["viewBox"].split()]
+        assert box == pytest.approx([0, 0, int(image["width"] or 0), int(image["height"] or 0)], abs=0.51)
+    readings = {plot.kind: plot.reading for plot in found.plots.values()}
+    assert readings["perplexity-bytes"] == "Of 2 rows, none beats dense, gptq in both."
+    assert readings["memory"].startswith("gptq takes least, ") and "the dense model takes" in readings["memory"]
+    assert all(kind.name in page.text for kind in catalogue.KINDS)
+    assert {gone.kind for gone in found.absent} == {kind.name for kind in catalogue.KINDS} - readings.keys()
+    assert all(gone.reason in page.text for gone in found.absent)
+    assert not found.without and "slimbench board figures" not in page.text
+
+
+def test_figures_come_out_the_same_from_records_in_any_order(drawn: dict[str, bytes]) -> None:
+    board_ = Board.of((records(Spec()) + records(GPTQ))[::-1])
+    found = gallery(board_, figures=True)
+    beside = {f"{path}.svg": plot.draw("svg") for path, plot in found.plots.items()}
+    assert beside == {name: content for name, content in drawn.items() if name.endswith(".svg")}
+    assert dict(files(board_, beside, found))["figures.html"] == drawn["figures.html"]
+
+
+def test_a_board_of_many_tables_says_how_to_draw_the_figures() -> None:
+    several = [r for number in range(MANY + 1) for spec in (Spec(), GPTQ) for r in records(replace(spec, model=f"tiny-{number}"))]
+    board_ = Board.of(several)
+    few = gallery(board_, figures=True)
+    assert set(few.plots) == {"pareto", "sizes"} and f"here {MANY + 1}" in few.without
+    for found in (few, gallery(board_, figures=False)):
+        beside = {f"{path}.svg": plot.draw("svg") for path, plot in found.plots.items()}
+        page = Elements(dict(files(board_, beside, found))["figures.html"].decode())
+        assert found.without in page.text and "slimbench board figures" in page.text
+        assert len([tag for tag, _ in page.found if tag == "img"]) == 2
+    assert not gallery(Board.of(several[: -len(several) // (MANY + 1)]), figures=True).without
+
+
+@pytest.fixture(scope="module")
 def harmless() -> set[str]:
     """The elements of pages that show everything a page can show."""
     made = [record for spec in (*specs(), Spec(model="other")) for record in records(replace(spec, source_precision="q4"))]
@@ -244,12 +295,16 @@ def test_a_record_with_little_in_it_and_one_of_an_older_schema_have_their_page()
 
 def test_pages_of_cells_that_are_gone_are_removed_and_other_files_stay(tmp_path: Path) -> None:
     out = tmp_path / "board"
-    builder.write(records(Spec()) + records(GPTQ), [Unreadable("a", "b")], out)
-    gone = out / names.cell(row_of(records(GPTQ), "gptq"))
-    (out / "notes.txt").write_text("mine")
-    assert gone.exists()
-    builder.write(records(Spec()), [], out)
-    assert not gone.exists() and (out / "notes.txt").exists() and (out / names.cell(row_of(records(Spec()), "dense"))).exists()
+    builder.write(records(Spec()) + records(GPTQ), [Unreadable("a", "b")], out, figures=False)
+    gone = [out / names.cell(row_of(records(GPTQ), "gptq")), out / "figures" / "memory-older.svg"]
+    kept = [out / "notes.txt", out / "figures" / "mine.svg"]
+    (out / "figures").mkdir()
+    for path in (gone[1], *kept):
+        path.write_text("")
+    assert gone[0].exists()
+    builder.write(records(Spec()), [], out, figures=False)
+    assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
+    assert (out / names.cell(row_of(records(Spec()), "dense"))).exists()
 
 
 def test_broken_files_are_listed_by_the_board_of_a_folder(tmp_path: Path) -> None:
@@ -266,7 +321,7 @@ def test_broken_files_are_listed_by_the_board_of_a_folder(tmp_path: Path) -> Non
         (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(content)
     (results / "m/p/speed-5.json").write_bytes(b"\xff\xfe\x00")
-    builder.build(results, tmp_path / "board")
+    builder.build(results, tmp_path / "board", figures=False)
     text = Elements((tmp_path / "board" / "index.html").read_text()).text
     assert all(name in text for name in (*broken, "m/p/speed-5.json")) and "5 files could not be read" in text
 
