@@ -221,7 +221,7 @@ class LayerEvidence(_Schema):
     Attributes:
         role: `linear` (inside the blocks), `head`, `embedding` or `other`.
         parameters: Weights that the layers stand for (in × out features).
-        bytes: Bytes that they hold in memory, scales and zeros included.
+        bytes: Bytes that they hold in memory, or where they are offloaded to, scales and zeros included.
         dtypes: Those bytes by storage dtype.
         bits_per_weight: 8 · bytes / parameters.
         zeros: Fraction of exact zeros of the effective weights that were probed, None where they were not.
@@ -251,7 +251,8 @@ class Evidence(_Schema):
     """What was measured on the loaded artefact, to be held against the claim.
 
     Attributes:
-        weight_bytes: Sum of all resident tensors of the model.
+        weight_bytes: Sum of all resident tensors of the model: those that it holds where it computes, between calls too.
+        offloaded_bytes: Bytes of its other tensors: they lie on disk or in host memory and are brought in for the call of their layer.
         effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart).
         sparsity: Fraction of zeros of the linear layers inside the blocks.
         kernel: Operators that did the matrix products of one decode step, the heaviest first.
@@ -263,6 +264,7 @@ class Evidence(_Schema):
     """
 
     weight_bytes: int
+    offloaded_bytes: int = 0
     parameters: int
     effective_bits: float | None = None
     sparsity: float | None = None
@@ -333,7 +335,7 @@ class Roofline(_Schema):
     """The least time of a decode step, if all that must be read came at the measured copy bandwidth.
 
     Attributes:
-        weight_bytes: Resident weights that every step reads: all but an embedding table apart from the head.
+        weight_bytes: Weights that every step reads, offloaded ones too: all but an embedding table apart from the head.
         cache_bytes: KV cache of the batch halfway through decoding.
         bound_ms: Their sum / best copy bandwidth of the stage.
         fraction: `bound_ms` / median decode time: the share of the bandwidth that was reached.

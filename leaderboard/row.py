@@ -130,7 +130,10 @@ class Row(BaseModel):
     speed_points: list[dict[str, float | int | str | None]] = Field(
         [], description="Every point of the speed grid: batch, prompt, new_tokens, and its numbers under the names used here."
     )
-    weight_bytes: int | None = Field(None, description="Bytes of all tensors of the loaded artefact.")
+    weight_bytes: int | None = Field(None, description="Bytes of all tensors of the loaded artefact that stay in memory.")
+    offloaded_bytes: int | None = Field(
+        None, description="Bytes of its other tensors: on disk or in host memory, brought in while their layer computes."
+    )
     kv_cache_bytes: int | None = Field(None, description="Bytes of the KV cache after the last step of the first speed point.")
     activation_bytes: int | None = Field(
         None, description="Peak of one run of the first speed point above weights and KV cache: activations and workspace."

@@ -115,7 +115,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         command=bearer.command,
         provenance=_provenance(measured),
         **_size(compress),
-        **(evidences[0].model_dump(include={"weight_bytes", "effective_bits", "sparsity"}) if evidences else {}),
+        **(evidences[0].model_dump(include={"weight_bytes", "offloaded_bytes", "effective_bits", "sparsity"}) if evidences else {}),
         kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
         **measures,
         **calibration(bearer),

@@ -185,7 +185,7 @@ COLUMNS = (
         Bounds("speedup_low", "speedup_high"),
         rising=True,
     ),
-    Column("weight_bytes", "Weights MB", "Tensors of the loaded artefact, in 10⁶ bytes.", decimal(1, 1e-6)),
+    Column("weight_bytes", "Weights MB", "Tensors of the loaded artefact that stay in memory, in 10⁶ bytes.", decimal(1, 1e-6)),
     Column("disk_bytes", "Disk MB", "Files of the artefact, in 10⁶ bytes.", decimal(1, 1e-6)),
     Column("effective_bits", "Bits", "Stored for each weight of the compressed layers, scales and zeros included.", decimal(2)),
 )

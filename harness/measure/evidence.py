@@ -1,19 +1,21 @@
 """What was really loaded: layer classes, bytes, bits, zeros, and the operators of one decode step.
 
 A claim is never trusted: libraries have been seen to prune nothing, to store sixteen bits for four, and to expand
-weights to dense in the first forward pass. Everything here is read from the module in memory.
+weights to dense in the first forward pass. Everything here is read from the module in memory; weights that lie outside it between
+calls are brought in one layer at a time, as a call does, and are counted apart (`offloaded_bytes`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from harness.measure import operators
+from harness.measure.offloaded import brought_in
 from harness.measure.zeros import Zeros, holds, zeros
 from harness.record import Evidence, LayerEvidence
 
@@ -39,15 +41,17 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
     weights = sum(layer.parameters for layer in linear)
     probed = [layer for layer in linear if layer.zeros is not None]
     probed_weights = sum(layer.parameters for layer in probed)
+    offloaded = sum(layer.offloaded for layer in found)
     return Evidence(
-        weight_bytes=sum(layer.bytes for layer in layers),
+        weight_bytes=sum(layer.bytes for layer in layers) - offloaded,
+        offloaded_bytes=offloaded,
         parameters=sum(layer.parameters for layer in layers),
         effective_bits=8 * sum(layer.bytes for layer in linear) / weights if weights else None,
         sparsity=sum((layer.zeros or 0) * layer.parameters for layer in probed) / probed_weights if probed_weights else None,
         layers=layers,
         kernel=_kernel(found, step),
         operators=dict(step.operators.most_common(12)),
-        kernels=operators.device_kernels(decode_step, next((t.device for t in tensors), torch.device("cpu"))),
+        kernels=operators.device_kernels(decode_step, next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))),
         missing_kernels=sorted({reason for layer in module.modules() if (reason := getattr(layer, "kernel_missing", None))}),
         materialised_bytes=sum(step.layers[id(x.module)].expanded_bytes for x in found if x.fell_back(step)),
     )
@@ -135,6 +139,7 @@ class _Layer:
     parameters: int
     dtypes: Counter[str]
     zeros: Zeros | None
+    offloaded: int
 
     @property
     def bytes(self) -> int:
@@ -181,18 +186,20 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
     """The layers that hold tensors of their own; memory shared with an earlier layer counts there."""
     find_head: Any = getattr(module, "get_output_embeddings", None)
     head = find_head() if find_head else None
-    seen: set[int] = set()
+    seen: set[Hashable] = set()
     found: list[_Layer] = []
     for layer in module.modules():
-        fresh: list[torch.Tensor] = []
-        for tensor in resident_tensors(layer):
-            pointer = operators.storage_pointer(tensor)
-            if pointer and pointer not in seen:
-                seen.add(pointer)
-                fresh.append(tensor)
         role = _role(layer, layer is head)
-        if fresh or role in ("head", "embedding"):
-            found.append(_describe(layer, role, fresh))
+        with brought_in(layer) as elsewhere:
+            fresh: list[torch.Tensor] = []
+            for tensor in resident_tensors(layer):
+                pointer = operators.storage_pointer(tensor)
+                place = elsewhere.get(pointer, pointer)
+                if pointer and place not in seen:
+                    seen.add(place)
+                    fresh.append(tensor)
+            if fresh or role in ("head", "embedding"):
+                found.append(_describe(layer, role, fresh, elsewhere))
     return found
 
 
@@ -206,7 +213,7 @@ def _role(layer: torch.nn.Module, is_head: bool) -> str:
     return "other"
 
 
-def _describe(layer: Any, role: str, tensors: list[torch.Tensor]) -> _Layer:
+def _describe(layer: Any, role: str, tensors: list[torch.Tensor], elsewhere: Container[int]) -> _Layer:
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
@@ -215,7 +222,8 @@ def _describe(layer: Any, role: str, tensors: list[torch.Tensor]) -> _Layer:
     else:
         parameters = sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
     weight = _effective_weight(layer, role) if tensors else None
-    return _Layer(layer, role, parameters, dtypes, None if weight is None else zeros(weight))
+    offloaded = sum(t.untyped_storage().nbytes() for t in tensors if operators.storage_pointer(t) in elsewhere)
+    return _Layer(layer, role, parameters, dtypes, None if weight is None else zeros(weight), offloaded)
 
 
 def _effective_weight(layer: Any, role: str) -> torch.Tensor | None:

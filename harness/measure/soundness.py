@@ -34,7 +34,7 @@ def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size
 def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, cache_size: int) -> Roofline:
     """The least time that a decode step can take at the measured copy bandwidth, and the fraction of it that was reached.
 
-    Every weight that is resident is read once for the batch, the KV cache once for each sequence. Of an embedding table only a
+    Every weight is read once for the batch, wherever it lies, the KV cache once for each sequence. Of an embedding table only a
     few rows are read, unless it is the head too. There is no such bound where all of it fits into the cache, or where
     only some of the experts of a mixture are read.
 
