@@ -1,6 +1,7 @@
 """The tables for a paper: LaTeX with booktabs, significance marked. A pure function of the rows.
 
-Needs the packages booktabs and graphicx, and T1 or OT1 fonts; every character that is not plain ASCII is written as a command.
+Needs the packages booktabs and graphicx, and T1 or OT1 fonts; every character that is not plain ASCII is written as a command. A table
+that is wider than a line is scaled down to it, and one of more rows than a page holds comes in parts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from leaderboard.row import Row
 from leaderboard.rows import INCOMPLETE
 from leaderboard.tables import COLUMNS, Column, Table, shorten, tables
 
+NEEDED = r"% \usepackage{booktabs,graphicx}"
+PAGE_LINES = 50
+"""Rows and lines of notes of one float."""
+_NOTE_LINES = 2
 _LONGEST = 60
 _LONGEST_NOTE = 160
 _ASCII = {
@@ -64,13 +69,14 @@ _UNRANKED = frozenset({"effective_bits", "roofline_fraction", "perplexity_delta_
 
 
 def to_latex(board: Sequence[Row]) -> str:
-    """One floating table for each group of comparable rows, the reference above the others.
+    """A floating table for each group of comparable rows, the reference above the others; the packages in a comment.
 
     Bold is the best of a column among the rows that ended well, the reference apart. In perplexity and accuracy, a dagger marks rows
     that share the rank of the best one, so do not differ from it significantly, and a star rows that are significantly worse than
     the reference (Holm's correction over the rows of the table). A row that ended badly stands there with its reason.
     """
-    return "\n".join(_table(table) for table in tables(board))
+    floats = [made for table in tables(board) for made in _floats(table)]
+    return "\n".join([NEEDED, *floats]) if floats else ""
 
 
 def escape(text: str, longest: int = _LONGEST) -> str:
@@ -88,29 +94,51 @@ def _character(c: str) -> str:
     return "".join(_ASCII.get(b, b) for b in base) if base.strip() else f"U+{ord(c):04X}"
 
 
-def _table(table: Table) -> str:
+def _floats(table: Table) -> Iterator[str]:
+    """The floats of a table: one, or several that a page can hold."""
     columns = [c for c in COLUMNS if any(getattr(row, c.key) is not None for row in table.rows)]
     marks = _marks(table, columns)
-    references = [row for row in table.rows if row.is_reference]
-    others = [row for row in table.rows if not row.is_reference]
+    parts = _parts(sorted(table.rows, key=lambda row: not row.is_reference))
+    for number, rows in enumerate(parts, start=1):
+        yield _float(table, rows, columns, marks, f", part {number} of {len(parts)}" if len(parts) > 1 else "")
+
+
+def _parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows as a page can hold them with their reasons."""
+    parts: list[list[Row]] = []
+    left, told = 0, set[str]()
+    for row in rows:
+        reason = "" if row.status in (Status.OK, INCOMPLETE) else row.reason or row.status
+        if left < 1 + (_NOTE_LINES if reason and reason not in told else 0):
+            parts.append([])
+            left, told = PAGE_LINES, set()
+        left -= 1 + (_NOTE_LINES if reason and reason not in told else 0)
+        told |= {reason}
+        parts[-1].append(row)
+    return parts
+
+
+def _float(table: Table, rows: Sequence[Row], columns: Sequence[Column], marks: dict[tuple[int, str], list[str]], part: str) -> str:
     notes: dict[str, int] = {}
     head = " & ".join(["Pipeline", *(escape(c.header) for c in columns)])
-    lines = [_line(row, table, columns, marks, notes) for row in references]
-    lines += [r"\midrule"] if references and others else []
-    lines += [_line(row, table, columns, marks, notes) for row in others]
+    references = [_line(row, table, columns, marks, notes) for row in rows if row.is_reference]
+    others = [_line(row, table, columns, marks, notes) for row in rows if not row.is_reference]
+    body = [*references, *([r"\midrule"] if references and others else []), *others]
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"\centering",
-            rf"\caption{{{_caption(table)}}}",
-            r"\resizebox{\linewidth}{!}{%",
+            rf"\caption{{{_caption(table, rows, body, part)}}}",
+            r"\smallskip",
+            r"\sbox0{\footnotesize\setlength{\tabcolsep}{4.5pt}%",
             rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
             r"\toprule",
             rf"{head} \\",
             r"\midrule",
-            *lines,
+            *body,
             r"\bottomrule",
-            r"\end{tabular}}",
+            r"\end{tabular}}%",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
             *([rf"\par\smallskip\raggedright\footnotesize {' '.join(_note(text, n) for text, n in notes.items())}"] if notes else []),
             r"\end{table}",
             "",
@@ -118,14 +146,20 @@ def _table(table: Table) -> str:
     )
 
 
-def _caption(table: Table) -> str:
+def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) -> str:
+    """What the table is of, and the meaning of the marks that stand in it."""
     failed = sum(row.status not in (Status.OK, INCOMPLETE) for row in table.rows)
-    ended = f" {failed} of {len(table.rows)} rows ended badly, with the reason below." if failed else ""
-    return (
-        f"{escape(table.title)}. {escape(table.setting, 200)}. Values after \\ensuremath{{\\pm}} are half of the 95\\,\\% interval; of the "
-        "accuracy, one standard error. Bold: best of the compressed rows; \\textsuperscript{\\ensuremath{\\dagger}} not significantly "
-        f"different from the best; \\textsuperscript{{*}} significantly worse than the reference ({100 * LEVEL:.0f}\\,\\%, Holm).{ended}"
-    )
+    lines, accuracy = "\n".join(body), any(row.accuracy_se is not None for row in rows)
+    meanings = {
+        r"\pm": r"after \ensuremath{\pm} half of the 95\,\% interval" + ("; of the accuracy, one standard error" if accuracy else ""),
+        r"\textbf": "bold: best of the compressed rows",
+        r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: not significantly different from the best",
+        "*}}": rf"\textsuperscript{{*}}: significantly worse than the reference ({100 * LEVEL:.0f}\,\%, Holm)",
+    }
+    told = "; ".join(meaning for mark, meaning in meanings.items() if mark in lines)
+    ended = f"{failed} of {len(table.rows)} rows ended badly, with the reason below." if failed else ""
+    title = f"{escape(table.title)}{part}. {escape(table.setting, 200)}."
+    return " ".join(filter(None, [title, f"{told[0].upper()}{told[1:]}." if told else "", ended]))
 
 
 def _line(row: Row, table: Table, columns: Sequence[Column], marks: dict[tuple[int, str], list[str]], notes: dict[str, int]) -> str:

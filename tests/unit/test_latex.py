@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -144,9 +145,52 @@ def test_no_rows_give_no_table_and_a_single_row_no_best() -> None:
     assert r"\textbf" not in alone and r"\dagger*" not in alone
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+def test_the_caption_explains_the_marks_of_its_table_and_no_others() -> None:
+    full, bare = to_latex(realistic()), to_latex(rows(records(Spec())[:1]))
+    assert all(words in full for words in ("half of the 95", "bold: best", r"\dagger}}: not significantly", "{*}: significantly worse"))
+    assert not re.search(r"half of|bold|significantly", bare, re.IGNORECASE)
+    assert full.startswith("% \\usepackage{booktabs,graphicx}\n")
+
+
+def many() -> list[Row]:
+    """More rows than a page holds, a third of them with a reason of their own."""
+    good = [r for i in range(50) for r in records(Spec(f"rtn-{i}", "quantization", loss=1.1 + 0.01 * i, bits=4.0))]
+    bad = [failed for i in range(25) for failed in records(replace(same_end(f"bad-{i}"), ends={Stage.COMPRESS: (Status.OOM, REASONS[i])}))]
+    return rows([*board(), *good, *bad])
+
+
+REASONS = [failure(f"reason {i}: " + "the artefact needs more memory than there is, " * 4) for i in range(25)]
+
+
+def test_a_long_table_comes_in_parts_with_every_row_once() -> None:
+    made = many()
+    text = to_latex(made)
+    parts = int(re.findall(r"part 1 of (\d+)", text)[0])
+    assert parts > 1 and [f"part {n} of {parts}." in text for n in range(1, parts + 2)] == [*[True] * parts, False]
+    names = [name.partition(r" \emph")[0] for name, *_ in lines(text) if name != "Pipeline"]
+    assert sorted(names) == sorted(escape(row.label) for row in made)
+    assert text.count("the artefact needs more memory") >= 25 and names[0] == "dense"
+
+
+def compiled(text: str, folder: Path) -> str:
+    """What pdflatex says of a document with these tables."""
+    (folder / "t.tex").write_text(DOCUMENT % text)
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return done.stdout
+
+
+needs_latex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+
+
+@needs_latex
 def test_the_tables_compile(tmp_path: Path) -> None:
     hostile = [r for i, text in enumerate(HOSTILE) for r in records(Spec(text, "quantization", loss=1.1 + 0.1 * i))]
-    (tmp_path / "t.tex").write_text(DOCUMENT % to_latex(rows([*board(), *hostile])))
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    compiled(to_latex(rows([*board(), *hostile])), tmp_path)
+
+
+@needs_latex
+@pytest.mark.parametrize("made", [realistic, many, lambda: rows(records(Spec()))], ids=["realistic", "many", "single"])
+def test_no_table_is_wider_or_higher_than_a_page(made: Callable[[], list[Row]], tmp_path: Path) -> None:
+    said = compiled(to_latex(made()), tmp_path)
+    assert "Output written" in said and not re.search(r"Overfull|too large|Warning", said), said
