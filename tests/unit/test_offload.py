@@ -13,14 +13,20 @@ import pytest
 import torch
 
 from harness import artefact
+from harness.cell import make_cell
+from harness.compose import resolve
 from harness.config import SpeedPoint, build_method, locate
 from harness.engines import catalogue, offload, proof
 from harness.engines.transformers import TransformersModel, load_pretrained
 from harness.measure import memory
 from harness.measure.offloaded import brought_in
-from harness.record import Evidence
+from harness.record import Evidence, Status
+from harness.runner import Runner
+from harness.store import Store
+from leaderboard.rows import rows
 from tests.unit import tiny
 from tests.unit.test_methods import shipped_step
+from tests.unit.test_runner import Listener
 
 IDS = tiny.tokens(2, 40).ids
 MB = 2**20
@@ -159,6 +165,21 @@ def test_the_memory_measurement_shows_what_is_saved(make: Make) -> None:
     eager = load("transformers", folder)
     memory._generate(eager, point)
     assert memory.measure(eager, point, 0).process_bytes > split.process_bytes + 40 * MB  # type: ignore[operator]
+
+
+def test_a_cell_says_what_lay_elsewhere(overrides: list[str], tmp_path: Path) -> None:
+    wanted = [*overrides, "engine=offload"]
+    runner = Runner(Store(tmp_path), Listener())
+    try:
+        _, quality, speed = found = runner.run(make_cell(resolve(wanted), tuple(wanted)))
+    finally:
+        runner.close()
+    assert [record.status for record in found] == [Status.OK] * 3
+    assert quality.quality and quality.quality.evidence and speed.speed and speed.speed.evidence
+    assert quality.quality.evidence == speed.speed.evidence
+    (row,) = rows(found)
+    assert row.offloaded_bytes == speed.speed.evidence.offloaded_bytes > 100 * (row.weight_bytes or 0) > 0
+    assert row.weight_bytes == speed.speed.memory.weight_bytes and row.kernel == "linear" and row.effective_bits == 32
 
 
 def test_the_engine_proves_itself(tmp_path: Path) -> None:
