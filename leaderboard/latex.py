@@ -64,6 +64,9 @@ _OTHERS = {
 }
 _DAGGER, _STAR = r"\rlap{\textsuperscript{\ensuremath{\dagger}}}", r"\rlap{\textsuperscript{*}}"
 _BOTH = r"\rlap{\textsuperscript{\ensuremath{\dagger}*}}"
+_TESTED = frozenset({"perplexity", "accuracy"})
+_MARKED = r"r@{\hskip 14pt}"
+"""A column whose marks hang into the space behind it."""
 _UNRANKED = frozenset({"effective_bits", "roofline_fraction", "perplexity_delta_percent"})
 """Columns without a best: what is spent, and what another column says already."""
 
@@ -131,7 +134,7 @@ def _float(table: Table, rows: Sequence[Row], columns: Sequence[Column], marks: 
             rf"\caption{{{_caption(table, rows, body, part)}}}",
             r"\smallskip",
             r"\sbox0{\footnotesize\setlength{\tabcolsep}{4.5pt}%",
-            rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            rf"\begin{{tabular}}{{l{''.join(_MARKED if c.key in _TESTED else 'r' for c in columns)}}}",
             r"\toprule",
             rf"{head} \\",
             r"\midrule",
