@@ -1,16 +1,17 @@
-"""The training loop of every method that updates weights: AdamW, warm-up and decay, batches in a seeded order, exact resumption.
+"""The training loop of every method that learns by gradient descent: warm-up and decay, batches in a seeded order, exact resumption.
 
 A run is a pure function of the settings, the initial parameters and the text: the batch of a step depends on the seed and the step
 alone, and a checkpoint holds parameters, moments of the optimizer and the state of the random numbers. So on a CPU an interrupted
 and resumed run ends with the same bits as one that ran through.
 
-Parameters are float32 whatever the model's dtype; products are computed in bfloat16 where the model is bfloat16.
+Weights are float32 whatever the model's dtype; products are computed in bfloat16 where the model is bfloat16.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ _STATE = "training"
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """The settings that every trained method has.
+class LoopSettings(ABC):
+    """The settings that every method has that learns, whatever its optimizer.
 
     Attributes:
         steps: Updates of the parameters.
@@ -41,7 +42,6 @@ class TrainingSettings:
         learning_rate: Its peak.
         schedule: How the rate falls after the warm-up.
         warmup: Fraction of the steps in which the rate rises linearly.
-        weight_decay: Of AdamW, decoupled.
         clip: Largest norm of the gradient; None: it is not clipped.
         loss: `distillation`: cross entropy with the dense model's distribution; `nll`: with the text itself.
         checkpoint_every: Steps between two checkpoints.
@@ -55,7 +55,6 @@ class TrainingSettings:
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1
-    weight_decay: float = 0.0
     clip: float | None = 1.0
     loss: Literal["distillation", "nll"] = "distillation"
     checkpoint_every: int = 20
@@ -73,8 +72,6 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), not {self.warmup}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
 
@@ -86,6 +83,31 @@ class TrainingSettings:
         done = (step - rising) / max(1, self.steps - rising)
         left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
         return self.learning_rate * left[self.schedule]
+
+    @abstractmethod
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """What updates the parameters; the loop sets its `lr` before each step."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings(LoopSettings):
+    """The settings of every method that trains weights, which AdamW does.
+
+    Attributes:
+        weight_decay: Of AdamW, decoupled.
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ class Trained:
         )
 
 
-def train(settings: TrainingSettings, parameters: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> Trained:
+def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> Trained:
     """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
 
     Args:
@@ -127,7 +149,7 @@ def train(settings: TrainingSettings, parameters: Mapping[str, nn.Parameter], lo
     import torch
 
     values = list(parameters.values())
-    optimizer = torch.optim.AdamW(values, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = settings.optimizer(values)
     identity = _identity(settings, parameters, windows) if dense.checkpoints else ""
     with _seeded(settings.seed, dense.device):
         losses = _resume(dense, identity, parameters, optimizer)
@@ -156,7 +178,7 @@ def cut(ids: Tensor, length: int) -> Tensor:
     return ids[:, : ids.shape[1] // width * width].reshape(-1, width)
 
 
-def batch(windows: Tensor, settings: TrainingSettings, step: int) -> Tensor:
+def batch(windows: Tensor, settings: LoopSettings, step: int) -> Tensor:
     """The sequences [batch_size, length] of a step: all windows in a new order in each round, cut into batches."""
     import torch
 
@@ -167,7 +189,7 @@ def batch(windows: Tensor, settings: TrainingSettings, step: int) -> Tensor:
     return windows[rows]
 
 
-def objective(settings: TrainingSettings, student: Any, dense: DenseModel, teacher: Any = None) -> Loss:
+def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: Any = None) -> Loss:
     """The loss that the settings name, of a student model.
 
     Args:
@@ -200,7 +222,7 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, -2).float(), teacher.flatten(0, -2).float().softmax(-1))
 
 
-def _gradient(settings: TrainingSettings, loss: Loss, ids: Tensor) -> float:
+def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:
     """Add the gradient of a batch to the parameters, piece by piece, and return its mean loss."""
     total = 0.0
     for piece in ids.tensor_split(settings.accumulate):
@@ -250,7 +272,7 @@ def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parame
     return list(facts["losses"])
 
 
-def _identity(settings: TrainingSettings, parameters: Mapping[str, nn.Parameter], windows: Tensor) -> str:
+def _identity(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], windows: Tensor) -> str:
     """Hash of all that the result depends on: settings, text, names and initial values."""
     import torch
 

@@ -58,7 +58,7 @@ class RoundedLinear(GridLinear):
         self._put = put
 
     def effective(self) -> Tensor:
-        return _Replaced.apply(self.weight, self.quantized().dequantize().float())
+        return straight_through(self.weight, self.quantized().dequantize().float())
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
@@ -149,7 +149,12 @@ class _Replaced(torch.autograd.Function):
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 values rounded to those of a dtype, straight-through."""
-    return _Replaced.apply(value, value.detach().to(dtype).float())
+    return straight_through(value, value.detach().to(dtype).float())
+
+
+def straight_through(value: Tensor, instead: Tensor) -> Tensor:
+    """Another tensor of the same shape and dtype in place of a value, whose gradient goes to the value unchanged."""
+    return _Replaced.apply(value, instead)
 
 
 def expanded(codes: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:

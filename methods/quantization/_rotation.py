@@ -5,8 +5,10 @@ after the norms, every layer that writes to the residual stream may write x Q, i
 
     embedding E -> E Q      reading (query, key, value, gate, up, head) W -> W Q      writing (output, down) W -> Qᵀ W
 
-Q is diag(signs) (R ⊗ H): H the Hadamard matrix of the largest power of two in the width, R random orthogonal of what is left of it
-(one by one for a power of two), signs random. Every hidden channel is spread over all.
+A random Q is diag(signs) (R ⊗ H): H the Hadamard matrix of the largest power of two in the width, R random orthogonal of what is left
+of it (one by one for a power of two), signs random. Every hidden channel is spread over all.
+
+Attention weights mix positions, not channels: so the heads of the value projection may write x Q too, if the output projection reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _WRITING = ("o_proj", "down_proj")
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
-    """Q for hidden states of a size: float64 [size, size]."""
+    """A random Q for hidden states of a size: float64 [size, size]."""
     generator = torch.Generator().manual_seed(seed)
     block = largest_power_of_two(size)
     rest, triangle = torch.linalg.qr(torch.randn(size // block, size // block, generator=generator, dtype=torch.float64))
@@ -35,13 +37,16 @@ def orthogonal(size: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def rotate(model: Any, seed: int) -> None:
+def rotate(model: Any, rotation: Tensor) -> None:
     """Fold the gains of all norms and rotate the hidden states, in place, in float64. The head no longer shares the embedding's weight.
+
+    Args:
+        rotation: Q, float64 [hidden, hidden].
 
     Raises:
         Unsupported: The model is not built like Llama, or its norms do not commute with a rotation.
     """
-    rotation = orthogonal(model.config.hidden_size, seed).to(model.device)
+    rotation = rotation.to(model.device)
     norms = fold_gains(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for weight in (embedding.weight, head.weight):
@@ -82,6 +87,25 @@ def fold_gains(model: Any) -> list[Link]:
     _set(head.weight, head.weight.double() * final.weight.double())
     final.weight.fill_(1)
     return norms
+
+
+@torch.no_grad()
+def rotate_heads(value: nn.Linear, output: nn.Linear, rotation: Tensor) -> None:
+    """Rotate each head of what a value projection gives to the output projection, in place: W_v -> Qᵀ W_v, W_o -> W_o Q by heads.
+
+    Args:
+        rotation: Q, float64 [head, head].
+    """
+    rotation = rotation.to(value.weight.device)
+    _set(value.weight, by_heads(value.weight.double().T, rotation).T)
+    if value.bias is not None:
+        _set(value.bias, by_heads(value.bias.double(), rotation))
+    _set(output.weight, by_heads(output.weight.double(), rotation))
+
+
+def by_heads(x: Tensor, rotation: Tensor) -> Tensor:
+    """Multiply each run of n numbers in the last dimension by a matrix [n, n]."""
+    return (x.unflatten(-1, (-1, len(rotation))) @ rotation).flatten(-2)
 
 
 @torch.no_grad()

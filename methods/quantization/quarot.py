@@ -10,7 +10,6 @@ Keys and values keep their dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,7 +18,8 @@ from methods._common import block_linears, check_groups
 from methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 
 if TYPE_CHECKING:
-    from methods.kernels.grid import Grid, QuantizedWeight
+    from methods.kernels.grid import Grid
+    from methods.quantization._rotated import Quantizer
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,14 @@ class QuaRotRTN(Method):
         import torch
 
         from methods.kernels import packed, runtime
-        from methods.quantization._rotation import set_dtype
+        from methods.quantization import _rotated
 
         model = dense.load(dtype=torch.float32)
-        layers = block_linears(model)
-        check_groups(layers, self.group_size)
+        check_groups(block_linears(model), self.group_size)
         transforms = rotated(model, self.seed)
-        set_dtype(model, getattr(torch, dense.dtype))
         grid = runtime.ActivationGrid("int", self.activation_bits, clip=self.activation_clip)
-        plans = {name: runtime.InputPlan(hadamard=transforms.get(name), grid=grid) for name in layers}
-        with runtime.planned(model, {name: runtime.InputPlan(hadamard=block) for name, block in transforms.items()}):
-            weights = self._weights(model, packed.Grid(self.bits, self.group_size), calibration, dense)
-            runtime.save(model, out, plans, weights)
+        weights = self._quantizer(packed.Grid(self.bits, self.group_size), calibration, dense)
+        _rotated.save(model, transforms, grid, weights, dense, out)
         details = {"rotation": "orthogonal ⊗ hadamard", "transforms": sorted(set(transforms.values())), "head": "untied"}
         return Claim(
             self.produces,
@@ -79,12 +75,10 @@ class QuaRotRTN(Method):
             details=details,
         )
 
-    def _weights(self, model: Any, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Iterator[tuple[str, QuantizedWeight]]:
-        """The weights of the rotated model, quantized one at a time."""
-        from methods.quantization._grid import round_to_grid
+    def _quantizer(self, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Quantizer:
+        from methods.quantization import _rotated
 
-        for name, layer in block_linears(model).items():
-            yield name, round_to_grid(layer.weight.detach(), grid, clip=True)
+        return _rotated.to_nearest(grid)
 
 
 @dataclass(frozen=True)
@@ -106,13 +100,12 @@ class QuaRot(QuaRotRTN):
         if self.dampening <= 0:
             raise ValueError(f"dampening must be positive, not {self.dampening}")
 
-    def _weights(self, model: Any, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Iterator[tuple[str, QuantizedWeight]]:
-        from methods.quantization._blockwise import quantize_blocks
-        from methods.quantization._second_order import Solver, quantize
+    def _quantizer(self, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Quantizer:
+        from methods.quantization import _rotated
+        from methods.quantization._second_order import Solver
 
         assert calibration is not None
-        solver = Solver(self.act_order, self.dampening)
-        return quantize_blocks(model, calibration.ids, lambda _, weight, moments: quantize(weight, moments, grid, solver), dense.progress)
+        return _rotated.by_gptq(grid, Solver(self.act_order, self.dampening), calibration.ids, dense)
 
 
 def rotated(model: Any, seed: int) -> dict[str, int]:
@@ -124,9 +117,9 @@ def rotated(model: Any, seed: int) -> dict[str, int]:
     from methods._sequential import blocks_of
     from methods.kernels.numbers import largest_power_of_two
     from methods.quantization._equivalent import links
-    from methods.quantization._rotation import rotate, transform_inputs, transform_outputs
+    from methods.quantization._rotation import orthogonal, rotate, transform_inputs, transform_outputs
 
-    rotate(model, seed)
+    rotate(model, orthogonal(model.config.hidden_size, seed))
     transforms: dict[str, int] = {}
     for block_name, block in blocks_of(model).items():
         for link in links(model, block_name, block, ("value", "up")):

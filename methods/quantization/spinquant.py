@@ -1,0 +1,119 @@
+"""SpinQuant: rotations as in QuaRot, but learned, so that the rounded network loses least.
+
+One rotation R1 of the hidden states and one R2 for each block, of the heads between value and output projection, lie in the weights;
+the inputs of the down projection go through a Hadamard transform while the model runs (R4). R1 and R2 minimize the loss of the
+network with rounded activations and weights in full precision over the orthogonal matrices (eq. 2), by gradient descent along
+Cayley transforms (eq. 3, `methods.quantization._cayley`). Then the weights of the rotated model are quantized by row.
+
+Inputs are rounded by token, asymmetrically between their smallest and their largest value. Keys and values keep their dtype, so the
+online transform of queries and keys (R3), which serves a quantized cache alone, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from methods._common import block_linears, check_groups
+from methods._training import LoopSettings
+from methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from methods.kernels.grid import Grid
+    from methods.quantization._rotated import Quantizer
+
+
+@dataclass(frozen=True)
+class SpinQuantRTN(LoopSettings, Method):
+    """SpinQuant whose weights go to nearest. Rounding of inputs is simulated; weights are packed.
+
+    Attributes:
+        bits: Bits of a weight, before scales.
+        group_size: Inputs that share one scale of the weights; None for one scale a row, as in the paper.
+        activation_bits: Bits of an input.
+    """
+
+    family: ClassVar[str] = "quantization"
+    citation: ClassVar[Citation] = Citation("SpinQuant", year=2024, arxiv="2405.16406", covers=("quantization/quarot-spinquant",))
+    reference: ClassVar[str] = "paper"
+    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
+    produces: ClassVar[str] = "runtime"
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[32, 64, 128, 256] | None = None
+    activation_bits: Literal[4, 6, 8] = 4
+    steps: int = 100
+    learning_rate: float = 1.5
+    warmup: float = 0.0
+    clip: float | None = None
+    loss: Literal["distillation", "nll"] = "nll"
+
+    def check(self, shape: ModelShape) -> None:
+        if self.group_size:
+            shape.check_group(self.group_size)
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        from methods.quantization._cayley import CayleySGD
+
+        return CayleySGD(parameters, self.learning_rate)
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        from methods._training import cut, objective, train
+        from methods.kernels import packed, runtime
+        from methods.quantization import _qat, _rotated
+        from methods.quantization._learned_rotation import Rotations
+        from methods.quantization._rotation import fold_gains
+
+        assert calibration is not None
+        model = _qat.load_float32(dense)
+        check_groups(block_linears(model), self.group_size)
+        fold_gains(model)
+        rotations = Rotations.random(model, self.seed)
+        grid = runtime.ActivationGrid("int", self.activation_bits, symmetric=False)
+        with rotations.rounding(model, grid):
+            done = train(self, rotations.parameters(), objective(self, model, dense), cut(calibration.ids, self.length), dense)
+        transforms = rotations.rotate(model)
+        _rotated.save(model, transforms, grid, self._quantizer(packed.Grid(self.bits, self.group_size), calibration, dense), dense, out)
+        claim = Claim(
+            self.produces,
+            bits=self.bits,
+            group_size=self.group_size,
+            activation_bits=self.activation_bits,
+            simulated=True,
+            details={"rotation": "learned", "transforms": sorted(set(transforms.values())), "head": "untied"},
+        )
+        return done.added_to(claim)
+
+    def _quantizer(self, grid: Grid, calibration: Calibration, dense: DenseModel) -> Quantizer:
+        from methods.quantization import _rotated
+
+        return _rotated.to_nearest(grid)
+
+
+@dataclass(frozen=True)
+class SpinQuant(SpinQuantRTN):
+    """SpinQuant whose weights are quantized by GPTQ, block by block.
+
+    Attributes:
+        act_order: Treat the inputs with the largest activations first.
+        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
+    """
+
+    act_order: bool = False
+    dampening: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dampening <= 0:
+            raise ValueError(f"dampening must be positive, not {self.dampening}")
+
+    def _quantizer(self, grid: Grid, calibration: Calibration, dense: DenseModel) -> Quantizer:
+        from methods.quantization import _rotated
+        from methods.quantization._second_order import Solver
+
+        return _rotated.by_gptq(grid, Solver(self.act_order, self.dampening), calibration.ids, dense)
