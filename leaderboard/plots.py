@@ -19,6 +19,8 @@ FIGURES = "figures"
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
 MANY = 12
 """Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages."""
+MOST_FIGURES = 80
+"""Above so many figures none of the catalogue is drawn: each takes about a second of one core."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def gallery(board: Board, figures: bool) -> Gallery:
         return Gallery(plots, without=f"With more than {MANY} sets of cells that were measured alike, here {sets}, they are not drawn.")
     found = list(catalogue.figures(board.rows))
     drawn = [plot for plot in found if isinstance(plot, Plot)]
+    if len(drawn) > MOST_FIGURES:
+        return Gallery(plots, without=f"These records allow {len(drawn)} figures; above {MOST_FIGURES} they are not drawn.")
     kinds = {plot.kind for plot in drawn}
     nearest: dict[str, catalogue.Absent] = {}
     for gone in found:

@@ -90,5 +90,5 @@ def _figure(drawn: Sequence[Series]) -> Figure:
     )
     axes.set(xscale="log", yscale="log", xlabel="resident weights, 10⁶ bytes", ylabel="decode step, ms")
     axes.set_title(drawn[0].setting, fontsize=9, color=MUTED)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
     return figure

@@ -60,11 +60,11 @@ def made() -> list[Record]:
 
 @pytest.fixture(scope="session")
 def board(made: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a board."""
+    """The folder of a board; its figures are there as SVG, which is what pages show."""
     folder = tmp_path_factory.mktemp("board")
     whole = Board.of(made, [Unreadable("a/b/quality-1.json", "not a record: broken")])
     planned = gallery(whole, figures=True)
-    beside = {f"{path}.{kind}": content for path, plot in planned.plots.items() for kind, content in plot.draw_all().items()}
+    beside = {f"{path}.svg": plot.draw("svg") for path, plot in planned.plots.items()}
     for name, content in [*beside.items(), *files(whole, beside, planned)]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

@@ -63,6 +63,15 @@ def settle(browser: Any) -> None:
     browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done, 150));")
 
 
+PAGES = ("ranking", "model", "method", "cell", "figures", "coverage", "methods", "guide")
+
+
+def address(board: Path, made: list[Record], kind: str) -> Path:
+    row = next(row for row in rows(made) if row.label == "rtn" and row.model == "tiny-135m")
+    named = {"ranking": "index.html", "model": names.model(row.model), "method": names.method("gptq"), "cell": names.cell(row)}
+    return board / named.get(kind, f"{kind}.html")
+
+
 @pytest.fixture(autouse=True)
 def no_errors(browser: Any) -> Iterator[None]:
     browser.get_log("browser")
@@ -216,13 +225,76 @@ def test_the_theme_can_be_changed_and_is_remembered(browser: Any, board: Path) -
     assert browser.execute_script(paper) == light
 
 
-PAGES = ("ranking", "model", "method", "cell", "coverage", "methods", "guide")
+def test_figures_open_from_the_navigation_and_are_framed_in_both_themes(browser: Any, board: Path) -> None:
+    open_ranking(browser, board)
+    browser.find_element(By.CSS_SELECTOR, "nav[aria-label=Pages]").find_element(By.LINK_TEXT, "Figures").click()
+    wait(lambda: browser.current_url.endswith("figures.html"))
+    assert browser.find_element(By.CSS_SELECTOR, "nav a[aria-current=page]").text == "Figures"
+    drawn = wait(lambda: browser.find_elements(By.CSS_SELECTOR, "figure.drawn img"))
+    assert len(drawn) == len(list(board.rglob("*.svg"))) > 20
+    wait(lambda: all(image.get_property("naturalWidth") > 0 for image in drawn))
+    for theme in ("light", "dark"):
+        browser.execute_script(f"document.documentElement.dataset.theme = '{theme}'")
+        frames = browser.execute_script(
+            "return [...document.querySelectorAll('figure.drawn .scroll')].map(f => getComputedStyle(f).backgroundColor)"
+        )
+        assert set(frames) == {"rgb(255, 255, 255)"}, theme
+    contents = browser.find_elements(By.CSS_SELECTOR, "nav.contents a")
+    contents[-1].click()
+    assert browser.find_element(By.CSS_SELECTOR, "h2:target").text == contents[-1].text
 
 
-def address(board: Path, made: list[Record], kind: str) -> Path:
-    row = next(row for row in known(made) if row.label == "rtn")
-    named = {"ranking": "index.html", "model": names.model(row.model), "method": names.method("gptq"), "cell": names.cell(row)}
-    return board / named.get(kind, f"{kind}.html")
+def test_a_figure_is_wider_than_a_phone_and_scrolls_in_its_frame(browser: Any, board: Path) -> None:
+    screen(browser, 390, 844)
+    try:
+        browser.get((board / "figures.html").as_uri())
+        settle(browser)
+        inner, outer, focusable = browser.execute_script(
+            "const f = document.querySelector('figure.drawn .scroll'); return [f.scrollWidth, f.clientWidth, f.tabIndex]"
+        )
+        assert outer <= 390 < 600 < inner and focusable == 0
+    finally:
+        screen(browser, 1400, 1000)
+
+
+@pytest.fixture
+def on_paper(browser: Any) -> Iterator[Any]:
+    """The browser as a printer sees it: landscape letter paper, in its margins."""
+    scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": scheme})
+    screen(browser, 965, 700)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme[0] | {"value": "light"}]})
+    screen(browser, 1400, 1000)
+
+
+def visible(browser: Any, selector: str) -> list[str]:
+    return [found.tag_name for found in browser.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
+
+
+def test_paper_has_no_controls_and_every_row_of_the_ranking(on_paper: Any, board: Path, made: list[Record]) -> None:
+    open_ranking(on_paper, board)
+    on_paper.execute_script("document.documentElement.dataset.theme = 'dark'")
+    assert not visible(on_paper, "nav, button, select, input, #budget, .dt-paging")
+    assert visible(on_paper, "#count") and visible(on_paper, "#chart svg") and visible(on_paper, ".flag") and visible(on_paper, ".tag")
+    assert on_paper.execute_script("return getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
+    on_paper.execute_script("DataTable.tables({api: true}).page.len(10).draw()")
+    assert len(pipelines(on_paper)) == 10
+    on_paper.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert len(pipelines(on_paper)) == len(rows(made))
+    on_paper.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert len(pipelines(on_paper)) == min(50, len(rows(made)))
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_nothing_is_cut_off_on_paper(on_paper: Any, board: Path, made: list[Record], kind: str) -> None:
+    on_paper.get(address(board, made, kind).as_uri())
+    settle(on_paper)
+    assert on_paper.execute_script("return document.documentElement.scrollWidth") <= 965
+    ends = on_paper.execute_script("return [...document.querySelectorAll('table, img')].map(e => e.getBoundingClientRect().right)")
+    assert ends and max(ends) <= 965
+    heads = on_paper.execute_script("return [...document.querySelectorAll('thead')].map(e => getComputedStyle(e).display)")
+    assert set(heads) <= {"table-header-group"} and not visible(on_paper, "nav, button, .formats")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
