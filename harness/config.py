@@ -322,10 +322,14 @@ def choice(group: str, name: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is none of that name.
     """
-    if name not in shipped(group):
-        raise ConfigError(f"no {group} '{name}'{nearest(name, shipped(group))}")
-    path = next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
-    return yaml.safe_load(path.read_text())
+    if name not in (offered := shipped(group)):
+        raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
+    return read_yaml(next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file()))
+
+
+def read_yaml(path: Path) -> Any:
+    """The contents of a YAML file, by the library's compiled reader where it has one: many times faster."""
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def shipped_method(name: str) -> dict[str, Any]:

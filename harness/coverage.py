@@ -15,9 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from harness.config import ConfigError
+from harness.config import ConfigError, read_yaml
 from tasks.errors import nearest
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
@@ -122,7 +120,7 @@ def systems() -> list[System]:
 
 
 def notes() -> Notes:
-    raw = yaml.safe_load((METHODS_DIR / "coverage.yaml").read_text(encoding="utf-8"))
+    raw = read_yaml(METHODS_DIR / "coverage.yaml")
     near = {id_: (note["by"], note["how"]) for id_, note in raw["approximated"].items()}
     return Notes({id_: tuple(names) for id_, names in raw["engines"].items()}, near, raw["missing"], raw["defaults"])
 

@@ -7,6 +7,7 @@ every interval on the board can be computed again from the records alone.
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -213,6 +214,16 @@ class ZeroshotResult(_Schema):
     num_fewshot: int
     items: list[ZeroshotItem]
     calibration_overlap: float | None = None
+
+    @cached_property
+    def asked(self) -> tuple[tuple[int, str], ...]:
+        """Id and hash of each item; read once, after which the items stay as they are."""
+        return tuple((item.id, item.hash) for item in self.items)
+
+    @cached_property
+    def correctness(self) -> list[float]:
+        """Whether each item was right, 0..1; read once, after which the items stay as they are."""
+        return [item.correct for item in self.items]
 
 
 class LayerEvidence(_Schema):

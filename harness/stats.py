@@ -299,8 +299,7 @@ def accuracy_delta_interval(
     Source: stratified bootstrap, Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.2.
     """
     differences = [np.subtract(*paired_values(ours, theirs)) for ours, theirs in zip(_tasks(candidate), _tasks(reference), strict=True)]
-    rng = np.random.default_rng(seed)
-    draws = np.mean([_resampled_means(d, resamples, rng) for d in differences], axis=0)
+    draws = np.mean([_resampled_means(*_counted(d), resamples, (seed, task)) for task, d in enumerate(differences)], axis=0)
     low, high = _quantiles(draws, (1 - level) / 2, (1 + level) / 2)
     return float(np.mean([d.mean() for d in differences])), low, high
 
@@ -429,10 +428,20 @@ def _quantiles(draws: NDArray[np.float64], *levels: float) -> tuple[float, ...]:
     )
 
 
-def _resampled_means(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Means of bootstrap samples, shape [resamples]; drawn as counts of the few distinct values that items have."""
+def _counted(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The few distinct values that items have, and how often each occurs."""
     distinct, counts = np.unique(values, return_counts=True)
-    return rng.multinomial(len(values), counts / len(values), size=resamples) @ distinct / len(values)
+    return tuple(distinct.tolist()), tuple(counts.tolist())
+
+
+@lru_cache(maxsize=512)
+def _resampled_means(distinct: tuple[float, ...], counts: tuple[int, ...], resamples: int, seed: tuple[int, int]) -> NDArray[np.float64]:
+    """Means of bootstrap samples, shape [resamples]; a board asks for the same counts again and again."""
+    total = sum(counts)
+    drawn = np.random.default_rng(seed).multinomial(total, np.divide(counts, total), size=resamples)
+    means: NDArray[np.float64] = drawn @ np.array(distinct) / total
+    means.flags.writeable = False
+    return means
 
 
 @lru_cache(maxsize=256)

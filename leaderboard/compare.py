@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from harness import significance, stats
 from harness.config import ConfigError
 from harness.record import DocumentResult, PerplexityResult, QualityResult, Record, SpeedPointResult, SpeedResult, Stage, ZeroshotResult
-from leaderboard.pairing import correctness, documents_of, name_of, partners, shared_items, windows_of
+from leaderboard.pairing import documents_of, name_of, partners, shared_items, windows_of
 from leaderboard.row import Row
 from leaderboard.rows import Records, by_key, oldest_first, rows
 from leaderboard.speed import speedup
@@ -254,7 +254,7 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
     shared = [(a, b) for a, b in tasks if b]
     if not shared:
         return None
-    flips = [significance.flips(correctness(a), correctness(b)) for a, b in shared]
+    flips = [significance.flips(a.correctness, b.correctness) for a, b in shared]
     p_values = significance.mcnemar([f.right_to_wrong for f in flips], [f.wrong_to_right for f in flips])
     compared = [
         TaskComparison(
@@ -270,7 +270,7 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
         for (a, b), flip, p, p_holm in zip(shared, flips, p_values.tolist(), significance.holm(p_values).tolist(), strict=True)
     ]
     b_only, a_only = sum(t.b_only for t in compared), sum(t.a_only for t in compared)
-    delta = stats.accuracy_delta_interval([correctness(a) for a, _ in shared], [correctness(b) for _, b in shared])
+    delta = stats.accuracy_delta_interval([a.correctness for a, _ in shared], [b.correctness for _, b in shared])
     p = float(significance.mcnemar(b_only, a_only))
     return AccuracyComparison(delta=_difference(delta), b_only=b_only, a_only=a_only, p=p, tasks=compared)
 

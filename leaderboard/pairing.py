@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from harness.record import DocumentResult, PerplexityResult, ZeroshotResult
 
 T = TypeVar("T")
-
-_asked = attrgetter("id", "hash")
-
 
 def windows_of(result: PerplexityResult) -> tuple[Any, ...]:
     """What identifies the windows of a result and how they were scored."""
@@ -25,7 +21,7 @@ def documents_of(result: DocumentResult) -> tuple[Any, ...]:
 
 def items_of(result: ZeroshotResult) -> tuple[Any, ...]:
     """What identifies the items of a task and how they were asked."""
-    return result.task, result.version, result.metric, result.num_fewshot, tuple(map(_asked, result.items))
+    return result.task, result.version, result.metric, result.num_fewshot, result.asked
 
 
 def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any]) -> list[tuple[T, T | None]]:
@@ -37,10 +33,6 @@ def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any
 def shared_items(ours: Sequence[ZeroshotResult], theirs: Sequence[ZeroshotResult]) -> list[tuple[ZeroshotResult, ZeroshotResult | None]]:
     """Each of our tasks with theirs on the same items, or None; a task whose items are not known has no partner."""
     return partners(ours, [task for task in theirs if task.items], items_of)
-
-
-def correctness(result: ZeroshotResult) -> list[float]:
-    return [item.correct for item in result.items]
 
 
 def name_of(result: PerplexityResult | DocumentResult) -> str:

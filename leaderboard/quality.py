@@ -10,7 +10,7 @@ from typing import Any
 from harness import significance, stats
 from harness.record import DivergenceResult, DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 from harness.significance import LEVEL
-from leaderboard.pairing import correctness, name_of, partners, shared_items, windows_of
+from leaderboard.pairing import name_of, partners, shared_items, windows_of
 from leaderboard.row import named
 from tasks import zeroshot
 
@@ -93,19 +93,19 @@ def _divergence(result: DivergenceResult) -> dict[str, Any]:
 
 def _accuracy(paired: Paired) -> dict[str, Any]:
     per_task = {ours.task: ours.accuracy for ours, _ in paired}
-    items = [correctness(ours) for ours, _ in paired]
+    items = [ours.correctness for ours, _ in paired]
     shared = [(ours, theirs) for ours, theirs in paired if theirs]
     found: dict[str, Any] = {"task_accuracy": per_task, "accuracy": fmean(per_task.values())}
     found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items) or _reported_error([ours for ours, _ in paired])
     found["task_delta"] = {ours.task: ours.accuracy - theirs.accuracy for ours, theirs in shared}
-    flips = {ours.task: significance.flips(correctness(ours), correctness(theirs)) for ours, theirs in shared}
+    flips = {ours.task: significance.flips(ours.correctness, theirs.correctness) for ours, theirs in shared}
     if flips:
         adjusted = significance.holm(significance.mcnemar(*zip(*flips.values(), strict=True)))
         found["task_p"] = dict(zip(flips, adjusted.tolist(), strict=True))
     else:
         found["task_p"] = {}
     if len(shared) == len(paired):
-        reference = [correctness(theirs) for _, theirs in shared]
+        reference = [theirs.correctness for _, theirs in shared]
         found |= named("accuracy_delta accuracy_delta_low accuracy_delta_high", stats.accuracy_delta_interval, items, reference)
         lost, won = (sum(counts) for counts in zip(*flips.values(), strict=True))
         found |= {"flips_to_wrong": lost, "flips_to_right": won, "mcnemar_p": float(significance.mcnemar(lost, won))}
@@ -138,7 +138,7 @@ def _worst(paired: Paired) -> dict[str, Any]:
     if not shared:
         return {}
     ours, theirs = min(shared, key=lambda pair: (pair[0].accuracy - pair[1].accuracy, pair[0].task))
-    flips = significance.flips(correctness(ours), correctness(theirs))
+    flips = significance.flips(ours.correctness, theirs.correctness)
     low, high = stats.flips_interval(*flips, len(ours.items), 1 - LEVEL / len(shared))
     delta = ours.accuracy - theirs.accuracy
     return {"worst_task": ours.task, "worst_task_delta": delta, "worst_task_low": low, "worst_task_high": high}

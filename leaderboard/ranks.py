@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from harness import significance
 from harness.record import QualityResult
-from leaderboard.pairing import correctness, items_of, windows_of
+from leaderboard.pairing import items_of, windows_of
 from leaderboard.row import Row
 
 Measured = tuple[Row, QualityResult | None]
@@ -95,5 +95,5 @@ def _items(quality: QualityResult) -> tuple[Any, list[float]] | None:
     tasks = sorted(quality.zeroshot, key=lambda task: task.task)
     if not all(task.items for task in tasks):
         return None
-    right = [float(value >= 0.5) for task in tasks for value in correctness(task)]
+    right = [float(value >= 0.5) for task in tasks for value in task.correctness]
     return (tuple(map(items_of, tasks)), right) if right else None

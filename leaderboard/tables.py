@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import pydantic_core
+
 from harness.record import Status
 from leaderboard.row import Row
 from leaderboard.rows import INCOMPLETE, rows
@@ -256,7 +258,7 @@ def _competes(row: Row, axis: Axis) -> bool:
 
 def to_json(board: Sequence[Row]) -> str:
     """A JSON array with one object for each row; its keys are the fields of `Row`. Null for unknown, never NaN."""
-    return json.dumps([row.model_dump() for row in board], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return pydantic_core.to_json(board, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
 def to_csv(board: Sequence[Row]) -> str:

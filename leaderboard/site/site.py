@@ -38,8 +38,8 @@ def _pages(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Itera
     yield from zip(map(names.cell, board.rows), cells, strict=True)
     for name, rows in model.by_model(board).items():
         yield names.model(name), model.render(board, name, rows, lines, "sizes.svg" in beside)
-    for about in abouts:
-        yield names.method(about.name), method.render(board, about, used.get(about.name, []), lines)
+    described = mapped(lambda about: method.render(board, about, used.get(about.name, []), lines), abouts, fewest=len(abouts))
+    yield from zip((names.method(about.name) for about in abouts), described, strict=True)
     yield "models.html", model.index(board)
     yield "methods.html", method.index(abouts, broken, used)
     yield "figures.html", figures.render(board, beside, gallery)
