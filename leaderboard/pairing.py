@@ -9,6 +9,7 @@ from harness.record import DocumentResult, PerplexityResult, ZeroshotResult
 
 T = TypeVar("T")
 
+
 def windows_of(result: PerplexityResult) -> tuple[Any, ...]:
     """What identifies the windows of a result and how they were scored."""
     return result.protocol, result.corpus_sha256, result.seqlen, result.labels_per_window, len(result.window_nll)
