@@ -19,7 +19,7 @@ FIGURES = "figures"
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
 MANY = 12
 """Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages."""
-MOST_FIGURES = 80
+MOST_FIGURES = 40
 """Above so many figures none of the catalogue is drawn: each takes about a second of one core."""
 
 
