@@ -4,6 +4,7 @@
   const { columns, sets, rows, value, bounds, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
   const TEXTS = [["model", "Model"], ["family", "Family"], ["engine", "Engine"], ["kernel", "Kernel"], ["device", "Device"], ["status", "Status"]];
   const PAGE = 50;
+  const MOST_PRINTED = 1000;
   const order = new Intl.Collator("en", { numeric: true }).compare;
   const last = (sign) => (a, b) => (a === null || b === null ? (a === null) - (b === null) : sign * (typeof a === "string" ? order(a, b) : a - b));
   DataTable.ext.type.order["nlast-asc"] = last(1);
@@ -146,6 +147,9 @@
     table.on("page", () => { if (!quiet) { state.page = table.page(); save(); document.querySelector("#cells").closest(".scroll").scrollTop = 0; } });
     chooser();
     update("all");
+    const length = (rows) => { quiet = true; const page = state.page; table.page.len(rows).page(page < table.page.info().pages ? page : 0).draw("page"); quiet = false; };
+    window.addEventListener("beforeprint", () => { if (kept.length <= MOST_PRINTED) length(-1); });
+    window.addEventListener("afterprint", () => length(PAGE));
   };
 
   const chooser = () => {
