@@ -22,7 +22,7 @@ from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable, read
 from leaderboard import build as builder
 from leaderboard.figures import catalogue
-from leaderboard.plots import MANY, Gallery, gallery
+from leaderboard.plots import MANY, MOST_FIGURES, Gallery, gallery
 from leaderboard.row import Row
 from leaderboard.serve import server, url
 from leaderboard.site import method, names, ranking
@@ -246,7 +246,7 @@ def test_a_board_of_many_tables_says_how_to_draw_the_figures() -> None:
         assert found.without in page.text and "slimbench board figures" in page.text
         assert len([tag for tag, _ in page.found if tag == "img"]) == 2
     fewer = gallery(Board.of(several[: -len(several) // (MANY + 1)]), figures=True)
-    assert "above 80 they are not drawn" in fewer.without and set(fewer.plots) >= {"pareto", "sizes"}
+    assert f"above {MOST_FIGURES} they are not drawn" in fewer.without and set(fewer.plots) >= {"pareto", "sizes"}
 
 
 @pytest.fixture(scope="module")
