@@ -82,6 +82,8 @@ def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, nam
 
     assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=0.02)
     assert (scores.amax(1) - chosen <= 0.05 * scores.abs().amax(1)).all(), "as close as `slimbench engines check` asks for"
+    if name != "int8-dynamic":  # whose inputs are rounded by another kernel: near ties of a random prompt fall otherwise
+        assert [row[0] for row in theirs["greedy"]] == [row[0] for row in ours["greedy"]]
     assert theirs["start"] == 0
     assert KERNELS[name] in theirs["kernel"]
     assert theirs["weight_bytes"] == pytest.approx(ours["weight_bytes"], rel=0.01)
