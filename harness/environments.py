@@ -1,6 +1,6 @@
 """Virtual environments made on demand, for libraries that are compiled from source or conflict with the others.
 
-An environment lies in the cache, under a name that holds the hash of its requirements; it is made once and then only used.
+An environment lies in the cache, under a name that holds the hash of what it is made of; it is made once and then only used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Environment:
 
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         below = [sys.prefix] if self.overlay else []
-        return cache_dir() / "environments" / f"{self.name}-{digest([version, self.requirements, *below])}"
+        without = [{"absent": self.absent}] if self.absent else []
+        return cache_dir() / "environments" / f"{self.name}-{digest([version, self.requirements, *below, *without])}"
 
     @property
     def python(self) -> Path:

@@ -264,7 +264,8 @@ class Evidence(_Schema):
     Attributes:
         weight_bytes: Sum of all resident tensors of the model: those that it holds where it computes, between calls too.
         offloaded_bytes: Bytes of its other tensors: they lie on disk or in host memory and are brought in for the call of their layer.
-        effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart).
+        effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart), after the first call.
+        loaded_bits: The same before the first call, as the artefact's files were read; None where the engine repacks while it loads.
         sparsity: Fraction of zeros of the linear layers inside the blocks.
         kernel: Operators that did the matrix products of one decode step, the heaviest first.
         operators: How often each operator that multiplies was called in that step; library operators beside those inside them.
@@ -278,6 +279,7 @@ class Evidence(_Schema):
     offloaded_bytes: int = 0
     parameters: int
     effective_bits: float | None = None
+    loaded_bits: float | None = None
     sparsity: float | None = None
     layers: list[LayerEvidence]
     kernel: str | None = None

@@ -8,6 +8,7 @@ in the first call at a shape and stands in the record as `first_call_ms`.
 from __future__ import annotations
 
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class CompiledModel(TransformersModel):
         own_pass = getattr(module, "graph_pass", None)
         options = {"post_grad_custom_pre_pass": own_pass} if own_pass else {}
         steady = {"triton.cudagraphs": self._device.type == "cuda", "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-        self._decode = torch.compile(self._next, fullgraph=True, options=options | steady)
-        self._window = torch.compile(self._logits, fullgraph=True, options=options or None)
+        self._decode = torch.compile(_with_own_code(self._next), fullgraph=True, options=options | steady)
+        self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=options or None)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -67,6 +68,13 @@ class CompiledModel(TransformersModel):
     def _evidence_step(self, step: Step) -> Step:
         """Uncompiled, so that the operators can be attributed to layers; the compiled code calls the same ones for packed weights."""
         return Step(self._next(step.token, step.state), step.state)
+
+
+def _with_own_code(method: Any) -> Any:
+    """The method with a copy of its code: what is compiled is kept by code object, and guards of tensors tell no two models apart."""
+    function = method.__func__
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return MethodType(own, method.__self__)
 
 
 class CompiledEngine(TransformersEngine):

@@ -25,3 +25,4 @@ def test_the_folder_follows_the_requirements() -> None:
     one, other = (Environment("x", "", [f"pip=={version}"]) for version in (1, 2))
     assert one.folder != other.folder
     assert one.folder == Environment("x", "other words", one.requirements).folder
+    assert one.folder != Environment("x", "", one.requirements, absent=("wheel",)).folder

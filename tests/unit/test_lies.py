@@ -97,10 +97,11 @@ def test_a_packed_artefact_that_is_dense_in_memory(bench: Bench, bits: str, load
     _, found = bench.run(bits, loader=loader)
     assert found.flags == [UNPACKED]
     assert found.effective_bits == 16
+    assert found.loaded_bits is not None and (found.loaded_bits < 9) == (loader == "load_expanding")
     _, honest = bench.run(bits)
     assert honest.flags == []
     assert honest.effective_bits is not None
-    assert honest.effective_bits < 9
+    assert honest.effective_bits == honest.loaded_bits < 9
 
 
 def test_dense_copies_that_no_module_holds(bench: Bench) -> None:
