@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from harness.record import Record
@@ -13,11 +14,12 @@ from harness.store import Store, StoreError, Unreadable
 from leaderboard import engines
 from leaderboard.drawing import KINDS
 from leaderboard.figures import catalogue
+from leaderboard.figures.canvas import Plot
 from leaderboard.parallel import mapped
-from leaderboard.plots import FIGURES, Gallery, gallery
+from leaderboard.plots import FIGURES, gallery
 from leaderboard.reading import Reader
 from leaderboard.site.board import Board
-from leaderboard.site.site import FOLDERS, files
+from leaderboard.site.site import FOLDERS, Files, last, parts
 from leaderboard.tables import to_csv, to_json, to_markdown
 
 
@@ -77,24 +79,28 @@ def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = (), f
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
     board = Board.of(records, unreadable)
     planned = gallery(board, figures)
-    tables: dict[str, Callable[[], bytes]] = {
-        "table.md": lambda: "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode(),
-        "table.csv": lambda: to_csv(board.rows).encode(),
-        "table.json": lambda: to_json(board.rows).encode(),
-    }
-    drawn = mapped(lambda made: made(), [*(_drawn(planned, path) for path in planned.plots), *map(_alone, tables.items())], fewest=2)
-    beside = {name: content for made in drawn for name, content in made.items()}
-    yield from beside.items()
-    yield from files(board, beside, planned)
+    drawings: list[Callable[[], Files]] = [partial(_drawn, path, plot) for path, plot in planned.plots.items()]
+    own = [*drawings, *_tables(board)]
+    beside: dict[str, bytes] = {}
+    for number, made in enumerate(mapped(_done, [*own, *parts(board, planned)], fewest=2, together=1)):
+        if number < len(own):
+            beside |= made
+        yield from made
+    yield from last(board, beside, planned)
 
 
-def _drawn(planned: Gallery, path: str) -> Callable[[], dict[str, bytes]]:
-    return lambda: {f"{path}.{kind}": content for kind, content in planned.plots[path].draw_all().items()}
+def _done(work: Callable[[], Files]) -> Files:
+    return work()
 
 
-def _alone(table: tuple[str, Callable[[], bytes]]) -> Callable[[], dict[str, bytes]]:
-    name, made = table
-    return lambda: {name: made()}
+def _drawn(path: str, plot: Plot) -> Files:
+    return [(f"{path}.{kind}", content) for kind, content in plot.draw_all().items()]
+
+
+def _tables(board: Board) -> Iterator[Callable[[], Files]]:
+    yield lambda: [("table.md", "\n".join((to_markdown(board.rows), engines.to_markdown(board.rows))).encode())]
+    yield lambda: [("table.csv", to_csv(board.rows).encode())]
+    yield lambda: [("table.json", to_json(board.rows).encode())]
 
 
 @contextmanager

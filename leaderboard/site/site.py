@@ -2,48 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
 
-from leaderboard.parallel import mapped
 from leaderboard.plots import Gallery
+from leaderboard.row import Row
 from leaderboard.site import cell, coverage, figures, guide, method, model, names, ranking
 from leaderboard.site.assets import assets
 from leaderboard.site.board import Board
-from leaderboard.site.lines import line
+from leaderboard.site.lines import Line, line
 from leaderboard.site.ranking import set_facts
 
 FOLDERS = ("cell", "model", "method")
 
+Files = list[tuple[str, bytes]]
+_TOGETHER = 100
+"""Pages of cells that are made in one go."""
 
-def files(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Iterator[tuple[str, bytes]]:
-    """Path and content of every file of the site, the ranking last: it appears once all that it links to is there.
+
+def parts(board: Board, gallery: Gallery) -> Iterator[Callable[[], Files]]:
+    """What makes the files of the site but those of `last`, with their paths: independent of each other, the longest work first."""
+    lines = {names.cell(row): line(board, row) for row in board.rows}
+    settings = [set_facts(table) for table in board.tables]
+    yield partial(_methods, board, lines)
+    yield partial(_models, board, lines, "sizes" in gallery.plots)
+    yield lambda: _encoded(("data/rows.js", ranking.data(board)))
+    left = iter(board.rows)
+    while rows := list(islice(left, _TOGETHER)):
+        yield partial(_cells, board, rows, lines, settings)
+    yield lambda: _encoded(("guide.html", guide.render(board)))
+    yield lambda: list(assets().items())
+
+
+def last(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Files:
+    """The figures and the ranking: they appear once all that they link to is there.
 
     Args:
         beside: Tables, plots and figures by their path.
         gallery: What the plots and figures show.
     """
-    yield from assets().items()
-    for path, text in _pages(board, beside, gallery):
-        yield path, text.encode()
+    return _encoded(("figures.html", figures.render(board, beside, gallery)), ("index.html", ranking.index(board, beside)))
 
 
-def _pages(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Iterator[tuple[str, str]]:
+def _cells(board: Board, rows: Sequence[Row], lines: Mapping[str, Line], settings: Sequence[Mapping[str, Any]]) -> Files:
+    return _encoded(*((name, cell.render(board, row, lines[name], settings)) for row in rows for name in [names.cell(row)]))
+
+
+def _models(board: Board, lines: dict[str, Line], sizes: bool) -> Files:
+    pages = ((names.model(name), model.render(board, name, rows, lines, sizes)) for name, rows in model.by_model(board).items())
+    return _encoded(*pages, ("models.html", model.index(board)))
+
+
+def _methods(board: Board, lines: dict[str, Line]) -> Files:
+    """The methods of the configuration and those that only records know, and what they cover of the survey."""
     abouts, broken = method.registry()
     used = method.users(board)
     known = {about.name for about in abouts}
     abouts = [*abouts, *(method.About(name) for name in sorted(set(used) - known))]
-    lines = {names.cell(row): line(board, row) for row in board.rows}
-    settings = [set_facts(table) for table in board.tables]
-    cells = mapped(lambda row: cell.render(board, row, lines[names.cell(row)], settings), board.rows)
-    yield from zip(map(names.cell, board.rows), cells, strict=True)
-    for name, rows in model.by_model(board).items():
-        yield names.model(name), model.render(board, name, rows, lines, "sizes.svg" in beside)
-    described = mapped(lambda about: method.render(board, about, used.get(about.name, []), lines), abouts, fewest=len(abouts))
-    yield from zip((names.method(about.name) for about in abouts), described, strict=True)
-    yield "models.html", model.index(board)
-    yield "methods.html", method.index(abouts, broken, used)
-    yield "figures.html", figures.render(board, beside, gallery)
-    yield "coverage.html", coverage.render({about.name for about in abouts})
-    yield "guide.html", guide.render(board)
-    yield "data/rows.js", ranking.data(board)
-    yield "index.html", ranking.index(board, beside)
+    pages = [(names.method(about.name), method.render(board, about, used.get(about.name, []), lines)) for about in abouts]
+    covered = coverage.render({about.name for about in abouts})
+    return _encoded(*pages, ("methods.html", method.index(abouts, broken, used)), ("coverage.html", covered))
+
+
+def _encoded(*pages: tuple[str, str]) -> Files:
+    return [(path, text.encode()) for path, text in pages]

@@ -14,6 +14,8 @@ class Kernel(ABC):
     """Whether it takes a weight, what it keeps of it in memory, and how it multiplies. Outliers and biases are not its concern."""
 
     name: ClassVar[str]
+    pattern: ClassVar[str | None] = None
+    """The zeros that a weight must have for it, as `harness.measure.zeros` names them."""
 
     @classmethod
     @abstractmethod

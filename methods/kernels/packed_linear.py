@@ -15,8 +15,9 @@ from methods.kernels.cuda.kernel import OwnCuda
 from methods.kernels.grid import LowRank, Outliers, QuantizedWeight
 from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM, TinyGemm
 from methods.kernels.triton.kernel import OwnTriton
+from methods.kernels.triton.sparse_kernel import OwnSparse
 
-KERNELS: tuple[type[Kernel], ...] = (OwnCpu, TinyGemm, OwnCuda, OwnTriton, IntMM, Int4Pack, Int8Pack, Dequantize)
+KERNELS: tuple[type[Kernel], ...] = (OwnCpu, OwnSparse, TinyGemm, OwnCuda, OwnTriton, IntMM, Int4Pack, Int8Pack, Dequantize)
 
 
 class PackedLinear(nn.Module):

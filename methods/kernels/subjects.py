@@ -42,21 +42,25 @@ def subjects(device: torch.device, dtype: torch.dtype) -> Iterator[Subject]:
     yield Subject("torch linear", 8 * dtype.itemsize, None, partial(_dense, device, dtype))
     for kernel in KERNELS:
         for grid in GRIDS:
-            sample = random_weight(grid, 64, 256, device, dtype)
+            sample = random_weight(grid, 64, 256, device, dtype, kernel.pattern)
             if kernel is not Dequantize and kernel.accepts(sample) and kernel.missing() is None:
                 yield Subject(kernel.name, grid.bits, grid.group_size, partial(_packed, kernel, grid, device, dtype))
 
 
-def random_weight(grid: Grid, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
-    """Random codes with scales as of a weight of size 0.02; symmetric."""
+def random_weight(
+    grid: Grid, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype, pattern: str | None = None
+) -> QuantizedWeight:
+    """Random codes with scales as of a weight of size 0.02; symmetric. With the pattern 2:4 the last two of each four weights are zero."""
     low, high, stored = (-128, 128, torch.int8) if grid.bits == 8 else (0, 1 << grid.bits, torch.uint8)
     codes = torch.randint(low, high, (outputs, inputs), dtype=stored)
+    if pattern == "2:4":
+        codes.unflatten(1, (-1, 4))[..., 2:] = grid.mid
     scales = (torch.rand(outputs, inputs // (grid.group_size or inputs)) + 0.5) * 0.04 / (1 << grid.bits)
     return QuantizedWeight(grid, codes.to(device), scales.to(device, dtype))
 
 
 def _packed(kernel: type[Kernel], grid: Grid, device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> nn.Module:
-    return PackedLinear(random_weight(grid, outputs, inputs, device, dtype), kernels=(kernel,))
+    return PackedLinear(random_weight(grid, outputs, inputs, device, dtype, kernel.pattern), kernels=(kernel,))
 
 
 def _dense(device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> nn.Module:

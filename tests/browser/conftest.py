@@ -14,8 +14,7 @@ from harness.record import Record
 from harness.store import Unreadable
 from leaderboard.plots import gallery
 from leaderboard.site.board import Board
-from leaderboard.site.site import files
-from tests.unit.board_records import Spec, records, specs
+from tests.unit.board_records import Spec, records, site_files, specs
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\">');document.title='run';//"
 
@@ -65,7 +64,7 @@ def board(made: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = Board.of(made, [Unreadable("a/b/quality-1.json", "not a record: broken")])
     planned = gallery(whole, figures=True)
     beside = {f"{path}.svg": plot.draw("svg") for path, plot in planned.plots.items()}
-    for name, content in [*beside.items(), *files(whole, beside, planned)]:
+    for name, content in (beside | site_files(whole, beside, planned)).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     return folder

@@ -14,6 +14,7 @@ from methods.kernels.grid import BITS, GROUP_SIZES, QuantizedWeight
 from methods.kernels.packed_linear import PackedLinear
 from methods.kernels.torch_operators import Dequantize, TinyGemm
 from methods.kernels.triton.kernel import OwnTriton
+from methods.kernels.triton.sparse_kernel import OwnSparse
 from tests.unit.test_triton import error, exact, random_weight, sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
@@ -77,6 +78,17 @@ def test_sparse(codes: bool, dtype: torch.dtype) -> None:
         for rows in (0, 1, 3, 20):
             x = torch.randn(rows, shape[1], device="cuda").to(dtype)
             assert error(sparse24.product(x, packed), x, dense) < 1
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sparse_layer(dtype: torch.dtype) -> None:
+    if reason := OwnSparse.missing():
+        pytest.skip(reason)
+    weight = sparse((1100, 4096), dtype, codes=True, device="cuda")
+    layer = PackedLinear(weight, kernels=(OwnSparse,))  # type: ignore[arg-type]
+    for rows in (0, 1, 3, 8, 9, 100):
+        x = torch.randn(rows, 4096, device="cuda").to(dtype)
+        assert error(layer(x), x, exact(weight)) < 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", [OwnCuda, OwnTriton], ids=lambda k: k.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,9 @@ from harness.record import (
     ZeroshotItem,
     ZeroshotResult,
 )
+from leaderboard.plots import Gallery
+from leaderboard.site.board import Board
+from leaderboard.site.site import last, parts
 
 DENSE_BYTES = 269_060_552
 WINDOWS = 48
@@ -353,3 +357,8 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
         largest_batch=LargestBatch(batch=64, limited_by="cap", bytes_per_sequence=6_100_000),
         flags=["load average 3.1 on 2 cores while measuring"] if spec.pipeline == "nf4" else [],
     )
+
+
+def site_files(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> dict[str, bytes]:
+    """Every file of the site, beside tables and plots that are there already."""
+    return {path: content for part in parts(board, gallery) for path, content in part()} | dict(last(board, beside, gallery))

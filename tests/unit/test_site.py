@@ -29,9 +29,9 @@ from leaderboard.site import method, names, ranking
 from leaderboard.site.board import Board, triple
 from leaderboard.site.cell import EVIDENCE_TITLE
 from leaderboard.site.lines import SHOWN
-from leaderboard.site.site import files
+from leaderboard.site.site import last
 from leaderboard.tables import COLUMNS, rows
-from tests.unit.board_records import Spec, board, failure, records, specs
+from tests.unit.board_records import Spec, board, failure, records, site_files, specs
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
 HOSTILE = [
@@ -77,7 +77,7 @@ class Elements(HTMLParser):
 
 def site(made: Sequence[Record], unreadable: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """The text of each file, without the plots and without DataTables."""
-    found = dict(files(Board.of(made, [Unreadable(*fault) for fault in unreadable]), {"table.csv": b""}, Gallery()))
+    found = site_files(Board.of(made, [Unreadable(*fault) for fault in unreadable]), {"table.csv": b""}, Gallery())
     return {name: content.decode() for name, content in found.items() if name != "assets/datatables.js"} | {"table.csv": ""}
 
 
@@ -232,7 +232,7 @@ def test_figures_come_out_the_same_from_records_in_any_order(drawn: dict[str, by
     found = gallery(board_, figures=True)
     beside = {f"{path}.svg": plot.draw("svg") for path, plot in found.plots.items()}
     assert beside == {name: content for name, content in drawn.items() if name.endswith(".svg")}
-    assert dict(files(board_, beside, found))["figures.html"] == drawn["figures.html"]
+    assert dict(last(board_, beside, found))["figures.html"] == drawn["figures.html"]
 
 
 def test_a_board_of_many_tables_says_how_to_draw_the_figures() -> None:
@@ -242,7 +242,7 @@ def test_a_board_of_many_tables_says_how_to_draw_the_figures() -> None:
     assert set(few.plots) == {"pareto", "sizes"} and f"here {MANY + 1}" in few.without
     for found in (few, gallery(board_, figures=False)):
         beside = {f"{path}.svg": plot.draw("svg") for path, plot in found.plots.items()}
-        page = Elements(dict(files(board_, beside, found))["figures.html"].decode())
+        page = Elements(dict(last(board_, beside, found))["figures.html"].decode())
         assert found.without in page.text and "slimbench board figures" in page.text
         assert len([tag for tag, _ in page.found if tag == "img"]) == 2
     fewer = gallery(Board.of(several[: -len(several) // (MANY + 1)]), figures=True)

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.kernels.grid import BITS, GROUP_SIZES, Grid, QuantizedWeight
-from methods.kernels.packed_linear import PackedLinear
+from methods.kernels.grid import BITS, GROUP_SIZES, Grid, Outliers, QuantizedWeight
+from methods.kernels.packed_linear import KERNELS, PackedLinear
 from methods.kernels.torch_operators import Dequantize
 from methods.kernels.triton import layout
 from methods.kernels.triton.kernel import OwnTriton
+from methods.kernels.triton.sparse_kernel import MOST_ROWS, OwnSparse
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 MODULES = ("methods.kernels.triton.packed_mm", "methods.kernels.triton.sparse24")
@@ -191,6 +192,40 @@ def test_sparse_product_equals_float64(codes: bool, shape: tuple[int, int]) -> N
             y = sparse24.product(x, packed)
             matrix = exact(weight) if isinstance(weight, QuantizedWeight) else weight.double()
             assert y.dtype is dtype and error(y, x, matrix) < 1 and error(sparse24.reference(x, packed), x, matrix) < 2
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sparse_layer_multiplies_and_reads_back(dtype: torch.dtype) -> None:
+    """Few rows by the kernel, many by an expanded weight, both what float64 gives; outliers are added as to any other grid."""
+    torch.manual_seed(0)
+    weight = sparse((70, 192), dtype, codes=True)
+    assert isinstance(weight, QuantizedWeight)
+    layer = PackedLinear(weight, kernels=(OwnSparse,))
+    assert layer.kernel == "slimbench triton sparse24" and torch.equal(layer.dequantize(), weight.dequantize())
+    index = torch.tensor([69, 0, 33])
+    assert torch.equal(OwnSparse.rows(layer, index), weight.dequantize()[index])
+    for rows in (0, 1, 2, MOST_ROWS, MOST_ROWS + 1):
+        x = torch.randn(rows, 192).to(dtype)
+        assert error(layer(x), x, exact(weight)) < 2
+    mask = torch.rand(70, 192) < 0.01
+    values = torch.randn(70, 192).to(dtype)
+    apart = Outliers.of(values, mask)
+    layer = PackedLinear(QuantizedWeight(weight.grid, weight.codes, weight.scales, outliers=apart), kernels=(OwnSparse,))
+    x = torch.randn(1, 192).to(dtype)
+    assert error(layer(x), x, exact(weight) + values.double() * mask) < 2
+
+
+@needs_triton
+def test_the_sparse_kernel_takes_nothing_else() -> None:
+    weight = sparse((33, 64), torch.float16, codes=True)
+    assert isinstance(weight, QuantizedWeight) and OwnSparse.accepts(weight)
+    fuller = weight.codes.clone()
+    fuller[3, 4:7] = 1
+    assert not OwnSparse.accepts(QuantizedWeight(weight.grid, fuller, weight.scales))
+    assert not OwnSparse.accepts(QuantizedWeight(weight.grid, weight.codes, weight.scales, torch.zeros_like(weight.scales)))
+    assert not OwnSparse.accepts(QuantizedWeight(Grid(3, 64), torch.full_like(weight.codes, 4), weight.scales))
+    assert KERNELS.index(OwnSparse) < KERNELS.index(OwnTriton)
 
 
 @needs_triton

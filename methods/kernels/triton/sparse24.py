@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from methods.kernels.grid import QuantizedWeight
+from methods.kernels.grid import Grid, QuantizedWeight
 from methods.kernels.triton.layout import ROWS, UNIT, fits, pack_steps, unpack_steps
 
 _TILE = tl.constexpr(ROWS)
@@ -48,17 +48,28 @@ class Sparse24:
 
     def dense(self) -> Tensor:
         """The weights [outputs, inputs] in the model's dtype."""
-        tiles, units = self.positions.shape[:2]
-        shifts = torch.arange(UNIT // 2, device=self.positions.device)
-        position = self.positions[:, :, None, :] >> 2 * shifts[:, None] & 3
+        return self._spread(self.values, 0) if self.scales is None else self.codes(Grid(4)).dequantize()
+
+    def codes(self, grid: Grid) -> QuantizedWeight:
+        """The weight on its 4-bit grid.
+
+        Raises:
+            ValueError: It holds numbers, not codes.
+        """
         if self.scales is None:
-            kept = self.values
-        else:
-            codes = (self.values[:, :, :, None, :] >> 4 * torch.arange(8, device=shifts.device)[:, None] & 15).flatten(2, 3)
-            scales = self.scales.repeat_interleave(units // self.scales.shape[1], dim=1)[:, :, None, :]
-            kept = ((codes - _CODE_OF_ZERO) * scales.float()).to(scales.dtype)
-        spread = torch.zeros(tiles, units, UNIT, ROWS, dtype=kept.dtype, device=kept.device)
-        spread.scatter_(2, (4 * (shifts // 2))[:, None] + position.long(), kept)
+            raise ValueError("the weight is not on a grid")
+        shifts = 4 * torch.arange(8, device=self.values.device)[:, None]
+        kept = (self.values[:, :, :, None, :] >> shifts & 15).flatten(2, 3)
+        return QuantizedWeight(
+            grid, self._spread(kept, _CODE_OF_ZERO).to(torch.uint8), unpack_steps(self.scales)[: self.outputs].contiguous()
+        )
+
+    def _spread(self, kept: Tensor, zero: int) -> Tensor:
+        """What is kept [tiles, units, 16, 32] at its places in a matrix [outputs, inputs], and `zero` elsewhere."""
+        tiles, units = self.positions.shape[:2]
+        place = torch.arange(UNIT // 2, device=kept.device)[:, None]
+        position = 4 * (place // 2) + (self.positions[:, :, None, :] >> 2 * place & 3)
+        spread = torch.full((tiles, units, UNIT, ROWS), zero, dtype=kept.dtype, device=kept.device).scatter_(2, position.long(), kept)
         return unpack_steps(spread.flatten(1, 2))[: self.outputs].contiguous()
 
 

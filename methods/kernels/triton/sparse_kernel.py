@@ -1,0 +1,89 @@
+"""The Triton kernel for 4-bit codes with 2:4 zeros as a `Kernel`."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.kernels.grid import QuantizedWeight
+from methods.kernels.triton.kernel import OwnTriton
+
+if TYPE_CHECKING:
+    from methods.kernels.triton.sparse24 import Sparse24
+
+MOST_ROWS = 8
+
+
+class OwnSparse(OwnTriton):
+    """Symmetric 4-bit codes of which each four consecutive inputs have at most two that are not zero: 3 bits are read for each weight.
+
+    More than eight rows of inputs go through an expanded weight: there the arithmetic counts, not the bytes.
+    """
+
+    name = "slimbench triton sparse24"
+    pattern = "2:4"
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        return weight.grid.bits == 4 and weight.symmetric and super().accepts(weight) and _two_of_four(weight)
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        from methods.kernels.triton.sparse24 import compress_codes
+
+        operator()
+        packed = compress_codes(QuantizedWeight(weight.grid, weight.codes, weight.scales))
+        assert packed.scales is not None
+        return {"positions": packed.positions, "weight_packed": packed.values, "scales": packed.scales}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        if x.shape[0] > MOST_ROWS:
+            return nn.functional.linear(x, cls.restore(layer).dequantize())
+        return torch.ops.slimbench.triton_sparse24_mm(
+            x.contiguous(), layer.positions, layer.weight_packed, layer.scales, layer.out_features
+        )
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        return _packed(layer.positions, layer.weight_packed, layer.scales, layer.out_features).codes(layer.grid)
+
+    @classmethod
+    def rows(cls, layer: Any, index: Tensor) -> Tensor:
+        """Some rows of the weight, dequantized: [n, in] for an index [n]."""
+        return cls.restore(layer).dequantize()[index]
+
+
+def _two_of_four(weight: QuantizedWeight) -> bool:
+    there = weight.codes.unflatten(1, (-1, 4)) != weight.grid.mid
+    return not bool((there.sum(-1) > 2).any())
+
+
+def _packed(positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Sparse24:
+    from methods.kernels.triton.sparse24 import Sparse24
+
+    return Sparse24(positions, values, scales, outputs)
+
+
+@functools.cache
+def operator() -> torch.library.Library:
+    """Registers `slimbench::triton_sparse24_mm`, through which a product is seen by torch's dispatcher and can be compiled."""
+    library = torch.library.Library("slimbench", "FRAGMENT")
+    library.define("triton_sparse24_mm(Tensor x, Tensor positions, Tensor values, Tensor scales, int outputs) -> Tensor")
+    for device in ("CPU", "CUDA"):
+        library.impl("triton_sparse24_mm", _product, device)
+    torch.library.register_fake("slimbench::triton_sparse24_mm", _shape, lib=library)
+    return library
+
+
+def _product(x: Tensor, positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Tensor:
+    from methods.kernels.triton.sparse24 import product
+
+    return product(x, _packed(positions, values, scales, outputs))
+
+
+def _shape(x: Tensor, positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
