@@ -123,23 +123,31 @@ Words field(Words words, int index) {
   return (shift < 0 ? words << -shift : words >> shift) & (mask * 0x01010101u);
 }
 
+// Calls `add` with the codes of each four inputs, one code a byte, joined from their planes. Returns where the next group begins.
 template <int Bits, typename Add>
 inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add) {
   constexpr auto& planes = Code<Bits>::planes;
   constexpr Plane first = planes[0], last = planes[std::size(planes) - 1];
-  for (int64_t i = 0; i < group; i += 32 / first.width, codes += kLanes) {
-    const Words words = load_words(codes);
+  constexpr int fields = 8 / first.width, ratio = first.width / last.width;  // words of the first plane for one of the last
+  const uint32_t* upper = codes + group * first.width / 32 * kLanes;
+  for (int64_t i = 0; i < group;) {
+    Words above;
+    if constexpr (std::size(planes) > 1) {
+      above = load_words(upper);
+      upper += kLanes;
+    }
 #pragma GCC unroll 8
-    for (int s = 0; s < 8 / first.width; ++s) add(field<first>(words, s), i + 4 * s);
-  }
-  if constexpr (std::size(planes) > 1) {
-    for (int64_t i = 0; i < group; i += 32 / last.width, codes += kLanes) {
+    for (int word = 0; word < ratio; ++word, codes += kLanes) {
       const Words words = load_words(codes);
 #pragma GCC unroll 8
-      for (int s = 0; s < 8 / last.width; ++s) add(field<last>(words, s), i + 4 * s);
+      for (int s = 0; s < fields; ++s, i += 4) {
+        Words bytes = field<first>(words, s);
+        if constexpr (std::size(planes) > 1) bytes |= field<last>(above, word * fields + s);
+        add(bytes, i);
+      }
     }
   }
-  return codes;
+  return upper;
 }
 
 // The compiler's own vectors: any processor, inputs in float32.
