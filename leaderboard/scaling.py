@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from matplotlib.figure import Figure
 from leaderboard.drawing import DPI, MUTED, render
 from leaderboard.figures.canvas import Plot
 from leaderboard.figures.groups import Group
+from leaderboard.figures.labels import Named, place
 from leaderboard.row import Row
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444b54")
 _MARKERS = "os^vDPX*"
+_APART = 0.1
+"""Sizes that differ by less than this factor stand in one column of the plot."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,6 @@ def _figure(drawn: Sequence[Series]) -> Figure:
     for index, item in enumerate(drawn):
         style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot([p[1] / 1e6 for p in item.points], [p[2] for p in item.points], label=item.name, linewidth=1.3, markersize=6, **style)
-        for model, size, milliseconds in item.points:
-            axes.annotate(model, (size / 1e6, milliseconds), textcoords="offset points", xytext=(6, -9), fontsize=7, color=MUTED)
     gbs = median(item.copy_gbs for item in drawn)
     ends = [min(p[1] for s in drawn for p in s.points), max(p[1] for s in drawn for p in s.points)]
     axes.plot(
@@ -88,7 +90,27 @@ def _figure(drawn: Sequence[Series]) -> Figure:
         linestyle="--",
         label=f"bound at {gbs:.0f} GB/s, the copy bandwidth",
     )
+    axes.margins(x=0.1)
     axes.set(xscale="log", yscale="log", xlabel="resident weights, 10⁶ bytes", ylabel="decode step, ms")
     axes.set_title(drawn[0].setting, fontsize=9, color=MUTED)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    points = [_named(*point) for item in drawn for point in item.points]
+    lines = [[(size / 1e6, milliseconds) for _, size, milliseconds in item.points] for item in drawn]
+    place(axes, points, lines, [_named(*point) for point in _once(drawn)])
     return figure
+
+
+def _once(drawn: Sequence[Series]) -> list[tuple[str, int, float]]:
+    """Of the points of a model that lie above each other the fastest: it bears the name."""
+    fastest: dict[tuple[str, int], tuple[str, int, float]] = {}
+    for point in sorted((point for item in drawn for point in item.points), key=lambda point: point[2]):
+        column = round(math.log(point[1]) / _APART)
+        fastest.setdefault((point[0], column), point)
+    return list(fastest.values())
+
+
+def _named(model: str, size: int, milliseconds: float) -> Named:
+    x, y = size / 1e6, milliseconds
+    return Named(model, x, y, (y, y, x, x))

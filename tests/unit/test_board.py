@@ -336,7 +336,9 @@ def test_decode_time_over_model_sizes_is_drawn_with_its_bound() -> None:
     (drawn,) = scaling.series(board)
     assert [point[0] for point in drawn.points] == ["a", "b", "c"]
     assert drawn.points[2][2] == pytest.approx(350, rel=0.1) and drawn.copy_gbs > 0
-    assert b"copy bandwidth" in scaling.draw([drawn], "svg")
+    slower = replace(drawn, name="slower", points=tuple((model, size, 1.5 * ms) for model, size, ms in drawn.points))
+    picture = scaling.draw([slower, drawn], "svg")
+    assert b"copy bandwidth" in picture and [picture.count(b">%c</text>" % model) for model in b"abc"] == [1, 1, 1]
     assert scaling.series(rows(records(Spec()))) == []
 
 
