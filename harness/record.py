@@ -6,6 +6,7 @@ every interval on the board can be computed again from the records alone.
 
 from __future__ import annotations
 
+from array import array
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
@@ -221,9 +222,9 @@ class ZeroshotResult(_Schema):
         return tuple((item.id, item.hash) for item in self.items)
 
     @cached_property
-    def correctness(self) -> list[float]:
+    def correctness(self) -> array[float]:
         """Whether each item was right, 0..1; read once, after which the items stay as they are."""
-        return [item.correct for item in self.items]
+        return array("d", [item.correct for item in self.items])
 
 
 class LayerEvidence(_Schema):
