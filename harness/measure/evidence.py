@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.sparse import SparseSemiStructuredTensor
 
 from harness.measure import operators
 from harness.measure.offloaded import brought_in
@@ -172,7 +173,8 @@ def resident_tensors(owner: Any, depth: int = _NESTING) -> Iterator[torch.Tensor
     """Every tensor that an object holds: parameters, buffers, and those inside attributes such as a quantization state."""
     if isinstance(owner, torch.Tensor):
         yield owner
-        values = list(vars(owner).values()) if getattr(owner, "__dict__", None) else []
+        inner = owner.__tensor_flatten__()[0] if hasattr(owner, "__tensor_flatten__") else []
+        values = [*(vars(owner).values() if getattr(owner, "__dict__", None) else []), *(getattr(owner, name) for name in inner)]
     elif isinstance(owner, torch.nn.Module):
         values = [*owner._parameters.values(), *owner._buffers.values()]
         values += [v for k, v in vars(owner).items() if k not in ("_parameters", "_buffers", "_modules")]
@@ -254,6 +256,8 @@ def _effective_weight(layer: Any, role: str) -> torch.Tensor | None:
         return layer.dequantize()
     shape = (layer.num_embeddings, layer.embedding_dim) if role == "embedding" else (layer.out_features, layer.in_features)
     weight = getattr(layer, "weight", None)
+    if isinstance(weight, SparseSemiStructuredTensor):
+        return weight.to_dense()
     return weight.detach() if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == shape else None
 
 

@@ -145,6 +145,11 @@ class QuantizedWeight:
         return pack(self.codes, self.grid.bits)
 
 
+def two_of_four(matrix: Tensor, zero: int = 0) -> bool:
+    """Whether a matrix [out, in] has, of each four consecutive inputs, at most two that are not `zero`."""
+    return matrix.shape[1] % 4 == 0 and not bool(((matrix.unflatten(1, (-1, 4)) != zero).sum(-1) > 2).any())
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [out, in] as uint8 [out, in · bits / 8]; 8-bit codes as they are.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.cell import make_cell
 from harness.compose import resolve
 from harness.config import ConfigError, EngineConfig
-from harness.engines import catalogue, proof
+from harness.engines import catalogue, proof, semi_structured
 from harness.record import Stage, Status
 from harness.runner import PLAN, Runner
 from harness.store import Store
 from leaderboard import engines
 from leaderboard.rows import rows
+from methods.base import Unsupported
 from tests.unit.board_records import Spec, records
 from tests.unit.test_runner import Listener
 
@@ -102,3 +104,14 @@ def test_only_quality_and_speed_ask_for_the_engine(overrides: list[str]) -> None
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"loaders": {}})})
     cell = make_cell(config, tuple(overrides))
     assert cannot_run(cell, Stage.COMPRESS) is None and cannot_run(cell, Stage.SPEED) is not None
+
+
+def test_semi_structured_weights_need_a_card(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="need a CUDA card"):
+        semi_structured.load_pretrained(tmp_path, "cpu")
+
+
+def test_layers_are_semi_structured_by_their_zeros() -> None:
+    halved, dense = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    halved.weight.data.unflatten(1, (-1, 4))[..., 1:3] = 0
+    assert semi_structured.sparse_layers(torch.nn.Sequential(halved, dense)) == [halved]

@@ -350,3 +350,18 @@ def test_claims_of_a_pipeline() -> None:
     assert pruned.then(rounded).then(tuned).then(packed) == Claim(
         "packed", 8, None, 0.5, "2:4", 8, training_tokens=110, trained_parameters=10, details={"a": 1, "b": 2}
     )
+
+
+def test_semi_structured_weights_are_seen_through() -> None:
+    """Half of the numbers and their places; the layout of CUTLASS, which torch also makes on a CPU."""
+    from torch.sparse import SparseSemiStructuredTensorCUTLASS
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    layer = torch.nn.Linear(128, 64, bias=False, dtype=torch.bfloat16)
+    layer.weight.data[torch.rand(64, 32, 4).argsort(-1).flatten(1) < 2] = 0
+    dense = layer.weight.detach().clone()
+    packed, meta = sparse_semi_structured_from_dense_cutlass(dense)
+    kept = SparseSemiStructuredTensorCUTLASS(dense.shape, packed, meta, None, None, None)
+    layer.weight = torch.nn.Parameter(kept, requires_grad=False)
+    (found,) = collect(torch.nn.Sequential(layer), lambda: None).layers
+    assert (found.bits_per_weight, found.zeros, found.pattern) == (9, 0.5, "2:4")

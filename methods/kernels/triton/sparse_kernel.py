@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from methods.kernels.grid import QuantizedWeight
+from methods.kernels.grid import QuantizedWeight, two_of_four
 from methods.kernels.triton.kernel import OwnTriton
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class OwnSparse(OwnTriton):
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
-        return weight.grid.bits == 4 and weight.symmetric and super().accepts(weight) and _two_of_four(weight)
+        return weight.grid.bits == 4 and weight.symmetric and super().accepts(weight) and two_of_four(weight.codes, weight.grid.mid)
 
     @classmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -55,11 +55,6 @@ class OwnSparse(OwnTriton):
     def rows(cls, layer: Any, index: Tensor) -> Tensor:
         """Some rows of the weight, dequantized: [n, in] for an index [n]."""
         return cls.restore(layer).dequantize()[index]
-
-
-def _two_of_four(weight: QuantizedWeight) -> bool:
-    there = weight.codes.unflatten(1, (-1, 4)) != weight.grid.mid
-    return not bool((there.sum(-1) > 2).any())
 
 
 def _packed(positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Sparse24:
