@@ -63,12 +63,9 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
     """
     if not records:
         raise BoardError("no records")
-    written: list[Path] = []
     try:
         with _no_garbage():
-            for name, content in contents(records, unreadable, figures):
-                written.append(out / name)
-                _place(out / name, content)
+            written = [out / name for name, _ in _made(records, unreadable, figures, partial(_placed, out))]
         _sweep(out, set(written))
     except OSError as error:
         raise BoardError(f"cannot write the board to '{out}': {error.strerror or error}") from error
@@ -77,20 +74,23 @@ def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path
 
 def contents(records: Sequence[Record], unreadable: Sequence[Unreadable] = (), figures: bool = True) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of the board. The same records, in any order, give the same bytes."""
+    return _made(records, unreadable, figures, lambda files: files)
+
+
+def _made(
+    records: Sequence[Record], unreadable: Sequence[Unreadable], figures: bool, finish: Callable[[Files], Files]
+) -> Iterator[tuple[str, bytes]]:
+    """What `finish` makes of the files, in the process that has them; of drawn ones it has to leave the content."""
     board = Board.of(records, unreadable)
     planned = gallery(board, figures)
     drawings: list[Callable[[], Files]] = [partial(_drawn, path, plot) for path, plot in planned.plots.items()]
     own = [*drawings, *_tables(board)]
     beside: dict[str, bytes] = {}
-    for number, made in enumerate(mapped(_done, [*own, *parts(board, planned)], fewest=2, together=1)):
+    for number, made in enumerate(mapped(lambda work: finish(work()), [*own, *parts(board, planned)], fewest=2, together=1)):
         if number < len(own):
             beside |= made
         yield from made
-    yield from last(board, beside, planned)
-
-
-def _done(work: Callable[[], Files]) -> Files:
-    return work()
+    yield from finish(last(board, beside, planned))
 
 
 def _drawn(path: str, plot: Plot) -> Files:
@@ -113,6 +113,13 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def _placed(out: Path, files: Files) -> Files:
+    """Write files, and forget the content of those that no page looks into."""
+    for name, content in files:
+        _place(out / name, content)
+    return [(name, content if name.endswith(".svg") else b"") for name, content in files]
 
 
 def _place(path: Path, content: bytes) -> None:
