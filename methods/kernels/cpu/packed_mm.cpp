@@ -35,6 +35,7 @@
 namespace {
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed: past the end of a page no hardware does
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
 
@@ -139,6 +140,7 @@ inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add)
 #pragma GCC unroll 8
     for (int word = 0; word < ratio; ++word, codes += kLanes) {
       const Words words = load_words(codes);
+      __builtin_prefetch(codes + kAhead);
 #pragma GCC unroll 8
       for (int s = 0; s < fields; ++s, i += 4) {
         Words bytes = field<first>(words, s);
