@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from harness.config import RunConfig
@@ -37,6 +38,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.points.append(measured)
         disturbances.append(seen)
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
     if reference is None:
         result.flags.append("no speed-up: the reference did not run here")
     return result
