@@ -67,7 +67,11 @@ def test_an_interrupted_run_says_how_to_go_on(overrides: list[str], tmp_path: Pa
     import signal
 
     process = subprocess.Popen(
-        [sys.executable, "-c", ENTRY, "run", *overrides, "results=here"], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", ENTRY, "run", *overrides, "results=here"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background lets its children ignore it
     )
     assert process.stderr is not None
     process.stderr.readline()
