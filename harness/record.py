@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from enum import StrEnum
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -219,12 +220,12 @@ class ZeroshotResult(_Schema):
     @cached_property
     def asked(self) -> tuple[tuple[int, str], ...]:
         """Id and hash of each item; read once, after which the items stay as they are."""
-        return tuple((item.id, item.hash) for item in self.items)
+        return tuple(map(attrgetter("id", "hash"), self.items))
 
     @cached_property
     def correctness(self) -> array[float]:
         """Whether each item was right, 0..1; read once, after which the items stay as they are."""
-        return array("d", [item.correct for item in self.items])
+        return array("d", map(attrgetter("correct"), self.items))
 
 
 class LayerEvidence(_Schema):

@@ -25,7 +25,7 @@ def mapped(function: Callable[[T], R], items: Sequence[T], fewest: int = FEWEST,
     one core, or few items, everything happens here.
 
     Args:
-        together: Items that a process takes at a time; by default an eighth of its share.
+        together: Items that a process takes at a time; by default a small part of its share.
     """
     global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -36,7 +36,7 @@ def mapped(function: Callable[[T], R], items: Sequence[T], fewest: int = FEWEST,
     gc.freeze()
     try:
         with multiprocessing.get_context("fork").Pool(min(cores, 8)) as pool:
-            yield from pool.imap(_run, range(len(items)), chunksize=together or max(1, len(items) // (8 * cores)))
+            yield from pool.imap(_run, range(len(items)), chunksize=together or max(1, len(items) // (32 * cores)))
     finally:
         gc.unfreeze()
         _work = None

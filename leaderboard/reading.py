@@ -5,6 +5,7 @@ Ten thousand records hold millions of items, most of them equal; so they fit in 
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pydantic_core import from_json
 
 from harness.record import Record, ZeroshotItem, migrate
 from harness.store import read
+
+_IDENTITY = itemgetter("id", "hash", "correct")
 
 
 class Reader:
@@ -38,12 +41,12 @@ class Reader:
 
     def _shared(self, raw: list[dict[str, Any]]) -> list[ZeroshotItem]:
         try:
-            return [self._items[item["id"], item["hash"], item["correct"]] for item in raw]
+            return list(map(self._items.__getitem__, map(_IDENTITY, raw)))
         except KeyError:
             return [self._one(item) for item in raw]
 
     def _one(self, raw: dict[str, Any]) -> ZeroshotItem:
-        key = raw["id"], raw["hash"], raw["correct"]
+        key = _IDENTITY(raw)
         if key not in self._items:
             self._items[key] = ZeroshotItem.model_validate(raw | {"loglikelihoods": []})
         return self._items[key]
