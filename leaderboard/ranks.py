@@ -15,6 +15,7 @@ from leaderboard.pairing import items_of, windows_of
 from leaderboard.row import Row
 
 Measured = tuple[Row, QualityResult | None]
+Values = list[float] | NDArray[np.float64]
 
 
 def ranked(board: Sequence[Measured]) -> list[Row]:
@@ -66,34 +67,34 @@ def _shared_ranks(p_values: NDArray[np.float64], merit: NDArray[np.float64]) -> 
 
 def _by_table(
     board: Sequence[Measured],
-    samples: Callable[[QualityResult], tuple[Any, list[float]] | None],
+    samples: Callable[[QualityResult], tuple[Any, Values] | None],
     rank: Callable[[NDArray[np.float64]], list[int]],
 ) -> dict[int, int]:
     """The rank of each row by its position, for the rows that have one."""
-    tables: dict[tuple[str, ...], dict[int, tuple[Any, list[float]]]] = defaultdict(dict)
+    tables: dict[tuple[str, ...], dict[int, tuple[Any, Values]]] = defaultdict(dict)
     for index, (row, quality) in enumerate(board):
         if quality and (found := samples(quality)):
             tables[row.table_key][index] = found
     return dict(pair for table in tables.values() for pair in _ranks_of(table, rank))
 
 
-def _ranks_of(table: dict[int, tuple[Any, list[float]]], rank: Callable[[NDArray[np.float64]], list[int]]) -> Iterator[tuple[int, int]]:
+def _ranks_of(table: dict[int, tuple[Any, Values]], rank: Callable[[NDArray[np.float64]], list[int]]) -> Iterator[tuple[int, int]]:
     most = Counter(identity for identity, _ in table.values()).most_common(1)[0][0]
     members = {index: values for index, (identity, values) in table.items() if identity == most}
     return zip(members, rank(np.array(list(members.values()))), strict=True)
 
 
-def _windows(quality: QualityResult) -> tuple[Any, list[float]] | None:
+def _windows(quality: QualityResult) -> tuple[Any, Values] | None:
     """What identifies the windows of the headline perplexity, and their NLL; None where there is nothing to rank."""
     if not quality.perplexity or not quality.perplexity[0].window_nll or not np.isfinite(quality.perplexity[0].window_nll).all():
         return None
     return windows_of(quality.perplexity[0]), quality.perplexity[0].window_nll
 
 
-def _items(quality: QualityResult) -> tuple[Any, list[float]] | None:
+def _items(quality: QualityResult) -> tuple[Any, Values] | None:
     """What identifies the items of all tasks, and whether each was right; None where there is nothing to rank."""
     tasks = sorted(quality.zeroshot, key=lambda task: task.task)
-    if not all(task.items for task in tasks):
+    if not tasks or not all(task.items for task in tasks):
         return None
-    right = [float(value >= 0.5) for task in tasks for value in task.correctness]
-    return (tuple(map(items_of, tasks)), right) if right else None
+    right = np.concatenate([np.asarray(task.correctness) for task in tasks]) >= 0.5
+    return tuple(map(items_of, tasks)), right.astype(np.float64)
