@@ -35,7 +35,7 @@
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed: past the end of a page no hardware does
+constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
 
