@@ -12,7 +12,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from leaderboard.drawing import DPI, MUTED, render
-from leaderboard.figures.canvas import Plot
+from leaderboard.figures.canvas import Plot, log_axis
 from leaderboard.figures.groups import Group
 from leaderboard.figures.labels import Named, place
 from leaderboard.row import Row
@@ -91,7 +91,9 @@ def _figure(drawn: Sequence[Series]) -> Figure:
         label=f"bound at {gbs:.0f} GB/s, the copy bandwidth",
     )
     axes.margins(x=0.1)
-    axes.set(xscale="log", yscale="log", xlabel="resident weights, 10⁶ bytes", ylabel="decode step, ms")
+    log_axis(axes, "x")
+    log_axis(axes, "y")
+    axes.set(xlabel="resident weights, 10⁶ bytes", ylabel="decode step, ms")
     axes.set_title(drawn[0].setting, fontsize=9, color=MUTED)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
     figure.draw_without_rendering()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from leaderboard.drawing import DPI, INK, MUTED
@@ -17,11 +16,14 @@ from leaderboard.drawing import DPI, INK, MUTED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Boxes = NDArray[np.float64]
 PIXEL = DPI / 72
 _LEADER_FROM = 12
 _STEP = 10
 _REACHES = (8, 14, 22, 32, 46, 64)
 _DIRECTIONS = ((1, 0), (0.7, 0.7), (0.7, -0.7), (-1, 0), (0, 1), (0, -1), (-0.7, 0.7), (-0.7, -0.7), (0.4, 0.9), (0.4, -0.9), (-0.4, 0.9))
+_OFFSETS = np.array([(reach * dx, reach * dy) for reach, (dx, dy) in itertools.product(_REACHES, _DIRECTIONS)])
+_REACH = np.repeat(_REACHES, len(_DIRECTIONS))
 
 
 @dataclass(frozen=True)
@@ -56,34 +58,34 @@ def place(ax: Axes, points: Sequence[Named], paths: Sequence[Sequence[tuple[floa
     Returns:
         How many found no place.
     """
-    marks = [_box(ax, (p.x, p.y), (p.x, p.y), PIXEL * p.size) for p in points]
-    lines = [_box(ax, (p.x, p.ends[0]), (p.x, p.ends[1]), PIXEL) for p in points] + [
-        _box(ax, (p.ends[2], p.y), (p.ends[3], p.y), PIXEL) for p in points
-    ]
+    marks = np.array([_box(ax, (p.x, p.y), (p.x, p.y), PIXEL * p.size) for p in points]).reshape(-1, 4)
+    lines = [_box(ax, (p.x, p.ends[0]), (p.x, p.ends[1]), PIXEL) for p in points]
+    lines += [_box(ax, (p.ends[2], p.y), (p.ends[3], p.y), PIXEL) for p in points]
     for path in paths:
         for start, end in itertools.pairwise(path):
             first, last = ax.transData.transform([start, end])
-            steps = np.linspace(first, last, 2 + int(np.hypot(*(last - first)) / _STEP))
-            lines += [Bbox([a, b]) for a, b in itertools.pairwise(steps)]
-    labels: list[Bbox] = []
-    leaders: list[Bbox] = []
-    homeless = 0
-    for point in sorted(named or points, key=lambda p: (not p.first, p.y, p.x)):
-        box = _place(ax, point, marks, labels, leaders, lines)
-        labels += [box] if box else []
-        homeless += box is None
-    return homeless
+            lines += _between(first, last, 2 + int(np.hypot(*(last - first)) / _STEP))
+    written = _Written(marks, np.array(lines).reshape(-1, 4))
+    return sum(not _place(ax, point, written) for point in sorted(named or points, key=lambda p: (not p.first, p.y, p.x)))
 
 
-def _place(
-    ax: Axes, point: Named, marks: Sequence[Bbox], labels: Sequence[Bbox], leaders: list[Bbox], lines: Sequence[Bbox]
-) -> Bbox | None:
+@dataclass
+class _Written:
+    """What is drawn already, as boxes in pixels, shape [n, 4]: left, bottom, right, top."""
+
+    marks: Boxes
+    lines: Boxes
+    labels: list[Boxes] = field(default_factory=list)
+    leaders: list[Boxes] = field(default_factory=list)
+
+
+def _place(ax: Axes, point: Named, written: _Written) -> bool:
     """Write a label inside the axes, off all marks, labels and leaders, near its own point, crossing as few lines as can be.
 
-    A new leader is added to `leaders`.
+    The label and its leader are added to `written`.
 
     Returns:
-        The box of the label in pixels, or None if there was no room.
+        Whether there was room.
     """
     style: dict[str, Any] = {
         "fontsize": 7.5,
@@ -94,47 +96,55 @@ def _place(
     text.set_gid("label")
     frame, size = ax.get_window_extent(), text.get_window_extent()
     centre = ax.transData.transform((point.x, point.y))
-    taken, strangers = [*marks, *labels, *leaders], [mark for mark in marks if _distance(mark, centre) > 0]
-    others = np.array([mark.get_points().mean(axis=0) for mark in strangers]).reshape(-1, 2)
-    best: tuple[float, Bbox] | None = None
-    for reach, (dx, dy) in itertools.product(_REACHES, _DIRECTIONS):
-        left = reach * dx * PIXEL - (1 - np.sign(dx)) / 2 * size.width
-        bottom = reach * dy * PIXEL - (1 - np.sign(dy)) / 2 * size.height
-        box = Bbox.from_bounds(centre[0] + left, centre[1] + bottom, size.width, size.height)
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        if not inside or box.padded(0.5 * PIXEL).count_overlaps(taken):
+    extent = np.array([size.width, size.height])
+    low = centre + PIXEL * _OFFSETS - (1 - np.sign(_OFFSETS)) / 2 * extent
+    boxes = np.hstack([low, low + extent])
+    strangers = written.marks[_distance(written.marks, centre[None])[:, 0] > 0]
+    taken = np.vstack([written.marks, *written.labels, *written.leaders])
+    inside = (boxes[:, :2] >= frame.min).all(1) & (boxes[:, 2:] <= frame.max).all(1)
+    free = inside & ~_overlaps(_padded(boxes, 0.5 * PIXEL), taken).any(1)
+    away = _distance(boxes, centre[None])
+    nearer = (_distance(boxes, (strangers[:, :2] + strangers[:, 2:]) / 2) < away).sum(1)
+    ends = np.clip(centre, boxes[:, :2], boxes[:, 2:])
+    far = np.hypot(*(ends - centre).T) > _LEADER_FROM * PIXEL
+    cost = np.where(free, _REACH + 15 * _overlaps(boxes, written.lines).sum(1) + np.where(far, 4, 12) * nearer, np.inf)
+    for best in np.argsort(cost, kind="stable")[: int(free.sum())]:
+        leader = np.array(_between(centre, ends[best], 12)[:-1])
+        if far[best] and _overlaps(leader, np.vstack([strangers, *written.labels])).any():
             continue
-        far, leader = _leader(centre, box)
-        nearer = int(np.sum(_distance(box, others) < _distance(box, centre)))
-        cost = reach + 15 * box.count_overlaps(lines) + (4 if far else 12) * nearer
-        if (best is None or cost < best[0]) and not any(other.count_overlaps(leader) for other in (*labels, *strangers) if far):
-            best = cost, box
-    if best is None:
-        text.remove()
-        return None
-    text.set_position(((best[1].x0 - centre[0]) / PIXEL, (best[1].y0 - centre[1]) / PIXEL))
-    far, leader = _leader(centre, best[1])
-    if far:
-        x, y = ax.transData.inverted().transform([centre, np.clip(centre, best[1].min, best[1].max)]).T
-        ax.add_line(Line2D(x, y, color=MUTED, linewidth=0.5, zorder=3))
-        leaders += leader
-    return best[1]
+        left, bottom = (boxes[best, :2] - centre) / PIXEL
+        text.set_position((left, bottom))
+        if far[best]:
+            ax.add_line(Line2D(*ax.transData.inverted().transform([centre, ends[best]]).T, color=MUTED, linewidth=0.5, zorder=3))
+            written.leaders.append(leader)
+        written.labels.append(boxes[best : best + 1])
+        return True
+    text.remove()
+    return False
 
 
-def _leader(centre: NDArray[np.float64], box: Bbox) -> tuple[bool, list[Bbox]]:
-    """Whether a label is so far that it needs a line to its point, and that line in small boxes."""
-    end = np.clip(centre, box.min, box.max)
-    if np.hypot(*(end - centre)) <= _LEADER_FROM * PIXEL:
-        return False, []
-    steps = np.linspace(centre, end, 12)[:-1]
-    return True, [Bbox([a, b]) for a, b in itertools.pairwise(steps)]
+def _between(start: NDArray[np.float64], end: NDArray[np.float64], corners: int) -> list[NDArray[np.float64]]:
+    """The small boxes that a line from one point to another goes through from corner to corner."""
+    steps = np.linspace(start, end, corners)
+    return [np.hstack([np.minimum(a, b), np.maximum(a, b)]) for a, b in itertools.pairwise(steps)]
 
 
-def _box(ax: Axes, low: tuple[float, float], high: tuple[float, float], grow: float) -> Bbox:
+def _box(ax: Axes, low: tuple[float, float], high: tuple[float, float], grow: float) -> NDArray[np.float64]:
     """The box between two points of the data, in pixels, grown by so many pixels on each side."""
-    return Bbox(ax.transData.transform([low, high])).padded(grow)
+    corners = ax.transData.transform([low, high])
+    return np.hstack([corners.min(0) - grow, corners.max(0) + grow])
 
 
-def _distance(box: Bbox, points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pixels from points, shape [..., 2], to the nearest edge of a box, shape [...]; 0 inside."""
-    return np.linalg.norm(np.maximum(0, np.maximum(box.min - points, points - box.max)), axis=-1)
+def _padded(boxes: Boxes, grow: float) -> Boxes:
+    return boxes + np.array([-grow, -grow, grow, grow])
+
+
+def _overlaps(ours: Boxes, theirs: Boxes) -> NDArray[np.bool_]:
+    """Which boxes have an area or a line in common, shape [ours, theirs]; to touch is not enough."""
+    a, b = ours[:, None], theirs[None]
+    return np.all((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:]), axis=-1)
+
+
+def _distance(boxes: Boxes, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pixels from points, shape [p, 2], to the nearest edge of each box, shape [boxes, p]; 0 inside."""
+    return np.linalg.norm(np.maximum(0, np.maximum(boxes[:, None, :2] - points, points - boxes[:, None, 2:])), axis=-1)
