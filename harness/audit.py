@@ -138,12 +138,12 @@ def _quality(before: QualityResult, after: QualityResult) -> tuple[Outcome, str]
         change = new_text.word_perplexity / old_text.word_perplexity - 1
         equal &= new_text.nll == old_text.nll
         within &= abs(change) <= PERPLEXITY_TOLERANCE
-    pairs = [(a, b) for old, new in zip(before.zeroshot, after.zeroshot, strict=True) for a, b in zip(old.items, new.items, strict=True)]
-    if pairs:
-        changed = sum(a.correct != b.correct for a, b in pairs)
-        equal &= all(a == b for a, b in pairs)
-        within &= changed <= ITEM_TOLERANCE * len(pairs)
-        figures.append(f"{changed} of {len(pairs)} items changed")
+    tasks = [(old.items, new.items) for old, new in zip(before.zeroshot, after.zeroshot, strict=True)]
+    if count := sum(len(old) for old, _ in tasks):
+        changed = sum(a != b for old, new in tasks for a, b in zip(old.correct, new.correct, strict=True))
+        equal &= all(old == new for old, new in tasks)
+        within &= changed <= ITEM_TOLERANCE * count
+        figures.append(f"{changed} of {count} items changed")
     return (Outcome.EQUAL if equal else Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from array import array
 from enum import StrEnum
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Stage(StrEnum):
@@ -192,13 +191,36 @@ class DocumentResult(_Schema):
     bits_per_byte: float
 
 
-class ZeroshotItem(_Schema):
-    """One item: its id in the task, a hash of its prompt, whether the answer was right. Never its text."""
+class ZeroshotItems(_Schema):
+    """The items of a task, column by column and equally many in each. Never their text.
 
-    id: int
-    hash: str
-    correct: float
-    loglikelihoods: list[float] = []
+    Attributes:
+        ids: Number of the item in the task.
+        hashes: Hash of its prompt.
+        correct: Whether the answer was right, 0..1.
+        loglikelihoods: Of each of its choices, in nats; no column where they were not kept.
+    """
+
+    ids: list[int] = []
+    hashes: list[str] = []
+    correct: list[float] = []
+    loglikelihoods: list[list[float]] = []
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, id_: int, hash_: str, correct: float, loglikelihoods: list[float]) -> None:
+        """Put an item after the others."""
+        self.ids.append(id_)
+        self.hashes.append(hash_)
+        self.correct.append(correct)
+        self.loglikelihoods.append(loglikelihoods)
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> ZeroshotItems:
+        if not len(self.ids) == len(self.hashes) == len(self.correct) or len(self.loglikelihoods) not in (0, len(self.ids)):
+            raise ValueError("the columns of the items differ in length")
+        return self
 
 
 class ZeroshotResult(_Schema):
@@ -214,18 +236,18 @@ class ZeroshotResult(_Schema):
     stderr: float | None = None
     chance: float | None = None
     num_fewshot: int
-    items: list[ZeroshotItem]
+    items: ZeroshotItems
     calibration_overlap: float | None = None
 
     @cached_property
-    def asked(self) -> tuple[tuple[int, str], ...]:
-        """Id and hash of each item; read once, after which the items stay as they are."""
-        return tuple(map(attrgetter("id", "hash"), self.items))
+    def asked(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Ids and hashes of the items; read once, after which the items stay as they are."""
+        return tuple(self.items.ids), tuple(self.items.hashes)
 
     @cached_property
     def correctness(self) -> array[float]:
         """Whether each item was right, 0..1; read once, after which the items stay as they are."""
-        return array("d", map(attrgetter("correct"), self.items))
+        return array("d", self.items.correct)
 
 
 class LayerEvidence(_Schema):
@@ -561,6 +583,10 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
         speed = data.get("speed")
         for point in speed.get("points", []) if isinstance(speed, dict) else []:
             _point_of_schema_1(point)
+    if version < 3:
+        quality = data.get("quality")
+        for task in quality.get("zeroshot", []) if isinstance(quality, dict) else []:
+            _items_of_schema_2(task)
     return data
 
 
@@ -569,3 +595,12 @@ def _point_of_schema_1(point: dict[str, Any]) -> None:
     if "warmup_ms" in point:
         point["first_call_ms"] = point.pop("warmup_ms")
     point["probes"] = [{"copy_gbs": probe} if isinstance(probe, int | float) else probe for probe in point.get("probes", [])]
+
+
+def _items_of_schema_2(task: dict[str, Any]) -> None:
+    """Turn a list of items into their columns; items that are columns already are left alone."""
+    items = task.get("items")
+    if isinstance(items, list):
+        columns = {"ids": "id", "hashes": "hash", "correct": "correct"}
+        task["items"] = {name: [item[field] for item in items] for name, field in columns.items()}
+        task["items"]["loglikelihoods"] = [item.get("loglikelihoods", []) for item in items]

@@ -160,5 +160,5 @@ def parse(text: str) -> Record | str:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         return ": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]])
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         return f"not a record: {error}"

@@ -17,7 +17,7 @@ from leaderboard.figures import catalogue
 from leaderboard.figures.canvas import Plot
 from leaderboard.parallel import mapped
 from leaderboard.plots import FIGURES, gallery
-from leaderboard.reading import Reader
+from leaderboard.reading import lean
 from leaderboard.site.board import Board
 from leaderboard.site.site import FOLDERS, Files, last, parts
 from leaderboard.tables import to_csv, to_json, to_markdown
@@ -45,7 +45,7 @@ def build(results: Path, out: Path, figures: bool = True) -> list[Path]:
     if not results.is_dir():
         raise BoardError(f"there is no results folder '{results}'; make records with `slimbench run`")
     with _no_garbage():
-        records, unreadable = Store(results).scan(Reader())
+        records, unreadable = Store(results).scan(lean)
         if not records:
             hint = (
                 f"; {len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}"

@@ -172,7 +172,7 @@ def _size(record: Record | None) -> dict[str, Any]:
 def _texts(records: Sequence[Record]) -> dict[str, list[str]]:
     """For each quality key of a reference, the texts and tasks on which it and its rivals were measured."""
     seen: dict[str, set[str]] = {}
-    digest = lru_cache(maxsize=None)(lambda items: _digest([list(item) for item in items]))
+    digest = lru_cache(maxsize=None)(lambda asked: _digest([list(item) for item in zip(*asked, strict=True)]))
     for record in records:
         if record.quality:
             texts = {f"{p.protocol} {p.corpus_sha256} {p.seqlen}" for p in record.quality.perplexity}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from harness.config import SuiteConfig
 from harness.engines.base import LoadedModel
-from harness.record import ZeroshotItem, ZeroshotResult
+from harness.record import ZeroshotItems, ZeroshotResult
 from tasks import zeroshot
 from tasks.overlap import overlap
 
@@ -185,19 +185,17 @@ def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResul
         stderr=_number(scores.get(f"{metric}_stderr,{filter_}")),
         chance=sum(1 / n for n in choices) / len(choices) if min(choices) > 1 else None,
         num_fewshot=suite.num_fewshot,
-        items=[_item(s, metric) for s in samples if s["filter"] == filter_],
+        items=_items([s for s in samples if s["filter"] == filter_], metric),
     )
 
 
-def _item(sample: dict[str, Any], metric: str) -> ZeroshotItem:
-    likelihoods = [r[0] for r in sample["filtered_resps"] if isinstance(r, list | tuple) and r and isinstance(r[0], float)]
-    prompt = sample.get("prompt_hash") or hashlib.sha256(str(sample["arguments"]).encode()).hexdigest()
-    return ZeroshotItem(
-        id=sample["doc_id"],
-        hash=prompt[:16],
-        correct=float(sample[metric]),
-        loglikelihoods=[round(value, 4) for value in likelihoods],
-    )
+def _items(samples: list[dict[str, Any]], metric: str) -> ZeroshotItems:
+    items = ZeroshotItems()
+    for sample in samples:
+        likelihoods = [r[0] for r in sample["filtered_resps"] if isinstance(r, list | tuple) and r and isinstance(r[0], float)]
+        prompt = sample.get("prompt_hash") or hashlib.sha256(str(sample["arguments"]).encode()).hexdigest()
+        items.add(sample["doc_id"], prompt[:16], float(sample[metric]), [round(value, 4) for value in likelihoods])
+    return items
 
 
 def _number(value: Any) -> float | None:

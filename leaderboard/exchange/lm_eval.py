@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from harness.record import DocumentResult, QualityResult, Record, Stage, ZeroshotItem, ZeroshotResult
+from harness.record import DocumentResult, QualityResult, Record, Stage, ZeroshotItems, ZeroshotResult
 from leaderboard.exchange.foreign import NOT_MEASURED, UNKNOWN, Named, Setting, Source, Unreadable, device, number, record, section, text
 from tasks import zeroshot
 
@@ -116,13 +116,13 @@ def _task(source: Source, task: str, scores: dict[str, Any], found: _Found) -> N
         accuracy=accuracy,
         stderr=number(scores.get(f"{metric}_stderr,{filter_}")),
         num_fewshot=fewshot,
-        items=[],
+        items=ZeroshotItems(),
     )
     try:
         samples = [s for s in _samples(source, task) if s.get("filter", filter_) == filter_]
         if samples:
-            items = [_item(sample, metric) for sample in samples]
-            if abs(math.fsum(item.correct for item in items) / len(items) - accuracy) > 1e-6:
+            items = _items(samples, metric)
+            if abs(math.fsum(items.correct) / len(items) - accuracy) > 1e-6:
                 raise ValueError(f"they do not add up to its {metric}")
             result.items, result.chance = items, _chance(samples)
     except (ValueError, TypeError, KeyError) as error:
@@ -189,14 +189,15 @@ def _samples(source: Source, task: str) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["doc_id"])
 
 
-def _item(sample: dict[str, Any], metric: str) -> ZeroshotItem:
-    hashed = text(sample.get("prompt_hash")) or text(sample.get("doc_hash")) or sha256(str(sample.get("arguments")).encode()).hexdigest()
-    return ZeroshotItem(
-        id=sample["doc_id"],
-        hash=hashed[:16],
-        correct=float(sample[metric]) if isinstance(sample[metric], bool) else _of(sample[metric]),
-        loglikelihoods=_loglikelihoods(sample.get("filtered_resps")),
-    )
+def _items(samples: Sequence[dict[str, Any]], metric: str) -> ZeroshotItems:
+    items = ZeroshotItems()
+    for sample in samples:
+        hashed = (
+            text(sample.get("prompt_hash")) or text(sample.get("doc_hash")) or sha256(str(sample.get("arguments")).encode()).hexdigest()
+        )
+        correct = float(sample[metric]) if isinstance(sample[metric], bool) else _of(sample[metric])
+        items.add(sample["doc_id"], hashed[:16], correct, _loglikelihoods(sample.get("filtered_resps")))
+    return items
 
 
 def _loglikelihoods(answers: Any) -> list[float]:

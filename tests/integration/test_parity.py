@@ -134,9 +134,10 @@ def test_zero_shot_equals_the_lm_eval_command(smollm2: Path, fp32: Any, tokenize
     assert mine[0].stderr == pytest.approx(theirs[f"{mine[0].metric}_stderr,none"])
     (samples,) = tmp_path.rglob("samples_*.jsonl")
     lines = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda s: s["doc_id"])
-    for item, line in zip(mine[0].items, lines, strict=True):
-        assert (item.id, item.correct) == (line["doc_id"], line[mine[0].metric])
-        assert item.loglikelihoods == pytest.approx([float(r[0]) for r in line["filtered_resps"]], abs=2e-3)
+    items = mine[0].items
+    for id_, correct, choices, line in zip(items.ids, items.correct, items.loglikelihoods, lines, strict=True):
+        assert (id_, correct) == (line["doc_id"], line[mine[0].metric])
+        assert choices == pytest.approx([float(r[0]) for r in line["filtered_resps"]], abs=2e-3)
 
 
 def test_the_dense_model_is_what_it_should_be(smollm2: Path, bf16: Any) -> None:

@@ -33,7 +33,7 @@ from harness.record import (
     SpeedResult,
     Stage,
     Status,
-    ZeroshotItem,
+    ZeroshotItems,
     ZeroshotResult,
 )
 from leaderboard.plots import Gallery
@@ -302,7 +302,7 @@ def _task(task: str, accuracy: float, rng: np.random.Generator) -> ZeroshotResul
         stderr=float(np.std(correct, ddof=1)) / math.sqrt(len(correct)),
         chance=0.25,
         num_fewshot=0,
-        items=[ZeroshotItem(id=i, hash=short_hash(task, i), correct=c) for i, c in enumerate(correct)],
+        items=ZeroshotItems(ids=[*range(200)], hashes=[short_hash(task, i) for i in range(200)], correct=correct),
     )
 
 

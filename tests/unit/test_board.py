@@ -161,7 +161,7 @@ def test_different_texts_are_never_paired() -> None:
 
 def test_different_items_are_never_paired() -> None:
     dense = records(Spec())
-    dense[1].quality.zeroshot[0].items[0].hash = "other"  # type: ignore[union-attr]
+    dense[1].quality.zeroshot[0].items.hashes[0] = "other"  # type: ignore[union-attr]
     row = row_of(dense + records(GPTQ), "gptq")
     assert row.accuracy_delta is None and len(row.task_delta) == 2
 

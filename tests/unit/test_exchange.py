@@ -123,10 +123,10 @@ def test_lm_eval_numbers_are_those_of_the_file(tmp_path: Path) -> None:
         scores = theirs["results"][task.task]
         assert task.metric == ("acc_norm" if task.task == "sums" else "acc")
         assert (task.accuracy, task.stderr) == (scores[f"{task.metric},none"], scores[f"{task.metric}_stderr,none"])
-        assert fmean(item.correct for item in task.items) == pytest.approx(task.accuracy)
+        assert fmean(task.items.correct) == pytest.approx(task.accuracy)
         assert len(task.items) == theirs["n-samples"][task.task]["effective"]
         assert task.chance == pytest.approx(1 / (3 if task.task == "sums" else 2))
-        assert all(len(item.loglikelihoods) == (3 if task.task == "sums" else 2) for item in task.items)
+        assert all(len(choices) == (3 if task.task == "sums" else 2) for choices in task.items.loglikelihoods)
     (document,) = record.quality.documents
     scores = theirs["results"]["lines"]
     assert document.word_perplexity == pytest.approx(scores["word_perplexity,none"], rel=1e-9)
@@ -270,7 +270,7 @@ def test_items_that_do_not_add_up_are_left_out(tmp_path: Path) -> None:
     (report,) = put(changed(DENSE, tmp_path / "in", lambda data: data["results"]["sums"].update({"acc_norm,none": 0.9})), tmp_path / "runs")
     assert report.record and report.record.quality
     tasks = {task.task: task for task in report.record.quality.zeroshot}
-    assert tasks["sums"].accuracy == 0.9 and tasks["sums"].items == [] and tasks["parity"].items
+    assert tasks["sums"].accuracy == 0.9 and not tasks["sums"].items and tasks["parity"].items
     assert "sums: items left out, they do not add up to its acc_norm" in report.record.quality.flags
     (row,) = rows(Store(tmp_path / "runs").scan()[0])
     assert row.accuracy == pytest.approx((0.9 + tasks["parity"].accuracy) / 2) and row.accuracy_rank is None

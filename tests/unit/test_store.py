@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.record import SCHEMA_VERSION, Record, Stage, Status
-from harness.store import Store, StoreError, slug
-from tests.unit.board_records import compress_record
+from harness.store import Store, StoreError, dump, read, slug
+from leaderboard.reading import lean
+from tests.unit.board_records import Spec, compress_record, records
 
 
 @pytest.fixture
@@ -45,6 +48,44 @@ def test_a_newer_schema_is_unreadable_with_the_reason(tmp_path: Path, record: Re
     store = Store(tmp_path)
     store.put(record.model_copy(update={"schema_version": SCHEMA_VERSION + 1}))
     assert "newer" in store.scan()[1][0].reason
+
+
+def _of_schema_2(record: Record) -> dict[str, Any]:
+    """A record as schema 2 wrote it: a list of items for each task."""
+    data = json.loads(dump(record)) | {"schema_version": 2}
+    for task in data["quality"]["zeroshot"]:
+        columns = task["items"]
+        task["items"] = [
+            {"id": i, "hash": h, "correct": c, "loglikelihoods": [-1.5, -2.0]}
+            for i, h, c in zip(columns["ids"], columns["hashes"], columns["correct"], strict=True)
+        ]
+    return data
+
+
+def test_items_of_schema_2_become_columns(tmp_path: Path) -> None:
+    new = records(Spec())[1]
+    path = tmp_path / "quality-1.json"
+    path.write_text(json.dumps(_of_schema_2(new)))
+    old, light = read(path), lean(path)
+    assert isinstance(old, Record) and isinstance(light, Record) and new.quality and old.quality and light.quality
+    for ours, theirs, without in zip(new.quality.zeroshot, old.quality.zeroshot, light.quality.zeroshot, strict=True):
+        assert len(ours.items) == 200
+        assert theirs.items.model_copy(update={"loglikelihoods": []}) == ours.items == without.items
+        assert theirs.items.loglikelihoods == [[-1.5, -2.0]] * 200
+    path.write_bytes(dump(old))
+    assert read(path) == old
+
+
+def test_items_without_a_hash_or_of_unequal_columns_are_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "quality-1.json"
+    lame = _of_schema_2(records(Spec())[1])
+    del lame["quality"]["zeroshot"][0]["items"][7]["hash"]
+    path.write_text(json.dumps(lame))
+    assert lean(path) == read(path) == "not a record: 'hash'"
+    uneven = records(Spec())[1]
+    uneven.quality.zeroshot[0].items.correct.pop()  # type: ignore[union-attr]
+    path.write_bytes(dump(uneven))
+    assert lean(path) == read(path) and "the columns of the items differ in length" in str(read(path))
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:

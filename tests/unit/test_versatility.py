@@ -32,11 +32,10 @@ def row_of(made: list[Record], pipeline: str = "gptq") -> Row:
 
 def change(task: ZeroshotResult, reference: ZeroshotResult, lost: int, won: int) -> None:
     """Give a task the reference's answers, but for so many that turn wrong and right."""
-    answers = np.array([item.correct for item in reference.items])
+    answers = np.array(reference.items.correct)
     right, wrong = np.flatnonzero(answers == 1), np.flatnonzero(answers == 0)
     answers[right[:lost]], answers[wrong[:won]] = 0, 1
-    for item, correct in zip(task.items, answers, strict=True):
-        item.correct = float(correct)
+    task.items.correct = answers.tolist()
     task.accuracy = float(answers.mean())
 
 
@@ -83,7 +82,7 @@ def test_the_flag_is_rare_where_nothing_is_lost() -> None:
 
 def test_a_group_without_all_its_partners_has_no_difference() -> None:
     made = pair()
-    made[1].quality.zeroshot[0].items[0].hash = "other"  # type: ignore[union-attr]
+    made[1].quality.zeroshot[0].items.hashes[0] = "other"  # type: ignore[union-attr]
     row = row_of(made)
     assert set(row.group_accuracy) == {"knowledge", "reasoning", "social"} and set(row.group_delta) == {"reasoning", "social"}
     assert row.mcnemar_p is row.flips_to_wrong is None and row.worst_task != "bb_general_knowledge"
