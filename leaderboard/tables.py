@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pydantic_core
+from pydantic import BaseModel
 
 from harness.record import Status
 from leaderboard.row import Row
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 EMPTY = "–"
+_AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 _NAME_KERNEL_AND_NOTES = 54
 _LEAST_FIRST = (
     "prefill_ms",
@@ -111,10 +113,15 @@ class decimal:
 
     def __call__(self, value: float) -> str:
         value *= self.scale
-        size, sign = abs(value), "+" if self.signed else ""
+        size = abs(value)
         if size >= 1e6:
-            return f"{value:{sign}.1e}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
-        return f"{value:{sign}.{0 if size >= 1000 else max(0, self.digits - (size >= 100))}f}".replace("-", "−")
+            text = f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+        else:
+            digits = 0 if size >= 1000 else self.digits - 1 if size >= 100 and self.digits else self.digits
+            text = f"{value:.{digits}f}"
+        if text[0] == "-":
+            return f"−{text[1:]}"
+        return f"+{text}" if self.signed else text
 
 
 def p_value(value: float) -> str:
@@ -267,15 +274,17 @@ def to_csv(board: Sequence[Row]) -> str:
     A text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(Row.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _csv_value(value) for key, value in row.model_dump().items()} for row in board)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(Row.model_fields)
+    writer.writerows([_csv_value(getattr(row, key)) for key in Row.model_fields] for row in board)
     return out.getvalue()
 
 
 def _csv_value(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False)
+        return _AS_JSON(value)
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 

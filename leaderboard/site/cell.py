@@ -54,9 +54,9 @@ def render(board: Board, row: Row, line: Line, settings: Sequence[Mapping[str, A
         model_href=names.model(row.model),
         methods=[(name, names.method(name)) for name in steps(board, row)],
         tiles=[
-            {"header": column.header, "help": column.help, "value": column.value(row), "interval": column.interval(row)}
+            {"header": column.header, "help": column.help, "value": value, "interval": column.interval(row)}
             for column in COLUMNS
-            if column.value(row) != EMPTY
+            if (value := column.value(row)) != EMPTY
         ],
         command=shorten(row.command, _LONGEST_TEXT),
         details=[(name, text) for name, text in details(row) if name not in _SHOWN_APART],

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from markupsafe import Markup, escape
 
 from leaderboard.figures import FAMILIES, family_of
 from leaderboard.row import Row
 from leaderboard.site import names
 from leaderboard.site.board import Board, triple
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
-from leaderboard.tables import COLUMNS, EMPTY, seed_spread, shorten
+from leaderboard.tables import COLUMNS, Column, seed_spread, shorten
 
 SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number of a table: what it sorts by, what it says, and its interval."""
-
-    sort: float | None
-    value: str
-    interval: str
 
 
 @dataclass(frozen=True)
@@ -35,13 +29,13 @@ class Line:
     about: str
     family: str
     fronts: Sequence[str]
-    numbers: Sequence[Number]
     labels: Sequence[str]
     remarks: Sequence[str]
 
-    @property
-    def empty(self) -> bool:
-        return all(number.value == EMPTY for number in self.numbers)
+    @cached_property
+    def numbers(self) -> Markup:
+        """Its numbers as cells of a table, each with its interval and what it sorts by; made once for all pages."""
+        return Markup("\n").join(_number(column, self.row) for column in SHOWN)
 
 
 def line(board: Board, row: Row) -> Line:
@@ -54,10 +48,15 @@ def line(board: Board, row: Row) -> Line:
         about=shorten(" · ".join(about), LONGEST_NAME),
         family=colour(row),
         fronts=board.fronts.get(triple(row.keys), ()),
-        numbers=[Number(getattr(row, column.key), column.value(row), column.interval(row)) for column in SHOWN],
         labels=["simulated"] if simulated(row) else [],
         remarks=[shorten(text, LONGEST_REMARK) for text in [*row.flags, *([f"Perplexity {seeds}"] if seeds else [])]],
     )
+
+
+def _number(column: Column, row: Row) -> Markup:
+    order, interval = getattr(row, column.key), column.interval(row)
+    small = f"<small>{escape(interval)}</small>" if interval else ""
+    return Markup(f'<td class="n" data-order="{"" if order is None else escape(order)}">{escape(column.value(row))}{small}</td>')
 
 
 def colour(row: Row) -> str:

@@ -26,8 +26,7 @@ def parts(board: Board, gallery: Gallery) -> Iterator[Callable[[], Files]]:
     """What makes the files of the site but those of `last`, with their paths: independent of each other, the longest work first."""
     lines = {names.cell(row): line(board, row) for row in board.rows}
     settings = [set_facts(table) for table in board.tables]
-    yield partial(_methods, board, lines)
-    yield partial(_models, board, lines, "sizes" in gallery.plots)
+    yield lambda: _methods(board, lines) + _models(board, lines, "sizes" in gallery.plots)
     yield lambda: _encoded(("data/rows.js", ranking.data(board)))
     left = iter(board.rows)
     while rows := list(islice(left, _TOGETHER)):
