@@ -309,11 +309,17 @@ def shipped(group: str) -> list[str]:
     """
     found: list[str] = []
     for folder in conf_dirs():
-        names = [p.relative_to(folder / group).with_suffix("").as_posix() for p in (folder / group).rglob("*.yaml")]
+        names = _names(str(folder / group))
         if both := sorted(set(found) & set(names)):
             raise ConfigError(f"SLIMBENCH_CONF: {group} '{both[0]}' is a name of slimbench's own; give the file another one")
         found += names
     return sorted(found)
+
+
+def _names(folder: str) -> list[str]:
+    """The YAML files below a folder without their ending; by strings, as every choice of a config asks for them."""
+    found = (f"{at.removeprefix(folder)}/{file}" for at, _, own in os.walk(folder) for file in own if file.endswith(".yaml"))
+    return [name[1 : -len(".yaml")].replace(os.sep, "/") for name in found]
 
 
 def choice(group: str, name: str) -> dict[str, Any]:

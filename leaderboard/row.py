@@ -233,13 +233,14 @@ def named(names: str, estimator: Callable[..., Sequence[float]], *samples: Any) 
 
 def clean(value: Any) -> Any:
     """The same value with non-finite numbers as None and each text on one line, without control characters."""
-    if value is None or type(value) in (int, bool):
+    kind = type(value)
+    if value is None or kind is int or kind is bool:
         return value
+    if kind is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, str):
         return value if _plain(value) else _CONTROL.sub(" ", value).encode("utf-8", "replace").decode()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if kind is dict:
         return {k if type(k) is str and _plain(k) else clean(k): clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [clean(v) for v in value]

@@ -10,6 +10,7 @@ from harness.record import Keys, Record, Stage, Status
 from harness.store import Unreadable
 from leaderboard.row import Row, clean
 from leaderboard.rows import Records, by_key, oldest_first, rows
+from leaderboard.site.settings import Setting, setting
 from leaderboard.tables import Table, pareto, tables
 
 KeyTriple = tuple[str, str, str]
@@ -43,6 +44,11 @@ class Board:
     @cached_property
     def tables(self) -> list[Table]:
         return tables(self.rows)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """What stands above the rows of each table."""
+        return list(map(setting, self.tables))
 
     @cached_property
     def table_of(self) -> dict[KeyTriple, int]:

@@ -35,14 +35,9 @@ class Grid:
     facts: Sequence[tuple[str, str]] = ()
 
 
-def render(board: Board, row: Row, line: Line, settings: Sequence[Mapping[str, Any]]) -> str:
-    """The page.
-
-    Args:
-        settings: What stands above the rows of each table of the board.
-    """
+def render(board: Board, row: Row, line: Line) -> str:
     records = board.records(row)
-    setting = settings[board.table_of[triple(row.keys)]]
+    setting = board.settings[board.table_of[triple(row.keys)]]
     return page(
         "cell.html.j2",
         names.cell(row),

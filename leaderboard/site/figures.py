@@ -13,7 +13,6 @@ from leaderboard.plots import Gallery
 from leaderboard.site import names
 from leaderboard.site.board import Board, plural
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.site.ranking import set_facts
 from leaderboard.tables import shorten
 
 _SIZE = re.compile(rb'<svg\b[^>]*\bviewBox="0 0 ([0-9.]+) ([0-9.]+)"')
@@ -68,7 +67,6 @@ def _sections(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> li
         together.setdefault(plot.group.title, []).append((path, plot))
     position = {id(row): number for number, row in enumerate(board.rows)}
     table_of = {id(row): number for number, table in enumerate(board.tables) for row in table.rows}
-    sets = [set_facts(table) for table in board.tables]
     found = []
     for title, own in together.items():
         rows = [row for _, plot in own for row in plot.group.rows]
@@ -79,7 +77,7 @@ def _sections(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> li
             names.slug(title),
             shorten(title, LONGEST_NAME),
             [_figure(path, plot, beside) for path, plot in own],
-            [sets[number] for number in there],
+            [board.settings[number] for number in there],
         )
         found.append(((whole, -len(own), first, title), section))
     return [section for _, section in sorted(found, key=lambda pair: pair[0])]

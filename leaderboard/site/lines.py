@@ -17,6 +17,11 @@ from leaderboard.tables import COLUMNS, Column, seed_spread, shorten
 
 SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""
+HEADS = Markup("\n").join(
+    Markup('<th scope="col" class="n" title="{}"{}>{}</th>').format(column.help, Markup(" data-rising" * column.rising), column.header)
+    for column in SHOWN
+)
+"""Their headings."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from typing import Any
 from leaderboard.row import Row, clean
 from leaderboard.site import names
 from leaderboard.site.board import Board
-from leaderboard.site.lines import SHOWN, Line
+from leaderboard.site.lines import HEADS, Line
 from leaderboard.site.pages import page
-from leaderboard.site.ranking import set_facts
 from leaderboard.tables import shorten
 
 _LONGEST_DOC = 4000
@@ -138,8 +137,8 @@ def render(board: Board, about: About, rows: Sequence[Row], lines: dict[str, Lin
     for row in rows:
         groups[row.table_key].append(row)
     sections = [
-        {**set_facts(table), "lines": [lines[names.cell(row)] for row in groups[key]]}
-        for table in board.tables
+        {**setting, "lines": [lines[names.cell(row)] for row in groups[key]]}
+        for table, setting in zip(board.tables, board.settings, strict=True)
         if (key := table.rows[0].table_key) in groups
     ]
-    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, columns=SHOWN)
+    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, heads=HEADS)

@@ -10,9 +10,8 @@ from harness.record import Status
 from leaderboard.row import Row
 from leaderboard.site import names
 from leaderboard.site.board import Board, plural
-from leaderboard.site.lines import SHOWN, Line
+from leaderboard.site.lines import HEADS, Line
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.site.ranking import set_facts
 from leaderboard.tables import COLUMNS, EMPTY, Column, decimal, shorten
 
 LOW_BITS = 5.0
@@ -33,7 +32,7 @@ def index(board: Board) -> str:
         {
             "name": name,
             "href": names.model(name),
-            "parameters": count(_parameters(board, rows)),
+            "parameters": count(_parameters(rows)),
             "cells": len(rows),
             "ended": sum(row.status == Status.OK for row in rows),
             "best": _best(rows),
@@ -58,10 +57,13 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         lines: The line of each row by its page.
         sizes: There is a plot over model sizes.
     """
-    own = [table for table in board.tables if table.rows[0].model == name]
-    sections = [{**set_facts(table), "lines": [lines[names.cell(row)] for row in table.rows]} for table in own]
+    sections = [
+        {**setting, "lines": [lines[names.cell(row)] for row in table.rows]}
+        for table, setting in zip(board.tables, board.settings, strict=True)
+        if table.rows[0].model == name
+    ]
     ended = sum(row.status == Status.OK for row in rows)
-    parameters = _parameters(board, rows)
+    parameters = _parameters(rows)
     parts = [*([f"{count(parameters)} parameters"] if parameters else []), plural(len(rows), "cell"), f"{ended} measured in full"]
     return page(
         "model.html.j2",
@@ -70,14 +72,14 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         name=name,
         summary=", ".join(parts) + ".",
         sections=sections,
-        columns=SHOWN,
+        heads=HEADS,
         relatives=_relatives(board, name),
         sizes=sizes,
     )
 
 
-def _parameters(board: Board, rows: Sequence[Row]) -> int | None:
-    return next((record.cell.parameters for row in rows if (record := board.bearer(row)) and record.cell.parameters), None)
+def _parameters(rows: Sequence[Row]) -> int | None:
+    return next((row.parameters for row in rows if row.parameters), None)
 
 
 def _best(rows: Sequence[Row]) -> dict[str, str] | None:
@@ -103,8 +105,8 @@ def _relatives(board: Board, name: str) -> dict[str, Any] | None:
     for rows in board.scaling.get(name, []):
         if len(shown) >= _MOST_SCALED:
             break
-        for row in sorted(rows, key=lambda r: (_parameters(board, [r]) or 0, r.weight_bytes or 0, r.model)):
+        for row in sorted(rows, key=lambda r: (r.parameters or 0, r.weight_bytes or 0, r.model)):
             label = shorten(f"{row.pipeline} · {row.engine_label}", LONGEST_REMARK)
             numbers = [column.plus_minus(row) for column in columns]
-            shown.append([label, shorten(row.model, LONGEST_NAME), count(_parameters(board, [row])), *numbers])
+            shown.append([label, shorten(row.model, LONGEST_NAME), count(row.parameters), *numbers])
     return {"header": ["Pipeline", "Model", "Parameters", *(column.header for column in columns)], "rows": shown} if shown else None

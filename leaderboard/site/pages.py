@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from markupsafe import Markup
 from leaderboard.tables import shorten
 
 HERE = Path(__file__).parent
+_BREAK = re.compile(r"(?<=[+,(/_:])")
 LONGEST_NAME = 120
 LONGEST_REMARK = 240
 NAVIGATION = (
@@ -58,13 +60,4 @@ def page(template: str, path: str, title: str, **values: Any) -> str:
 
 def _breaks(text: str) -> Markup:
     """The text, escaped, with places where a long name may go on in the next line."""
-    return Markup("<wbr>").join(_pieces(text))
-
-
-def _pieces(text: str) -> list[str]:
-    pieces, begin = [], 0
-    for position, character in enumerate(text):
-        if character in "+,(/_:":
-            pieces.append(text[begin : position + 1])
-            begin = position + 1
-    return [*pieces, text[begin:]]
+    return Markup("<wbr>").join(_BREAK.split(text))

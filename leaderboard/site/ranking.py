@@ -12,7 +12,7 @@ from leaderboard.site import names
 from leaderboard.site.board import FASTEST, SMALLEST, Board, triple
 from leaderboard.site.lines import colour, simulated
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.tables import COLUMNS, RANK, Bounds, Column, Table, decimal, seed_spread, shorten
+from leaderboard.tables import COLUMNS, RANK, Bounds, Column, decimal, seed_spread, shorten
 
 EXTRA = (
     Column("compress_seconds", "Compress\N{NO-BREAK SPACE}s", "Wall time of the compression.", decimal(1)),
@@ -41,7 +41,7 @@ def data(board: Board) -> str:
     rows = [_row(board, row, texts) for row in board.rows]
     content = {
         "columns": [_column(column) for column in ALL],
-        "sets": [set_facts(table) for table in board.tables],
+        "sets": board.settings,
         "rows": rows,
         "texts": list(texts),
     }
@@ -77,30 +77,8 @@ def _column(column: Column) -> dict[str, Any]:
     }
 
 
-def set_facts(table: Table) -> dict[str, Any]:
-    """What stands above the rows that were measured alike."""
-    row = table.rows[0]
-    notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions(table)]
-    if table.reference is None and any(r.perplexity_delta_percent is not None or r.speedup is not None for r in table.rows):
-        notes.append("The reference itself stands in another set: it was measured on other hardware or by another speed protocol.")
-    elif table.reference is None:
-        notes.append("There is no measured reference in this set, so nothing is compared with it.")
-    return {
-        "id": names.slug("\n".join(row.table_key))[-6:],
-        "title": shorten(table.title, LONGEST_NAME),
-        "setting": shorten(table.setting, LONGEST_REMARK),
-        "notes": notes,
-        "reference": None if table.reference is None else names.cell_id(table.reference),
-    }
-
-
-def precisions(table: Table) -> list[str]:
-    """Precisions of the dense source below full, where there are any."""
-    return sorted({row.source_precision for row in table.rows if row.source_precision})
-
-
 def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
-    fronts, bearer = board.fronts.get(triple(row.keys), ()), board.bearer(row)
+    fronts = board.fronts.get(triple(row.keys), ())
     marks = _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
     marks |= _SMALLEST * (SMALLEST in fronts) | _FASTEST * (FASTEST in fronts)
     seeds = seed_spread(row)
@@ -120,7 +98,7 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
         row.rank,
         marks,
         texts.name(row.source_precision),
-        None if bearer is None else bearer.cell.parameters,
+        row.parameters,
         None if (memory := memory_bytes(row)) is None else shown(_MEMORY(memory)),
         *(_number(column, row) for column in ALL),
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from leaderboard.plots import Gallery
 from leaderboard.row import Row
@@ -13,7 +12,6 @@ from leaderboard.site import cell, coverage, figures, guide, method, model, name
 from leaderboard.site.assets import assets
 from leaderboard.site.board import Board
 from leaderboard.site.lines import Line, line
-from leaderboard.site.ranking import set_facts
 
 FOLDERS = ("cell", "model", "method")
 
@@ -25,12 +23,11 @@ _TOGETHER = 100
 def parts(board: Board, gallery: Gallery) -> Iterator[Callable[[], Files]]:
     """What makes the files of the site but those of `last`, with their paths: independent of each other, the longest work first."""
     lines = {names.cell(row): line(board, row) for row in board.rows}
-    settings = [set_facts(table) for table in board.tables]
     yield lambda: _methods(board, lines) + _models(board, lines, "sizes" in gallery.plots)
     yield lambda: _encoded(("data/rows.js", ranking.data(board)))
     left = iter(board.rows)
     while rows := list(islice(left, _TOGETHER)):
-        yield partial(_cells, board, rows, lines, settings)
+        yield partial(_cells, board, rows, lines)
     yield lambda: _encoded(("guide.html", guide.render(board)))
     yield lambda: list(assets().items())
 
@@ -45,8 +42,8 @@ def last(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> Files:
     return _encoded(("figures.html", figures.render(board, beside, gallery)), ("index.html", ranking.index(board, beside)))
 
 
-def _cells(board: Board, rows: Sequence[Row], lines: Mapping[str, Line], settings: Sequence[Mapping[str, Any]]) -> Files:
-    return _encoded(*((name, cell.render(board, row, lines[name], settings)) for row in rows for name in [names.cell(row)]))
+def _cells(board: Board, rows: Sequence[Row], lines: Mapping[str, Line]) -> Files:
+    return _encoded(*((name, cell.render(board, row, lines[name])) for row in rows for name in [names.cell(row)]))
 
 
 def _models(board: Board, lines: dict[str, Line], sizes: bool) -> Files:
