@@ -136,7 +136,7 @@ class Store:
         """
         records: list[Record] = []
         unreadable: list[Unreadable] = []
-        for path in sorted([*self.root.glob("*/*/*.json"), *self.root.glob("*/*/*.json.unreadable")]):
+        for path in sorted(path for path in self.root.glob("*/*/*") if path.name.endswith((".json", ".json.unreadable"))):
             record = (reader or read)(path)
             if isinstance(record, Record):
                 records.append(record)

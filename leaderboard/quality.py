@@ -9,7 +9,7 @@ from typing import Any
 
 from harness import significance, stats
 from harness.record import DivergenceResult, DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
-from harness.significance import LEVEL
+from harness.significance import LEVEL, Flips
 from leaderboard.pairing import name_of, partners, shared_items, windows_of
 from leaderboard.row import named
 from tasks import zeroshot
@@ -34,9 +34,10 @@ def fields(ours: QualityResult, theirs: QualityResult | None) -> dict[str, Any]:
     found["perplexity_by_protocol"] = {name_of(p): _value(p) for p in ours.perplexity} | _documents(ours.documents)
     if ours.zeroshot:
         paired = shared_items(ours.zeroshot, theirs.zeroshot if theirs else [])
-        found |= _accuracy(paired)
+        flips = {o.task: significance.flips(o.correctness, t.correctness) for o, t in paired if t}
+        found |= _accuracy(paired, flips)
         found |= _versatility(found["task_accuracy"], found["task_delta"])
-        found |= _worst(paired)
+        found |= _worst(paired, flips)
     return found
 
 
@@ -91,14 +92,13 @@ def _divergence(result: DivergenceResult) -> dict[str, Any]:
     return found | named("kl_low kl_high", stats.mean_interval, result.kl)
 
 
-def _accuracy(paired: Paired) -> dict[str, Any]:
+def _accuracy(paired: Paired, flips: Mapping[str, Flips]) -> dict[str, Any]:
     per_task = {ours.task: ours.accuracy for ours, _ in paired}
     items = [ours.correctness for ours, _ in paired]
     shared = [(ours, theirs) for ours, theirs in paired if theirs]
     found: dict[str, Any] = {"task_accuracy": per_task, "accuracy": fmean(per_task.values())}
     found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items) or _reported_error([ours for ours, _ in paired])
     found["task_delta"] = {ours.task: ours.accuracy - theirs.accuracy for ours, theirs in shared}
-    flips = {ours.task: significance.flips(ours.correctness, theirs.correctness) for ours, theirs in shared}
     if flips:
         adjusted = significance.holm(significance.mcnemar(*zip(*flips.values(), strict=True)))
         found["task_p"] = dict(zip(flips, adjusted.tolist(), strict=True))
@@ -132,14 +132,13 @@ def _versatility(accuracy: Mapping[str, float], delta: Mapping[str, float]) -> d
     }
 
 
-def _worst(paired: Paired) -> dict[str, Any]:
+def _worst(paired: Paired, flips: Mapping[str, Flips]) -> dict[str, Any]:
     """The task that changed for the worst, with an interval that holds for all tasks at once (Bonferroni), as it was chosen."""
     shared = [(ours, theirs) for ours, theirs in paired if theirs]
     if not shared:
         return {}
     ours, theirs = min(shared, key=lambda pair: (pair[0].accuracy - pair[1].accuracy, pair[0].task))
-    flips = significance.flips(ours.correctness, theirs.correctness)
-    low, high = stats.flips_interval(*flips, len(ours.items), 1 - LEVEL / len(shared))
+    low, high = stats.flips_interval(*flips[ours.task], len(ours.items), 1 - LEVEL / len(shared))
     delta = ours.accuracy - theirs.accuracy
     return {"worst_task": ours.task, "worst_task_delta": delta, "worst_task_low": low, "worst_task_high": high}
 
