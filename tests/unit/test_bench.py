@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from harness import bench
@@ -46,6 +48,17 @@ def test_the_plot_is_drawn_beside_the_table(table: pd.DataFrame, tmp_path: Path)
     written = kernels.plot(path)
     assert [p.suffix for p in written] == [".png", ".svg"] and all(p.stat().st_size > 10_000 for p in written)
     assert "packed_mm" in written[1].read_text()
+
+
+def test_with_one_batch_each_kernel_has_a_row_with_a_dot_for_each_layer(table: pd.DataFrame) -> None:
+    once = table[table["batch"] == 1]
+    panels = kernels._dots(kernels._labelled(once)).axes
+    subjects = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert len(subjects) == len(set(subjects)) == len(once) / len(LAYERS) and "torch linear · 16 bit" in subjects
+    for panel, column, factor in zip(panels, ("bandwidth_fraction", "speedup"), (100, 1), strict=True):
+        dots = [xy for made in panel.collections if isinstance(made, PathCollection) for xy in np.asarray(made.get_offsets()).tolist()]
+        assert sorted(x for x, _ in dots) == pytest.approx(sorted(factor * once[column]))
+        assert {round(y) for _, y in dots} == set(range(len(subjects)))
 
 
 def test_layers_are_chosen_by_pattern_and_unknown_ones_refused() -> None:
