@@ -18,10 +18,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (8, 0)
 
 
-class OwnTriton(Kernel):
+class TritonKernel(Kernel):
     """Every grid whose groups are multiples of 32 inputs, on a CUDA card; on a CPU only in Triton's interpreter."""
-
-    name = "slimbench triton packed_mm"
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
@@ -40,6 +38,12 @@ class OwnTriton(Kernel):
         if found < _OLDEST:
             return f"needs compute capability 8.0, this card has {found[0]}.{found[1]}"
         return None
+
+
+class OwnTriton(TritonKernel):
+    """Weights in tiles of rows."""
+
+    name = "slimbench triton packed_mm"
 
     @classmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:

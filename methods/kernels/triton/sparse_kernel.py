@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.kernels.grid import QuantizedWeight, two_of_four
-from methods.kernels.triton.kernel import OwnTriton
+from methods.kernels.triton.kernel import TritonKernel
 
 if TYPE_CHECKING:
     from methods.kernels.triton.sparse24 import Sparse24
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 8
 
 
-class OwnSparse(OwnTriton):
+class OwnSparse(TritonKernel):
     """Symmetric 4-bit codes of which each four consecutive inputs have at most two that are not zero: 3 bits are read for each weight.
 
     More than eight rows of inputs go through an expanded weight: there the arithmetic counts, not the bytes.
@@ -50,11 +50,6 @@ class OwnSparse(OwnTriton):
     @classmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
         return _packed(layer.positions, layer.weight_packed, layer.scales, layer.out_features).codes(layer.grid)
-
-    @classmethod
-    def rows(cls, layer: Any, index: Tensor) -> Tensor:
-        """Some rows of the weight, dequantized: [n, in] for an index [n]."""
-        return cls.restore(layer).dequantize()[index]
 
 
 def _packed(positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Sparse24:
