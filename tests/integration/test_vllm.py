@@ -80,7 +80,7 @@ def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, nam
     ours, scores = measured(model, ids), model.logits(ids[:2, :PROMPT], PROMPT - 1)[:, -1].float()
     chosen = scores.gather(1, torch.tensor([row[:1] for row in theirs["greedy"]]))[:, 0]
 
-    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=0.02)
+    assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=0.02 if name == "int8-dynamic" else 0.005)
     assert (scores.amax(1) - chosen <= 0.05 * scores.abs().amax(1)).all(), "as close as `slimbench engines check` asks for"
     if name != "int8-dynamic":  # whose inputs are rounded by another kernel: near ties of a random prompt fall otherwise
         assert [row[0] for row in theirs["greedy"]] == [row[0] for row in ours["greedy"]]
