@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.base import Unsupported
+from methods.quantization._packed_layers import HEAD, Layer, PackedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from methods.kernels.grid import Grid
 
-_REFUSED = {"offsets": "offsets that are no whole steps of the grid", "outlier_values": "outliers", "low_rank_in": "a low-rank part"}
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM into one layer
-_HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 def existing(artefact: Path, out: Path) -> Path:
@@ -35,28 +34,19 @@ def from_packed(artefact: Path, out: Path) -> Path:
     Raises:
         Unsupported: The format does not hold a layer's grid, the packed head is the embedding too, or layers that vLLM joins differ.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from methods.kernels import packed
-    from methods.kernels.grid import Grid
 
-    tensors = load_file(artefact / packed.WEIGHTS)
-    described = json.loads((artefact / packed.DESCRIPTION).read_text())
-    names = sorted(key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight"))
-    if _HEAD in names and f"{_EMBEDDING}.weight" not in tensors:
-        raise Unsupported("the format compressed-tensors has no packed head that is the embedding too")
+    model = PackedModel(artefact, "compressed-tensors")
+    _check_joined(model.grids)
+    dense = [key for key in model.others if key.endswith(".weight")]
     members: dict[Grid, list[str]] = defaultdict(list)
-    grids = {name: Grid(**described["layers"].get(name, described["default"])) for name in names}
-    _check_joined(grids)
-    for name, grid in grids.items():
-        for part, reason in _REFUSED.items():
-            if f"{name}.{part}" in tensors:
-                raise Unsupported(f"the format compressed-tensors does not hold {name}: it has {reason}")
+    for name, grid in model.grids.items():
         members[grid].append(name)
-        tensors |= dict(_layer(name, grid, tensors.pop(f"{name}.qweight"), tensors.pop(f"{name}.scales")))
+    tensors = model.others | {name: tensor for layer in model.layers() for name, tensor in _layer(layer)}
     save_file(tensors, out / packed.WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((artefact / "config.json").read_text())
-    config["quantization_config"] = _description(members, [key for key in tensors if key.endswith(".weight")])
+    config = model.config | {"quantization_config": _description(members, dense)}
     (out / "config.json").write_text(json.dumps(config, indent=1))
     return out
 
@@ -69,20 +59,18 @@ def _check_joined(grids: dict[str, Grid]) -> None:
                 raise Unsupported(f"vLLM joins {', '.join(parts)} into one layer, and their grids differ in {parent}")
 
 
-def _layer(name: str, grid: Grid, qweight: Tensor, scales: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _layer(layer: Layer) -> Iterator[tuple[str, Tensor]]:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    from methods.kernels.grid import unpack
-
-    codes = unpack(qweight, grid.bits)
+    name, grid = layer.name, layer.grid
     if grid.activation_bits:
-        yield f"{name}.weight", codes.contiguous()
+        yield f"{name}.weight", layer.codes.contiguous()
     else:
-        signed = (codes.short() - grid.mid).to(torch.int8)
+        signed = (layer.codes.short() - grid.mid).to(torch.int8)
         yield f"{name}.weight_packed", pack_to_int32(signed, grid.bits)
-        yield f"{name}.weight_shape", torch.tensor(codes.shape)
-    yield f"{name}.weight_scale", scales.contiguous()
+        yield f"{name}.weight_shape", torch.tensor(layer.codes.shape)
+    yield f"{name}.weight_scale", layer.scales.contiguous()
 
 
 def _description(members: dict[Grid, list[str]], dense: list[str]) -> dict[str, Any]:
@@ -94,7 +82,7 @@ def _description(members: dict[Grid, list[str]], dense: list[str]) -> dict[str, 
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
-        "ignore": sorted({_HEAD, *(key.removesuffix(".weight") for key in dense)} - packed),
+        "ignore": sorted({HEAD, *(key.removesuffix(".weight") for key in dense)} - packed),
     }
 
 
