@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,9 @@ from leaderboard.speed import fields as speed_fields
 
 INCOMPLETE = "incomplete"
 _WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.UNSUPPORTED)
+_GGUF_GRID, _GGUF_GROUP = re.compile(r"q(\d)_[01]"), 32
+_GRID_MET = 5.0
+"""Per cent of perplexity: a grid that lies otherwise than the source's loses several times as much in a small model."""
 _LIBRARIES = ("torch", "transformers", "lm_eval", "llmcompressor", "bitsandbytes", "compressed-tensors", "triton")
 
 Records = dict[tuple[Stage, str], Record]
@@ -76,6 +80,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
     flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
+    flags += _grid_of_the_source(cell.source_precision, compress, measures.get("perplexity_delta_percent"))
     rival = newest.get((Stage.SPEED, cell.reference.speed))
     if speed and speed.speed and rival:
         flags += disturbances(speed.speed, rival.speed)
@@ -121,6 +126,16 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         **calibration(bearer),
         **(speed_fields(speed.speed) if speed and speed.speed and not simulated else {}),
     )
+
+
+def _grid_of_the_source(precision: str | None, compress: Record | None, loss: float | None) -> list[str]:
+    """A flag where a source that was itself rounded is rounded to as many bits in as small groups, and next to nothing is lost."""
+    source = _GGUF_GRID.fullmatch(precision or "")
+    claim = compress.compress.claim if compress and compress.compress else {}
+    if not source or loss is None or loss > _GRID_MET or (claim.get("bits"), claim.get("group_size")) != (int(source[1]), _GGUF_GROUP):
+        return []
+    grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
+    return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
 
 
 def _expected(bearer: Record, simulated: bool) -> list[Stage]:

@@ -166,6 +166,27 @@ def test_different_items_are_never_paired() -> None:
     assert row.accuracy_delta is None and len(row.task_delta) == 2
 
 
+@pytest.mark.parametrize(
+    ("source", "bits", "group", "loss", "flagged"),
+    [
+        ("q4_1", 4, 32, 1.001, True),
+        ("q4_1", 4, 64, 1.001, False),
+        ("q4_1", 8, 32, 1.001, False),
+        ("q4_1", 4, 32, 1.2, False),
+        ("q8_0", 8, 32, 1.001, True),
+        (None, 4, 32, 1.001, False),
+        ("bf16", 4, 32, 1.001, False),
+    ],
+)
+def test_a_grid_that_the_source_had_already_is_flagged(source: str | None, bits: int, group: int, loss: float, flagged: bool) -> None:
+    spec = replace(GPTQ, source_precision=source, loss=loss)
+    made = records(spec.reference()) + records(spec)
+    for record in made:
+        if record.compress and record.cell.pipeline == "gptq":
+            record.compress.claim |= {"bits": bits, "group_size": group}
+    assert any("a grid that is met again" in flag for flag in row_of(made, "gptq").flags) is flagged
+
+
 def test_two_suites_protocols_or_machines_never_share_a_table() -> None:
     suites = [GPTQ, replace(GPTQ, suite="papers"), replace(GPTQ, seqlen=2048), replace(GPTQ, model="other"), replace(GPTQ, speed="long")]
     made = [record for spec in suites for record in records(spec)]

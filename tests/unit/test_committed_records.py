@@ -18,6 +18,8 @@ MODEL = "smollm2-135m"
 MISSES = (
     *("awq-3bit", "gptq-3bit", "signround-3bit", "rtn-3bit", "hqq-3bit", "kmeans-3bit", "kmeans-4bit"),
     *("gptq-2bit", "quip-2bit", "ternary-qat", "vptq", "mxfp4"),
+    *(f"{name}(bits=3{group})" for name in ("gptq", "hqq", "rtn-4bit") for group in ("", ",group_size=32")),
+    "gptq(bits=2,group_size=32)",
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 
