@@ -227,15 +227,20 @@ def describe(recommendation: Recommendation) -> list[str]:
         lines.append(f"None of {recommendation.considered} cells keeps to the budget. Nearest miss: {_words(recommendation.nearest_miss)}")
         return lines
     lines.append(f"Best by {recommendation.objective}: {_words(recommendation.choice)}")
+    lines += _flags(recommendation.choice)
     if (sure := recommendation.choice.confidence) is not None:
         lines.append(f"It keeps to the budget with a probability of {_percent(sure)}.")
     if recommendation.runner_up:
-        lines.append(f"Runner-up: {_words(recommendation.runner_up)}")
+        lines += [f"Runner-up: {_words(recommendation.runner_up)}", *_flags(recommendation.runner_up)]
     if recommendation.better is not None:
         lines.append(f"Probability that the choice has the lower perplexity of the two: {_percent(recommendation.better)}.")
     if recommendation.tied:
         lines.append(f"Not significantly different in perplexity: {', '.join(recommendation.tied)}.")
     return lines
+
+
+def _flags(candidate: Candidate) -> list[str]:
+    return [f"  Flag: {flag}." for flag in candidate.row.flags]
 
 
 def _words(candidate: Candidate) -> str:

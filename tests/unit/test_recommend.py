@@ -92,6 +92,16 @@ def test_unknown_names_have_a_nearest_choice(measured: list[Record]) -> None:
             recommend(measured, budget=Budget(), **arguments)
 
 
+def test_the_flags_of_a_choice_are_told_with_it(measured: list[Record]) -> None:
+    marked = [record.model_copy(deep=True) for record in measured]
+    plain = describe(recommend(measured, MODEL, Budget(max_drop=0.01)))
+    for record in marked:
+        if record.quality:
+            record.quality.flags.append("calibrated on the test text")
+    told = describe(recommend(marked, MODEL, Budget(max_drop=0.01)))
+    assert told.count("  Flag: calibrated on the test text.") == 2 and not any("calibrated on" in line for line in plain)
+
+
 def test_command_line(measured: list[Record], tmp_path: Path) -> None:
     store = Store(tmp_path)
     for record in measured:

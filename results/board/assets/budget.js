@@ -50,6 +50,8 @@
   const percent = (p) => (p > 0.999 ? "> 99.9 %" : p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
   const line = (title, held, extra = "") => element("p", {}, element("b", {}, `${title} `), element("a", { href: held.row.href }, held.row.name), ` (${held.row.engine}): ${words(held.row)}${extra}`);
 
+  const flags = (held) => held.row.flags.map((text) => element("p", { className: "flag" }, text));
+
   const advise = (kept, set) => {
     const box = document.getElementById("advice");
     const candidates = kept.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null);
@@ -65,10 +67,10 @@
       box.append(element("p", { className: "notice" }, "None keeps to the budget."), line("Nearest miss:", near, `; misses ${missed}`));
       return;
     }
-    box.append(line(`Best by ${state.objective}:`, choice, choice.sure === null ? "." : `. Keeps to the budget with a probability of ${percent(choice.sure)}.`));
+    box.append(line(`Best by ${state.objective}:`, choice, choice.sure === null ? "." : `. Keeps to the budget with a probability of ${percent(choice.sure)}.`), ...flags(choice));
     if (next) {
       const tie = choice.row.rank !== null && choice.row.rank === next.row.rank;
-      box.append(line("Runner-up:", next, tie ? ". Shares its rank." : "."));
+      box.append(line("Runner-up:", next, tie ? ". Shares its rank." : "."), ...flags(next));
     }
   };
 
