@@ -57,7 +57,7 @@ def render(board: Board, row: Row, line: Line) -> str:
         details=[(name, text) for name, text in details(row) if name not in _SHOWN_APART],
         grids=[grid for grid in (_perplexities(row), _tasks(row), _speeds(row)) if grid.rows],
         evidence=list(_evidence(records)),
-        provenance=[_provenance(stage, record) for stage, record in records.items()],
+        provenance=list(_provenance(records)),
     )
 
 
@@ -142,11 +142,41 @@ def _found(title: str, evidence: Evidence) -> Grid:
     return Grid(title, header, rows, [(name, _cut(clean(text))) for name, text in facts.items() if text])
 
 
-def _provenance(stage: Stage, record: Record) -> dict[str, Any]:
-    facts, failure = record.provenance, record.failure
+def _provenance(records: Mapping[Stage, Record]) -> Iterator[dict[str, Any]]:
+    """What all stages have in common, then each stage with the rest."""
+    facts = {stage: _facts(record) for stage, record in records.items()}
+    texts = {stage: _texts(record) for stage, record in records.items()}
+    if len(records) > 1:
+        common = _shared(facts), _shared(texts)
+        if any(common):
+            yield _section("All stages", *common)
+    for stage, record in records.items():
+        yield _section(f"Stage {stage}: {record.status}", facts[stage], texts[stage])
+
+
+def _shared(found: Mapping[Stage, dict[str, Any]]) -> dict[str, Any]:
+    """Take out what is the same everywhere."""
+    first, *others = found.values()
+    same = [name for name, value in first.items() if all(other.get(name) == value for other in others)]
+    for other in others:
+        for name in same:
+            del other[name]
+    return {name: first.pop(name) for name in same}
+
+
+def _section(title: str, facts: Mapping[str, Any], texts: Mapping[str, Any]) -> dict[str, Any]:
+    written = {name: text if isinstance(text, str) else to_json(text, indent=1, fallback=str).decode() for name, text in texts.items()}
+    return {
+        "title": title,
+        "facts": [(name, _cut(clean(str(value)))) for name, value in facts.items()],
+        "texts": [(name, "\n".join(map(clean, shorten(text, _LONGEST_TEXT).splitlines()))) for name, text in written.items()],
+    }
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    facts = record.provenance
     git = value if isinstance(value := facts.get("git"), dict) else {}
     hardware = value if isinstance(value := facts.get("hardware"), dict) else {}
-    packages = value if isinstance(value := facts.get("packages"), dict) else {}
     known = {
         "Key": record.key,
         "Started": record.started,
@@ -161,19 +191,19 @@ def _provenance(stage: Stage, record: Record) -> dict[str, Any]:
         "Processor": hardware.get("cpu"),
         "Threads": facts.get("threads"),
     }
-    texts = {
-        "Packages": "\n".join(f"{name} {version}" for name, version in packages.items()),
-        "Configuration": to_json(record.config, indent=1, fallback=str).decode(),
+    return {name: value for name, value in known.items() if value not in (None, "")}
+
+
+def _texts(record: Record) -> dict[str, Any]:
+    """Long texts; the configuration as it is, to be written out where it is shown."""
+    packages, failure = record.provenance.get("packages"), record.failure
+    known = {
+        "Packages": "\n".join(f"{name} {version}" for name, version in packages.items()) if isinstance(packages, dict) else "",
+        "Configuration": record.config,
         "Traceback": failure.traceback if failure else "",
         "End of stderr": failure.stderr_tail if failure else "",
     }
-    return {
-        "title": f"Stage {stage}: {record.status}",
-        "facts": [(name, _cut(clean(str(value)))) for name, value in known.items() if value not in (None, "")],
-        "texts": [
-            (name, "\n".join(clean(line) for line in shorten(text, _LONGEST_TEXT).splitlines())) for name, text in texts.items() if text
-        ],
-    }
+    return {name: value for name, value in known.items() if value}
 
 
 def _plain(value: Any) -> str:

@@ -189,6 +189,16 @@ def test_fronts_ranks_and_labels_are_marked() -> None:
     assert all("made from q4_1 weights" in parsed[name].text for name in (names.model("tiny-135m"), names.method("gptq")))
 
 
+def test_what_all_stages_have_in_common_is_told_once() -> None:
+    made = records(GPTQ)
+    made[2].provenance = made[2].provenance | {"python": "3.12.1"}
+    text = pages(site(made))[names.cell(row_of(made, "gptq"))].text
+    provenance = text[text.index("All stages") :]
+    assert [provenance.count(word) for word in ("Processor", "transformers 5.17.0", '"seqlen": 512')] == [1, 1, 1]
+    assert provenance.count("Python") == 3 and "3.12.1" in provenance
+    assert all(f"Stage {record.stage}: ok" in provenance and record.key in provenance for record in made)
+
+
 def test_failures_and_files_that_could_not_be_read_are_shown(made: dict[str, str]) -> None:
     parsed = pages(made)
     for row in rows(board()):
