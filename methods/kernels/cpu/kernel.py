@@ -38,9 +38,9 @@ class OwnCpu(Kernel):
 
     @classmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
-        offsets = getattr(layer, "offsets", None)
+        kept = layer._buffers  # a third of the time of a small product is looking up what it needs
         return torch.ops.slimbench.packed_mm(
-            x.contiguous(), layer.weight_packed, layer.scales, offsets, layer.grid.bits, layer.out_features
+            x.contiguous(), kept["weight_packed"], kept["scales"], kept.get("offsets"), layer.grid.bits, layer.out_features
         )
 
     @classmethod
