@@ -40,10 +40,7 @@ class PackedLinear(nn.Module):
         self.dtype = weight.scales.dtype
         self._kernel, self.kernel_missing = choose(weight, kernels)
         self.kernel = self._kernel.name
-        self.offsets: Tensor | None = None
         for name, tensor in self._kernel.prepare(weight).items():
-            if name == "offsets":
-                del self.offsets
             self.register_buffer(name, tensor)
         self.sparse = weight.outliers is not None
         if weight.outliers is not None:
