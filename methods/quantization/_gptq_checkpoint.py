@@ -44,7 +44,7 @@ def load(artefact: Path, device: str, trust_remote_code: bool = False) -> nn.Mod
             module = GPTQModel.load(folder, device=device, trust_remote_code=trust_remote_code).model.eval()
             with torch.inference_mode():  # a kernel may be chosen that refuses its first product
                 module(torch.zeros(1, 1, dtype=torch.int64, device=device))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (ValueError, NotImplementedError, RuntimeError) as error:
             raise Unsupported(f"GPTQModel does not run this model here: {' '.join(str(error).split())[:200]}") from error
