@@ -466,7 +466,7 @@ class LargestBatch(_Schema):
     Attributes:
         batch: 0 where not even one sequence fits.
         limited_by: `memory`: twice as many do not fit; `cap` or `budget`: they were not tried.
-        bytes_per_sequence: Growth of the peak from the last batch but one to the last, for each sequence; None below two batches.
+        bytes_per_sequence: What the last batch took at its peak more than the last but one, for each sequence; None below two batches.
     """
 
     batch: int

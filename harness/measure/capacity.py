@@ -19,7 +19,7 @@ def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes:
     """Run one prefill and one decode step with 1, 2, 4, … sequences of the prompt of a point.
 
     On CUDA memory ends where the allocator says so. A CPU has no such end that a process would survive, so the next peak is
-    predicted from the growth between the last two, and a batch whose peak would exceed 90 % of the memory is not tried.
+    predicted from what the last two took, and a batch whose peak would exceed 90 % of the memory is not tried.
 
     Args:
         cap: Highest batch to try.
@@ -27,12 +27,12 @@ def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes:
         budget_s: Seconds after which no further batch is tried.
     """
     began = time.perf_counter()
-    batch, seen = 1, [(0, _in_use(model.device))]
+    batch, seen = 1, [(0, 0)]
     while True:
-        if model.device.type == "cpu" and _predicted(seen, batch) > _SHARE * memory_bytes:
+        if model.device.type == "cpu" and resident_bytes() + _predicted(seen, batch) > _SHARE * memory_bytes:
             return _result(seen, "memory")
         try:
-            seen.append((batch, _peak(model, point.model_copy(update={"batch": batch}))))
+            seen.append((batch, _taken(model, point.model_copy(update={"batch": batch}))))
         except (torch.OutOfMemoryError, MemoryError):
             return _result(seen, "memory")
         finally:
@@ -46,13 +46,13 @@ def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes:
 
 
 def _predicted(seen: list[tuple[int, int]], batch: int) -> float:
-    """Peak of a batch, on the line through the last two (batch, peak); with one of them, what is in use now."""
-    last, peak = seen[-1]
-    return peak + _slope(seen[-2:]) * (batch - last)
+    """Bytes that a batch will take, on the line through the last two (batch, bytes); nothing with one of them."""
+    last, taken = seen[-1]
+    return taken + _slope(seen[-2:]) * (batch - last)
 
 
 def _slope(seen: list[tuple[int, int]]) -> float:
-    """Bytes for each sequence between the first and the last (batch, peak); never negative."""
+    """Bytes for each sequence between the first and the last (batch, bytes); never negative."""
     (first, low), (last, high) = seen[0], seen[-1]
     return max(0.0, (high - low) / (last - first)) if last > first else 0.0
 
@@ -62,13 +62,15 @@ def _result(seen: list[tuple[int, int]], limited_by: str) -> LargestBatch:
     return LargestBatch(batch=seen[-1][0], limited_by=limited_by, bytes_per_sequence=growth)  # type: ignore[arg-type]
 
 
-def _peak(model: LoadedModel, point: SpeedPoint) -> int:
+def _taken(model: LoadedModel, point: SpeedPoint) -> int:
+    """Bytes that a prefill and a decode step take above what is in use before them: what else is let go meanwhile is no part of it."""
+
     def work() -> tuple[Step, int]:
         step = model.decode_step(model.prefill(prompts(model, point), room=point.new_tokens))
         return step, _in_use(model.device)
 
     peak = peak_of(model.device, work)
-    return peak.highest if peak.highest is not None else peak.result[1]
+    return (peak.highest if peak.highest is not None else peak.result[1]) - peak.before
 
 
 def _in_use(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def measure(model: LoadedModel, point: SpeedPoint, weight_bytes: int, card: Moni
 def peak_of(device: torch.device, work: Callable[[], _T]) -> Peak[_T]:
     """Do some work and see the most memory in use meanwhile: by the allocator on CUDA, by the process elsewhere.
 
-    On Linux the kernel's peak of the resident set is reset beforehand, and memory that the C library keeps for later is
-    given back, so that it does not hide what the work needs. Elsewhere the peak is unknown.
+    On Linux the kernel's peak of the resident set is reset beforehand; garbage, and memory that the C library keeps for later,
+    are given back, so that they do not hide what the work needs. Elsewhere the peak is unknown.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -100,6 +101,7 @@ def _highest_resident() -> int:
 
 
 def _give_back() -> None:
+    gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
