@@ -104,6 +104,8 @@ class CompressResult(_Schema):
         training_tokens: Tokens of all gradient steps, as the methods claim them.
         trained_parameters: Parameters updated by gradient descent, as the methods claim them.
         tuning_free: No method of the pipeline trains.
+        load: What else ran on the machine meanwhile.
+        flags: One line for each fact that makes the times doubtful.
     """
 
     claim: dict[str, Any]
@@ -120,6 +122,8 @@ class CompressResult(_Schema):
     training_tokens: int = 0
     trained_parameters: int = 0
     tuning_free: bool = True
+    load: dict[str, float] = {}
+    flags: list[str] = []
 
 
 class DivergenceResult(_Schema):

@@ -80,6 +80,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
     flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
+    flags += compress.compress.flags if compress and compress.compress else []
     flags += _grid_of_the_source(cell.source_precision, compress, measures.get("perplexity_delta_percent"))
     rival = newest.get((Stage.SPEED, cell.reference.speed))
     if speed and speed.speed and rival:

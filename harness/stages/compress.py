@@ -6,8 +6,11 @@ import hashlib
 import shutil
 import time
 
+import torch
+
 from harness import artefact, models
 from harness.config import RunConfig, build_method
+from harness.measure import gpu, machine
 from harness.measure.cost import Cost
 from harness.measure.perplexity import public_name
 from harness.record import CalibrationFacts, CompressResult
@@ -26,7 +29,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
     tokens = calibration_of(config, source, report)
     claim: Claim | None = None
     step_seconds: dict[str, float] = {}
-    cost = Cost(config.device.name)
+    cost, watch = Cost(config.device.name), machine.LoadWatch(gpu.monitor(torch.device(config.device.name)))
     with artefact.staging(key) as folder:
         current = source
         for index, (step, method) in enumerate(zip(config.pipeline, methods, strict=True)):
@@ -49,7 +52,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             key=key, model=config.model.name, pipeline=[s.model_dump() for s in config.pipeline], claim=claim.to_dict()
         )
         final = artefact.publish(current, manifest)
-    spent = cost.read()
+    spent, (load, disturbances) = cost.read(), watch.read()
     report.phase("hash artefact")
     return CompressResult(
         **spent,
@@ -63,6 +66,8 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
         training_tokens=claim.training_tokens,
         trained_parameters=claim.trained_parameters,
         tuning_free=not any(method.needs.training for method in methods),
+        load=load,
+        flags=[f"{seen} (compression)" for seen in disturbances],
     )
 
 

@@ -210,6 +210,14 @@ def test_flags_of_all_evidence_are_shown_once() -> None:
     assert row_of(board(), "nf4").flags == ["load average 3.1 on 2 cores while measuring"]
 
 
+def test_a_compression_that_shared_the_machine_is_flagged() -> None:
+    made, shared = board(), "other load: 1.1 cores busy beside the measurement (compression)"
+    for record in made:
+        if record.compress and record.cell.pipeline == "gptq":
+            record.compress.flags.append(shared)
+    assert shared in row_of(made, "gptq").flags
+
+
 def test_a_simulated_artefact_has_no_speed_figure() -> None:
     row = row_of(board(), "fake-int6")
     assert row.speedup is row.decode_tokens_per_s is row.prefill_ms is None

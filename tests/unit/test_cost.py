@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import struct
 import subprocess
 import sys
@@ -35,6 +37,19 @@ def test_children_count() -> None:
     cost = Cost("cpu")
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
     assert cost.read()["cpu_seconds"] >= 0.25
+
+
+def test_a_compression_beside_other_load_is_flagged(overrides: list[str]) -> None:
+    stranger = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
+    ended = subprocess.run(
+        ["sh", "-c", 'nice -n 5 "$0" -S -c "$1" >/dev/null 2>&1 & echo $!', sys.executable, stranger], capture_output=True, check=True
+    )
+    try:
+        result = compress.run(resolve([*overrides, "method=gptq", "calibration_samples=8"]), uuid.uuid4().hex, Silent())
+    finally:
+        os.kill(int(ended.stdout), signal.SIGKILL)
+    assert result.load["other_cores"] > 0.25
+    assert any(flag.startswith("other load: ") and flag.endswith(" (compression)") for flag in result.flags)
 
 
 @pytest.fixture(scope="module")
