@@ -6,13 +6,14 @@ The intervals of the same differences stand in `harness.stats`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from harness.stats import Samples, paired_values
+from harness.stats import Samples, adjusted_difference, paired_values, task_changes
 
 LEVEL = 0.05
 
@@ -131,6 +132,44 @@ def mcnemar(right_to_wrong: ArrayLike, wrong_to_right: ArrayLike) -> NDArray[np.
     """
     lost, won = (np.asarray(counts).astype(np.intp) for counts in (right_to_wrong, wrong_to_right))
     return np.minimum(1.0, 2 * special.bdtr(np.minimum(lost, won), lost + won, 0.5))
+
+
+def accuracy_p_value(candidate: Sequence[Samples], reference: Sequence[Samples]) -> float:
+    """p-value of a difference of macro-average accuracy over shared items.
+
+    It is below 5 % exactly where the interval of `harness.stats.accuracy_delta_interval` leaves out zero.
+
+    Args:
+        candidate: For each task the correctness of its items, 0..1, shape [items].
+        reference: The same tasks and items in the same order.
+
+    Returns:
+        Two-sided p-value; 1 where no answer changed.
+
+    Raises:
+        ValueError: As of `harness.stats.accuracy_delta_interval`.
+
+    Source: `accuracy_p_values`.
+    """
+    return float(accuracy_p_values(*task_changes(candidate, reference)))
+
+
+def accuracy_p_values(sums: NDArray[np.float64], squares: NDArray[np.float64], items: NDArray[np.float64]) -> NDArray[np.float64]:
+    """p-values of differences of macro-average accuracy, many at once: the normal test of `harness.stats.adjusted_difference`.
+
+    McNemar's test of all items together would ask another question: there a large task outweighs small ones, and its answer can
+    have the opposite sign.
+
+    Args:
+        sums: Sum of the items' differences of each task, shape [..., tasks].
+        squares: Sum of their squares, same shape.
+        items: Number of items of each task, shape [tasks].
+
+    Returns:
+        Two-sided p-values, shape [...].
+    """
+    middle, error = adjusted_difference(sums, squares, items)
+    return np.asarray(2 * special.ndtr(-np.abs(middle / error)))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

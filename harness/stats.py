@@ -278,17 +278,15 @@ def accuracy_interval(tasks: Sequence[Samples], level: float = 0.95) -> Estimate
     return (mean, *UNDEFINED) if math.isnan(reach) else (mean, max(0.0, mean - reach), min(1.0, mean + reach))
 
 
-def accuracy_delta_interval(
-    candidate: Sequence[Samples], reference: Sequence[Samples], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
-    """Difference of macro-average accuracy, with its paired bootstrap interval; items are drawn within their task.
+def accuracy_delta_interval(candidate: Sequence[Samples], reference: Sequence[Samples], level: float = 0.95) -> Estimate:
+    """Difference of macro-average accuracy over shared items, each task weighs the same, with its interval.
+
+    Coverage is 94 to 97 % at a level of 95 %, and more where only a few answers change: a bootstrap of those is too narrow.
 
     Args:
-        candidate: For each task the correctness of its items, 0..1, shape [items].
+        candidate: For each task the correctness of its items, 0..1, shape [items]; numbers of items may differ.
         reference: The same tasks and items in the same order.
         level: Confidence, 0..1.
-        resamples: Bootstrap samples drawn.
-        seed: Seed of the draw.
 
     Returns:
         Mean difference (candidate - reference), lower bound, upper bound.
@@ -296,12 +294,56 @@ def accuracy_delta_interval(
     Raises:
         ValueError: Tasks or items do not match, there are none, or a value is not finite.
 
-    Source: stratified bootstrap, Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.2.
+    Source: `adjusted_difference`.
     """
-    differences = [np.subtract(*paired_values(ours, theirs)) for ours, theirs in zip(_tasks(candidate), _tasks(reference), strict=True)]
-    draws = np.mean([_resampled_means(*_counted(d), resamples, (seed, task)) for task, d in enumerate(differences)], axis=0)
-    low, high = _quantiles(draws, (1 - level) / 2, (1 + level) / 2)
-    return float(np.mean([d.mean() for d in differences])), low, high
+    sums, squares, items = task_changes(candidate, reference)
+    return float((sums / items).mean()), *_bounds_of_shares(*adjusted_difference(sums, squares, items), level)
+
+
+def task_changes(candidate: Sequence[Samples], reference: Sequence[Samples]) -> NDArray[np.float64]:
+    """What `adjusted_difference` takes, for two models on shared items: sums, squares and numbers of items, shape [3, tasks].
+
+    Args:
+        candidate: For each task the correctness of its items, 0..1, shape [items].
+        reference: The same tasks and items in the same order.
+
+    Raises:
+        ValueError: As of `accuracy_delta_interval`.
+    """
+    pairs = zip(_tasks(candidate), _tasks(reference), strict=True)
+    changes = [np.subtract(*paired_values(ours, theirs)) for ours, theirs in pairs]
+    return np.array([(change.sum(), change @ change, len(change)) for change in changes]).T
+
+
+def adjusted_difference(
+    sums: NDArray[np.float64], squares: NDArray[np.float64], items: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Macro-average of paired differences and its standard error, as if one more answer had turned right and one wrong.
+
+    These two answers are shared between the tasks: 1 / tasks of each in every one.
+
+    Args:
+        sums: Sum of the items' differences of each task, shape [..., tasks].
+        squares: Sum of their squares, same shape; with right and wrong alone, the number of changed answers.
+        items: Number of items of each task, shape [tasks].
+
+    Returns:
+        Difference and standard error, shape [...].
+
+    Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data,
+    Journal of Educational and Behavioral Statistics 37(4), 2012, on strata: the variance of a mean of independent means.
+    """
+    tasks = np.shape(items)[-1]
+    totals = items + 2 / tasks
+    means = sums / totals
+    variances = ((squares + 2 / tasks) / totals - means**2) / totals
+    return means.mean(axis=-1), np.sqrt(variances.sum(axis=-1)) / tasks
+
+
+def _bounds_of_shares(middle: Any, error: Any, level: float) -> Interval:
+    """Bounds of a difference of shares, at most 1 away from 0."""
+    reach = _normal(level) * float(error)
+    return max(-1.0, float(middle) - reach), min(1.0, float(middle) + reach)
 
 
 def flips_interval(right_to_wrong: int, wrong_to_right: int, items: int, level: float = 0.95) -> Interval:
@@ -322,15 +364,12 @@ def flips_interval(right_to_wrong: int, wrong_to_right: int, items: int, level: 
     Raises:
         ValueError: Negative counts, or more changes than items.
 
-    Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data,
-    Journal of Educational and Behavioral Statistics 37(4), 2012.
+    Source: `adjusted_difference` of a single task.
     """
     if min(right_to_wrong, wrong_to_right) < 0 or right_to_wrong + wrong_to_right > items:
         raise ValueError(f"{right_to_wrong} and {wrong_to_right} changes do not fit {items} items")
-    lost, won = (right_to_wrong + 1) / (items + 2), (wrong_to_right + 1) / (items + 2)
-    middle = won - lost
-    reach = _normal(level) * math.sqrt((won + lost - middle**2) / (items + 2))
-    return max(-1.0, middle - reach), min(1.0, middle + reach)
+    counts = (wrong_to_right - right_to_wrong, wrong_to_right + right_to_wrong, items)
+    return _bounds_of_shares(*adjusted_difference(*(np.array([count], dtype=np.float64) for count in counts)), level)
 
 
 def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 0.95) -> Estimate:
@@ -370,7 +409,7 @@ def indirect_speedup(
         seed: Seed of the draw.
 
     Returns:
-        Ratio of the median speed-ups, lower bound, upper bound; coverage is 95 to 97.5 % from five pairs on.
+        Ratio of the median speed-ups, lower bound, upper bound; coverage is 95 to 97.5 %. Fewer than six pairs give no bounds (`nan`).
 
     Raises:
         ValueError: Different numbers of samples in a pair, none, or a time that is not finite and above zero.
@@ -379,7 +418,7 @@ def indirect_speedup(
     """
     ours, theirs = _speedups(*candidate), _speedups(*other)
     ratio = float(np.median(ours) / np.median(theirs))
-    if min(len(ours), len(theirs)) < 2:
+    if min(len(ours), len(theirs)) < FEWEST_FOR_MEDIAN:
         return ratio, *UNDEFINED
     return ratio, *_bootstrap((ours, theirs), _ratio_of_medians, level, resamples, seed)
 
@@ -424,22 +463,6 @@ def _quantiles(draws: NDArray[np.float64], *levels: float) -> tuple[float, ...]:
     places = [(int(level * last), level * last % 1) for level in levels]
     ordered = np.partition(draws, sorted({neighbour for below, _ in places for neighbour in (below, min(below + 1, last))}))
     return tuple(float(ordered[below] + (ordered[min(below + 1, last)] - ordered[below]) * part) for below, part in places)
-
-
-def _counted(values: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The few distinct values that items have, and how often each occurs."""
-    distinct, counts = np.unique(values, return_counts=True)
-    return tuple(distinct.tolist()), tuple(counts.tolist())
-
-
-@lru_cache(maxsize=512)
-def _resampled_means(distinct: tuple[float, ...], counts: tuple[int, ...], resamples: int, seed: tuple[int, int]) -> NDArray[np.float64]:
-    """Means of bootstrap samples, shape [resamples]; a board asks for the same counts again and again."""
-    total = sum(counts)
-    drawn = np.random.default_rng(seed).multinomial(total, np.divide(counts, total), size=resamples)
-    means: NDArray[np.float64] = drawn @ np.array(distinct) / total
-    means.flags.writeable = False
-    return means
 
 
 @lru_cache(maxsize=256)

@@ -84,9 +84,9 @@ class AccuracyComparison(_Result):
     """Accuracy over the shared tasks.
 
     Attributes:
-        delta: Mean of the tasks' accuracies, A - B, each task weighs the same; paired bootstrap over items within tasks.
+        delta: Mean of the tasks' accuracies, A - B, each task weighs the same; paired over items within tasks.
         b_only: Items of all tasks that only B has right; `a_only`: that only A has right.
-        p: McNemar's exact test of these two.
+        p: Of `delta` (`significance.accuracy_p_value`).
     """
 
     delta: Difference
@@ -270,8 +270,8 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
         for (a, b), flip, p, p_holm in zip(shared, flips, p_values.tolist(), significance.holm(p_values).tolist(), strict=True)
     ]
     b_only, a_only = sum(t.b_only for t in compared), sum(t.a_only for t in compared)
-    delta = stats.accuracy_delta_interval([a.correctness for a, _ in shared], [b.correctness for _, b in shared])
-    p = float(significance.mcnemar(b_only, a_only))
+    correctness = [a.correctness for a, _ in shared], [b.correctness for _, b in shared]
+    delta, p = stats.accuracy_delta_interval(*correctness), significance.accuracy_p_value(*correctness)
     return AccuracyComparison(delta=_difference(delta), b_only=b_only, a_only=a_only, p=p, tasks=compared)
 
 

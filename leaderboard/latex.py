@@ -206,7 +206,7 @@ def _marks(table: Table, columns: Sequence[Column]) -> dict[tuple[int, str], lis
                 found.setdefault((id(row), column.key), []).append("best")
     tests: tuple[tuple[str, Callable[[Row], int | None], Callable[[Row], float | None], Callable[[Row], bool]], ...] = (
         ("perplexity", lambda row: row.rank, lambda row: row.perplexity_p, lambda row: (row.perplexity_delta_percent or 0) > 0),
-        ("accuracy", lambda row: row.accuracy_rank, lambda row: row.mcnemar_p, lambda row: (row.accuracy_delta or 0) < 0),
+        ("accuracy", lambda row: row.accuracy_rank, lambda row: row.accuracy_p, lambda row: (row.accuracy_delta or 0) < 0),
     )
     for key, rank, p_value, worse in tests:
         leaders = [row for row in rivals if "best" in found.get((id(row), key), [])]

@@ -107,6 +107,7 @@ def _accuracy(paired: Paired, flips: Mapping[str, Flips]) -> dict[str, Any]:
     if len(shared) == len(paired):
         reference = [theirs.correctness for _, theirs in shared]
         found |= named("accuracy_delta accuracy_delta_low accuracy_delta_high", stats.accuracy_delta_interval, items, reference)
+        found["accuracy_p"] = significance.accuracy_p_value(items, reference)
         lost, won = (sum(counts) for counts in zip(*flips.values(), strict=True))
         found |= {"flips_to_wrong": lost, "flips_to_right": won, "mcnemar_p": float(significance.mcnemar(lost, won))}
     return found

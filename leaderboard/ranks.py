@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from harness import significance
 from harness.record import QualityResult
@@ -15,7 +15,7 @@ from leaderboard.pairing import items_of, windows_of
 from leaderboard.row import Row
 
 Measured = tuple[Row, QualityResult | None]
-Values = list[float] | NDArray[np.float64]
+Values = Sequence[float] | Sequence[NDArray[np.float64]]
 
 
 def ranked(board: Sequence[Measured]) -> list[Row]:
@@ -35,25 +35,34 @@ def ranked(board: Sequence[Measured]) -> list[Row]:
     ]
 
 
-def windows_ranks(nll: NDArray[np.float64]) -> list[int]:
+def windows_ranks(nll: ArrayLike) -> list[int]:
     """Ranks by perplexity: paired t-tests over windows, Holm's correction over all pairs of rows.
 
     Args:
         nll: Mean NLL of each window, shape [rows, windows]; less is better.
     """
-    p_values = [significance.paired_p_values(nll[i] - nll[i + 1 :]) for i in range(len(nll) - 1)]
-    return _shared_ranks(np.concatenate(p_values) if p_values else np.empty(0), -nll.mean(axis=1))
+    values = np.asarray(nll)
+    p_values = [significance.paired_p_values(values[i] - values[i + 1 :]) for i in range(len(values) - 1)]
+    return _shared_ranks(np.concatenate(p_values) if p_values else np.empty(0), -values.mean(axis=1))
 
 
-def items_ranks(right: NDArray[np.float64]) -> list[int]:
-    """Ranks by right answers: McNemar's exact test over items, Holm's correction over all pairs of rows.
+def items_ranks(correctness: Sequence[Sequence[ArrayLike]]) -> list[int]:
+    """Ranks by macro-average accuracy: paired tests over items within tasks, Holm's correction over all pairs of rows.
 
     Args:
-        right: 1 where an item was answered right, else 0, shape [rows, items]; more is better.
+        correctness: For each row and task the correctness of its items, 0..1, shape [items]; more is better.
     """
-    first, second = np.triu_indices(len(right), 1)
-    only = right @ (1 - right).T
-    return _shared_ranks(significance.mcnemar(only[first, second], only[second, first]), right.sum(axis=1))
+    tasks = [np.asarray(task) for task in zip(*correctness, strict=True)]
+    first, second = np.triu_indices(len(correctness), 1)
+    sums, squares = [], []
+    for task in tasks:
+        right, shared = task.sum(axis=1), task @ task.T
+        own = shared.diagonal()
+        sums.append(right[first] - right[second])
+        squares.append(own[first] + own[second] - 2 * shared[first, second])
+    items = np.array([task.shape[1] for task in tasks], dtype=np.float64)
+    p_values = significance.accuracy_p_values(np.stack(sums, axis=-1), np.stack(squares, axis=-1), items)
+    return _shared_ranks(p_values, np.mean([task.mean(axis=1) for task in tasks], axis=0))
 
 
 def _shared_ranks(p_values: NDArray[np.float64], merit: NDArray[np.float64]) -> list[int]:
@@ -68,7 +77,7 @@ def _shared_ranks(p_values: NDArray[np.float64], merit: NDArray[np.float64]) -> 
 def _by_table(
     board: Sequence[Measured],
     samples: Callable[[QualityResult], tuple[Any, Values] | None],
-    rank: Callable[[NDArray[np.float64]], list[int]],
+    rank: Callable[[Any], list[int]],
 ) -> dict[int, int]:
     """The rank of each row by its position, for the rows that have one."""
     tables: dict[tuple[str, ...], dict[int, tuple[Any, Values]]] = defaultdict(dict)
@@ -78,10 +87,10 @@ def _by_table(
     return dict(pair for table in tables.values() for pair in _ranks_of(table, rank))
 
 
-def _ranks_of(table: dict[int, tuple[Any, Values]], rank: Callable[[NDArray[np.float64]], list[int]]) -> Iterator[tuple[int, int]]:
+def _ranks_of(table: dict[int, tuple[Any, Values]], rank: Callable[[Any], list[int]]) -> Iterator[tuple[int, int]]:
     most = Counter(identity for identity, _ in table.values()).most_common(1)[0][0]
     members = {index: values for index, (identity, values) in table.items() if identity == most}
-    return zip(members, rank(np.array(list(members.values()))), strict=True)
+    return zip(members, rank(list(members.values())), strict=True)
 
 
 def _windows(quality: QualityResult) -> tuple[Any, Values] | None:
@@ -92,9 +101,8 @@ def _windows(quality: QualityResult) -> tuple[Any, Values] | None:
 
 
 def _items(quality: QualityResult) -> tuple[Any, Values] | None:
-    """What identifies the items of all tasks, and whether each was right; None where there is nothing to rank."""
+    """What identifies the items of all tasks, and the correctness of each; None where there is nothing to rank."""
     tasks = sorted(quality.zeroshot, key=lambda task: task.task)
     if not tasks or not all(task.items for task in tasks):
         return None
-    right = np.concatenate([np.asarray(task.correctness) for task in tasks]) >= 0.5
-    return tuple(map(items_of, tasks)), right.astype(np.float64)
+    return tuple(map(items_of, tasks)), [np.asarray(task.correctness, dtype=np.float64) for task in tasks]

@@ -56,8 +56,8 @@ class Row(BaseModel):
     )
     accuracy_rank: int | None = Field(
         None,
-        description="1 + number of rows of the table that have significantly more items right: McNemar's exact test over the items of all "
-        "tasks, Holm's correction over all pairs, 5 %.",
+        description="1 + number of rows of the table that have a significantly higher accuracy: paired tests over items within tasks, "
+        "Holm's correction over all pairs, 5 %.",
     )
     kl_mean: float | None = Field(
         None, description="KL(reference ‖ row) of the next-token distributions in nats, mean over the tokens of the first corpus."
@@ -77,8 +77,9 @@ class Row(BaseModel):
     )
     accuracy_se: float | None = Field(None, description="Standard error of the accuracy, from the variance over items.")
     accuracy_delta: float | None = Field(None, description="Accuracy above that of the reference on the same items.")
-    accuracy_delta_low: float | None = Field(None, description="Lower bound of the accuracy difference, paired bootstrap over items.")
-    accuracy_delta_high: float | None = Field(None, description="Upper bound of the accuracy difference, paired bootstrap over items.")
+    accuracy_delta_low: float | None = Field(None, description="Lower bound of the accuracy difference, paired over items.")
+    accuracy_delta_high: float | None = Field(None, description="Upper bound of the accuracy difference, paired over items.")
+    accuracy_p: float | None = Field(None, description="p-value of the accuracy difference, not corrected for several rows.")
     task_accuracy: dict[str, float | None] = Field({}, description="Accuracy of each task.")
     task_delta: dict[str, float | None] = Field({}, description="Accuracy of each task above that of the reference on the same items.")
     task_p: dict[str, float | None] = Field(

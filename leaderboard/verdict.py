@@ -70,7 +70,7 @@ def _interval_of_ratio(ratio: Difference) -> str:
 def _accuracy(accuracy: AccuracyComparison) -> str:
     delta, form = accuracy.delta, _signed_points
     facts = "" if delta.low is None or delta.high is None else f"95 % interval {form(delta.low)} to {form(delta.high)}, "
-    words = f"{form(delta.value)} points ({facts}McNemar {p_text(accuracy.p)})"
+    words = f"{form(delta.value)} points ({facts}{p_text(accuracy.p)})"
     text = f"accuracy {words}" if accuracy.p < LEVEL else f"accuracy does not differ significantly, {words}"
     tasks = [f"{t.task} {form(t.delta.value)}" for t in accuracy.tasks if t.significant]
     return text + (f", but does on {', '.join(tasks)}" if tasks and accuracy.p >= LEVEL else "")
@@ -169,7 +169,7 @@ def _bounds(difference: Difference, form: Callable[[float], str]) -> str:
 def _notes(comparison: Comparison) -> list[str]:
     notes = ["Ratios are A / B on the same windows, items or machine. * significant at 5 %."]
     if comparison.accuracy:
-        notes.append("A only, B only: items that only one has right. p is of McNemar's exact test; Holm: corrected over the tasks.")
+        notes.append("A only, B only: items that only one has right; a task's p is McNemar's. Holm: corrected over the tasks.")
     if any(text.pairing_gain for text in comparison.texts):
         head = comparison.texts[0]
         if head.unpaired_se and head.paired_se:

@@ -55,7 +55,8 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Same most likely token": _text(decimal(1, 100), row.top1_agreement, " %"),
         "Change of the true token's probability": _text(decimal(2, 100), row.delta_p, " points"),
         "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),
-        "Accuracy difference": _span(points, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points"),
+        "Accuracy difference": _span(points, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points")
+        + _p(row.accuracy_p),
         "Changed answers": ""
         if row.flips_to_wrong is None
         else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",

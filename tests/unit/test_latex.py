@@ -95,7 +95,7 @@ def same_end(name: str) -> Spec:
     ("key", "rank", "delta", "p"),
     [
         ("perplexity", "rank", "perplexity_delta_percent", "perplexity_p"),
-        ("accuracy", "accuracy_rank", "accuracy_delta", "mcnemar_p"),
+        ("accuracy", "accuracy_rank", "accuracy_delta", "accuracy_p"),
     ],
 )
 def test_marks_are_those_of_the_tests(key: str, rank: str, delta: str, p: str) -> None:

@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from harness import significance
+from harness import significance, stats
 from harness.record import Status
 from leaderboard.ranks import items_ranks, windows_ranks
 from leaderboard.rows import rows
@@ -129,7 +129,9 @@ def test_ranks_of_equal_rows_are_all_one_in_95_percent_of_tables() -> None:
     rng, tables = np.random.default_rng(6), 600
     for draw in (
         lambda: windows_ranks(rng.normal(3, 0.5, 16) + rng.gamma(2, 0.05, (6, 16))),
-        lambda: items_ranks(np.where(rng.random((6, 100)) < 0.2, rng.random((6, 100)) < 0.5, rng.random(100) < 0.5).astype(float)),
+        lambda: items_ranks(
+            [[task] for task in np.where(rng.random((6, 100)) < 0.2, rng.random((6, 100)) < 0.5, rng.random(100) < 0.5) * 1.0]
+        ),
     ):
         assert np.mean([max(draw()) > 1 for _ in range(tables)]) <= slack(tables)
 
@@ -143,7 +145,38 @@ def test_rows_that_do_not_differ_share_a_rank_and_the_next_one_counts_all_that_a
     assert windows_ranks(nll[::-1]) == [5, 2, 2, 2, 1]
     assert windows_ranks(nll[:1]) == [1]
     right = (rng.random(400) < np.array([[0.9], [0.6], [0.6], [0.3]])).astype(float)
-    assert items_ranks(right) == [1, 2, 2, 4]
+    assert items_ranks([[row[:100], row[100:]] for row in right]) == [1, 2, 2, 4]
+
+
+def test_accuracy_is_ranked_by_the_mean_over_tasks_not_by_the_larger_task() -> None:
+    rng = np.random.default_rng(11)
+    reference = [np.ones(4000)] + [np.repeat([1.0, 0.0], 30)] * 3
+    other = [np.where(rng.random(4000) < 0.05, 0.0, 1.0)] + [np.concatenate([np.ones(30), rng.random(30) < 0.4]) for _ in range(3)]
+    lost, won = (sum(counts) for counts in zip(*map(significance.flips, other, reference), strict=True))
+    assert significance.mcnemar(lost, won) < 0.001 and lost > won, "by items the other is worse"
+    assert np.mean([task.mean() for task in other]) > np.mean([task.mean() for task in reference]) + 0.1
+    assert significance.accuracy_p_value(other, reference) < 0.001
+    assert items_ranks([reference, other]) == [2, 1]
+
+
+def test_false_positives_of_the_accuracy_test() -> None:
+    rng, runs = np.random.default_rng(12), 4000
+    for sizes, redrawn in (((32,) * 5, 0.2), ((2000, 60, 60, 60), 0.1), ((64,) * 10, 0.02)):
+        items = np.array(sizes, dtype=np.float64)
+        lost, won = (rng.binomial(sizes, redrawn / 4, (runs, len(sizes))) for _ in range(2))
+        assert (significance.accuracy_p_values(won - lost, won + lost, items) < 0.05).mean() <= slack(runs)
+
+
+def test_the_accuracy_test_agrees_with_its_interval() -> None:
+    rng = np.random.default_rng(13)
+    seen = set()
+    for _ in range(200):
+        theirs = [rng.random(n) < 0.5 for n in (40, 80)]
+        ours = [np.where(rng.random(len(task)) < 0.15, rng.random(len(task)) < 0.3, task) * 1.0 for task in theirs]
+        _, low, high = stats.accuracy_delta_interval(ours, [task * 1.0 for task in theirs])
+        seen.add(significant := significance.accuracy_p_value(ours, [task * 1.0 for task in theirs]) < 0.05)
+        assert significant is not (low <= 0 <= high)
+    assert seen == {True, False}
 
 
 def test_ranks_agree_with_one_test_for_each_pair() -> None:
@@ -164,7 +197,7 @@ def test_five_hundred_rows_are_ranked_in_well_under_two_seconds() -> None:
 
     nll = np.random.default_rng(9).normal(3, 0.5, (500, 64)) + np.linspace(0, 3, 500)[:, None]
     began = time.process_time()
-    ranks = windows_ranks(nll), items_ranks((nll > 3.5).astype(float))
+    ranks = windows_ranks(nll), items_ranks([[row[:20], row[20:]] for row in (nll > 3.5).astype(float)])
     assert time.process_time() - began < 2
     assert ranks[0][0] == 1 and max(ranks[0]) > 400
 
