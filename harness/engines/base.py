@@ -35,10 +35,12 @@ class LoadedModel(ABC):
     Attributes:
         vocab_size: Width of the logits.
         max_length: Positions that the model was made for.
+        keeps_cache: The memory of a run's KV cache stays with the model for later runs.
     """
 
     vocab_size: int
     max_length: int
+    keeps_cache = False
 
     @abstractmethod
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -77,6 +79,9 @@ class LoadedModel(ABC):
     @abstractmethod
     def cache_bytes(self, state: Any) -> int | None:
         """Bytes of a KV cache, None where the engine does not show it."""
+
+    def forget(self) -> None:
+        """Let go of what runs at other shapes left in memory, as far as it can be made anew; steps of earlier runs end here."""
 
     @abstractmethod
     def evidence(self) -> Evidence:

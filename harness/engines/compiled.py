@@ -28,6 +28,8 @@ class CompiledModel(TransformersModel):
     module's `graph_pass`.
     """
 
+    keeps_cache = True
+
     def __init__(self, module: Any, device: str) -> None:
         super().__init__(module, device)
         self._caches: dict[tuple[int, int], Any] = {}
@@ -56,6 +58,9 @@ class CompiledModel(TransformersModel):
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
         return Step(self._decode(step.token, step.state).clone(), step.state)
+
+    def forget(self) -> None:
+        self._caches.clear()
 
     def _next(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -55,6 +55,8 @@ class LlamaCppModel(LoadedModel):
         evidence: Reads the evidence; asked for it only when it is wanted.
     """
 
+    keeps_cache = True
+
     def __init__(self, weights: Weights, evidence: Callable[[], Evidence]) -> None:
         self._weights, self._evidence = weights, evidence
         self.vocab_size, self.max_length = weights.vocab_size, weights.max_length

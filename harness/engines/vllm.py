@@ -85,6 +85,8 @@ class VllmModel(LoadedModel):
         methods.base.Unsupported: The loader or vLLM refuses the artefact.
     """
 
+    keeps_cache = True
+
     def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> None:
         config = read_config(artefact)
         self.vocab_size = config["vocab_size"]

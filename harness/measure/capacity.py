@@ -36,6 +36,7 @@ def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes:
         except (torch.OutOfMemoryError, MemoryError):
             return _result(seen, "memory")
         finally:
+            model.forget()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
         if batch >= cap:

@@ -34,7 +34,7 @@ class Peak(Generic[_T]):
 
 
 def measure(model: LoadedModel, point: SpeedPoint, weight_bytes: int, card: Monitor | None = None) -> MemoryResult:
-    """Split the memory of one steady run; call it while nothing but the candidate is loaded, after its first call.
+    """Split the memory of one steady run; call it while nothing but the candidate is loaded, after its first call at the point.
 
     Args:
         point: The headline point.
@@ -44,7 +44,8 @@ def measure(model: LoadedModel, point: SpeedPoint, weight_bytes: int, card: Moni
     resident, highest_so_far = resident_bytes(), _highest_resident()
     peak = peak_of(model.device, lambda: _generate(model, point))
     cache = model.cache_bytes(peak.result.state)
-    extra = None if peak.highest is None or cache is None else max(0, peak.highest - peak.before - cache)
+    grown = None if cache is None else 0 if model.keeps_cache else cache
+    extra = None if peak.highest is None or grown is None else max(0, peak.highest - peak.before - grown)
     on_card = model.device.type == "cuda"
     return MemoryResult(
         weight_bytes=weight_bytes,

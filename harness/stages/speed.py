@@ -21,11 +21,13 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     protocol, is_reference = config.speed, key == reference_key
     model, _ = load(config, key, report)
     report.phase("first call")
-    first_calls = [latency.first_call(model, point) for point in protocol.grid]
+    first_calls = [latency.first_call(model, protocol.grid[0])]
     found = evidence_of(model, key)
     report.phase("memory")
     split = memory.measure(model, protocol.grid[0], found.weight_bytes, gpu.monitor(model.device))
     largest = _largest_batch(model, config, report) if protocol.largest_batch else None
+    report.phase("first calls")
+    first_calls += [latency.first_call(model, point) for point in protocol.grid[1:]]
     reference = model if is_reference else load(config, reference_key, report, "load reference")[0] if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache)
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)

@@ -11,9 +11,11 @@ import torch
 
 from harness.config import SpeedPoint
 from harness.engines.base import Step
+from harness.engines.compiled import CompiledModel
 from harness.engines.transformers import TransformersModel, load_pretrained
 from harness.measure import memory
 from harness.measure.capacity import largest_batch
+from harness.measure.latency import prompts
 from harness.measure.memory import measure, peak_of
 from tests.unit.test_latency import Clock, Simulated
 
@@ -34,6 +36,31 @@ def test_the_split_adds_up(model: TransformersModel) -> None:
     assert split.kv_cache_bytes == cache, "keys and values, layers, heads, width, float32, sequences, positions"
     assert split.process_peak_bytes >= split.process_bytes > weights
     assert split.device_used_bytes is split.reserved_bytes is split.device_process_bytes is None
+
+
+@pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
+def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tiny: Path) -> None:
+    compiled = CompiledModel(load_pretrained(tiny, "cpu"), "cpu")
+    compiled._decode = compiled._next
+    point = SpeedPoint(batch=16, prompt=1500, new_tokens=2)
+    compiled.prefill(prompts(compiled, point), room=point.new_tokens)
+    eager, kept = (measure(model, point, 0) for model in (TransformersModel(compiled.module, "cpu"), compiled))
+    assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
+    assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.13 * eager.activation_bytes
+    assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.1)
+
+
+def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path) -> None:
+    compiled = CompiledModel(load_pretrained(tiny, "cpu"), "cpu")
+    seen = []
+
+    def next_token(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        seen.append(len(compiled._caches))
+        return torch.zeros(len(ids), 1, dtype=torch.int64)
+
+    compiled._next = compiled._decode = next_token  # type: ignore[method-assign]
+    assert largest_batch(compiled, SpeedPoint(batch=1, prompt=8, new_tokens=4), 8, 100 * 2**30, 60).batch == 8
+    assert set(seen) == {1} and not compiled._caches
 
 
 @pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
