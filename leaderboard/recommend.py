@@ -13,11 +13,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from harness import significance
 from harness.config import ConfigError
 from harness.record import Record, Status
 from leaderboard.compare import TextComparison, headline
 from leaderboard.row import Row
-from leaderboard.rows import by_key, oldest_first, rows
+from leaderboard.rows import Records, by_key, oldest_first, rows
 from tasks.errors import nearest
 
 Objective = Literal["quality", "speed", "size"]
@@ -28,7 +29,7 @@ class Budget(BaseModel):
     """What a cell must keep to; None: no limit.
 
     Attributes:
-        memory_bytes: Weights, KV cache and activations of the headline speed point together, as far as they were measured.
+        memory_bytes: Weights, KV cache and activations of the headline speed point together.
         max_drop: Perplexity above the reference, as a fraction of it.
         min_speed: Decoded tokens per second of one sequence.
         min_speedup: Decode time of the reference / decode time on the same engine.
@@ -87,8 +88,9 @@ class Recommendation(BaseModel):
         setting: What the rows of the table share, in words.
         choice: The best cell that keeps to the budget, None where none does.
         runner_up: The next best that does.
-        better: Probability that the choice has the lower perplexity of the two, from the paired test; None where they share no text.
-        tied: Further cells within the budget that do not differ significantly from the choice in perplexity.
+        better: Probability that the choice has the lower perplexity of the two, from the paired test with Holm's correction over all
+            cells within the budget, as both were picked from among them; None where they share no text.
+        tied: Further cells within the budget that do not differ significantly from the choice in perplexity, after that correction.
         nearest_miss: Where none keeps to the budget, the cell that misses it least.
         considered: Cells of the table with a result.
     """
@@ -140,14 +142,14 @@ def recommend(
     fitting = [candidate for candidate in held if candidate.fits]
     choice, runner_up = (*fitting, None, None)[:2]
     newest = by_key(ordered)
-    rivals = [(other, headline(newest, choice.row, other.row)) for other in fitting[1:]] if choice else []
+    rivals = _rivals(newest, fitting)
     return Recommendation(
         setting=" · ".join((model, table[0].suite, table[0].device, table[0].hardware)),
         objective=objective,
         choice=choice,
         runner_up=runner_up,
-        better=_better(rivals[0][1]) if rivals else None,
-        tied=[_name(other.row) for other, text in rivals if text and text.p is not None and text.p >= 0.05],
+        better=_better(*rivals[0][1:]) if rivals else None,
+        tied=[_name(other.row) for other, _, p in rivals if p >= significance.LEVEL],
         nearest_miss=None if choice else min(held, key=lambda candidate: candidate.excess),
         considered=len(table),
     )
@@ -159,8 +161,17 @@ def hold(row: Row, budget: Budget) -> Candidate:
 
 
 def memory_bytes(row: Row) -> int | None:
-    """Bytes that a cell needs to run the headline speed point, as far as they were measured; None without its weights."""
-    return None if row.weight_bytes is None else row.weight_bytes + (row.kv_cache_bytes or 0) + (row.activation_bytes or 0)
+    """Bytes that a cell needs to run the headline speed point; None unless weights, KV cache and activations were all measured."""
+    if row.weight_bytes is None or row.kv_cache_bytes is None or row.activation_bytes is None:
+        return None
+    return row.weight_bytes + row.kv_cache_bytes + row.activation_bytes
+
+
+def _rivals(newest: Records, fitting: list[Candidate]) -> list[tuple[Candidate, TextComparison | None, float]]:
+    """The others within the budget, held against the first: each with its text and its corrected p-value (`nan`: no test)."""
+    texts = [headline(newest, fitting[0].row, other.row) for other in fitting[1:]]
+    p_values = significance.holm([math.nan if text is None or text.p is None else text.p for text in texts])
+    return list(zip(fitting[1:], texts, p_values.tolist(), strict=True))
 
 
 def _limits(row: Row, budget: Budget) -> Iterator[Limit]:
@@ -198,11 +209,11 @@ def _keeps(value: float | None, low: float | None, high: float | None, limit: fl
     return 0.5 * math.erfc(-distance / error / math.sqrt(2))
 
 
-def _better(text: TextComparison | None) -> float | None:
-    """Probability that the first has the lower perplexity, from the two-sided paired test."""
-    if text is None or text.p is None:
+def _better(text: TextComparison | None, p: float) -> float | None:
+    """Probability that the first has the lower perplexity, from the p-value of a two-sided paired test."""
+    if text is None or math.isnan(p):
         return None
-    return 1 - text.p / 2 if text.ratio.value <= 1 else text.p / 2
+    return 1 - p / 2 if text.ratio.value <= 1 else p / 2
 
 
 def _order(row: Row, objective: Objective) -> tuple[float, ...]:

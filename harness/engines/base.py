@@ -80,7 +80,7 @@ class LoadedModel(ABC):
     def cache_bytes(self, state: Any) -> int | None:
         """Bytes of a KV cache, None where the engine does not show it."""
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027
         """Let go of what runs at other shapes left in memory, as far as it can be made anew; steps of earlier runs end here."""
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from typer.testing import CliRunner
 from harness.cli import app
 from harness.config import ConfigError
 from harness.record import Record
+from harness.significance import LEVEL, holm
 from harness.store import Store
+from leaderboard.compare import headline
 from leaderboard.recommend import Budget, describe, hold, memory_bytes, recommend
-from leaderboard.rows import rows
+from leaderboard.rows import by_key, rows
 from tests.unit.board_records import Spec, records
 
 MODEL = "tiny-135m"
@@ -84,6 +87,26 @@ def test_what_was_not_measured_does_not_fit(measured: list[Record]) -> None:
     assert found.choice and found.choice.row.pipeline != "sim"
     only = [record for record in [*records(SPECS[0]), *simulated] if record.cell.pipeline == "sim" or record.stage != "speed"]
     assert recommend(only, MODEL, Budget(min_speed=1)).choice is None
+
+
+def test_memory_of_weights_alone_is_no_memory(measured: list[Record]) -> None:
+    """A row whose speed was never measured shows its weights only: smaller than it would be."""
+    slow = records(Spec("unmeasured", "quantization", loss=1.001, size=0.01))
+    found = recommend([*measured, *(r for r in slow if r.stage != "speed")], MODEL, Budget(memory_bytes=10**12), objective="size")
+    assert found.choice and found.choice.row.pipeline != "unmeasured"
+    row = next(row for row in rows([*measured, *(r for r in slow if r.stage != "speed")]) if row.pipeline == "unmeasured")
+    assert row.weight_bytes and memory_bytes(row) is None and hold(row, Budget(memory_bytes=10**12)).excess == math.inf
+
+
+def test_ties_are_corrected_for_the_number_of_rivals() -> None:
+    one = [record for spec in (SPECS[0], Spec("a", "quantization", loss=1.01)) for record in records(spec)]
+    many = one + [record for name in "bcdefghi" for record in records(Spec(name, "quantization", loss=1.01))]
+    alone, among = (recommend(made, MODEL, Budget()) for made in (one, many))
+    assert alone.choice and among.choice and alone.choice.row.pipeline == among.choice.row.pipeline == "dense"
+    texts = [headline(by_key(many), among.choice.row, row) for row in rows(many) if not row.is_reference]
+    adjusted = holm([text.p for text in texts if text and text.p is not None])
+    assert len(among.tied) == sum(adjusted >= LEVEL)
+    assert among.better is not None and 1 - adjusted.max() / 2 <= among.better <= 1 - adjusted.min() / 2
 
 
 def test_unknown_names_have_a_nearest_choice(measured: list[Record]) -> None:
