@@ -67,7 +67,7 @@ def available_memory() -> int:
 
 
 def cuda_cards() -> list[Gpu]:
-    """The CUDA cards, or none where torch was built without CUDA or the driver is not there."""
+    """The CUDA cards that this process may see, in the order of torch; none where torch lacks CUDA or the driver is not there."""
     if not _torch_has_cuda():
         return []
     import pynvml
@@ -86,10 +86,32 @@ def cuda_cards() -> list[Gpu]:
                 driver=driver,
                 compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(h))),
             )
-            for h in handles
+            for h in _visible(handles, os.environ.get("CUDA_VISIBLE_DEVICES"))
         ]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(handles: list[Any], named: str | None) -> list[Any]:
+    """The cards that `CUDA_VISIBLE_DEVICES` names, in its order; as CUDA does, nothing after a name that is none."""
+    if named is None:
+        return handles
+    found = [_named(handles, name.strip()) for name in named.split(",")]
+    return found[: found.index(None)] if None in found else found
+
+
+def _named(handles: list[Any], name: str) -> Any:
+    """The card of a number, of the beginning of a UUID, or of the UUID of its part (MIG); None where there is none."""
+    import pynvml
+
+    if name.isdecimal():
+        return handles[int(name)] if int(name) < len(handles) else None
+    if name.startswith("MIG-"):
+        try:
+            return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(pynvml.nvmlDeviceGetHandleByUUID(name))
+        except pynvml.NVMLError:
+            return None
+    return next((handle for handle in handles if name and pynvml.nvmlDeviceGetUUID(handle).startswith(name)), None)
 
 
 def _torch_has_cuda() -> bool:

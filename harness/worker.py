@@ -30,7 +30,6 @@ import psutil
 from harness.record import Failure, Stage, Status
 
 _PRELOAD = (
-    "torch",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
@@ -124,6 +123,7 @@ class Worker:
     def _started(self) -> subprocess.Popen[str]:
         if self._server is None or self._server.poll() is not None:
             quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TQDM_DISABLE": "1"}
+            quiet |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order of NVML, by which a card's index is read
             quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if self.offline else {}
             self._server = subprocess.Popen(
                 [self.python, "-m", "harness.worker"],
@@ -156,12 +156,25 @@ def serve() -> None:
     _die_with_parent()
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    for module in _PRELOAD:
-        importlib.import_module(module)
+    _preload()
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         channel.write(json.dumps(_supervise(Task(**request | {"stage": Stage(request["stage"])}), channel)) + "\n")
         channel.flush()
+
+
+def _preload() -> None:
+    """Import what every stage needs. With a card that is torch alone: libraries above it ask for the card's properties as they load.
+
+    Raises:
+        RuntimeError: CUDA was initialised, which no forked child survives.
+    """
+    import torch
+
+    for module in () if torch.cuda.is_available() else _PRELOAD:
+        importlib.import_module(module)
+    if torch.cuda.is_initialized():
+        raise RuntimeError("CUDA was initialised while the server loaded its libraries; its children could not use the card")
 
 
 def _supervise(task: Task, channel: IO[str]) -> dict[str, Any]:
@@ -258,7 +271,9 @@ def _child(task: Task, pipe: IO[str]) -> None:
 
         config = RunConfig.model_validate(task.config)
         result = stages.run(task.stage, config, task.keys, task.reference_key, report)
-        report.send(event="end", status=Status.OK, phase=report.name, result=json.loads(result.model_dump_json()))
+        payload = result.model_dump_json()
+        type(result).model_validate_json(payload)  # NaN is written as null: what cannot be read back is no result
+        report.send(event="end", status=Status.OK, phase=report.name, result=json.loads(payload))
     except BaseException as error:
         code = 1
         status, failure = _classify(error)

@@ -28,6 +28,7 @@ from methods.base import Unsupported
 
 _LONGEST = 32_768
 _CPU_CACHE_BYTES = 2 << 30
+_CARD_SHARE = 0.45  # of the card's memory for each model: candidate and reference are loaded side by side
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -159,7 +160,9 @@ def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_co
     os.environ.update(_SETTINGS, OMP_NUM_THREADS=str(threads))
     from vllm import EngineArgs, LLMEngine
 
-    cache = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} if device.type == "cpu" else {}
+    if device.index:
+        raise Unsupported("vLLM takes the first visible card; choose another by CUDA_VISIBLE_DEVICES")
+    cache = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} if device.type == "cpu" else {"gpu_memory_utilization": _CARD_SHARE}
     arguments = EngineArgs(
         model=str(checkpoint),
         skip_tokenizer_init=True,

@@ -113,7 +113,11 @@ class _Observer(TorchDispatchMode):
         return out
 
     def _inside(self, func: Any, operands: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
-        """Call an operator; a library's own one so that the operators inside it come by here too."""
+        """Call an operator; a library's own one, and one of a wrapped tensor, so that the operators inside it come by here too."""
+        wrapped = next((t for t in operands if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__), None)
+        if wrapped is not None:
+            with self:
+                return type(wrapped).__torch_dispatch__(func, (type(wrapped),), args, kwargs)
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(operands[0].device.type) if operands else None
         if func.namespace in _OWN or key is None:
             return func(*args, **kwargs)

@@ -33,7 +33,8 @@ class Int4Pack(Kernel):
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
         rows, columns = weight.codes.shape
-        fits = rows % cls.multiple_out == 0 and columns % cls.multiple_in == 0 and columns % (weight.grid.group_size or 1) == 0
+        groups = weight.grid.group_size is not None and columns % weight.grid.group_size == 0
+        fits = groups and rows % cls.multiple_out == 0 and columns % cls.multiple_in == 0
         return weight.grid.bits == 4 and fits and weight.codes.device.type == cls.device and weight.scales.dtype is torch.bfloat16
 
     @classmethod

@@ -352,6 +352,35 @@ def test_claims_of_a_pipeline() -> None:
     )
 
 
+class Wrapped(torch.Tensor):
+    """Holds another tensor and multiplies with `_int_mm`, as weights of a sparse or quantized layout do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32, device=inner.device)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.t.default:
+            return Wrapped(args[0].inner.t())
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(args[0].inner)
+        x, weight = args[:2]
+        inner = weight.inner if func is torch.ops.aten.mm.default else weight.inner.t()
+        return torch._int_mm(x.to(torch.int8), inner).float()
+
+
+def test_operators_inside_a_wrapped_weight_are_seen() -> None:
+    layer = torch.nn.Linear(32, 16, bias=False)
+    layer.weight = torch.nn.Parameter(Wrapped(torch.ones(16, 32, dtype=torch.int8)), requires_grad=False)
+    with torch.inference_mode():
+        seen = operators.observe([layer], set(), lambda: layer(torch.ones(4, 32)))
+    assert seen.operators["_int_mm"] == 1
+
+
 def test_semi_structured_weights_are_seen_through() -> None:
     """Half of the numbers and their places; the layout of CUTLASS, which torch also makes on a CPU."""
     from torch.sparse import SparseSemiStructuredTensorCUTLASS

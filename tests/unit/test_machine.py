@@ -6,8 +6,11 @@ import subprocess
 import sys
 import time
 
+import pynvml
+import pytest
 import torch
 
+from harness import hardware
 from harness.measure import gpu, machine
 from harness.measure.machine import CacheFlush, LoadWatch, MachineProbe, last_level_cache
 
@@ -47,6 +50,25 @@ def test_a_stranger_on_one_core_raises_the_flag() -> None:
     load, flags = watch.read()
     assert load["other_cores"] > 0.25
     assert any(flag.startswith("other load: ") for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, "abc"),
+        ("1", "b"),
+        ("2, 0", "ca"),
+        ("GPU-b", "b"),
+        ("GPU-c,1", "cb"),
+        ("0,7,1", "a"),
+        ("0,GPU-none,1", "a"),
+        ("", ""),
+        ("-1", ""),
+    ],
+)
+def test_cards_are_those_that_torch_sees_in_its_order(named: str | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda card: f"GPU-{card}-0123")
+    assert hardware._visible(list("abc"), named) == list(seen)
 
 
 def test_children_count_as_own_while_they_run_and_after() -> None:

@@ -129,7 +129,7 @@ def test_kernel_on_cpu(
 
 
 @pytest.mark.parametrize("kernel", [Int4Pack, Int8Pack, IntMM, Dequantize], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("grid", [W4, W4_WIDE, W8, W8A8], ids=str)
+@pytest.mark.parametrize("grid", [W4, W4_WIDE, Grid(4), W8, W8A8], ids=str)
 def test_each_torch_operator_equals_float64(kernel: type[Kernel], grid: Grid) -> None:
     weight = random_weight(grid, 48, 256, torch.bfloat16)
     if not kernel.accepts(weight):
