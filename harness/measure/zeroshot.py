@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from harness.config import SuiteConfig
 from harness.engines.base import LoadedModel
+from harness.measure.perplexity import Diverged
 from harness.record import ZeroshotItems, ZeroshotResult
 from tasks import zeroshot
 from tasks.overlap import overlap
@@ -27,7 +29,7 @@ class EngineLM(TemplateLM):
     """lm-eval's model interface on top of an engine.
 
     Requests that share all input tokens (the one-token answers of a multiple choice) share one forward pass; batches
-    are filled by length up to `batch_tokens`. Log-softmax in float32.
+    are filled by length up to `batch_tokens`. Log-softmax in float32. A likelihood that is not finite is `Diverged`.
     """
 
     def __init__(self, model: LoadedModel, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
@@ -83,7 +85,10 @@ class EngineLM(TemplateLM):
         target = torch.tensor(continuation, device=logits.device)
         logprobs = torch.log_softmax(logits[end - len(continuation) : end].float(), -1)
         chosen = logprobs.gather(1, target[:, None])[:, 0]
-        return float(chosen.sum()), bool((logprobs.argmax(-1) == target).all())
+        score = float(chosen.sum())
+        if not math.isfinite(score):
+            raise Diverged(f"NaN or infinite likelihood of {len(continuation)} tokens in a task or document")
+        return score, bool((logprobs.argmax(-1) == target).all())
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         batches: list[list[tuple[int, ...]]] = []

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from harness.cell import Cell, make_cell
 from harness.compose import resolve
 from harness.config import ConfigError
 from harness.measure import divergence
+from harness.measure.perplexity import Diverged
+from harness.measure.zeroshot import EngineLM
 from harness.record import QualityResult, Record, Stage, Status
 from harness.runner import Runner
 from harness.store import Store
@@ -112,3 +117,26 @@ def test_wrong_protocols_are_one_line(overrides: list[str], protocols: str, mess
     with pytest.raises(ConfigError, match=r"suite\.protocols") as caught:
         cell(overrides, f"suite.protocols={protocols}")
     assert message in str(caught.value)
+
+
+class Broken:
+    """A model whose logits are not finite from some token on."""
+
+    max_length = 64
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        found = torch.zeros(len(ids), ids.shape[1] - start, 11)
+        return found.masked_fill(torch.arange(start, ids.shape[1])[:, None] >= 5, self.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_task_or_document_without_a_finite_likelihood_diverges(value: float) -> None:
+    lm: Any = EngineLM(Broken(value), None, 1024, lambda done, total: None)  # type: ignore[arg-type]
+    short, long = (None, [1, 2], [3]), (None, [1, 2, 3, 4, 5, 6], [7, 8])
+    ((score, _),) = lm._loglikelihood_tokens([short])
+    assert math.isfinite(score)
+    with pytest.raises(Diverged, match="NaN or infinite likelihood"):
+        lm._loglikelihood_tokens([short, long])
