@@ -29,6 +29,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
     tokens = calibration_of(config, source, report)
     claim: Claim | None = None
     step_seconds: dict[str, float] = {}
+    flags: list[str] = []
     cost, watch = Cost(config.device.name), machine.LoadWatch(gpu.monitor(torch.device(config.device.name)))
     with artefact.staging(key) as folder:
         current = source
@@ -38,6 +39,8 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             out.mkdir()
             step_began = time.perf_counter()
             kept = artefact.checkpoints(key, index)
+            if kept.exists():
+                flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
             dense = DenseModel(current, source, config.model.dtype, config.device.name, shape, report.progress, kept)  # type: ignore[arg-type]
             made = method.compress(dense, tokens, out)
             shutil.rmtree(kept, ignore_errors=True)
@@ -67,7 +70,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
         trained_parameters=claim.trained_parameters,
         tuning_free=not any(method.needs.training for method in methods),
         load=load,
-        flags=[f"{seen} (compression)" for seen in disturbances],
+        flags=[*flags, *(f"{seen} (compression)" for seen in disturbances)],
     )
 
 

@@ -52,6 +52,13 @@ def test_a_compression_beside_other_load_is_flagged(overrides: list[str]) -> Non
     assert any(flag.startswith("other load: ") and flag.endswith(" (compression)") for flag in result.flags)
 
 
+def test_a_compression_that_went_on_from_a_checkpoint_is_flagged(overrides: list[str]) -> None:
+    config, key = resolve([*overrides, "method=rtn-4bit"]), uuid.uuid4().hex
+    artefact.checkpoints(key, 0).mkdir(parents=True)
+    assert "rtn-4bit went on from a checkpoint: its times are those since the interruption" in compress.run(config, key, Silent()).flags
+    assert not any("checkpoint" in flag for flag in compress.run(config, uuid.uuid4().hex, Silent()).flags)
+
+
 @pytest.fixture(scope="module")
 def made(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, CompressResult]:
     """Key, calibration text and result of a calibrated compression."""
