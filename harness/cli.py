@@ -17,7 +17,7 @@ from harness.cli_figures import figures
 from harness.cli_recommend import recommend
 from harness.cli_reproduce import reproduce
 from harness.cli_serve import serve
-from harness.terminal import FORMATS, check_choice, console, fail, print_table, read_records, results_folder
+from harness.terminal import FORMATS, check_choice, console, fail, output_folder, print_table, read_records, results_folder
 
 if TYPE_CHECKING:
     from harness.sweep import Finished, PlannedCell
@@ -216,6 +216,7 @@ def bench_kernels(
     from harness.hardware import hardware
 
     wanted = bench.layers(layers)
+    output_folder(out)
     if device == "cuda" and not hardware().gpus:
         fail("--device cuda, but this machine has no CUDA card that torch can use", 1)
     table = bench.write(wanted, batch, device, threads, out, console())
@@ -296,6 +297,7 @@ def board_build(
 ) -> None:
     """Write page, tables and plots from the records; print the table and where to look."""
     folder = results_folder(results)
+    output_folder(out)
     from leaderboard import build, tables
 
     written = build.build(folder, out, figures)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harness.terminal import check_choice, read_records
+from harness.terminal import check_choice, output_folder, read_records
 
 
 def figures(
@@ -27,6 +27,7 @@ def figures(
 
     wanted = [catalogue.kind(name).name for name in only or catalogue.names()]
     records = read_records(results)
+    output_folder(out)
     from harness.store import StoreError, write_atomically
     from leaderboard.rows import rows
 
@@ -40,7 +41,6 @@ def figures(
         for ending in KINDS:
             if ending in kinds:
                 try:
-                    out.mkdir(parents=True, exist_ok=True)
                     write_atomically(out / f"{found.name}.{ending}", found.draw(ending))
                 except OSError as error:
                     raise StoreError(f"cannot write figures to '{out}': {error.strerror or error}") from error

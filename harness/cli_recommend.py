@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,9 @@ def recommend(
 
     check_choice("--format", format, ("terminal", "json"))
     check_choice("--prefer", prefer, ("quality", "speed", "size"))
+    for option, least in (("--min-speed", min_speed), ("--min-speedup", min_speedup)):
+        if least is not None and not math.isfinite(least):
+            raise ConfigError(f"{option} {least} is no number to reach")
     limits = {
         "memory_bytes": _bytes("--memory", memory),
         "max_disk_bytes": _bytes("--disk", disk),
@@ -56,7 +60,9 @@ def _bytes(option: str, text: str | None) -> int | None:
     try:
         size: Any = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
-        raise ConfigError(f"{option} {text} is no size; give it as 300MB, 4GB or 4GiB") from None
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{option} {text} is no size; give it as 300MB, 4GB or 4GiB")
     return int(size)
 
 

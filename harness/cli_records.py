@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from harness.config import ConfigError
-from harness.terminal import check_choice, fail, results_folder
+from harness.terminal import check_choice, results_folder
 
 app = typer.Typer(help="Records: export them as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
 
@@ -45,7 +45,7 @@ def export(
     for fault in unreadable:
         print(f"could not be read: {fault.path}: {' '.join(fault.reason.split())}")
     if not records:
-        fail(f"no records in '{results}'", 1)
+        raise ConfigError(f"no records in '{results}'")
     if chosen == "parquet":
         dataset.put(to, parquet.of_records(records))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.terminal import console, results_folder
+from harness.terminal import console, output_folder, results_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,14 +36,16 @@ def reproduce(
             print(f"{known.name:<12} {known.title} ({known.year}, arXiv:{known.arxiv}): {count} numbers")
         return
     from harness import sweep as sweeps
+    from harness.compose import quoted
 
     found = papers.paper(name)
-    wanted = [f"experiment=paper/{name}", f"results={results}", *(overrides or [])]
+    wanted = [f"experiment=paper/{name}", f"results={quoted(str(results))}", *(overrides or [])]
     cells = sweeps.plan(wanted)
     reasons = {(c.cell.identity.model, c.cell.identity.pipeline): _reason(c) for c in cells}
     if plan:
         _print_plan(found, cells, reasons)
         return
+    output_folder(out)
     able = [c for c in cells if not reasons[c.cell.identity.model, c.cell.identity.pipeline]]
     if todo := [c for c in able if "run" in c.stages.values()]:
         _run([c.cell for c in todo])
@@ -139,7 +141,6 @@ def _draw(found: Paper, lines: Sequence[Line], parameters: dict[str, int], out: 
 
     if not any(line.published is not None or line.measured is not None for line in lines):
         return
-    out.mkdir(parents=True, exist_ok=True)
     for kind in ("svg", "png"):
         (out / f"{found.name}.{kind}").write_bytes(draw(found, lines, parameters, kind))
     print(f"figure: {out / found.name}.png")

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from harness.terminal import check_choice, fail, read_records
+from harness.config import ConfigError
+from harness.terminal import check_choice, fail, output_folder, read_records
 
 app = typer.Typer(help="Weights & Biases: log the cells of a results folder, send offline runs, make the dashboard.", no_args_is_help=True)
 
@@ -31,6 +32,9 @@ def log(
     records = read_records(results)
     from leaderboard import tracking
 
+    output_folder(folder)
+    if mode == "online" and not tracking.logged_in():
+        raise ConfigError("--mode online needs a login: run `wandb login`, or write the runs with --mode offline")
     written, online = tracking.log(records, project, folder, entity, mode, lambda run: print(f"{run.group} · {run.name}"))  # type: ignore[arg-type]
     where = "sent" if online else f"written offline below {folder / 'wandb'}; `slimbench wandb sync` sends them"
     print(f"{len(written)} runs {where}")
@@ -59,8 +63,6 @@ def dashboard(
     """Make the dashboard of a project, or print its definition."""
     import importlib.util
     import json
-
-    from harness.config import ConfigError
 
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("the dashboard needs wandb_workspaces: pip install 'slimbench[wandb]'")

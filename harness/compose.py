@@ -17,6 +17,7 @@ from tasks.errors import nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_UNREADABLE = re.compile("LexerNoViableAlt|mismatched input|no viable alternative|extraneous input|token recognition")
 _GROUPS = ("model", "method", "engine", "suite", "speed", "device", "experiment")
 
 
@@ -75,9 +76,14 @@ def launch(overrides: Sequence[str], job: Callable[[DictConfig], None]) -> None:
         sys.argv = arguments
 
 
+def quoted(value: str) -> str:
+    """A value as Hydra reads it whatever its letters."""
+    return "'" + value.replace("'", "\\'") + "'"
+
+
 def _search_path() -> list[str]:
     """The override that lets Hydra find what the user's own folders of choices offer."""
-    own = ["'" + f"file://{folder}".replace("'", "\\'") + "'" for folder in conf_dirs()[1:]]
+    own = [quoted(f"file://{folder}") for folder in conf_dirs()[1:]]
     return [f"hydra.searchpath=[{','.join(own)}]"] if own else []
 
 
@@ -108,12 +114,22 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         group, name = found.groups()
         return f"no {group} '{name}'{nearest(name, shipped(group))}"
     if found := re.search(r"Could not (?:override|append) '(.+?)'", text):
+        if (name := _not_chosen(found[1], overrides)) is not None:
+            return f"unknown key '{found[1]}': method '{name}' is not chosen; add method={name}"
         return f"unknown key '{found[1]}'{nearest(*_siblings(found[1], overrides))}"
     if found := re.search(r"Could not override '(.+?)'\. No match in the defaults list", text):
         return f"unknown group '{found[1]}'{nearest(found[1], _GROUPS)}"
     cause = error.__cause__ or error
     first = next((line for line in (str(cause) or text).splitlines() if line.strip()), type(error).__name__)
-    return f"cannot read the overrides: {first}"
+    hint = "; put a value with other than plain letters into quotes: \"KEY='VALUE'\"" if _UNREADABLE.search(first) else ""
+    return f"cannot read the overrides: {first}{hint}"
+
+
+def _not_chosen(key: str, overrides: Sequence[str]) -> str | None:
+    """The method that a key names although no override chooses it; None where that is not the mistake."""
+    named = re.match(r"method\.([^.]+)\.", key)
+    chosen = any(re.match(rf"\+?method=.*\b{re.escape(named[1])}\b", override) for override in overrides) if named else True
+    return named[1] if named and not chosen and named[1] in shipped("method") else None
 
 
 def _siblings(key: str, overrides: Sequence[str]) -> tuple[str, list[str]]:

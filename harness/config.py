@@ -274,7 +274,7 @@ class RunConfig(_Strict):
     seed: int = 0
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     tracking: Literal["wandb"] | None = None
-    results: str = "runs"
+    results: str = Field(default="runs", min_length=1)
     on_existing: OnExisting = "keep"
 
     @property
@@ -330,7 +330,14 @@ def choice(group: str, name: str) -> dict[str, Any]:
     """
     if name not in (offered := shipped(group)):
         raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
-    return read_yaml(next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file()))
+    path = next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+    try:
+        found = read_yaml(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return found
 
 
 def read_yaml(path: Path) -> Any:
@@ -342,9 +349,12 @@ def shipped_method(name: str) -> dict[str, Any]:
     """The settings (and `_target_`) of `conf/method/NAME.yaml`.
 
     Raises:
-        ConfigError: There is no such method.
+        ConfigError: There is no such method, or its file names no class.
     """
-    return choice("method", name)
+    found = choice("method", name)
+    if "_target_" not in found:
+        raise ConfigError(f"method/{name}.yaml has no '_target_', the dotted path of its class")
+    return found
 
 
 def locate(dotted: str) -> Any:
@@ -407,11 +417,18 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(_one_line(error, "", RunConfig)) from error
     _check_pipeline(config)
+    if Path(config.results).exists() and not Path(config.results).is_dir():
+        raise ConfigError(f"results={config.results} is no folder")
     return config
 
 
 def _step(name: str, settings: Any) -> dict[str, Any]:
+    if name == "_target_":
+        raise ConfigError("the file of a method needs `# @package method.NAME` as its first line")
     if not isinstance(settings, dict) or "_target_" not in settings:
+        if name in shipped("method"):
+            shipped_method(name)
+            raise ConfigError(f"method.{name}: {settings!r} is no mapping of settings; give one as method.{name}.KEY=VALUE")
         raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
     return {"name": name, "target": settings["_target_"], "settings": {k: v for k, v in settings.items() if k != "_target_"}}
 
@@ -430,6 +447,8 @@ def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str
 
 
 def _check_pipeline(config: RunConfig) -> None:
+    if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
+        raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
     methods = [build_method(step) for step in config.pipeline]
     for step, method in zip(config.pipeline[:-1], methods[:-1], strict=True):
         if method.produces != "huggingface":

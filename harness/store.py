@@ -80,24 +80,21 @@ class Store:
         return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{slug(cell.keys.of(stage))}.json"
 
     def get(self, cell: CellIdentity, stage: Stage) -> Record | None:
-        """The record of a stage, or None. A file that cannot be read is moved aside, kept, and counts as absent."""
+        """The record of a stage, or None. A file that cannot be read counts as absent."""
         path = self.path(cell, stage)
-        if not path.exists():
-            return None
-        record = read(path)
-        if isinstance(record, Record):
-            return record
-        path.replace(path.with_suffix(".json.unreadable"))
-        return None
+        record = read(path) if path.exists() else None
+        return record if isinstance(record, Record) else None
 
     def put(self, record: Record) -> Path:
-        """Write a record, replacing one of the same key.
+        """Write a record, replacing one of the same key. A file of its name that cannot be read is moved aside and kept.
 
         Raises:
             StoreError: The folder is not writable or the disk is full; nothing was changed.
         """
         path = self.path(record.cell, record.stage)
         try:
+            if path.exists() and not isinstance(read(path), Record):
+                path.replace(path.with_suffix(".json.unreadable"))
             write_atomically(path, dump(record))
         except OSError as error:
             raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error

@@ -79,8 +79,34 @@ def results_folder(results: Path) -> Path:
     return results
 
 
+def output_folder(out: Path) -> Path:
+    """The folder, made if it is not there; `ConfigError` before any work if nothing can be written into it."""
+    import os
+
+    from harness.config import ConfigError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to '{out}': {error.strerror or error}") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"cannot write to '{out}': permission denied")
+    return out
+
+
 def read_records(results: Path) -> list[Any]:
-    """The records of a results folder that can be read."""
+    """The records of a results folder that can be read; a line on the standard error counts the others.
+
+    Raises:
+        harness.config.ConfigError: There is no such folder, or no record in it.
+    """
+    from harness.config import ConfigError
     from harness.store import Store
 
-    return Store(results_folder(results)).scan()[0]
+    records, unreadable = Store(results_folder(results)).scan()
+    first = f"{len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}" if unreadable else ""
+    if not records:
+        raise ConfigError(f"no records in '{results}'" + (f"; {first}" if first else ""))
+    if first:
+        print(f"warning: {' '.join(first.split())}", file=sys.stderr)
+    return records

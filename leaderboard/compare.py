@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
@@ -131,6 +133,8 @@ def compare(
 ) -> Comparison:
     """Compare two cells.
 
+    Of replicates the one of the lowest seeds answers to the bare name; of machines that hold both cells, the one with the most.
+
     Args:
         records: The records of a results folder.
         a: Label of a pipeline, with or without its seed, or the beginning of a key.
@@ -166,6 +170,7 @@ def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str,
         board = [row for row in board if wanted in (None, getattr(row, field))]
     firsts = _named(board, a)
     pairs = _with_references(firsts, board, records, a) if b is None else _with_others(firsts, _named(board, b))
+    pairs = _of_the_fullest(pairs, Counter(row.table_key for row in board))
     if not pairs:
         raise ConfigError(f"'{a}' and '{b}' stand in no common table: model, suite, protocols, device and hardware must agree")
     if len(pairs) > 1:
@@ -173,6 +178,16 @@ def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str,
         more = f"; and {len(pairs) - _LISTED} more" if len(pairs) > _LISTED else ""
         raise ConfigError(f"{len(pairs)} pairs of cells match; choose one by --model, --suite, --device or keys: {found}{more}")
     return pairs[0]
+
+
+def _of_the_fullest(pairs: list[tuple[Row, Row]], sizes: Counter[tuple[str, ...]]) -> list[tuple[Row, Row]]:
+    """Of pairs that differ in nothing but their hardware, those of the machine with the most rows."""
+    fullest: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for row, _ in pairs:
+        *setting, _ = row.table_key
+        known = fullest.setdefault(tuple(setting), row.table_key)
+        fullest[tuple(setting)] = max(known, row.table_key, key=lambda table: (sizes[table], table))
+    return [pair for pair in pairs if pair[0].table_key in fullest.values()]
 
 
 def _with_references(firsts: Sequence[Row], board: Sequence[Row], records: Sequence[Record], name: str) -> list[tuple[Row, Row]]:
@@ -194,13 +209,20 @@ def _with_others(firsts: Sequence[Row], seconds: Sequence[Row]) -> list[tuple[Ro
 
 
 def _named(board: Sequence[Row], name: str) -> list[Row]:
-    """The rows of a label; if there are none, those with a key that begins like it."""
-    found = [row for row in board if name in (row.pipeline, row.label)]
+    """The rows of a label, or of a pipeline with its lowest seeds; if there are none, those with a key that begins like it."""
+    found = _lowest_seeds([row for row in board if name in (row.pipeline, row.label)])
     if not found and len(name) >= _SHORTEST_KEY:
         found = [row for row in board if any(key.startswith(name) for key in row.keys.model_dump().values())]
     if not found:
         raise ConfigError(f"no cell '{name}' among the records{nearest(name, {row.label for row in board})}")
     return found
+
+
+def _lowest_seeds(found: Sequence[Row]) -> list[Row]:
+    first: dict[Any, Row] = {}
+    for row in sorted(found, key=lambda row: (row.seed, row.calibration_seed or 0)):
+        first.setdefault((row.table_key, row.engine_label, row.calibration_text), row)
+    return list(first.values())
 
 
 def _describe(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -35,11 +36,16 @@ def mapped(function: Callable[[T], R], items: Sequence[T], fewest: int = FEWEST,
     _work = function, items
     gc.freeze()
     try:
-        with multiprocessing.get_context("fork").Pool(min(cores, 8)) as pool:
+        with multiprocessing.get_context("fork").Pool(min(cores, 8), _leave_interrupts) as pool:
             yield from pool.imap(_run, range(len(items)), chunksize=together or max(1, len(items) // (32 * cores)))
     finally:
         gc.unfreeze()
         _work = None
+
+
+def _leave_interrupts() -> None:
+    """Ctrl+C reaches every process of a terminal; the one that began the work ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(index: int) -> Any:

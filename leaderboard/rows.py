@@ -39,12 +39,22 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """
     ordered = oldest_first(records)
     newest = by_key(ordered)
-    cells = {(r.cell.keys.compress, r.cell.keys.quality, r.cell.keys.speed): r for r in ordered}
     texts = _texts(ordered)
-    bearers = list(cells.values())
+    bearers = list(cells(ordered).values())
     made = mapped(lambda bearer: _row(bearer, newest, texts), bearers)
     board = ranked([(row, _finished_quality(bearer, newest)) for row, bearer in zip(made, bearers, strict=True)])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
+
+
+def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
+    """A record for each combination of keys: the newest, but one under a shipped name before one that spells out its settings."""
+    found: dict[tuple[str, str, str], Record] = {}
+    for record in ordered:
+        keys = record.cell.keys
+        place = keys.compress, keys.quality, keys.speed
+        if place not in found or "(" not in record.cell.pipeline or "(" in found[place].cell.pipeline:
+            found[place] = record
+    return found
 
 
 def oldest_first(records: Iterable[Record]) -> list[Record]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from harness.hardware import short_hash
 from harness.record import Record, Stage
 from leaderboard.row import Row, clean
-from leaderboard.rows import Records, by_key, oldest_first, rows
+from leaderboard.rows import Records, by_key, cells, oldest_first, rows
 
 Mode = Literal["auto", "online", "offline"]
 _LONGEST = 128
@@ -57,7 +57,7 @@ def runs(records: Iterable[Record]) -> list[Run]:
     """A run for each row of the board, in its order."""
     ordered = oldest_first(records)
     newest = by_key(ordered)
-    bearers = {(r.cell.keys.compress, r.cell.keys.quality, r.cell.keys.speed): r for r in ordered}
+    bearers = cells(ordered)
     return [_run(row, bearers[row.keys.compress, row.keys.quality, row.keys.speed], newest) for row in rows(ordered)]
 
 
@@ -82,7 +82,7 @@ def log(
 
     settings: dict[str, Any] = {"console": "off", "silent": True, "disable_git": True, "save_code": False, "host": "-"}
     settings |= {"x_disable_meta": True, "x_disable_stats": True}
-    online = mode == "online" or (mode == "auto" and _logged_in())
+    online = mode == "online" or (mode == "auto" and logged_in())
     state_file = folder / "wandb" / _STATE
     state: dict[str, str] = json.loads(state_file.read_text()) if state_file.is_file() else {}
     place = f"{entity or ''}/{project}"
@@ -128,7 +128,7 @@ def offline_runs(folder: Path) -> list[Path]:
     return [path for path in found if not list(path.glob("*.synced"))]
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     """Whether W&B has a key; nothing is asked for, and `WANDB_MODE` is kept to."""
     import wandb
 

@@ -104,7 +104,7 @@ def fingerprint(spec: str) -> str:
     """
     if spec.startswith("file:"):
         files = _files(spec)
-        if not any(file.stat().st_size for file in files):
+        if not any(_read_text(file).strip() for file in files):
             raise DataError(f"corpus '{spec}' holds no text")
         identity: list[object] = [hash_file(file) for file in files]
     elif spec.startswith("hf:"):

@@ -42,6 +42,11 @@ NAMES = [item.name for item in entries()]
         (["method=gptq", "calibration=null"], "calibration: "),
         (["method=gptq", "calibration=lee-new"], "did you mean 'lee-news'"),
         (["method=magnitude", "method.magnitude.sparsity=1.5"], "sparsity must be between 0 and 1"),
+        (["method.gptq.bits=3"], "unknown key 'method.gptq.bits': method 'gptq' is not chosen; add method=gptq"),
+        (["method=gptq", "method.gptq=3"], "method.gptq: 3 is no mapping of settings"),
+        (["suite.corpus=[]", "suite.tasks=[]"], "the stage quality measures nothing"),
+        (["results="], "results: "),
+        (["suite.corpus=file:/no/ü.txt"], "into quotes"),
     ],
 )
 def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], expected: str) -> None:
@@ -147,20 +152,19 @@ def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str
     assert records[0].failure and "GPT2LMHeadModel has no nn.Linear layers" in records[0].failure.message
 
 
-def test_an_empty_calibration_text_is_refused_before_anything_runs(overrides: list[str], tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("")
-    with pytest.raises(ConfigError, match="holds no text"):
-        make_cell(resolve([*overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}"]))
+@pytest.mark.parametrize(("content", "expected"), [(b"", "holds no text"), (b" \n", "holds no text"), (b"a\xff", "no UTF-8 text")])
+def test_a_file_without_text_is_refused_before_anything_runs(overrides: list[str], tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    for wanted in (f"calibration=file:{tmp_path / 'text'}", f"suite.corpus=file:{tmp_path / 'text'}"):
+        with pytest.raises(ConfigError, match=expected):
+            make_cell(resolve([*overrides, "method=sparsegpt", wanted]))
 
 
-@pytest.mark.parametrize(("words", "expected"), [(" \n", "holds no text"), ("Too little.", "fewer than calibration_samples=128")])
-def test_too_little_calibration_text_is_a_failed_record(
-    runner: Runner, overrides: list[str], tmp_path: Path, words: str, expected: str
-) -> None:
-    (tmp_path / "text").write_text(words)
+def test_too_little_calibration_text_is_a_failed_record(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Too little.")
     (record,) = run(runner, overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}", "stages=[]")
     assert (record.status, record.phase) == (Status.FAILED, "calibration data")
-    assert record.failure and expected in record.failure.message and "\n" not in record.failure.message
+    assert record.failure and "fewer than calibration_samples=128" in record.failure.message and "\n" not in record.failure.message
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -210,6 +210,15 @@ def test_flags_of_all_evidence_are_shown_once() -> None:
     assert row_of(board(), "nf4").flags == ["load average 3.1 on 2 cores while measuring"]
 
 
+@pytest.mark.parametrize("later", ["rtn", "rtn-8bit(bits=4)"])
+def test_a_cell_keeps_the_shipped_name_whoever_ran_it_last(later: str) -> None:
+    made = records(GPTQ.reference()) + records(GPTQ) + records(GPTQ)
+    for place, record in enumerate(r for r in made if r.cell.pipeline == "gptq"):
+        record.cell.pipeline = ("gptq", later)[place >= 3]
+        record.started = f"2026-01-0{1 + (place >= 3)}T00:00:00+00:00"
+    assert [row.pipeline for row in rows(made) if not row.is_reference] == ["gptq" if "(" in later else later]
+
+
 def test_a_compression_that_shared_the_machine_is_flagged() -> None:
     made, shared = board(), "other load: 1.1 cores busy beside the measurement (compression)"
     for record in made:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ENTRY = "import sys; sys.argv[0] = 'slimbench'; from harness.cli import main; main()"
+EMPTY, RESULTS = tempfile.mkdtemp(), str(Path(__file__).parents[2] / "results")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "wandb", "llmcompressor")
 
 
@@ -29,6 +31,13 @@ def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         (("assets", "path", "lee-new"), "did you mean 'lee-news'"),
         (("board", "table", "--results", "no-such-folder"), "no results folder"),
         (("board", "table", "--format", "jsn"), "did you mean 'json'"),
+        (("board", "table", "--results", EMPTY), f"no records in '{EMPTY}'"),
+        (("board", "serve", "--board", EMPTY), f"there is no board in '{EMPTY}'"),
+        (("board", "build", "--results", RESULTS, "--out", "/dev/null"), "cannot write to '/dev/null'"),
+        (("bench", "kernels", "--out", "/dev/null/x"), "cannot write to '/dev/null/x'"),
+        (("recommend", "--memory", "0"), "--memory 0 is no size"),
+        (("recommend", "--min-speed", "inf"), "--min-speed inf is no number to reach"),
+        (("run", "results=/dev/null"), "results=/dev/null is no folder"),
         (("run", "model=custom", "model.name=x", "model.source=file:/no/such/folder"), "no config.json"),
         (("run", "suite.corpus=file:/no/such/text"), "/no/such/text"),
         (("run", "suite.include_path=/no/such/tasks", "suite.tasks=[a]"), "/no/such/tasks"),

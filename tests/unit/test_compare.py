@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from harness.config import ConfigError
 from harness.record import Record, Stage
 from harness.store import Store
-from leaderboard.compare import Comparison, compare
+from leaderboard.compare import Comparison, _of_the_fullest, compare
 from leaderboard.rows import rows
 from leaderboard.verdict import to_terminal, verdict
 from tests.unit.board_records import Spec, board, records
@@ -99,6 +100,21 @@ def test_replicates_are_told_apart_by_their_seed() -> None:
     found = compare(made, "gptq · seed 1", "gptq · seed 0")
     assert (found.a.seed, found.b.seed) == (1, 0)
     assert compare(made, "gptq · seed 1").b.seed == 1, "the reference of the same seed"
+
+
+def test_a_bare_name_means_the_lowest_seed() -> None:
+    made = [record for seed in (2, 0, 1) for spec in (DENSE, GPTQ, RTN) for record in records(replace(spec, seed=seed))]
+    found = compare(made, "gptq", "rtn")
+    assert (found.a.label, found.b.label) == ("gptq · seed 0", "rtn · seed 0")
+
+
+def test_of_pairs_that_differ_in_their_hardware_the_fullest_table_answers() -> None:
+    a, b, *_ = here = rows(board())
+    there = [row.model_copy(update={"hardware": "another"}) for row in (a, b)]
+    sizes = Counter(row.table_key for row in [*here, *there])
+    elsewhere = [row.model_copy(update={"suite": "other"}) for row in (a, b)]
+    kept = _of_the_fullest([(there[0], there[1]), (a, b), (elsewhere[0], elsewhere[1])], sizes)
+    assert kept == [(a, b), (elsewhere[0], elsewhere[1])], "another suite is another question"
 
 
 @pytest.mark.parametrize(

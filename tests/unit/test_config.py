@@ -8,7 +8,7 @@ import pytest
 
 from harness.cell import make_cell, step_label
 from harness.compose import jobs, resolve
-from harness.config import ConfigError, choice, shipped
+from harness.config import ConfigError, choice, shipped, shipped_method
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: P
     own, transformers = tmp_path / "it's [my], own folder", "harness.engines.transformers.TransformersEngine"
     for group, name, text in (
         ("method", "mine", "# @package method.mine\n_target_: methods.quantization.rtn.RTN\nbits: 3\ngroup_size: 32\n"),
-        ("suite", "mine", "name: mine\nseqlen: 32\n"),
+        ("suite", "mine", "name: mine\nseqlen: 32\ncorpus: [lee-news]\n"),
         (
             "engine",
             "mine",
@@ -169,6 +169,19 @@ def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: P
     (own / "method" / "gptq.yaml").write_text("# @package method.gptq\n_target_: methods.dense.Dense\n")
     with pytest.raises(ConfigError, match="'gptq' is a name of slimbench's own"):
         resolve(["method=mine"])
+    (own / "method" / "gptq.yaml").unlink()
+    for content, reason in (
+        ("", "holds no settings"),
+        ("bits: 3\n", "no '_target_'"),
+        ("bits: [3\n", "is no YAML"),
+        ("3\n", "holds no settings"),
+    ):
+        (own / "method" / "bad.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=reason):
+            shipped_method("bad")
+    (own / "method" / "bad.yaml").write_text("_target_: methods.dense.Dense\n")
+    with pytest.raises(ConfigError, match=r"# @package method\.NAME"):
+        resolve(["method=bad"])
     monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="SLIMBENCH_CONF: no folder"):
         resolve(["method=dense"])
