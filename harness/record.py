@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Stage(StrEnum):
@@ -591,6 +591,8 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
         quality = data.get("quality")
         for task in quality.get("zeroshot", []) if isinstance(quality, dict) else []:
             _items_of_schema_2(task)
+    if version < 4:
+        _memory_of_schema_3(data)
     return data
 
 
@@ -599,6 +601,17 @@ def _point_of_schema_1(point: dict[str, Any]) -> None:
     if "warmup_ms" in point:
         point["first_call_ms"] = point.pop("warmup_ms")
     point["probes"] = [{"copy_gbs": probe} if isinstance(probe, int | float) else probe for probe in point.get("probes", [])]
+
+
+_KEPT_CACHES = ("compiled", "llamacpp", "vllm", "vllm-cpu")
+
+
+def _memory_of_schema_3(data: dict[str, Any]) -> None:
+    """Forget the activations of engines that keep their KV cache: it was taken off them though it had been there before the run."""
+    speed, cell = data.get("speed"), data.get("cell")
+    memory = speed.get("memory") if isinstance(speed, dict) else None
+    if isinstance(memory, dict) and isinstance(cell, dict) and cell.get("engine") in _KEPT_CACHES:
+        memory["activation_bytes"] = None
 
 
 def _items_of_schema_2(task: dict[str, Any]) -> None:

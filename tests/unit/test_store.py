@@ -76,6 +76,17 @@ def test_items_of_schema_2_become_columns(tmp_path: Path) -> None:
     assert read(path) == old
 
 
+@pytest.mark.parametrize(("engine", "kept"), [("transformers", 41_000_000), ("compiled", None), ("llamacpp", None)])
+def test_activations_of_schema_3_are_forgotten_where_the_cache_was_taken_off_them(engine: str, kept: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "speed-1.json"
+    new = records(Spec(engine=engine))[2]
+    path.write_bytes(dump(new))
+    assert new.speed and new.speed.memory and new.speed.memory.activation_bytes == 41_000_000 and read(path) == new
+    path.write_text(json.dumps(json.loads(dump(new)) | {"schema_version": 3}))
+    for old in (read(path), lean(path)):
+        assert isinstance(old, Record) and old.speed and old.speed.memory and old.speed.memory.activation_bytes == kept
+
+
 def test_items_without_a_hash_or_of_unequal_columns_are_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "quality-1.json"
     lame = _of_schema_2(records(Spec())[1])
