@@ -16,15 +16,23 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linear layers inside the decoder blocks by name; embeddings and output head are not among them.
 
     Raises:
-        Unsupported: The model has none, because its blocks are built from other classes.
+        Unsupported: The model has none, because its blocks are built from other classes, or holds more weights in other classes.
     """
     from torch import nn
 
+    check_experts(model)
     head = model.get_output_embeddings()
     found = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
     if not found:
         raise Unsupported(f"{type(model).__name__} has no nn.Linear layers in its blocks")
     return found
+
+
+def check_experts(model: PreTrainedModel) -> None:
+    """Raise `Unsupported` if the matrices of experts lie in one tensor, where nobody finds them who looks for linear layers."""
+    for name, parameter in model.named_parameters():
+        if sum(size > 1 for size in parameter.shape) > 2:
+            raise Unsupported(f"{name} holds {len(parameter)} experts in one tensor; only linear layers can be handled")
 
 
 def check_groups(layers: dict[str, nn.Linear], group_size: int | None) -> None:

@@ -17,7 +17,7 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from harness.measure import operators
 from harness.measure.offloaded import brought_in
-from harness.measure.zeros import Zeros, holds, zeros
+from harness.measure.zeros import Zeros, holds, joined, zeros
 from harness.record import Evidence, LayerEvidence
 
 _NESTING = 3
@@ -198,9 +198,9 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
 
 def _linear_bits(module: torch.nn.Module) -> float | None:
     """Bits per weight of the linear layers as they lie in memory now, None without such layers."""
-    linear = [(layer, tensors) for layer, role, tensors, _ in _holdings(module) if role == "linear"]
-    weights = sum(layer.in_features * layer.out_features for layer, _ in linear)
-    return 8 * sum(t.untyped_storage().nbytes() for _, tensors in linear for t in tensors) / weights if weights else None
+    linear = [holding for holding in _holdings(module) if holding[1] == "linear"]
+    weights = sum(_parameters(layer, role, tensors) for layer, role, tensors, _ in linear)
+    return 8 * sum(t.untyped_storage().nbytes() for _, _, tensors, _ in linear for t in tensors) / weights if weights else None
 
 
 def _holdings(module: torch.nn.Module) -> Iterator[tuple[Any, str, list[torch.Tensor], Container[int]]]:
@@ -232,33 +232,46 @@ def _role(layer: torch.nn.Module, is_head: bool) -> str:
         return "embedding"
     if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
         return "linear"
-    return "other"
+    return "linear" if _stacks(layer) else "other"
+
+
+def _stacks(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters of a layer that is no linear one which hold many matrices, as experts do: [experts, out, in], or turned if it says so."""
+    if hasattr(layer, "in_features"):
+        return []
+    held = [p for p in layer._parameters.values() if p is not None and sum(size > 1 for size in p.shape) > 2]
+    return [p.mT if getattr(layer, "is_transposed", False) else p for p in held]
+
+
+def _parameters(layer: Any, role: str, tensors: list[torch.Tensor]) -> int:
+    """Weights that a layer stands for, of which `tensors` are what lies in its memory."""
+    if role in _PRODUCTS and tensors and not _stacks(layer):
+        return layer.in_features * layer.out_features
+    return sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
 
 
 def _describe(layer: Any, role: str, tensors: list[torch.Tensor], elsewhere: Container[int]) -> _Layer:
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
-    if role in _PRODUCTS and tensors:
-        parameters = layer.in_features * layer.out_features
-    else:
-        parameters = sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
-    weight = _effective_weight(layer, role) if tensors else None
+    found = [(zeros(weight), weight.numel()) for weight in _effective_weights(layer, role)] if tensors else []
     offloaded = sum(t.untyped_storage().nbytes() for t in tensors if operators.storage_pointer(t) in elsewhere)
-    return _Layer(layer, role, parameters, dtypes, None if weight is None else zeros(weight), offloaded)
+    return _Layer(layer, role, _parameters(layer, role, tensors), dtypes, joined(found) if found else None, offloaded)
 
 
-def _effective_weight(layer: Any, role: str) -> torch.Tensor | None:
-    """The weight matrix that a layer stands for, None where it cannot be read without running the layer."""
+def _effective_weights(layer: Any, role: str) -> list[torch.Tensor]:
+    """The weight matrix that a layer stands for; those of experts one below the other; none that cannot be read without running it."""
     if role == "other":
-        return None
+        return []
     if hasattr(layer, "dequantize"):
-        return layer.dequantize()
+        return [layer.dequantize()]
+    if stacks := _stacks(layer):
+        return [stack.detach().flatten(0, -2) for stack in stacks]
     shape = (layer.num_embeddings, layer.embedding_dim) if role == "embedding" else (layer.out_features, layer.in_features)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, SparseSemiStructuredTensor):
-        return weight.to_dense()
-    return weight.detach() if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == shape else None
+        return [weight.to_dense()]
+    return [weight.detach()] if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == shape else []
 
 
 def _merge(found: list[_Layer], step: operators.Step) -> list[LayerEvidence]:

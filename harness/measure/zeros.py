@@ -7,7 +7,7 @@ of millions of runs of 32, and that is no 1:32 mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -43,6 +43,14 @@ def zeros(weight: torch.Tensor) -> Zeros:
     tightest = max(runs, key=lambda run: run[0] / run[1], default=None)
     found = [*blocks, f"{tightest[0]}:{tightest[1]}"] if tightest else blocks
     return Zeros(count / zero.numel(), " + ".join(found) or UNSTRUCTURED)
+
+
+def joined(parts: Sequence[tuple[Zeros, int]]) -> Zeros:
+    """What is found in several matrices together, from what is found in each and its size: the patterns that all of them have."""
+    fraction = sum(found.fraction * size for found, size in parts) / sum(size for _, size in parts)
+    first, *others = ((found.pattern or "").split(" + ") for found, _ in parts)
+    common = [pattern for pattern in first if all(pattern in other for other in others)]
+    return Zeros(fraction, " + ".join(common) or (UNSTRUCTURED if fraction else None))
 
 
 def holds(claimed: str, found: str | None) -> bool:

@@ -19,6 +19,8 @@ def prune(
 ) -> tuple[Claim, _llmcompressor.Report]:
     """Prune block by block, save with the zeros in place, and check that they are there.
 
+    The library turns experts that lie in one tensor into linear layers.
+
     Returns:
         The claim, and what the library had to say.
 
@@ -26,8 +28,8 @@ def prune(
         RuntimeError: The library left fewer zeros than asked for, or broke the pattern.
     """
     model = dense.load()
-    layers = block_linears(model)
     report = _llmcompressor.oneshot(model, modifier, calibration, dense.progress)
+    layers = block_linears(model)
     zeros = zero_fraction(layers)
     if zeros < sparsity - _TOLERANCE:
         raise RuntimeError(f"llmcompressor left {zeros:.1%} zeros where {sparsity:.1%} were asked for")

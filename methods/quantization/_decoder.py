@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from methods._common import check_experts
 from methods.base import Unsupported
 
 INPUTS = ("ids", "positions", "keys", "keep")
@@ -71,7 +72,8 @@ def read_dense(folder: Path, trust_remote_code: bool = False) -> Decoder:
     """The dense model of a folder of safetensors, in float32, ready to be exported.
 
     Raises:
-        methods.base.Unsupported: Its layers are more than full attention, or it cannot give logits of chosen positions.
+        methods.base.Unsupported: Its layers are more than full attention, it has experts in one tensor, or it cannot give logits of
+            chosen positions.
     """
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -79,6 +81,7 @@ def read_dense(folder: Path, trust_remote_code: bool = False) -> Decoder:
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
+    check_experts(model)
     name = type(model).__name__
     others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer}
     if others:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from methods._common import check_experts
 from methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class _BitsAndBytes(Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         model = dense.load(quantization_config=self.config(dense), device_map=dense.device)
+        check_experts(model)
         model.save_pretrained(out)
         return self.claim()
 

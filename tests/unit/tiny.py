@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from methods.base import Calibration, DenseModel, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
@@ -24,11 +27,18 @@ SHAPE: dict[str, Any] = {
 
 def save_model(folder: Path, dtype: str = "bfloat16", seed: int = 0, **shape: Any) -> DenseModel:
     """Write the model into `folder` and return it as the input of a method. `shape` overrides fields of the Llama config."""
+    from transformers import LlamaConfig
+
+    return save(LlamaConfig(**(SHAPE | shape)), folder, dtype, seed)
+
+
+def save(config: PreTrainedConfig, folder: Path, dtype: str = "bfloat16", seed: int = 0) -> DenseModel:
+    """Write a model of any architecture with random weights into `folder` and return it as the input of a method."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(SHAPE | shape))).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
     model.save_pretrained(folder)
     return dense_model(folder, dtype)
