@@ -126,7 +126,7 @@ def rotated(model: Any, seed: int) -> dict[str, int]:
             name, layer = link.first, link.layers[link.first]
             block_size = largest_power_of_two(layer.in_features)
             transform_inputs(layer, block_size)
-            if link.kind == "value" and block_size <= link.heads[1]:
+            if link.kind == "value" and link.heads[1] % block_size == 0:  # no block of the transform crosses a head
                 transform_outputs(link.source, block_size)  # type: ignore[arg-type]
             else:
                 transforms[name] = block_size

@@ -140,6 +140,11 @@ def test_rotation_is_orthogonal_and_spreads_every_channel(size: int) -> None:
         ({}, {"o_proj": 64, "down_proj": 128}),
         ({"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 96}, {"down_proj": 32}),
         ({"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, {"o_proj": 64, "down_proj": 128}),
+        *(
+            ({"head_dim": width, "num_attention_heads": 2, "num_key_value_heads": kv}, {"o_proj": block, "down_proj": 128})
+            for width, block in ((48, 32), (80, 32), (96, 64))
+            for kv in (1, 2)
+        ),
     ],
 )
 def test_rotated_model_equals_the_dense_one(tmp_path: Path, shape: dict[str, Any], online: dict[str, int]) -> None:
