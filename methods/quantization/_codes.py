@@ -38,11 +38,12 @@ def check_equal(name: str, weight: QuantizedWeight, wanted: Tensor) -> None:
     """Hold a packed weight against what the library computes with, [out, in].
 
     Raises:
-        RuntimeError: They differ by more than roundings of scale, offset and result to the dtype of the packed weight.
+        RuntimeError: They differ by more than roundings of scale, offset and result to the dtype of the packed weight, and of the
+            differences, products and sums on the way to float32.
     """
     import torch
 
-    unit = torch.finfo(weight.scales.dtype).eps
+    unit = torch.finfo(weight.scales.dtype).eps + 2 * torch.finfo(torch.float32).eps
     span = 2 ** (weight.grid.bits - 1) * weight.scales.float().abs()
     slack = span if weight.offsets is None else span + weight.offsets.float().abs()
     difference = (weight.dequantize().float() - wanted.float()).abs().unflatten(1, (weight.scales.shape[1], -1)).amax(-1)

@@ -14,6 +14,7 @@ from methods.kernels import packed
 from methods.kernels.grid import Grid
 from methods.quantization._codes import check_equal, from_zero_points
 from methods.quantization.finequant import FineQuant
+from methods.quantization.hqq import HQQ
 from methods.quantization.lorc import LoRC
 from tests.unit import tiny
 from tests.unit.test_methods import linear_weights, packed_weights, shipped_step
@@ -35,15 +36,26 @@ def test_a_zero_point_becomes_an_offset(bits: int) -> None:
     check_equal("layer", weight, want.float())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_one_wrong_code_is_noticed(bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(2, torch.bfloat16), (3, torch.bfloat16), (4, torch.bfloat16), *((b, torch.float32) for b in (2, 3, 4, 8))]
+)
+def test_one_wrong_code_is_noticed(bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     codes = torch.randint(0, 2**bits, (6, 64))
-    parts = torch.rand(6, 2) + 0.1, torch.full((6, 2), 1.0), Grid(bits, 32), torch.bfloat16  # type: ignore[arg-type]
+    parts = torch.rand(6, 2) + 0.1, torch.full((6, 2), 1.0), Grid(bits, 32), dtype  # type: ignore[arg-type]
     wanted = from_zero_points(codes, *parts).dequantize()
     codes[3, 40] += 1 if codes[3, 40] == 0 else -1
     with pytest.raises(RuntimeError, match=f"layer: weights of the library do not lie on their grid of {bits} bits"):
         check_equal("layer", from_zero_points(codes, *parts), wanted)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_hqq_packs_a_float32_model(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("hqq")
+    dense = tiny.save_model(tmp_path / "dense", "float32", hidden_size=256, intermediate_size=512)
+    (out := tmp_path / "out").mkdir()
+    HQQ(bits=bits, group_size=64).compress(dense, None, out)  # type: ignore[arg-type]
+    assert set(packed_weights(out)) == set(linear_weights(dense.path))
 
 
 @pytest.mark.parametrize("rank", [1, 8])
