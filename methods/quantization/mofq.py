@@ -47,8 +47,8 @@ class MoFQ(Method):
 
         dtype = getattr(torch, dense.dtype)
         formats: dict[str, tuple[Any, float, Tensor]] = {
-            "int4": (_levels.to_int4, _INT4_MAX, _levels.table(_levels.int4(), dtype)),
-            "fp4": (_levels.to_e2m1, _levels.E2M1_MAX, _levels.table(_levels.e2m1(), dtype)),
+            "int4": (_levels.to_int4, _INT4_MAX, _levels.table(_levels.int4(), dtype).to(dense.device)),
+            "fp4": (_levels.to_e2m1, _levels.E2M1_MAX, _levels.table(_levels.e2m1(), dtype).to(dense.device)),
         }
         chosen = dict.fromkeys(formats, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,19 @@ def test_mofq_takes_the_format_with_the_smaller_error(tmp_path: Path) -> None:
         got = (weights[name].dequantize().double() - weight.double()).square().mean()
         assert float(got) == pytest.approx(float(min(errors)), rel=0.02)
     assert claim.details["layers"] == {"int4": 7, "fp4": 7}
+
+
+def test_the_levels_of_mofq_lie_where_the_weights_do(dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rounding(Exception):
+        pass
+
+    def rounding(self: MoFQ, weight: Tensor, to_codes: Any, largest: float, table: Tensor) -> None:
+        raise Rounding(weight.device.type, table.device.type)
+
+    monkeypatch.setattr(MoFQ, "round", rounding)
+    with pytest.raises(Rounding) as found:
+        MoFQ(group_size=32).compress(replace(dense, device="meta"), None, tmp_path)  # type: ignore[arg-type]
+    assert found.value.args == ("meta", "meta")
 
 
 def test_blockwise_equals_the_library(dense: DenseModel, tmp_path: Path) -> None:
