@@ -73,7 +73,8 @@ class SignRound(Method):
         model = dense.load()
         names = list(block_linears(model))
         check_groups(block_linears(model), self.group_size)
-        with _quiet(), _counting(dense.progress, dense.shape.num_layers):
+        blocks = model.config.num_hidden_layers
+        with _quiet(), _counting(dense.progress, blocks):
             model, _ = self.rounder(model, dense, calibration).quantize()
         layers = {name: model.get_submodule(name) for name in names}
         packed.save(model, self._codes(layers, packed.Grid(self.bits, self.group_size)), out)
@@ -83,7 +84,7 @@ class SignRound(Method):
             self.produces,
             bits=self.bits,
             group_size=self.group_size,
-            training_tokens=self.iterations * min(self.batch_size, samples) * length * dense.shape.num_layers,
+            training_tokens=self.iterations * min(self.batch_size, samples) * length * blocks,
             trained_parameters=weights + 2 * weights // self.group_size,
             details={"symmetric": self.symmetric, "iterations": self.iterations},
         )

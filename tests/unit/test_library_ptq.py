@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from harness.config import ConfigError, build_method
 from methods.base import DenseModel, Unsupported
 from methods.kernels import packed
 from methods.kernels.grid import Grid
+from methods.pruning.shortgpt import ShortGPT
 from methods.quantization._codes import check_equal, from_zero_points
+from methods.quantization.autoround import SignRound
 from methods.quantization.finequant import FineQuant
 from methods.quantization.hqq import HQQ
 from methods.quantization.lorc import LoRC
@@ -56,6 +59,20 @@ def test_hqq_packs_a_float32_model(bits: int, tmp_path: Path) -> None:
     (out := tmp_path / "out").mkdir()
     HQQ(bits=bits, group_size=64).compress(dense, None, out)  # type: ignore[arg-type]
     assert set(packed_weights(out)) == set(linear_weights(dense.path))
+
+
+def test_signround_counts_the_blocks_that_pruning_has_left(tmp_path: Path) -> None:
+    pytest.importorskip("auto_round")
+    source, short = tmp_path / "source", tmp_path / "short"
+    short.mkdir()
+    shape = tiny.save_model(source, num_hidden_layers=3).shape
+    ShortGPT(blocks=2).compress(tiny.dense_model(source), tiny.tokens(), short)
+    done: list[tuple[float, float]] = []
+    pruned = replace(tiny.dense_model(short), shape=shape, progress=lambda *step: done.append(step))
+    (out := tmp_path / "out").mkdir()
+    claim = SignRound(group_size=32, iterations=2, batch_size=3).compress(pruned, tiny.tokens(), out)
+    assert done == [(1, 1)]
+    assert claim.training_tokens == 1 * 2 * 3 * 32
 
 
 @pytest.mark.parametrize("rank", [1, 8])
