@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ Observer = Callable[[str, Tensor], None]
 
 
 class _Caught(Exception):
-    """Ends a forward pass when the first block is reached."""
+    """Ends a forward pass when nothing more is wanted of it."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Block:
     Attributes:
         name: Full name of the block in the model.
         inputs: Hidden states [samples, length, hidden] of each batch, as the blocks before, compressed ones included, made them.
-        arguments: What else the block is called with, for each batch: masks, positions.
+        arguments: What else the block is called with, for each batch: masks, positions. Blocks of one model may get different ones.
         dense_inputs: Hidden states of each batch as the uncompressed blocks made them; empty unless they were asked for.
         dense_outputs: What this block makes of `dense_inputs` before it is compressed.
     """
@@ -146,10 +147,10 @@ def walk(
         dense: Keep the stream of the uncompressed model beside that of the compressed one.
     """
     blocks = blocks_of(model)
-    hidden, arguments = _first_inputs(model, next(iter(blocks.values())), ids)
+    hidden, arguments = _inputs(model, list(blocks.values()), ids)
     stream = list(hidden) if dense else []
     for index, (name, module) in enumerate(blocks.items()):
-        block = Block(name, module, hidden, arguments, stream)
+        block = Block(name, module, hidden, arguments[index], stream)
         if dense:
             with torch.no_grad():
                 block.dense_outputs = [block.run(batch, states) for batch, states in enumerate(stream)]
@@ -161,19 +162,33 @@ def walk(
             progress(index + 1, len(blocks))
 
 
+class _PassedOn(Tensor):
+    """Hidden states in the place of a block's outputs, for models that take these as they are and for those that take the first of them."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index == 0 else super().__getitem__(index)
+
+
 @torch.no_grad()
-def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states and further arguments with which the first block is called, for each batch."""
+def _inputs(model: PreTrainedModel, blocks: list[nn.Module], ids: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """Hidden states of each batch before the first block, and the further arguments of each block for each batch.
+
+    No block runs: each passes on what it gets, and the last one ends the pass.
+    """
     hidden: list[Tensor] = []
-    arguments: list[dict[str, Any]] = []
+    arguments: list[list[dict[str, Any]]] = [[] for _ in blocks]
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stand_in(index: int, *args: Any, **kwargs: Any) -> Tensor:
         states = args[0] if args else kwargs.pop("hidden_states")
-        hidden.append(states)
-        arguments.append(kwargs | {"past_key_values": None, "use_cache": False})
-        raise _Caught
+        arguments[index].append(kwargs | {"past_key_values": None, "use_cache": False})
+        if index == 0:
+            hidden.append(states)
+        if index == len(blocks) - 1:
+            raise _Caught
+        return states.as_subclass(_PassedOn)
 
-    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    for index, block in enumerate(blocks):
+        block.forward = partial(stand_in, index)
     try:
         for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
             try:
@@ -181,5 +196,6 @@ def _first_inputs(model: PreTrainedModel, first: nn.Module, ids: Tensor) -> tupl
             except _Caught:
                 continue
     finally:
-        hook.remove()
+        for block in blocks:
+            del block.forward
     return hidden, arguments
