@@ -44,6 +44,11 @@ def pipelines(browser: Any) -> list[str]:
     return browser.execute_script(f"return [...document.querySelectorAll('{ROWS} th a')].map(a => a.textContent)")
 
 
+def headings(browser: Any) -> list[str]:
+    """What stands above the sets of the table."""
+    return [found.text for found in browser.find_elements(By.CSS_SELECTOR, "#cells tr.group b")]
+
+
 def column(browser: Any, header: str) -> list[str]:
     """The numbers of a column, without their intervals."""
     return browser.execute_script(
@@ -135,6 +140,17 @@ def test_filters_search_and_a_shared_link(browser: Any, board: Path, made: list[
     click(browser, "#reset")
     settle(browser)
     assert len(pipelines(browser)) == len(rows(made))
+
+
+def test_clearing_the_filters_keeps_apart_again_what_was_not_measured_alike(browser: Any, board: Path, made: list[Record]) -> None:
+    open_ranking(browser, board, "#sort=perplexity&q=tiny")
+    sets = len(headings(browser))
+    click(browser, "#group")
+    assert headings(browser) == []
+    click(browser, "#reset")
+    settle(browser)
+    assert browser.find_element(By.ID, "group").is_selected() and len(headings(browser)) == sets == 2
+    assert len(pipelines(browser)) == len(rows(made)) and browser.current_url.endswith("#sort=perplexity")
 
 
 def test_failures_stay_visible_with_their_reason(browser: Any, board: Path, made: list[Record]) -> None:

@@ -119,7 +119,7 @@
     });
   };
 
-  let kept = select(), table, quiet = true;
+  let kept = select(), table, quiet = true, apart = state.group;
   const start = () => {
     build(); chart.build(); budget.build();
     table = new DataTable("#cells", {
@@ -177,7 +177,7 @@
       const failed = kept.filter((row) => row.status !== "ok").length;
       document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} without a full measurement` : ""}`;
     }
-    if (what === "order") table.rows().invalidate();
+    if (apart !== state.group) { apart = state.group; table.rows().invalidate(); }
     if (["all", "order"].includes(what)) { table.order.fixed(fixed()); table.order(sorting()).draw(what !== "all" || !state.page ? true : "page"); }
     if (["all", "columns"].includes(what)) {
       for (const box of document.querySelectorAll("#chooser input")) { box.checked = shown().has(box.value); table.column(place(box.value)).visible(box.checked, false); }
