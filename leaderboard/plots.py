@@ -10,10 +10,9 @@ from typing import Any
 from leaderboard import scaling
 from leaderboard.figures import catalogue, pareto
 from leaderboard.figures.canvas import Plot
-from leaderboard.figures.groups import titles
 from leaderboard.row import Row
 from leaderboard.site.board import Board
-from leaderboard.tables import Table
+from leaderboard.tables import Table, titles
 
 FIGURES = "figures"
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10

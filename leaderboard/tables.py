@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ __all__ = [
     "pareto",
     "rows",
     "tables",
+    "titles",
     "to_csv",
     "to_json",
     "to_markdown",
@@ -241,6 +243,18 @@ def tables(board: Iterable[Row]) -> list[Table]:
         Table(group, f" (protocol {group[0].suite_protocol})" if len(protocols[name]) > 1 else "")
         for group, name in zip(groups, named, strict=True)
     ]
+
+
+def titles(found: Sequence[Table]) -> list[str]:
+    """The titles of tables, with what tells them apart where several are called the same: hardware, device, speed, its protocol."""
+    names = [table.title for table in found]
+    for facet in ("{0.hardware}", "{0.device}", "speed {0.speed}", "speed protocol {0.speed_protocol}"):
+        texts = [facet.format(table.rows[0]) for table in found]
+        kinds: dict[str, set[str]] = defaultdict(set)
+        for name, text in zip(names, texts, strict=True):
+            kinds[name].add(text)
+        names = [f"{name} · {text}" if len(kinds[name]) > 1 else name for name, text in zip(names, texts, strict=True)]
+    return names
 
 
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from harness.record import Status
 from leaderboard.figures.palette import Palette
 from leaderboard.row import Row
-from leaderboard.tables import Table, shorten, tables
+from leaderboard.tables import shorten, tables, titles
 
 _NAMED = 4
 
@@ -80,12 +79,6 @@ def by_table(board: Sequence[Row], palette: Palette) -> list[Group]:
     found = tables(board)
     found = [table for table in found if any(row.speed_points for row in table.rows)] or found
     return _distinct([Group(table.rows, title, table.setting, palette) for table, title in zip(found, titles(found), strict=True)])
-
-
-def titles(found: Sequence[Table]) -> list[str]:
-    """The titles of tables, with the hardware where two are called the same."""
-    counts = Counter(table.title for table in found)
-    return [table.title + (f" · {table.rows[0].hardware}" if counts[table.title] > 1 else "") for table in found]
 
 
 def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:

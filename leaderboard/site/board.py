@@ -11,7 +11,7 @@ from harness.store import Unreadable
 from leaderboard.row import Row, clean
 from leaderboard.rows import Records, by_key, oldest_first, rows
 from leaderboard.site.settings import Setting, setting
-from leaderboard.tables import Table, pareto, tables
+from leaderboard.tables import Table, pareto, tables, titles
 
 KeyTriple = tuple[str, str, str]
 SMALLEST, FASTEST = "size", "speed"
@@ -48,7 +48,7 @@ class Board:
     @cached_property
     def settings(self) -> list[Setting]:
         """What stands above the rows of each table."""
-        return list(map(setting, self.tables))
+        return list(map(setting, self.tables, titles(self.tables)))
 
     @cached_property
     def table_of(self) -> dict[KeyTriple, int]:

@@ -45,7 +45,7 @@ def render(board: Board, row: Row, line: Line) -> str:
         row=row,
         line=line,
         set_id=setting["id"],
-        setting=setting["title"],
+        setting=setting["name"],
         model_href=names.model(row.model),
         methods=[(name, names.method(name)) for name in steps(board, row)],
         tiles=[

@@ -11,8 +11,12 @@ from leaderboard.tables import Table, shorten
 Setting = dict[str, Any]
 
 
-def setting(table: Table) -> Setting:
-    """Id, title, setting, notes and reference of a table, for its heading."""
+def setting(table: Table, name: str) -> Setting:
+    """Id, name, title, setting, notes and reference of a table, for its heading.
+
+    Args:
+        name: What the table is called among all others; the title alone may be that of several.
+    """
     row = table.rows[0]
     notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions(table)]
     if table.reference is None and any(r.perplexity_delta_percent is not None or r.speedup is not None for r in table.rows):
@@ -21,6 +25,7 @@ def setting(table: Table) -> Setting:
         notes.append("There is no measured reference in this set, so nothing is compared with it.")
     return {
         "id": names.slug("\n".join(row.table_key))[-6:],
+        "name": shorten(name, LONGEST_REMARK),
         "title": shorten(table.title, LONGEST_NAME),
         "setting": shorten(table.setting, LONGEST_REMARK),
         "notes": notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,12 @@ def made() -> list[Record]:
 @pytest.fixture(scope="session")
 def board(made: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a board; its figures are there as SVG, which is what pages show."""
-    folder = tmp_path_factory.mktemp("board")
-    whole = Board.of(made, [Unreadable("a/b/quality-1.json", "not a record: broken")])
+    return written(tmp_path_factory.mktemp("board"), made, [Unreadable("a/b/quality-1.json", "not a record: broken")])
+
+
+def written(folder: Path, made: list[Record], unreadable: Sequence[Unreadable] = ()) -> Path:
+    """The folder, with the board of records in it."""
+    whole = Board.of(made, unreadable)
     planned = gallery(whole, figures=True)
     beside = {f"{path}.svg": plot.draw("svg") for path, plot in planned.plots.items()}
     for name, content in (beside | site_files(whole, beside, planned)).items():

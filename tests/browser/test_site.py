@@ -15,7 +15,8 @@ from leaderboard.row import Row
 from leaderboard.rows import rows
 from leaderboard.site import names
 from leaderboard.tables import COLUMNS
-from tests.browser.conftest import screen
+from tests.browser.conftest import screen, written
+from tests.unit.board_records import Spec, records
 
 pytest.importorskip("selenium")
 from selenium.webdriver.common.by import By
@@ -214,6 +215,14 @@ def test_a_cell_opens_from_the_table_and_from_the_chart(browser: Any, board: Pat
     assert points == sum(r.perplexity is not None and r.perplexity < 20 * 20.8 and r.weight_bytes is not None for r in known(made))
     browser.execute_script("document.querySelector('#chart .point').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     wait(lambda: "/cell/" in browser.current_url)
+
+
+def test_advice_and_chart_name_the_machine_that_they_speak_of(browser: Any, tmp_path: Path) -> None:
+    there = [Spec(name, "quantization", loss=1.3, bits=4.25, cpu="Another CPU") for name in ("rtn", "awq", "gptq")]
+    open_ranking(browser, written(tmp_path, [record for spec in (Spec(), *there) for record in records(spec)]))
+    chart = browser.find_element(By.CSS_SELECTOR, "#chart svg").get_attribute("aria-label")
+    told = [browser.find_element(By.ID, name).text for name in ("advice", "plotted")]
+    assert all("tiny-135m · wiki · Another CPU" in text for text in (chart, *told))
 
 
 def test_static_tables_sort_with_empty_values_last(browser: Any, board: Path) -> None:

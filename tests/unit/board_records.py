@@ -43,7 +43,7 @@ from leaderboard.site.site import last, parts
 DENSE_BYTES = 269_060_552
 WINDOWS = 48
 TASKS = ("bb_general_knowledge", "bb_step_inference", "bb_social_iqa")
-HARDWARE = {"cpu": "Example CPU 9000", "cpu_flags": ["avx2", "fma"], "cores": 2, "memory_bytes": 8 * 2**30, "gpus": []}
+HARDWARE: dict[str, Any] = {"cpu": "Example CPU 9000", "cpu_flags": ["avx2", "fma"], "cores": 2, "memory_bytes": 8 * 2**30, "gpus": []}
 PROVENANCE = {
     "slimbench": "0.1.0",
     "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
@@ -66,6 +66,7 @@ class Spec:
     device: str = "cpu"
     suite: str = "wiki"
     speed: str = "short"
+    cpu: str = HARDWARE["cpu"]
     seqlen: int = 512
     corpora: tuple[str, ...] = ("wikipedia",)
     loss: float = 1.0
@@ -199,7 +200,7 @@ def _record(spec: Spec, stage: Stage) -> Record:
             "device": {"name": spec.device, "index": 0, "threads": 2},
         },
         command=f"slimbench run model={spec.model} method={spec.pipeline}",
-        provenance=PROVENANCE,
+        provenance=PROVENANCE | {"hardware": HARDWARE | {"cpu": spec.cpu}},
     )
 
 

@@ -34,6 +34,7 @@ from leaderboard.tables import COLUMNS, rows
 from tests.unit.board_records import Spec, board, failure, records, site_files, specs
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
+CPU = "Example CPU 9000 · 2 threads · 8 GB"
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -187,6 +188,20 @@ def test_fronts_ranks_and_labels_are_marked() -> None:
     parsed = pages(site(coarse))
     assert "source q4_1" in parsed[names.cell(row_of(coarse, "gptq"))].text
     assert all("made from q4_1 weights" in parsed[name].text for name in (names.model("tiny-135m"), names.method("gptq")))
+
+
+def test_sets_of_one_model_and_suite_are_told_apart_by_machine_and_speed_wherever_they_are_named() -> None:
+    there = [replace(GPTQ, pipeline=name, cpu="Another CPU 9000") for name in ("rtn", "awq")]
+    made = [r for spec in (Spec(), GPTQ, *there, replace(GPTQ, speed="long"), replace(GPTQ, model="other")) for r in records(spec)]
+    site_ = site(made)
+    here, long, moved = (f"tiny-135m · wiki · {text}" for text in (f"{CPU} · speed short", f"{CPU} · speed long", f"Another{CPU[7:]}"))
+    assert {found["name"] for found in data(site_)["sets"]} == {here, long, moved, "other · wiki"}
+    for name, page in pages(site_).items():
+        regions = [a["aria-label"] for _, a in page.found if a.get("role") == "region"]
+        assert len(regions) == len(set(regions)), name
+    model = pages(site_)[names.model("tiny-135m")].text
+    assert all(name in model for name in (here, long, moved))
+    assert moved in pages(site_)[names.cell(row_of(made, "rtn"))].text
 
 
 def test_what_all_stages_have_in_common_is_told_once() -> None:

@@ -60,11 +60,11 @@
     const limit = OFF_SCALE * (reference ? value(reference, ppl) : Math.min(...known.map((row) => value(row, ppl))));
     const points = known.filter((row) => value(row, ppl) <= limit).slice(0, MOST).map((row) => ({ row, x: value(row, index), y: value(row, ppl), xs: bounds(row, index), ys: bounds(row, ppl) }));
     const off = known.length - points.length;
-    note.textContent = set < 0 ? "Nothing to draw." : `${sets[set].title}: ${points.length} ${points.length === 1 ? "cell" : "cells"}${off ? `, ${off} off the scale` : ""}.`;
+    note.textContent = set < 0 ? "Nothing to draw." : `${sets[set].name}: ${points.length} ${points.length === 1 ? "cell" : "cells"}${off ? `, ${off} off the scale` : ""}.`;
     if (points.length < 2) { box.append(element("p", { className: "setting" }, "Fewer than two cells have both numbers.")); return; }
     const x = scale(points.flatMap((p) => [p.x, ...(p.xs ?? [])]).filter((v) => v > 0), LEFT, WIDTH - RIGHT);
     const y = scale(points.flatMap((p) => [p.y, ...(p.ys ?? [])]), HEIGHT - BOTTOM, TOP);
-    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Perplexity against ${column.header}, ${sets[set].title}. The table below holds the same numbers.` });
+    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Perplexity against ${column.header}, ${sets[set].name}. The table below holds the same numbers.` });
     for (const t of x.ticks) root.append(svg("line", { class: "grid", x1: x.map(t), x2: x.map(t), y1: TOP, y2: HEIGHT - BOTTOM }), svg("text", { x: x.map(t), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, String(t)));
     for (const t of y.ticks) root.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.map(t), y2: y.map(t) }), svg("text", { x: LEFT - 8, y: y.map(t) + 4, "text-anchor": "end" }, String(t)));
     root.append(
