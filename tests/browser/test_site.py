@@ -101,6 +101,25 @@ def test_every_cell_is_in_the_table_and_its_numbers_are_those_of_the_rows(browse
     assert browser.title.startswith("Ranking")
 
 
+def test_bars_of_intervals_tell_good_rows_apart_beside_wrecked_ones(browser: Any, board: Path, made: list[Record]) -> None:
+    open_ranking(browser, board, "#model=tiny-135m")
+    bars = browser.execute_script(
+        f"""
+        const at = [...document.querySelectorAll('#cells thead th')].findIndex(th => th.textContent.trim() === arguments[0]);
+        const percent = (style, name) => parseFloat(style.getPropertyValue(name));
+        return Object.fromEntries([...document.querySelectorAll('{ROWS}')].flatMap((tr) => {{
+          const bar = tr.children[at].querySelector('.interval');
+          return bar ? [[tr.querySelector('th a').textContent, [percent(bar.style, '--low'), percent(bar.style, '--mark')]]] : [];
+        }}));""",
+        next(c.header for c in COLUMNS if c.key == "perplexity_delta_percent"),
+    )
+    lows = {row.label: row.perplexity_delta_low for row in known(made) if row.label in bars}
+    good = sorted((name for name, low in lows.items() if low is not None and low < 500), key=lambda name: lows[name] or 0)
+    starts = [bars[name][0] for name in good]
+    assert len(good) > 10 and starts == sorted(set(starts)) and starts[-1] - starts[0] > 50
+    assert bars["hqq(bits=2)"][0] == 100 and all(0 <= mark < starts[0] for _, mark in bars.values())
+
+
 def test_sorting_by_keyboard_keeps_empty_values_last_and_says_so(browser: Any, board: Path) -> None:
     open_ranking(browser, board, "#model=tiny-135m")
     header = browser.find_element(By.XPATH, "//table[@id='cells']//thead//th[contains(., 'Tokens/s')]")
