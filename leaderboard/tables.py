@@ -91,8 +91,10 @@ class Column:
         """The interval as `low–high` (`low to high` for signed numbers), or `± error`; empty where it is unknown."""
         if self.bounds:
             low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
-            between = " to " if low is not None and self.format(low)[0] in "+−" else "–"
-            return "" if low is None or high is None else f"{self.format(low)}{between}{self.format(high)}"
+            if low is None or high is None:
+                return ""
+            ends = self.format(low), self.format(high)
+            return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
         error = getattr(row, self.error) if self.error else None
         return "" if error is None else f"± {self.format(error)}"
 
@@ -107,7 +109,10 @@ class Column:
 
 @dataclass(frozen=True)
 class decimal:
-    """A formatter with so many digits, one less from 100 on and none from 1000 on; beyond a million, powers of ten."""
+    """A formatter with so many digits, one less from 100 on and none from 1000 on; beyond a million, powers of ten.
+
+    What rounds to zero has no sign.
+    """
 
     digits: int
     scale: float = 1.0
@@ -121,6 +126,8 @@ class decimal:
         else:
             digits = 0 if size >= 1000 else self.digits - 1 if size >= 100 and self.digits else self.digits
             text = f"{value:.{digits}f}"
+        if not text.strip("-0."):
+            return text.removeprefix("-")
         if text[0] == "-":
             return f"−{text[1:]}"
         return f"+{text}" if self.signed else text

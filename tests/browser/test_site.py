@@ -14,7 +14,7 @@ from leaderboard.recommend import Budget, recommend
 from leaderboard.row import Row
 from leaderboard.rows import rows
 from leaderboard.site import names
-from leaderboard.tables import COLUMNS
+from leaderboard.tables import COLUMNS, decimal
 from tests.browser.conftest import screen, written
 from tests.unit.board_records import Spec, records
 
@@ -99,6 +99,16 @@ def test_every_cell_is_in_the_table_and_its_numbers_are_those_of_the_rows(browse
     small = browser.execute_script(f"return [...document.querySelectorAll('{ROWS} small')].map(s => s.textContent)")
     assert sorted(small) == sorted(text for row in known(made) for c in COLUMNS if (text := c.interval(row)))
     assert browser.title.startswith("Ranking")
+
+
+def test_numbers_are_written_by_the_page_as_by_the_tables(browser: Any, board: Path) -> None:
+    open_ranking(browser, board)
+    for number in (-1234.6, -12.34, -0.06, -0.04, 0, 0.04, 0.06, 99.96, 123.45, 3e7):
+        for digits, signed in ((1, True), (0, True), (2, False)):
+            shown = browser.execute_script(
+                "return slim.format({digits: arguments[0], signed: arguments[1]}, arguments[2])", digits, signed, number
+            )
+            assert shown == decimal(digits, signed=signed)(number)
 
 
 def test_bars_of_intervals_tell_good_rows_apart_beside_wrecked_ones(browser: Any, board: Path, made: list[Record]) -> None:

@@ -22,7 +22,7 @@ from leaderboard import build as builder
 from leaderboard import scaling
 from leaderboard.build import BoardError, build, contents
 from leaderboard.figures import caption, draw, plottable
-from leaderboard.tables import COLUMNS, EMPTY, Row, pareto, rows, tables, to_csv, to_json, to_markdown, to_terminal
+from leaderboard.tables import COLUMNS, EMPTY, Row, decimal, pareto, rows, tables, to_csv, to_json, to_markdown, to_terminal
 from tests.unit.board_records import Spec, board, failure, records
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
@@ -185,6 +185,18 @@ def test_a_grid_that_the_source_had_already_is_flagged(source: str | None, bits:
         if record.compress and record.cell.pipeline == "gptq":
             record.compress.claim |= {"bits": bits, "group_size": group}
     assert any("a grid that is met again" in flag for flag in row_of(made, "gptq").flags) is flagged
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(-0.04, 0.3, "0.0 to +0.3"), (0.04, 0.3, "0.0 to +0.3"), (-0.3, 0.04, "−0.3 to 0.0"), (-0.04, 0.04, "0.0–0.0"), (None, 0.3, "")],
+)
+def test_a_number_that_rounds_to_zero_has_no_sign(low: float | None, high: float, shown: str) -> None:
+    ratios = {"perplexity_ratio_low": None if low is None else 1 + low / 100, "perplexity_ratio_high": 1 + high / 100}
+    row = row_of(board(), "gptq").model_copy(update=ratios)
+    (column,) = (column for column in COLUMNS if column.key == "perplexity_delta_percent")
+    assert column.interval(row) == shown
+    assert [decimal(1, signed=True)(value) for value in (-0.04, -0.06, 0.06)] == ["0.0", "−0.1", "+0.1"]
 
 
 def test_two_suites_protocols_or_machines_never_share_a_table() -> None:

@@ -40,16 +40,17 @@
   });
 
   const format = (column, number) => {
-    const size = Math.abs(number), sign = column.signed && number >= 0 ? "+" : "";
+    const size = Math.abs(number);
     const digits = size >= 1000 ? 0 : Math.max(0, column.digits - (size >= 100 ? 1 : 0));
     const shown = size >= 1e6 ? number.toExponential(1).replace("e+", "e") : number.toFixed(digits);
-    return (sign + shown).replaceAll("-", "−");
+    if (Number(shown) === 0) return shown.replace("-", "");
+    return ((column.signed && number > 0 ? "+" : "") + shown).replaceAll("-", "−");
   };
   const interval = (column, cell) => {
     if (!Array.isArray(cell)) return "";
     if (cell.length === 2) return `± ${format(column, cell[1])}`;
     const [low, high] = [format(column, cell[1]), format(column, cell[2])];
-    return `${low}${/^[+−]/.test(low) ? " to " : "–"}${high}`;
+    return `${low}${/[+−]/.test(low[0] + high[0]) ? " to " : "–"}${high}`;
   };
   const element = (tag, props = {}, ...children) => {
     const { dataset, ...rest } = props;
