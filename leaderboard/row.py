@@ -186,7 +186,7 @@ class Row(BaseModel):
     perplexity_seed_sd: float | None = Field(None, description="Standard deviation of the perplexity over those rows.")
     perplexity_seed_min: float | None = Field(None, description="Lowest perplexity of those rows.")
     perplexity_seed_max: float | None = Field(None, description="Highest perplexity of those rows.")
-    command: str = Field("", description="Command that makes the row again.")
+    command: str = Field("", description="Command that makes the row again, with all its stages.")
     provenance: dict[str, str] = Field({}, description="Versions, commit and time of measurement.")
 
     @model_validator(mode="before")

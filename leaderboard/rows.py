@@ -26,6 +26,7 @@ _WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Stat
 _GGUF_GRID, _GGUF_GROUP = re.compile(r"q(\d)_[01]"), 32
 _GRID_MET = 5.0
 """Per cent of perplexity: a grid that lies otherwise than the source's loses several times as much in a small model."""
+_WORD = re.compile(r"(?:'[^']*'|\S)+")
 _LIBRARIES = ("torch", "transformers", "lm_eval", "llmcompressor", "bitsandbytes", "compressed-tensors", "triton")
 
 Records = dict[tuple[Stage, str], Record]
@@ -128,7 +129,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         speed_protocol=_digest(_protocol(bearer, "speed")),
         flags=list(dict.fromkeys(flags)),
         imported=imported.label if imported else None,
-        command=bearer.command,
+        command=_command(bearer.command),
         provenance=_provenance(measured),
         **_size(compress),
         **(evidences[0].model_dump(include={"weight_bytes", "offloaded_bytes", "effective_bits", "sparsity"}) if evidences else {}),
@@ -230,6 +231,11 @@ def _hardware(record: Record) -> str:
         return machine.fingerprint(record.cell.device, _section(record, "device").get("index", 0), record.provenance.get("threads") or 0)
     except (KeyError, TypeError, ValueError, IndexError):
         return "unknown hardware"
+
+
+def _command(text: str) -> str:
+    """A command without what chose which stages ran that time."""
+    return " ".join(word for word in _WORD.findall(text) if not word.lstrip("'+").startswith(("stages=", "on_existing=")))
 
 
 def _provenance(record: Record) -> dict[str, str]:

@@ -199,6 +199,16 @@ def test_a_number_that_rounds_to_zero_has_no_sign(low: float | None, high: float
     assert [decimal(1, signed=True)(value) for value in (-0.04, -0.06, 0.06)] == ["0.0", "−0.1", "+0.1"]
 
 
+@pytest.mark.parametrize(
+    "partial", ["on_existing=all 'stages=[speed]'", "stages=quality +on_existing=failed", "'++stages=[quality, speed]'"]
+)
+def test_the_command_of_a_row_makes_all_its_stages(partial: str) -> None:
+    made = records(GPTQ)
+    for record in made:
+        record.command = f"slimbench run method=gptq {partial} suite=quick 'note=a stages=b'"
+    assert row_of(made, "gptq").command == "slimbench run method=gptq suite=quick 'note=a stages=b'"
+
+
 def test_two_suites_protocols_or_machines_never_share_a_table() -> None:
     suites = [GPTQ, replace(GPTQ, suite="papers"), replace(GPTQ, seqlen=2048), replace(GPTQ, model="other"), replace(GPTQ, speed="long")]
     made = [record for spec in suites for record in records(spec)]
