@@ -93,7 +93,7 @@ class Board:
     def counts(self) -> str:
         """How much there is, in words."""
         ended = sum(row.status == Status.OK for row in self.rows)
-        parts = [plural(len(self.rows), "cell"), plural(len({row.model for row in self.rows}), "model"), f"{ended} measured in full"]
+        parts = [plural(len(self.rows), "cell"), plural(len({row.model for row in self.rows}), "model"), f"{ended} ended well"]
         return ", ".join(parts + ([f"{len(self.rows) - ended} not"] if len(self.rows) > ended else []))
 
 

@@ -64,7 +64,7 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
     ]
     ended = sum(row.status == Status.OK for row in rows)
     parameters = _parameters(rows)
-    parts = [*([f"{count(parameters)} parameters"] if parameters else []), plural(len(rows), "cell"), f"{ended} measured in full"]
+    parts = [*([f"{count(parameters)} parameters"] if parameters else []), plural(len(rows), "cell"), f"{ended} ended well"]
     return page(
         "model.html.j2",
         names.model(name),

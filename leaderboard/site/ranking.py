@@ -12,7 +12,7 @@ from leaderboard.site import names
 from leaderboard.site.board import FASTEST, SMALLEST, Board, triple
 from leaderboard.site.lines import colour, simulated
 from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.tables import COLUMNS, RANK, Bounds, Column, decimal, seed_spread, shorten
+from leaderboard.tables import COLUMNS, Bounds, Column, decimal, seed_spread, shorten
 
 EXTRA = (
     Column("compress_seconds", "Compress\N{NO-BREAK SPACE}s", "Wall time of the compression.", decimal(1)),
@@ -31,8 +31,10 @@ def index(board: Board, files: Iterable[str]) -> str:
     Args:
         files: Names of the tables and plots that lie beside it.
     """
-    tables, plots = [f for f in files if f.startswith("table.")], [f for f in files if f.endswith(".svg") and "/" not in f]
-    return page("ranking.html.j2", "index.html", "Ranking", board=board, columns=ALL, rank_help=RANK, tables=tables, plots=plots)
+    kinds = (("All numbers, unrounded", ".csv .json"), ("Rounded, for people", ".md"), ("Plots for print", ".svg"))
+    beside = [name for name in files if "/" not in name]
+    named = [(about, [name for name in beside if name.endswith(tuple(endings.split()))]) for about, endings in kinds]
+    return page("ranking.html.j2", "index.html", "Ranking", board=board, files=named)
 
 
 def data(board: Board) -> str:

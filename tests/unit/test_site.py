@@ -174,6 +174,25 @@ def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:
     assert "arXiv:2210.17323" in facts and "group_size" in facts and "llmcompressor" in facts
 
 
+def test_the_words_of_counts_files_and_fronts_claim_no_more_than_is_so() -> None:
+    quality = records(replace(GPTQ, pipeline="quality-only"))[:2]
+    for record in quality:
+        record.config = record.config | {"stages": ["quality"]}
+    made = board() + quality
+    beside = {"table.md": b"", "table.csv": b"", "table.json": b"", "pareto.svg": b"", "figures/own.svg": b""}
+    parsed = {
+        name: Elements(text.decode()) for name, text in site_files(Board.of(made), beside, Gallery()).items() if name.endswith(".html")
+    }
+    ended = sum(row.status == Status.OK for row in rows(made))
+    for name in ("index.html", names.model("tiny-135m")):
+        assert f"{ended} ended well" in parsed[name].text, name
+    words = "All numbers, unrounded: table.csv, table.json. Rounded, for people: table.md. Plots for print: pareto.svg."
+    assert words in parsed["index.html"].text
+    assert "Perplexity rise at most" in parsed["index.html"].text
+    assert all("front: size" in parsed[name].text for name in ("guide.html", names.model("tiny-135m")))
+    assert not any("measured in full" in page.text or "best size" in page.text for page in parsed.values())
+
+
 def test_fronts_ranks_and_labels_are_marked() -> None:
     records_ = board()
     content = data(site(records_))

@@ -15,8 +15,8 @@
   const FRONT = "On the Pareto front: no cell of the set has both a lower perplexity and";
   const nameCell = (row) => {
     const box = element("div", {}, element("a", { href: row.href }, ...breaks(row.name)));
-    if (row.marks & MARKS.size) box.append(" ", tag("best size", "front", `${FRONT} fewer bytes`));
-    if (row.marks & MARKS.speed) box.append(" ", tag("best speed", "front", `${FRONT} more tokens per second`));
+    if (row.marks & MARKS.size) box.append(" ", tag("front: size", "front", `${FRONT} fewer bytes`));
+    if (row.marks & MARKS.speed) box.append(" ", tag("front: speed", "front", `${FRONT} more tokens per second`));
     if (row.marks & MARKS.simulated) box.append(" ", tag("simulated", "label"));
     if (row.source && !(state.group && sets.length > 1)) box.append(" ", tag(`source ${row.source}`, "label"));
     if (row.marks & MARKS.reference) box.append(" ", tag("reference"));
@@ -178,7 +178,7 @@
       table.draw();
       if (page && page < table.page.info().pages) table.page(page).draw("page");
       const failed = kept.filter((row) => row.status !== "ok").length;
-      document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} without a full measurement` : ""}`;
+      document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} did not end well` : ""}`;
     }
     if (apart !== state.group) { apart = state.group; table.rows().invalidate(); }
     if (["all", "order"].includes(what)) { table.order.fixed(fixed()); table.order(sorting()).draw(what !== "all" || !state.page ? true : "page"); }
