@@ -279,6 +279,22 @@ def test_the_theme_can_be_changed_and_is_remembered(browser: Any, board: Path) -
     assert browser.execute_script(paper) == light
 
 
+def test_controls_are_light_where_the_reader_chose_light_on_a_dark_system(browser: Any, board: Path) -> None:
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    try:
+        open_ranking(browser, board)
+        browser.execute_script("delete document.documentElement.dataset.theme")
+        controls = "return getComputedStyle(document.getElementById('group')).colorScheme"
+        seen = [browser.execute_script(controls)]
+        click(browser, "#theme")
+        seen.append(browser.execute_script(controls))
+    finally:
+        browser.execute_script("localStorage.clear()")
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme | {"value": "light"}]})
+    assert seen == ["dark", "light"]
+
+
 def test_figures_open_from_the_navigation_and_are_framed_in_both_themes(browser: Any, board: Path) -> None:
     open_ranking(browser, board)
     browser.find_element(By.CSS_SELECTOR, "nav[aria-label=Pages]").find_element(By.LINK_TEXT, "Figures").click()
