@@ -181,11 +181,13 @@ class Row(BaseModel):
     calibration: str | None = Field(None, description="Fingerprint of the calibration text, where it was used.")
     calibration_text: str | None = Field(None, description="Calibration corpus and how much of it, where it was used.")
     calibration_seed: int | None = Field(None, description="Seed by which the calibration text was drawn, where it was used.")
-    replicate: str | None = Field(None, description="The seeds that tell the row from rows that differ in nothing else.")
-    replicates: int | None = Field(None, description="Rows with a perplexity that differ in nothing but seeds, this one included.")
-    perplexity_seed_sd: float | None = Field(None, description="Standard deviation of the perplexity over those rows.")
-    perplexity_seed_min: float | None = Field(None, description="Lowest perplexity of those rows.")
-    perplexity_seed_max: float | None = Field(None, description="Highest perplexity of those rows.")
+    replicate: str | None = Field(
+        None, description="What tells the row from others of its pipeline and engine: calibration text, seeds, or its quality key."
+    )
+    replicates: int | None = Field(None, description="Perplexities of rows that differ in nothing but seeds, that of this one included.")
+    perplexity_seed_sd: float | None = Field(None, description="Standard deviation of those perplexities.")
+    perplexity_seed_min: float | None = Field(None, description="Lowest of those perplexities.")
+    perplexity_seed_max: float | None = Field(None, description="Highest of those perplexities.")
     command: str = Field("", description="Command that makes the row again, with all its stages.")
     provenance: dict[str, str] = Field({}, description="Versions, commit and time of measurement.")
 
@@ -215,8 +217,13 @@ class Row(BaseModel):
 
     @property
     def label(self) -> str:
-        """The pipeline, with its seeds where other rows differ in nothing else."""
+        """The pipeline, with its calibration text or seeds where other rows of it have others."""
         return f"{self.pipeline} · {self.replicate}" if self.replicate else self.pipeline
+
+    @property
+    def quality_key(self) -> tuple[str, ...]:
+        """What rows must share to be compared in quality: model, suite and kind of device."""
+        return self.model, self.suite, self.suite_protocol, self.device
 
     @property
     def table_key(self) -> tuple[str, ...]:

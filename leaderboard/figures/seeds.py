@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def seeds(group: Group) -> Plot:
 
     def make() -> Figure:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9, 2 + 0.34 * len(lines))
-        names = []
+        names, texts = [], Counter((rows[0].pipeline, rows[0].engine_label) for rows in lines)
         for place, rows in enumerate(lines):
             values, look = [row.perplexity or 0.0 for row in rows], look_of(rows[0])
             ax.plot([min(values), max(values)], [place, place], color=look.colour, lw=1.2, alpha=0.5, zorder=2)
@@ -57,8 +58,7 @@ def seeds(group: Group) -> Plot:
             ax.annotate(
                 words, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7.5, color=MUTED, annotation_clip=False
             )
-            engine = f" · {rows[0].engine}" if group.engines_differ else ""
-            names.append(shorten(f"{rows[0].pipeline}{engine}", 44))
+            names.append(_name(rows[0], group, texts))
         if reference and reference.perplexity:
             ax.axvline(reference.perplexity, color=MUTED, lw=1, ls=(0, (4, 2)), zorder=1)
         category_axis(ax, names)
@@ -69,6 +69,13 @@ def seeds(group: Group) -> Plot:
 
     spread, widest = max((rows[0].perplexity_seed_sd or 0.0, rows[0].pipeline) for rows in whole)
     return Plot("seeds", group, title, f"Seeds move {shorten(widest, 44)} most: s = {_FORM(spread)}.", text, make)
+
+
+def _name(row: Row, group: Group, texts: Counter[tuple[str, str]]) -> str:
+    """The pipeline with its engine and its calibration text, where those differ."""
+    engine = row.engine if group.engines_differ else None
+    text = row.calibration_text if texts[row.pipeline, row.engine_label] > 1 else None
+    return shorten(" · ".join(filter(None, (row.pipeline, engine, text))), 44)
 
 
 def _mean(rows: list[Row]) -> float:

@@ -296,6 +296,18 @@ def test_seeds_show_each_replicate() -> None:
     assert reasons(rows([*records(Spec()), *seeded([0])]), "seeds") == ["no pipeline was measured with more than one seed"]
 
 
+def test_lines_of_seeds_are_told_apart_by_their_calibration_text() -> None:
+    made = [
+        r for samples in (8, 32) for seed in (0, 1) for r in records(Spec(f"gptq {samples} {seed}", "quantization", loss=1.3, seed=seed))
+    ]
+    for record in made:
+        _, samples, seed = record.cell.pipeline.split()
+        record.cell.pipeline, record.cell.steps, record.cell.calibration = "gptq", [], "fingerprint"
+        record.config["calibration"] = {"source": "news", "samples": int(samples), "length": 256, "seed": int(seed)}
+    said = words(of(rows([*records(Spec()), *made]), "seeds")[0])
+    assert "gptq · news, 8 × 256 tokens" in said and "gptq · news, 32 × 256 tokens" in said
+
+
 def test_every_kind_has_a_reason_where_the_rows_do_not_allow_it() -> None:
     found = list(figures(rows(records(Spec()))))
     drawn = {plot.kind for plot in found if isinstance(plot, Plot)}

@@ -180,6 +180,30 @@ def test_rows_that_differ_only_in_their_seed_are_replicates_with_a_spread() -> N
     assert all(text in " ".join(dict(details(row)).values()) for row in replicates)
 
 
+def test_rows_of_one_pipeline_and_seed_are_told_apart_by_their_calibration_text_or_else_by_their_key() -> None:
+    texts = rows([*calibrated(0, 27.0), *calibrated(0, 28.0, 32)])
+    assert {row.label for row in texts} == {"gptq · lee-news, 128 × 512 tokens", "gptq · lee-news, 32 × 512 tokens"}
+    other = calibrated(0, 27.0)
+    for record in other:
+        record.config["pipeline"] = [{"name": "gptq", "settings": {"order": "other"}}]
+        record.cell.keys = record.cell.keys.model_copy(update={"quality": "f" * 16, "compress": "e" * 16})
+        record.key = record.cell.keys.of(record.stage)
+    labels = [row.label for row in rows([*calibrated(0, 27.0), *other])]
+    assert len(set(labels)) == 2 and "gptq · key ffffffff" in labels
+
+
+def test_a_result_has_one_name_on_every_machine() -> None:
+    here = [r for seed in (0, 1) for r in calibrated(seed, 27.0 + seed)]
+    there = [r.model_copy(deep=True) for r in calibrated(0, 27.0) if r.stage is Stage.SPEED]
+    for record in there:
+        record.cell.keys = record.cell.keys.model_copy(update={"speed": "f" * 16})
+        record.key = record.cell.keys.of(record.stage)
+        record.provenance = record.provenance | {"hardware": record.provenance["hardware"] | {"cpu": "Another CPU"}}
+    board = rows([*here, *there])
+    assert sorted(row.label for row in board) == [f"gptq · calibration seed {seed}" for seed in (0, 0, 1)]
+    assert {row.replicates for row in board} == {2}, "one result on two machines is one replicate"
+
+
 def test_other_settings_are_no_replicates() -> None:
     made = [r for seed in (0, 1) for r in calibrated(seed, 27.0 + seed)]
     for record in made[3:]:
