@@ -61,10 +61,9 @@ def measured(row: Row) -> bool:
 
 def by_quality(board: Sequence[Row], palette: Palette) -> list[Group]:
     """Rows whose quality may be compared: one model, suite and kind of device. A result measured once stands once."""
-    groups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in sorted(board, key=lambda row: (row.decode_tokens_per_s is None, row.status != Status.OK)):
-        group = groups.setdefault((row.model, row.suite, row.suite_protocol, row.device), {})
-        group.setdefault((row.keys.quality, row.label), row)
+        groups.setdefault(row.quality_key, {}).setdefault(row.keys.quality, row)
     position = {id(row): number for number, row in enumerate(board)}
     return _named(
         [sorted(group.values(), key=lambda row: position[id(row)]) for group in groups.values()],
@@ -83,10 +82,10 @@ def by_table(board: Sequence[Row], palette: Palette) -> list[Group]:
 
 def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
     """Rows whose speed may be compared: one model, speed protocol, device and hardware."""
-    groups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in board:
         key = row.model, row.speed, row.speed_protocol, row.device, row.hardware
-        groups.setdefault(key, {}).setdefault((row.keys.speed, row.label), row)
+        groups.setdefault(key, {}).setdefault(row.keys.speed, row)
     found = [list(group.values()) for group in groups.values()]
     found = [rows for rows in found if any(row.speed_points for row in rows)] or found
     return _named(found, palette, lambda row: (row.model, f"speed {row.speed}"), lambda row: f"{row.hardware} {row.speed_protocol}")
@@ -94,10 +93,12 @@ def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
 
 def by_suite(board: Sequence[Row], palette: Palette) -> list[Group]:
     """Rows of several models on one suite: only differences to each model's own reference may be compared."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in board:
-        groups.setdefault((row.suite, row.suite_protocol, row.device), []).append(row)
-    return _named(list(groups.values()), palette, lambda row: ("all models", row.suite), lambda row: row.suite_protocol)
+        groups.setdefault((row.suite, row.suite_protocol, row.device), {}).setdefault(row.keys.quality, row)
+    return _named(
+        [list(group.values()) for group in groups.values()], palette, lambda row: ("all models", row.suite), lambda row: row.suite_protocol
+    )
 
 
 def _named(

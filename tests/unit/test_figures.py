@@ -337,6 +337,18 @@ def test_a_result_with_several_speeds_stands_once_in_a_figure_of_quality() -> No
     assert words(of(made, "perplexity-bits")[0]).splitlines().count("gptq") == 1
 
 
+def test_a_result_under_two_names_stands_once_in_a_figure() -> None:
+    made = rows([*records(Spec()), *records(Spec("gptq", "quantization", loss=1.2, bits=4.25))])
+    other = made[1].model_copy(update={"replicate": "seed 0", "hardware": "Another CPU"})
+    (plot,) = of([*made, other], "perplexity-bits")
+    assert len(plot.group.rows) == 2
+    (plot,) = of([*made, other.model_copy(update={"hardware": made[1].hardware})], "memory")
+    assert len(plot.group.rows) == 2
+    sizes = sample("degradation")
+    (plot,) = of([*sizes, *(row.model_copy(update={"hardware": "Another CPU"}) for row in sizes)], "degradation")
+    assert len(plot.group.rows) == len(sizes)
+
+
 def test_hostile_names_are_shown_as_they_are() -> None:
     specs = [Spec(suite=HOSTILE), Spec(HOSTILE, "quantization", suite=HOSTILE, loss=1.4, bits=4.25, size=0.4)]
     specs += [replace(specs[1], pipeline="_漢字", loss=1.2, bits=3.0), replace(specs[1], pipeline="x" * 500, loss=1.3, bits=2.0)]
