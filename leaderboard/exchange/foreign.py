@@ -17,7 +17,7 @@ from harness.record import CellIdentity, Imported, Keys, Record, Stage, Status
 DENSE = "dense"
 NOT_MEASURED = "none"
 UNKNOWN = "unknown"
-_PATH = re.compile(r"^([~./\\]|[A-Za-z]:[\\/])|\\")
+_PATH = re.compile(r"^([~./\\]|file:|[a-z][\w+.-]*:[\\/])|\\", re.IGNORECASE)
 
 
 class Unreadable(Exception):
@@ -63,6 +63,7 @@ class Setting:
     """What a file says of the cell beside its results.
 
     Attributes:
+        revision: Which version of the model it is, where that is not the usual one.
         compression: How the model was compressed, in the tool's own words; None where nothing says so.
         protocol: What defines the numbers: only cells with the same protocol are compared.
     """
@@ -78,6 +79,7 @@ class Setting:
     suite: str
     speed: str
     protocol: dict[str, Any]
+    revision: str | None = None
     parameters: int | None = None
     run: str | None = None
     seed: int = 0
@@ -87,12 +89,14 @@ def record(source: Source, setting: Setting, named: Named, result: Any, wall_sec
     """The record of an imported result.
 
     Its keys are made of what identifies the cell, not of its numbers, so that the same cell of another file has the same keys; the
-    reference is the imported `dense` cell of the same model, tool, engine, device and protocol.
+    reference is the imported `dense` cell of the same model, dtype, tool, engine, device and protocol. A revision belongs to the name
+    that the file gives, not to the one that the user gives.
 
     Raises:
         Unreadable: The file does not name the model, and neither does the user.
     """
-    model = named.model or public_name(setting.model)
+    name = public_name(setting.model)
+    model = named.model or (f"{name}@{setting.revision}" if name and setting.revision else name)
     if not model:
         raise Unreadable("it does not name the model; give --model")
     pipeline = named.pipeline or setting.compression or DENSE
@@ -135,7 +139,7 @@ def step_names(pipeline: str) -> list[str]:
 
 
 def public_name(name: Any) -> str | None:
-    """A model's name as it may be shown: a hub id as it is, of a path the last component."""
+    """A model's name as it may be shown: a hub id as it is, of a path or an address the last component."""
     text = name.strip() if isinstance(name, str) else ""
     if not _PATH.search(text):
         return text or None
@@ -169,7 +173,7 @@ def device(value: Any) -> str:
 
 
 def _keys(setting: Setting, model: str, pipeline: str) -> Keys:
-    compress = short_hash("imported", setting.tool, ascii(model), ascii(pipeline))
+    compress = short_hash("imported", setting.tool, ascii(model), ascii(setting.dtype), ascii(pipeline))
     where = (compress, ascii(setting.engine), setting.device)
     protocol = json.dumps(setting.protocol, sort_keys=True)
     made = {stage.value: short_hash(*where, stage, protocol if stage is setting.stage else "") for stage in Stage}

@@ -17,13 +17,28 @@ from hashlib import sha256
 from typing import Any
 
 from harness.record import DocumentResult, QualityResult, Record, Stage, ZeroshotItems, ZeroshotResult
-from leaderboard.exchange.foreign import NOT_MEASURED, UNKNOWN, Named, Setting, Source, Unreadable, device, number, record, section, text
+from leaderboard.exchange.foreign import (
+    NOT_MEASURED,
+    UNKNOWN,
+    Named,
+    Setting,
+    Source,
+    Unreadable,
+    device,
+    number,
+    public_name,
+    record,
+    section,
+    text,
+)
 from tasks import zeroshot
 
 TOOL = "lm-eval"
 _ENGINES = {"hf": "transformers", "hf-auto": "transformers", "huggingface": "transformers"}
 _MODEL_KEYS = ("pretrained", "model", "path", "engine")
 _COMPRESSED = ("load_in_4bit", "load_in_8bit", "autogptq", "gptqmodel", "gguf_file", "peft", "delta")
+_LENGTH_KEYS = ("max_length", "max_model_len")
+_USUAL_REVISION = "main"
 _CHAT = ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[^/]*)\.json$")
 _LONGEST_NAMES = 3
@@ -71,24 +86,45 @@ def _setting(data: dict[str, Any], found: _Found) -> Setting:
     named = [str(data.get("model_name") or "")] if not any(arguments.get(key) for key in _MODEL_KEYS) else []
     kind = text(config.get("model")) or text(data.get("model_source")) or UNKNOWN
     dtype = text(config.get("model_dtype")) or text(arguments.get("dtype")) or UNKNOWN
+    revision = text(arguments.get("revision")) or text(config.get("model_revision"))
     date, parameters, seed = number(data.get("date")), config.get("model_num_parameters"), config.get("random_seed")
     names = list(found.protocol)
     return Setting(
         tool=TOOL,
         version=text(data.get("lm_eval_version")),
         model=next((str(arguments[key]) for key in _MODEL_KEYS if arguments.get(key)), *named),
-        compression="+".join(key for key in _COMPRESSED if str(arguments.get(key) or "False") != "False") or None,
+        revision=revision if revision != _USUAL_REVISION else None,
+        compression=_compression(arguments),
         engine=_ENGINES.get(kind, kind),
         device=device(config.get("device")),
         dtype=dtype.removeprefix("torch."),
         stage=Stage.QUALITY,
         suite=f"{TOOL} ({', '.join(names) if len(names) <= _LONGEST_NAMES else f'{len(names)} tasks'})",
         speed=NOT_MEASURED,
-        protocol={"tasks": found.protocol, "limit": config.get("limit"), **{key: data[key] for key in _CHAT if data.get(key)}},
+        protocol={
+            "tasks": found.protocol,
+            "limit": config.get("limit"),
+            "fewshot_seed": config.get("fewshot_seed"),
+            "gen_kwargs": {key: str(value) for key, value in sorted(_arguments(config.get("gen_kwargs")).items())},
+            "max_length": str(next((arguments[key] for key in _LENGTH_KEYS if arguments.get(key)), data.get("max_length") or UNKNOWN)),
+            **{key: data[key] for key in _CHAT if data.get(key)},
+        },
         parameters=parameters if isinstance(parameters, int) and parameters > 0 else None,
         run=_iso(date),
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else 0,
     )
+
+
+def _compression(arguments: dict[str, Any]) -> str | None:
+    """The arguments that compress the model, each with what tells it from another such model; None where there are none."""
+    steps = []
+    for key in _COMPRESSED:
+        value = str(arguments.get(key) or False)
+        details = [] if value.lower() == "true" else [public_name(value) or UNKNOWN]
+        details += [f"{name}={arguments[name]}" for name in sorted(arguments) if key == "load_in_4bit" and name.startswith("bnb_4bit_")]
+        if value.lower() != "false":
+            steps.append(f"{key}({','.join(details)})" if details else key)
+    return "+".join(steps) or None
 
 
 def _task(source: Source, task: str, scores: dict[str, Any], found: _Found) -> None:

@@ -22,7 +22,7 @@ from harness.record import Record, Stage, Status
 from harness.store import Store, dump
 from leaderboard import build, compare, tracking
 from leaderboard.exchange import dataset, importing, parquet
-from leaderboard.exchange.foreign import Named
+from leaderboard.exchange.foreign import Named, public_name
 from leaderboard.exchange.importing import Outcome
 from leaderboard.row import Row
 from leaderboard.rows import rows
@@ -264,6 +264,50 @@ def changed(folder: Path, to: Path, change: Any) -> Path:
     change(data)
     results_file(to).write_text(json.dumps(data))
     return to
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gen_kwargs": {"temperature": 0.9, "do_sample": True}},
+        {"gen_kwargs": "temperature=0.9"},
+        {"fewshot_seed": 7},
+        {"model_args": {"pretrained": "tiny-llama", "dtype": "float32", "max_length": 128}},
+        {"model_dtype": "torch.bfloat16"},
+        {"model_args": "pretrained=tiny-llama,dtype=float32,revision=step1000"},
+    ],
+    ids=["sampled", "sampled as text", "few-shot seed", "length", "dtype", "revision"],
+)
+def test_another_evaluation_is_no_other_result_of_the_same_cell(change: dict[str, Any], tmp_path: Path) -> None:
+    with_pair(tmp_path / "runs")
+    other = changed(DENSE, tmp_path / "other", lambda data: data["config"].update(change))
+    (report,) = put(other, tmp_path / "runs")
+    assert report.outcome is Outcome.IMPORTED and report.record
+    found = rows(Store(tmp_path / "runs").scan()[0])
+    assert len({(*row.table_key, row.label, row.engine_label) for row in found}) == 3
+    put(DENSE, tmp_path / "alone")
+    rtn = changed(RTN, tmp_path / "rtn", lambda data: data["config"].update(change))
+    put(rtn, tmp_path / "alone", None if "revision" in str(change) else "tiny-llama", "rtn-3bit")
+    assert [row.accuracy_delta for row in rows(Store(tmp_path / "alone").scan()[0])] == [None, None], "it has no reference"
+
+
+def test_two_compressed_models_are_told_apart_by_what_their_arguments_name(tmp_path: Path) -> None:
+    pipelines = []
+    for number, more in enumerate(
+        ("gguf_file=/home/me/q8_0.gguf", "gguf_file=q4_0.gguf", "load_in_4bit=True,bnb_4bit_quant_type=nf4", "load_in_4bit=True")
+    ):
+        source = changed(DENSE, tmp_path / str(number), lambda data: data["config"].update(model_args=f"pretrained=tiny-llama,{more}"))  # noqa: B023
+        (report,) = put(source, tmp_path / "runs")
+        assert report.outcome is Outcome.IMPORTED and report.record
+        pipelines.append(report.record.cell.pipeline)
+    assert pipelines == ["gguf_file(q8_0.gguf)", "gguf_file(q4_0.gguf)", "load_in_4bit(bnb_4bit_quant_type=nf4)", "load_in_4bit"]
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/me/model", "file:///home/me/model", "FILE:/home/me/model", "s3://me/model", "C:\\me\\model", "~/model/"]
+)
+def test_of_a_path_the_last_part_is_shown(name: str) -> None:
+    assert public_name(name) == "model" and public_name("org/model-1.5") == "org/model-1.5"
 
 
 def test_items_that_do_not_add_up_are_left_out(tmp_path: Path) -> None:
