@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from harness.cell import Cell
     from harness.record import Record
     from harness.sweep import PlannedCell
-    from leaderboard.reproduce import Line, Paper
+    from leaderboard.reproduce import Line, Paper, Planned
 
 _TOKENS = 300_000  # of the WikiText-2 test set, in round numbers
 
@@ -41,16 +41,16 @@ def reproduce(
     found = papers.paper(name)
     wanted = [f"experiment=paper/{name}", f"results={quoted(str(results))}", *(overrides or [])]
     cells = sweeps.plan(wanted)
-    reasons = {(c.cell.identity.model, c.cell.identity.pipeline): _reason(c) for c in cells}
+    planned = {_named(c): papers.Planned(c.cell.identity.keys.quality, _obstacle(c)) for c in cells}
     if plan:
-        _print_plan(found, cells, reasons)
+        _print_plan(found, cells, planned)
         return
     output_folder(out)
-    able = [c for c in cells if not reasons[c.cell.identity.model, c.cell.identity.pipeline]]
+    able = [c for c in cells if not planned[_named(c)].obstacle]
     if todo := [c for c in able if "run" in c.stages.values()]:
         _run([c.cell for c in todo])
     records = _records(results)
-    lines = papers.lines(found, records, reasons)
+    lines = papers.lines(found, records, planned)
     _print(found, lines)
     parameters = {c.cell.config.model.name: c.cell.config.model.parameters or 0 for c in cells}
     _draw(found, lines, {model: count for model, count in parameters.items() if count}, out)
@@ -75,7 +75,11 @@ def _run(cells: Sequence[Cell]) -> None:
             runner.close()
 
 
-def _reason(planned: PlannedCell) -> str:
+def _named(planned: PlannedCell) -> tuple[str, str]:
+    return planned.cell.identity.model, planned.cell.identity.pipeline
+
+
+def _obstacle(planned: PlannedCell) -> str:
     from harness import hub
 
     if "run" not in planned.stages.values():
@@ -89,7 +93,7 @@ def _records(results: Path) -> list[Record]:
     return Store(results_folder(results)).scan()[0] if results.is_dir() else []
 
 
-def _print_plan(found: Paper, cells: Sequence[PlannedCell], reasons: dict[tuple[str, str], str]) -> None:
+def _print_plan(found: Paper, cells: Sequence[PlannedCell], all_planned: dict[tuple[str, str], Planned]) -> None:
     """One command for each cell that is not recorded, with its expected hours and what keeps it from running here."""
     from rich.table import Table
 
@@ -98,15 +102,13 @@ def _print_plan(found: Paper, cells: Sequence[PlannedCell], reasons: dict[tuple[
     table = Table("command", "GPU hours", "here", box=None, header_style="bold")
     total = 0.0
     for planned in cells:
-        identity, model = planned.cell.identity, planned.cell.config.model
         if "run" not in planned.stages.values() and "cannot run" not in planned.stages.values():
             table.add_row(planned.cell.command, "–", "recorded")
             continue
-        hours = gpu_hours(found, identity.pipeline, model.parameters, _TOKENS)
+        hours = gpu_hours(found, planned.cell.identity.pipeline, planned.cell.config.model.parameters, _TOKENS)
         total += hours or 0
-        table.add_row(
-            planned.cell.command, "–" if hours is None else f"{hours:.2f}", reasons[identity.model, identity.pipeline] or "can run"
-        )
+        here = all_planned[_named(planned)].obstacle or "can run"
+        table.add_row(planned.cell.command, "–" if hours is None else f"{hours:.2f}", here)
     console().print(table)
     print(f"expected: {total:.1f} hours on one A100 for what is not recorded")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from harness.config import ConfigError
 from harness.record import PerplexityResult, Record, Stage, Status
 from harness.stats import perplexity_interval
 from leaderboard.row import named
-from leaderboard.rows import by_key, oldest_first, rows
+from leaderboard.rows import Records, by_key, oldest_first, rows
 from tasks.errors import nearest
 
 FOLDER = Path(__file__).parent / "published"
@@ -96,28 +97,32 @@ def paper(name: str) -> Paper:
     return Paper.model_validate({"name": name} | yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
 
 
-def lines(found: Paper, records: Sequence[Record], planned: Mapping[tuple[str, str], str]) -> list[Line]:
+@dataclass(frozen=True)
+class Planned:
+    """A cell of the paper's sweep.
+
+    Attributes:
+        quality: Its quality key: only a record with exactly that key is its measurement.
+        obstacle: Why it cannot run here, empty if it can.
+    """
+
+    quality: str
+    obstacle: str = ""
+
+
+def lines(found: Paper, records: Sequence[Record], planned: Mapping[tuple[str, str], Planned]) -> list[Line]:
     """Every published number, and every planned cell without one, beside what was measured.
 
     Args:
         records: Records of a results folder.
-        planned: Cells of the paper's sweep, by model and pipeline, with the reason why they cannot run here, empty if they can.
+        planned: Cells of the paper's sweep, by model and pipeline.
     """
     ordered = oldest_first(records)
     newest = by_key(ordered)
-    measured: dict[tuple[str, str], tuple[float, float | None, float | None]] = {}
-    failed: dict[tuple[str, str], str] = {}
-    for row in rows(ordered):
-        record = newest.get((Stage.QUALITY, row.keys.quality))
-        result = _of(found, record.quality.perplexity) if record and record.quality else None
-        if result and record and record.status is Status.OK:
-            bounds = named("low high", perplexity_interval, result.window_nll)
-            measured[row.model, row.pipeline] = (result.perplexity, bounds.get("low"), bounds.get("high"))
-        elif row.reason:
-            failed[row.model, row.pipeline] = row.reason
+    reasons = {row.keys.quality: row.reason for row in rows(ordered) if row.reason}
     wanted = [(model, pipeline) for model, values in found.values.items() for pipeline in values]
     wanted += [cell for cell in planned if cell not in wanted]
-    return [_line(found, cell, measured.get(cell), failed.get(cell, ""), planned) for cell in wanted]
+    return [_line(found, cell, planned.get(cell), newest, reasons) for cell in wanted]
 
 
 def _of(found: Paper, results: Sequence[PerplexityResult]) -> PerplexityResult | None:
@@ -125,23 +130,20 @@ def _of(found: Paper, results: Sequence[PerplexityResult]) -> PerplexityResult |
     return next((r for r in results if (r.corpus, r.seqlen) == wanted and r.protocol.startswith("window")), None)
 
 
-def _line(
-    found: Paper,
-    cell: tuple[str, str],
-    ours: tuple[float, float | None, float | None] | None,
-    failure: str,
-    planned: Mapping[tuple[str, str], str],
-) -> Line:
+def _line(found: Paper, cell: tuple[str, str], planned: Planned | None, newest: Records, reasons: Mapping[str, str]) -> Line:
     model, pipeline = cell
     published = found.values.get(model, {}).get(pipeline)
     line = Line(model=model, pipeline=pipeline, published=published, verdict=Verdict.MISSING)
-    if ours is None:
-        reason = failure or planned.get(cell, f"the sweep has no cell {pipeline}: no such method yet") or "not run yet"
-        return line.model_copy(update={"reason": reason})
-    value, low, high = ours
-    facts: dict[str, object] = {"measured": value, "low": low, "high": high, "verdict": Verdict.NO_TARGET}
+    if planned is None:
+        return line.model_copy(update={"reason": "no cell of this sweep"})
+    record = newest.get((Stage.QUALITY, planned.quality))
+    result = _of(found, record.quality.perplexity) if record and record.quality and record.status is Status.OK else None
+    if result is None:
+        return line.model_copy(update={"reason": reasons.get(planned.quality) or planned.obstacle or "not run yet"})
+    bounds = named("low high", perplexity_interval, result.window_nll)
+    facts: dict[str, object] = {"measured": result.perplexity, **bounds, "verdict": Verdict.NO_TARGET}
     if published is not None:
-        difference = 100 * (value / published - 1)
+        difference = 100 * (result.perplexity / published - 1)
         kept = math.isfinite(difference) and abs(difference) <= found.tolerance_percent
         facts |= {"difference_percent": difference, "verdict": Verdict.REPRODUCED if kept else Verdict.DIFFERS}
     return line.model_copy(update=facts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,12 +12,15 @@ from typer.testing import CliRunner
 from harness import hub, sweep
 from harness.cli import app
 from harness.config import ConfigError
-from harness.record import Record
+from harness.record import Record, Stage
 from leaderboard import reproduce
-from leaderboard.reproduce import Paper, Verdict, gpu_hours, lines
+from leaderboard.reproduce import Paper, Planned, Verdict, gpu_hours, lines
 from leaderboard.reproduce_figure import draw
 from leaderboard.rows import rows
 from tests.unit.board_records import Spec, records
+
+SPECS = (Spec(), Spec("four", "quantization", loss=1.2))
+CELLS = {(spec.model, spec.pipeline): Planned(spec.keys.quality) for spec in SPECS}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +31,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> list[Record]:
-    return [record for spec in (Spec(), Spec("four", "quantization", loss=1.2)) for record in records(spec)]
+    return [record for spec in SPECS for record in records(spec)]
 
 
 def paper(measured: list[Record], **values: float) -> Paper:
@@ -50,7 +55,7 @@ def test_every_paper_has_a_sweep_with_the_cells_of_its_table(name: str) -> None:
 def test_verdicts_follow_the_tolerance(measured: list[Record]) -> None:
     ours = {row.pipeline: row.perplexity or 0 for row in rows(measured)}
     found = paper(measured, dense=ours["dense"] * 1.015, four=ours["four"] * 1.03, three=50.0)
-    by_name = {line.pipeline: line for line in lines(found, measured, {("tiny-135m", "three"): "it needs a card"})}
+    by_name = {line.pipeline: line for line in lines(found, measured, CELLS | {("tiny-135m", "three"): Planned("", "it needs a card")})}
     assert by_name["dense"].verdict is Verdict.REPRODUCED and by_name["four"].verdict is Verdict.DIFFERS
     assert by_name["dense"].difference_percent == pytest.approx(100 * (1 / 1.015 - 1))
     assert by_name["dense"].low and by_name["dense"].high and by_name["dense"].low < ours["dense"] < by_name["dense"].high
@@ -59,11 +64,28 @@ def test_verdicts_follow_the_tolerance(measured: list[Record]) -> None:
 
 def test_another_protocol_is_no_measurement(measured: list[Record]) -> None:
     found = paper(measured, dense=20.0).model_copy(update={"seqlen": 2048})
-    assert [line.verdict for line in lines(found, measured, {})] == [Verdict.MISSING]
+    assert [line.verdict for line in lines(found, measured, CELLS)] == [Verdict.MISSING] * 2
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"engine": "compiled"}, {"suite": "other"}, {"device": "cuda"}], ids=str)
+def test_a_record_of_another_cell_beside_it_does_not_change_the_verdict(measured: list[Record], other: dict[str, Any]) -> None:
+    ours = {row.pipeline: row.perplexity or 0 for row in rows(measured)}
+    found = paper(measured, dense=ours["dense"], four=ours["four"])
+    ablation = [r for r in records(replace(SPECS[1], loss=2.0, **other)) if r.stage is Stage.QUALITY]
+    expected = lines(found, measured, CELLS)
+    assert [line.verdict for line in expected] == [Verdict.REPRODUCED] * 2
+    assert lines(found, [*measured, *ablation], CELLS) == lines(found, [*ablation, *measured], CELLS) == expected
+    alone = lines(found, ablation, CELLS)
+    assert [(line.verdict, line.reason) for line in alone] == [(Verdict.MISSING, "not run yet")] * 2
+
+
+def test_a_published_number_outside_the_sweep_is_missing(measured: list[Record]) -> None:
+    (line,) = lines(paper(measured, dense=20.0), measured, {})
+    assert (line.verdict, line.reason) == (Verdict.MISSING, "no cell of this sweep")
 
 
 def test_a_cell_without_a_published_number_is_shown_without_verdict(measured: list[Record]) -> None:
-    found = lines(paper(measured), measured, {("tiny-135m", "four"): ""})
+    found = lines(paper(measured), measured, {("tiny-135m", "four"): CELLS["tiny-135m", "four"]})
     assert [(line.pipeline, line.verdict, line.published) for line in found] == [("four", Verdict.NO_TARGET, None)]
 
 
@@ -76,9 +98,9 @@ def test_hours_are_the_published_compression_and_the_forward_passes(measured: li
 
 def test_the_figure_shows_both(measured: list[Record]) -> None:
     found = paper(measured, dense=20.0, four=25.0)
-    svg = draw(found, lines(found, measured, {}), {"tiny-135m": 134_000_000}, "svg").decode()
+    svg = draw(found, lines(found, measured, CELLS), {"tiny-135m": 134_000_000}, "svg").decode()
     assert all(text in svg for text in ("published", "measured", "dense", "four", "perplexity on wikipedia"))
-    assert svg.encode() == draw(found, lines(found, measured, {}), {"tiny-135m": 134_000_000}, "svg")
+    assert svg.encode() == draw(found, lines(found, measured, CELLS), {"tiny-135m": 134_000_000}, "svg")
 
 
 def test_without_hub_every_cell_is_missing_with_its_reason(tmp_path: Path) -> None:
