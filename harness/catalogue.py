@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,11 @@ class Entry:
     name: str
     method: Any
     settings: dict[str, Any]
+
+    @property
+    def shipped(self) -> dict[str, str]:
+        """The settings as the command line takes them: in YAML."""
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.settings.items()}
 
     @property
     def missing(self) -> list[str]:

@@ -15,7 +15,7 @@ from leaderboard.row import Row, clean
 from leaderboard.site import names
 from leaderboard.site.board import Board
 from leaderboard.site.lines import HEADS, Line
-from leaderboard.site.pages import page
+from leaderboard.site.pages import page, quoted
 from leaderboard.tables import shorten
 
 _LONGEST_DOC = 4000
@@ -77,7 +77,7 @@ def _about(entry: Any) -> About:
         doc=doc,
         notes=module[1:],
         facts=[(name, value) for name, value in facts.items() if value],
-        settings=[(name, str(value), meanings.get(name, "")) for name, value in entry.settings.items()],
+        settings=[(name, value, quoted(meanings.get(name, ""))) for name, value in entry.shipped.items()],
     )
 
 

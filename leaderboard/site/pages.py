@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from leaderboard.tables import shorten
 
 HERE = Path(__file__).parent
 _BREAK = re.compile(r"(?<=[+,(/_:])")
+_QUOTE = re.compile(r"`([^`]+)`")
 LONGEST_NAME = 120
 LONGEST_REMARK = 240
 NAVIGATION = (
@@ -41,6 +43,8 @@ def environment() -> Environment:
         "name": lambda text: shorten(text, LONGEST_NAME),
         "remark": lambda text: shorten(text, LONGEST_REMARK),
         "breaks": _breaks,
+        "quoted": quoted,
+        "dedent": dedent,
     }
     made.globals |= {"navigation": NAVIGATION}
     return made
@@ -56,6 +60,11 @@ def page(template: str, path: str, title: str, **values: Any) -> str:
     """
     root = "../" * path.count("/")
     return environment().get_template(template).render(root=root, path=path, title=shorten(title, LONGEST_NAME), **values)
+
+
+def quoted(text: str) -> Markup:
+    """The text, escaped, with what stands between backticks as code."""
+    return Markup(_QUOTE.sub(r"<code>\1</code>", str(escape(text))))
 
 
 def _breaks(text: str) -> Markup:

@@ -80,4 +80,4 @@ def test_results_add_what_came_of_each_method() -> None:
 def test_show_names_engines_and_the_systems_that_are_covered() -> None:
     text = slimbench("methods", "show", "gptq").stdout
     assert "engines     transformers, compiled" in text and "covers      GPTQ / OPTQ" in text and "comes near  OBQ: " in text
-    assert "  group_size = 64" in text and "method.gptq.SETTING=VALUE" in text
+    assert "  group_size = 64" in text and "  observer = null" in text and "method.gptq.SETTING=VALUE" in text

@@ -29,6 +29,7 @@ from leaderboard.site import method, names, ranking
 from leaderboard.site.board import Board, triple
 from leaderboard.site.cell import EVIDENCE_TITLE
 from leaderboard.site.lines import SHOWN
+from leaderboard.site.pages import quoted
 from leaderboard.site.site import last
 from leaderboard.tables import COLUMNS, rows
 from tests.unit.board_records import Spec, board, failure, records, site_files, specs
@@ -221,6 +222,22 @@ def test_sets_of_one_model_and_suite_are_told_apart_by_machine_and_speed_whereve
     model = pages(site_)[names.model("tiny-135m")].text
     assert all(name in model for name in (here, long, moved))
     assert moved in pages(site_)[names.cell(row_of(made, "rtn"))].text
+
+
+def test_formulas_of_a_method_keep_their_lines_and_code_its_type_and_values_are_those_of_the_command_line() -> None:
+    made = site(records(Spec()))
+    assert "w ≈ Σ_k α_k b_k + z        b_k ∈ {-1, 1}^g" in made[names.method("bcq-4bit")]
+    slicegpt = made[names.method("slicegpt")]
+    assert re.search(r"<pre[^>]*>reading [^<]*W -&gt; W Q₀ D\nwriting", slicegpt)
+    for name, text in made.items():
+        if name.startswith("method/"):
+            assert "`" not in text and not re.search(r"<td class=\"words\">(None|True|False)<", text), name
+    gptq = made[names.method("gptq")]
+    assert "<code>n:m</code> puts" in made[names.method("sparsegpt")] and '<td class="words">null<' in gptq
+
+
+def test_code_in_a_text_is_marked_after_everything_in_it_was_escaped() -> None:
+    assert quoted('a `<b>&` ` "c') == "a <code>&lt;b&gt;&amp;</code> ` &#34;c"
 
 
 def test_what_all_stages_have_in_common_is_told_once() -> None:
