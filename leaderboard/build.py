@@ -16,7 +16,7 @@ from leaderboard.drawing import KINDS
 from leaderboard.figures import catalogue
 from leaderboard.figures.canvas import Plot
 from leaderboard.parallel import mapped
-from leaderboard.plots import FIGURES, gallery
+from leaderboard.plots import FIGURES, STEMS, gallery
 from leaderboard.reading import lean
 from leaderboard.site.board import Board
 from leaderboard.site.site import FOLDERS, Files, last, parts
@@ -59,7 +59,7 @@ def build(results: Path, out: Path, figures: bool = True) -> list[Path]:
 def write(records: Sequence[Record], unreadable: Sequence[Unreadable], out: Path, figures: bool = True) -> list[Path]:
     """Write the board of records that are already loaded; arguments and errors as of `build`.
 
-    Pages and figures of an older board in the same folder that no longer belong to it are removed, once the new one is whole.
+    Pages, plots and figures of an older board in the same folder that no longer belong to it are removed, once the new one is whole.
     """
     if not records:
         raise BoardError("no records")
@@ -139,9 +139,9 @@ def _place(path: Path, content: bytes) -> None:
 
 
 def _sweep(out: Path, written: set[Path]) -> None:
-    """Remove the pages and figures of an older board."""
-    older = [path for folder in FOLDERS for path in (out / folder).glob("*.html")]
-    older += [path for name in catalogue.names() for kind in KINDS for path in (out / FIGURES).glob(f"{name}-*.{kind}")]
-    for path in older:
+    """Remove the pages, plots and figures of an older board, by the names that only a board gives."""
+    stems = [*STEMS, *(f"{FIGURES}/{name}-*" for name in catalogue.names())]
+    names = [f"{folder}/*.html" for folder in FOLDERS] + [f"{stem}.{kind}" for stem in stems for kind in KINDS]
+    for path in [path for name in names for path in out.glob(name)]:
         if path not in written:
             path.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from leaderboard.site.board import Board
 from leaderboard.tables import Table, titles
 
 FIGURES = "figures"
+STEMS = ("pareto", "pareto-*-*-*-*", "sizes")
+"""What files of plots are called without an ending: the fullest table's, those of model, suite, speed and device, that over sizes."""
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
 MANY = 12
 """Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages."""

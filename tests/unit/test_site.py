@@ -355,17 +355,19 @@ def test_a_record_with_little_in_it_and_one_of_an_older_schema_have_their_page()
     assert len(data(made)["rows"]) == 2
 
 
-def test_pages_of_cells_that_are_gone_are_removed_and_other_files_stay(tmp_path: Path) -> None:
+def test_pages_and_plots_that_are_gone_are_removed_and_other_files_stay(tmp_path: Path) -> None:
     out = tmp_path / "board"
     builder.write(records(Spec()) + records(GPTQ), [Unreadable("a", "b")], out, figures=False)
-    gone = [out / names.cell(row_of(records(GPTQ), "gptq")), out / "figures" / "memory-older.svg"]
-    kept = [out / "notes.txt", out / "figures" / "mine.svg"]
+    gone = [out / names.cell(row_of(records(GPTQ), "gptq")), *(out / f"pareto.{kind}" for kind in ("svg", "png", "pdf"))]
+    assert all(path.exists() for path in gone)
+    older = [out / name for name in ("figures/memory-older.svg", "pareto-tiny-135m-wiki-short-cpu-2.pdf", "sizes.png")]
+    others = ("notes.txt", "figures/mine.svg", "pareto-mine.svg", "pareto.txt", "sizes-of-mine.png", "cell/notes.txt", "data/pareto.svg")
+    kept = [out / name for name in others]
     (out / "figures").mkdir()
-    for path in (gone[1], *kept):
+    for path in (*older, *kept):
         path.write_text("")
-    assert gone[0].exists()
     builder.write(records(Spec()), [], out, figures=False)
-    assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
+    assert not any(path.exists() for path in (*gone, *older)) and all(path.exists() for path in kept)
     assert (out / names.cell(row_of(records(Spec()), "dense"))).exists()
 
 
