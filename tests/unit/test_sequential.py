@@ -29,16 +29,16 @@ def test_blocks_get_the_inputs_that_the_whole_model_gives_them(tmp_path: Path) -
     ("architecture", "settings"),
     [
         ("LlamaConfig", {}),
-        ("Gemma3TextConfig", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8, "head_dim": 16}),
+        ("Gemma3TextConfig", {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8, "head_dim": 16}),
         ("Qwen3Config", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8, "head_dim": 16}),
         ("FalconConfig", {"new_decoder_architecture": True}),
     ],
 )
 def test_blocks_make_what_they_make_in_the_model(architecture: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Blocks with a window or rotary positions of their own, and blocks whose outputs are a tuple."""
-    config = getattr(transformers, architecture)(**(tiny.SHAPE | {"num_hidden_layers": 4} | settings))
+    config = getattr(transformers, architecture)(**(tiny.SHAPE | {"num_hidden_layers": 6} | settings))
     model, ids = tiny.save(config, tmp_path, "float32").load(), tiny.tokens(samples=80, length=32).ids
-    made: list[list[Tensor]] = [[] for _ in range(4)]
+    made: list[list[Tensor]] = [[] for _ in range(6)]
     for index, block in enumerate(blocks_of(model).values()):
         block.register_forward_hook(lambda _, args, out, at=index: made[at].append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
