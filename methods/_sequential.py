@@ -6,6 +6,7 @@ can make up for the errors of its predecessors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,6 +138,7 @@ def walk(
     ids: Tensor,
     progress: Callable[[float, float], None] | None = None,
     dense: bool = False,
+    samples: int = 1,
 ) -> Iterator[Block]:
     """Yield the blocks in order; whatever the caller did to a block counts for the inputs of the next one.
 
@@ -145,9 +147,10 @@ def walk(
         ids: Calibration tokens, int64 [samples, length].
         progress: Told of finished blocks.
         dense: Keep the stream of the uncompressed model beside that of the compressed one.
+        samples: How many a batch holds at least; all if there are fewer.
     """
     blocks = blocks_of(model)
-    hidden, arguments = _inputs(model, list(blocks.values()), ids)
+    hidden, arguments = _inputs(model, list(blocks.values()), _batches(ids, samples))
     stream = list(hidden) if dense else []
     for index, (name, module) in enumerate(blocks.items()):
         block = Block(name, module, hidden, arguments[index], stream)
@@ -162,6 +165,12 @@ def walk(
             progress(index + 1, len(blocks))
 
 
+def _batches(ids: Tensor, samples: int) -> Sequence[Tensor]:
+    """Batches of about two thousand tokens that differ by one sample at most."""
+    whole = max(1, _BATCH_TOKENS // ids.shape[1])
+    return ids.tensor_split(max(1, min(math.ceil(len(ids) / whole), len(ids) // samples)))
+
+
 class _PassedOn(Tensor):
     """Hidden states in the place of a block's outputs, for models that take these as they are and for those that take the first of them."""
 
@@ -170,7 +179,7 @@ class _PassedOn(Tensor):
 
 
 @torch.no_grad()
-def _inputs(model: PreTrainedModel, blocks: list[nn.Module], ids: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def _inputs(model: PreTrainedModel, blocks: list[nn.Module], batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states of each batch before the first block, and the further arguments of each block for each batch.
 
     No block runs: each passes on what it gets, and the last one ends the pass.
@@ -190,7 +199,7 @@ def _inputs(model: PreTrainedModel, blocks: list[nn.Module], ids: Tensor) -> tup
     for index, block in enumerate(blocks):
         block.forward = partial(stand_in, index)
     try:
-        for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])):
+        for batch in batches:
             try:
                 model(batch.to(model.device), use_cache=False)
             except _Caught:

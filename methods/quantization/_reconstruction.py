@@ -71,7 +71,7 @@ class Reconstruction:
         """
         model.requires_grad_(False)
         total = model.config.num_hidden_layers
-        for index, block in enumerate(walk(model, ids, dense=True)):
+        for index, block in enumerate(walk(model, ids, dense=True, samples=self.samples)):
             layers = block.linears()
             weights = self._resume(index, layers)
             if weights is None:
@@ -110,13 +110,14 @@ class Reconstruction:
     def _fit_block(
         self, block: Block, layers: dict[str, LearnedLinear], generator: torch.Generator, progress: Callable[[float], None]
     ) -> None:
-        """Learn all layers of a block together, from its outputs."""
+        """Learn all layers of a block together, from its outputs: in each step, from samples of a batch that is drawn by its size."""
         linears, power = block.linears(), _power(block.dense_outputs)
         inputs = block.dense_inputs if self.scope == "dense block" else block.inputs
+        places = [batch for row in range(max(map(len, inputs))) for batch, held in enumerate(inputs) if row < len(held)]
         _put(block, layers)
         optimizer, schedule = self._optimizer(list(layers.values()))
         for step in range(self.steps):
-            batch = int(torch.randint(len(inputs), (), generator=generator))
+            batch = places[int(torch.randint(len(places), (), generator=generator))]
             rows = torch.randperm(len(inputs[batch]), generator=generator)[: self.samples].to(inputs[batch].device)
             made = block.module(inputs[batch][rows], **_rows_of(block.arguments[batch], rows, len(inputs[batch])))
             made = made[0] if isinstance(made, tuple) else made

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from methods import _sequential
 from methods.base import Claim, DenseModel, Unsupported
 from methods.kernels import packed
 from methods.kernels.grid import Grid
 from methods.quantization._learned import ClippedLinear, DistilledLinear, DividedLinear, LearnedLinear, UpOrDownLinear
 from methods.quantization._reconstructing import Reconstructing
+from methods.quantization._reconstruction import Reconstruction
 from methods.quantization.adaround import AdaRound
 from methods.quantization.flexround import FlexRound
 from methods.quantization.omniquant import OmniQuant
@@ -140,6 +142,35 @@ def test_an_interrupted_run_goes_on_with_the_next_block(name: str, dense: DenseM
     assert done[0] == 1, "the first block was learned again"
     assert resumed == compress(METHODS[name], dense, tmp_path / "whole")
     assert (tmp_path / "second" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 9])
+def test_a_step_sees_the_samples_that_were_asked_for(
+    samples: int, dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sequential, "_BATCH_TOKENS", 4 * 16)
+    method = FlexRound(bits=3, group_size=32, steps=3, samples=samples)
+    claim = method.compress(dense, tiny.tokens(samples=9, length=16), tmp_path)
+    assert claim.training_tokens == 2 * 3 * samples * 16
+
+
+def test_all_samples_are_drawn_equally_often(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five samples, three are in one batch and two in the other."""
+    monkeypatch.setattr(_sequential, "_BATCH_TOKENS", 4 * 16)
+    monkeypatch.setattr(Reconstruction, "_step", lambda *_: None)
+    model: Any = dense.load()
+    ids, seen = tiny.tokens(samples=5, length=16).ids, torch.zeros(5)
+    embedded = model.get_input_embeddings()(ids)
+
+    def count(_: nn.Module, args: tuple[Tensor]) -> None:
+        if torch.is_grad_enabled():
+            seen.add_((embedded == args[0]).flatten(1).all(1))
+
+    model.model.layers[0].register_forward_pre_hook(count)
+    learning = Reconstruction(lambda layer: ClippedLinear(layer, GRID), "block", steps=1000, samples=1, learning_rate=1.0)
+    for _ in learning.run(model, ids, lambda *_: None):
+        break
+    assert seen.sum() == 1000 and (seen / 1000 - 0.2).abs().max() < 0.03
 
 
 def test_float16_is_refused(dense: DenseModel, tmp_path: Path) -> None:
