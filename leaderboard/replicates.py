@@ -29,9 +29,10 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
     Args:
         board: Rows, each with a record of its cell.
     """
+    definitions: dict[str, str] = {}
     groups: dict[str, list[Row]] = defaultdict(list)
     for row, record in board:
-        groups[_but_for_seeds(row, record)].append(row)
+        groups[definitions.setdefault(row.keys.quality, _but_for_seeds(row, record))].append(row)
     named = [row for group in groups.values() for row in _with_spread(group)]
     named = _told_apart(named, lambda row: row.calibration_text)
     return _told_apart(named, lambda row: f"key {row.keys.quality[:8]}")

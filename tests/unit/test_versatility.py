@@ -199,6 +199,7 @@ def test_a_result_has_one_name_on_every_machine() -> None:
         record.cell.keys = record.cell.keys.model_copy(update={"speed": "f" * 16})
         record.key = record.cell.keys.of(record.stage)
         record.provenance = record.provenance | {"hardware": record.provenance["hardware"] | {"cpu": "Another CPU"}}
+        record.config["model"] = {"name": "tiny-135m", "written": "by an older version"}
     board = rows([*here, *there])
     assert sorted(row.label for row in board) == [f"gptq · calibration seed {seed}" for seed in (0, 0, 1)]
     assert {row.replicates for row in board} == {2}, "one result on two machines is one replicate"
