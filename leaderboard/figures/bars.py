@@ -39,6 +39,7 @@ def memory(group: Group) -> Plot:
     unknown = sum(row.activation_bytes is None for row in rows)
     note = f"At {point}. The number is the sum."
     note += f" The peak of {unknown} rows could not be read: their sum lacks activations (+)." if unknown else ""
+    note += " Weights that an engine keeps elsewhere until their layer computes are not in it." if any(map(_offloads, rows)) else ""
     note += f" The {len(whole) - len(rows)} largest are left out." if len(whole) > len(rows) else ""
     text = " ".join(filter(None, [note, left_out(group, whole, "memory in parts")]))
     title = "Memory while decoding"
@@ -53,21 +54,25 @@ def memory(group: Group) -> Plot:
         for place, (row, end) in enumerate(zip(rows, start, strict=True)):
             more = "" if row.activation_bytes is not None else " +"
             ax.annotate(f"{decimal(1)(end)}{more}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=INK)
-        category_axis(ax, [group.name(row, 44) for row in rows])
+        category_axis(ax, [group.name(row, 52) for row in rows])
         _bold_references(ax, rows)
         ax.set_xlim(0, 1.09 * max(start))
         ax.set_xlabel("MB  (← less is better)")
         legend(ax)
         return figure
 
-    dense = next((row for row in whole if row.is_reference), None)
+    dense = next((row for row in whole if row.is_reference and row.engine_label == rows[0].engine_label), None)
     reading = f"{group.name(rows[0])} takes least, {_megabytes(rows[0])} MB"
-    reading += f"; the dense model takes {_megabytes(dense)} MB." if dense and dense is not rows[0] else "."
+    reading += f"; on that engine the dense model takes {_megabytes(dense)} MB." if dense and dense is not rows[0] else "."
     return Plot("memory", group, title, reading, text, make)
 
 
 def _megabytes(row: Row) -> str:
     return decimal(1, 1e-6)(_total(row))
+
+
+def _offloads(row: Row) -> bool:
+    return bool(row.offloaded_bytes)
 
 
 def _total(row: Row) -> int:

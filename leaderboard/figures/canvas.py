@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from leaderboard.drawing import DPI, INK, MUTED, Kind, render, render_all
-from leaderboard.tables import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,11 @@ def canvas(title: str, setting: str, caption: str, width: float, height: float, 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **subplots)[0]
     line = line_length(figure)
-    figure.suptitle(shorten(title, int(0.55 * line)), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    whole_parts = re.sub("(?<!·) ", "\N{NO-BREAK SPACE}", title)
+    heading = textwrap.wrap(whole_parts, int(0.55 * line), max_lines=2, placeholder=" …")
+    figure.suptitle(
+        "\n".join(heading).replace("\N{NO-BREAK SPACE}", " "), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False
+    )
     words = [*textwrap.wrap(setting, line), *textwrap.wrap(caption, line)]
     figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=7.5, color=MUTED, parse_math=False).set_gid(CAPTION)
     return figure, axes

@@ -12,6 +12,7 @@ from leaderboard.row import Row
 from leaderboard.tables import shorten, tables, titles
 
 _NAMED = 4
+_NAME_IN_TEXT = 60
 
 
 class Unplottable(ValueError):
@@ -47,7 +48,7 @@ class Group:
         """The reference, if its perplexity was measured."""
         return next((row for row in self.rows if row.is_reference and row.perplexity), None)
 
-    def name(self, row: Row, length: int = 34) -> str:
+    def name(self, row: Row, length: int = 40) -> str:
         """The row as labels call it: with its engine where that differs."""
         return shorten(f"{row.label} · {row.engine}" if self.engines_differ else row.label, length)
 
@@ -69,7 +70,7 @@ def by_quality(board: Sequence[Row], palette: Palette) -> list[Group]:
         [sorted(group.values(), key=lambda row: position[id(row)]) for group in groups.values()],
         palette,
         lambda row: (row.model, row.suite),
-        lambda row: row.suite_protocol,
+        [lambda row: row.device, lambda row: f"protocol {row.suite_protocol}"],
     )
 
 
@@ -88,7 +89,12 @@ def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
         groups.setdefault(key, {}).setdefault(row.keys.speed, row)
     found = [list(group.values()) for group in groups.values()]
     found = [rows for rows in found if any(row.speed_points for row in rows)] or found
-    return _named(found, palette, lambda row: (row.model, f"speed {row.speed}"), lambda row: f"{row.hardware} {row.speed_protocol}")
+    return _named(
+        found,
+        palette,
+        lambda row: (row.model, f"speed {row.speed}"),
+        [lambda row: row.device, lambda row: row.hardware, lambda row: f"protocol {row.speed_protocol}"],
+    )
 
 
 def by_suite(board: Sequence[Row], palette: Palette) -> list[Group]:
@@ -97,26 +103,29 @@ def by_suite(board: Sequence[Row], palette: Palette) -> list[Group]:
     for row in board:
         groups.setdefault((row.suite, row.suite_protocol, row.device), {}).setdefault(row.keys.quality, row)
     return _named(
-        [list(group.values()) for group in groups.values()], palette, lambda row: ("all models", row.suite), lambda row: row.suite_protocol
+        [list(group.values()) for group in groups.values()],
+        palette,
+        lambda row: ("all models", row.suite),
+        [lambda row: row.device, lambda row: f"protocol {row.suite_protocol}"],
     )
 
 
 def _named(
-    groups: Sequence[Sequence[Row]], palette: Palette, words: Callable[[Row], tuple[str, ...]], protocol: Callable[[Row], str]
+    groups: Sequence[Sequence[Row]], palette: Palette, words: Callable[[Row], tuple[str, ...]], tells: Sequence[Callable[[Row], str]]
 ) -> list[Group]:
-    """Groups with a title, told apart by what else distinguishes them where two have the same."""
+    """Groups with a title: the words, and of what else tells them apart, one after the other, as much as is needed."""
     found = []
     for rows in groups:
         machines = sorted({row.hardware for row in rows if measured(row)}) or [rows[0].hardware]
         where = machines[0] if len(machines) == 1 else f"{len(machines)} machines"
         engines = sorted({row.engine_label for row in rows if measured(row)})
         setting = " · ".join([*(engines if len(engines) == 1 else []), rows[0].device, where])
-        twins = [other for other in groups if words(other[0]) == words(rows[0])]
+        twins = [other[0] for other in groups if words(other[0]) == words(rows[0])]
         parts = [*words(rows[0])]
-        if len({row.device for other in twins for row in other}) > 1:
-            parts.append(rows[0].device)
-        if len([other for other in twins if other[0].device == rows[0].device]) > 1:
-            parts.append(protocol(rows[0]))
+        for tell in tells:
+            if len(set(map(tell, twins))) > 1:
+                parts.append(tell(rows[0]))
+                twins = [twin for twin in twins if tell(twin) == tell(rows[0])]
         found.append(Group(rows, " · ".join(parts), setting, palette))
     return _distinct(found)
 
@@ -147,7 +156,7 @@ def left_out(group: Group, shown: Iterable[Row], missing: str) -> str:
     for row in group.rows:
         if id(row) not in there:
             reason = row.status if row.status not in (Status.OK, "incomplete") else f"without {missing}"
-            reasons.setdefault(reason, []).append(group.name(row))
+            reasons.setdefault(reason, []).append(group.name(row, _NAME_IN_TEXT))
     parts = [f"{len(names)} {reason} ({listed(names)})" for reason, names in sorted(reasons.items())]
     return f"Not shown: {'; '.join(parts)}." if parts else ""
 

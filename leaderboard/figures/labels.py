@@ -45,7 +45,9 @@ class Named:
     colour: str = MUTED
 
 
-def place(ax: Axes, points: Sequence[Named], paths: Sequence[Sequence[tuple[float, float]]] = (), named: Sequence[Named] = ()) -> int:
+def place(
+    ax: Axes, points: Sequence[Named], paths: Sequence[Sequence[tuple[float, float]]] = (), named: Sequence[Named] | None = None
+) -> int:
     """Name points: each label takes the best free place around its point, with a leader where that is far, or goes without.
 
     The layout of the figure must be final.
@@ -53,7 +55,7 @@ def place(ax: Axes, points: Sequence[Named], paths: Sequence[Sequence[tuple[floa
     Args:
         points: All points that labels must not cover.
         paths: Lines in the data that labels should not cross.
-        named: The points to name; all of them if none is given.
+        named: The points to name; None for all of them.
 
     Returns:
         How many found no place.
@@ -66,7 +68,9 @@ def place(ax: Axes, points: Sequence[Named], paths: Sequence[Sequence[tuple[floa
             first, last = ax.transData.transform([start, end])
             lines += _between(first, last, 2 + int(np.hypot(*(last - first)) / _STEP))
     written = _Written(marks, np.array(lines).reshape(-1, 4))
-    return sum(not _place(ax, point, written) for point in sorted(named or points, key=lambda p: (not p.first, p.y, p.x)))
+    return sum(
+        not _place(ax, point, written) for point in sorted(points if named is None else named, key=lambda p: (not p.first, p.y, p.x))
+    )
 
 
 @dataclass

@@ -146,12 +146,12 @@ def finish(
     group: Group,
     paths: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Fix the layout and name the points: the reference and the front first, and in a crowd them alone."""
-    crowd = any(len(shown) > CROWD for _, shown, _ in panels)
+    """Fix the layout and name the points: the reference and the front first, and in a crowd them alone, if there are any."""
+    chosen = {id(p) for _, shown, members in panels for p in (*members, *(p for p in shown if p.row.is_reference))}
+    crowd = bool(chosen) and any(len(shown) > CROWD for _, shown, _ in panels)
     unsay = settle(figure, _CROWDED if crowd else UNNAMED)
     homeless = 0
     for ax, shown, members in panels:
-        chosen = {id(p) for p in members} | {id(p) for p in shown if p.row.is_reference}
         named = {
             id(p): Named(
                 group.name(p.row),
@@ -163,7 +163,7 @@ def finish(
             )
             for p in shown
         }
-        wanted = [named[id(p)] for p in shown if len(shown) <= CROWD or id(p) in chosen]
+        wanted = [named[id(p)] for p in shown if not crowd or id(p) in chosen]
         homeless += place(ax, list(named.values()), [[(p.x, p.y) for p in members], *paths], wanted)
     if not crowd and not homeless:
         unsay()

@@ -202,6 +202,23 @@ def test_of_a_crowd_only_the_front_is_named_and_the_caption_says_so() -> None:
     assert "only the reference and the front are named" in " ".join(text.split())
 
 
+def test_in_a_crowd_without_reference_and_front_the_caption_does_not_speak_of_them() -> None:
+    crowd = [Spec(f"m{i}", "quantization", loss=1.1 + 0.02 * i, size=0.3 + 0.005 * i, bits=4.0) for i in range(45)]
+    (plot,) = of(rows([r for spec in (Spec(), *crowd) for r in records(spec)[:2]]), "divergence")
+    said = words(plot).split()
+    assert {spec.pipeline for spec in crowd} <= set(said) and "the front" not in " ".join(said)
+
+
+def test_a_long_title_is_told_whole_in_two_lines_that_break_between_its_parts() -> None:
+    machine = "Example(R) Processor(R) 9000 · 2 threads · 9 GB"
+    made = [row.model_copy(update={"hardware": machine}) for row in sample("board")]
+    (plot,) = of([*sample("board"), *made], "memory")[1:]
+    (title,) = [text for text in shown(plot).texts if text.get_text().startswith("Memory")]
+    assert title.get_text().replace("\n", " ") == f"Memory while decoding: {plot.group.title}" and machine in plot.group.title
+    assert title.get_text().count("\n") == 1 and title.get_text().splitlines()[0].endswith(" ·")
+    check_apart(shown(plot))
+
+
 def test_every_row_is_drawn_or_accounted_for(realistic: list[Row]) -> None:
     (plot,) = of(realistic, "perplexity-bytes")
     text = words(plot)
