@@ -17,7 +17,7 @@ from leaderboard.rows import INCOMPLETE
 from leaderboard.tables import COLUMNS, Column, Table, shorten, tables
 
 NEEDED = r"% \usepackage{booktabs,graphicx}"
-PAGE_LINES = 50
+PAGE_LINES = 48
 """Rows and lines of notes of one float."""
 _NOTE_LINES = 2
 _LONGEST = 60
@@ -150,7 +150,7 @@ def _float(table: Table, rows: Sequence[Row], columns: Sequence[Column], marks: 
 
 
 def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) -> str:
-    """What the table is of, and the meaning of the marks that stand in it."""
+    """What the table is of, and the meaning of the marks and columns that stand in it."""
     failed = sum(row.status not in (Status.OK, INCOMPLETE) for row in table.rows)
     lines, accuracy = "\n".join(body), any(row.accuracy_se is not None for row in rows)
     meanings = {
@@ -159,7 +159,13 @@ def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) 
         r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: not significantly different from the best",
         "*}}": rf"\textsuperscript{{*}}: significantly worse than the reference ({100 * LEVEL:.0f}\,\%, Holm)",
     }
-    told = "; ".join(meaning for mark, meaning in meanings.items() if mark in lines)
+    units = {
+        "perplexity_delta_percent": rf"{escape('Δ')}: perplexity above the reference",
+        "kl_mean": "KL: in nats per token",
+        "speedup": "speed-up: over the reference on the same engine",
+    }
+    shown = [text for key, text in units.items() if any(getattr(row, key) is not None for row in table.rows)]
+    told = "; ".join([*(meaning for mark, meaning in meanings.items() if mark in lines), *shown])
     ended = f"{failed} of {len(table.rows)} rows ended badly, with the reason below." if failed else ""
     title = f"{escape(table.title)}{part}. {escape(table.setting, 200)}."
     return " ".join(filter(None, [title, f"{told[0].upper()}{told[1:]}." if told else "", ended]))

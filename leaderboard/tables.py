@@ -51,7 +51,8 @@ _LEAST_FIRST = (
 )
 RANK = "1 + number of rows with a significantly lower perplexity: paired t-tests over windows, Holm's correction over all pairs, 5 %."
 _READING = (
-    "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error."
+    "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error. "
+    "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes."
 )
 Axis = Literal["weight_bytes", "decode_tokens_per_s"]
 
@@ -310,8 +311,8 @@ def _csv_value(value: Any) -> Any:
 
 
 def to_markdown(board: Sequence[Row]) -> str:
-    """A section with one table for each group of comparable rows."""
-    return "\n".join(_markdown_table(table) for table in tables(board))
+    """A section with one table for each group of comparable rows, and how to read them."""
+    return "\n".join([*(_markdown_table(table) for table in tables(board)), escape(_READING), ""])
 
 
 def _markdown_table(table: Table) -> str:
@@ -331,10 +332,12 @@ def escape(text: str) -> str:
 
 
 def notes_of(row: Row) -> list[str]:
-    """What a reader must know about the row: a bad end with its reason, then the flags, then what seeds change."""
+    """What a reader must know about the row: a bad end with its reason, then the flags, weights kept elsewhere, and what seeds change."""
     ended = [] if row.status == Status.OK else [f"{row.status}: {row.reason}" if row.reason else row.status]
+    elsewhere = decimal(1, 1e-6)(row.offloaded_bytes or 0)
+    offloaded = [f"{elsewhere} MB of its weights are kept elsewhere until their layer computes"] if row.offloaded_bytes else []
     spread = seed_spread(row)
-    return [*ended, *row.flags, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
+    return [*ended, *row.flags, *offloaded, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
 
 
 def seed_spread(row: Row) -> str | None:

@@ -314,6 +314,18 @@ def test_markdown_reads_back() -> None:
     assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
 
 
+def test_markdown_says_how_to_read_its_columns() -> None:
+    said = to_markdown(rows(records(Spec()))).replace("\\", "")
+    assert all(
+        words in said for words in ("# is 1 + number of rows", "± is half of the 95 % interval", "KL is in nats", "MB are 10⁶ bytes")
+    )
+
+
+def test_weights_that_are_kept_elsewhere_are_told_beside_those_in_memory() -> None:
+    row = rows(records(Spec()))[0].model_copy(update={"weight_bytes": 0, "offloaded_bytes": 269_030_016})
+    assert "269 MB of its weights are kept elsewhere until their layer computes" in to_markdown([row])
+
+
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_the_terminal_table_fits_and_names_every_reason(width: int) -> None:
     text = printed(board(), width)

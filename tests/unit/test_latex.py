@@ -150,6 +150,8 @@ def test_the_caption_explains_the_marks_of_its_table_and_no_others() -> None:
     assert all(words in full for words in ("half of the 95", "bold: best", r"\dagger}}: not significantly", "{*}: significantly worse"))
     assert not re.search(r"half of|bold|significantly", bare, re.IGNORECASE)
     assert full.startswith("% \\usepackage{booktabs,graphicx}\n")
+    columns = (r"\ensuremath{\Delta}: perplexity above the reference", "KL: in nats", "speed-up: over the reference")
+    assert all(words in full and words not in bare for words in columns)
 
 
 def many() -> list[Row]:
