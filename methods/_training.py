@@ -141,13 +141,14 @@ def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: 
         settings: A method or plain settings; with its `repr` a checkpoint tells runs apart.
         parameters: By unique names; nothing else is updated, gradients of others are neither computed nor kept.
         windows: Token ids, int64 [n, length].
-        dense: Gives the device, the progress to report to and the folder of checkpoints.
+        dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
 
     Raises:
         RuntimeError: The loss is no longer finite.
     """
     import torch
 
+    settings = replace(settings, seed=settings.seed + dense.seed)
     values = list(parameters.values())
     optimizer = settings.optimizer(values)
     identity = _identity(settings, parameters, windows) if dense.checkpoints else ""

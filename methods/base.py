@@ -133,6 +133,7 @@ class DenseModel:
         device: Where compression runs.
         progress: Told how much of the work is done, `(done, total)`; shown with an estimate of what is left.
         checkpoints: Folder that outlives an interrupted run, in which a training method keeps what it resumes from; None: keep nothing.
+        seed: That of the cell; whatever a method draws depends on it and on the method's own seed, if it has one.
     """
 
     path: Path
@@ -142,6 +143,7 @@ class DenseModel:
     shape: ModelShape
     progress: Callable[[float, float], None] = _silent
     checkpoints: Path | None = None
+    seed: int = 0
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
         """Load the weights, in evaluation mode, on the device. `kwargs` go to `from_pretrained`."""

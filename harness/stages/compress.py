@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from typing import Any
 
 import torch
 
@@ -41,7 +42,8 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             kept = artefact.checkpoints(key, index)
             if kept.exists():
                 flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
-            dense = DenseModel(current, source, config.model.dtype, config.device.name, shape, report.progress, kept)  # type: ignore[arg-type]
+            device: Any = config.device.name
+            dense = DenseModel(current, source, config.model.dtype, device, shape, report.progress, kept, config.seed)
             made = method.compress(dense, tokens, out)
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made

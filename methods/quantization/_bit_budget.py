@@ -36,6 +36,7 @@ def divergences(
     grids: Sequence[Grid],
     symmetric: bool,
     progress: Callable[[float, float], None] | None = None,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
     """Divergence in nats a token that rounding each layer alone would cause, for each grid.
 
@@ -43,6 +44,7 @@ def divergences(
         model: In evaluation mode; its weights are not changed.
         ids: Tokens, int64 [samples, length].
         grids: Weights are rounded to nearest, in searched ranges.
+        seed: Of the predictions that are drawn.
     """
     model.requires_grad_(False)
     fitted = {name: [_fit(layer.weight.detach(), grid, symmetric) for grid in grids] for name, layer in layers.items()}
@@ -58,7 +60,7 @@ def divergences(
     def watch(name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         output.register_hook(partial(weigh, name, args[0].detach()))
 
-    generator = torch.Generator(model.device).manual_seed(0)
+    generator = torch.Generator(model.device).manual_seed(seed)
     hooks = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
     batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
     try:

@@ -39,7 +39,7 @@ def fit(
     names = list(block_linears(model))
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + dense.seed)
         adapted: Any = get_peft_model(model, config)
     layers = {name: adapted.base_model.model.get_submodule(name) for name in names}
     scaling = alpha / rank

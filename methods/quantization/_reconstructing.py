@@ -81,8 +81,9 @@ class Reconstructing(Method):
             self.steps,
             min(self.samples, len(calibration.ids)),
             self.learning_rate,
+            seed=dense.seed,
             folder=dense.checkpoints,
-            identity=f"{self!r} {calibration.fingerprint}",
+            identity=f"{self!r} {calibration.fingerprint} {dense.seed}",
         )
         packed.save(model, learning.run(model, calibration.ids, dense.progress), out)
         return Claim(

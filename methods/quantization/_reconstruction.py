@@ -86,7 +86,7 @@ class Reconstruction:
         return {f"loss_{name}": round(sum(found) / len(found), 8) for name, found in (("first", self.first), ("last", self.last)) if found}
 
     def _learn(self, block: Block, index: int, progress: Callable[[float], None]) -> dict[str, QuantizedWeight]:
-        generator = torch.Generator().manual_seed(self.seed + index)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         linears = block.linears()
         layers = {name: self.learner(layer) for name, layer in linears.items()}
         seen: dict[str, list[Tensor]] = {}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SCALES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _NO_TOKENIZER: Any = object()
+_LIBRARY_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class SignRound(Method):
             seqlen=length,
             batch_size=min(self.batch_size, samples),
             device_map=dense.device,
+            seed=_LIBRARY_SEED + dense.seed,
             enable_torch_compile=False,
             scale_dtype=_SCALES[dense.dtype],
         )

@@ -69,7 +69,8 @@ class LLMQAT(TrainingSettings, Method):
         from methods.quantization import _qat
         from methods.quantization._grid_layers import RoundedLinear
 
-        ids = _self_text.generate(dense, self.sequences, self.length, self.greedy_tokens, self.generation_batch, self.seed)
+        seed = self.seed + dense.seed
+        ids = _self_text.generate(dense, self.sequences, self.length, self.greedy_tokens, self.generation_batch, seed)
         grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
         layers = _qat.put_in(model, self.group_size, lambda layer: RoundedLinear(layer, grid, dtype, min_max))

@@ -64,7 +64,7 @@ class MixedPrecision(Method):
         calibration = check_calibration(calibration, dense.shape)
         model = dense.load()
         check_groups(block_linears(model), self.group_size)
-        grids, tally = self.choose(model, calibration), Tally()
+        grids, tally = self.choose(model, calibration, dense.seed), Tally()
         packed.save(model, tally.count(self._weights(model, calibration, grids, dense)), out)
         details = {
             "symmetric": self.symmetric,
@@ -74,7 +74,7 @@ class MixedPrecision(Method):
         bits = tally.code_bits / tally.weights
         return Claim(self.produces, bits=bits, group_size=self.group_size, details=details | tally.details())
 
-    def choose(self, model: PreTrainedModel, calibration: Calibration) -> dict[str, Grid]:
+    def choose(self, model: PreTrainedModel, calibration: Calibration, seed: int) -> dict[str, Grid]:
         """The grid of each layer by its full name."""
         from methods._sequential import blocks_of
         from methods.kernels.grid import Grid
@@ -84,7 +84,7 @@ class MixedPrecision(Method):
         layers = {name: layer for name, layer in block_linears(model).items() if name.startswith(blocks)}
         offered = [Grid(bits, None if bits == 8 else self.group_size) for bits in BITS]
         ids = calibration.ids[: max(1, _SENSITIVITY_TOKENS // calibration.ids.shape[1])]
-        costs = divergences(model, layers, ids, offered, self.symmetric)
+        costs = divergences(model, layers, ids, offered, self.symmetric, seed=seed)
         sizes = [layer.weight.numel() for layer in layers.values()]
         chosen = allocate(list(costs.values()), sizes, BITS, self.average_bits)
         return {name: offered[index] for name, index in zip(layers, chosen, strict=True)}

@@ -64,7 +64,7 @@ class QALoRA(TrainingSettings, Method):
 
         assert calibration is not None
         grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed + dense.seed)
         model = _qat.load_float32(dense)
         layers = _qat.put_in(
             model,

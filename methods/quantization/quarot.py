@@ -61,7 +61,7 @@ class QuaRotRTN(Method):
 
         model = dense.load(dtype=torch.float32)
         check_groups(block_linears(model), self.group_size)
-        transforms = rotated(model, self.seed)
+        transforms = rotated(model, self.seed + dense.seed)
         grid = runtime.ActivationGrid("int", self.activation_bits, clip=self.activation_clip)
         weights = self._quantizer(packed.Grid(self.bits, self.group_size), calibration, dense)
         _rotated.save(model, transforms, grid, weights, dense, out)

@@ -66,7 +66,7 @@ class QuIP(Method):
         model = dense.load()
         check_groups(block_linears(model), self.group_size)
         grid, tally = packed.Grid(self.bits, self.group_size), Tally()
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed + dense.seed)
         plans: dict[str, InputPlan] = {}
 
         def quantizer(name: str, weight: Tensor, moments: Moments) -> QuantizedWeight:

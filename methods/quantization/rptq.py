@@ -67,7 +67,7 @@ class RPTQ(Method):
         layers = block_linears(model)
         check_groups(layers, self.group_size)
         grid = runtime.ActivationGrid("int", self.activation_bits, "tensor", symmetric=False)
-        plans = {name: clustered(seen, self.clusters, grid) for name, seen in _observe.of_model(model, calibration.ids).items()}
+        plans = {name: clustered(seen, self.clusters, grid, dense.seed) for name, seen in _observe.of_model(model, calibration.ids).items()}
         for name, plan in plans.items():
             layers[name].weight.data = layers[name].weight.data[:, plan.permutation]
         orders = {name: runtime.InputPlan(permutation=plan.permutation) for name, plan in plans.items()}
@@ -90,14 +90,14 @@ class RPTQ(Method):
         )
 
 
-def clustered(seen: Inputs, clusters: int, grid: ActivationGrid) -> InputPlan:
+def clustered(seen: Inputs, clusters: int, grid: ActivationGrid, seed: int) -> InputPlan:
     """The order of the channels, and the scale and offset of each in that order."""
     import torch
 
     from methods.kernels.numbers import range_scales
     from methods.kernels.runtime import InputPlan
 
-    labels = labels_of(seen.low, seen.high, clusters)
+    labels = labels_of(seen.low, seen.high, clusters, seed)
     order = labels.argsort(stable=True)
     low, high = torch.empty_like(seen.low), torch.empty_like(seen.high)
     for label in labels.unique():
@@ -107,8 +107,8 @@ def clustered(seen: Inputs, clusters: int, grid: ActivationGrid) -> InputPlan:
     return InputPlan(permutation=order, grid=grid, static_scale=scale, static_offset=offset)
 
 
-def labels_of(low: Tensor, high: Tensor, clusters: int) -> Tensor:
-    """The cluster of each channel, int64 [in]; k-means over (smallest, largest), seeded, with at most as many clusters as channels."""
+def labels_of(low: Tensor, high: Tensor, clusters: int, seed: int) -> Tensor:
+    """The cluster of each channel, int64 [in]; k-means over (smallest, largest) with at most as many clusters as channels."""
     import warnings
 
     import torch
@@ -117,5 +117,5 @@ def labels_of(low: Tensor, high: Tensor, clusters: int) -> Tensor:
     points = torch.stack((low, high), 1).double().cpu().numpy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*clusters is empty.*")
-        _, labels = kmeans2(points, min(clusters, len(points)), minit="++", seed=0)
+        _, labels = kmeans2(points, min(clusters, len(points)), minit="++", seed=seed)
     return torch.from_numpy(labels).long().to(low.device)

@@ -76,7 +76,7 @@ class SpinQuantRTN(LoopSettings, Method):
         model = _qat.load_float32(dense)
         check_groups(block_linears(model), self.group_size)
         fold_gains(model)
-        rotations = Rotations.random(model, self.seed)
+        rotations = Rotations.random(model, self.seed + dense.seed)
         grid = runtime.ActivationGrid("int", self.activation_bits, symmetric=False)
         with rotations.rounding(model, grid):
             done = train(self, rotations.parameters(), objective(self, model, dense), cut(calibration.ids, self.length), dense)

@@ -11,7 +11,7 @@ Left out: separate tables for columns with outliers, and the fine-tuning of tabl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -75,8 +75,10 @@ class VPTQ(Method):
             if layer.out_features % self.vector:
                 raise Unsupported(f"vectors of {self.vector} do not divide the {layer.out_features} outputs of {name}")
 
+        seeded = replace(self, seed=self.seed + dense.seed)
+
         def quantizer(_: str, weight: Tensor, moments: Moments) -> CodebookWeight:
-            return self.encode(weight, moments)
+            return seeded.encode(weight, moments)
 
         weights: Iterator[tuple[str, CodebookWeight]] = quantize_blocks(model, calibration.ids, quantizer, dense.progress)
         stored = codebook.save(model, weights, out)
