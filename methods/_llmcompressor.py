@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
 
@@ -49,7 +50,7 @@ def oneshot(
         calibration: Tokens; several samples go through a block at once.
         progress: Told of finished blocks.
     """
-    with _quiet() as report, _pageable_memory():
+    with _quiet() as report, on_device(model.device):
         import llmcompressor
 
         if progress is not None:
@@ -67,19 +68,19 @@ def oneshot(
 
 
 @contextlib.contextmanager
-def _pageable_memory() -> Iterator[None]:
-    """Keep llmcompressor from pinning activations where there is no accelerator to pin them for, which it does not ask."""
-    import torch
+def on_device(device: torch.device) -> Iterator[None]:
+    """Let llmcompressor work where a model is and pin activations for a card alone; by itself it takes any accelerator, and always pins."""
     from llmcompressor.pipelines.cache import IntermediatesCache
+    from llmcompressor.pipelines.sequential import pipeline
 
-    if torch.cuda.is_available():
-        yield
-        return
-    pin = vars(IntermediatesCache)["_pin_intermediate"]
-    IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)  # type: ignore[method-assign,assignment]
+    main_device, pin = pipeline.get_main_device, vars(IntermediatesCache)["_pin_intermediate"]
+    pipeline.get_main_device = lambda: device
+    if device.type != "cuda":
+        IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
+        pipeline.get_main_device = main_device
         IntermediatesCache._pin_intermediate = pin  # type: ignore[method-assign]
 
 
