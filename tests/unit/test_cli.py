@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 ENTRY = "import sys; sys.argv[0] = 'slimbench'; from harness.cli import main; main()"
-EMPTY, RESULTS = tempfile.mkdtemp(), str(Path(__file__).parents[2] / "results")
+RESULTS = str(Path(__file__).parents[2] / "results")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "wandb", "llmcompressor")
 
 
@@ -31,8 +30,8 @@ def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         (("assets", "path", "lee-new"), "did you mean 'lee-news'"),
         (("board", "table", "--results", "no-such-folder"), "no results folder"),
         (("board", "table", "--format", "jsn"), "did you mean 'json'"),
-        (("board", "table", "--results", EMPTY), f"no records in '{EMPTY}'"),
-        (("board", "serve", "--board", EMPTY), f"there is no board in '{EMPTY}'"),
+        (("board", "table", "--results", "."), "no records in '.'"),
+        (("board", "serve", "--board", "."), "there is no board in '.'"),
         (("board", "build", "--results", RESULTS, "--out", "/dev/null"), "cannot write to '/dev/null'"),
         (("bench", "kernels", "--out", "/dev/null/x"), "cannot write to '/dev/null/x'"),
         (("recommend", "--memory", "0"), "--memory 0 is no size"),
@@ -43,8 +42,8 @@ def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         (("run", "suite.include_path=/no/such/tasks", "suite.tasks=[a]"), "/no/such/tasks"),
     ],
 )
-def test_a_mistake_is_exit_code_2_and_one_line(arguments: tuple[str, ...], expected: str) -> None:
-    done = slimbench(*arguments)
+def test_a_mistake_is_exit_code_2_and_one_line(arguments: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    done = slimbench(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -18,6 +18,7 @@ from harness.measure.capacity import largest_batch
 from harness.measure.latency import prompts
 from harness.measure.memory import measure, peak_of
 from tests.unit.test_latency import Clock, Simulated
+from tests.unit.tiny import save_model
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -39,15 +40,15 @@ def test_the_split_adds_up(model: TransformersModel) -> None:
 
 
 @pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
-def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tiny: Path) -> None:
-    compiled = CompiledModel(load_pretrained(tiny, "cpu"), "cpu")
+def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path) -> None:
+    compiled = CompiledModel(save_model(tmp_path, num_hidden_layers=8).load(), "cpu")
     compiled._decode = compiled._next
     point = SpeedPoint(batch=16, prompt=1500, new_tokens=2)
     compiled.prefill(prompts(compiled, point), room=point.new_tokens)
     eager, kept = (measure(model, point, 0) for model in (TransformersModel(compiled.module, "cpu"), compiled))
     assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
-    assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.13 * eager.activation_bytes
-    assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.1)
+    assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.4 * eager.activation_bytes
+    assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.2)
 
 
 def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path) -> None:
