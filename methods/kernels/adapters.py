@@ -74,7 +74,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
         for part, tensor in LowRank(reduce, expand).parts().items():
             layer.register_buffer(part, tensor)
         layer.__class__ = adapted
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def stored_bits(folder: Path, adapters: dict[str, LowRank]) -> float:

@@ -228,7 +228,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     if tensors:
         raise ValueError(f"{folder.name} has tensors that no layer wants: {sorted(tensors)[:3]}")
     attach(model, plans)
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _describe(plan: InputPlan) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def load(
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    return model.requires_grad_(False).eval()
+    return model.eval()  # weights keep requires_grad: without it torch's matmul copies the transposed head for the last token of a prompt
 
 
 def describe(out: Path, file: str, format_: str, schema: int, layouts: dict[str, dict[str, Any]], otherwise: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _resize(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from methods.kernels import packed
 from methods.kernels.base import Kernel
@@ -20,6 +21,7 @@ from methods.kernels.grid import Grid, LowRank, Outliers, QuantizedWeight, unpac
 from methods.kernels.packed_linear import KERNELS, PackedEmbedding, PackedLinear
 from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM
 from methods.quantization._grid import round_head
+from methods.quantization.rtn import RTN
 from tests.unit import tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
@@ -424,3 +426,15 @@ def test_a_packed_head_takes_the_tied_embedding_along(
     assert (got - want).abs().max() < 0.02 * want.abs().max()
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert ("model.embed_tokens.weight" in file.keys()) is not tied  # noqa: SIM118 - it is no mapping
+
+
+def test_the_last_token_of_a_prompt_copies_no_dense_head(tmp_path: Path) -> None:
+    """torch's matmul copies the transposed weight of a sliced input unless the weight asks for gradients, as loaded dense ones do."""
+    out = tmp_path / "out"
+    out.mkdir()
+    RTN(bits=4, group_size=32).compress(tiny.save_model(tmp_path / "dense", vocab_size=4096, tie_word_embeddings=False), None, out)
+    model = packed.load(out)
+    head, ids = model.lm_head.weight, torch.arange(32)[None]
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model(ids, logits_to_keep=1)
+    assert max(event.cpu_memory_usage for event in seen.events()) < head.nbytes
