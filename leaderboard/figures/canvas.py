@@ -136,6 +136,7 @@ def log_axis(ax: Axes, which: str, ticks: Sequence[float] | None = None) -> None
 def spread_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
     """A logarithmic axis where positive values span more than a factor of three."""
     if min(values) > 0 and max(values) > 3 * min(values):
+        getattr(ax, f"set_{which}lim")(auto=True)
         log_axis(ax, which)
 
 

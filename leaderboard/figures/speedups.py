@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from leaderboard.drawing import MUTED
-from leaderboard.figures.canvas import Plot, canvas, side_legend
+from leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
 from leaderboard.figures.groups import Group, Unplottable, left_out
 from leaderboard.figures.palette import method_of
 from leaderboard.row import Row
@@ -71,6 +71,10 @@ def speedups(group: Group) -> Plot:
         figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 3.2 + 4.6 * len(panels), 5.2, len(panels), sharey=True)
         for ax, panel in zip(axes, panels, strict=True):
             _draw(ax, panel, rows, group)
+        axes[0].set_ylim(bottom=0)
+        spread_axis(
+            axes[0], "y", [value for panel in panels for own in panel.series.values() for r in own for value in (r.low, r.bound or r.value)]
+        )
         axes[0].set_ylabel("times as fast as dense  (↑ higher is better)")
         fullest = max(range(len(panels)), key=lambda i: len(panels[i].series))
         side_legend(axes[-1], *axes[fullest].get_legend_handles_labels())
@@ -129,7 +133,6 @@ def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
-    ax.set_ylim(bottom=0)
     ax.margins(x=0.1)
     ax.set_xlabel(panel.label)
     ax.set_title(f"{panel.fixed} {panel.fixed_at}", fontsize=9, color=MUTED)

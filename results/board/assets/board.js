@@ -20,6 +20,13 @@
     return cell.length === 3 ? [cell[1], cell[2]] : [cell[0] - 1.96 * cell[1], cell[0] + 1.96 * cell[1]];
   };
 
+  const OFF_SCALE = 20;
+  /** Perplexity above which rows of a set are off the scale: so many times the reference or, without one, the best of them. */
+  const offScale = (found, set) => {
+    const known = found.filter((row) => value(row, position.perplexity) !== null), reference = known.find((row) => row.id === sets[set]?.reference);
+    return OFF_SCALE * (reference ? value(reference, position.perplexity) : Math.min(...known.map((row) => value(row, position.perplexity))));
+  };
+
   const table = rows.map((raw, index) => {
     const row = {
       index, id: raw[0], set: raw[1], model: text(raw[2]), name: text(raw[3]), family: text(raw[4]), colour: text(raw[5]), engine: text(raw[6]),
@@ -33,16 +40,17 @@
   });
 
   const format = (column, number) => {
-    const size = Math.abs(number), sign = column.signed && number >= 0 ? "+" : "";
+    const size = Math.abs(number);
     const digits = size >= 1000 ? 0 : Math.max(0, column.digits - (size >= 100 ? 1 : 0));
     const shown = size >= 1e6 ? number.toExponential(1).replace("e+", "e") : number.toFixed(digits);
-    return (sign + shown).replaceAll("-", "−");
+    if (Number(shown) === 0) return shown.replace("-", "");
+    return ((column.signed && number > 0 ? "+" : "") + shown).replaceAll("-", "−");
   };
   const interval = (column, cell) => {
     if (!Array.isArray(cell)) return "";
     if (cell.length === 2) return `± ${format(column, cell[1])}`;
     const [low, high] = [format(column, cell[1]), format(column, cell[2])];
-    return `${low}${/^[+−]/.test(low) ? " to " : "–"}${high}`;
+    return `${low}${/[+−]/.test(low[0] + high[0]) ? " to " : "–"}${high}`;
   };
   const element = (tag, props = {}, ...children) => {
     const { dataset, ...rest } = props;
@@ -51,5 +59,5 @@
     made.append(...children);
     return made;
   };
-  window.slim = { columns, sets, rows: table, position, value, bounds, format, interval, element, MARKS, BITS, SIZES };
+  window.slim = { columns, sets, rows: table, position, value, bounds, offScale, format, interval, element, MARKS, BITS, SIZES };
 })();

@@ -60,7 +60,7 @@
     if (!candidates.length) { box.append(element("p", {}, "No finished cell in view to choose from.")); return; }
     const held = candidates.sort(compare(ORDERS[state.objective])).map(hold);
     const [choice, next] = held.filter((h) => h.excess === 0);
-    box.append(element("p", { className: "setting" }, `Of ${candidates.length} finished cells of ${sets[set].title} in view. Memory: weights, KV cache and activations as measured.`));
+    box.append(element("p", { className: "setting" }, `Of ${candidates.length} finished cells of ${sets[set].name} in view. Memory: weights, KV cache and activations together, where all were measured.`));
     if (!choice) {
       const near = held.reduce((best, h) => (h.excess < best.excess ? h : best));
       const missed = near.missed.map((l) => `${l.name} ${isFinite(l.excess) ? `by ${(100 * l.excess).toFixed(1)} %` : "(not measured)"}`).join(", ");

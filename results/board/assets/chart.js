@@ -1,12 +1,11 @@
 "use strict";
 // Quality against cost: one point for each cell of a set, its intervals, and the line of those that none beats in both.
 (() => {
-  const { columns, sets, position, value, bounds, format, element, state, changed, MARKS } = window.slim;
+  const { columns, sets, position, value, bounds, offScale, format, element, state, changed, MARKS } = window.slim;
   const AXES = ["weight_bytes", "decode_tokens_per_s", "speedup", "effective_bits", "disk_bytes", "prefill_ms"].filter((key) => key in position);
   const NS = "http://www.w3.org/2000/svg";
   const [LEFT, RIGHT, TOP, BOTTOM] = [58, 14, 12, 44];
   let [WIDTH, HEIGHT] = [640, 380];
-  const OFF_SCALE = 20;
   const MOST = 1500;
   const SHAPES = {
     reference: "M0-7L2-2.2 7-2 3 1.4 4.4 6.4 0 3.6-4.4 6.4-3 1.4-7-2-2-2.2Z", quantization: "M0-4.5A4.5 4.5 0 1 1 0 4.5 4.5 4.5 0 1 1 0-4.5Z",
@@ -56,15 +55,14 @@
     const index = position[state.axis], column = columns[index], ppl = position.perplexity;
     const inSet = kept.filter((row) => row.set === set);
     const known = inSet.filter((row) => value(row, ppl) !== null && value(row, index) !== null);
-    const reference = known.find((row) => row.id === sets[set]?.reference);
-    const limit = OFF_SCALE * (reference ? value(reference, ppl) : Math.min(...known.map((row) => value(row, ppl))));
+    const limit = offScale(known, set);
     const points = known.filter((row) => value(row, ppl) <= limit).slice(0, MOST).map((row) => ({ row, x: value(row, index), y: value(row, ppl), xs: bounds(row, index), ys: bounds(row, ppl) }));
     const off = known.length - points.length;
-    note.textContent = set < 0 ? "Nothing to draw." : `${sets[set].title}: ${points.length} ${points.length === 1 ? "cell" : "cells"}${off ? `, ${off} off the scale` : ""}.`;
+    note.textContent = set < 0 ? "Nothing to draw." : `${sets[set].name}: ${points.length} ${points.length === 1 ? "cell" : "cells"}${off ? `, ${off} off the scale` : ""}.`;
     if (points.length < 2) { box.append(element("p", { className: "setting" }, "Fewer than two cells have both numbers.")); return; }
     const x = scale(points.flatMap((p) => [p.x, ...(p.xs ?? [])]).filter((v) => v > 0), LEFT, WIDTH - RIGHT);
     const y = scale(points.flatMap((p) => [p.y, ...(p.ys ?? [])]), HEIGHT - BOTTOM, TOP);
-    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Perplexity against ${column.header}, ${sets[set].title}. The table below holds the same numbers.` });
+    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Perplexity against ${column.header}, ${sets[set].name}. The table below holds the same numbers.` });
     for (const t of x.ticks) root.append(svg("line", { class: "grid", x1: x.map(t), x2: x.map(t), y1: TOP, y2: HEIGHT - BOTTOM }), svg("text", { x: x.map(t), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, String(t)));
     for (const t of y.ticks) root.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.map(t), y2: y.map(t) }), svg("text", { x: LEFT - 8, y: y.map(t) + 4, "text-anchor": "end" }, String(t)));
     root.append(

@@ -105,7 +105,7 @@
     document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
     document.getElementById("reset").addEventListener("click", () => {
       Object.assign(state, defaults(), { shown: state.shown, sort: state.sort, axis: state.axis });
-      changed("rows");
+      changed("all");
     });
     document.getElementById("share").addEventListener("click", (event) => window.copyText(location.href, event.target));
     document.addEventListener("click", (event) => {

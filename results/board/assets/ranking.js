@@ -1,7 +1,7 @@
 "use strict";
 // The table of all cells, and what happens when the reader changes something.
 (() => {
-  const { columns, sets, rows, value, bounds, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
+  const { columns, sets, rows, position, value, bounds, offScale, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
   const TEXTS = [["model", "Model"], ["family", "Family"], ["engine", "Engine"], ["kernel", "Kernel"], ["device", "Device"], ["status", "Status"]];
   const PAGE = 50;
   const MOST_PRINTED = 1000;
@@ -15,8 +15,8 @@
   const FRONT = "On the Pareto front: no cell of the set has both a lower perplexity and";
   const nameCell = (row) => {
     const box = element("div", {}, element("a", { href: row.href }, ...breaks(row.name)));
-    if (row.marks & MARKS.size) box.append(" ", tag("best size", "front", `${FRONT} fewer bytes`));
-    if (row.marks & MARKS.speed) box.append(" ", tag("best speed", "front", `${FRONT} more tokens per second`));
+    if (row.marks & MARKS.size) box.append(" ", tag("front: size", "front", `${FRONT} fewer bytes`));
+    if (row.marks & MARKS.speed) box.append(" ", tag("front: speed", "front", `${FRONT} more tokens per second`));
     if (row.marks & MARKS.simulated) box.append(" ", tag("simulated", "label"));
     if (row.source && !(state.group && sets.length > 1)) box.append(" ", tag(`source ${row.source}`, "label"));
     if (row.marks & MARKS.reference) box.append(" ", tag("reference"));
@@ -36,11 +36,13 @@
   const members = sets.map(() => []);
   for (const row of rows) members[row.set].push(row);
   const references = sets.map((set, index) => members[index].find((row) => row.id === set.reference));
+  const limits = sets.map((_, set) => offScale(members[set], set));
   const spans = new Map();
   const span = (set, index) => {
     const key = set * 1000 + index;
     if (!spans.has(key)) {
-      const known = members[set].map((row) => bounds(row, index)).filter(Boolean);
+      const known = members[set].filter((row) => !(value(row, position.perplexity) > limits[set])).map((row) => bounds(row, index)).filter(Boolean);
+      if (columns[index].signed) known.push([0, 0]);
       const lows = known.map((b) => b[0]).sort((a, b) => a - b), highs = known.map((b) => b[1]).sort((a, b) => a - b);
       spans.set(key, known.length < 2 ? null : [lows[0], highs[Math.min(highs.length - 1, Math.floor(highs.length * 0.95))]]);
     }
@@ -49,14 +51,15 @@
   const bar = (row, index) => {
     const between = bounds(row, index), range = span(row.set, index);
     if (!between || !range) return [];
-    const f = columns[index].log && range[0] > 0 ? Math.log : (v) => v;
+    // Signed numbers are linear within ±1 and logarithmic beyond.
+    const f = columns[index].signed ? Math.asinh : columns[index].log && range[0] > 0 ? Math.log : (v) => v;
     const at = (v) => Math.min(100, Math.max(0, (100 * (f(v) - f(range[0]))) / (f(range[1]) - f(range[0]) || 1)));
     const made = element("span", { className: "interval" });
     made.setAttribute("aria-hidden", "true");
     made.style.setProperty("--low", `${at(between[0])}%`);
     made.style.setProperty("--wide", `${Math.max(0, at(between[1]) - at(between[0]))}%`);
     const reference = references[row.set];
-    const mark = reference ? value(reference, index) : null;
+    const mark = columns[index].signed ? 0 : reference ? value(reference, index) : null;
     if (mark !== null) made.style.setProperty("--mark", `${at(mark)}%`); else made.classList.add("bare");
     return [made];
   };
@@ -119,7 +122,7 @@
     });
   };
 
-  let kept = select(), table, quiet = true;
+  let kept = select(), table, quiet = true, apart = state.group;
   const start = () => {
     build(); chart.build(); budget.build();
     table = new DataTable("#cells", {
@@ -175,9 +178,9 @@
       table.draw();
       if (page && page < table.page.info().pages) table.page(page).draw("page");
       const failed = kept.filter((row) => row.status !== "ok").length;
-      document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} without a full measurement` : ""}`;
+      document.getElementById("count").textContent = `${kept.length} of ${rows.length} cells${failed ? `, ${failed} did not end well` : ""}`;
     }
-    if (what === "order") table.rows().invalidate();
+    if (apart !== state.group) { apart = state.group; table.rows().invalidate(); }
     if (["all", "order"].includes(what)) { table.order.fixed(fixed()); table.order(sorting()).draw(what !== "all" || !state.page ? true : "page"); }
     if (["all", "columns"].includes(what)) {
       for (const box of document.querySelectorAll("#chooser input")) { box.checked = shown().has(box.value); table.column(place(box.value)).visible(box.checked, false); }
