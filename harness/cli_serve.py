@@ -13,11 +13,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes any that is free.")] = 8000,
 ) -> None:
     """Serve a board on this machine until Ctrl+C and print its address. Opening index.html from the folder does as well."""
-    from harness.config import ConfigError
     from leaderboard.serve import server, url
-
-    if not (board / "index.html").is_file():
-        raise ConfigError(f"there is no board in '{board}'; make one with `slimbench board build --out {board}`")
 
     with server(board, port) as serving:
         print(f"{url(serving)} shows {board}; Ctrl+C ends it", flush=True)

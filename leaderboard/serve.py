@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from harness.config import ConfigError
 from leaderboard.build import BoardError
 
 HOST = "127.0.0.1"
@@ -27,10 +28,11 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
         port: 0 takes any that is free.
 
     Raises:
-        BoardError: There is no board in the folder, or the port is taken.
+        harness.config.ConfigError: There is no board in the folder.
+        BoardError: The port is taken.
     """
     if not (folder / "index.html").is_file():
-        raise BoardError(f"there is no board in '{folder}'; make one with `slimbench board build --out {folder}`")
+        raise ConfigError(f"there is no board in '{folder}'; make one with `slimbench board build --out {folder}`")
     try:
         return ThreadingHTTPServer((HOST, port), partial(_Quiet, directory=str(folder)))
     except (OSError, OverflowError) as error:

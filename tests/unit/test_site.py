@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from harness.config import ConfigError
 from harness.record import Record, Stage, Status
 from harness.store import Store, Unreadable, read
 from leaderboard import build as builder
@@ -410,5 +411,5 @@ def test_a_board_is_served_on_this_machine_alone(tmp_path: Path) -> None:
         with pytest.raises(builder.BoardError, match="cannot listen"):
             server(tmp_path, serving.server_address[1])
         serving.shutdown()
-    with pytest.raises(builder.BoardError, match="there is no board"):
+    with pytest.raises(ConfigError, match="there is no board"):
         server(tmp_path / "absent", 0)
