@@ -416,9 +416,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_one_line(error, "", RunConfig)) from error
-    _check_pipeline(config)
-    if Path(config.results).exists() and not Path(config.results).is_dir():
-        raise ConfigError(f"results={config.results} is no folder")
+    _check(config)
     return config
 
 
@@ -446,7 +444,10 @@ def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str
     return steps
 
 
-def _check_pipeline(config: RunConfig) -> None:
+def _check(config: RunConfig) -> None:
+    """Raise `ConfigError` for fields that do not go together, or not with this machine."""
+    if Path(config.results).exists() and not Path(config.results).is_dir():
+        raise ConfigError(f"results={config.results} is no folder")
     if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
     methods = [build_method(step) for step in config.pipeline]
