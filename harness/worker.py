@@ -1,7 +1,7 @@
 """One stage in a process of its own: the server that forks it, and the client that the runner talks to.
 
-`python -m harness.worker` is a server: it imports the heavy libraries once, starts no thread of its own, touches no CUDA,
-and then forks a fresh child for each stage that it is asked for, which costs hundredths of a second instead of many.
+`python -m harness.worker` is a server: it imports the heavy libraries once (with a card torch alone), starts no thread of its own,
+touches no CUDA, and then forks a fresh child for each stage that it is asked for, which costs hundredths of a second instead of many.
 Requests and answers are JSON lines on stdin and stdout. The server enforces wall-clock and memory limits, and when
 its own parent dies, it and its child die too.
 """
