@@ -44,5 +44,5 @@ class Kernel(ABC):
 
     @classmethod
     def rows(cls, layer: Any, index: Tensor) -> Tensor:
-        """Some rows of the weight, dequantized: [n, in] for an index [n]. Kernels whose layout allows it expand no others."""
-        return cls.restore(layer).dequantize()[index]
+        """Some rows of the weight, dequantized: [n, in] for an index [n]. Kernels whose layout allows it unpack no others."""
+        return cls.restore(layer).take(index).dequantize()

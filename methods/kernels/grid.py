@@ -136,6 +136,10 @@ class QuantizedWeight:
             weight = weight + self.low_rank.expand.float() @ self.low_rank.reduce.float()
         return weight.to(self.scales.dtype)
 
+    def take(self, index: Tensor) -> QuantizedWeight:
+        """Some rows of what lies on the grid, for an index [n]: without outliers and low rank."""
+        return QuantizedWeight(self.grid, self.codes[index], self.scales[index], None if self.offsets is None else self.offsets[index])
+
     @property
     def symmetric(self) -> bool:
         return self.offsets is None

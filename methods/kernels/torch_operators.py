@@ -25,10 +25,13 @@ _CUDA_INT_MM_ROWS = 17
 
 
 class Int4Pack(Kernel):
-    """torch's CPU operator for 4-bit groups; scales and offsets interleaved, [groups, out, 2]."""
+    """torch's CPU operator for 4-bit groups; scales and offsets interleaved, [groups, out, 2].
+
+    Its packed rows lie in blocks of up to `block`, each of which is a packed weight of its own.
+    """
 
     name = "torch int4pack"
-    device, multiple_out, multiple_in = "cpu", 16, 2
+    device, multiple_out, multiple_in, block = "cpu", 16, 2, 64
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
@@ -49,13 +52,29 @@ class Int4Pack(Kernel):
 
     @classmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
+        weight = cls._unpack(layer, layer.weight_packed, layer.scales_and_offsets)
+        assert weight.offsets is not None
+        return weight if weight.offsets.any() else QuantizedWeight(weight.grid, weight.codes, weight.scales)
+
+    @classmethod
+    def rows(cls, layer: Any, index: Tensor) -> Tensor:
+        """Some rows of the weight, dequantized: [n, in] for an index [n]. The blocks in which they lie are unpacked one for each."""
+        if layer.out_features % cls.block or len(index) * cls.block >= layer.out_features:
+            return super().rows(layer, index)
+        blocks, within = index // cls.block, torch.arange(cls.block, device=index.device)
+        packed = layer.weight_packed.unflatten(0, (layer.out_features // cls.block, -1))[blocks].flatten(0, 1)
+        steps = layer.scales_and_offsets[:, (blocks[:, None] * cls.block + within).flatten()]
+        wanted = torch.arange(len(index), device=index.device) * cls.block + index % cls.block
+        return cls._unpack(layer, packed, steps).take(wanted).dequantize()
+
+    @classmethod
+    def _unpack(cls, layer: Any, packed: Tensor, steps: Tensor) -> QuantizedWeight:
         """Unit vectors on a grid of scale 1 make the operator itself give the codes; they are small integers, so exactly."""
-        scales, offsets = (t.transpose(0, 1).contiguous() for t in layer.scales_and_offsets.unbind(-1))
-        unit = torch.zeros_like(layer.scales_and_offsets)
-        unit[..., 0] = 1
+        unit = torch.stack((torch.ones_like(steps[..., 0]), torch.zeros_like(steps[..., 0])), dim=-1)
         eye = torch.eye(layer.in_features, dtype=layer.dtype, device=unit.device)
-        codes = cls._product(eye, layer.weight_packed, layer.grid.group_size, unit).t() + layer.grid.mid
-        return QuantizedWeight(layer.grid, codes.to(torch.uint8), scales, offsets if offsets.any() else None)
+        codes = cls._product(eye, packed, layer.grid.group_size, unit).t() + layer.grid.mid
+        scales, offsets = (t.transpose(0, 1).contiguous() for t in steps.unbind(-1))
+        return QuantizedWeight(layer.grid, codes.to(torch.uint8), scales, offsets)
 
     @staticmethod
     def _pack(weight: QuantizedWeight) -> Tensor:
@@ -70,7 +89,7 @@ class TinyGemm(Int4Pack):
     """torch's CUDA operator for 4-bit groups; two 16-wide tiles of inputs side by side."""
 
     name = "tinygemm"
-    device, multiple_out, multiple_in = "cuda", 8, 32
+    device, multiple_out, multiple_in, block = "cuda", 8, 32, 8
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
@@ -161,6 +180,13 @@ class Dequantize(Kernel):
     def restore(cls, layer: Any) -> QuantizedWeight:
         codes = unpack(layer.qweight, layer.grid.bits)
         return QuantizedWeight(layer.grid, codes, layer.scales, getattr(layer, "offsets", None))
+
+    @classmethod
+    def rows(cls, layer: Any, index: Tensor) -> Tensor:
+        """Some rows of the weight, dequantized: [n, in] for an index [n]; no others are unpacked."""
+        offsets = getattr(layer, "offsets", None)
+        codes = unpack(layer.qweight[index], layer.grid.bits)
+        return QuantizedWeight(layer.grid, codes, layer.scales[index], None if offsets is None else offsets[index]).dequantize()
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,15 @@ def test_runs_in_a_captured_graph_and_on_another_stream(kernel: type[Kernel]) ->
         assert torch.equal(y, layer(still))
 
 
+@pytest.mark.parametrize("kernel", [OwnCuda, OwnTriton, TinyGemm], ids=lambda k: k.name)
+@pytest.mark.parametrize("offsets", [False, True], ids=["symmetric", "offsets"])
+def test_a_few_rows_are_looked_up(kernel: type[Kernel], offsets: bool) -> None:
+    layer = make(kernel, 4, 128, (4096, 1024), torch.bfloat16, offsets=offsets)
+    for index in ([4095, 0, 70, 70, 1], range(4095, -1, -3)):
+        at = torch.tensor(list(index), device="cuda")
+        assert torch.equal(layer.rows(at), layer.dequantize()[at])
+
+
 def test_inputs_need_no_alignment() -> None:
     layer = make(OwnCuda, 4, 32, (64, 64), torch.float16)
     x = torch.randn(65, device="cuda").half()[1:].view(1, 64)

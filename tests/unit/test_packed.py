@@ -438,3 +438,22 @@ def test_the_last_token_of_a_prompt_copies_no_dense_head(tmp_path: Path) -> None
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         model(ids, logits_to_keep=1)
     assert max(event.cpu_memory_usage for event in seen.events()) < head.nbytes
+
+
+@pytest.mark.parametrize("offsets", [False, True], ids=["symmetric", "offsets"])
+@pytest.mark.parametrize(
+    ("kernel", "grid"),
+    [(OwnCpu, W4), (Int4Pack, W4), (Int8Pack, W8), (IntMM, W8A8), (Dequantize, Grid(3, 64)), (Dequantize, W8)],
+    ids=lambda value: value.name if isinstance(value, type) else str(value),
+)
+def test_a_few_rows_are_looked_up_without_the_others(kernel: type[Kernel], grid: Grid, offsets: bool) -> None:
+    weight = random_weight(grid, 4096, 64, torch.bfloat16, offsets)
+    if not kernel.accepts(weight) or kernel.missing():
+        pytest.skip("no such weight")
+    layer, index = PackedLinear(weight, kernels=(kernel,)), torch.tensor([4095, 0, 70, 70, 1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = layer.rows(index)
+    assert torch.equal(found, weight.dequantize()[index])
+    assert max(event.cpu_memory_usage for event in seen.events()) < weight.codes.numel()
+    many = torch.arange(4095, -1, -3)
+    assert torch.equal(layer.rows(many), weight.dequantize()[many])

@@ -67,7 +67,7 @@ class OwnTriton(TritonKernel):
         offsets = getattr(layer, "offsets", None)
         moved = None if offsets is None else offsets[tile]
         found = layout.restore(layer.grid, layer.weight_packed[tile], layer.scales[tile], moved, len(index) * layout.ROWS)
-        return found.dequantize()[torch.arange(len(index), device=index.device) * layout.ROWS + row]
+        return found.take(torch.arange(len(index), device=index.device) * layout.ROWS + row).dequantize()
 
 
 def interpreted() -> bool:
