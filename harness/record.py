@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class Stage(StrEnum):
@@ -593,6 +593,8 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
             _items_of_schema_2(task)
     if version < 4:
         _memory_of_schema_3(data)
+    if version < 5:
+        _prompts_of_schema_4(data)
     return data
 
 
@@ -612,6 +614,18 @@ def _memory_of_schema_3(data: dict[str, Any]) -> None:
     memory = speed.get("memory") if isinstance(speed, dict) else None
     if isinstance(memory, dict) and isinstance(cell, dict) and cell.get("engine") in _KEPT_CACHES:
         memory["activation_bytes"] = None
+
+
+def _prompts_of_schema_4(data: dict[str, Any]) -> None:
+    """Flag what was measured while the last token of a prompt made a copy of a dense head that shares its weight with the embedding."""
+    speed = data.get("speed") if isinstance(data.get("speed"), dict) else None
+    if not speed or not isinstance(speed.get("evidence"), dict) or not isinstance(speed.get("memory"), dict):
+        return
+    layers = speed["evidence"].get("layers", [])
+    copied = sum(layer["bytes"] for layer in layers if layer["layer"] == "Embedding")
+    own = any(layer["layer"].startswith(("Packed", "Codebook", "Adapted")) for layer in layers)
+    if own and 0 < copied <= (speed["memory"].get("activation_bytes") or 0):
+        speed.setdefault("flags", []).append("prefill and activations are with a copy of the dense head that is no longer made")
 
 
 def _items_of_schema_2(task: dict[str, Any]) -> None:

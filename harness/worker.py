@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -41,6 +42,7 @@ _PRELOAD = (
     "harness.measure.divergence",
     "harness.measure.latency",
 )
+_TALKATIVE = ("torchao", "torch.utils._pytree")  # warn at import of optional kernels and of deprecations that no user can mend
 _POLL_S = 0.2
 _TAIL = 4000
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
@@ -171,6 +173,8 @@ def _preload() -> None:
     """
     import torch
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for module in () if torch.cuda.is_available() else _PRELOAD:
         importlib.import_module(module)
     if torch.cuda.is_initialized():

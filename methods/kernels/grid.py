@@ -1,6 +1,7 @@
 """The grid of a quantized weight, and its codes as they lie on disk.
 
-A weight `w[o, i]` is an integer code `q` on a grid that it shares with its group of inputs, plus what is kept apart from the grid:
+A weight `w[o, i]` is a code `q`, an integer or an e4m3 number, on a grid that it shares with its group of inputs, plus what is kept
+apart from the grid:
 
     w = (q - mid) * scale + offset + outlier        mid = 2^(bits - 1), 0 for 8 bits; no offset on a symmetric grid
 
@@ -25,11 +26,19 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,), 10: (8, 2), 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the weights of a layer are laid out: bits of a code, inputs that share a scale (None: a row), bits of the inputs."""
+    """How the weights of a layer are laid out.
+
+    Attributes:
+        bits: Of a code.
+        group_size: Inputs that share a scale; None: a row.
+        activation_bits: Bits to which inputs are rounded, each token by its largest magnitude; None: they keep their dtype.
+        number: What a code is, and a rounded input: an integer, or a floating-point number with 4 bits of exponent and 3 of mantissa.
+    """
 
     bits: Literal[2, 3, 4, 8]
     group_size: int | None = None
     activation_bits: Literal[8] | None = None
+    number: Literal["int", "e4m3"] = "int"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -38,6 +47,8 @@ class Grid:
             raise ValueError(f"group_size must be one of {GROUP_SIZES} or None, not {self.group_size!r}")
         if self.activation_bits not in (None, 8) or (self.activation_bits and (self.bits != 8 or self.group_size)):
             raise ValueError("8-bit activations go with 8-bit weights that have one scale a row")
+        if self.number not in ("int", "e4m3") or (self.number == "e4m3" and (self.bits != 8 or self.group_size)):
+            raise ValueError(f"a code is an integer, or e4m3 with 8 bits and one scale a row, not {self.number!r}")
 
     @property
     def mid(self) -> int:
@@ -108,7 +119,7 @@ class QuantizedWeight:
     """A weight matrix on its grid.
 
     Attributes:
-        codes: [out, in], uint8 0..2^bits - 1, for 8 bits int8.
+        codes: [out, in], uint8 0..2^bits - 1, for 8 bits int8 or float8_e4m3fn.
         scales: [out, groups] in the model's dtype.
         offsets: [out, groups] in the model's dtype, None on a symmetric grid.
         outliers: What is added to single weights, None where nothing is.
@@ -145,7 +156,7 @@ class QuantizedWeight:
         return self.offsets is None
 
     def packed_codes(self) -> Tensor:
-        """The codes as they are stored: 8 bits as int8, others as uint8 [out, in · bits / 8]."""
+        """The codes as they are stored: 8 bits as they are, others as uint8 [out, in · bits / 8]."""
         return pack(self.codes, self.grid.bits)
 
 

@@ -4,7 +4,7 @@ The folder holds an ordinary `config.json`, and `model.safetensors` in which eac
 
     X.qweight   2, 3 and 4 bits: uint8 [out, in · bits / 8]; a row holds the lower bits of its codes first (4, or 2), then the
                 uppermost one of 3 bits; of the codes in one byte, the first has the highest bits
-                8 bits: int8 [out, in], codes -128..127
+                8 bits: int8 [out, in], codes -128..127, or float8_e4m3fn
     X.scales    model dtype [out, groups], groups = in / group_size, or 1 where a whole row shares its scale
     X.offsets   like the scales; absent on a symmetric grid
     X.outlier_starts, X.outlier_columns, X.outlier_values
@@ -14,8 +14,9 @@ The folder holds an ordinary `config.json`, and `model.safetensors` in which eac
 
 Every other tensor stays as it was; a tied output head is stored once, under the name of the head where it is packed.
 `packed.json` names the schema, the grid of the layers
-(`default`) and the layers that differ from it (`layers`). Grids are `bits`, `group_size` (null: one scale a row) and
-`activation_bits` (8: inputs are rounded to int8, symmetrically, one scale a token; null: inputs keep their dtype).
+(`default`) and the layers that differ from it (`layers`). Grids are `bits`, `group_size` (null: one scale a row),
+`activation_bits` (8: inputs are rounded, symmetrically, one scale a token; null: inputs keep their dtype) and `number` (`int`, or since
+schema 4 `e4m3`: of codes and rounded inputs).
 
 The grid is that of `methods.kernels.grid`; `methods.kernels.packed_linear` says what computes with it.
 """
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "LowRank", "Outliers", "PackedLinear", "QuantizedWeight", "load", "save"]
 
-SCHEMA = 3
+SCHEMA = 4
 DESCRIPTION = "packed.json"
 WEIGHTS = storage.WEIGHTS
 

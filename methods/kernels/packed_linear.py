@@ -13,11 +13,11 @@ from methods.kernels.base import Kernel
 from methods.kernels.cpu.kernel import OwnCpu
 from methods.kernels.cuda.kernel import OwnCuda
 from methods.kernels.grid import LowRank, Outliers, QuantizedWeight
-from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM, TinyGemm
+from methods.kernels.torch_operators import Dequantize, Float8, Int4Pack, Int8Pack, IntMM, TinyGemm
 from methods.kernels.triton.kernel import OwnTriton
 from methods.kernels.triton.sparse_kernel import OwnSparse
 
-KERNELS: tuple[type[Kernel], ...] = (OwnCpu, OwnSparse, TinyGemm, OwnCuda, OwnTriton, IntMM, Int4Pack, Int8Pack, Dequantize)
+KERNELS: tuple[type[Kernel], ...] = (OwnCpu, OwnSparse, TinyGemm, OwnCuda, OwnTriton, IntMM, Float8, Int4Pack, Int8Pack, Dequantize)
 
 
 class PackedLinear(nn.Module):

@@ -14,7 +14,7 @@ from methods.kernels.grid import Grid, QuantizedWeight
 from methods.kernels.packed_linear import KERNELS, PackedLinear
 from methods.kernels.torch_operators import Dequantize
 
-GRIDS = (Grid(2, 64), Grid(3, 64), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8), Grid(8, None, 8))
+GRIDS = (Grid(2, 64), Grid(3, 64), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8), Grid(8, None, 8), Grid(8, None, 8, "e4m3"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def random_weight(
     """Random codes with scales as of a weight of size 0.02; symmetric. With the pattern 2:4 the last two of each four weights are zero."""
     low, high, stored = (-128, 128, torch.int8) if grid.bits == 8 else (0, 1 << grid.bits, torch.uint8)
     codes = torch.randint(low, high, (outputs, inputs), dtype=stored)
+    if grid.number == "e4m3":
+        codes = codes.to(torch.float8_e4m3fn)
     if pattern == "2:4":
         codes.unflatten(1, (-1, 4))[..., 2:] = grid.mid
     scales = (torch.rand(outputs, inputs // (grid.group_size or inputs)) + 0.5) * 0.04 / (1 << grid.bits)

@@ -4,6 +4,7 @@
     tinygemm                4 bits, CUDA from compute capability 8, bfloat16, out a multiple of 8, in a multiple of 32
     torch int8pack          8 bits, one scale a row, CPU, bfloat16, in a multiple of 16
     torch int_mm w8a8       8 bits and 8-bit inputs, one scale a row, in and out multiples of 8
+    torch scaled_mm e4m3    e4m3 weights and inputs, CUDA from compute capability 8.9, bfloat16, in and out multiples of 16
     dequantize + matmul     everything else: the weight is expanded on every call
 
 torch's packed CPU operators accept float16 and float32 too, but run scalar loops that are many times slower than a dense
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from methods.kernels.base import Kernel
 from methods.kernels.grid import Grid, QuantizedWeight, unpack
 
-_ACTIVATION_MAX = 127.0
+_LARGEST = {"int": 127.0, "e4m3": 448.0}
+_OLDEST_FLOAT8 = (8, 9)
 _CUDA_INT_MM_ROWS = 17
 
 
@@ -120,12 +122,45 @@ class IntMM(Kernel):
 
     @classmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
-        codes, steps = quantize_tokens(x)
+        codes, steps = quantize_tokens(x, layer.grid)
         rows = codes.shape[0]
         if codes.is_cuda and rows < _CUDA_INT_MM_ROWS:
             codes = nn.functional.pad(codes, (0, 0, 0, _CUDA_INT_MM_ROWS - rows))
         products = torch._int_mm(codes, layer.codes.t())[:rows]
         return (products * (steps * layer.scales)).to(x.dtype)
+
+    @classmethod
+    def restore(cls, layer: Any) -> QuantizedWeight:
+        return QuantizedWeight(layer.grid, layer.codes, layer.scales.to(layer.dtype).unsqueeze(1))
+
+
+class Float8(Kernel):
+    """e4m3 inputs times e4m3 weights into float32, rescaled by the token's and the row's scale."""
+
+    name = "torch scaled_mm e4m3"
+    device = "cuda"
+
+    @classmethod
+    def accepts(cls, weight: QuantizedWeight) -> bool:
+        rows, columns = weight.codes.shape
+        fits = rows % 16 == 0 and columns % 16 == 0 and weight.scales.dtype is torch.bfloat16
+        return weight.grid == Grid(8, None, 8, "e4m3") and weight.symmetric and fits and weight.codes.device.type == cls.device
+
+    @classmethod
+    def missing(cls) -> str | None:
+        found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+        return None if found >= _OLDEST_FLOAT8 else f"needs compute capability 8.9, this card has {found[0]}.{found[1]}"
+
+    @classmethod
+    def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
+        return {"codes": weight.codes.contiguous(), "scales": weight.scales.flatten().float()}
+
+    @classmethod
+    def multiply(cls, layer: Any, x: Tensor) -> Tensor:
+        if not x.shape[0]:
+            return x.new_empty(0, layer.out_features)
+        codes, steps = quantize_tokens(x, layer.grid)
+        return torch._scaled_mm(codes, layer.codes.t(), scale_a=steps, scale_b=layer.scales.unsqueeze(0), out_dtype=x.dtype)
 
     @classmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
@@ -172,8 +207,8 @@ class Dequantize(Kernel):
     @classmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
         if layer.grid.activation_bits:
-            codes, steps = quantize_tokens(x)
-            x = (codes * steps).to(x.dtype)
+            codes, steps = quantize_tokens(x, layer.grid)
+            x = (codes.float() * steps).to(x.dtype)
         return nn.functional.linear(x, cls.restore(layer).dequantize())
 
     @classmethod
@@ -189,12 +224,13 @@ class Dequantize(Kernel):
         return QuantizedWeight(layer.grid, codes, layer.scales[index], None if offsets is None else offsets[index]).dequantize()
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of x [rows, in] to int8 by its own largest magnitude.
+def quantize_tokens(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Round each row of x [rows, in] to the numbers of a grid by its own largest magnitude.
 
     Returns:
-        Codes, int8 [rows, in], and scales, float32 [rows, 1]; NaN and infinity go into the scale.
+        Codes [rows, in], int8 or float8_e4m3fn, and scales, float32 [rows, 1]; NaN and infinity go into the scale.
     """
     x = x.float()
-    steps = (x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1)) / _ACTIVATION_MAX
-    return (x / steps.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8), steps
+    steps = (x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1)) / _LARGEST[grid.number]
+    values = x / steps.clamp_min(torch.finfo(torch.float32).tiny)
+    return (values.round_().to(torch.int8) if grid.number == "int" else values.to(torch.float8_e4m3fn)), steps

@@ -64,7 +64,7 @@ def _layer(layer: Layer) -> Iterator[tuple[str, Tensor]]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     name, grid = layer.name, layer.grid
-    if grid.activation_bits:
+    if grid.activation_bits or grid.number != "int":
         yield f"{name}.weight", layer.codes.contiguous()
     else:
         signed = (layer.codes.short() - grid.mid).to(torch.int8)
@@ -87,14 +87,16 @@ def _description(members: dict[Grid, list[str]], dense: list[str]) -> dict[str, 
 
 
 def _scheme(grid: Grid) -> dict[str, Any]:
-    common = {"type": "int", "symmetric": True}
+    common = {"type": "int" if grid.number == "int" else "float", "symmetric": True}
     weights = common | {
         "num_bits": grid.bits,
         "strategy": "group" if grid.group_size else "channel",
         "group_size": grid.group_size,
         "dynamic": False,
     }
-    if not grid.activation_bits:
-        return {"format": "pack-quantized", "weights": weights, "input_activations": None}
-    inputs = common | {"num_bits": grid.activation_bits, "strategy": "token", "dynamic": True}
-    return {"format": "int-quantized", "weights": weights, "input_activations": inputs}
+    if grid.number == "int":
+        format_ = "int-quantized" if grid.activation_bits else "pack-quantized"
+    else:
+        format_ = "float-quantized" if grid.activation_bits else "naive-quantized"
+    inputs = common | {"num_bits": grid.activation_bits, "strategy": "token", "dynamic": True} if grid.activation_bits else None
+    return {"format": format_, "weights": weights, "input_activations": inputs}

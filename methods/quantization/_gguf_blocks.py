@@ -40,7 +40,9 @@ def block_type(name: str, grid: Grid, width: int, symmetric: bool, outliers: boo
     """
     group = grid.group_size or width
     reason = None
-    if grid.bits not in _TYPES:
+    if grid.number != "int":
+        reason = f"there is none of {grid.number} numbers"
+    elif grid.bits not in _TYPES:
         reason = f"there is none for {grid.bits} bits with a scale for each group of {group}"
     elif not symmetric:
         reason = "those with an offset round it to float16, which moves the grid"

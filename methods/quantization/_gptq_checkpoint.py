@@ -63,6 +63,8 @@ def write(artefact: Path, out: Path) -> None:
 
     model = PackedModel(artefact, "gptq")
     for name, grid in model.grids.items():
+        if grid.number != "int":
+            raise Unsupported(f"the format gptq does not hold {name}: its codes are {grid.number} numbers")
         if grid.activation_bits:
             raise Unsupported(f"the format gptq does not hold {name}: its inputs are rounded to {grid.activation_bits} bits")
     dense = [key.removesuffix(".weight") for key in model.others if key.endswith("_proj.weight")]

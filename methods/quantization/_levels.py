@@ -50,16 +50,6 @@ def to_int4(x: Tensor) -> Tensor:
     return (x.float().round().clamp(-8, 7).to(torch.int8) & 15).to(torch.uint8)
 
 
-def e4m3() -> Tensor:
-    """The 256 levels of e4m3, float32; codes 127 and 255 are NaN."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-
-
-def to_e4m3(x: Tensor) -> Tensor:
-    """Codes of e4m3, uint8: round to nearest, ties to even; what is larger than 448 becomes 448."""
-    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
 def mx_scales(largest: Tensor) -> Tensor:
     """The e8m0 scales of e2m1 blocks with these largest magnitudes: 2^(floor(log2 largest) - 2), as the OCP MX specification has it."""
     exponent = torch.frexp(largest.float()).exponent - 1 - _E2M1_EXPONENT

@@ -19,7 +19,7 @@ _REFUSED = {"offsets": "offsets that are no whole steps of the grid", "outlier_v
 
 
 class Layer(NamedTuple):
-    """A quantized layer: its codes [out, in] (uint8, for 8 bits int8) and scales [out, groups]."""
+    """A quantized layer: its codes [out, in] (uint8, for 8 bits int8 or float8_e4m3fn) and scales [out, groups]."""
 
     name: str
     grid: Grid

@@ -1,43 +1,65 @@
-"""FP8: weights and inputs as e4m3 numbers (4 bits of exponent, 3 of mantissa, largest 448), each with a float32 scale.
+"""FP8: numbers of type e4m3 (4 bits of exponent, 3 of mantissa, largest 448) with scales that map the largest magnitude to 448.
 
-The scale maps the largest magnitude to 448. Dynamic: one for each row of a weight and one for each token. Static: one for a weight
-and one for all inputs of a layer, from calibration. Products are simulated in the model's dtype.
+Weight-only: one scale for each row, in the model's dtype. Dynamic: the inputs too, one float32 scale for each token. Static: one float32
+scale for a weight and one, from calibration, for all inputs of a layer; no kernel has these, so products are simulated in the model's
+dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from methods._common import block_linears
 from methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from methods.quantization._simulated import round_weights
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from methods.kernels.grid import Grid, QuantizedWeight
+
 
 @dataclass(frozen=True)
-class FP8Dynamic(Method):
+class FP8Weight(Method):
+    """Weights by row; inputs keep their dtype. It has no settings."""
+
+    family: ClassVar[str] = "quantization"
+    citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
+    reference: ClassVar[str] = "torch:float8_e4m3fn"
+    produces: ClassVar[str] = "packed"
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        return self._save(dense, None, out)
+
+    def _save(self, dense: DenseModel, activation_bits: Literal[8] | None, out: Path) -> Claim:
+        from methods.kernels import packed
+
+        model = dense.load()
+        packed.save(model, _round_rows(block_linears(model), packed.Grid(8, None, activation_bits, "e4m3")), out)
+        return Claim(self.produces, bits=8, activation_bits=activation_bits, details={"number": "e4m3"})
+
+
+@dataclass(frozen=True)
+class FP8Dynamic(FP8Weight):
     """Weights by row, inputs by token. It has no settings."""
+
+    reference: ClassVar[str] = "torch:_scaled_mm"
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        return self._save(dense, 8, out)
+
+
+@dataclass(frozen=True)
+class FP8Static(Method):
+    """One scale for a weight, one for the inputs of a layer. It has no settings."""
 
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     reference: ClassVar[str] = "paper"
     produces: ClassVar[str] = "runtime"
-
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        from methods.kernels import runtime
-
-        model = dense.load()
-        layers, grid = block_linears(model), runtime.ActivationGrid("e4m3")
-        round_weights(layers, grid)
-        runtime.save(model, out, dict.fromkeys(layers, runtime.InputPlan(grid=grid)))
-        return Claim(self.produces, bits=8, activation_bits=8, simulated=True, details={"number": "e4m3"})
-
-
-@dataclass(frozen=True)
-class FP8Static(FP8Dynamic):
-    """One scale for a weight, one for the inputs of a layer. It has no settings."""
-
     needs: ClassVar[Needs] = Needs(calibration=True)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -54,3 +76,16 @@ class FP8Static(FP8Dynamic):
         round_weights(block_linears(model), grid)
         runtime.save(model, out, plans)
         return Claim(self.produces, bits=8, activation_bits=8, simulated=True, details={"number": "e4m3", "static": True})
+
+
+def _round_rows(layers: dict[str, nn.Linear], grid: Grid) -> Iterator[tuple[str, QuantizedWeight]]:
+    import torch
+
+    from methods.kernels.grid import QuantizedWeight
+    from methods.quantization._levels import E4M3_MAX, nonzero
+
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        scales = nonzero((weight.float().abs().amax(1, keepdim=True) / E4M3_MAX).to(weight.dtype))
+        codes = (weight.float() / scales.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        yield name, QuantizedWeight(grid, codes, scales)

@@ -1,4 +1,4 @@
-"""Weights in floating-point formats of 8 and 4 bits that share scales: FP8 by row, MXFP4 and NVFP4 by block. Rounded to nearest."""
+"""Weights in floating-point formats of 4 bits that share scales by block: MXFP4 and NVFP4. Rounded to nearest."""
 
 from __future__ import annotations
 
@@ -16,31 +16,6 @@ if TYPE_CHECKING:
 
 _MX_BLOCK = 32
 _NV_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class FP8Weight(Method):
-    """e4m3 weights; `scale = max|w| / 448` for each row, in the model's dtype. Inputs keep their dtype."""
-
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("FP8 formats (e4m3)", year=2022, arxiv="2209.05433")
-    reference: ClassVar[str] = "torch:float8_e4m3fn"
-    produces: ClassVar[str] = FORMAT
-
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        import torch
-
-        from methods.kernels.codebook import CodebookWeight
-        from methods.quantization import _levels
-
-        table = _levels.table(_levels.e4m3(), getattr(torch, dense.dtype))
-
-        def encode(_: str, weight: Tensor) -> CodebookWeight:
-            scales = _levels.nonzero((weight.float().abs().amax(1, keepdim=True) / _levels.E4M3_MAX).to(weight.dtype))
-            codes = _levels.to_e4m3(weight.float() / scales.float())
-            return CodebookWeight.of(codes[None], table, 8, weight.dtype, scales=scales[None])
-
-        return compress_layers(dense, out, encode, bits=8)
 
 
 @dataclass(frozen=True)

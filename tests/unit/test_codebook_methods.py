@@ -24,7 +24,7 @@ from methods.quantization.blockwise import Blockwise8Bit
 from methods.quantization.gobo import GOBO
 from methods.quantization.kmeans import KMeans
 from methods.quantization.mofq import MoFQ
-from methods.quantization.small_floats import MXFP4, NVFP4, FP8Weight
+from methods.quantization.small_floats import MXFP4, NVFP4
 from methods.quantization.squeezellm import SqueezeLLM, fisher_diagonal
 from methods.quantization.vptq import VPTQ
 from tests.unit import tiny
@@ -87,17 +87,6 @@ def test_e2m1_codes_are_those_of_torchao() -> None:
 def test_int4_levels() -> None:
     x = torch.tensor([-9.0, -8.0, -0.6, 0.4, 6.5, 8.0])
     assert torch.equal(_levels.int4()[_levels.to_int4(x).long()], torch.tensor([-8.0, -8.0, -1.0, 0.0, 6.0, 7.0]))
-
-
-def test_fp8_is_the_cast_of_torch(dense: DenseModel, tmp_path: Path) -> None:
-    claim, weights = run(FP8Weight(), dense, tmp_path)
-    for name, weight in source(dense).items():
-        scale = (weight.float().abs().amax(1, keepdim=True) / 448).bfloat16()
-        cast = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-        assert torch.equal(weights[name].dequantize(), (cast.double() * scale.double()).bfloat16())
-    assert claim.bits == 8
-    table = 8 * 256 * 2 / len(weights)
-    assert claim.details["stored_bits"] == pytest.approx(implied(weights, lambda o, i: 8 * o * i + 16 * o + table), rel=1e-3)
 
 
 def test_mxfp4_scales_are_powers_of_two_and_weights_nearest(dense: DenseModel, tmp_path: Path) -> None:

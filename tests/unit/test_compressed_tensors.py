@@ -13,6 +13,7 @@ from methods.base import Unsupported
 from methods.kernels import packed
 from methods.quantization._compressed_tensors import existing, from_packed
 from methods.quantization.finequant import FineQuant
+from methods.quantization.fp8 import FP8Dynamic, FP8Weight
 from methods.quantization.int8_dynamic import Int8Dynamic
 from methods.quantization.lorc import LoRC
 from methods.quantization.rtn import RTN
@@ -32,7 +33,7 @@ def exported(method: Any, folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "method",
-    [RTN(2, 32), RTN(3, 64), RTN(4, 32), RTN(4, None), RTN(8, 64), RTN(8, None), Int8Dynamic()],
+    [RTN(2, 32), RTN(3, 64), RTN(4, 32), RTN(4, None), RTN(8, 64), RTN(8, None), Int8Dynamic(), FP8Weight(), FP8Dynamic()],
     ids=lambda m: f"{type(m).__name__}-{getattr(m, 'bits', 8)}-{getattr(m, 'group_size', None)}",
 )
 def test_transformers_reads_the_same_weights(tmp_path: Path, method: Any) -> None:

@@ -147,6 +147,11 @@ def test_weights_apart_from_the_grid_are_unsupported() -> None:
         _gguf_blocks.encode("x", QuantizedWeight(weight.grid, weight.codes, weight.scales, None, apart))
 
 
+def test_other_numbers_than_integers_are_unsupported() -> None:
+    with pytest.raises(Unsupported, match="there is none of e4m3 numbers"):
+        _gguf_blocks.block_type("x", packed.Grid(8, None, None, "e4m3"), 64, symmetric=True, outliers=False)
+
+
 def test_rows_that_are_no_whole_blocks_are_unsupported() -> None:
     with pytest.raises(Unsupported, match="groups of 48 inputs do not consist of blocks of 32"):
         _gguf_blocks.encode("x", round_to_grid(torch.randn(2, 48), packed.Grid(8, None)))

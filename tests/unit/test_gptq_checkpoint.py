@@ -16,6 +16,7 @@ from methods.base import Unsupported
 from methods.kernels import packed
 from methods.quantization._gptq_checkpoint import words, write
 from methods.quantization.finequant import FineQuant
+from methods.quantization.fp8 import FP8Weight
 from methods.quantization.int8_dynamic import Int8Dynamic
 from methods.quantization.lorc import LoRC
 from methods.quantization.rtn import RTN
@@ -96,6 +97,7 @@ def test_words_hold_any_codes(bits: int) -> None:
         (RTN(4, 32, head_bits=4), "no packed head"),
         (LoRC(4, 32), "a low-rank part"),
         (Int8Dynamic(), "inputs are rounded to 8 bits"),
+        (FP8Weight(), "its codes are e4m3 numbers"),
     ],
 )
 def test_what_the_format_does_not_hold_is_refused(tmp_path: Path, method: Any, reason: str) -> None:

@@ -19,7 +19,7 @@ from methods.kernels.cpu import build
 from methods.kernels.cpu.kernel import OwnCpu
 from methods.kernels.grid import Grid, LowRank, Outliers, QuantizedWeight, unpack
 from methods.kernels.packed_linear import KERNELS, PackedEmbedding, PackedLinear
-from methods.kernels.torch_operators import Dequantize, Int4Pack, Int8Pack, IntMM
+from methods.kernels.torch_operators import Dequantize, Float8, Int4Pack, Int8Pack, IntMM
 from methods.quantization._grid import round_head
 from methods.quantization.rtn import RTN
 from tests.unit import tiny
@@ -27,6 +27,7 @@ from tests.unit import tiny
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 W4, W4_WIDE, W8, W8A8 = Grid(4, 32), Grid(4, 128), Grid(8), Grid(8, None, 8)
+E4M3, E4M3_INPUTS = Grid(8, None, None, "e4m3"), Grid(8, None, 8, "e4m3")
 NARROW = [Grid(2, 32), Grid(2), Grid(3, 64), Grid(3), Grid(4), Grid(8, 64)]
 OWN = "slimbench packed_mm"
 SHAPES = [(48, 256), (100, 128), (1, 128), (33, 384)]
@@ -41,7 +42,8 @@ def _seed() -> None:
 def random_weight(grid: Grid, rows: int, columns: int, dtype: torch.dtype, offsets: bool = False, device: str = "cpu") -> QuantizedWeight:
     generator = torch.Generator().manual_seed(rows * columns)
     low, high = (-128, 128) if grid.bits == 8 else (0, 2**grid.bits)
-    codes = torch.randint(low, high, (rows, columns), generator=generator).to(torch.int8 if grid.bits == 8 else torch.uint8)
+    dtype_of_codes = torch.float8_e4m3fn if grid.number == "e4m3" else torch.int8 if grid.bits == 8 else torch.uint8
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(dtype_of_codes)
     shape = (rows, columns // (grid.group_size or columns))
     scales = (torch.rand(shape, generator=generator) + 0.1).to(dtype)
     moved = torch.randn(shape, generator=generator).to(dtype) if offsets else None
@@ -59,12 +61,13 @@ def exact(weight: QuantizedWeight) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def rounded_inputs(x: Tensor) -> Tensor:
-    """Each row on 255 levels between minus and plus its largest magnitude; levels are found in float32, so that ties fall alike."""
+def rounded_inputs(x: Tensor, number: str = "int") -> Tensor:
+    """Each row on 255 levels, or on e4m3 numbers, up to its largest magnitude; found in float32, so that ties fall alike."""
     rows = []
     for row in x.float():
-        step = row.abs().max() / 127
-        rows.append((row / step).round().double() * step.double() if step > 0 else row.double())
+        step = row.abs().max() / (127 if number == "int" else 448)
+        levels = (row / step).round() if number == "int" else (row / step).to(torch.float8_e4m3fn)
+        rows.append(levels.double() * step.double() if step > 0 else row.double())
     return torch.stack(rows) if rows else x.double()
 
 
@@ -84,7 +87,8 @@ def within_rounding(got: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor) -
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("grid", "offsets"),
-    [(W4, False), (W4, True), (W4_WIDE, True), (W8, False), (W8, True), (W8A8, False), (W8A8, True), *((g, True) for g in NARROW)],
+    [(W4, False), (W4, True), (W4_WIDE, True), (W8, False), (W8, True), (W8A8, False), (W8A8, True), (E4M3, False), (E4M3_INPUTS, False)]
+    + [(grid, True) for grid in NARROW],
     ids=str,
 )
 def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
@@ -93,7 +97,7 @@ def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int
     layer = PackedLinear(weight, bias)
     for rows in (0, 1, 3, 17, 40):
         x = torch.randn(rows, shape[1], device=device).to(dtype)
-        inputs = rounded_inputs(x) if grid.activation_bits else x.double()
+        inputs = rounded_inputs(x, grid.number) if grid.activation_bits else x.double()
         got = layer(x)
         assert got.dtype is dtype and got.shape == (rows, shape[0])
         assert within_rounding(got, inputs, exact(weight), bias), (rows, layer.kernel)
@@ -116,6 +120,8 @@ def test_product_equals_float64(grid: Grid, offsets: bool, shape: tuple[int, int
         (W8A8, (48, 256), torch.bfloat16, False, "torch int_mm w8a8", "torch int_mm w8a8"),
         (W8A8, (48, 256), torch.float32, False, "torch int_mm w8a8", "torch int_mm w8a8"),
         (W8A8, (33, 384), torch.bfloat16, False, FALLBACK, FALLBACK),
+        (E4M3, (48, 256), torch.bfloat16, False, FALLBACK, FALLBACK),
+        (E4M3_INPUTS, (48, 256), torch.bfloat16, False, FALLBACK, FALLBACK),
     ],
 )
 def test_kernel_on_cpu(
@@ -300,6 +306,20 @@ def test_layer_holds_only_packed_bytes(grid: Grid, bits: float) -> None:
     assert 8 * held / (64 * 256) == bits
 
 
+def test_scaled_products_of_e4m3_numbers_equal_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for cards on torch's CPU implementation of the same operator."""
+    monkeypatch.setattr(Float8, "device", "cpu")
+    weight = random_weight(E4M3_INPUTS, 48, 256, torch.bfloat16)
+    assert Float8.accepts(weight) and not Float8.accepts(random_weight(E4M3_INPUTS, 33, 384, torch.bfloat16))
+    monkeypatch.setattr(Float8, "missing", classmethod(lambda cls: None))
+    bias = torch.randn(48).bfloat16()
+    layer = PackedLinear(weight, bias)
+    assert layer.kernel == Float8.name and torch.equal(layer.dequantize(), weight.dequantize())
+    for rows in (0, 1, 3, 40):
+        x = torch.randn(rows, 256).bfloat16()
+        assert within_rounding(layer(x), rounded_inputs(x, "e4m3"), exact(weight), bias)
+
+
 def test_int8_inputs_pass_nan_on_and_take_zero_rows() -> None:
     layer = PackedLinear(random_weight(W8A8, 16, 64, torch.bfloat16))
     x = torch.randn(3, 64).bfloat16()
@@ -380,7 +400,7 @@ def test_files_hold_no_dense_copy(tmp_path: Path) -> None:
     assert not {f"{name}.weight" for name in weights} & keys
     assert {k for k in keys if k.endswith(".offsets")} == {f"{n}.offsets" for n in weights if n.endswith("k_proj")}
     described = json.loads((tmp_path / "packed.json").read_text())
-    assert described["default"] == {"bits": 4, "group_size": 32, "activation_bits": None}
+    assert described["default"] == {"bits": 4, "group_size": 32, "activation_bits": None, "number": "int"}
     assert set(described["layers"]) == {n for n, w in weights.items() if w.grid != W4}
 
 

@@ -87,6 +87,24 @@ def test_activations_of_schema_3_are_forgotten_where_the_cache_was_taken_off_the
         assert isinstance(old, Record) and old.speed and old.speed.memory and old.speed.memory.activation_bytes == kept
 
 
+@pytest.mark.parametrize(
+    ("version", "layer", "activations", "flagged"),
+    [(4, "PackedLinear", 60, True), (5, "PackedLinear", 60, False), (4, "PackedLinear", 3, False), (4, "Linear4bit", 60, False)],
+)
+def test_prompts_of_schema_4_that_copied_the_head_have_a_flag(
+    version: int, layer: str, activations: int, flagged: bool, tmp_path: Path
+) -> None:
+    data = json.loads(dump(records(Spec())[2])) | {"schema_version": version}
+    product, head = data["speed"]["evidence"]["layers"][0], {"layer": "Embedding", "role": "embedding", "bytes": 57_000_000}
+    data["speed"]["evidence"]["layers"] = [product | head, product | {"layer": layer}]
+    data["speed"]["memory"]["activation_bytes"] = activations * 1_000_000
+    path = tmp_path / "speed-1.json"
+    path.write_text(json.dumps(data))
+    for old in (read(path), lean(path)):
+        assert isinstance(old, Record) and old.speed
+        assert any("a copy of the dense head" in flag for flag in old.speed.flags) is flagged
+
+
 def test_items_without_a_hash_or_of_unequal_columns_are_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "quality-1.json"
     lame = _of_schema_2(records(Spec())[1])

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from methods._common import block_linears
 from methods._sequential import walk
 from methods.base import Claim, DenseModel, Method, Unsupported
 from methods.kernels import packed, runtime
 from methods.quantization.atom import Atom
-from methods.quantization.fp8 import FP8Dynamic, FP8Static
+from methods.quantization.fp8 import FP8Dynamic, FP8Static, FP8Weight
 from methods.quantization.fptq import FPTQ, equalising_scale
 from methods.quantization.microscaling import NVFP4, Microscaling
 from methods.quantization.olive import OliVe, best_scale
@@ -144,14 +145,17 @@ def e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def test_fp8_rounds_rows_and_tokens(dense: DenseModel, tmp_path: Path) -> None:
-    claim = run(FP8Dynamic(), dense, tmp_path)
-    assert (claim.bits, claim.activation_bits, claim.simulated) == (8, 8, True)
-    for _, weight, rounded, inputs in dense_and_made(dense, tmp_path):
-        assert torch.equal(rounded, e4m3(weight, weight.float().abs().amax(1, keepdim=True) / 448).bfloat16())
-        x = torch.randn(5, weight.shape[1])
-        torch.testing.assert_close(inputs(x), e4m3(x, x.abs().amax(1, keepdim=True) / 448))
-    assert 0 < distance(runtime.load(tmp_path), dense) < 0.1
+@pytest.mark.parametrize(("method", "activation_bits"), [(FP8Weight(), None), (FP8Dynamic(), 8)], ids=["weight", "dynamic"])
+def test_fp8_rows_are_the_cast_of_torch(dense: DenseModel, tmp_path: Path, method: Method, activation_bits: int | None) -> None:
+    claim = run(method, dense, tmp_path)
+    assert (claim.bits, claim.activation_bits, claim.simulated) == (8, activation_bits, False)
+    made = packed.load(tmp_path)
+    for name, layer in block_linears(dense.load()).items():
+        scale = (layer.weight.detach().float().abs().amax(1, keepdim=True) / 448).bfloat16()
+        rounded = made.get_submodule(name)
+        assert isinstance(rounded, packed.PackedLinear) and rounded.grid == packed.Grid(8, None, activation_bits, "e4m3")  # type: ignore[arg-type]
+        assert torch.equal(rounded.dequantize(), e4m3(layer.weight.detach(), scale.float()).bfloat16())
+    assert 0 < distance(made, dense) < 0.1
 
 
 def test_static_fp8_has_the_largest_calibrated_input_as_448(dense: DenseModel, tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 class OwnCpu(Kernel):
-    """Every grid whose groups are multiples of 32 inputs, in bfloat16 and float32."""
+    """Every grid of integers whose groups are multiples of 32 inputs, in bfloat16 and float32."""
 
     name = "slimbench packed_mm"
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
         group = weight.codes.shape[1] // weight.scales.shape[1]
-        fits = group % _STEP == 0 and weight.grid.activation_bits is None
+        fits = group % _STEP == 0 and weight.grid.activation_bits is None and weight.grid.number == "int"
         return fits and weight.codes.device.type == "cpu" and weight.scales.dtype in _DTYPES
 
     @classmethod

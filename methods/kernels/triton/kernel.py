@@ -19,12 +19,13 @@ _OLDEST = (8, 0)
 
 
 class TritonKernel(Kernel):
-    """Every grid whose groups are multiples of 32 inputs, on a CUDA card; on a CPU only in Triton's interpreter."""
+    """Every grid of integers whose groups are multiples of 32 inputs, on a CUDA card; on a CPU only in Triton's interpreter."""
 
     @classmethod
     def accepts(cls, weight: QuantizedWeight) -> bool:
         here = weight.codes.is_cuda or (weight.codes.device.type == "cpu" and interpreted())
-        return here and weight.scales.dtype in _DTYPES and weight.grid.activation_bits is None and layout.fits(weight)
+        integers = weight.grid.activation_bits is None and weight.grid.number == "int"
+        return here and integers and weight.scales.dtype in _DTYPES and layout.fits(weight)
 
     @classmethod
     def missing(cls) -> str | None:
