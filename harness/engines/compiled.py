@@ -2,42 +2,54 @@
 
 Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Whole
 windows, by which quality is measured, run through compiled code too: what fusion does to the numbers is seen. Compilation happens
-in the first call at a shape and stands in the record as `first_call_ms`.
+in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 
+from harness.engines import decode_attention
 from harness.engines.base import LoadedModel, Step
 from harness.engines.transformers import TransformersEngine, TransformersModel
 
 _ROUND = 32
+_MOST_OPERATIONS_TWICE = 8  # fused into a loop that repeats them; with torch's 30, rotary embeddings are computed again for each key
+
+
+@dataclass
+class _Static:
+    """A static KV cache and the step that is compiled for its shape."""
+
+    cache: Any
+    decode: Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 class CompiledModel(TransformersModel):
     """A transformers model with a static cache.
 
     Caches are kept by batch and length and used again, since compiled code and CUDA graphs are bound to their memory: a `Step` is
-    valid until the next prompt of the same shape. Of the guards of a compiled step only those of tensors are kept, since the
-    module does not change: checking all of them costs milliseconds. A loader may leave a pass over the compiled graph in the
-    module's `graph_pass`.
+    valid until the next prompt of the same shape. Each has a compiled step of its own without guards, since neither the module nor
+    a shape changes under it: checking them costs up to milliseconds. A loader may leave a pass over the compiled graph in the module's
+    `graph_pass`.
     """
 
     keeps_cache = True
 
     def __init__(self, module: Any, device: str) -> None:
         super().__init__(module, device)
-        self._caches: dict[tuple[int, int], Any] = {}
+        self._states: dict[tuple[int, int], _Static] = {}
         own_pass = getattr(module, "graph_pass", None)
-        options = {"post_grad_custom_pre_pass": own_pass} if own_pass else {}
-        steady = {"triton.cudagraphs": self._device.type == "cuda", "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-        self._decode = torch.compile(_with_own_code(self._next), fullgraph=True, options=options | steady)
-        self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=options or None)
+        self._options = {"post_grad_custom_pre_pass": own_pass} if own_pass else {}
+        self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
+        if self._device.type == "cpu":
+            decode_attention.use(module)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -45,22 +57,34 @@ class CompiledModel(TransformersModel):
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
-        from transformers import StaticCache
-
         batch, length = ids.shape
         capacity = -(-(length + room) // _ROUND) * _ROUND
-        if (batch, capacity) not in self._caches:
-            self._caches[batch, capacity] = StaticCache(config=self.module.config, max_cache_len=capacity)
-        cache = self._caches[batch, capacity]
-        cache.reset()
-        return Step(self._next(ids.to(self._device), cache), cache)
+        if (batch, capacity) not in self._states:
+            self._states[batch, capacity] = self._static(capacity)
+        state = self._states[batch, capacity]
+        state.cache.reset()
+        return Step(self._next(ids.to(self._device), state.cache), state)
 
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
-        return Step(self._decode(step.token, step.state).clone(), step.state)
+        return Step(step.state.decode(step.token, step.state.cache).clone(), step.state)
+
+    def cache_bytes(self, state: Any) -> int | None:
+        return super().cache_bytes(state.cache)
 
     def forget(self) -> None:
-        self._caches.clear()
+        self._states.clear()
+
+    def _static(self, capacity: int) -> _Static:
+        from transformers import StaticCache
+
+        options = self._options | {
+            "triton.cudagraphs": self._device.type == "cuda",
+            "realize_opcount_threshold": _MOST_OPERATIONS_TWICE,
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        }
+        decode = torch.compile(_with_own_code(self._next), fullgraph=True, options=options)
+        return _Static(StaticCache(config=self.module.config, max_cache_len=capacity), decode)
 
     def _next(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -72,7 +96,7 @@ class CompiledModel(TransformersModel):
     @torch.inference_mode()
     def _evidence_step(self, step: Step) -> Step:
         """Uncompiled, so that the operators can be attributed to layers; the compiled code calls the same ones for packed weights."""
-        return Step(self._next(step.token, step.state), step.state)
+        return Step(self._next(step.token, step.state.cache), step.state)
 
 
 def _with_own_code(method: Any) -> Any:
