@@ -16,6 +16,7 @@ import psutil
 
 from harness import __version__
 from harness.hardware import hardware
+from tasks.assets import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 _NUMERIC_VARIABLES = re.compile(
@@ -66,7 +67,8 @@ def _git() -> dict[str, Any] | None:
 
 def anonymous(text: str) -> str:
     """A traceback or log without the folders of this machine."""
-    for folder, name in ((str(ROOT), "<slimbench>"), (sys.prefix, "<venv>"), (sys.base_prefix, "<python>"), (str(Path.home()), "~")):
+    here = {str(ROOT): "<slimbench>", sys.prefix: "<venv>", sys.base_prefix: "<python>", str(cache_dir()): "<cache>", str(Path.home()): "~"}
+    for folder, name in sorted(here.items(), key=lambda item: -len(item[0])):
         if folder not in ("/", ""):
             text = text.replace(folder, name)
     return text
