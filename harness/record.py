@@ -595,6 +595,7 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
         _memory_of_schema_3(data)
     if version < 5:
         _prompts_of_schema_4(data)
+        data.get("config", {}).pop("results", None)  # a folder of the machine that measured
     return data
 
 

@@ -102,7 +102,7 @@ class Runner:
             wall_seconds=outcome.wall_seconds,
             peak_memory_bytes=outcome.peak_memory_bytes,
             failure=outcome.failure,
-            config=cell.config.model_dump(mode="json"),
+            config=cell.config.model_dump(mode="json", exclude={"results"}),
             command=cell.command,
             provenance=provenance.provenance(cell.config.seed, cell.config.device.threads or 1) | _environment_facts(cell, stage),
             **{stage.value: outcome.result},  # type: ignore[arg-type]

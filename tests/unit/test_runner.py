@@ -87,6 +87,7 @@ def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: R
     )
     assert compress.provenance["packages"]["torch"]
     assert compress.command.startswith("slimbench run ")
+    assert str(runner.store.root) not in compress.model_dump_json() and "results" not in compress.config
 
 
 def test_what_is_recorded_is_not_run_again_unless_asked(runner: Runner, overrides: list[str]) -> None:
