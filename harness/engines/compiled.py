@@ -78,13 +78,15 @@ class CompiledModel(TransformersModel):
     def _static(self, capacity: int) -> _Static:
         from transformers import StaticCache
 
+        return _Static(StaticCache(config=self.module.config, max_cache_len=capacity), self._compiled_step())
+
+    def _compiled_step(self) -> Callable[[torch.Tensor, Any], torch.Tensor]:
         options = self._options | {
             "triton.cudagraphs": self._device.type == "cuda",
             "realize_opcount_threshold": _MOST_OPERATIONS_TWICE,
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
-        decode = torch.compile(_with_own_code(self._next), fullgraph=True, options=options)
-        return _Static(StaticCache(config=self.module.config, max_cache_len=capacity), decode)
+        return torch.compile(_with_own_code(self._next), fullgraph=True, options=options)
 
     def _next(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

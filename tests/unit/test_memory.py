@@ -39,10 +39,15 @@ def test_the_split_adds_up(model: TransformersModel) -> None:
     assert split.device_used_bytes is split.reserved_bytes is split.device_process_bytes is None
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model takes its steps as they are, so that no compiler's memory is measured."""
+    monkeypatch.setattr(CompiledModel, "_compiled_step", lambda self: self._next)
+
+
 @pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
-def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path) -> None:
+def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path, uncompiled: None) -> None:
     compiled = CompiledModel(save_model(tmp_path, num_hidden_layers=8).load(), "cpu")
-    compiled._decode = compiled._next
     point = SpeedPoint(batch=16, prompt=1500, new_tokens=2)
     compiled.prefill(prompts(compiled, point), room=point.new_tokens)
     eager, kept = (measure(model, point, 0) for model in (TransformersModel(compiled.module, "cpu"), compiled))
@@ -51,17 +56,17 @@ def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_
     assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.2)
 
 
-def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path) -> None:
+def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path, uncompiled: None) -> None:
     compiled = CompiledModel(load_pretrained(tiny, "cpu"), "cpu")
     seen = []
 
     def next_token(ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        seen.append(len(compiled._caches))
+        seen.append(len(compiled._states))
         return torch.zeros(len(ids), 1, dtype=torch.int64)
 
-    compiled._next = compiled._decode = next_token  # type: ignore[method-assign]
+    compiled._next = next_token  # type: ignore[method-assign]
     assert largest_batch(compiled, SpeedPoint(batch=1, prompt=8, new_tokens=4), 8, 100 * 2**30, 60).batch == 8
-    assert set(seen) == {1} and not compiled._caches
+    assert set(seen) == {1} and not compiled._states
 
 
 @pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
