@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from methods.kernels.base import Kernel
 from methods.kernels.grid import Grid, QuantizedWeight, unpack
+from methods.kernels.numbers import FLOATS
 
-_LARGEST = {"int": 127.0, "e4m3": 448.0}
+_LARGEST = {"int": 127.0, "e4m3": FLOATS["e4m3"].largest}
 _OLDEST_FLOAT8 = (8, 9)
 _CUDA_INT_MM_ROWS = 17
 
