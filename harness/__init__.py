@@ -1,3 +1,1 @@
 """How one cell of the benchmark runs; knows no method, engine or task by name."""
-
-__version__ = "0.1.0"

@@ -13,13 +13,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from harness import significance
-from harness.config import ConfigError
-from harness.record import Record, Status
-from leaderboard.compare import TextComparison, headline
-from leaderboard.row import Row
-from leaderboard.rows import Records, by_key, oldest_first, rows
-from tasks.errors import nearest
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.schema.identity import Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.stats import significance
+from slimbench.leaderboard.compare.compare import TextComparison, headline
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.util.text import nearest
 
 Objective = Literal["quality", "speed", "size"]
 _Z = 1.959963984540054

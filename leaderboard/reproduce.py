@@ -12,12 +12,14 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.config import ConfigError
-from harness.record import PerplexityResult, Record, Stage, Status
-from harness.stats import perplexity_interval
-from leaderboard.row import named
-from leaderboard.rows import Records, by_key, oldest_first, rows
-from tasks.errors import nearest
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.harness.schema.record import Record
+from slimbench.harness.stats.intervals import perplexity_interval
+from slimbench.leaderboard.rows.row import named
+from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.util.text import nearest
 
 FOLDER = Path(__file__).parent / "published"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from methods._source import link_source
-from methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.formats.huggingface import link_source
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from tasks.errors import AssetError
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+from slimbench.tasks.errors import AssetError
+from slimbench.util.hashing import hash_file
 
 
 def check_member(name: str) -> None:
@@ -80,29 +71,3 @@ def _wanted(archive: Path, names: set[str]) -> Iterator[tuple[str, IO[bytes]]]:
                 left.discard(member.name)
             if not left:
                 return
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            entry.chmod(0o755 if entry.is_dir() else 0o644)
-            _sync(entry)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(entry: Path) -> None:
-    descriptor = os.open(entry, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

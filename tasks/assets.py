@@ -18,11 +18,13 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
-from platformdirs import user_cache_dir
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from tasks.archive import atomic_folder, check_member, hash_file, unpack
-from tasks.errors import AssetError, nearest
+from slimbench.tasks.archive import check_member, unpack
+from slimbench.tasks.errors import AssetError
+from slimbench.util.files import atomic_folder, cache_dir
+from slimbench.util.hashing import hash_file
+from slimbench.util.text import nearest
 
 CATALOGUE = Path(__file__).with_name("assets.yaml")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -78,11 +80,6 @@ class Asset(BaseModel):
         """16 hex digits that identify the pinned content; needs no fetch."""
         pinned = (self.uri, self.sha256, self.tag, sorted(self.members.items()))
         return hashlib.sha256(repr(pinned).encode()).hexdigest()[:16]
-
-
-def cache_dir() -> Path:
-    """The cache folder: `$SLIMBENCH_CACHE`, or the user's cache folder. It need not exist."""
-    return Path(os.environ.get("SLIMBENCH_CACHE") or user_cache_dir("slimbench")).expanduser().absolute()
 
 
 def catalogue() -> dict[str, Asset]:

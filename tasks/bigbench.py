@@ -19,8 +19,8 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
-from tasks import assets
-from tasks.archive import atomic_folder
+from slimbench.tasks import assets
+from slimbench.util.files import atomic_folder, cache_dir
 
 DEFINITIONS = Path(__file__).with_name("bigbench.yaml")
 ASSET = "bigbench"
@@ -93,7 +93,7 @@ def task_folder() -> Path:
     """
     tasks = definitions()
     identity = hashlib.sha256("".join(fingerprint(name) for name in sorted(tasks)).encode()).hexdigest()[:16]
-    folder = assets.cache_dir() / "tasks" / f"bigbench-{identity}"
+    folder = cache_dir() / "tasks" / f"bigbench-{identity}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not _is_whole(tasks, folder):

@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from tasks import corpora
-from tasks.errors import DataError
+from slimbench.tasks import corpora
+from slimbench.tasks.errors import DataError
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from tasks import assets
-from tasks.archive import hash_file
-from tasks.errors import DataError, nearest
+from slimbench.tasks import assets
+from slimbench.tasks.errors import DataError
+from slimbench.util.hashing import hash_file
+from slimbench.util.text import nearest
 
 __all__ = ["Corpus", "DataError", "NamedCorpus", "catalogue", "fingerprint", "load"]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.archive import atomic_folder
+from slimbench.util.files import atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from tasks import bigbench
-from tasks.archive import hash_file
-from tasks.errors import DataError, nearest
+from slimbench.tasks import bigbench
+from slimbench.tasks.errors import DataError
+from slimbench.util.hashing import hash_file
+from slimbench.util.text import nearest
 
 ASSET_PREFIX = "asset:"
 _HEADLINE = ("acc_norm", "acc", "exact_match")

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from harness.engines import decode_attention
-from harness.engines.base import LoadedModel, Step
-from harness.engines.transformers import TransformersEngine, TransformersModel
+from slimbench.harness.engines import decode_attention
+from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
+from slimbench.harness.measure.loaded import LoadedModel, Step
 
 _ROUND = 32
 _MOST_OPERATIONS_TWICE = 8  # fused into a loop that repeats them; with torch's 30, rotary embeddings are computed again for each key

@@ -24,11 +24,12 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from harness.engines.base import Engine, LoadedModel, Step
-from harness.engines.graph import Weight, evidence_of, read_config
-from harness.measure.zeros import zeros
-from harness.record import Evidence
-from methods.base import Unsupported
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.engines.graph import Weight, evidence_of, read_config
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.zeros import zeros
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.methods.base import Unsupported
 
 _DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # in the order of the file format's codes
 _EMBEDDING, _HEAD = "decoder/embeddings/weight", "decoder/projection/weight"

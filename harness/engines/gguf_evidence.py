@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from harness.record import Evidence, LayerEvidence
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 
 _COMPUTE = {
     GGMLQuantizationType.F32: "float32",
@@ -98,7 +98,7 @@ def _add_zeros(found: LayerEvidence, matrices: list[_Matrix]) -> None:
     """Fraction and patterns of the zeros of dequantized matrices."""
     import torch
 
-    from harness.measure.zeros import zeros
+    from slimbench.harness.measure.zeros import zeros
 
     probed = [zeros(torch.from_numpy(dequantize(m.tensor.data, m.kind).copy())) for m in matrices]
     patterns = Counter(z.pattern for z in probed)

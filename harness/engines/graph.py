@@ -1,5 +1,5 @@
 """What the engines that run a graph share: the loop around it, and evidence of weights. Inputs and outputs
-of the graph are those of `methods.quantization._decoder`.
+of the graph are those of `methods.formats.decoder_graph`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engines.base import LoadedModel, Step
-from harness.measure.zeros import Zeros
-from harness.record import Evidence, LayerEvidence
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.zeros import Zeros
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -100,7 +100,7 @@ class Weight:
     Attributes:
         name: Of the node that uses it.
         layer: Operator of that node.
-        role: `linear`, `head`, `embedding` or `other`, as in `harness.record.LayerEvidence`.
+        role: `linear`, `head`, `embedding` or `other`, as in `harness.schema.evidence.LayerEvidence`.
         parameters: Numbers that it stands for.
         dtypes: Bytes by storage dtype, scales and zero points included.
         operator: What the engine multiplies with; None for a layer that multiplies nothing.

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harness.artefact import read_manifest, staging
-from harness.engines import gguf_evidence
-from harness.engines.base import Engine, LoadedModel, Step
-from harness.record import Evidence
+from slimbench.harness.engines import gguf_evidence
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.store.artefact import read_manifest, staging
 
 if TYPE_CHECKING:
-    from harness.engines.llamacpp_context import Context, Weights
+    from slimbench.harness.engines.llamacpp_context import Context, Weights
 
 Loader = Callable[[Path, Path], Path]
 """Called with the folder of an artefact and a folder for what it writes; returns the GGUF file."""
@@ -166,7 +167,7 @@ class LlamaCppEngine(Engine):
             methods.base.Unsupported: Its format or its numbers have no counterpart in a GGUF file.
             RuntimeError: llama.cpp refuses the file.
         """
-        from harness.engines.llamacpp_context import Weights
+        from slimbench.harness.engines.llamacpp_context import Weights
 
         with _file(artefact, loader) as file:
             weights = Weights(file)

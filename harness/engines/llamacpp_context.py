@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.base import Unsupported
+from slimbench.methods.base import Unsupported
 
 _MOST_TOKENS = 2048
 _CACHE_ITEM_BYTES = 2

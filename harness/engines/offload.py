@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from harness import artefact as artefacts
-from harness.engines import transformers
-from harness.engines.base import LoadedModel
+from slimbench.harness.engines import transformers
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact as artefacts
 
 _FILE = "weights.safetensors"
 

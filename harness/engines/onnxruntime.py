@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engines.base import Engine, LoadedModel
-from harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
-from harness.measure.zeros import Zeros, zeros
-from harness.record import Evidence
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.zeros import Zeros, zeros
+from slimbench.harness.schema.evidence import Evidence
 
 _PRODUCTS = {  # node of a graph → what the optimiser may make of it, and the dtype of the product
     "MatMul": (("MatMul", "FusedMatMul", "Gemm"), "float32"),

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engines.base import Engine, LoadedModel
-from harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
-from harness.measure.zeros import Zeros, zeros
-from harness.record import Evidence
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.zeros import Zeros, zeros
+from slimbench.harness.schema.evidence import Evidence
 
 _DECOMPRESSION = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose")
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i4": "int4", "u4": "uint4"}

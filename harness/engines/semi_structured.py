@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from harness.engines import transformers
-from methods.base import Unsupported
-from methods.kernels.grid import two_of_four
+from slimbench.harness.engines import transformers
+from slimbench.methods.base import Unsupported
+from slimbench.methods.kernels.grid import two_of_four
 
 _OLDEST = (8, 0)
 

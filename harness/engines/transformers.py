@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from harness.engines.base import Engine, LoadedModel, Step
-from harness.measure.evidence import collect
-from harness.record import Evidence
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.measure.evidence import collect
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.schema.evidence import Evidence
 
 _CHUNK = 64
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from harness.engines.base import Engine, LoadedModel, Step
-from harness.engines.graph import Weight, evidence_of, read_config
-from harness.measure.zeros import zeros
-from harness.record import Evidence
-from methods.base import Unsupported
+from slimbench.harness.engines.base import Engine
+from slimbench.harness.engines.graph import Weight, evidence_of, read_config
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.zeros import zeros
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.methods.base import Unsupported
 
 _LONGEST = 32_768
 _CPU_CACHE_BYTES = 2 << 30

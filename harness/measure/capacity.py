@@ -6,11 +6,11 @@ import time
 
 import torch
 
-from harness.config import SpeedPoint
-from harness.engines.base import LoadedModel, Step
-from harness.measure.latency import prompts
-from harness.measure.memory import peak_of, resident_bytes
-from harness.record import LargestBatch
+from slimbench.harness.config.schema import SpeedPoint
+from slimbench.harness.measure.latency import prompts
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.memory import peak_of, resident_bytes
+from slimbench.harness.schema.speed import LargestBatch
 
 _SHARE = 0.9
 

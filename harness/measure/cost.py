@@ -23,7 +23,7 @@ class Cost:
         self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
 
     def read(self) -> dict[str, Any]:
-        """`seconds`, `cpu_seconds`, `device_seconds` and `peak_device_bytes`, as in `harness.record.CompressResult`."""
+        """`seconds`, `cpu_seconds`, `device_seconds` and `peak_device_bytes`, as in `harness.schema.compress.CompressResult`."""
         seconds = time.perf_counter() - self._wall
         return {
             "seconds": seconds,

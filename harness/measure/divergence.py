@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from harness.record import DivergenceResult
-from tasks import assets
+from slimbench.harness.schema.quality import DivergenceResult
+from slimbench.util.files import cache_dir
 
 EXACT_POSITIONS = 128
 _LEAST_MASS = 1e-9
@@ -29,7 +29,7 @@ _META = "meta.json"
 
 def location(key: str) -> Path:
     """Where the reference's distributions of a protocol lie."""
-    return assets.cache_dir() / "reference" / key
+    return cache_dir() / "reference" / key
 
 
 def exists(key: str) -> bool:

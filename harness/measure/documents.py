@@ -13,12 +13,13 @@ import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from harness.config import Pass
-from harness.engines.base import LoadedModel
-from harness.measure.perplexity import public_name
-from harness.measure.zeroshot import EngineLM
-from harness.record import DocumentResult
-from tasks import assets, corpora
+from slimbench.harness.config.schema import Pass
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.perplexity import public_name
+from slimbench.harness.measure.zeroshot import EngineLM
+from slimbench.harness.schema.quality import DocumentResult
+from slimbench.tasks import corpora
+from slimbench.util.files import cache_dir
 
 PROTOCOL = "document-1"
 _TASK = "documents"
@@ -88,7 +89,7 @@ def task(file: Path) -> dict[str, Any]:
 
 def _written(spec: str, texts: list[str]) -> Path:
     """A JSON-lines file of the documents in the cache, since lm-eval reads its documents through `datasets`."""
-    path = assets.cache_dir() / "documents" / f"{corpora.fingerprint(spec)}-{len(texts)}.jsonl"
+    path = cache_dir() / "documents" / f"{corpora.fingerprint(spec)}-{len(texts)}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")

@@ -13,7 +13,7 @@ from typing import Any
 import pynvml
 import torch
 
-from harness.measure.gpu import Monitor
+from slimbench.harness.measure.gpu import Monitor
 
 POWERCAP = Path("/sys/class/powercap")
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.sparse import SparseSemiStructuredTensor
 
-from harness.measure import operators
-from harness.measure.offloaded import brought_in
-from harness.measure.zeros import Zeros, holds, joined, zeros
-from harness.record import Evidence, LayerEvidence
+from slimbench.harness.measure import operators
+from slimbench.harness.measure.offloaded import brought_in
+from slimbench.harness.measure.zeros import Zeros, holds, joined, zeros
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 
 _NESTING = 3
 _DENSE_BITS = 16

@@ -10,7 +10,7 @@ import psutil
 import pynvml
 import torch
 
-from harness.record import GpuState
+from slimbench.harness.schema.speed import GpuState
 
 _SLOWDOWNS = {
     pynvml.nvmlClocksThrottleReasonHwSlowdown: "hardware slowdown",

@@ -6,7 +6,7 @@ alternate in the order A B B A B A A B … (Thue–Morse), so that drift of the 
 
 Repetition ends when the 95 % intervals of the medians, and that of the paired speed-up, are as narrow as asked. Looking
 again and again until they are could make intervals too hopeful. Simulated here (four intervals looked at after every
-second pair, at least eight pairs, log-normal noise of 1 to 10 % with and without outliers, tests/unit/test_latency.py) it
+second pair, at least eight pairs, log-normal noise of 1 to 10 % with and without outliers, tests/unit/measure/test_latency.py) it
 does not: each covers in 95 to 99 %, since order statistics are conservative at the sizes where stopping happens. With a
 first look after six pairs coverage is a point lower.
 """
@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.config import SpeedConfig, SpeedPoint
-from harness.engines.base import LoadedModel
-from harness.measure import energy, gpu
-from harness.measure.machine import CacheFlush, MachineProbe
-from harness.measure.timer import Timer, timer
-from harness.record import EnergyResult, GpuState, Samples, SpeedPointResult
-from harness.stats import FEWEST_FOR_MEDIAN, median_interval, paired_speedup
+from slimbench.harness.config.schema import SpeedConfig, SpeedPoint
+from slimbench.harness.measure import energy, gpu
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.machine import CacheFlush, MachineProbe
+from slimbench.harness.measure.timer import Timer, timer
+from slimbench.harness.schema.speed import EnergyResult, GpuState, Samples, SpeedPointResult
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
+from slimbench.harness.stats.speedups import paired_speedup
 
 _PROBE_EVERY = 4
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from harness.measure.gpu import Monitor
-from harness.measure.timer import timer
-from harness.record import Probe
+from slimbench.harness.measure.gpu import Monitor
+from slimbench.harness.measure.timer import timer
+from slimbench.harness.schema.speed import Probe
 
 _BUSY = 0.25
 _STEAL = 0.05

@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 import psutil
 import torch
 
-from harness.config import SpeedPoint
-from harness.engines.base import LoadedModel, Step
-from harness.measure.gpu import Monitor
-from harness.measure.latency import prompts
-from harness.record import MemoryResult
+from slimbench.harness.config.schema import SpeedPoint
+from slimbench.harness.measure.gpu import Monitor
+from slimbench.harness.measure.latency import prompts
+from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.schema.speed import MemoryResult
 
 _T = TypeVar("_T")
 

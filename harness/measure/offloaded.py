@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from harness.measure.operators import storage_pointer
+from slimbench.harness.measure.operators import storage_pointer
 
 
 @contextmanager

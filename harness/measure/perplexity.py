@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.cell import digest
-from harness.config import Pass, SuiteConfig
-from harness.engines.base import LoadedModel, Observer, label_logprobs
-from harness.record import PerplexityResult
-from tasks import assets, corpora
-from tasks.errors import DataError
+from slimbench.harness.config.schema import Pass, SuiteConfig
+from slimbench.harness.measure.loaded import LoadedModel, Observer, label_logprobs
+from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.tasks import corpora
+from slimbench.tasks.errors import DataError
+from slimbench.util.files import cache_dir
+from slimbench.util.hashing import digest
 
 VERSIONS = {"window": "window-1", "incremental": "incremental-1", "llamacpp": "llamacpp-1"}
 _BATCH_TOKENS = 1024
@@ -125,7 +126,7 @@ def cut(tokens: np.ndarray, seqlen: int, limit: int | None) -> np.ndarray:
 def token_stream(spec: str, tokenizer: Any) -> tuple[np.ndarray, str]:
     """The tokens of a whole corpus (int32) and the hash of its text; tokenized once for each tokenizer, then cached."""
     vocabulary = digest({"vocab": len(tokenizer), "sample": tokenizer.get_vocab(), "kind": type(tokenizer).__name__})
-    path = assets.cache_dir() / "tokens" / f"{digest([corpora.fingerprint(spec), vocabulary])}.npy"
+    path = cache_dir() / "tokens" / f"{digest([corpora.fingerprint(spec), vocabulary])}.npy"
     if path.is_file():
         stored = np.load(path, mmap_mode="r")
         return stored, path.with_suffix(".sha256").read_text()

@@ -6,8 +6,10 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from harness.record import Evidence, Probe, Roofline, SpeedPointResult, SpeedResult
-from harness.stats import FEWEST_FOR_MEDIAN, paired_speedup
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.speed import Probe, Roofline, SpeedPointResult, SpeedResult
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
+from slimbench.harness.stats.speedups import paired_speedup
 
 DRIFT = 0.15
 """Change of the machine probe within a point, relative to its median, above which the point is flagged."""

@@ -17,12 +17,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 
-from harness.config import SuiteConfig
-from harness.engines.base import LoadedModel
-from harness.measure.perplexity import Diverged
-from harness.record import ZeroshotItems, ZeroshotResult
-from tasks import zeroshot
-from tasks.overlap import overlap
+from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.perplexity import Diverged
+from slimbench.harness.schema.quality import ZeroshotItems, ZeroshotResult
+from slimbench.tasks import zeroshot
+from slimbench.tasks.overlap import overlap
 
 
 class EngineLM(TemplateLM):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.config import RunConfig
-from harness.record import Stage
-from harness.stages import compress, quality, speed
-from harness.stages.common import Reporter
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.stages import compress, quality, speed
+from slimbench.harness.stages.common import Reporter
 
 __all__ = ["Reporter", "run"]
 

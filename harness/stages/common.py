@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness import artefact
-from harness.config import RunConfig, build_method, locate
-from harness.engines.base import LoadedModel
-from harness.measure import evidence
-from harness.record import Evidence
-from methods.base import Calibration
-from tasks import calibration as calibration_sets
+from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import evidence
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Calibration
+from slimbench.tasks import calibration as calibration_sets
 
 
 class Reporter(Protocol):

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from harness import artefact, models
-from harness.config import RunConfig, build_method
-from harness.measure import gpu, machine
-from harness.measure.cost import Cost
-from harness.measure.perplexity import public_name
-from harness.record import CalibrationFacts, CompressResult
-from harness.stages.common import Reporter, calibration_of
-from methods.base import Calibration, Claim, DenseModel
-from tasks import corpora
+from slimbench.harness.config.parse import build_method
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import gpu, machine
+from slimbench.harness.measure.cost import Cost
+from slimbench.harness.measure.perplexity import public_name
+from slimbench.harness.schema.compress import CalibrationFacts, CompressResult
+from slimbench.harness.stages import models
+from slimbench.harness.stages.common import Reporter, calibration_of
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Calibration, Claim, DenseModel
+from slimbench.tasks import corpora
 
 
 def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 
-from harness.cell import digest
-from harness.config import RunConfig
-from harness.engines.base import LoadedModel
-from harness.measure import divergence, perplexity
-from harness.measure.perplexity import Windows
-from harness.record import PerplexityResult
-from harness.stages.common import Reporter, load
-from tasks import corpora
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import divergence, perplexity
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.perplexity import Windows
+from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.harness.stages.common import Reporter, load
+from slimbench.tasks import corpora
+from slimbench.util.hashing import digest
 
 
 class Distributions:

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harness import models
-from harness.config import RunConfig
-from harness.measure import documents, perplexity, zeroshot
-from harness.record import QualityResult
-from harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
-from harness.stages.distributions import Distributions
-from tasks.overlap import overlap
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import documents, perplexity, zeroshot
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.stages import models
+from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
+from slimbench.harness.stages.distributions import Distributions
+from slimbench.tasks.overlap import overlap
 
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 

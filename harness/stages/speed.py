@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from harness.config import RunConfig
-from harness.engines.base import LoadedModel
-from harness.hardware import available_memory
-from harness.measure import capacity, gpu, latency, machine, memory, soundness
-from harness.record import LargestBatch, SpeedResult
-from harness.stages.common import Reporter, evidence_of, load
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
+from slimbench.harness.measure.hardware import available_memory
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.schema.speed import LargestBatch, SpeedResult
+from slimbench.harness.stages.common import Reporter, evidence_of, load
 
 
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> SpeedResult:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from harness.record import Record
-from harness.store import StoreError, write_atomically
-from leaderboard.exchange import parquet
-from leaderboard.row import Row
-from leaderboard.rows import rows
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import StoreError
+from slimbench.leaderboard.exchange import parquet
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.util.files import write_atomically
 
 RECORDS = "data/records.parquet"
 BOARD = "data/board.parquet"

@@ -11,8 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from harness.hardware import short_hash
-from harness.record import CellIdentity, Imported, Keys, Record, Stage, Status
+from slimbench.harness.schema.identity import CellIdentity, Keys, Stage, Status
+from slimbench.harness.schema.record import Imported, Record
+from slimbench.util.hashing import short_hash
 
 DENSE = "dense"
 NOT_MEASURED = "none"
@@ -182,8 +183,8 @@ def _keys(setting: Setting, model: str, pipeline: str) -> Keys:
 
 def _family(names: Sequence[str]) -> str:
     """The families of the methods that slimbench knows; `imported` where it does not know one of them."""
-    from harness.catalogue import entry
-    from harness.config import ConfigError
+    from slimbench.harness.config.registry import entry
+    from slimbench.harness.config.schema import ConfigError
 
     families = []
     for name in names:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from harness.record import Record
-from harness.store import Store
-from leaderboard.exchange import dataset, lm_eval, optimum_benchmark, parquet
-from leaderboard.exchange.foreign import Named, Source, Unreadable
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.exchange import dataset, lm_eval, optimum_benchmark, parquet
+from slimbench.leaderboard.exchange.foreign import Named, Source, Unreadable
 
 AUTO = "auto"
 PARQUET = ("parquet", "hf")

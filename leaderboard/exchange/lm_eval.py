@@ -16,8 +16,10 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from harness.record import DocumentResult, QualityResult, Record, Stage, ZeroshotItems, ZeroshotResult
-from leaderboard.exchange.foreign import (
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.quality import DocumentResult, QualityResult, ZeroshotItems, ZeroshotResult
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.exchange.foreign import (
     NOT_MEASURED,
     UNKNOWN,
     Named,
@@ -31,7 +33,7 @@ from leaderboard.exchange.foreign import (
     section,
     text,
 )
-from tasks import zeroshot
+from slimbench.tasks import zeroshot
 
 TOOL = "lm-eval"
 _ENGINES = {"hf": "transformers", "hf-auto": "transformers", "huggingface": "transformers"}

@@ -12,8 +12,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.record import MemoryResult, Record, Samples, SpeedPointResult, SpeedResult, Stage
-from leaderboard.exchange.foreign import NOT_MEASURED, UNKNOWN, Named, Setting, Source, Unreadable, device, number, record, section, text
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.speed import MemoryResult, Samples, SpeedPointResult, SpeedResult
+from slimbench.leaderboard.exchange.foreign import (
+    NOT_MEASURED,
+    UNKNOWN,
+    Named,
+    Setting,
+    Source,
+    Unreadable,
+    device,
+    number,
+    record,
+    section,
+    text,
+)
 
 TOOL = "optimum-benchmark"
 CONFIG = "benchmark_config.json"

@@ -13,10 +13,10 @@ from typing import Any, get_args, get_origin
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.record import Record
-from harness.store import dump, parse
-from leaderboard.exchange.foreign import Unreadable
-from leaderboard.row import Row, clean
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import dump, parse
+from slimbench.leaderboard.exchange.foreign import Unreadable
+from slimbench.leaderboard.rows.row import Row, clean
 
 RECORD = "record"
 MAGIC = b"PAR1"

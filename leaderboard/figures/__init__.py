@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from leaderboard.figures.palette import FAMILIES, family_of
-from leaderboard.figures.pareto import caption, draw, plottable
+from slimbench.leaderboard.figures.palette import FAMILIES, family_of
+from slimbench.leaderboard.figures.pareto import caption, draw, plottable
 
 __all__ = ["FAMILIES", "caption", "draw", "family_of", "plottable"]

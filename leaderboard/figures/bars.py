@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.significance import LEVEL, holm
-from leaderboard.drawing import INK, MUTED
-from leaderboard.figures.canvas import Plot, canvas, category_axis, legend
-from leaderboard.figures.groups import Group, Unplottable, left_out
-from leaderboard.row import Row
-from leaderboard.tables import decimal
+from slimbench.harness.stats.significance import LEVEL, holm
+from slimbench.leaderboard.figures.canvas import Plot, canvas, category_axis, legend
+from slimbench.leaderboard.figures.drawing import INK, MUTED
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from leaderboard.drawing import DPI, INK, MUTED, Kind, render, render_all
+from slimbench.leaderboard.figures.drawing import DPI, INK, MUTED, Kind, render, render_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-    from leaderboard.figures.groups import Group
+    from slimbench.leaderboard.figures.groups import Group
 
 CHARACTERS_PER_INCH = 16.5
 CAPTION = "caption"

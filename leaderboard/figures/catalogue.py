@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from harness.config import ConfigError
-from leaderboard.figures.bars import flips, memory
-from leaderboard.figures.canvas import Plot
-from leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
-from leaderboard.figures.lines import bits, degradation, sparsity
-from leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
-from leaderboard.figures.palette import Palette
-from leaderboard.figures.scatter import against, divergence
-from leaderboard.figures.seeds import seeds
-from leaderboard.figures.speedups import speedups
-from leaderboard.figures.tasks import tasks
-from leaderboard.row import Row
-from tasks.errors import nearest
+from slimbench.harness.config.schema import ConfigError
+from slimbench.leaderboard.figures.bars import flips, memory
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
+from slimbench.leaderboard.figures.lines import bits, degradation, sparsity
+from slimbench.leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
+from slimbench.leaderboard.figures.palette import Palette
+from slimbench.leaderboard.figures.scatter import against, divergence
+from slimbench.leaderboard.figures.seeds import seeds
+from slimbench.leaderboard.figures.speedups import speedups
+from slimbench.leaderboard.figures.tasks import tasks
+from slimbench.leaderboard.rows.row import Row
+from slimbench.util.text import nearest
 
 
 @dataclass(frozen=True)

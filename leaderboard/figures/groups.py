@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from harness.record import Status
-from leaderboard.figures.palette import Palette
-from leaderboard.row import Row
-from leaderboard.tables import shorten, tables, titles
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.figures.palette import Palette
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import shorten
+from slimbench.leaderboard.tables.tables import tables, titles
 
 _NAMED = 4
 _NAME_IN_TEXT = 60

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from leaderboard.drawing import DPI, INK, MUTED
+from slimbench.leaderboard.figures.drawing import DPI, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

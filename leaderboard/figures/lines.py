@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from leaderboard.drawing import INK, MUTED
-from leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axis, side_legend, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
-from leaderboard.figures.labels import Named, place
-from leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, SPARSITY, Measure, Point, front, points
-from leaderboard.figures.palette import method_of
-from leaderboard.figures.scatter import UNNAMED, corpus, settle
-from leaderboard.row import Row
-from leaderboard.tables import decimal, shorten
+from slimbench.leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axis, side_legend, spread_axis
+from slimbench.leaderboard.figures.drawing import INK, MUTED
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
+from slimbench.leaderboard.figures.labels import Named, place
+from slimbench.leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, SPARSITY, Measure, Point, front, points
+from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.figures.scatter import UNNAMED, corpus, settle
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

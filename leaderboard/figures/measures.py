@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from harness.record import Status
-from leaderboard.row import Row
-from leaderboard.rows import INCOMPLETE
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import INCOMPLETE
 
 NORMAL_95 = 1.96
 

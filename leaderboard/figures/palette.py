@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from leaderboard.row import Row
+from slimbench.leaderboard.rows.row import Row
 
 FAMILIES = {
     "reference": ("#444b54", "*"),

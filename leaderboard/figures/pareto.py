@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leaderboard.drawing import Kind, render
-from leaderboard.figures.canvas import Plot, canvas, legend, spread_axis
-from leaderboard.figures.groups import Group, left_out, listed, off_scale
-from leaderboard.figures.measures import BYTES, PERPLEXITY, SPEED, Measure, Point, front, points
-from leaderboard.figures.scatter import OFF_SCALE, above, corpus, finish, off_text, scatter
-from leaderboard.tables import Table
+from slimbench.leaderboard.figures.canvas import Plot, canvas, legend, spread_axis
+from slimbench.leaderboard.figures.drawing import Kind, render
+from slimbench.leaderboard.figures.groups import Group, left_out, listed, off_scale
+from slimbench.leaderboard.figures.measures import BYTES, PERPLEXITY, SPEED, Measure, Point, front, points
+from slimbench.leaderboard.figures.scatter import OFF_SCALE, above, corpus, finish, off_text, scatter
+from slimbench.leaderboard.tables.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leaderboard.drawing import MUTED
-from leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
-from leaderboard.figures.labels import Named, place
-from leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
-from leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
-from leaderboard.row import Row
-from leaderboard.tables import decimal, shorten
+from slimbench.leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, spread_axis
+from slimbench.leaderboard.figures.drawing import MUTED
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
+from slimbench.leaderboard.figures.labels import Named, place
+from slimbench.leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
+from slimbench.leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,14 +6,14 @@ from collections import Counter
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from leaderboard.drawing import INK, MUTED
-from leaderboard.figures.canvas import Plot, canvas, category_axis, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out
-from leaderboard.figures.measures import PERPLEXITY
-from leaderboard.figures.palette import look_of
-from leaderboard.figures.scatter import corpus
-from leaderboard.row import Row
-from leaderboard.tables import decimal, shorten
+from slimbench.leaderboard.figures.canvas import Plot, canvas, category_axis, spread_axis
+from slimbench.leaderboard.figures.drawing import INK, MUTED
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
+from slimbench.leaderboard.figures.measures import PERPLEXITY
+from slimbench.leaderboard.figures.palette import look_of
+from slimbench.leaderboard.figures.scatter import corpus
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

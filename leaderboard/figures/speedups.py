@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from leaderboard.drawing import MUTED
-from leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
-from leaderboard.figures.groups import Group, Unplottable, left_out
-from leaderboard.figures.palette import method_of
-from leaderboard.row import Row
-from leaderboard.tables import decimal
+from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
+from slimbench.leaderboard.figures.drawing import MUTED
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
+from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

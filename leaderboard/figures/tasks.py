@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 
-from harness.significance import LEVEL
-from leaderboard.drawing import INK
-from leaderboard.figures.canvas import Plot, canvas
-from leaderboard.figures.groups import Group, Unplottable, left_out
-from leaderboard.row import Row
-from leaderboard.tables import decimal, shorten
+from slimbench.harness.stats.significance import LEVEL
+from slimbench.leaderboard.figures.canvas import Plot, canvas
+from slimbench.leaderboard.figures.drawing import INK
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

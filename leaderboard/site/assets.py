@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from leaderboard.site.pages import HERE
+from slimbench.leaderboard.site.pages import HERE
 
 _EXPORTS = re.compile(r"\bexport\s*\{([^}]*)\};?")
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from harness.record import Keys, Record, Stage, Status
-from harness.store import Unreadable
-from leaderboard.row import Row, clean
-from leaderboard.rows import Records, by_key, oldest_first, rows
-from leaderboard.site.settings import Setting, setting
-from leaderboard.tables import Table, pareto, tables, titles
+from slimbench.harness.schema.identity import Keys, Stage, Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Unreadable
+from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.leaderboard.site.settings import Setting, setting
+from slimbench.leaderboard.tables.tables import Table, pareto, tables, titles
 
 KeyTriple = tuple[str, str, str]
 SMALLEST, FASTEST = "size", "speed"

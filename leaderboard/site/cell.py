@@ -9,15 +9,18 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from harness.record import Evidence, Record, Stage
-from leaderboard.row import Row, clean
-from leaderboard.site import names
-from leaderboard.site.board import Board, triple
-from leaderboard.site.facts import details
-from leaderboard.site.lines import Line
-from leaderboard.site.method import steps
-from leaderboard.site.pages import LONGEST_REMARK, page
-from leaderboard.tables import COLUMNS, EMPTY, decimal, p_value, shorten
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board, triple
+from slimbench.leaderboard.site.facts import details
+from slimbench.leaderboard.site.lines import Line
+from slimbench.leaderboard.site.method import steps
+from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
+from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
 
 EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from leaderboard.site import names
-from leaderboard.site.pages import page
-from leaderboard.tables import shorten
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.pages import page
+from slimbench.leaderboard.tables.format import shorten
 
 _LONGEST_REASON = 600
 
@@ -27,7 +27,7 @@ def render(known: Container[str]) -> str:
 
 
 def _values(known: Container[str]) -> dict[str, Any]:
-    from harness import coverage
+    from slimbench.leaderboard import coverage
 
     table = coverage.table()
     answers = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness.significance import LEVEL
-from leaderboard.row import Row
-from leaderboard.tables import EMPTY, decimal, p_text, seed_spread, shorten
+from slimbench.harness.stats.significance import LEVEL
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.columns import seed_spread
+from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, shorten
 
 LONGEST_DETAIL = 2000
 

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from leaderboard.drawing import KINDS
-from leaderboard.figures import catalogue
-from leaderboard.figures.canvas import Plot
-from leaderboard.plots import Gallery
-from leaderboard.site import names
-from leaderboard.site.board import Board, plural
-from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.tables import shorten
+from slimbench.leaderboard.figures import catalogue
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.drawing import KINDS
+from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board, plural
+from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from slimbench.leaderboard.tables.format import shorten
 
 _SIZE = re.compile(rb'<svg\b[^>]*\bviewBox="0 0 ([0-9.]+) ([0-9.]+)"')
 _LONGEST_TEXT = 1200

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from leaderboard.engines import paths
-from leaderboard.site.board import Board
-from leaderboard.site.pages import page
-from leaderboard.site.ranking import ALL
-from leaderboard.tables import RANK
+from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.site.pages import page
+from slimbench.leaderboard.site.ranking import ALL
+from slimbench.leaderboard.tables.columns import RANK
+from slimbench.leaderboard.tables.engines import paths
 
 _STATUSES = {
     "ok": "Every stage that was asked for ended well.",

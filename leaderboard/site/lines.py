@@ -8,12 +8,13 @@ from functools import cached_property
 
 from markupsafe import Markup, escape
 
-from leaderboard.figures import FAMILIES, family_of
-from leaderboard.row import Row
-from leaderboard.site import names
-from leaderboard.site.board import Board, triple
-from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
-from leaderboard.tables import COLUMNS, Column, seed_spread, shorten
+from slimbench.leaderboard.figures import FAMILIES, family_of
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board, triple
+from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
+from slimbench.leaderboard.tables.columns import COLUMNS, Column, seed_spread
+from slimbench.leaderboard.tables.format import shorten
 
 SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from leaderboard.row import Row, clean
-from leaderboard.site import names
-from leaderboard.site.board import Board
-from leaderboard.site.lines import HEADS, Line
-from leaderboard.site.pages import page, quoted
-from leaderboard.tables import shorten
+from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.site.lines import HEADS, Line
+from slimbench.leaderboard.site.pages import page, quoted
+from slimbench.leaderboard.tables.format import shorten
 
 _LONGEST_DOC = 4000
 _WRITTEN_HERE = "written here from the paper"
@@ -41,8 +41,8 @@ class About:
 @cache
 def registry() -> tuple[list[About], list[tuple[str, str]]]:
     """Every method of the configuration, and each that could not be loaded with the reason."""
-    from harness.catalogue import entry
-    from harness.config import shipped
+    from slimbench.harness.config.registry import entry
+    from slimbench.harness.config.sources import shipped
 
     found, broken = [], []
     for name in shipped("method"):

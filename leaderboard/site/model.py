@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from harness.record import Status
-from leaderboard.row import Row
-from leaderboard.site import names
-from leaderboard.site.board import Board, plural
-from leaderboard.site.lines import HEADS, Line
-from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.tables import COLUMNS, EMPTY, Column, decimal, shorten
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board, plural
+from slimbench.leaderboard.site.lines import HEADS, Line
+from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from slimbench.leaderboard.tables.columns import COLUMNS, Column
+from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
 
 LOW_BITS = 5.0
 _MOST_SCALED = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from hashlib import sha256
 
-from leaderboard.row import Row
+from slimbench.leaderboard.rows.row import Row
 
 _LONGEST = 40
 

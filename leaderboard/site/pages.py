@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from leaderboard.tables import shorten
+from slimbench.leaderboard.tables.format import shorten
 
 HERE = Path(__file__).parent
 _BREAK = re.compile(r"(?<=[+,(/_:])")

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from leaderboard.recommend import memory_bytes
-from leaderboard.row import Row
-from leaderboard.site import names
-from leaderboard.site.board import FASTEST, SMALLEST, Board, triple
-from leaderboard.site.lines import colour, simulated
-from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from leaderboard.tables import COLUMNS, Bounds, Column, decimal, seed_spread, shorten
+from slimbench.leaderboard.recommend import memory_bytes
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board, triple
+from slimbench.leaderboard.site.lines import colour, simulated
+from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from slimbench.leaderboard.tables.columns import COLUMNS, Bounds, Column, seed_spread
+from slimbench.leaderboard.tables.format import decimal, shorten
 
 EXTRA = (
     Column("compress_seconds", "Compress\N{NO-BREAK SPACE}s", "Wall time of the compression.", decimal(1)),

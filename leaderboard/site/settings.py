@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from leaderboard.site import names
-from leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
-from leaderboard.tables import Table, shorten
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
+from slimbench.leaderboard.tables.format import shorten
+from slimbench.leaderboard.tables.tables import Table
 
 Setting = dict[str, Any]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
-from leaderboard.plots import Gallery
-from leaderboard.row import Row
-from leaderboard.site import cell, coverage, figures, guide, method, model, names, ranking
-from leaderboard.site.assets import assets
-from leaderboard.site.board import Board
-from leaderboard.site.lines import Line, line
+from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.site import cell, coverage, figures, guide, method, model, names, ranking
+from slimbench.leaderboard.site.assets import assets
+from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.site.lines import Line, line
 
 FOLDERS = ("cell", "model", "method")
 

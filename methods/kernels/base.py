@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from methods.kernels.grid import QuantizedWeight
+from slimbench.methods.kernels.grid import QuantizedWeight
 
 
 class Kernel(ABC):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from methods.kernels.base import Kernel
-from methods.kernels.cpu.kernel import OwnCpu
-from methods.kernels.cuda.kernel import OwnCuda
-from methods.kernels.grid import LowRank, Outliers, QuantizedWeight
-from methods.kernels.torch_operators import Dequantize, Float8, Int4Pack, Int8Pack, IntMM, TinyGemm
-from methods.kernels.triton.kernel import OwnTriton
-from methods.kernels.triton.sparse_kernel import OwnSparse
+from slimbench.methods.kernels.base import Kernel
+from slimbench.methods.kernels.cpu.kernel import OwnCpu
+from slimbench.methods.kernels.cuda.kernel import OwnCuda
+from slimbench.methods.kernels.grid import LowRank, Outliers, QuantizedWeight
+from slimbench.methods.kernels.torch.operators import Dequantize, Float8, Int4Pack, Int8Pack, IntMM, TinyGemm
+from slimbench.methods.kernels.triton.kernel import OwnTriton
+from slimbench.methods.kernels.triton.sparse_kernel import OwnSparse
 
 KERNELS: tuple[type[Kernel], ...] = (OwnCpu, OwnSparse, TinyGemm, OwnCuda, OwnTriton, IntMM, Float8, Int4Pack, Int8Pack, Dequantize)
 

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from methods.kernels.base import Kernel
-from methods.kernels.grid import Grid, QuantizedWeight
-from methods.kernels.packed_linear import KERNELS, PackedLinear
-from methods.kernels.torch_operators import Dequantize
+from slimbench.methods.kernels.base import Kernel
+from slimbench.methods.kernels.grid import Grid, QuantizedWeight
+from slimbench.methods.kernels.packed_linear import KERNELS, PackedLinear
+from slimbench.methods.kernels.torch.operators import Dequantize
 
 GRIDS = (Grid(2, 64), Grid(3, 64), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8), Grid(8, None, 8), Grid(8, None, 8, "e4m3"))
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from itertools import count, islice, product
 from pathlib import Path
 
-from harness.store import Store
-from tests.unit.board_records import Spec, records, specs
+from slimbench.harness.store.store import Store
+from tests.support.board_records import Spec, records, specs
 
 DEFAULT = (1_000, 10_000)
 GROUPS = (32, 64, 128, 256)
@@ -39,7 +39,7 @@ def _spec(spec: Spec, number: int, group: int) -> Spec:
 
 
 def build(results: Path, out: Path) -> None:
-    from leaderboard.build import build
+    from slimbench.leaderboard.site.build import build
 
     began = time.perf_counter()
     written = build(results, out)

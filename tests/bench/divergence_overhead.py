@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from harness import models
-from harness.compose import resolve
-from harness.engines.transformers import TransformersModel, load_pretrained
-from harness.measure import divergence, perplexity
-from harness.measure.divergence import Comparison, Recorder
-from harness.stages.common import tokenizer_of
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
+from slimbench.harness.measure import divergence, perplexity
+from slimbench.harness.measure.divergence import Comparison, Recorder
+from slimbench.harness.stages import models
+from slimbench.harness.stages.common import tokenizer_of
 
 REPEATS = 4
 

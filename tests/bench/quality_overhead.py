@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from harness import models
-from harness.cell import make_cell
-from harness.compose import resolve
-from harness.engines.base import LoadedModel
-from harness.runner import Runner
-from harness.store import Store
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.stages import models
+from slimbench.harness.store.store import Store
 
 
 class _Silent:
@@ -40,15 +40,15 @@ def main() -> None:
         runner._done.clear()
         record = runner.run(again)[1]
         runner.close()
-    from harness.config import locate
-    from harness.measure import perplexity, zeroshot
-    from harness.stages.common import tokenizer_of
+    from slimbench.harness.config.parse import locate
+    from slimbench.harness.measure import perplexity, zeroshot
+    from slimbench.harness.stages.common import tokenizer_of
 
     torch.set_num_threads(cell.config.device.threads or 1)
     source = models.prepare(cell.config.model, lambda phase: None)
     began = time.perf_counter()
     engine = locate(cell.config.engine.target)(loaders=cell.config.engine.loaders)
-    from harness import artefact
+    from slimbench.harness.store import artefact
 
     model: LoadedModel = engine.load(artefact.location(cell.identity.keys.compress), "cpu")
     load = time.perf_counter() - began

@@ -19,16 +19,18 @@ from dataclasses import dataclass
 
 import torch
 
-from harness import artefact
-from harness.cell import Cell, make_cell
-from harness.compose import resolve
-from harness.config import SpeedConfig
-from harness.engines.base import LoadedModel
-from harness.measure.latency import Instruments, measure_point
-from harness.measure.machine import LoadWatch
-from harness.record import SpeedPointResult
-from harness.stages import common, compress
-from harness.stats import FEWEST_FOR_MEDIAN, UNDEFINED, paired_speedup
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.schema import SpeedConfig
+from slimbench.harness.measure.latency import Instruments, measure_point
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.machine import LoadWatch
+from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.schema.speed import SpeedPointResult
+from slimbench.harness.stages import common, compress
+from slimbench.harness.stats.bootstrap import UNDEFINED
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
+from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.harness.store import artefact
 
 WITHIN, HELD, SECONDS = 0.03, 0.95, 120.0
 

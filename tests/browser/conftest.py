@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from harness.record import Record
-from harness.store import Unreadable
-from leaderboard.plots import gallery
-from leaderboard.site.board import Board
-from tests.unit.board_records import Spec, records, site_files, specs
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Unreadable
+from slimbench.leaderboard.figures.plots import gallery
+from slimbench.leaderboard.site.board import Board
+from tests.support.board_records import Spec, records, site_files, specs
 
 HOSTILE = "<img src=x onerror=\"document.title='run'\">');document.title='run';//"
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from harness.record import Record
-from leaderboard.recommend import Budget, recommend
-from leaderboard.row import Row
-from leaderboard.rows import rows
-from leaderboard.site import names
-from leaderboard.tables import COLUMNS, decimal
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.recommend import Budget, recommend
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.format import decimal
 from tests.browser.conftest import screen, written
-from tests.unit.board_records import Spec, records
+from tests.support.board_records import Spec, records
 
 pytest.importorskip("selenium")
 from selenium.webdriver.common.by import By

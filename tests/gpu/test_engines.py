@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.engines import semi_structured
-from harness.engines.transformers import TransformersModel, load_pretrained
-from methods.pruning.magnitude import Magnitude
-from tests.unit.tiny import save_model
+from slimbench.harness.engines import semi_structured
+from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
+from slimbench.methods.pruning.unstructured.magnitude import Magnitude
+from tests.support.tiny import save_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
 

@@ -8,14 +8,14 @@ from itertools import product
 import pytest
 import torch
 
-from methods.kernels.base import Kernel
-from methods.kernels.cuda.kernel import OwnCuda
-from methods.kernels.grid import BITS, GROUP_SIZES, QuantizedWeight
-from methods.kernels.packed_linear import PackedLinear
-from methods.kernels.torch_operators import Dequantize, TinyGemm
-from methods.kernels.triton.kernel import OwnTriton
-from methods.kernels.triton.sparse_kernel import OwnSparse
-from tests.unit.test_triton import error, exact, random_weight, sparse
+from slimbench.methods.kernels.base import Kernel
+from slimbench.methods.kernels.cuda.kernel import OwnCuda
+from slimbench.methods.kernels.grid import BITS, GROUP_SIZES, QuantizedWeight
+from slimbench.methods.kernels.packed_linear import PackedLinear
+from slimbench.methods.kernels.torch.operators import Dequantize, TinyGemm
+from slimbench.methods.kernels.triton.kernel import OwnTriton
+from slimbench.methods.kernels.triton.sparse_kernel import OwnSparse
+from tests.unit.methods.kernels.test_triton import error, exact, random_weight, sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")]
 
@@ -67,7 +67,7 @@ def test_triton_on_odd_shapes() -> None:
 def test_sparse(codes: bool, dtype: torch.dtype) -> None:
     if reason := OwnTriton.missing():
         pytest.skip(reason)
-    from methods.kernels.triton import sparse24
+    from slimbench.methods.kernels.triton import sparse24
 
     for shape in ((33, 64), (1100, 4096)):
         weight = sparse(shape, dtype, codes, "cuda")

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of smollm2-135m in bf16 safetensors."""
-    from harness.compose import resolve
-    from harness.models import prepare
+    from slimbench.harness.config.compose import resolve
+    from slimbench.harness.stages.models import prepare
 
     return prepare(resolve([]).model, lambda phase: None)

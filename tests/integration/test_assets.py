@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import assets, bigbench, calibration, corpora, gguf
+from slimbench.tasks import assets, bigbench, calibration, corpora, gguf
 
 pytestmark = pytest.mark.integration
 

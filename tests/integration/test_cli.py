@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.unit.test_cli import slimbench
+from tests.unit.cli.test_cli import slimbench
 
 
 def test_run_then_table_from_the_command_line(overrides: list[str], tmp_path: Path) -> None:

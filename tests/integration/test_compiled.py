@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import SuiteConfig
-from harness.engines import catalogue
-from harness.engines.compiled import CompiledModel
-from harness.engines.transformers import TransformersModel, load_pretrained
-from harness.measure import perplexity
+from slimbench.harness.config import engines as catalogue
+from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.engines.compiled import CompiledModel
+from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
+from slimbench.harness.measure import perplexity
+from slimbench.harness.run.engines import check
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def module(smollm2: Path) -> Any:
 
 
 def test_every_format_proves_itself_compiled() -> None:
-    found = list(catalogue.check(catalogue.get("compiled")))
+    found = list(check(catalogue.get("compiled")))
     print(found)
     formats = ("huggingface", "packed", "codebook", "runtime")
     assert {checked.format: checked.verdict for checked in found} == dict.fromkeys(formats, "passed")

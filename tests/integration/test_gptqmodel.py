@@ -13,18 +13,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from harness import artefact, environments
-from harness.engines.base import LoadedModel
-from harness.engines.transformers import TransformersEngine
-from harness.measure import perplexity
-from methods.base import Method, Unsupported
-from methods.dense import Dense
-from methods.quantization.rtn import RTN
-from tests.unit import tiny
+from slimbench.harness.config import environments
+from slimbench.harness.engines.transformers import TransformersEngine
+from slimbench.harness.measure import perplexity
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Method, Unsupported
+from slimbench.methods.dense import Dense
+from slimbench.methods.quantization.weight.rtn import RTN
+from tests.support import tiny
 
 ENVIRONMENT = environments.get("gptqmodel")
 WINDOWS, LENGTH = 4, 256
-TRANSFORMERS = {"huggingface": "harness.engines.transformers.load_pretrained", "packed": "methods.kernels.packed.load"}
+TRANSFORMERS = {"huggingface": "slimbench.harness.engines.transformers.load_pretrained", "packed": "slimbench.methods.formats.packed.load"}
 METHODS = {"dense": Dense(), "rtn-4bit": RTN(4, 64), "rtn-3bit": RTN(3, 64), "rtn-8bit": RTN(8, 64)}
 LAYERS = {"dense": "Linear", "rtn-4bit": "TorchAtenLinear", "rtn-3bit": "TorchLinear", "rtn-8bit": "TorchLinear"}
 
@@ -44,8 +45,8 @@ def measured(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 def answer() -> None:
     """Runs in the environment: one artefact of a JSON request on stdin; JSON in the last line of stdout."""
-    from harness.config import locate
-    from harness.engines.catalogue import get
+    from slimbench.harness.config.engines import get
+    from slimbench.harness.config.parse import locate
 
     request, engine = json.load(sys.stdin), get("gptqmodel")
     try:

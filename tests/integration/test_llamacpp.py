@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from harness import artefact, environments
-from harness.config import shipped_method
-from harness.engines.base import LoadedModel
-from harness.engines.transformers import TransformersEngine, TransformersModel
-from methods.base import Claim, DenseModel, Unsupported
-from tests.unit import tiny
+from slimbench.harness.config import environments
+from slimbench.harness.config.sources import shipped_method
+from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Claim, DenseModel, Unsupported
+from tests.support import tiny
 
 ENVIRONMENT = environments.get("llamacpp")
 CORPUS, WINDOWS, LENGTH, PROMPT, NEW = "bigbench-wikipedia", 4, 256, 24, 12
 LOADERS = {"huggingface": "from_huggingface", "packed": "from_packed", "gguf": "existing"}
-TRANSFORMERS = {"huggingface": "harness.engines.transformers.load_pretrained", "packed": "methods.kernels.packed.load"}
+TRANSFORMERS = {"huggingface": "slimbench.harness.engines.transformers.load_pretrained", "packed": "slimbench.methods.formats.packed.load"}
 
 pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbench env make llamacpp`, which compiles for a while")
 
@@ -57,14 +58,14 @@ def in_environment(request: dict[str, Any]) -> dict[str, Any]:
 
 def answer() -> None:
     """Runs in the environment: measure every artefact of a JSON request on stdin, and one quantized there; JSON to stdout."""
-    from harness.engines.llamacpp import LlamaCppEngine
-    from methods.quantization.gguf import GGUF
+    from slimbench.harness.engines.llamacpp import LlamaCppEngine
+    from slimbench.methods.quantization.export.gguf import GGUF
 
     request = json.load(sys.stdin)
     ids = torch.tensor(request["ids"])
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        engine = LlamaCppEngine({name: f"methods.quantization._gguf.{function}" for name, function in LOADERS.items()})
+        engine = LlamaCppEngine({name: f"slimbench.methods.formats.gguf.{function}" for name, function in LOADERS.items()})
         folders = {name: Path(folder) for name, folder in request["artefacts"].items()}
         for kind in request["kinds"]:
             folders[kind] = Path(scratch) / kind
@@ -126,7 +127,8 @@ def _mechanics(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def sources(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artefacts of the real model: dense, and rounded to grids that llama.cpp has too."""
-    from harness.config import StepConfig, build_method
+    from slimbench.harness.config.parse import build_method
+    from slimbench.harness.config.schema import StepConfig
 
     dense: DenseModel = tiny.dense_model(smollm2)
     root = tmp_path_factory.mktemp("artefacts")
@@ -144,7 +146,7 @@ def sources(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def ids(smollm2: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    from harness.measure.perplexity import cut, token_stream
+    from slimbench.harness.measure.perplexity import cut, token_stream
 
     tokens, _ = token_stream(CORPUS, AutoTokenizer.from_pretrained(smollm2))
     return torch.from_numpy(cut(tokens, LENGTH, WINDOWS).copy()).long()

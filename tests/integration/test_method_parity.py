@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from methods.base import DenseModel
-from methods.kernels import packed
-from methods.pruning.sparsegpt import SparseGPT
-from methods.pruning.wanda import Wanda
-from methods.quantization.bitsandbytes import NF4, LLMInt8
-from methods.quantization.gptq import GPTQ
-from methods.quantization.rtn import RTN
-from tests.unit import tiny
+from slimbench.methods.base import DenseModel
+from slimbench.methods.formats import packed
+from slimbench.methods.pruning.unstructured.sparsegpt import SparseGPT
+from slimbench.methods.pruning.unstructured.wanda import Wanda
+from slimbench.methods.quantization.weight.bitsandbytes import NF4, LLMInt8
+from slimbench.methods.quantization.weight.gptq import GPTQ
+from slimbench.methods.quantization.weight.rtn import RTN
+from tests.support import tiny
 
 pytestmark = pytest.mark.integration
 
@@ -249,8 +249,8 @@ def test_llmcompressor_prints_nothing_and_leaves_nothing_behind(dense: DenseMode
     pytest.importorskip("llmcompressor")
     code = f"""
 from pathlib import Path
-from methods.quantization.gptq import GPTQ
-from methods.pruning.sparsegpt import SparseGPT
+from slimbench.methods.quantization.weight.gptq import GPTQ
+from slimbench.methods.pruning.unstructured.sparsegpt import SparseGPT
 from tests.unit import tiny
 dense = tiny.dense_model(Path({str(dense.path)!r}))
 for method in (SparseGPT(), GPTQ(group_size=32)):

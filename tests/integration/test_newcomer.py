@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import CONF_DIR
-from tests.unit.test_cli import ENTRY
+from slimbench.harness.config.sources import CONF_DIR
+from tests.unit.cli.test_cli import ENTRY
 
 LIMIT_S = 30
 

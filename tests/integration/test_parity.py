@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import artefact
-from harness.cell import Cell, make_cell
-from harness.compose import resolve
-from harness.config import Pass, SuiteConfig
-from harness.engines.transformers import TransformersModel
-from harness.measure import documents, perplexity, zeroshot
-from tasks import corpora
-from tasks import zeroshot as task_files
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.schema import Pass, SuiteConfig
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure import documents, perplexity, zeroshot
+from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.store import artefact
+from slimbench.tasks import corpora
+from slimbench.tasks import zeroshot as task_files
 
 WINDOWS = 4
 TASK = "bb_general_knowledge"
@@ -148,10 +148,10 @@ def test_the_dense_model_is_what_it_should_be(smollm2: Path, bf16: Any) -> None:
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, Any]]:
     """The records of an rtn-4bit cell on the real model, measured as shortly as it goes."""
-    from harness.record import Stage
-    from harness.runner import Runner
-    from harness.store import Store
-    from tests.unit.test_runner import Listener
+    from slimbench.harness.run.runner import Runner
+    from slimbench.harness.schema.identity import Stage
+    from slimbench.harness.store.store import Store
+    from tests.unit.run.test_runner import Listener
 
     short = ["suite.windows=2", "suite.tasks=[]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu"]
     cell = make_cell(resolve([*short, "method=rtn-4bit"]), (*short, "method=rtn-4bit"))

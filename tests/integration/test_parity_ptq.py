@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods.base import DenseModel
-from methods.kernels import packed
-from methods.quantization.autoround import SignRound
-from methods.quantization.awq import AWQ
-from methods.quantization.bitsandbytes import FP4
-from methods.quantization.hqq import HQQ
-from methods.quantization.rtn import RTN
+from slimbench.methods.base import DenseModel
+from slimbench.methods.formats import packed
+from slimbench.methods.quantization.weight.autoround import SignRound
+from slimbench.methods.quantization.weight.awq import AWQ
+from slimbench.methods.quantization.weight.bitsandbytes import FP4
+from slimbench.methods.quantization.weight.hqq import HQQ
+from slimbench.methods.quantization.weight.rtn import RTN
 from tests.integration.test_method_parity import CALIBRATION, assert_same, block_weights, decompressed, library_oneshot
-from tests.unit import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.integration
 

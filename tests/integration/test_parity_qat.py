@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods._training import cut, objective, train
-from methods.base import DenseModel
-from methods.kernels import adapters, packed
-from methods.kernels.grid import LowRank
-from methods.quantization.bitsandbytes import NF4
-from methods.quantization.qat import TorchAOQAT
-from methods.quantization.qlora import QLoRA
-from tests.unit import tiny
+from slimbench.methods.base import DenseModel
+from slimbench.methods.core.training import cut, objective, train
+from slimbench.methods.formats import adapters, packed
+from slimbench.methods.kernels.grid import LowRank
+from slimbench.methods.quantization.training.qat import TorchAOQAT
+from slimbench.methods.quantization.training.qlora import QLoRA
+from slimbench.methods.quantization.weight.bitsandbytes import NF4
+from tests.support import tiny
 
 pytestmark = pytest.mark.integration
 

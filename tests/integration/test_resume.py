@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.record import Status
-from harness.store import Store
+from slimbench.harness.schema.identity import Status
+from slimbench.harness.store.store import Store
 
-ENTRY = "import sys; sys.argv[0] = 'slimbench'; from harness.cli import main; main()"
+ENTRY = "import sys; sys.argv[0] = 'slimbench'; from slimbench.harness.cli.main import main; main()"
 METHODS = "method=dense,rtn-4bit,rtn-8bit,magnitude,int8-dynamic"
 CELLS = 5
 KILLS = 14

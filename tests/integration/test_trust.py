@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.cell import make_cell
-from harness.compose import resolve
-from harness.record import QualityResult, Stage
-from harness.runner import Runner
-from harness.store import Store
-from leaderboard.rows import rows
-from tests.unit.test_runner import Listener
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
+from tests.unit.run.test_runner import Listener
 
 SHORT = [
     "suite.windows=2",
@@ -22,7 +23,7 @@ SHORT = [
     "speed.budget_s=4",
     "device=cpu",
 ]
-AGAIN = ["~method.dense", "+method.again._target_=tests.unit.again.DenseAgain"]
+AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from harness import artefact, environments
-from harness.engines.base import LoadedModel
-from harness.engines.transformers import TransformersEngine
-from methods.base import Unsupported
-from methods.dense import Dense
-from methods.quantization.int8_dynamic import Int8Dynamic
-from methods.quantization.rtn import RTN
-from tests.unit import tiny
+from slimbench.harness.config import environments
+from slimbench.harness.engines.transformers import TransformersEngine
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Unsupported
+from slimbench.methods.dense import Dense
+from slimbench.methods.quantization.activation.int8_dynamic import Int8Dynamic
+from slimbench.methods.quantization.weight.rtn import RTN
+from tests.support import tiny
 
 ENVIRONMENT = environments.get("vllm-cpu")
 WINDOWS, LENGTH, PROMPT, NEW = 4, 256, 24, 12
-TRANSFORMERS = {"huggingface": "harness.engines.transformers.load_pretrained", "packed": "methods.kernels.packed.load"}
+TRANSFORMERS = {"huggingface": "slimbench.harness.engines.transformers.load_pretrained", "packed": "slimbench.methods.formats.packed.load"}
 KERNELS = {"dense": "UnquantizedLinearMethod", "rtn-4bit": "CPUWNA16LinearKernel", "int8-dynamic": "Int8"}
 
 pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbench env make vllm-cpu`")
@@ -51,8 +52,8 @@ def measured(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
 
 def answer() -> None:
     """Runs in the environment: one artefact of a JSON request on stdin; JSON to stdout."""
-    from harness.config import locate
-    from harness.engines.catalogue import get
+    from slimbench.harness.config.engines import get
+    from slimbench.harness.config.parse import locate
 
     request, engine = json.load(sys.stdin), get("vllm-cpu")
     model = locate(engine.target)(loaders=engine.loaders).load(Path(request["folder"]), "cpu")

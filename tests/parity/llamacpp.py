@@ -11,8 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from harness import environments
-from tasks import assets, corpora
+from slimbench.harness.config import environments
+from slimbench.tasks import assets, corpora
 
 RECORD = Path(__file__).with_suffix(".json")
 CORPUS = "bigbench-wikipedia"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.assets import cache_dir
+from slimbench.util.files import cache_dir
+from tests.support.paths import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores with each other
+os.environ["PYTHONPATH"] = str(ROOT)  # workers find the methods that tests bring along
 
 
 def _import_triton_for_its_interpreter() -> None:
@@ -43,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from harness.catalogue import tiny_model
+    from slimbench.harness.run.proof import tiny_model
 
     folder = tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama", dtype="float32")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from tasks.assets import cache_dir
+from slimbench.util.files import cache_dir
 
 SOURCE = Path(__file__).with_name("packed_mm.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-DAT_PARALLEL_OPENMP=1")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.kernels.base import Kernel
-from methods.kernels.cpu import build
-from methods.kernels.grid import PLANES, QuantizedWeight, fields
+from slimbench.methods.kernels.base import Kernel
+from slimbench.methods.kernels.cpu import build
+from slimbench.methods.kernels.grid import PLANES, QuantizedWeight, fields
 
 LANES = 16
 _STEP = 32

@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from methods.kernels.cpu.build import NotBuilt, compiler
-from tasks.assets import cache_dir
+from slimbench.methods.kernels.cpu.build import NotBuilt, compiler
+from slimbench.util.files import cache_dir
 
 SOURCE = Path(__file__).with_name("w4a16_decode.cu")
 HEADERS = tuple(sorted(SOURCE.parent.glob("*.cuh")))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.kernels.cuda import build
-from methods.kernels.grid import QuantizedWeight
-from methods.kernels.triton.kernel import OwnTriton
-from methods.kernels.triton.layout import ROWS, UNIT
+from slimbench.methods.kernels.cuda import build
+from slimbench.methods.kernels.grid import QuantizedWeight
+from slimbench.methods.kernels.triton.kernel import OwnTriton
+from slimbench.methods.kernels.triton.layout import ROWS, UNIT
 
 MOST_ROWS = 8
 _MOST_WARPS, _USUAL_WARPS = 16, 8

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.kernels.base import Kernel
-from methods.kernels.grid import QuantizedWeight
-from methods.kernels.triton import layout
+from slimbench.methods.kernels.base import Kernel
+from slimbench.methods.kernels.grid import QuantizedWeight
+from slimbench.methods.kernels.triton import layout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (8, 0)
@@ -88,7 +88,7 @@ def operator() -> torch.library.Library:
 
 
 def _product(x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, outputs: int) -> Tensor:
-    from methods.kernels.triton.packed_mm import product
+    from slimbench.methods.kernels.triton.packed_mm import product
 
     return product(x, words, scales, offsets, bits, outputs)
 

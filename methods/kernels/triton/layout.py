@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from methods.kernels.grid import Grid, QuantizedWeight
+from slimbench.methods.kernels.grid import Grid, QuantizedWeight
 
 ROWS = 32
 UNIT = 32

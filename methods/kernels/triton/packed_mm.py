@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from methods.kernels.triton.layout import ROWS, UNIT, WIDTHS
+from slimbench.methods.kernels.triton.layout import ROWS, UNIT, WIDTHS
 
 FEW_ROWS = 4
 _MOST_ROWS_OF_A_BLOCK = 128

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from methods.kernels.grid import Grid, QuantizedWeight
-from methods.kernels.triton.layout import ROWS, UNIT, fits, pack_steps, unpack_steps
+from slimbench.methods.kernels.grid import Grid, QuantizedWeight
+from slimbench.methods.kernels.triton.layout import ROWS, UNIT, fits, pack_steps, unpack_steps
 
 _TILE = tl.constexpr(ROWS)
 _UNIT = tl.constexpr(UNIT)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from methods.kernels.grid import QuantizedWeight, two_of_four
-from methods.kernels.triton.kernel import TritonKernel
+from slimbench.methods.kernels.grid import QuantizedWeight, two_of_four
+from slimbench.methods.kernels.triton.kernel import TritonKernel
 
 if TYPE_CHECKING:
-    from methods.kernels.triton.sparse24 import Sparse24
+    from slimbench.methods.kernels.triton.sparse24 import Sparse24
 
 MOST_ROWS = 8
 
@@ -32,7 +32,7 @@ class OwnSparse(TritonKernel):
 
     @classmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
-        from methods.kernels.triton.sparse24 import compress_codes
+        from slimbench.methods.kernels.triton.sparse24 import compress_codes
 
         operator()
         packed = compress_codes(QuantizedWeight(weight.grid, weight.codes, weight.scales))
@@ -53,7 +53,7 @@ class OwnSparse(TritonKernel):
 
 
 def _packed(positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Sparse24:
-    from methods.kernels.triton.sparse24 import Sparse24
+    from slimbench.methods.kernels.triton.sparse24 import Sparse24
 
     return Sparse24(positions, values, scales, outputs)
 
@@ -70,7 +70,7 @@ def operator() -> torch.library.Library:
 
 
 def _product(x: Tensor, positions: Tensor, values: Tensor, scales: Tensor, outputs: int) -> Tensor:
-    from methods.kernels.triton.sparse24 import product
+    from slimbench.methods.kernels.triton.sparse24 import product
 
     return product(x, _packed(positions, values, scales, outputs))
 

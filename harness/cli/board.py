@@ -1,0 +1,65 @@
+"""`slimbench board`: build the leaderboard, serve it, print its table, draw its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimbench.harness.cli.terminal import (
+    DEFAULT_RESULTS,
+    FORMATS,
+    Results,
+    check_choice,
+    console,
+    output_folder,
+    results_folder,
+    table_rows,
+)
+
+if TYPE_CHECKING:
+    pass
+
+from slimbench.harness.cli.figures import figures
+from slimbench.harness.cli.serve import serve
+
+app = typer.Typer(help="The leaderboard: build it, serve it, or print its table.", no_args_is_help=True)
+
+
+@app.command("build")
+def board_build(
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board"),
+    figures: Annotated[bool, typer.Option(help="Draw every figure that the records allow, on boards of few tables.")] = True,
+) -> None:
+    """Write page, tables and plots from the records; print the table and where to look."""
+    folder = results_folder(results)
+    output_folder(out)
+    from slimbench.leaderboard.site import build
+    from slimbench.leaderboard.tables import writers
+
+    written = build.build(folder, out, figures)
+    console().print(writers.to_terminal(table_rows(results)))
+    print(f"board: {next(p for p in written if p.name == 'index.html')}")
+
+
+@app.command("table")
+def board_table(
+    results: Results = DEFAULT_RESULTS,
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join((*FORMATS, 'tex'))}.")] = "terminal",
+) -> None:
+    """Print the table: one row, or one JSON object, for each cell."""
+    check_choice("--format", format, (*FORMATS, "tex"))
+    rows = table_rows(results)
+    from slimbench.leaderboard.tables import latex, writers
+
+    if format == "terminal":
+        console().print(writers.to_terminal(rows))
+    else:
+        forms = {"md": writers.to_markdown, "csv": writers.to_csv, "json": writers.to_json, "tex": latex.to_latex}
+        print(forms[format](rows).rstrip())
+
+
+app.command("figures")(figures)
+app.command()(serve)

@@ -1,0 +1,79 @@
+"""`slimbench recommend`: the best cell under a budget."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimbench.harness.config.schema import ConfigError
+
+
+def recommend(
+    model: Annotated[str, typer.Option(help="Model to choose a method for.")] = "smollm2-135m",
+    memory: Annotated[str | None, typer.Option(help="Weights, KV cache and activations at most, such as 300MB or 4GB.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Size of the artefact at most.")] = None,
+    max_drop: Annotated[str | None, typer.Option(help="Perplexity above the reference at most, such as 1%.")] = None,
+    min_speed: Annotated[float | None, typer.Option(min=0, help="Decoded tokens per second of one sequence at least.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="Times as fast as the reference on the same engine at least.")] = None,
+    prefer: Annotated[str, typer.Option(help="What is best among the cells that fit: quality, speed or size.")] = "quality",
+    suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
+    device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Only cells on this engine.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of records.")] = Path("runs"),
+    format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
+) -> None:
+    """The best cell under a budget, how sure the choice is, and the runner-up; exit code 1 and the nearest miss where none fits."""
+    from slimbench.harness.cli.terminal import check_choice, read_records
+
+    check_choice("--format", format, ("terminal", "json"))
+    check_choice("--prefer", prefer, ("quality", "speed", "size"))
+    for option, least in (("--min-speed", min_speed), ("--min-speedup", min_speedup)):
+        if least is not None and not math.isfinite(least):
+            raise ConfigError(f"{option} {least} is no number to reach")
+    limits = {
+        "memory_bytes": _bytes("--memory", memory),
+        "max_disk_bytes": _bytes("--disk", disk),
+        "max_drop": _fraction("--max-drop", max_drop),
+        "min_speed": min_speed,
+        "min_speedup": min_speedup,
+    }
+    records = read_records(results)
+    from slimbench.leaderboard.recommend import Budget, describe
+    from slimbench.leaderboard.recommend import recommend as choose
+
+    found = choose(records, model, Budget(**limits), prefer, suite, device, engine)  # type: ignore[arg-type]
+    if format == "json":
+        print(found.model_dump_json(indent=1))
+    else:
+        print("\n".join(describe(found)))
+    raise typer.Exit(0 if found.choice else 1)
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    if text is None:
+        return None
+    try:
+        size: Any = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{option} {text} is no size; give it as 300MB, 4GB or 4GiB")
+    return int(size)
+
+
+def _fraction(option: str, text: str | None) -> float | None:
+    """`1%` as 0.01; a bare number is per cent too, as on the board."""
+    if text is None:
+        return None
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{option} {text} is no share; give it as 1%")
+    return value / 100

@@ -1,0 +1,86 @@
+"""`slimbench records`: results as Parquet or a data set of the hub, and results of other tools beside one's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimbench.harness.cli.terminal import check_choice, results_folder
+from slimbench.harness.config.schema import ConfigError
+
+app = typer.Typer(help="Records: export them as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
+
+_TO = ("parquet", "hf")
+_FROM = ("auto", "parquet", "hf", "lm-eval", "optimum-benchmark")
+
+Results = Annotated[Path, typer.Option(help="Folder of records.")]
+
+
+@app.command("export")
+def export(
+    to: Annotated[Path, typer.Option(help="A file X.parquet, or the folder of a data set.")],
+    results: Results = Path("runs"),
+    format: Annotated[str | None, typer.Option("--format", help="parquet or hf; by the name of --to if none is given.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence on the card of the data set, such as cc-by-4.0; none by default.")] = None,
+) -> None:
+    """Write all records that can be read: one Parquet file, or a folder that `datasets.load_dataset` loads."""
+    chosen = format or ("parquet" if to.suffix == ".parquet" else "hf")
+    check_choice("--format", chosen, _TO)
+    if license is not None and chosen != "hf":
+        raise ConfigError("--license belongs to the card of a data set; give --format hf")
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
+        raise ConfigError(f"--license {license} is no identifier such as cc-by-4.0")
+    if to.is_dir() if chosen == "parquet" else to.is_file():
+        raise ConfigError(
+            f"--to {to} is a {'folder' if to.is_dir() else 'file'}; --format {chosen} needs a {'file' if to.is_dir() else 'folder'}"
+        )
+    folder = results_folder(results)
+    from slimbench.harness.store.store import Store
+    from slimbench.leaderboard.exchange import dataset, parquet
+
+    records, unreadable = Store(folder).scan()
+    for fault in unreadable:
+        print(f"could not be read: {fault.path}: {' '.join(fault.reason.split())}")
+    if not records:
+        raise ConfigError(f"no records in '{results}'")
+    if chosen == "parquet":
+        dataset.put(to, parquet.of_records(records))
+    else:
+        dataset.write(records, to, license)
+    print(f"{len(records)} records → {to}")
+    raise typer.Exit(1 if unreadable else 0)
+
+
+@app.command("import")
+def import_(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE…", help="Files, or folders to look for files in.")],
+    results: Results = Path("runs"),
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(_FROM)}; auto looks into each file.")] = "auto",
+    model: Annotated[str | None, typer.Option(help="Dense source of a foreign result; what its file says if none is given.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="How it was compressed, such as gptq; what its file says, or else dense, if none is given.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace other records of the same cells.")] = False,
+) -> None:
+    """Put records into a results folder: exported ones, results of lm-eval, reports of optimum-benchmark."""
+    check_choice("--format", format, _FROM)
+    for option, value in (("--model", model), ("--pipeline", pipeline)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"{option} is empty")
+        if value is not None and format in ("parquet", "hf"):
+            raise ConfigError(f"{option} is for results of other tools; records say it themselves")
+    if results.exists() and not results.is_dir():
+        raise ConfigError(f"--results {results} is no folder")
+    from slimbench.harness.store.store import Store
+    from slimbench.leaderboard.exchange.foreign import Named
+    from slimbench.leaderboard.exchange.importing import Outcome, add
+
+    counts = dict.fromkeys(Outcome, 0)
+    for report in add(sources, Store(results), format, Named(model, pipeline), replace):
+        counts[report.outcome] += 1
+        print(report.line)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "nothing to import")
+    raise typer.Exit(1 if counts[Outcome.UNREADABLE] or counts[Outcome.OTHER] else 0)

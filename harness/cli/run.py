@@ -1,0 +1,70 @@
+"""`slimbench run` and `slimbench sweep`: measure cells, print their rows, and end with their exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from slimbench.harness.cli.terminal import (
+    Overrides,
+    console,
+    fail,
+    print_table,
+    table_rows,
+)
+
+if TYPE_CHECKING:
+    from slimbench.harness.launch.sweep import Finished, PlannedCell
+
+
+def run(overrides: Overrides = None) -> None:
+    """Run one cell (and the reference it is compared with): compress, measure quality, measure speed."""
+    from slimbench.harness.launch import sweep as sweeps
+
+    _measure(sweeps.run, overrides)
+
+
+def sweep(
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")] = False,
+) -> None:
+    """Run a Hydra multirun, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
+    from slimbench.harness.launch import sweep as sweeps
+
+    if plan:
+        _print_plan(sweeps.plan(overrides or []))
+        return
+    _measure(sweeps.sweep, overrides)
+
+
+def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] | None) -> NoReturn:
+    """Run cells, print their rows of the table, and exit."""
+    try:
+        finished = command(overrides or [])
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where it stopped", 130)
+    from slimbench.leaderboard.tables import writers
+
+    console().print(writers.to_terminal([row for row in table_rows(finished.results) if row.keys in finished.keys]))
+    raise typer.Exit(finished.exit_code)
+
+
+def _print_plan(cells: list[PlannedCell]) -> None:
+    """One line for each cell, and how many stages there are of each kind."""
+    from collections import Counter
+
+    from slimbench.harness.schema.identity import Stage
+
+    counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
+    shared = Counter(override for planned in cells for override in planned.cell.overrides)
+    rows = [
+        {"cell": planned.cell.label, "overrides": " ".join(o for o in planned.cell.overrides if shared[o] < len(cells))}
+        | {stage.value: planned.stages.get(stage, "–") for stage in Stage}
+        | {"reason": planned.reason}
+        for planned in cells
+    ]
+    print_table("terminal", {key: key for key in rows[0]}, rows)
+    todo = ", ".join(f"{counts[kind]} {text}" for kind, text in (("run", "to run"), ("recorded", "recorded"), ("cannot", "cannot run")))
+    print(f"{len(cells)} cells, references included; stages: {todo}")

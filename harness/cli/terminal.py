@@ -1,0 +1,127 @@
+"""What the commands share: how they print, how they fail, and how they find a results folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+FORMATS = ("terminal", "md", "csv", "json")
+
+
+def console() -> Any:
+    """A console as wide as the terminal; wide enough for tables where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else max(160, shutil.get_terminal_size().columns))
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on the standard error."""
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_choice(option: str, name: str, choices: Sequence[str]) -> None:
+    """Raise `ConfigError` with the nearest valid choice."""
+    from slimbench.harness.config.schema import ConfigError
+    from slimbench.util.text import nearest
+
+    if name not in choices:
+        raise ConfigError(f"{option} {name} is no valid choice{nearest(name, choices)}")
+
+
+def print_table(format: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows in one of `FORMATS`.
+
+    Args:
+        format: `terminal`, `md`, `csv` or `json`.
+        columns: Key of a row → header. JSON and CSV have every key of the rows, terminal and Markdown these.
+        rows: Lists are joined by commas where the format has none.
+    """
+    import csv
+    import json
+
+    if format == "json":
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif format == "csv":
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
+    elif format == "md":
+        lines = [list(columns.values()), ["---"] * len(columns), *([_text(row[key]) or "–" for key in columns] for row in rows)]
+        print("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines))
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns.values(), box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(_text(row[key])) for key in columns))
+        console().print(table)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
+
+
+def results_folder(results: Path) -> Path:
+    """The folder, if it is one; `ConfigError` with a hint if not."""
+    from slimbench.harness.config.schema import ConfigError
+    from slimbench.util.text import nearest
+
+    if not results.is_dir():
+        beside = [p.name for p in results.absolute().parent.glob("*") if p.is_dir() and not p.name.startswith(".")]
+        hint = nearest(results.name, [b for b in beside if b in ("results", "runs") or b.startswith(results.name[:3])])
+        raise ConfigError(f"no results folder '{results}': run `slimbench sweep experiment=demo` or give --results{hint}")
+    return results
+
+
+def output_folder(out: Path) -> Path:
+    """The folder, made if it is not there; `ConfigError` before any work if nothing can be written into it."""
+    import os
+
+    from slimbench.harness.config.schema import ConfigError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to '{out}': {error.strerror or error}") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"cannot write to '{out}': permission denied")
+    return out
+
+
+def read_records(results: Path) -> list[Any]:
+    """The records of a results folder that can be read; a line on the standard error counts the others.
+
+    Raises:
+        harness.config.schema.ConfigError: There is no such folder, or no record in it.
+    """
+    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.store.store import Store
+
+    records, unreadable = Store(results_folder(results)).scan()
+    first = f"{len(unreadable)} files could not be read, the first: {unreadable[0].path}: {unreadable[0].reason}" if unreadable else ""
+    if not records:
+        raise ConfigError(f"no records in '{results}'" + (f"; {first}" if first else ""))
+    if first:
+        print(f"warning: {' '.join(first.split())}", file=sys.stderr)
+    return records
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
+Results = Annotated[Path, typer.Option(help="Folder of records.")]
+DEFAULT_RESULTS = Path("runs")
+
+
+def table_rows(results: Path) -> list[Any]:
+    """The rows of the table of a results folder."""
+    records = read_records(results)
+    from slimbench.leaderboard.rows.rows import rows
+
+    return rows(records)

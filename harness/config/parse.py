@@ -1,0 +1,153 @@
+"""A composed configuration becomes a validated one.
+
+Every mistake becomes a `ConfigError` whose message is one line with the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
+from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.util.text import nearest
+
+
+def locate(dotted: str) -> Any:
+    """The object that a dotted path of the config names.
+
+    Raises:
+        ConfigError: Module or attribute do not exist.
+    """
+    module, _, attribute = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot find '{dotted}': {error}") from error
+
+
+def build_method(step: StepConfig) -> Any:
+    """The method object of a pipeline step, its settings checked for name, type and range.
+
+    Raises:
+        ConfigError: An unknown setting, or a value that its type or the method refuses.
+    """
+    cls = locate(step.target)
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in step.settings:
+        if key not in fields:
+            raise ConfigError(f"method '{step.name}' has no setting '{key}'{nearest(key, fields)}")
+    try:
+        return TypeAdapter(cls).validate_python(step.settings)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, f"method.{step.name}", cls)) from error
+
+
+def parse(raw: dict[str, Any]) -> RunConfig:
+    """Validate a composed Hydra config (plain containers).
+
+    Raises:
+        ConfigError: One line that says what is wrong and what would be right.
+    """
+    raw = {key: value for key, value in raw.items() if key != "hydra"}
+    calibration = {
+        "source": raw.pop("calibration", None),
+        "samples": raw.pop("calibration_samples", None),
+        "length": raw.pop("calibration_length", None),
+        "seed": raw.pop("calibration_seed", None),
+    }
+    methods = raw.pop("method", None) or {}
+    shared = {key: value for key, value in (raw.pop("settings", None) or {}).items() if value is not None}
+    reference = str(raw.pop("reference", None))
+    known = [*RunConfig.model_fields, "method", "settings", *(f"calibration_{k}" for k in ("samples", "length", "seed"))]
+    for key in raw:
+        if key not in RunConfig.model_fields:
+            raise ConfigError(f"unknown key '{key}'{nearest(key, known)}")
+    data = raw | {
+        "calibration": calibration,
+        "pipeline": _share([_step(name, settings) for name, settings in methods.items()], shared),
+        "reference": _step(reference, shipped_method(reference)),
+    }
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, "", RunConfig)) from error
+    _check(config)
+    return config
+
+
+def _step(name: str, settings: Any) -> dict[str, Any]:
+    if name == "_target_":
+        raise ConfigError("the file of a method needs `# @package method.NAME` as its first line")
+    if not isinstance(settings, dict) or "_target_" not in settings:
+        if name in shipped("method"):
+            shipped_method(name)
+            raise ConfigError(f"method.{name}: {settings!r} is no mapping of settings; give one as method.{name}.KEY=VALUE")
+        raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
+    return {"name": name, "target": settings["_target_"], "settings": {k: v for k, v in settings.items() if k != "_target_"}}
+
+
+def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps with `settings.KEY` in place of their own setting of that name, for each step that has one."""
+    for key, value in shared.items():
+        having = [step for step in steps if key in step["settings"]]
+        if not having:
+            known = sorted({name for step in steps for name in step["settings"]})
+            names = "+".join(step["name"] for step in steps)
+            raise ConfigError(f"settings.{key}: '{names}' has no setting '{key}'{nearest(key, known)}")
+        for step in having:
+            step["settings"] = step["settings"] | {key: value}
+    return steps
+
+
+def _check(config: RunConfig) -> None:
+    """Raise `ConfigError` for fields that do not go together, or not with this machine."""
+    if Path(config.results).exists() and not Path(config.results).is_dir():
+        raise ConfigError(f"results={config.results} is no folder")
+    if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
+        raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
+    methods = [build_method(step) for step in config.pipeline]
+    for step, method in zip(config.pipeline[:-1], methods[:-1], strict=True):
+        if method.produces != "huggingface":
+            raise ConfigError(
+                f"'{step.name}' must be the last step of a pipeline: it writes format {method.produces}, which no other method reads"
+            )
+    if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
+        raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+
+
+def _one_line(error: ValidationError, prefix: str, cls: Any) -> str:
+    """The first fault of a pydantic error as `path: what is wrong; what would be right`."""
+    fault = error.errors(include_url=False)[0]
+    path = ".".join(str(p) for p in ([prefix] if prefix else []) + list(fault["loc"]))
+    path = path.replace("calibration.source", "calibration").replace("calibration.", "calibration_")  # as they are written
+    if fault["type"] == "extra_forbidden":
+        parent = _model_at(cls, fault["loc"][:-1])
+        key = str(fault["loc"][-1])
+        return f"unknown key '{path}'{nearest(key, parent.model_fields)}" if parent else f"unknown key '{path}'"
+    if fault["type"] == "missing":
+        return f"{path}: a value is needed"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "literal_error":
+        choices = [c.strip(" '") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{path}: {fault['input']!r} is no valid choice{nearest(str(fault['input']), choices)}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {fault['input']!r}" if fault["type"] != "value_error" else f"{path}: {message}"
+
+
+def _model_at(cls: Any, location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(part)
+        if field is None:
+            return None
+        nested = field.annotation
+        arguments = getattr(nested, "__args__", ())
+        cls = next((a for a in (nested, *arguments) if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if cls is None:
+            return None
+    return cls if isinstance(cls, type) and issubclass(cls, BaseModel) else None

@@ -1,0 +1,277 @@
+"""Typed, validated configuration: what one cell may say of model, methods, engine, suite, speed and device. It imports no heavy library."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from slimbench.util.text import nearest
+
+OnExisting = Literal["keep", "failed", "stale", "all"]
+
+
+class ConfigError(Exception):
+    """The user's configuration is wrong. The message is one line and says what would be right."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Uris = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class ModelConfig(_Strict):
+    """A dense source checkpoint.
+
+    Attributes:
+        name: How records and board call it.
+        source: `asset:NAME`, `hf:ORG/NAME`, `file:FOLDER` or `random`.
+        revision: Commit or tag of a hub model.
+        dtype: Storage and compute dtype of the dense weights.
+        parameters: Number of parameters where it is known beforehand; lets a run that cannot fit be refused early.
+        source_precision: Precision of the source if it is not full, such as `q4_1`; the board shows it.
+        trust_remote_code: Run Python code that the checkpoint brings along.
+        shape: `config.json` fields of a randomly initialised model.
+    """
+
+    name: str = Field(min_length=1, max_length=100)
+    source: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    parameters: int | None = Field(default=None, gt=0)
+    source_precision: str | None = None
+    trust_remote_code: bool = False
+    shape: dict[str, Any] | None = None
+
+    @property
+    def is_random(self) -> bool:
+        return self.source == "random"
+
+
+class StepConfig(_Strict):
+    """One method of a pipeline: its name in `conf/method/`, the class behind it and its settings."""
+
+    name: str
+    target: str
+    settings: dict[str, Any] = {}
+
+
+class EngineConfig(_Strict):
+    """What loads and runs an artefact.
+
+    Attributes:
+        loaders: Each format that it loads → dotted path of the loader.
+        devices: Where it runs.
+        modules: Import names that must be there.
+        extra: Optional dependency group of slimbench that installs them.
+        environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
+    """
+
+    name: str
+    target: str = Field(alias="_target_")
+    loaders: dict[str, str]
+    devices: list[Literal["cpu", "cuda"]] = ["cpu", "cuda"]
+    modules: list[str] = []
+    extra: str | None = None
+    environment: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One perplexity measurement of a suite: a corpus under a protocol.
+
+    Attributes:
+        protocol: `window`, `incremental`, `llamacpp` or `document`.
+        seqlen: Tokens of a window; no meaning for documents.
+        limit: Windows or documents at most, None for all.
+    """
+
+    corpus: str
+    protocol: str
+    seqlen: int
+    limit: int | None
+
+
+PROTOCOLS = ("window", "incremental", "llamacpp", "document")
+
+
+class SuiteConfig(_Strict):
+    """What quality is measured on, and by which protocol.
+
+    Attributes:
+        corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
+            The first one is the headline, the others are out-of-domain text beside it.
+        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
+            rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
+            corpus, the others on the first corpus only, on equally many tokens.
+        seqlen: Tokens of a window.
+        windows: Windows of `seqlen` scored at most, taken evenly over the corpus; None for all.
+        documents: Documents scored at most under `document`, taken evenly; None for all.
+        chunk: Tokens that go through the cache at once under `incremental`.
+        add_bos: Put the beginning-of-sequence token before each window.
+        divergence: Compare the next-token distributions with the reference's on the same tokens.
+        top_k: Tokens of the reference's distribution that are kept for it one by one.
+        include_path: Folder of lm-eval task YAMLs, or `asset:NAME` for generated ones; None for lm-eval's own.
+        tasks: Names of zero-shot tasks.
+        limit: Items of each task at most; None for all.
+        num_fewshot: Examples before each question.
+        batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
+    """
+
+    name: str
+    corpus: Uris = []
+    protocols: Uris = ["window"]
+    seqlen: int = Field(default=512, ge=8)
+    windows: int | None = Field(default=None, ge=1)
+    documents: int | None = Field(default=None, ge=1)
+    chunk: int = Field(default=64, ge=1)
+    add_bos: bool = False
+    divergence: bool = True
+    top_k: int = Field(default=1024, ge=1)
+    include_path: str | None = None
+    tasks: Uris = []
+    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(default=1024, ge=1)
+
+    @field_validator("protocols")
+    @classmethod
+    def _known_protocols(cls, protocols: list[str]) -> list[str]:
+        for text in protocols:
+            name, at, length = text.partition("@")
+            if name not in PROTOCOLS:
+                raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
+            if at and (not length.isdigit() or int(length) < 8 or name == "document"):
+                raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
+        if not protocols or protocols[0] == "document":
+            raise ValueError("the first protocol is the headline and must score windows")
+        return protocols
+
+    def passes(self) -> list[Pass]:
+        """Every perplexity measurement, the headline first."""
+        first, *others = self.protocols
+        return [self._pass(c, first) for c in self.corpus] + [self._pass(self.corpus[0], p) for p in others if self.corpus]
+
+    def _pass(self, corpus: str, protocol: str) -> Pass:
+        name, _, length = protocol.partition("@")
+        if name == "document":
+            return Pass(corpus, name, self.seqlen, self.documents)
+        seqlen = int(length or self.seqlen)
+        return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))
+
+    def protocol(self) -> dict[str, Any]:
+        """The fields that define the numbers."""
+        return self.model_dump(exclude={"name", "batch_tokens"})
+
+
+class SpeedPoint(_Strict):
+    """One point of the grid: sequences in a batch, tokens of the prompt, tokens generated after it."""
+
+    batch: int = Field(default=1, ge=1)
+    prompt: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=32, ge=2)
+
+
+class SpeedConfig(_Strict):
+    """How speed is measured.
+
+    Attributes:
+        grid: Points to measure. An entry may give several values in a list for any of its fields and then stands for their
+            product. The first point is the headline.
+        warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
+        min_repeats: Counted runs at least, unless the budget ends. Fewer than six samples carry no 95 % interval.
+        max_repeats: Counted runs at most.
+        target: Distance of the bounds of the 95 % interval from the median, relative to it, at which repetition stops.
+        budget_s: Seconds for each point, reference included.
+        flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.
+        largest_batch: Search the largest batch that fits, up to this one; None for no search.
+    """
+
+    name: str
+    grid: list[SpeedPoint] = Field(min_length=1)
+    warmup: int = Field(default=1, ge=0)
+    min_repeats: int = Field(default=8, ge=2)
+    max_repeats: int = Field(default=100, ge=2)
+    target: float = Field(default=0.03, gt=0, lt=1)
+    budget_s: float = Field(default=60.0, gt=0)
+    flush_cache: bool = False
+    largest_batch: int | None = Field(default=None, ge=1)
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _product(cls, grid: Any) -> Any:
+        return [point for entry in grid for point in _points(entry)] if isinstance(grid, list) else grid
+
+    def protocol(self) -> dict[str, Any]:
+        """The fields that define the numbers."""
+        return self.model_dump(exclude={"name"})
+
+
+def _points(entry: Any) -> list[Any]:
+    """The points that an entry of a grid stands for, in the order in which its lists are written."""
+    if not isinstance(entry, dict):
+        return [entry]
+    values = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
+    for key, value in values.items():
+        if not value:
+            raise ValueError(f"the list of '{key}' is empty; give at least one number")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+class DeviceConfig(_Strict):
+    """Where a cell runs: `auto` takes a CUDA card if torch can use one. `threads` is for CPU operators, None for all cores."""
+
+    name: Literal["auto", "cpu", "cuda"] = "auto"
+    index: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+
+
+class LimitsConfig(_Strict):
+    """Limits of one stage: wall-clock seconds, and resident memory in GB (None: what the machine has)."""
+
+    wall_s: float = Field(default=7200.0, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+
+
+class CalibrationConfig(_Strict):
+    """Calibration text and how it is sampled: `samples` windows of `length` tokens, order drawn with `seed`."""
+
+    source: str
+    samples: int = Field(ge=1)
+    length: int = Field(ge=8)
+    seed: int
+
+
+class RunConfig(_Strict):
+    """The whole of one cell's configuration, validated."""
+
+    model: ModelConfig
+    pipeline: list[StepConfig] = Field(min_length=1)
+    reference: StepConfig
+    engine: EngineConfig
+    suite: SuiteConfig
+    speed: SpeedConfig
+    device: DeviceConfig
+    calibration: CalibrationConfig
+    limits: LimitsConfig
+    seed: int = 0
+    stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
+    tracking: Literal["wandb"] | None = None
+    results: str = Field(default="runs", min_length=1)
+    on_existing: OnExisting = "keep"
+
+    @property
+    def is_reference(self) -> bool:
+        return self.pipeline == [self.reference]
+
+    def as_reference(self) -> RunConfig:
+        """The same cell with the uncompressed reference in place of the pipeline."""
+        return self.model_copy(update={"pipeline": [self.reference]})

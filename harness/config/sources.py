@@ -1,0 +1,85 @@
+"""The folders of choices: what `conf/`, and the user's own folder beside it, offer, and what stands in their files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.util.text import nearest
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+
+def conf_dirs() -> list[Path]:
+    """The project's `conf/` and, where `SLIMBENCH_CONF` names one, the user's own folder of the same layout.
+
+    Raises:
+        ConfigError: `SLIMBENCH_CONF` is no folder.
+    """
+    own = os.environ.get("SLIMBENCH_CONF")
+    if not own:
+        return [CONF_DIR]
+    folder = Path(own).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"SLIMBENCH_CONF: no folder '{own}'")
+    return [CONF_DIR, folder]
+
+
+def shipped(group: str) -> list[str]:
+    """Names of the choices that `conf/GROUP/`, and the user's own folder beside it, offer.
+
+    Raises:
+        ConfigError: Both offer one of the same name.
+    """
+    found: list[str] = []
+    for folder in conf_dirs():
+        names = _names(str(folder / group))
+        if both := sorted(set(found) & set(names)):
+            raise ConfigError(f"SLIMBENCH_CONF: {group} '{both[0]}' is a name of slimbench's own; give the file another one")
+        found += names
+    return sorted(found)
+
+
+def _names(folder: str) -> list[str]:
+    """The YAML files below a folder without their ending; by strings, as every choice of a config asks for them."""
+    found = (f"{at.removeprefix(folder)}/{file}" for at, _, own in os.walk(folder) for file in own if file.endswith(".yaml"))
+    return [name[1 : -len(".yaml")].replace(os.sep, "/") for name in found]
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The contents of the YAML behind a choice of a group.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in (offered := shipped(group)):
+        raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
+    path = next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+    try:
+        found = read_yaml(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return found
+
+
+def read_yaml(path: Path) -> Any:
+    """The contents of a YAML file, by the library's compiled reader where it has one: many times faster."""
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def shipped_method(name: str) -> dict[str, Any]:
+    """The settings (and `_target_`) of `conf/method/NAME.yaml`.
+
+    Raises:
+        ConfigError: There is no such method, or its file names no class.
+    """
+    found = choice("method", name)
+    if "_target_" not in found:
+        raise ConfigError(f"method/{name}.yaml has no '_target_', the dotted path of its class")
+    return found

@@ -1,0 +1,103 @@
+"""What this machine has, read without importing torch: processor, memory, CUDA cards, and a fingerprint of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slimbench.harness.schema.hardware import Gpu, Hardware
+
+
+@functools.cache
+def hardware() -> Hardware:
+    cpu, flags = _cpu()
+    return Hardware(cpu, flags, available_cores(), available_memory(), cuda_cards())
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of RAM that this process may use: the machine's, or less where a cgroup limits it."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def cuda_cards() -> list[Gpu]:
+    """The CUDA cards that this process may see, in the order of torch; none where torch lacks CUDA or the driver is not there."""
+    if not _torch_has_cuda():
+        return []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(h),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
+                driver=driver,
+                compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(h))),
+            )
+            for h in _visible(handles, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible(handles: list[Any], named: str | None) -> list[Any]:
+    """The cards that `CUDA_VISIBLE_DEVICES` names, in its order; as CUDA does, nothing after a name that is none."""
+    if named is None:
+        return handles
+    found = [_named(handles, name.strip()) for name in named.split(",")]
+    return found[: found.index(None)] if None in found else found
+
+
+def _named(handles: list[Any], name: str) -> Any:
+    """The card of a number, of the beginning of a UUID, or of the UUID of its part (MIG); None where there is none."""
+    import pynvml
+
+    if name.isdecimal():
+        return handles[int(name)] if int(name) < len(handles) else None
+    if name.startswith("MIG-"):
+        try:
+            return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(pynvml.nvmlDeviceGetHandleByUUID(name))
+        except pynvml.NVMLError:
+            return None
+    return next((handle for handle in handles if name and pynvml.nvmlDeviceGetUUID(handle).startswith(name)), None)
+
+
+def _torch_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b[^=]*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def _cpu() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = dict(re.findall(r"^([^:\n]+?)\s*:\s*(.*)$", text, re.MULTILINE))
+    wanted = ("avx", "amx", "f16c", "fma", "sse4", "vnni", "bf16", "asimd", "sve", "i8mm")
+    flags = [f for f in (fields.get("flags") or fields.get("Features") or "").split() if any(w in f for w in wanted)]
+    return fields.get("model name", platform.machine()), sorted(flags)

@@ -1,0 +1,171 @@
+"""Audit of a results folder: a random sample of its records is run again, and each is held against what was recorded.
+
+Quality must be bit-equal or within a stated tolerance, speed within its interval, an artefact the same bytes. A record that
+this machine cannot repeat (another card, a changed protocol) is said to be so and counts neither way.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from slimbench.harness.config.schema import ConfigError, RunConfig
+from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.schema.compress import CompressResult
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.speed import SpeedResult
+from slimbench.harness.stats import intervals as stats
+from slimbench.harness.stats import speedups
+from slimbench.harness.store.store import Store
+
+PERPLEXITY_TOLERANCE = 0.005  # relative
+ITEM_TOLERANCE = 0.02  # fraction of zero-shot items whose correctness may differ
+BYTES_TOLERANCE = 0.01  # relative size of an artefact's files
+
+
+class Outcome(StrEnum):
+    EQUAL = "bit-equal"
+    WITHIN = "within tolerance"
+    DIFFERS = "differs"
+    NOT_HERE = "not repeatable here"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of repeating one record: the outcome, and the figures it rests on in one line."""
+
+    record: Record
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A record that can be made again on this machine, and the cell that makes it."""
+
+    record: Record
+    cell: Cell
+
+
+def audit(results: Path, sample: int, seed: int, stages: Sequence[Stage], console: Console) -> list[Verdict]:
+    """Run a random sample of the `ok` records of a folder again; the folder itself is left as it is.
+
+    Args:
+        sample: Records to repeat; all if there are fewer.
+        seed: Seed of the draw.
+        stages: Kinds of records to draw from.
+
+    Raises:
+        ConfigError: The folder holds no such record.
+    """
+    from slimbench.harness.run.progress import ProgressDisplay
+    from slimbench.harness.run.runner import Runner
+
+    repeats, verdicts = draw(results, sample, seed, stages)
+    with tempfile.TemporaryDirectory(prefix="slimbench-audit-") as folder:
+        plan = [(r.cell, r.record.stage) for r in repeats]
+        with ProgressDisplay(plan, Store(results), console) as display:
+            runner = Runner(Store(Path(folder)), display)
+            try:
+                return verdicts + [compare(r.record, runner.stage(r.cell, r.record.stage)) for r in repeats]
+            finally:
+                runner.close()
+
+
+def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> tuple[list[Repeat], list[Verdict]]:
+    """A random sample of the `ok` records of a folder: what can be run again here, and verdicts on what cannot.
+
+    Arguments and errors as of `audit`.
+    """
+    records = [r for r in Store(results).scan()[0] if r.status is Status.OK and r.stage in stages and r.imported is None]
+    if not records:
+        raise ConfigError(f"no ok record of {', '.join(stages)} in '{results}'")
+    chosen = np.random.default_rng(seed).permutation(len(records))[:sample]
+    plan = [_plan(records[i]) for i in sorted(chosen)]
+    return [p for p in plan if isinstance(p, Repeat)], [p for p in plan if isinstance(p, Verdict)]
+
+
+def _plan(record: Record) -> Repeat | Verdict:
+    """The cell of a record, or why it cannot be run again here."""
+    stage = record.stage
+    try:
+        cell = make_cell(RunConfig.model_validate(record.config), tuple(shlex.split(record.command)[2:]))
+    except (ConfigError, ValueError) as error:
+        return Verdict(record, Outcome.NOT_HERE, f"its configuration is no longer valid: {str(error).splitlines()[0]}")
+    if cell.identity.keys.of(stage) == record.key:
+        return Repeat(record, cell)
+    if cell.identity.keys.compress != record.cell.keys.compress:
+        return Verdict(record, Outcome.NOT_HERE, "model, method or calibration are no longer what they were")
+    reason = "other hardware" if stage is Stage.SPEED else "the suite's texts or protocol are no longer what they were"
+    return Verdict(record, Outcome.NOT_HERE, reason)
+
+
+def compare(before: Record, after: Record) -> Verdict:
+    """Hold the record of a repeated stage against the first one."""
+    if after.status is not Status.OK:
+        message = after.failure.message.splitlines()[0] if after.failure else ""
+        kind = Outcome.NOT_HERE if after.status is Status.UNSUPPORTED else Outcome.DIFFERS
+        return Verdict(before, kind, f"now ends as {after.status}: {message}")
+    return Verdict(before, *_JUDGES[before.stage](before.result, after.result))
+
+
+def _compress(before: CompressResult, after: CompressResult) -> tuple[Outcome, str]:
+    then, now = ({f.name: (f.bytes, f.sha256) for f in result.files} for result in (before, after))
+    if then == now and all(f.sha256 for f in before.files):
+        return Outcome.EQUAL, f"{len(now)} files, {after.disk_bytes / 1e6:.1f} MB, the same SHA-256"
+    change = after.disk_bytes / before.disk_bytes - 1 if before.disk_bytes else 0.0
+    figures = f"{after.disk_bytes / 1e6:.1f} MB on disk against {before.disk_bytes / 1e6:.1f}"
+    if before.claim != after.claim:
+        return Outcome.DIFFERS, f"{figures}; another claim"
+    known = all(f.sha256 for f in before.files)
+    note = "the same sizes, other bytes" if known else "no hashes recorded, sizes compared"
+    return (Outcome.WITHIN if abs(change) <= BYTES_TOLERANCE else Outcome.DIFFERS), f"{figures}; {note}"
+
+
+def _quality(before: QualityResult, after: QualityResult) -> tuple[Outcome, str]:
+    figures, within, equal = [], True, True
+    for old, new in zip(before.perplexity, after.perplexity, strict=True):
+        change = new.perplexity / old.perplexity - 1
+        equal &= new.window_nll == old.window_nll
+        within &= abs(change) <= PERPLEXITY_TOLERANCE
+        figures.append(f"perplexity {new.perplexity:.4f} against {old.perplexity:.4f} ({change:+.3%})")
+    for old_text, new_text in zip(before.documents, after.documents, strict=True):
+        change = new_text.word_perplexity / old_text.word_perplexity - 1
+        equal &= new_text.nll == old_text.nll
+        within &= abs(change) <= PERPLEXITY_TOLERANCE
+    tasks = [(old.items, new.items) for old, new in zip(before.zeroshot, after.zeroshot, strict=True)]
+    if count := sum(len(old) for old, _ in tasks):
+        changed = sum(a != b for old, new in tasks for a, b in zip(old.correct, new.correct, strict=True))
+        equal &= all(old == new for old, new in tasks)
+        within &= changed <= ITEM_TOLERANCE * count
+        figures.append(f"{changed} of {count} items changed")
+    return (Outcome.EQUAL if equal else Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
+
+
+def _speed(before: SpeedResult, after: SpeedResult) -> tuple[Outcome, str]:
+    """Speed reproduces where the intervals of the speed-up overlap: it is paired, so a machine that is slower today does not count."""
+    figures, within = [], True
+    for old, new in zip(before.points, after.points, strict=True):
+        point = f"{new.batch}×{new.prompt}+{new.new_tokens}"
+        if old.reference and new.reference:
+            then, now = (speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms) for p in (old, new) if p.reference)
+            name = "speed-up"
+        else:
+            then, now = ((statistics.median(p.candidate.decode_ms), *stats.median_interval(p.candidate.decode_ms)) for p in (old, new))
+            name = "ms a token"
+        within &= now[1] <= then[2] and then[1] <= now[2]
+        figures.append(f"{point}: {name} {now[0]:.2f} ({now[1]:.2f}–{now[2]:.2f}) against {then[0]:.2f} ({then[1]:.2f}–{then[2]:.2f})")
+    return (Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
+
+
+_JUDGES: dict[Stage, Callable[..., tuple[Outcome, str]]] = {Stage.COMPRESS: _compress, Stage.QUALITY: _quality, Stage.SPEED: _speed}

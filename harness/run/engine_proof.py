@@ -1,0 +1,111 @@
+"""`python -P -m slimbench.harness.run.engine_proof ENGINE`: one engine on a tiny model, every format; one JSON line each."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimbench.harness.config.engines import get
+from slimbench.harness.config.parse import locate
+from slimbench.harness.config.registry import Entry, entries
+from slimbench.harness.config.schema import EngineConfig
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.run.engines import Checked, to_line
+from slimbench.harness.run.proof import tiny_model
+from slimbench.harness.stages import models
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Calibration, DenseModel, Unsupported
+
+_TOLERANCE = 0.05  # of the largest logit: bfloat16 in another order
+_WINDOW, _CHUNK, _STEPS = 24, 7, 6
+
+
+def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
+    """Make tiny artefacts of a format until one loads; hold whole windows, the cache and greedy decoding of it against each other."""
+    reason = f"no method that writes format {format_} can run here"
+    try:
+        for folder in _artefacts(format_, scratch):
+            try:
+                model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+            except Unsupported as refusal:
+                reason = str(refusal)
+                continue
+            return Checked(format_, model.evidence().kernel, _judge(model))
+    except Unsupported as refusal:
+        reason = str(refusal)
+    except Exception as error:
+        return Checked(format_, None, f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return Checked(format_, None, f"unsupported: {reason}")
+
+
+def _artefacts(format_: str, scratch: Path) -> Iterator[Path]:
+    """Artefacts of a tiny model, by each method that writes the format and has all that it needs; of those with data only the first.
+
+    Inputs in eight bits come before inputs in four, whose rounding makes more of a last bit than `_TOLERANCE` allows.
+    """
+    able = [e for e in entries() if e.method.produces == format_ and not e.missing and e.method.needs.device != "cuda"]
+    able.sort(key=_first_to_try)
+    source = tiny_model(scratch / "dense")
+    dense = DenseModel(source, source, "bfloat16", "cpu", models.shape_of(source))
+    ids = torch.randint(0, dense.shape.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+    for index, chosen in enumerate(able):
+        if index and chosen.method.needs.calibration:
+            return
+        out = scratch / f"artefact-{index}"
+        out.mkdir()
+        claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
+        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim.to_dict()))
+        yield out
+
+
+def _first_to_try(entry: Entry) -> tuple[Any, ...]:
+    settings = entry.settings
+    return entry.name != "dense", entry.method.needs.calibration, "bits" not in settings, -settings.get("activation_bits", 0), entry.name
+
+
+def _judge(model: LoadedModel) -> str:
+    ids = torch.randint(0, model.vocab_size, (2, _WINDOW), generator=torch.Generator().manual_seed(1))
+    whole = model.logits(ids).float().cpu()
+    if not torch.isfinite(whole).all():
+        return "FAILED: logits are not finite"
+    bound = _TOLERANCE * float(whole.abs().max())
+    apart = _apart_through_the_cache(model, ids, whole)
+    if apart is not None and apart > bound:
+        return f"FAILED: through the cache, logits differ by {apart:.3g}"
+    step, tokens = model.prefill(ids, room=_STEPS), []
+    for _ in range(_STEPS):
+        tokens.append(step.token.cpu())
+        step = model.decode_step(step)
+    chosen = torch.cat(tokens, dim=1)
+    scores = model.logits(torch.cat([ids, chosen], dim=1), start=_WINDOW - 1)[:, :-1].float().cpu()
+    if (scores.amax(-1) - scores.gather(2, chosen.unsqueeze(-1))[..., 0] > bound).any():
+        return "FAILED: decoding does not choose the likeliest token"
+    return "passed" if apart is not None else "passed, but tokens cannot go through its cache in pieces"
+
+
+def _apart_through_the_cache(model: LoadedModel, ids: torch.Tensor, whole: torch.Tensor) -> float | None:
+    """Largest difference to whole windows where tokens go through the cache in pieces; None where an engine does not allow that."""
+    state, pieces = None, []
+    try:
+        for piece in ids.split(_CHUNK, dim=1):
+            logits, state = model.extend(piece, state)
+            pieces.append(logits.float().cpu())
+    except Unsupported:
+        return None
+    return float((torch.cat(pieces, dim=1) - whole).abs().max())
+
+
+def main() -> None:
+    engine = get(sys.argv[1])
+    for format_ in engine.loaders:
+        with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+            print(to_line(prove(engine, format_, Path(scratch))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

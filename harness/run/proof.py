@@ -1,0 +1,99 @@
+"""Proof of a method in seconds: its artefact of a tiny model, loaded by an engine, holds what it claims."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from slimbench.harness.config.registry import entry
+from slimbench.harness.config.schema import EngineConfig
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:
+    """Write a two-layer Llama with random weights, on which a method can be tried in seconds."""
+    from slimbench.harness.config.schema import ModelConfig
+    from slimbench.harness.stages.models import generate
+
+    generate(ModelConfig(name="tiny", source="random", dtype=dtype, shape=TINY), folder)  # type: ignore[arg-type]
+    return folder
+
+
+def _engine_for(format_: str) -> EngineConfig:
+    """The first engine that loads a format and can run here.
+
+    Raises:
+        methods.base.Unsupported: There is none.
+    """
+    from slimbench.harness.config import engines
+    from slimbench.methods.base import Unsupported
+
+    able = [engine for engine in engines.catalogue() if format_ in engine.loaders]
+    for engine in able:
+        if not engine.environment and engines.missing(engine) is None:
+            return engine
+    raise Unsupported("; ".join(f"{e.name} {engines.missing(e)}" for e in able) or f"no engine loads format {format_}")
+
+
+def check(name: str) -> dict[str, Any]:
+    """Compress the tiny model, load the artefact from disk and hold the claim against the evidence.
+
+    Returns:
+        Facts for a report: seconds, claim, evidence flags, bytes, kernel, and whether the logits are finite.
+
+    Raises:
+        methods.base.Unsupported: The method does not run on this machine.
+    """
+    import time
+
+    import torch
+
+    from slimbench.harness.config.parse import locate
+    from slimbench.harness.measure.evidence import flags
+    from slimbench.harness.stages.models import shape_of
+    from slimbench.harness.store import artefact
+    from slimbench.methods.base import Calibration, DenseModel, Unsupported
+
+    method = entry(name).method
+    if method.needs.environment:
+        raise Unsupported(f"it runs in the environment {method.needs.environment}: slimbench engines check tries the formats of an engine")
+    engine = _engine_for(method.produces)
+    with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+        source = tiny_model(Path(scratch) / "dense")
+        shape = shape_of(source)
+        method.check(shape)
+        ids = torch.randint(0, shape.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+        out = Path(scratch) / "artefact"
+        out.mkdir()
+        began = time.perf_counter()
+        dense = DenseModel(source, source, "bfloat16", "cpu", shape)
+        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else None, out).to_dict()
+        seconds = time.perf_counter() - began
+        files = artefact.files(out)
+        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
+        model = locate(engine.target)(loaders=engine.loaders).load(out, "cpu")
+        found = model.evidence()
+        logits = model.logits(ids[:2])
+        return {
+            "seconds": seconds,
+            "claim": claim,
+            "disk_bytes": sum(f.bytes for f in files),
+            "weight_bytes": found.weight_bytes,
+            "effective_bits": found.effective_bits,
+            "sparsity": found.sparsity,
+            "kernel": found.kernel,
+            "flags": flags(claim, found, artefact.disk_bytes(out)),
+            "finite": bool(torch.isfinite(logits).all()),
+        }

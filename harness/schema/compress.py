@@ -1,0 +1,65 @@
+"""The result of the stage `compress`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimbench.harness.schema.base import Schema
+
+
+class ArtefactFile(Schema):
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+class CalibrationFacts(Schema):
+    """The calibration text of a cell and how it was sampled.
+
+    Attributes:
+        source: Spec of the corpus.
+        text_sha256: Hash of the whole text that was sampled from.
+        tokens_sha256: Hash of the token ids in the order in which the method saw them (int64, little-endian).
+    """
+
+    source: str
+    samples: int
+    length: int
+    seed: int
+    fingerprint: str
+    text_sha256: str
+    tokens_sha256: str
+
+
+class CompressResult(Schema):
+    """What `compress` wrote: the claim, the files, and what it cost.
+
+    Attributes:
+        seconds: Wall time of the pipeline, source download excluded; `step_seconds` splits it.
+        cpu_seconds: User and system time of the process, threads and children included.
+        device_seconds: Wall time × accelerators used; None where the pipeline ran on the CPU.
+        peak_device_bytes: Peak of the accelerator's allocator; None on the CPU, whose peak is the record's.
+        calibration_tokens: Tokens handed to the methods as calibration.
+        training_tokens: Tokens of all gradient steps, as the methods claim them.
+        trained_parameters: Parameters updated by gradient descent, as the methods claim them.
+        tuning_free: No method of the pipeline trains.
+        load: What else ran on the machine meanwhile.
+        flags: One line for each fact that makes the times doubtful.
+    """
+
+    claim: dict[str, Any]
+    files: list[ArtefactFile]
+    disk_bytes: int
+    dense_bytes: int
+    seconds: float
+    step_seconds: dict[str, float]
+    cpu_seconds: float | None = None
+    device_seconds: float | None = None
+    peak_device_bytes: int | None = None
+    calibration_tokens: int = 0
+    calibration: CalibrationFacts | None = None
+    training_tokens: int = 0
+    trained_parameters: int = 0
+    tuning_free: bool = True
+    load: dict[str, float] = {}
+    flags: list[str] = []

@@ -1,0 +1,56 @@
+"""Which cell and stage a record belongs to, and how the stage ended."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from slimbench.harness.schema.base import Schema
+
+
+class Stage(StrEnum):
+    COMPRESS = "compress"
+    QUALITY = "quality"
+    SPEED = "speed"
+
+
+class Status(StrEnum):
+    """How a stage ended. Everything but `ok` stays on the board as a row of its own."""
+
+    OK = "ok"
+    FAILED = "failed"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    UNSUPPORTED = "unsupported"
+    DIVERGED = "diverged"
+
+
+class Keys(Schema):
+    """Content keys of the three stages of a cell: equal keys mean equal work."""
+
+    compress: str
+    quality: str
+    speed: str
+
+    def of(self, stage: Stage) -> str:
+        return str(getattr(self, stage.value))
+
+
+class CellIdentity(Schema):
+    """Which cell a record belongs to, in words, and the keys of its reference."""
+
+    model: str
+    source_precision: str | None = None
+    dtype: str
+    parameters: int | None = None
+    pipeline: str
+    steps: list[dict[str, Any]]
+    family: str
+    engine: str
+    device: str
+    suite: str
+    speed: str
+    calibration: str | None = None
+    seed: int = 0
+    keys: Keys
+    reference: Keys

@@ -1,0 +1,96 @@
+"""The schema of a record: the JSON result of one stage of one cell, success or failure.
+
+Records are versioned: a reader accepts every version up to its own, through `migrate`. Raw samples are kept, so that
+every interval on the board can be computed again from the records alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from slimbench.harness.schema.base import Schema
+from slimbench.harness.schema.compress import CompressResult
+from slimbench.harness.schema.identity import CellIdentity, Stage, Status
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.speed import SpeedResult
+
+SCHEMA_VERSION = 5
+
+
+class Failure(Schema):
+    """Why a stage did not end in `ok`; `interrupted` if the process was killed from outside, and so is to be run again."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    stderr_tail: str = ""
+    interrupted: bool = False
+
+
+class Imported(Schema):
+    """Where a result comes from that another tool measured.
+
+    Attributes:
+        tool: Its name, such as `lm-eval`, and its version where the file has it.
+        file: Name of the file without its folder; `sha256` is that of its bytes.
+        run: When it was run, as the file says (ISO 8601); None where it does not.
+    """
+
+    tool: str
+    version: str | None = None
+    file: str
+    sha256: str
+    run: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.tool} {self.version}" if self.version else self.tool
+
+
+class Record(Schema):
+    """One stage of one cell.
+
+    What slimbench measured itself has evidence, memory and times; what is imported has of these what its file has.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    stage: Stage
+    status: Status
+    key: str
+    cell: CellIdentity
+    phase: str = ""
+    started: str
+    wall_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    compress: CompressResult | None = None
+    quality: QualityResult | None = None
+    speed: SpeedResult | None = None
+    failure: Failure | None = None
+    config: dict[str, Any]
+    command: str
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    imported: Imported | None = None
+
+    @model_validator(mode="after")
+    def _measured_here(self) -> Record:
+        if self.imported is None:
+            measured: dict[str, Any] = {"wall_seconds": self.wall_seconds}
+            if self.quality:
+                measured |= {name: getattr(self.quality, name) for name in ("evidence", "load_seconds")}
+            if self.speed:
+                memory = {name: getattr(self.speed.memory, name) for name in ("weight_bytes", "process_bytes", "process_peak_bytes")}
+                measured |= memory | {name: getattr(self.speed, name) for name in ("evidence", "copy_bandwidth_gbs")}
+            if missing := [name for name, value in measured.items() if value is None]:
+                raise ValueError(f"no {missing[0]}, and the record is not imported")
+        return self
+
+    @property
+    def simulated(self) -> bool:
+        """The artefact holds rounded numbers in dense storage: no speed may be claimed for it, so none is measured."""
+        return bool(self.compress and self.compress.claim.get("simulated"))
+
+    @property
+    def result(self) -> CompressResult | QualityResult | SpeedResult | None:
+        return self.compress or self.quality or self.speed

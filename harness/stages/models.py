@@ -1,0 +1,113 @@
+"""The dense source of a cell as a local folder of safetensors: asset, hub, own folder, or random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from slimbench.harness.config.schema import ModelConfig
+from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.tasks import assets
+from slimbench.util.files import cache_dir
+from slimbench.util.hashing import digest
+from slimbench.util.text import slug
+
+_RANDOM_SEED = 0
+
+
+def prepare(model: ModelConfig, on_phase: Callable[[str], None]) -> Path:
+    """The folder of a model, fetched, converted or generated on the first call and cached afterwards.
+
+    Raises:
+        tasks.assets.AssetError: It cannot be fetched.
+    """
+    kind, _, rest = model.source.partition(":")
+    if kind == "file":
+        return Path(rest).expanduser().resolve()
+    if kind == "hf":
+        on_phase("fetch model")
+        return assets.path(f"{model.source}@{model.revision}" if model.revision else model.source)
+    if kind == "asset":
+        on_phase("fetch model")
+        source = assets.path(rest)
+        return _cached(model, lambda out: _convert(source, out, model.dtype), on_phase)
+    return _cached(model, lambda out: generate(model, out), on_phase)
+
+
+def shape_of(folder: Path) -> ModelShape:
+    return ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+
+
+def known_shape(model: ModelConfig) -> ModelShape | None:
+    """The shape of a model where it can be read without fetching or making anything, else None."""
+    kind, _, rest = model.source.partition(":")
+    if kind == "random":
+        given = model.shape or {}
+        whole = given.keys() >= {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+        return ModelShape.from_config(given) if whole else None
+    if kind == "file":
+        folder = Path(rest).expanduser()
+    elif kind == "hf":
+        uri = f"{model.source}@{model.revision}" if model.revision else model.source
+        if not assets.is_fetched(uri):
+            return None
+        folder = assets.path(uri)
+    else:
+        folder = _folder(model)
+    return shape_of(folder) if (folder / "config.json").is_file() else None
+
+
+def weight_bytes(model: ModelConfig) -> int | None:
+    """Bytes of the dense weights where the number of parameters is known."""
+    size = {"float32": 4}.get(model.dtype, 2)
+    return model.parameters * size if model.parameters else None
+
+
+def _cached(model: ModelConfig, make: Callable[[Path], None], on_phase: Callable[[str], None]) -> Path:
+    from filelock import FileLock
+
+    folder = _folder(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return folder
+        on_phase("prepare model")
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make(partial)
+        os.replace(partial, folder)
+    return folder
+
+
+def _folder(model: ModelConfig) -> Path:
+    """Where an asset is kept as safetensors, and random weights."""
+    kind, _, rest = model.source.partition(":")
+    content = assets.catalogue()[rest].fingerprint if kind == "asset" else model.shape
+    return cache_dir() / "models" / f"{slug(model.name)}-{model.dtype}-{digest(content)}"
+
+
+def _convert(source: Path, out: Path, dtype: str) -> None:
+    from slimbench.tasks import gguf
+
+    ggufs = [source] if source.suffix == ".gguf" else sorted(source.rglob("*.gguf"))
+    if not ggufs:
+        raise assets.AssetError(f"no GGUF file in {source}; run `slimbench assets verify`")
+    gguf.convert(ggufs[0], out, dtype)
+
+
+def generate(model: ModelConfig, out: Path) -> None:
+    """Write random weights: the speed and memory of a shape can be measured without its checkpoint."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(model.shape or {})
+    try:
+        config = AutoConfig.for_model(shape.pop("model_type", "llama"), **shape)
+    except (TypeError, ValueError) as error:
+        raise Unsupported(f"model.shape: {error}") from error
+    torch.manual_seed(_RANDOM_SEED)
+    with torch.device("cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype)).save_pretrained(out)

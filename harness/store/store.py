@@ -1,0 +1,136 @@
+"""The results folder: one JSON file for each record, whose path is its identity.
+
+`RESULTS/<model>/<pipeline>/<stage>-<key>.json`. Records are written atomically (temporary file, fsync, rename), so a
+reader never sees half of one, and folders from any number of machines merge by copying.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from slimbench.harness.schema.identity import CellIdentity, Stage
+from slimbench.harness.schema.migrations import migrate
+from slimbench.harness.schema.record import Record
+from slimbench.util.files import write_atomically
+from slimbench.util.text import slug
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class StoreError(Exception):
+    """The results folder cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that should be a record and is not. `path` is relative to the results folder."""
+
+    path: str
+    reason: str
+
+
+def dump(record: Record) -> bytes:
+    """The content of a record's file."""
+    return record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
+
+
+class Store:
+    """A folder of records.
+
+    Args:
+        root: The results folder; made when the first record is written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, cell: CellIdentity, stage: Stage) -> Path:
+        return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{slug(cell.keys.of(stage))}.json"
+
+    def get(self, cell: CellIdentity, stage: Stage) -> Record | None:
+        """The record of a stage, or None. A file that cannot be read counts as absent."""
+        path = self.path(cell, stage)
+        record = read(path) if path.exists() else None
+        return record if isinstance(record, Record) else None
+
+    def put(self, record: Record) -> Path:
+        """Write a record, replacing one of the same key. A file of its name that cannot be read is moved aside and kept.
+
+        Raises:
+            StoreError: The folder is not writable or the disk is full; nothing was changed.
+        """
+        path = self.path(record.cell, record.stage)
+        try:
+            if path.exists() and not isinstance(read(path), Record):
+                path.replace(path.with_suffix(".json.unreadable"))
+            write_atomically(path, dump(record))
+        except OSError as error:
+            raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
+        return path
+
+    @contextmanager
+    def lock(self, cell: CellIdentity, stage: Stage, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other sweeps on this folder from running the same stage at the same time.
+
+        The lock belongs to the process and vanishes with it, however it ends. `on_wait` is called once if another
+        process holds it; afterwards the caller should look for the record again.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = self.root / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire(poll_interval=0.5)
+        except OSError as error:
+            raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def scan(self, reader: Callable[[Path], Record | str] | None = None) -> tuple[list[Record], list[Unreadable]]:
+        """Every record of the folder, sorted by path, and every file that should be one and is not.
+
+        Args:
+            reader: Reads one file; `read` unless another is given.
+        """
+        records: list[Record] = []
+        unreadable: list[Unreadable] = []
+        for path in sorted(path for path in self.root.glob("*/*/*") if path.name.endswith((".json", ".json.unreadable"))):
+            record = (reader or read)(path)
+            if isinstance(record, Record):
+                records.append(record)
+            else:
+                unreadable.append(Unreadable(path.relative_to(self.root).as_posix(), record))
+        return records, unreadable
+
+
+def read(path: Path) -> Record | str:
+    """The record in a file, or one line that says why there is none."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"not a record: {error}"
+
+
+def parse(text: str) -> Record | str:
+    """The record in a JSON text, or one line that says why there is none."""
+    try:
+        return Record.model_validate(migrate(json.loads(text)))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        return ": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]])
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        return f"not a record: {error}"

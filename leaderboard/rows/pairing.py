@@ -1,0 +1,42 @@
+"""What may be paired: results on the same windows, documents or items. Nothing else is ever subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, ZeroshotResult
+
+T = TypeVar("T")
+
+
+def windows_of(result: PerplexityResult) -> tuple[Any, ...]:
+    """What identifies the windows of a result and how they were scored."""
+    return result.protocol, result.corpus_sha256, result.seqlen, result.labels_per_window, len(result.window_nll)
+
+
+def documents_of(result: DocumentResult) -> tuple[Any, ...]:
+    """What identifies the documents of a result and how they were scored."""
+    return result.protocol, result.corpus_sha256, tuple(result.words), tuple(result.bytes)
+
+
+def items_of(result: ZeroshotResult) -> tuple[Any, ...]:
+    """What identifies the items of a task and how they were asked."""
+    return result.task, result.version, result.metric, result.num_fewshot, result.asked
+
+
+def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any]) -> list[tuple[T, T | None]]:
+    """Each of our results with the one of theirs that has the same identity, or None."""
+    known = {identity(result): result for result in reversed(theirs)}
+    return [(result, known.get(identity(result))) for result in ours]
+
+
+def shared_items(ours: Sequence[ZeroshotResult], theirs: Sequence[ZeroshotResult]) -> list[tuple[ZeroshotResult, ZeroshotResult | None]]:
+    """Each of our tasks with theirs on the same items, or None; a task whose items are not known has no partner."""
+    return partners(ours, [task for task in theirs if task.items], items_of)
+
+
+def name_of(result: PerplexityResult | DocumentResult) -> str:
+    """Corpus and protocol for people: `bigbench-wikipedia window 512`, `bigbench-wikipedia document`."""
+    protocol = result.protocol.partition("-")[0]
+    return f"{result.corpus} {protocol}" + (f" {result.seqlen}" if isinstance(result, PerplexityResult) else "")

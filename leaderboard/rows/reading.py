@@ -1,0 +1,22 @@
+"""Records as a board needs them: without the log-likelihoods of zero-shot items, which are most of a file and on no page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic_core import from_json
+
+from slimbench.harness.schema.migrations import migrate
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import read
+
+
+def lean(path: Path) -> Record | str:
+    """The record in a file, or one line that says why there is none."""
+    try:
+        data = migrate(from_json(path.read_bytes()))
+        for task in (data.get("quality") or {}).get("zeroshot") or []:
+            task["items"]["loglikelihoods"] = []
+        return Record.model_validate(data)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return read(path)

@@ -1,0 +1,76 @@
+"""Rows of one pipeline: what tells them apart, and how far their result depends on the seeds."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import stdev
+from typing import Any
+
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.row import Row
+
+
+def calibration(record: Record) -> dict[str, Any]:
+    """The calibration fields of a `Row`; nothing where the pipeline uses no calibration text."""
+    settings = record.config.get("calibration")
+    if record.cell.calibration is None or not isinstance(settings, dict):
+        return {}
+    text = f"{settings.get('source')}, {settings.get('samples')} × {settings.get('length')} tokens"
+    return {"calibration_text": text, "calibration_seed": settings.get("seed")}
+
+
+def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
+    """The rows with the spread of their perplexity over seeds, and with what tells those of one pipeline apart.
+
+    Quality counts: rows of several machines and speed protocols may share one result, and then have one name.
+
+    Args:
+        board: Rows, each with a record of its cell.
+    """
+    definitions: dict[str, str] = {}
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row, record in board:
+        groups[definitions.setdefault(row.keys.quality, _but_for_seeds(row, record))].append(row)
+    named = [row for group in groups.values() for row in _with_spread(group)]
+    named = _told_apart(named, lambda row: row.calibration_text)
+    return _told_apart(named, lambda row: f"key {row.keys.quality[:8]}")
+
+
+def _but_for_seeds(row: Row, record: Record) -> str:
+    """Everything that defines the quality of a row except its seeds."""
+    pipeline = record.config.get("pipeline") or record.cell.steps
+    words = [row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, record.config.get("model")]
+    return json.dumps(words, sort_keys=True, default=str)
+
+
+def _with_spread(group: Sequence[Row]) -> list[Row]:
+    if len({row.keys.quality for row in group}) == 1:
+        return list(group)
+    varying = [
+        (name, field)
+        for name, field in (("seed", "seed"), ("calibration seed", "calibration_seed"))
+        if len({getattr(row, field) for row in group}) > 1
+    ]
+    known = list({row.keys.quality: row.perplexity for row in group if row.perplexity is not None}.values())
+    facts: dict[str, Any] = {"replicates": len(known)}
+    if len(known) > 1:
+        facts |= {"perplexity_seed_sd": stdev(known), "perplexity_seed_min": min(known), "perplexity_seed_max": max(known)}
+    return [
+        row.model_copy(update=facts | {"replicate": " · ".join(f"{name} {getattr(row, field)}" for name, field in varying) or None})
+        for row in group
+    ]
+
+
+def _told_apart(board: Iterable[Row], tell: Callable[[Row], str | None]) -> list[Row]:
+    """The rows; those that have one name and differ in `tell` with that before their seeds."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in board:
+        groups[*row.quality_key, row.label, row.engine_label].append(row)
+    return [
+        row.model_copy(update={"replicate": " · ".join(filter(None, (tell(row), row.replicate)))}) if len(told) > 1 else row
+        for group in groups.values()
+        for told in [{tell(row) for row in group}]
+        for row in group
+    ]

@@ -1,0 +1,255 @@
+"""Records become rows: one row for each cell, joined by content keys. A pure function; the order of records is without effect."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from slimbench.harness.schema.hardware import Gpu, Hardware
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.pairing import items_of
+from slimbench.leaderboard.rows.parallel import mapped
+from slimbench.leaderboard.rows.quality import fields as quality_fields
+from slimbench.leaderboard.rows.quality import losses
+from slimbench.leaderboard.rows.ranks import ranked
+from slimbench.leaderboard.rows.replicates import calibration, spread
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.speed import disturbances
+from slimbench.leaderboard.rows.speed import fields as speed_fields
+from slimbench.util.hashing import short_hash
+
+INCOMPLETE = "incomplete"
+_WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.UNSUPPORTED)
+_GGUF_GRID, _GGUF_GROUP = re.compile(r"q(\d)_[01]"), 32
+_GRID_MET = 5.0
+"""Per cent of perplexity: a grid that lies otherwise than the source's loses several times as much in a small model."""
+_WORD = re.compile(r"(?:'[^']*'|\S)+")
+_LIBRARIES = ("torch", "transformers", "lm_eval", "llmcompressor", "bitsandbytes", "compressed-tensors", "triton")
+
+Records = dict[tuple[Stage, str], Record]
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """The board: one row for each combination of compress, quality and speed key that any record names.
+
+    Where several records have the same stage and key, the newest counts. Rows are sorted by table, then reference
+    first, then perplexity; rows without a result come last.
+    """
+    ordered = oldest_first(records)
+    newest = by_key(ordered)
+    texts = _texts(ordered)
+    bearers = list(cells(ordered).values())
+    made = mapped(lambda bearer: _row(bearer, newest, texts), bearers)
+    board = ranked([(row, _finished_quality(bearer, newest)) for row, bearer in zip(made, bearers, strict=True)])
+    return sorted(spread(zip(board, bearers, strict=True)), key=_order)
+
+
+def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
+    """A record for each combination of keys: the newest, but one under a shipped name before one that spells out its settings."""
+    found: dict[tuple[str, str, str], Record] = {}
+    for record in ordered:
+        keys = record.cell.keys
+        place = keys.compress, keys.quality, keys.speed
+        if place not in found or "(" not in record.cell.pipeline or "(" in found[place].cell.pipeline:
+            found[place] = record
+    return found
+
+
+def oldest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds or 0, r.command))
+
+
+def by_key(ordered: Sequence[Record]) -> Records:
+    """The last record of each stage and key."""
+    return {(r.stage, r.key): r for r in ordered}
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    empty = row.perplexity is None and row.decode_tokens_per_s is None
+    value = math.inf if row.perplexity is None else row.perplexity
+    return (*row.table_key, empty, not row.is_reference, value, row.pipeline, row.engine, *row.keys.model_dump().values())
+
+
+def _finished_quality(bearer: Record, newest: Records) -> QualityResult | None:
+    record = newest.get((Stage.QUALITY, bearer.cell.keys.quality))
+    return record.quality if record and record.status is Status.OK else None
+
+
+def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
+    """The row of the cell that `bearer`, the newest record with exactly its keys, describes."""
+    cell = bearer.cell
+    found = {stage: newest[stage, cell.keys.of(stage)] for stage in Stage if (stage, cell.keys.of(stage)) in newest}
+    compress, quality, speed = (found.get(stage) for stage in Stage)
+    is_reference = cell.keys.compress == cell.reference.compress
+    reference = None if is_reference else newest.get((Stage.QUALITY, cell.reference.quality))
+    simulated = bool(compress and compress.simulated)
+    status, reason = _outcome(found, _expected(bearer, simulated))
+    evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r and r.evidence]
+    flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
+    measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
+    flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
+    flags += compress.compress.flags if compress and compress.compress else []
+    flags += _grid_of_the_source(cell.source_precision, compress, measures.get("perplexity_delta_percent"))
+    rival = newest.get((Stage.SPEED, cell.reference.speed))
+    if speed and speed.speed and rival:
+        flags += disturbances(speed.speed, rival.speed)
+    if simulated:
+        flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
+    measured = speed or quality or bearer
+    imported = measured.imported
+    if imported:
+        flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
+    return Row(
+        **cell.model_dump(
+            include={
+                "model",
+                "parameters",
+                "pipeline",
+                "family",
+                "engine",
+                "device",
+                "source_precision",
+                "dtype",
+                "suite",
+                "speed",
+                "seed",
+                "calibration",
+            }
+        ),
+        methods=[str(step.get("target") or step.get("name") or cell.pipeline).rpartition(".")[2] for step in cell.steps],
+        status=status,
+        reason=reason,
+        is_reference=is_reference,
+        keys=cell.keys,
+        hardware=_hardware(measured),
+        suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
+        speed_protocol=_digest(_protocol(bearer, "speed")),
+        flags=list(dict.fromkeys(flags)),
+        imported=imported.label if imported else None,
+        command=_command(bearer.command),
+        provenance=_provenance(measured),
+        **_size(compress),
+        **(evidences[0].model_dump(include={"weight_bytes", "offloaded_bytes", "effective_bits", "sparsity"}) if evidences else {}),
+        kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
+        **measures,
+        **calibration(bearer),
+        **(speed_fields(speed.speed) if speed and speed.speed and not simulated else {}),
+    )
+
+
+def _grid_of_the_source(precision: str | None, compress: Record | None, loss: float | None) -> list[str]:
+    """A flag where a source that was itself rounded is rounded to as many bits in as small groups, and next to nothing is lost."""
+    source = _GGUF_GRID.fullmatch(precision or "")
+    claim = compress.compress.claim if compress and compress.compress else {}
+    if not source or loss is None or loss > _GRID_MET or (claim.get("bits"), claim.get("group_size")) != (int(source[1]), _GGUF_GROUP):
+        return []
+    grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
+    return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
+
+
+def _expected(bearer: Record, simulated: bool) -> list[Stage]:
+    """The stages that the cell was asked for: random weights have no quality, simulated artefacts no speed, imported cells one stage."""
+    if bearer.imported:
+        return [bearer.stage]
+    wanted = bearer.config.get("stages", list(Stage))
+    without = {Stage.QUALITY} if _section(bearer, "model").get("source") == "random" else set()
+    without |= {Stage.SPEED} if simulated else set()
+    return [stage for stage in Stage if stage not in without and (stage is Stage.COMPRESS or stage in wanted)]
+
+
+def _outcome(found: dict[Stage, Record], expected: Sequence[Stage]) -> tuple[str, str | None]:
+    """Status of the row and, unless it is ok, one line that says why."""
+    for status in _WORST_FIRST:
+        for record in found.values():
+            if record.status is status:
+                return status.value, _reason(record)
+    missing = [stage.value for stage in expected if stage not in found]
+    return (INCOMPLETE, f"no record of {' and '.join(missing)}") if missing else (Status.OK.value, None)
+
+
+def _reason(record: Record) -> str:
+    where = record.stage.value if record.phase in ("", record.stage.value) else f"{record.stage.value}, {record.phase}"
+    if record.failure is None:
+        return f"{where}: {record.status.value}"
+    kind = "" if record.status is Status.UNSUPPORTED else f"{record.failure.type}: "
+    lines = record.failure.message.strip().splitlines() or ["no message"]
+    peak = f" (peak memory {record.peak_memory_bytes / 1e9:.1f} GB)" if record.status is Status.OOM and record.peak_memory_bytes else ""
+    return f"{where}: {kind}{lines[0]}{peak}"
+
+
+def _size(record: Record | None) -> dict[str, Any]:
+    if record is None or record.compress is None:
+        return {"peak_memory_bytes": record.peak_memory_bytes} if record else {}
+    result = record.compress
+    return {
+        "format": result.claim.get("format"),
+        "disk_bytes": result.disk_bytes,
+        "compression_ratio": result.dense_bytes / result.disk_bytes if result.disk_bytes else None,
+        "compress_seconds": result.seconds,
+        "compress_cpu_seconds": result.cpu_seconds,
+        "compress_device_hours": None if result.device_seconds is None else result.device_seconds / 3600,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        **result.model_dump(include={"peak_device_bytes", "calibration_tokens", "training_tokens", "trained_parameters", "tuning_free"}),
+    }
+
+
+def _texts(records: Sequence[Record]) -> dict[str, list[str]]:
+    """For each quality key of a reference, the texts and tasks on which it and its rivals were measured."""
+    seen: dict[str, set[str]] = {}
+    digest = lru_cache(maxsize=None)(lambda asked: _digest([list(item) for item in zip(*asked, strict=True)]))
+    for record in records:
+        if record.quality:
+            texts = {f"{p.protocol} {p.corpus_sha256} {p.seqlen}" for p in record.quality.perplexity}
+            tasks = {f"{t.task} {t.version} {t.metric} {digest(items_of(t)[-1])}" for t in record.quality.zeroshot}
+            seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks)
+    return {key: sorted(texts) for key, texts in seen.items()}
+
+
+def _section(record: Record, name: str) -> dict[str, Any]:
+    section = record.config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _protocol(record: Record, name: str) -> dict[str, Any]:
+    """The part of the configuration that defines the numbers; the name where the record has none."""
+    fields = {k: v for k, v in _section(record, name).items() if k not in ("name", "batch_tokens")}
+    return fields or {"name": getattr(record.cell, name)}
+
+
+def _digest(*values: Any) -> str:
+    return short_hash(json.dumps(values, sort_keys=True, default=str))[:8]
+
+
+def _hardware(record: Record) -> str:
+    """The readable fingerprint that is also part of the speed key."""
+    try:
+        facts = dict(record.provenance["hardware"])
+        machine = Hardware(**facts | {"gpus": [Gpu(**gpu) for gpu in facts.get("gpus", [])]})
+        return machine.fingerprint(record.cell.device, _section(record, "device").get("index", 0), record.provenance.get("threads") or 0)
+    except (KeyError, TypeError, ValueError, IndexError):
+        return "unknown hardware"
+
+
+def _command(text: str) -> str:
+    """A command without what chose which stages ran that time."""
+    return " ".join(word for word in _WORD.findall(text) if not word.lstrip("'+").startswith(("stages=", "on_existing=")))
+
+
+def _provenance(record: Record) -> dict[str, str]:
+    facts = record.provenance
+    git, packages = (value if isinstance(value := facts.get(name), dict) else {} for name in ("git", "packages"))
+    lines = {
+        "measured": record.started,
+        "slimbench": facts.get("slimbench"),
+        "commit": f"{git['commit']}{' + changes' if git.get('dirty') else ''}" if git.get("commit") else None,
+        "python": facts.get("python"),
+        **{name: packages.get(name) for name in _LIBRARIES},
+        "os": facts.get("os"),
+    }
+    return {name: str(value) for name, value in lines.items() if value}

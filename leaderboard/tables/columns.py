@@ -1,0 +1,176 @@
+"""The columns of the tables: heading, meaning, value and order of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.rows.row import Row
+
+if TYPE_CHECKING:
+    pass
+from slimbench.leaderboard.tables.format import EMPTY, decimal
+
+NAME_KERNEL_AND_NOTES = 54
+
+
+LEAST_FIRST = (
+    "prefill_ms",
+    "disk_bytes",
+    "roofline_fraction",
+    "kl_mean",
+    "effective_bits",
+    "weight_bytes",
+    "accuracy",
+    "decode_tokens_per_s",
+)
+
+
+RANK = "1 + number of rows with a significantly lower perplexity: paired t-tests over windows, Holm's correction over all pairs, 5 %."
+
+
+READING = (
+    "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error. "
+    "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes."
+)
+
+
+class Bounds(NamedTuple):
+    low: str
+    high: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a printed table.
+
+    Attributes:
+        key: Field of the row, by which the column sorts.
+        header: What stands above it.
+        help: What it means, in one sentence.
+        format: The number as text.
+        bounds: Fields of lower and upper bound, where there are any.
+        error: Field of the standard error, where that is shown instead.
+        rising: Whether more is better.
+    """
+
+    key: str
+    header: str
+    help: str
+    format: Callable[[float], str]
+    bounds: Bounds | None = None
+    error: str | None = None
+    rising: bool = False
+
+    def value(self, row: Row) -> str:
+        value = getattr(row, self.key)
+        return EMPTY if value is None else self.format(value)
+
+    def interval(self, row: Row) -> str:
+        """The interval as `low–high` (`low to high` for signed numbers), or `± error`; empty where it is unknown."""
+        if self.bounds:
+            low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
+            if low is None or high is None:
+                return ""
+            ends = self.format(low), self.format(high)
+            return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
+        error = getattr(row, self.error) if self.error else None
+        return "" if error is None else f"± {self.format(error)}"
+
+    def plus_minus(self, row: Row) -> str:
+        """The number with half of its interval, or its standard error, after `±`."""
+        value, spread = self.value(row), getattr(row, self.error) if self.error else None
+        if self.bounds:
+            low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
+            spread = None if low is None or high is None else (high - low) / 2
+        return value if spread is None or value == EMPTY else f"{value} ± {self.format(spread).removeprefix('+')}"
+
+
+COLUMNS = (
+    Column(
+        "perplexity",
+        "Perplexity",
+        "On the suite's first corpus, lower is better; 95 % bootstrap interval over windows.",
+        decimal(2),
+        Bounds("perplexity_low", "perplexity_high"),
+    ),
+    Column(
+        "perplexity_delta_percent",
+        "Δ\N{NO-BREAK SPACE}%",
+        "Perplexity above the reference on the same windows, in per cent; 95 % paired bootstrap interval.",
+        decimal(1, signed=True),
+        Bounds("perplexity_delta_low", "perplexity_delta_high"),
+    ),
+    Column(
+        "kl_mean",
+        "KL",
+        "Of the next-token distributions from those of the reference, in nats, mean over the same tokens; 95 % bootstrap interval.",
+        decimal(4),
+        Bounds("kl_low", "kl_high"),
+    ),
+    Column(
+        "accuracy",
+        "Accuracy %",
+        "Mean of the zero-shot tasks, higher is better; ± one standard error.",
+        decimal(1, 100),
+        error="accuracy_se",
+        rising=True,
+    ),
+    Column(
+        "prefill_ms",
+        "Prefill ms",
+        "Median time to the first token; 95 % interval of the median.",
+        decimal(0),
+        Bounds("prefill_low", "prefill_high"),
+    ),
+    Column(
+        "decode_tokens_per_s",
+        "Tokens/s",
+        "Decode rate of one sequence at the median time; 95 % interval of the median.",
+        decimal(1),
+        Bounds("decode_low", "decode_high"),
+        rising=True,
+    ),
+    Column(
+        "roofline_fraction",
+        "Roof\N{NO-BREAK SPACE}%",
+        "Of the decode rate that the measured copy bandwidth would allow, if only weights and KV cache had to be moved.",
+        decimal(0, 100),
+        rising=True,
+    ),
+    Column(
+        "speedup",
+        "Speed\N{NON-BREAKING HYPHEN}up",
+        "Decode time of the reference on the same engine, run next to it, over that of the row; 95 % interval of the median ratio.",
+        decimal(2),
+        Bounds("speedup_low", "speedup_high"),
+        rising=True,
+    ),
+    Column("weight_bytes", "Weights MB", "Tensors of the loaded artefact that stay in memory, in 10⁶ bytes.", decimal(1, 1e-6)),
+    Column("disk_bytes", "Disk MB", "Files of the artefact, in 10⁶ bytes.", decimal(1, 1e-6)),
+    Column("effective_bits", "Bits", "Stored for each weight of the compressed layers, scales and zeros included.", decimal(2)),
+)
+
+
+def notes_of(row: Row) -> list[str]:
+    """What a reader must know about the row: a bad end with its reason, then the flags, weights kept elsewhere, and what seeds change."""
+    ended = [] if row.status == Status.OK else [f"{row.status}: {row.reason}" if row.reason else row.status]
+    elsewhere = decimal(1, 1e-6)(row.offloaded_bytes or 0)
+    offloaded = [f"{elsewhere} MB of its weights are kept elsewhere until their layer computes"] if row.offloaded_bytes else []
+    spread = seed_spread(row)
+    return [*ended, *row.flags, *offloaded, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
+
+
+def seed_spread(row: Row) -> str | None:
+    """Mean-free spread of the perplexity over rows that differ in nothing but seeds; None where there is one row."""
+    if row.perplexity_seed_sd is None or row.perplexity_seed_min is None or row.perplexity_seed_max is None:
+        return None
+    form = decimal(2)
+    between = f"{form(row.perplexity_seed_min)} to {form(row.perplexity_seed_max)}"
+    return f"{between} over {row.replicates} seeds, standard deviation {form(row.perplexity_seed_sd)}"
+
+
+def rank_of(row: Row) -> str:
+    return EMPTY if row.rank is None else str(row.rank)

@@ -1,0 +1,89 @@
+"""Rows become tables for people and programs: JSON, CSV, Markdown and the terminal. Pure functions of the rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import INCOMPLETE
+
+Axis = Literal["weight_bytes", "decode_tokens_per_s"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that may be compared: one model, suite, speed protocol, device and hardware."""
+
+    rows: list[Row]
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.rows[0].model} · {self.rows[0].suite}{self.variant}"
+
+    @property
+    def setting(self) -> str:
+        """Where and how it was measured, in one line."""
+        row = self.rows[0]
+        points = sorted({r.speed_point for r in self.rows if r.speed_point})
+        speed = f"speed {row.speed}" + (f" ({points[0]})" if points else "")
+        return " · ".join([*([] if self.engines_differ else [row.engine_label]), row.device, row.hardware, speed])
+
+    @property
+    def engines_differ(self) -> bool:
+        return len({row.engine_label for row in self.rows}) > 1
+
+    @property
+    def reference(self) -> Row | None:
+        """The reference, if any of its figures was measured."""
+        return next((row for row in self.rows if row.is_reference and (row.perplexity or row.decode_tokens_per_s)), None)
+
+
+def tables(board: Iterable[Row]) -> list[Table]:
+    """Split the rows so that no column mixes two protocols or machines; equal titles get the hash of their protocol."""
+    comparable: dict[tuple[str, ...], list[Row]] = {}
+    for row in board:
+        comparable.setdefault(row.table_key, []).append(row)
+    groups = list(comparable.values())
+    named = [(group[0].model, group[0].suite) for group in groups]
+    protocols = {name: {group[0].suite_protocol for group, n in zip(groups, named, strict=True) if n == name} for name in named}
+    return [
+        Table(group, f" (protocol {group[0].suite_protocol})" if len(protocols[name]) > 1 else "")
+        for group, name in zip(groups, named, strict=True)
+    ]
+
+
+def titles(found: Sequence[Table]) -> list[str]:
+    """The titles of tables, with what tells them apart where several are called the same: hardware, device, speed, its protocol."""
+    names = [table.title for table in found]
+    for facet in ("{0.hardware}", "{0.device}", "speed {0.speed}", "speed protocol {0.speed_protocol}"):
+        texts = [facet.format(table.rows[0]) for table in found]
+        kinds: dict[str, set[str]] = defaultdict(set)
+        for name, text in zip(names, texts, strict=True):
+            kinds[name].add(text)
+        names = [f"{name} · {text}" if len(kinds[name]) > 1 else name for name, text in zip(names, texts, strict=True)]
+    return names
+
+
+def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
+    """The rows that no other beats in perplexity and in `axis` at once: fewest bytes, or most tokens per second.
+
+    Only rows that ended well take part. Sorted from the lowest perplexity on.
+    """
+    sign = -1 if axis == "decode_tokens_per_s" else 1
+    points = [(row.perplexity, sign * getattr(row, axis), row) for row in table if _competes(row, axis)]
+    front: list[Row] = []
+    best = float("inf")
+    for _, cost, row in sorted(points, key=lambda p: p[:2]):
+        if cost < best:
+            front.append(row)
+            best = cost
+    return front
+
+
+def _competes(row: Row, axis: Axis) -> bool:
+    return row.status in (Status.OK, INCOMPLETE) and row.perplexity is not None and getattr(row, axis) is not None

@@ -1,0 +1,126 @@
+"""Tables as JSON, CSV, Markdown and for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pydantic_core
+from pydantic import BaseModel
+
+from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.rows.row import Row
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from slimbench.leaderboard.tables.columns import COLUMNS, LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, notes_of, rank_of
+from slimbench.leaderboard.tables.format import escape, shorten
+from slimbench.leaderboard.tables.tables import Table, tables
+
+_AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def to_json(board: Sequence[Row]) -> str:
+    """A JSON array with one object for each row; its keys are the fields of `Row`. Null for unknown, never NaN."""
+    return pydantic_core.to_json(board, indent=1, inf_nan_mode="null").decode() + "\n"
+
+
+def to_csv(board: Sequence[Row]) -> str:
+    """One line for each row, one column for each key; empty for unknown, JSON for lists and mappings.
+
+    A text that a spreadsheet would run as a formula gets a leading apostrophe.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(Row.model_fields)
+    writer.writerows([_csv_value(getattr(row, key)) for key in Row.model_fields] for row in board)
+    return out.getvalue()
+
+
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, (dict, list)):
+        return _AS_JSON(value)
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def to_markdown(board: Sequence[Row]) -> str:
+    """A section with one table for each group of comparable rows, and how to read them."""
+    return "\n".join([*(_markdown_table(table) for table in tables(board)), escape(READING), ""])
+
+
+def _markdown_table(table: Table) -> str:
+    cells = [["#", "Pipeline", "Engine and kernel", *(c.header for c in COLUMNS), "Status and flags"]]
+    cells.append(["--:", "---", "---", *("--:" for _ in COLUMNS), "---"])
+    for row in table.rows:
+        notes = "; ".join(notes_of(row))
+        names = [rank_of(row), escape(row.label), escape(row.path_label)]
+        cells.append([*names, *(c.plus_minus(row) for c in COLUMNS), escape(notes)])
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), "", *lines, ""])
+
+
+def to_terminal(board: Sequence[Row]) -> RenderableType:
+    """The tables as something rich can print; notes are numbered and stand below their table."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for table in tables(board):
+        numbers: dict[str, int] = {}
+        for row in table.rows:
+            for note in notes_of(row):
+                numbers.setdefault(note, len(numbers) + 1)
+        notes = [Text(f"{number:>3}  {shorten(note, 300)}", style="dim") for note, number in numbers.items()]
+        parts += [_Fitted(table, numbers), *notes, Text("")]
+    return Group(*parts, Text(READING, style="dim"))
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table that leaves out lesser columns on a narrow terminal."""
+
+    table: Table
+    numbers: dict[str, int]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = {c.key: 2 + max(len(c.header), *(len(c.plus_minus(row)) for row in self.table.rows)) for c in COLUMNS}
+        for key in LEAST_FIRST:
+            if sum(widths.values()) + NAME_KERNEL_AND_NOTES > options.max_width:
+                del widths[key]
+        yield _terminal_table(self.table, self.numbers, [c for c in COLUMNS if c.key in widths])
+
+
+def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Column]) -> RenderableType:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    printed = RichTable(
+        title=Text(table.title, style="bold"),
+        caption=Text(table.setting),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    printed.add_column("#", justify="right", no_wrap=True)
+    printed.add_column("Pipeline", overflow="fold", min_width=12)
+    for column in columns:
+        printed.add_column(column.header, justify="right", no_wrap=True)
+    printed.add_column("Kernel", overflow="fold", min_width=12)
+    printed.add_column("Notes", overflow="fold", min_width=10)
+    for row in table.rows:
+        name = shorten(row.label, 60) + (f" · {shorten(row.engine_label, 40)}" if table.engines_differ else "")
+        marks = " ".join(str(numbers[note]) for note in notes_of(row))
+        notes = " ".join(([] if row.status == Status.OK else [row.status]) + ([f"[{marks}]"] if marks else []))
+        kernel = shorten(row.kernel or "", 40)
+        style = "bold" if row.is_reference else "" if row.status == Status.OK else "dim"
+        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(kernel), Text(notes), style=style)
+    return printed

@@ -1,0 +1,301 @@
+"""The training loop of every method that learns by gradient descent: warm-up and decay, batches in a seeded order, exact resumption.
+
+A run is a pure function of the settings, the initial parameters and the text: the batch of a step depends on the seed and the step
+alone, and a checkpoint holds parameters, moments of the optimizer and the state of the random numbers. So on a CPU an interrupted
+and resumed run ends with the same bits as one that ran through.
+
+Weights are float32 whatever the model's dtype; products are computed in bfloat16 where the model is bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimbench.methods.base import Claim, DenseModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Loss = Callable[[Tensor], Tensor]
+    """Mean loss, a scalar, of token ids [sequences, length]."""
+
+_CURVE_POINTS = 100
+_STATE = "training"
+
+
+@dataclass(frozen=True)
+class LoopSettings(ABC):
+    """The settings that every method has that learns, whatever its optimizer.
+
+    Attributes:
+        steps: Updates of the parameters.
+        batch_size: Sequences of an update.
+        length: Tokens of a sequence at most; calibration windows are cut to it.
+        accumulate: Pieces that a batch goes through the model in; more need less memory.
+        learning_rate: Its peak.
+        schedule: How the rate falls after the warm-up.
+        warmup: Fraction of the steps in which the rate rises linearly.
+        clip: Largest norm of the gradient; None: it is not clipped.
+        loss: `distillation`: cross entropy with the dense model's distribution; `nll`: with the text itself.
+        checkpoint_every: Steps between two checkpoints.
+        seed: Of the order of the text and of initial values.
+    """
+
+    steps: int = 40
+    batch_size: int = 4
+    length: int = 128
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    clip: float | None = 1.0
+    loss: Literal["distillation", "nll"] = "distillation"
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, not {self.length}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate must not exceed the batch_size {self.batch_size}, not {self.accumulate}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), not {self.warmup}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, not {self.clip}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        rising = math.ceil(self.warmup * self.steps)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+        return self.learning_rate * left[self.schedule]
+
+    @abstractmethod
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """What updates the parameters; the loop sets its `lr` before each step."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings(LoopSettings):
+    """The settings of every method that trains weights, which AdamW does.
+
+    Attributes:
+        weight_decay: Of AdamW, decoupled.
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training was.
+
+    Attributes:
+        tokens: Tokens of all gradient steps.
+        parameters: Number of parameters that were updated.
+        curve: (step, training loss) of at most 100 steps, the first and the last among them.
+        loss_after: Loss of the first step's batch with the final parameters; to be held against the first loss of the curve.
+    """
+
+    tokens: int
+    parameters: int
+    curve: tuple[tuple[int, float], ...]
+    loss_after: float
+
+    def added_to(self, claim: Claim) -> Claim:
+        """The claim, with what was trained and how the loss went."""
+        details = {"loss_curve": [list(point) for point in self.curve], "loss_before": self.curve[0][1], "loss_after": self.loss_after}
+        return replace(
+            claim, training_tokens=self.tokens, trained_parameters=self.parameters, details=claim.details | {"training": details}
+        )
+
+
+def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> Trained:
+    """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
+
+    Args:
+        settings: A method or plain settings; with its `repr` a checkpoint tells runs apart.
+        parameters: By unique names; nothing else is updated, gradients of others are neither computed nor kept.
+        windows: Token ids, int64 [n, length].
+        dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
+
+    Raises:
+        RuntimeError: The loss is no longer finite.
+    """
+    import torch
+
+    settings = replace(settings, seed=settings.seed + dense.seed)
+    values = list(parameters.values())
+    optimizer = settings.optimizer(values)
+    identity = _identity(settings, parameters, windows) if dense.checkpoints else ""
+    with _seeded(settings.seed, dense.device):
+        losses = _resume(dense, identity, parameters, optimizer)
+        for step in range(len(losses), settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            losses.append(_gradient(settings, loss, batch(windows, settings, step).to(dense.device)))
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"the loss is {losses[-1]} in step {step + 1} of {settings.steps}; a smaller learning_rate may help")
+            if settings.clip is not None:
+                torch.nn.utils.clip_grad_norm_(values, settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            dense.progress(step + 1, settings.steps)
+            if dense.checkpoints and (step + 1) % settings.checkpoint_every == 0:
+                _keep(dense, identity, parameters, optimizer, losses)
+        with torch.no_grad():
+            after = float(loss(batch(windows, settings, 0).to(dense.device)))
+    tokens = settings.steps * settings.batch_size * windows.shape[1]
+    return Trained(tokens, sum(p.numel() for p in values), _thinned(losses), after)
+
+
+def cut(ids: Tensor, length: int) -> Tensor:
+    """Calibration windows [samples, n] cut into windows [more, length]; shorter ones stay as they are, remainders are dropped."""
+    width = min(length, ids.shape[1])
+    return ids[:, : ids.shape[1] // width * width].reshape(-1, width)
+
+
+def batch(windows: Tensor, settings: LoopSettings, step: int) -> Tensor:
+    """The sequences [batch_size, length] of a step: all windows in a new order in each round, cut into batches."""
+    import torch
+
+    count, rows = len(windows), []
+    for position in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + position // count)
+        rows.append(int(torch.randperm(count, generator=generator)[position % count]))
+    return windows[rows]
+
+
+def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: Any = None) -> Loss:
+    """The loss that the settings name, of a student model.
+
+    Args:
+        student: Called with token ids; its parameters get the gradients.
+        teacher: The dense model for distillation; loaded if None.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    bfloat16 = dense.dtype == "bfloat16"
+    if settings.loss == "distillation" and teacher is None:
+        teacher = dense.load().requires_grad_(False)
+
+    def loss(ids: Tensor) -> Tensor:
+        with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):
+            logits = student(input_ids=ids, use_cache=False).logits
+        if settings.loss == "nll":
+            return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False).logits
+        return soft_cross_entropy(logits, wanted)
+
+    return loss
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    """−Σ p_teacher log p_student of logits [..., vocabulary], averaged over positions, in float32."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits.flatten(0, -2).float(), teacher.flatten(0, -2).float().softmax(-1))
+
+
+def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:
+    """Add the gradient of a batch to the parameters, piece by piece, and return its mean loss."""
+    total = 0.0
+    for piece in ids.tensor_split(settings.accumulate):
+        part = loss(piece) * (len(piece) / len(ids))
+        part.backward()
+        total += float(part.detach())
+    return total
+
+
+def _keep(
+    dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    import torch
+
+    from slimbench.methods.core import checkpoints as _checkpoints
+
+    assert dense.checkpoints is not None
+    tensors: dict[str, Tensor] = {f"parameter/{name}": value for name, value in parameters.items()}
+    tensors |= {f"{key}/{name}": state for name, value in parameters.items() for key, state in optimizer.state[value].items()}
+    tensors["random"] = torch.get_rng_state()
+    if dense.device == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    _checkpoints.save(dense.checkpoints, _STATE, identity, tensors, {"step": len(losses), "losses": losses})
+
+
+def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Put a checkpoint back and return the losses of its steps; without one, nothing changes and there are none."""
+    import torch
+
+    from slimbench.methods.core import checkpoints as _checkpoints
+
+    found = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None
+    if found is None:
+        return []
+    tensors, facts = found
+    torch.set_rng_state(tensors.pop("random"))
+    if "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("random/cuda"))
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            value = parameters[name]
+            if kind == "parameter":
+                value.copy_(tensor)
+            else:
+                optimizer.state[value][kind] = tensor if kind == "step" else tensor.to(value.device)
+    return list(facts["losses"])
+
+
+def _identity(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], windows: Tensor) -> str:
+    """Hash of all that the result depends on: settings, text, names and initial values."""
+    import torch
+
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in [("windows", windows), *parameters.items()]:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Random numbers from the seed inside, and afterwards as if none had been drawn."""
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _thinned(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """(step, loss), steps counted from 1: all, or 100 spread evenly with both ends."""
+    last = len(losses) - 1
+    points = range(last + 1) if last < _CURVE_POINTS else sorted({round(i * last / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)})
+    return tuple((index + 1, round(losses[index], 6)) for index in points)

@@ -1,0 +1,44 @@
+"""The format `huggingface`: an ordinary folder of config and safetensors, which every engine loads and every method can follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimbench.methods.base import DenseModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save_dense(model: PreTrainedModel, out: Path) -> None:
+    """Write the model as plain safetensors and a plain config, nothing else.
+
+    The class's own `save_pretrained` is called, since libraries replace it on the instance to write their formats.
+    """
+    from transformers import PreTrainedModel as Plain
+
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    Plain.save_pretrained(model, out)
+
+
+def link_source(dense: DenseModel, out: Path) -> None:
+    """Link config and weights, or copy them across file systems; only a source stored in another dtype is converted to the model's."""
+    config = json.loads((dense.path / "config.json").read_text())
+    files = [dense.path / "config.json", *dense.path.glob("*.safetensors"), *dense.path.glob("*.safetensors.index.json")]
+    if config.get("dtype", config.get("torch_dtype")) != dense.dtype or len(files) == 1:
+        save_dense(dense.load(), out)
+    else:
+        for file in files:
+            _link(file.resolve(), out / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

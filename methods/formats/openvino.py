@@ -1,0 +1,108 @@
+"""OpenVINO graphs: of a dense source, and of artefacts of format `openvino`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimbench.methods.formats import decoder_graph as _decoder
+
+IR = "openvino_model.xml"
+"""The graph of an artefact of format `openvino`; its constants lie beside it in `openvino_model.bin`."""
+
+_BEAM = "beam"
+
+
+def load_dense(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """The graph of a dense source, its matrices in float16."""
+    import openvino
+
+    exact = convert(folder, trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="slimbench-openvino-") as scratch:
+        openvino.save_model(exact, Path(scratch) / IR, compress_to_fp16=True)
+        graph = _read(Path(scratch))
+    _restore(graph, exact)
+    return graph
+
+
+def _restore(graph: Any, exact: Any) -> None:
+    """Undo what the compression to float16 does to constants that are no matrices: the frequencies of rotary positions among them."""
+    from openvino import opset13 as ops
+
+    originals = {node.get_friendly_name(): node for node in exact.get_ops() if node.get_type_name() == "Constant"}
+    for node in graph.get_ops():
+        original = originals.get(node.get_friendly_name())
+        if node.get_type_name() == "Convert" and original and len(original.get_output_shape(0)) != 2:
+            constant = ops.constant(original.data, dtype=np.float32)
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(constant.output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def load_ir(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """The graph of an artefact of format `openvino`."""
+    return _read(folder)
+
+
+def _read(folder: Path) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})
+    return core.read_model(folder / IR)
+
+
+def convert(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The stateful `openvino.Model` of a dense source, in float32.
+
+    Raises:
+        methods.base.Unsupported: The model cannot be exported.
+    """
+    import openvino
+
+    decoder = _decoder.read_dense(folder, trust_remote_code)
+    model = openvino.convert_model(_decoder.traced(decoder), example_input=decoder.example())
+    past = decoder.names("past")
+    shapes = [[-1, -1], [-1], [-1], [-1], *([-1, heads, -1, width] for heads, width in decoder.cache)]
+    for port, name, shape in zip(model.inputs, [*_decoder.INPUTS, *past], shapes, strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
+    model.outputs[0].get_tensor().set_names({_decoder.LOGITS})
+    model.validate_nodes_and_infer_types()
+    _keep_state(model, past, decoder.cache)
+    return model
+
+
+def _keep_state(model: Any, names: list[str], cache: list[tuple[int, int]]) -> None:
+    """Turn inputs and outputs of the KV cache into state that is empty at first.
+
+    A further input, `beam`, says which sequence each one goes on with: the runtime fuses cache and attention only around it.
+    """
+    import openvino
+    from openvino import opset13 as ops
+    from openvino.op.util import Variable, VariableInfo
+
+    beam = ops.parameter([-1], np.int32, name=_BEAM)
+    beam.output(0).get_tensor().set_names({_BEAM})
+    batch = ops.gather(ops.shape_of(model.input("ids").get_node()), ops.constant(np.array([0])), ops.constant(0))
+    inputs, outputs = model.inputs[len(_decoder.INPUTS) :], model.results[1:]
+    writes = []
+    for port, result, name, (heads, width) in zip(inputs, outputs, names, cache, strict=True):
+        info = VariableInfo()
+        info.variable_id, info.data_type = name, openvino.Type.f32
+        info.data_shape = openvino.PartialShape([-1, heads, -1, width])
+        variable = Variable(info)
+        empty = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, ops.constant(np.array([heads, 0, width]))], 0))
+        held = ops.gather(ops.read_value(empty, variable), beam, ops.constant(0))
+        for target in port.get_target_inputs():
+            target.replace_source_output(held.output(0))
+        writes.append(ops.assign(result.input_value(0).get_node(), variable))
+        model.remove_result(result)
+        model.remove_parameter(port.get_node())
+    model.add_parameters([beam])
+    model.add_sinks(writes)
+    model.validate_nodes_and_infer_types()

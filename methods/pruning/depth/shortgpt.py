@@ -1,0 +1,130 @@
+"""ShortGPT: blocks that hardly change the direction of the hidden states are left out.
+
+The influence of block i, with X_i its inputs and X_{i+1} its outputs, is the mean over the tokens t of the calibration text of
+
+    BI_i = 1 - X_{i,t} · X_{i+1,t} / (‖X_{i,t}‖₂ ‖X_{i+1,t}‖₂)
+
+All influences are measured on the dense model at once; the blocks with the lowest are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.formats.huggingface import save_dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BATCH_TOKENS = 2048
+_BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers")
+"""Fields of a config that hold one entry for each block."""
+
+
+@dataclass(frozen=True)
+class ShortGPT(Method):
+    """The artefact is an ordinary model of fewer blocks.
+
+    Attributes:
+        fraction: Share of the blocks that is removed, rounded to whole blocks, at least one.
+        blocks: Number of blocks to remove instead of a share; None: the share decides.
+    """
+
+    family: ClassVar[str] = "pruning"
+    citation: ClassVar[Citation] = Citation("ShortGPT", year=2024, arxiv="2403.03853", covers=("pruning/shortgpt-depth-pruning",))
+    reference: ClassVar[str] = "paper"
+    needs: ClassVar[Needs] = Needs(calibration=True)
+
+    fraction: float = 0.25
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must be between 0 and 1, both excluded, not {self.fraction}")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, not {self.blocks}")
+
+    def check(self, shape: ModelShape) -> None:
+        if self.count(shape.num_layers) >= shape.num_layers:
+            raise Unsupported(f"{self.count(shape.num_layers)} blocks cannot be removed from {shape.num_layers}")
+
+    def count(self, blocks: int) -> int:
+        """How many of that many blocks are removed."""
+        return self.blocks or max(1, round(self.fraction * blocks))
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        if calibration is None or not calibration.ids.numel():
+            raise ValueError("calibration holds no tokens")
+        model = dense.load()
+        before = model.num_parameters()
+        influence = block_influence(model, calibration.ids, dense.progress)
+        removed = sorted(sorted(range(len(influence)), key=influence.__getitem__)[: self.count(len(influence))])
+        remove_blocks(model, removed)
+        save_dense(model, out)
+        details = {
+            "blocks_removed": removed,
+            "block_influence": [round(value, 6) for value in influence],
+            "parameters_before": before,
+            "parameters": model.num_parameters(),
+        }
+        return Claim(HUGGINGFACE, details=details)
+
+
+def block_influence(model: Any, ids: Tensor, progress: Callable[[float, float], None] | None = None) -> list[float]:
+    """BI of each block.
+
+    Args:
+        ids: Calibration tokens, int64 [samples, length].
+        progress: Told of finished batches.
+
+    Raises:
+        Unsupported: The model has no list of blocks.
+    """
+    import torch
+
+    from slimbench.methods.formats.structure import blocks_of
+
+    blocks = blocks_of(model)
+    similarity = [0.0] * len(blocks)
+
+    def add(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
+        before, after = args[0] if args else kwargs["hidden_states"], made[0] if isinstance(made, tuple) else made
+        similarity[index] += float(torch.cosine_similarity(before.double(), after.double(), dim=-1).sum())
+
+    hooks = [
+        block.register_forward_hook(lambda _, args, kwargs, made, index=index: add(index, args, kwargs, made), with_kwargs=True)
+        for index, block in enumerate(blocks.values())
+    ]
+    batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+    try:
+        with torch.inference_mode():
+            for done, batch in enumerate(batches):
+                model.base_model(batch.to(model.device), use_cache=False)
+                if progress:
+                    progress(done + 1, len(batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [1 - total / ids.numel() for total in similarity]
+
+
+def remove_blocks(model: Any, removed: Collection[int]) -> None:
+    """Take blocks out of a model, in place; what its config says of each block goes with them."""
+    from torch import nn
+
+    from slimbench.methods.formats.structure import blocks_of
+
+    blocks = blocks_of(model)
+    name = next(iter(blocks)).rpartition(".")[0]
+    kept = [index for index in range(len(blocks)) if index not in removed]
+    modules = list(blocks.values())
+    model.set_submodule(name, nn.ModuleList(modules[index] for index in kept))
+    for field in _BY_BLOCK:
+        entries = getattr(model.config, field, None)
+        if isinstance(entries, list) and len(entries) == len(blocks):
+            setattr(model.config, field, [entries[index] for index in kept])
+    model.config.num_hidden_layers = len(kept)

@@ -1,0 +1,182 @@
+"""LLM-Pruner: structures that hang together go together, those first whose removal changes the loss least.
+
+In a Llama-like block these weights depend on each other and make one structure:
+
+    channel     a row of gate and of up, and the column of down that reads their product
+    heads       a key and a value head with the query heads that share them, and the columns of the output projection that read these
+
+What a weight w does for the loss L over the calibration text is estimated by its Taylor series around w, with the diagonal of the
+Hessian replaced by that of the Fisher information:
+
+    order 1     I(w) = | w ∂L/∂w |                                     L the mean loss of the samples
+    order 2     I(w) = | w ∂L/∂w - ½ mean_j (w ∂L_j/∂w)² |             L_j the loss of sample j
+
+The importance of a structure is the sum over its weights, the highest of the sums over its layers, or that over its last layer. Each
+block between the first and the last ones loses the same share of its structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LLMPruner(Method):
+    """Structured pruning without the training that follows in the paper; the artefact holds layers of the sizes that are left.
+
+    Attributes:
+        ratio: Share of the channels and of the groups of heads that a block loses, rounded to whole ones; one of each stays.
+        order: Of the Taylor series.
+        aggregate: How the importance of a structure comes from its layers.
+        keep_first: Share of the blocks, counted from the first, that are left alone.
+        keep_last: The same from the last.
+    """
+
+    family: ClassVar[str] = "pruning"
+    citation: ClassVar[Citation] = Citation("LLM-Pruner", year=2023, arxiv="2305.11627", covers=("pruning/llm-pruner",))
+    reference: ClassVar[str] = "paper"
+    needs: ClassVar[Needs] = Needs(calibration=True)
+    produces: ClassVar[str] = "sliced"
+
+    ratio: float = 0.25
+    order: Literal[1, 2] = 1
+    aggregate: Literal["sum", "max", "last"] = "sum"
+    keep_first: float = 0.125
+    keep_last: float = 0.0625
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
+        if min(self.keep_first, self.keep_last) < 0 or self.keep_first + self.keep_last >= 1:
+            raise ValueError(f"keep_first and keep_last must be shares that leave blocks, not {self.keep_first} and {self.keep_last}")
+
+    def check(self, shape: ModelShape) -> None:
+        if not self.pruned(shape.num_layers):
+            raise Unsupported(f"no block of {shape.num_layers} is left between the first and the last ones that are kept")
+
+    def pruned(self, blocks: int) -> range:
+        """Indices of the blocks that lose structures."""
+        return range(round(self.keep_first * blocks), blocks - round(self.keep_last * blocks))
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """Indices of the structures that stay, in their order, of scores [structures]."""
+        removed = min(int(self.ratio * len(scores) + 0.5), len(scores) - 1)
+        return scores.argsort(stable=True)[removed:].sort().values
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        from slimbench.methods.formats import sliced as _sliced
+        from slimbench.methods.formats.structure import blocks_of
+
+        if calibration is None or not calibration.ids.numel():
+            raise ValueError("calibration holds no tokens")
+        model = dense.load()
+        before = model.num_parameters()
+        blocks = list(blocks_of(model).values())
+        chosen = [structures(blocks[index], model.config) for index in self.pruned(len(blocks))]
+        layers = [layer for kinds in chosen for kind in kinds for layer in (*kind.makes, kind.reads)]
+        scores = importance(model, layers, calibration.ids, self.order, dense.progress)
+        kept = {"channels": 0, "head_groups": 0}
+        for kinds in chosen:
+            for kind in kinds:
+                keep = self.kept(kind.scores(scores, self.aggregate))
+                kind.cut(keep)
+                kept[kind.name] = len(keep)
+        _sliced.save(model, out, shortcuts=False)
+        span = self.pruned(len(blocks))
+        details = {
+            "blocks_pruned": [span.start, span.stop - 1],
+            "channels_left": [kept["channels"], dense.shape.intermediate_size],
+            "head_groups_left": [kept["head_groups"], dense.shape.num_kv_heads],
+            "parameters_before": before,
+            "parameters": model.num_parameters(),
+        }
+        return Claim(_sliced.FORMAT, details=details)
+
+
+@dataclass(frozen=True)
+class Structures:
+    """All structures of a kind in a block: the i-th one is the i-th run of rows of `makes` and the i-th run of columns of `reads`."""
+
+    name: str
+    count: int
+    makes: tuple[nn.Linear, ...]
+    reads: nn.Linear
+
+    def scores(self, importance: dict[nn.Linear, Tensor], aggregate: Literal["sum", "max", "last"]) -> Tensor:
+        """Importance of each structure [count], from that of the weights [out, in] of the layers."""
+        import torch
+
+        rows = [importance[layer].view(self.count, -1).sum(1) for layer in self.makes]
+        columns = importance[self.reads].T.reshape(self.count, -1).sum(1)
+        parts = torch.stack([*rows, columns])
+        return {"sum": parts.sum(0), "max": parts.amax(0), "last": columns}[aggregate]
+
+    def cut(self, keep: Tensor) -> None:
+        """Leave only some structures, in place."""
+        for layer in self.makes:
+            _cut(layer, "weight", keep, self.count, 0)
+            if layer.bias is not None:
+                _cut(layer, "bias", keep, self.count, 0)
+        _cut(self.reads, "weight", keep, self.count, 1)
+
+
+def structures(block: Any, config: Any) -> list[Structures]:
+    """The kinds of coupled structures of a block.
+
+    Raises:
+        Unsupported: The block is not built like Llama's.
+    """
+    from slimbench.methods.core.equivalent import check_block
+
+    attention, mlp = check_block(block)
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [
+        Structures("head_groups", groups, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
+        Structures("channels", mlp.down_proj.in_features, (mlp.gate_proj, mlp.up_proj), mlp.down_proj),
+    ]
+
+
+def importance(
+    model: Any, layers: list[nn.Linear], ids: Tensor, order: Literal[1, 2], progress: Callable[[float, float], None] | None = None
+) -> dict[nn.Linear, Tensor]:
+    """Estimated change of the loss without each weight: float32 [out, in] by layer.
+
+    Args:
+        ids: Calibration tokens, int64 [samples, length].
+        progress: Told of finished samples.
+    """
+    import torch
+
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+    first = {layer: torch.zeros_like(layer.weight, dtype=torch.float32, requires_grad=False) for layer in layers}
+    second = {layer: torch.zeros_like(total) for layer, total in first.items()} if order == 2 else {}
+    for done, sample in enumerate(ids.to(model.device)):
+        logits = model(sample.unsqueeze(0), use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), sample[1:])
+        for layer, gradient in zip(layers, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
+            change = layer.weight.detach().float() * gradient.float()
+            first[layer] += change / len(ids)
+            if order == 2:
+                second[layer] += change.square() / len(ids)
+        if progress:
+            progress(done + 1, len(ids))
+    model.requires_grad_(False)
+    return {layer: (total - second[layer] / 2 if order == 2 else total).abs() for layer, total in first.items()}
+
+
+def _cut(layer: Any, leaf: str, keep: Tensor, count: int, dim: int) -> None:
+    """Leave only the kept of `count` equal runs along a dimension of a parameter."""
+    from slimbench.methods.formats.sliced import put
+
+    held = getattr(layer, leaf).detach()
+    put(layer, leaf, held.unflatten(dim, (count, -1)).index_select(dim, keep.to(held.device)).flatten(dim, dim + 1))

@@ -1,0 +1,67 @@
+"""Magnitude pruning: the smallest weights of each layer become zero. No data, no update of what remains: the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.masks import check_pattern, check_sparsity, parse_pattern, zero_fraction
+from slimbench.methods.formats.huggingface import save_dense
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Prune each linear layer of the blocks by itself, as the baseline of the SparseGPT paper does.
+
+    Attributes:
+        sparsity: Fraction of each layer's weights that becomes zero.
+        pattern: `n:m` zeroes the n smallest of each m consecutive inputs; None leaves the choice free within a layer.
+    """
+
+    family: ClassVar[str] = "pruning"
+    citation: ClassVar[Citation] = Citation(
+        "Magnitude pruning",
+        year=2015,
+        arxiv="1506.02626",
+        covers=("pruning/magnitude-pruning", "pruning/can-pruning-make-llms-more-efficient"),
+    )
+    reference: ClassVar[str] = "torch:nn.utils.prune"
+
+    sparsity: float = 0.5
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, self.pattern)
+
+    def check(self, shape: ModelShape) -> None:
+        check_pattern(shape, self.pattern)
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        from torch.nn.utils import prune
+
+        model = dense.load()
+        layers = block_linears(model)
+        for layer in layers.values():
+            if self.pattern:
+                prune.custom_from_mask(layer, "weight", _pattern_mask(layer, self.pattern))
+            else:
+                prune.l1_unstructured(layer, "weight", amount=self.sparsity)
+            prune.remove(layer, "weight")
+        save_dense(model, out)
+        return Claim(HUGGINGFACE, sparsity=zero_fraction(layers), pattern=self.pattern)
+
+
+def _pattern_mask(layer: nn.Linear, pattern: str) -> Tensor:
+    """1 where a weight is kept: all but the n smallest of each m."""
+    import torch
+
+    n, m = parse_pattern(pattern)
+    groups = layer.weight.detach().abs().unflatten(1, (-1, m))
+    smallest = groups.argsort(dim=-1, stable=True)[..., :n]
+    return torch.ones_like(groups).scatter_(-1, smallest, 0).flatten(1)

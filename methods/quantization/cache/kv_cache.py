@@ -1,0 +1,154 @@
+"""Methods that leave the weights alone and store the key-value cache in few bits while a model generates."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.formats import kv_cache as _kv_policy
+from slimbench.methods.formats.kv_cache import OwnCache, Policy, Scheme, TransformersCache
+
+
+class _KVCache(Method):
+    """What all share: the source as it is, and a policy beside it."""
+
+    family: ClassVar[str] = "quantization"
+    produces: ClassVar[str] = _kv_policy.FORMAT
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """How the cache is stored."""
+
+    def check(self, shape: ModelShape) -> None:
+        self.policy().check(shape)
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        return Claim(self.produces, details=_kv_policy.save(self.policy(), dense, out))
+
+
+@dataclass(frozen=True)
+class KVInt(_KVCache):
+    """Each token by itself, rounded to nearest as soon as it comes: attention reads nothing that is not rounded.
+
+    Attributes:
+        bits: Bits of a number, before scales.
+        group_size: Numbers of a token and head that share a scale; None: all of them.
+        symmetric: Centre the grid on zero; else fit it to the smallest and largest number of the group.
+    """
+
+    citation: ClassVar[Citation] = Citation("KV cache in integers (FlexGen)", year=2023, arxiv="2303.06865")
+    reference: ClassVar[str] = "paper"
+
+    bits: Literal[2, 4, 8] = 8
+    group_size: Literal[32, 64, 128] | None = None
+    symmetric: bool = True
+
+    def policy(self) -> Policy:
+        scheme = Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return OwnCache(scheme, scheme)
+
+
+@dataclass(frozen=True)
+class KIVI(_KVCache):
+    """KIVI: keys by channel, since some of their channels are outliers in every token; values by token; the newest tokens exact.
+
+    Both grids run from the smallest to the largest number of a group. Keys of a channel are rounded in groups of consecutive tokens,
+    values in groups of channels of a token.
+
+    Attributes:
+        bits: Bits of a number, before scales.
+        group_size: Numbers that share a scale.
+        residual_length: Newest tokens that stay exact; a multiple of the group size.
+    """
+
+    citation: ClassVar[Citation] = Citation("KIVI", year=2024, arxiv="2402.02750", covers=("quantization/kivi",))
+    reference: ClassVar[str] = "paper"
+
+    bits: Literal[2, 4] = 2
+    group_size: Literal[32, 64, 128] = 32
+    residual_length: int = 128
+
+    def __post_init__(self) -> None:
+        self.policy()
+
+    def policy(self) -> Policy:
+        keys = Scheme(bits=self.bits, axis="channel", group_size=self.group_size)
+        return OwnCache(keys, Scheme(bits=self.bits, group_size=self.group_size), self.residual_length)
+
+
+@dataclass(frozen=True)
+class KVFp8(_KVCache):
+    """Each token by itself in floats of 8 bits (four of exponent, three of mantissa), as serving engines offer it.
+
+    Attributes:
+        scale: `token`: the largest number of a token and head becomes the largest float; `none`: cast as they are.
+    """
+
+    citation: ClassVar[Citation] = Citation(
+        "KV cache in FP8", year=2022, arxiv="2209.05433", covers=("quantization/llm-qat-kv-quantization",)
+    )
+    reference: ClassVar[str] = "paper"
+
+    scale: Literal["token", "none"] = "token"
+
+    def policy(self) -> Policy:
+        scheme = Scheme(number="e4m3", scaled=self.scale == "token")
+        return OwnCache(scheme, scheme)
+
+
+class _KVTransformers(_KVCache):
+    """The quantized cache that transformers ships: a prompt is rounded as a whole, then all of it anew whenever the residual is full.
+
+    Its axes are those that its documentation recommends for the backend; numbers of one token and head share a scale.
+    """
+
+    citation: ClassVar[Citation] = Citation(
+        "Quantized cache of transformers", year=2024, covers=("quantization/hf-quantized-cache-kivi-like",)
+    )
+    reference: ClassVar[str] = "transformers:QuantizedCache"
+
+    def __post_init__(self) -> None:
+        self.policy()
+
+
+@dataclass(frozen=True)
+class KVQuanto(_KVTransformers):
+    """With optimum-quanto, which compiles an extension for a minute or two at its first use.
+
+    Attributes:
+        nbits: Bits of a number, before scales.
+        group_size: Numbers that share a scale.
+        residual_length: Tokens that stay exact until they are rounded together.
+    """
+
+    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("optimum",))
+
+    nbits: Literal[2, 4] = 4
+    group_size: Literal[32, 64, 128] = 32
+    residual_length: int = 128
+
+    def policy(self) -> Policy:
+        return TransformersCache("quanto", self.nbits, 0, 0, self.group_size, self.residual_length)
+
+
+@dataclass(frozen=True)
+class KVHqq(_KVTransformers):
+    """With HQQ, which optimises the zero point of each group.
+
+    Attributes:
+        nbits: Bits of a number, before scales.
+        group_size: Numbers that share a scale.
+        residual_length: Tokens that stay exact until they are rounded together.
+    """
+
+    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("hqq",))
+
+    nbits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[32, 64, 128] = 32
+    residual_length: int = 128
+
+    def policy(self) -> Policy:
+        return TransformersCache("hqq", self.nbits, 1, 1, self.group_size, self.residual_length)

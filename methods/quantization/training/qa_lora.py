@@ -1,0 +1,82 @@
+"""QA-LoRA: a low-rank adapter that sees the inputs of a group only as their sum, so that it melts into the group's offset.
+
+The weight of group g is w = s · (q − mid) + o[g] with frozen codes q and scales s. The adapter pools the inputs of each group,
+
+    y = w x + c · B A p,   p[g] = Σ x[i] over i in g,   A [rank, groups],   B [out, rank],   c = alpha / rank
+
+which is, without any approximation, the same layer with the offsets o + c · B A. So after training the artefact is an asymmetric grid
+like any other: no adapter is left, and nothing is rounded again but the offsets, once, to the dtype in which they are stored. In
+training they are rounded too, so that the trained layer is the stored one.
+
+The paper starts from GPTQ's codes; here the start is rounding to nearest on the asymmetric grid of each group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.core.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class QALoRA(TrainingSettings, Method):
+    """Asymmetric groups, weight only; embeddings, norms and head are left alone.
+
+    Attributes:
+        bits: Bits of a weight, before scales.
+        group_size: Inputs that share scale and offset, and that the adapter pools.
+        rank: Of the adapters.
+        alpha: The adapter is scaled by alpha / rank.
+    """
+
+    family: ClassVar[str] = "quantization"
+    citation: ClassVar[Citation] = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
+    reference: ClassVar[str] = "paper"
+    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
+    produces: ClassVar[str] = "packed"
+
+    bits: Literal[2, 3, 4] = 4
+    group_size: Literal[32, 64, 128, 256] = 32
+    rank: int = 16
+    alpha: float = 16.0
+    learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, not {self.alpha}")
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_group(self.group_size)
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        import torch
+
+        from slimbench.methods.kernels.grid import Grid
+        from slimbench.methods.kernels.rounding import round_to_grid
+        from slimbench.methods.quantization.grids.trained_layers import PooledAdapterLinear
+        from slimbench.methods.quantization.solvers import qat as _qat
+
+        assert calibration is not None
+        grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
+        generator = torch.Generator().manual_seed(self.seed + dense.seed)
+        model = _qat.load_float32(dense)
+        layers = _qat.put_in(
+            model,
+            self.group_size,
+            lambda layer: PooledAdapterLinear(
+                layer, round_to_grid(layer.weight.to(dtype), grid, symmetric=False), self.rank, self.alpha / self.rank, generator
+            ),
+        )
+        parameters = {
+            f"{name}.adapter_{part}": getattr(layer, f"adapter_{part}") for name, layer in layers.items() for part in ("in", "out")
+        }
+        done = _qat.fit(model, parameters, self, calibration.ids, dense)
+        _qat.save(model, layers, dense, out)
+        details = {"symmetric": False, "rank": self.rank, "merged": "into the offsets"}
+        return done.added_to(Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details))

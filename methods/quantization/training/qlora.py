@@ -1,0 +1,75 @@
+"""QLoRA: low-rank adapters in 16 bits, trained over a frozen NF4 base with quantized scales.
+
+The base is what bitsandbytes stores. Training multiplies with its weights dequantized once, since they never change; the artefact is
+the 4-bit base with the adapters beside it. Nothing is merged: a merged weight would have to be rounded again, and that is another method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.training import TrainingSettings
+from slimbench.methods.quantization.weight.bitsandbytes import NF4
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class QLoRA(TrainingSettings, Method):
+    """Adapters on all linear layers of the blocks; embeddings, norms and head are left alone.
+
+    Attributes:
+        double_quant: Quantize the scales of the base as well.
+        rank: Of the adapters.
+        alpha: The adapters are scaled by alpha / rank.
+    """
+
+    family: ClassVar[str] = "quantization"
+    citation: ClassVar[Citation] = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora",))
+    reference: ClassVar[str] = "peft:LoraConfig"
+    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("bitsandbytes", "peft"))
+    produces: ClassVar[str] = "adapters"
+
+    double_quant: bool = True
+    rank: int = 16
+    alpha: float = 16.0
+    learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, not {self.alpha}")
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        from slimbench.methods.formats import adapters
+        from slimbench.methods.quantization.solvers import lora as _lora
+        from slimbench.methods.quantization.solvers import qat as _qat
+
+        assert calibration is not None
+        base = NF4(double_quant=self.double_quant)
+        claim = base.compress(dense, None, out)
+        model = _qat.load_float32(dense)
+        _take_weights(model, out, dense.device)
+        made, done = _lora.fit(model, self, self.rank, self.alpha, calibration.ids, dense)
+        adapters.save(out, made)
+        details = claim.details | {"rank": self.rank, "stored_bits": adapters.stored_bits(out, made)}
+        return done.added_to(replace(claim, format=self.produces, details=details))
+
+
+def _take_weights(model: PreTrainedModel, folder: Path, device: str) -> None:
+    """Give the linear layers of the blocks the numbers of an NF4 artefact, dequantized by bitsandbytes before any forward pass."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    from slimbench.methods.core.layers import block_linears
+
+    quantized: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, device_map=device)
+    for name, layer in block_linears(model).items():
+        weight = quantized.get_submodule(name).weight
+        layer.weight.data.copy_(dequantize_4bit(weight.data, weight.quant_state))

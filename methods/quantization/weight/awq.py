@@ -1,0 +1,99 @@
+"""AWQ: scale up the input features that carry large activations before rounding, and divide what precedes them by the same factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.core import llmcompressor as _llmcompressor
+from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimbench.methods.kernels.grid import Grid, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class AWQ(Method):
+    """Asymmetric groups, weight only; embeddings and output head keep their dtype.
+
+    For the inputs of q, k and v, of gate and up, and of down, the library tries `candidates` vectors of factors
+    s = mean|x|^r / mean|w|^(1 - r), r from 0 to 1, and keeps the one whose rounded layers come closest to the outputs of the dense
+    ones. The factors go into the norm or the projection before, so the artefact has no layers of its own for them. What is
+    rounded is the scaled weight, to the nearest point; the search for clipping that the paper's code adds is not in the library,
+    and the observer "mse" stands in for it. Where a query head does not have a key head of its own, o is not scaled.
+
+    Attributes:
+        bits: Bits of a weight, before scales.
+        group_size: Consecutive inputs that share one scale.
+        candidates: Vectors of factors that are tried for a set of layers; the time is proportional to it.
+        observer: `mse` shrinks the range of a group where that rounds it better; None takes it from the smallest to the largest weight.
+    """
+
+    family: ClassVar[str] = "quantization"
+    citation: ClassVar[Citation] = Citation("AWQ", year=2023, arxiv="2306.00978", covers=("quantization/awq",))
+    reference: ClassVar[str] = "llmcompressor:modifiers.transform.awq.AWQModifier"
+    needs: ClassVar[Needs] = Needs(calibration=True, extra="quantization", modules=("llmcompressor",))
+    produces: ClassVar[str] = "packed"
+
+    bits: Literal[3, 4] = 4
+    group_size: Literal[32, 64, 128, 256] = 64
+    candidates: int = 20
+    observer: Literal["mse"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates < 3:
+            raise ValueError(f"candidates must be at least 3, not {self.candidates}")
+
+    def check(self, shape: ModelShape) -> None:
+        shape.check_group(self.group_size)
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        """Scale and round in memory and write the codes packed.
+
+        Raises:
+            RuntimeError: The packed weights are not those that the library computes with.
+        """
+        from slimbench.methods.formats import packed
+
+        assert calibration is not None
+        model = dense.load()
+        layers = block_linears(model)
+        check_groups(layers, self.group_size)
+        _llmcompressor.oneshot(model, self.modifiers(), calibration, dense.progress)
+        packed.save(model, _codes(layers, packed.Grid(self.bits, self.group_size)), out)
+        return Claim(self.produces, bits=self.bits, group_size=self.group_size, details={"symmetric": False, "observer": self.observer})
+
+    def modifiers(self) -> list[object]:
+        """The library's own objects for these settings: one scales, the other rounds."""
+        with _llmcompressor.quiet_imports():
+            from llmcompressor.modifiers.quantization import QuantizationModifier
+            from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        weights: dict[str, object] = {"num_bits": self.bits, "type": "int", "symmetric": False, "strategy": "group"}
+        weights |= {"group_size": self.group_size} | ({"observer": self.observer} if self.observer else {})
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return [AWQModifier(n_grid=self.candidates), QuantizationModifier(config_groups=groups, ignore=["re:.*lm_head"])]
+
+
+def _codes(layers: dict[str, nn.Linear], grid: Grid) -> Iterator[tuple[str, QuantizedWeight]]:
+    """What the library rounds the scaled weights to in each forward pass."""
+    import torch
+    from compressed_tensors.quantization import forward_quantize
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+
+    half = 2 ** (grid.bits - 1)
+    for name, layer in layers.items():
+        scales, zeros = layer.get_parameter("weight_scale").detach(), layer.get_parameter("weight_zero_point").detach()
+        arguments = layer.quantization_scheme.weights  # type: ignore[union-attr]
+        with torch.no_grad():
+            codes = quantize(layer.weight, scales, zeros, arguments, dtype=torch.int8)
+            rounded = forward_quantize(layer, layer.weight, "weight", arguments)
+        weight = from_zero_points(codes.to(torch.int16) + half, scales, zeros.to(torch.int16) + half, grid, layer.weight.dtype)
+        check_equal(name, weight, rounded)
+        yield name, weight

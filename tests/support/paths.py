@@ -1,0 +1,7 @@
+"""Where the tests find what lies in the repository."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "tests" / "support" / "records"
+FOREIGN = ROOT / "tests" / "support" / "foreign"

@@ -1,0 +1,198 @@
+"""What a user gets wrong is answered before heavy work: one line and exit code 2, or an `unsupported` record with its reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.registry import entries, entry
+from slimbench.harness.config.schema import ConfigError, ModelConfig
+from slimbench.harness.config.sources import CONF_DIR
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.runner import Runner, cannot_run, with_reference
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.stages import models
+from slimbench.harness.store.store import Store
+from slimbench.methods.base import DenseModel, ModelShape, Unsupported
+from tests.support import tiny
+from tests.unit.cli.test_cli import HEAVY, slimbench
+from tests.unit.run.test_runner import Listener
+
+ODD = ModelShape("LlamaForCausalLM", 72, 136, 2, 4, 2, 256, True)  # no group of 16 or more divides these widths
+PACKAGED = ModelShape("LlamaForCausalLM", 576, 1536, 30, 9, 3, 49152, True)
+NAMES = [item.name for item in entries()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=gtpq"], "no method 'gtpq'; did you mean 'gptq'?"),
+        (["method=[magnitude,rtn-4bitt]"], "no method 'rtn-4bitt'; did you mean 'rtn-4bit'?"),
+        (["method=rtn-4bit", "method.rtn-4bit.bits=5"], "method.rtn-4bit.bits: 5 is no valid choice; choices: 2, 3, 4, 8"),
+        (["method=rtn-4bit", "method.rtn-4bit.bits=-4"], "method.rtn-4bit.bits: -4 is no valid choice"),
+        (["method=rtn-4bit", "method.rtn-4bit.group_size=0"], "method.rtn-4bit.group_size: 0 is no valid choice"),
+        (["method=gptq", "calibration_samples=0"], "calibration_samples: input should be greater than or equal to 1, not 0"),
+        (["method=gptq", "calibration_length=0"], "calibration_length: input should be greater than or equal to 8, not 0"),
+        (["method=gptq", "calibration_seed=first"], "calibration_seed: "),
+        (["method=gptq", "calibration=null"], "calibration: "),
+        (["method=gptq", "calibration=lee-new"], "did you mean 'lee-news'"),
+        (["method=magnitude", "method.magnitude.sparsity=1.5"], "sparsity must be between 0 and 1"),
+        (["method.gptq.bits=3"], "unknown key 'method.gptq.bits': method 'gptq' is not chosen; add method=gptq"),
+        (["method=gptq", "method.gptq=3"], "method.gptq: 3 is no mapping of settings"),
+        (["suite.corpus=[]", "suite.tasks=[]"], "the stage quality measures nothing"),
+        (["results="], "results: "),
+        (["suite.corpus=file:/no/ü.txt"], "into quotes"),
+    ],
+)
+def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_cell(resolve(overrides))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["method=gptq", "calibration_samples=0"], ["method=gptq", "method.gptq.bits=7"]])
+def test_the_command_line_ends_with_2(overrides: list[str]) -> None:
+    done = slimbench("run", *overrides)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_fits_the_packaged_model_and_refuses_groups_that_do_not_divide(name: str) -> None:
+    item = entry(name)
+    item.method.check(PACKAGED)
+    if item.settings.get("group_size"):
+        with pytest.raises(Unsupported) as caught:
+            item.method.check(ODD)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_check_of_a_method_imports_a_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from slimbench.harness.run.proof import entries\n"
+        "from slimbench.methods.base import ModelShape, Unsupported\n"
+        "for shape in (ModelShape('LlamaForCausalLM', 576, 1536, 30, 9, 3, 49152, True), ModelShape('X', 72, 136, 2, 4, 2, 256, True)):\n"
+        "    for item in entries():\n"
+        "        try:\n"
+        "            item.method.check(shape)\n"
+        "        except Unsupported:\n"
+        "            pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CONF_DIR.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    runner = Runner(Store(tmp_path / "results"), Listener())
+    yield runner
+    runner.close()
+
+
+def run(runner: Runner, overrides: list[str], *more: str) -> list[Record]:
+    return runner.run(make_cell(resolve([*overrides, *more]), (*overrides, *more)))
+
+
+def odd_overrides(overrides: list[str], model: Path) -> list[str]:
+    return [o for o in overrides if not o.startswith("model.source=")] + [f"model.source=file:{model}"]
+
+
+def test_a_group_that_does_not_divide_is_a_record_and_nothing_is_started(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
+    odd = tiny.save_model(tmp_path / "odd", hidden_size=72, intermediate_size=136).path
+    (record,) = run(runner, odd_overrides(overrides, odd), "method=rtn-4bit")
+    assert (record.stage, record.status, record.phase) == (Stage.COMPRESS, Status.UNSUPPORTED, "plan")
+    assert record.failure and "group_size 64 does not divide the input features 72" in record.failure.message
+    assert runner._workers == {} and len(runner.store.scan()[0]) == 1  # neither a process nor the reference
+
+
+def test_a_refused_step_of_a_pipeline_refuses_the_cell(overrides: list[str], tmp_path: Path) -> None:
+    odd = tiny.save_model(tmp_path / "odd", hidden_size=72, intermediate_size=136).path
+    cell = make_cell(resolve([*odd_overrides(overrides, odd), "method=[magnitude,rtn-4bit]"]))
+    outcome = cannot_run(cell, Stage.COMPRESS)
+    assert outcome and outcome.failure and "group_size 64" in outcome.failure.message
+    assert list(with_reference(cell)) == [cell]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """A model whose blocks have no `nn.Linear`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=64, n_layer=1, n_head=2, n_inner=128, dtype="bfloat16")
+    GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
+    return tiny.dense_model(folder)
+
+
+@pytest.mark.parametrize("name", [item.name for item in entries() if not (item.method.needs.modules or item.method.needs.environment)])
+def test_a_method_refuses_other_layers_in_one_line_or_can_do_them(name: str, gpt2: DenseModel, tmp_path: Path) -> None:
+    method = entry(name).method
+    try:
+        claim = method.compress(gpt2, tiny.tokens() if method.needs.calibration else None, tmp_path)
+    except Unsupported as error:
+        assert "GPT2" in str(error) and "\n" not in str(error)
+    else:
+        assert claim.format == method.produces and (claim.bits is None or claim.bits == 16)  # nothing inside the blocks was rounded
+
+
+def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str], tiny: Path, gpt2: DenseModel, tmp_path: Path) -> None:
+    import shutil
+
+    model = shutil.copytree(gpt2.path, tmp_path / "gpt2")
+    for file in tiny.glob("token*"):
+        shutil.copy(file, model)
+    records = run(runner, odd_overrides(overrides, model), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
+    assert [(r.stage, r.status) for r in records] == [(Stage.COMPRESS, Status.UNSUPPORTED)]
+    assert records[0].failure and "GPT2LMHeadModel has no nn.Linear layers" in records[0].failure.message
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"", "holds no text"), (b" \n", "holds no text"), (b"a\xff", "no UTF-8 text")])
+def test_a_file_without_text_is_refused_before_anything_runs(overrides: list[str], tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    for wanted in (f"calibration=file:{tmp_path / 'text'}", f"suite.corpus=file:{tmp_path / 'text'}"):
+        with pytest.raises(ConfigError, match=expected):
+            make_cell(resolve([*overrides, "method=sparsegpt", wanted]))
+
+
+def test_too_little_calibration_text_is_a_failed_record(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Too little.")
+    (record,) = run(runner, overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}", "stages=[]")
+    assert (record.status, record.phase) == (Status.FAILED, "calibration data")
+    assert record.failure and "fewer than calibration_samples=128" in record.failure.message and "\n" not in record.failure.message
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_head_takes_a_tied_embedding_along_and_leaves_another_alone(tmp_path: Path, tied: bool) -> None:
+    import torch
+
+    from slimbench.methods.formats import packed
+
+    dense = tiny.save_model(tmp_path / "dense", tie_word_embeddings=tied)
+    out = tmp_path / "out"
+    out.mkdir()
+    item = entry("rtn-4bit-head8")
+    item.method.compress(dense, None, out)
+    source, loaded = dense.load(), packed.load(out)
+    ids = tiny.tokens().ids
+    embedded = loaded.get_input_embeddings()(ids)
+    head = loaded.get_output_embeddings().dequantize()
+    assert not torch.equal(head, source.get_output_embeddings().weight)
+    assert torch.equal(embedded, head[ids] if tied else source.get_input_embeddings()(ids))
+
+
+def test_the_shape_of_a_model_is_known_without_fetching_it(tmp_path: Path) -> None:
+    model: dict[str, Any] = {"name": "m", "dtype": "bfloat16"}
+    folder = tiny.save_model(tmp_path / "m").path
+    assert models.known_shape(ModelConfig(**model, source=f"file:{folder}")) == models.shape_of(folder)
+    assert models.known_shape(ModelConfig(**model, source="random", shape=tiny.SHAPE)) is not None
+    assert models.known_shape(ModelConfig(**model, source="random", shape={"model_type": "llama"})) is None
+    assert models.known_shape(ModelConfig(**model, source="asset:smollm2-135m")) is None  # not in the cache of the tests
+    assert models.known_shape(ModelConfig(**model, source="hf:nobody/nothing", revision="0" * 40)) is None

@@ -1,0 +1,188 @@
+"""Configuration: what is accepted, and that each mistake is one line with the nearest valid choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slimbench.harness.config.compose import jobs, resolve
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.sources import choice, shipped, shipped_method
+from slimbench.harness.run.cell import make_cell, step_label
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("modle=smollm2-135m", "model"),
+        ("method=gtpq", "did you mean 'gptq'"),
+        ("model=smolm2-135m", "did you mean 'smollm2-135m'"),
+        ("suite.limt=3", "did you mean 'suite.limit'"),
+        ("suite.limit=many", "suite.limit"),
+        ("suite.limit=0", "suite.limit"),
+        ("calibration_sample=3", "did you mean 'calibration_samples'"),
+        ("method.dense.bits=4", "method.dense"),
+        ("on_existing=kep", "did you mean 'keep'"),
+        ("model.dtype=bfloat61", "did you mean 'bfloat16'"),
+        ("speed.grid=[]", "speed.grid"),
+        ("method=[gptq", "cannot read the overrides"),
+        ("method=[gptq,rtn-4bit]", "must be the last step"),
+        ("+suite.colour=red", "unknown key 'suite.colour'"),
+        ("model=custom", "model.name"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_choice(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_cell(resolve([override]))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_method_settings_are_checked_for_name_type_and_range() -> None:
+    for override, expected in (
+        ("method.rtn-4bit.bits=5", "method.rtn-4bit.bits"),
+        ("+method.rtn-4bit.bit=4", "did you mean 'bits'"),
+        ("method.rtn-4bit.group_size=many", "method.rtn-4bit.group_size"),
+    ):
+        with pytest.raises(ConfigError, match="rtn-4bit") as caught:
+            resolve(["method=rtn-4bit", override])
+        assert expected in str(caught.value)
+
+
+def test_calibration_on_the_test_text_is_refused(text: Path) -> None:
+    with pytest.raises(ConfigError, match="test text"):
+        resolve(["method=gptq", f"suite.corpus=file:{text}", f"calibration=file:{text}"])
+
+
+@pytest.mark.parametrize("group", ["model", "method", "engine", "suite", "speed", "device"])
+def test_every_shipped_choice_composes(group: str) -> None:
+    for name in shipped(group):
+        extra = ["model.name=x", "model.source=hf:a/b"] if (group, name) == ("model", "custom") else []
+        config = resolve([f"{group}={name}", *extra])
+        assert config.pipeline
+
+
+def test_every_shipped_experiment_composes() -> None:
+    for name in shipped("experiment"):
+        assert len(jobs([f"experiment={name}"])) > 1
+
+
+def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
+    from slimbench.harness.config.registry import entries
+
+    names = choice("experiment", "quantization_all")["hydra"]["sweeper"]["params"]["method"].split(",")
+    swept = [choice("method", name.strip())["_target_"] for name in names]
+    offered = {item.name: item for item in entries() if item.method.family == "quantization" and "transformers" in item.engines}
+    targets = {f"{type(item.method).__module__}.{type(item.method).__qualname__}": name for name, item in offered.items()}
+    assert [name for target, name in targets.items() if target not in swept] == []
+
+
+def test_sweep_jobs_are_the_product_and_the_command_line_wins_over_the_experiment() -> None:
+    found = jobs(["experiment=demo", "method=rtn-4bit,dense", "seed=0,1"])
+    assert len(found) == 4
+    assert {config.pipeline[0].name for _, config in found} == {"rtn-4bit", "dense"}
+
+
+def test_pipeline_order_is_the_order_given() -> None:
+    config = resolve(["method=[magnitude,rtn-4bit]"])
+    assert [step.name for step in config.pipeline] == ["magnitude", "rtn-4bit"]
+
+
+def test_a_label_names_only_what_differs_from_the_shipped_settings() -> None:
+    plain, changed = resolve(["method=rtn-4bit"]), resolve(["method=rtn-4bit", "method.rtn-4bit.group_size=32"])
+    assert step_label(plain.pipeline[0]) == "rtn-4bit"
+    assert step_label(changed.pipeline[0]) == "rtn-4bit(group_size=32)"
+
+
+def test_keys_follow_what_defines_the_work_and_nothing_else(overrides: list[str]) -> None:
+    base = make_cell(resolve([*overrides, "method=rtn-4bit"])).identity.keys
+
+    def keys(*more: str):  # type: ignore[no-untyped-def]
+        return make_cell(resolve([*overrides, "method=rtn-4bit", *more])).identity.keys
+
+    assert keys("results=elsewhere", "limits.wall_s=9", "suite.batch_tokens=7", "calibration_samples=5") == base
+    assert keys("method.rtn-4bit.group_size=32").compress != base.compress
+    other = keys("suite.seqlen=32")
+    assert (other.compress, other.speed) == (base.compress, base.speed)
+    assert other.quality != base.quality
+    assert keys("speed.min_repeats=3").speed != base.speed
+    assert keys("model.dtype=bfloat16").compress != base.compress
+
+
+def test_the_reference_shares_everything_but_the_method(overrides: list[str]) -> None:
+    cell = make_cell(resolve([*overrides, "method=rtn-4bit"]), (*overrides, "method=rtn-4bit"))
+    reference = cell.reference()
+    assert reference.config.is_reference
+    assert reference.identity.keys == cell.identity.reference
+    assert reference.command.endswith("method=dense")
+    assert "rtn-4bit" not in reference.command
+
+
+def test_settings_are_given_to_every_step_that_has_them() -> None:
+    config = resolve(["method=[magnitude,rtn-4bit]", "settings.group_size=32"])
+    assert [step.settings.get("group_size") for step in config.pipeline] == [None, 32]
+    assert config == resolve(["method=[magnitude,rtn-4bit]", "method.rtn-4bit.group_size=32"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=nf4", "settings.bits=3"], "settings.bits: 'nf4' has no setting 'bits'; choices: double_quant"),
+        (["method=rtn-4bit", "+settings.symetric=true"], "did you mean 'symmetric'"),
+        (["method=rtn-4bit", "settings.bits=5"], "method.rtn-4bit.bits: 5 is no valid choice"),
+        (["method=rtn-4bit", "settings.group_siz=32"], "did you mean 'settings.group_size'"),
+    ],
+)
+def test_shared_settings_that_no_step_has_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(overrides)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sweep_over_shared_settings_is_the_product_and_each_cell_has_its_own_key(overrides: list[str]) -> None:
+    found = jobs([*overrides, "method=rtn-4bit,rtn-8bit", "settings.bits=2,3", "settings.group_size=32,64"])
+    cells = [make_cell(config, tuple(job)) for job, config in found]
+    assert len({cell.identity.keys.compress for cell in cells}) == 4  # the two YAMLs differ in nothing else
+    reference = cells[0].reference()
+    assert reference.identity.keys == cells[-1].identity.reference and "settings" not in reference.command
+
+
+def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, transformers = tmp_path / "it's [my], own folder", "slimbench.harness.engines.transformers.TransformersEngine"
+    for group, name, text in (
+        ("method", "mine", "# @package method.mine\n_target_: slimbench.methods.quantization.weight.rtn.RTN\nbits: 3\ngroup_size: 32\n"),
+        ("suite", "mine", "name: mine\nseqlen: 32\ncorpus: [lee-news]\n"),
+        (
+            "engine",
+            "mine",
+            f"name: mine\n_target_: {transformers}\nloaders: {{packed: slimbench.methods.formats.packed.load}}\n",
+        ),
+    ):
+        (own / group).mkdir(parents=True)
+        (own / group / f"{name}.yaml").write_text(text)
+    monkeypatch.setenv("SLIMBENCH_CONF", str(own))
+    config = resolve(["method=mine", "suite=mine", "engine=mine"])
+    assert (config.pipeline[0].settings["bits"], config.suite.seqlen, config.engine.name) == (3, 32, "mine")
+    assert [c.pipeline[0].name for _, c in jobs(["method=mine,dense"])] == ["mine", "dense"]
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        resolve(["method=mime"])
+    (own / "method" / "gptq.yaml").write_text("# @package method.gptq\n_target_: slimbench.methods.dense.Dense\n")
+    with pytest.raises(ConfigError, match="'gptq' is a name of slimbench's own"):
+        resolve(["method=mine"])
+    (own / "method" / "gptq.yaml").unlink()
+    for content, reason in (
+        ("", "holds no settings"),
+        ("bits: 3\n", "no '_target_'"),
+        ("bits: [3\n", "is no YAML"),
+        ("3\n", "holds no settings"),
+    ):
+        (own / "method" / "bad.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=reason):
+            shipped_method("bad")
+    (own / "method" / "bad.yaml").write_text("_target_: slimbench.methods.dense.Dense\n")
+    with pytest.raises(ConfigError, match=r"# @package method\.NAME"):
+        resolve(["method=bad"])
+    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="SLIMBENCH_CONF: no folder"):
+        resolve(["method=dense"])

@@ -1,0 +1,117 @@
+"""The coverage table: every surveyed system has one answer, and what is noted agrees with what the methods claim."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+
+import pytest
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.sources import CONF_DIR, shipped
+from slimbench.leaderboard import coverage
+from slimbench.leaderboard.coverage import Answer, Notes, Status, System
+from tests.unit.cli.test_cli import slimbench
+
+FOUND = [
+    System("pruning/a", "2.1 First", "A", "2020", "survey"),
+    System("pruning/b", "2.1 First", "B", "2021", "survey"),
+    System("pruning/c", "2.2 Second", "C", "", "added"),
+    System("peft/d", "PEFT", "D", "2022", "survey"),
+]
+COVERS = {"one": ("pruning/a",), "two": ("pruning/a",)}
+NOTES = Notes(
+    engines={"peft/d": ("transformers",)},
+    approximated={"pruning/b": ("one", "smaller")},
+    missing={},
+    defaults={"2.2": "no code", "pruning": "not built yet"},
+)
+
+
+def test_the_survey_has_its_329_systems() -> None:
+    found = coverage.systems()
+    assert len(found) == 329 == len({system.id for system in found})
+    assert Counter(system.origin for system in found) == {"survey": 301, "added": 28}
+    assert sum(system.branch == "quantization" for system in found) == 86
+    assert all(system.system and system.section for system in found)
+
+
+def test_every_system_has_one_answer_and_every_answer_names_what_exists() -> None:
+    assert coverage.problems(coverage.systems(), coverage.registered(), shipped("engine"), coverage.notes()) == []
+
+
+def test_every_quantization_system_has_an_answer_of_its_own() -> None:
+    assert not {"quantization", *(f"1.{n}" for n in range(1, 8))} & set(coverage.notes().defaults)
+
+
+def test_answers_follow_from_methods_engines_and_notes() -> None:
+    found = coverage.answers(FOUND, COVERS, NOTES)
+    assert found == [
+        Answer(FOUND[0], Status.COVERED, ("one", "two")),
+        Answer(FOUND[1], Status.APPROXIMATED, ("one",), "smaller"),
+        Answer(FOUND[2], Status.MISSING, (), "no code"),
+        Answer(FOUND[3], Status.COVERED, ("transformers",)),
+    ]
+    assert [(t.section, t.systems, t.covered, t.approximated, t.missing) for t in coverage.totals(found)] == [
+        ("2.1 First", 2, 1, 1, 0),
+        ("2.2 Second", 1, 0, 0, 1),
+        ("PEFT", 1, 1, 0, 0),
+    ]
+    assert coverage.totals(found, "branch")[0] == coverage.Total("pruning", 3, 1, 1, 1)
+    assert coverage.problems(FOUND, COVERS, ["transformers"], NOTES) == []
+
+
+def test_a_method_may_stand_for_a_part_of_a_system() -> None:
+    notes = Notes(NOTES.engines, NOTES.approximated | {"pruning/a": ("two", "half of it")}, {}, NOTES.defaults)
+    assert coverage.answers(FOUND, COVERS, notes)[0] == Answer(FOUND[0], Status.APPROXIMATED, ("one", "two"), "half of it")
+    assert coverage.problems(FOUND, COVERS, ["transformers"], notes) == []
+
+
+@pytest.mark.parametrize(
+    ("covers", "notes", "fault"),
+    [
+        ({"one": ("pruning/z",)}, Notes(defaults={"pruning": "x", "peft": "x"}), "method 'one' covers 'pruning/z', which is no system"),
+        (COVERS, Notes(missing={"pruning/z": "x"}), "'pruning/z' is noted, but is no system"),
+        (COVERS, Notes(missing={"pruning/a": "x"}), "'pruning/a' is noted as not covered, but a method covers it"),
+        (
+            COVERS | {"three": ()},
+            Notes(approximated={"pruning/a": ("three", "x")}),
+            "'pruning/a' is noted as not covered, but a method covers it",
+        ),
+        (COVERS, Notes(approximated={"pruning/b": ("two", "x")}, missing={"pruning/b": "x"}), "'pruning/b' has two answers"),
+        (COVERS, Notes(approximated={"pruning/b": ("tow", "x")}), "'pruning/b' is approximated by 'tow'; did you mean 'two'?"),
+        (COVERS, Notes(engines={"pruning/b": ("trnsformers",)}), "'trnsformers' is no engine; did you mean 'transformers'?"),
+        (COVERS, Notes(defaults={"2.3": "x"}), "a reason is given for '2.3', which is no section"),
+        (COVERS, Notes(defaults={"2.1": "x", "peft": "x"}), "'pruning/c' has no answer"),
+    ],
+)
+def test_contradictions_are_found(covers: dict[str, tuple[str, ...]], notes: Notes, fault: str) -> None:
+    assert any(line.startswith(fault) for line in coverage.problems(FOUND, covers, ["transformers"], notes))
+
+
+def test_a_section_is_a_branch_or_a_number() -> None:
+    assert {row.system.branch for row in coverage.table("pruning")} == {"pruning"}
+    assert {row.system.section for row in coverage.table("1.5")} == {"1.5 KV-cache compression"}
+    with pytest.raises(ConfigError, match="did you mean 'pruning'"):
+        coverage.table("prunning")
+
+
+def test_the_command_prints_the_same_rows_in_every_format() -> None:
+    rows = json.loads(slimbench("methods", "coverage", "--section", "1.3", "--format", "json").stdout)
+    assert [row["id"] for row in rows] == [row.system.id for row in coverage.table("1.3")]
+    assert set(rows[0]) == {"id", "section", "system", "year", "origin", "status", "methods", "how"}
+    comma = list(csv.DictReader(io.StringIO(slimbench("methods", "coverage", "--section", "1.3", "--format", "csv").stdout)))
+    assert [(row["id"], row["status"]) for row in comma] == [(row["id"], row["status"]) for row in rows]
+    marked = slimbench("methods", "coverage", "--section", "1.3", "--format", "md").stdout
+    assert all(f"| {row['id']} |" in marked for row in rows) and f"| all | {len(rows)} |" in marked
+    open_ = json.loads(slimbench("methods", "coverage", "--missing", "--format", "json").stdout)
+    assert {row["status"] for row in open_} == {"missing"} and len(open_) < 329
+    assert "| quantization | 86 |" in slimbench("methods", "coverage", "--summary", "--format", "md").stdout
+
+
+def test_the_readme_has_the_totals_of_the_registry() -> None:
+    readme = (CONF_DIR.parent / "README.md").read_text(encoding="utf-8")
+    stated = readme.partition("<!-- coverage: begin -->\n")[2].partition("<!-- coverage: end -->")[0]
+    assert stated == slimbench("methods", "coverage", "--summary", "--format", "md").stdout

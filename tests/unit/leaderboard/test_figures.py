@@ -1,0 +1,420 @@
+"""Figures: they say what the rows say, come out the same twice, keep labels apart, and give a reason where there is none."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.catalogue import KINDS, Absent, figures, kind
+from slimbench.leaderboard.figures.drawing import KINDS as FORMATS
+from slimbench.leaderboard.figures.drawing import STYLE
+from slimbench.leaderboard.figures.measures import BYTES, PERPLEXITY, SPEED, front, points
+from slimbench.leaderboard.figures.palette import FAMILIES, Palette, method_of
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.format import decimal
+from slimbench.leaderboard.tables.tables import pareto, tables
+from tests.support.board_records import Spec, board, records
+
+SCATTER = ("perplexity-bytes", "perplexity-bits", "perplexity-speed", "accuracy-bytes", "accuracy-bits", "accuracy-speed", "divergence")
+HOSTILE = "$x_1$ <b>&\"' \\frac{"
+
+
+def of(made: Sequence[Row], *only: str) -> list[Plot]:
+    return [found for found in figures(made, only) if isinstance(found, Plot)]
+
+
+def reasons(made: Sequence[Row], *only: str) -> list[str]:
+    return [found.reason for found in figures(made, only) if isinstance(found, Absent)]
+
+
+def words(plot: Plot) -> str:
+    """All text of a figure's SVG."""
+    root = ET.fromstring(plot.draw("svg"))
+    return "\n".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def family(name: str, settings: Sequence[tuple[str, float, float]], branch: str = "quantization") -> Iterator[Record]:
+    """Records of one method at several settings: name, bits or sparsity, loss."""
+    for label, amount, loss in settings:
+        pruned = branch == "pruning"
+        spec = Spec(label, branch, loss=loss, bits=None if pruned else amount, sparsity=amount if pruned else 0.0, size=0.4)
+        for record in records(spec):
+            record.cell.steps = [{"name": label, "target": f"methods.{branch}.{name.lower()}.{name}"}]
+            yield record
+
+
+def grid(made: list[Record], batches: Sequence[int], prompts: Sequence[int]) -> list[Record]:
+    """The same records with the speed point at every batch and prompt."""
+    for record in made:
+        if record.speed:
+            head = record.speed.points[0]
+            record.speed.points = [head.model_copy(update={"batch": b, "prompt": p}) for b, p in itertools.product(batches, prompts)]
+    return made
+
+
+def seeded(seeds: Sequence[int]) -> list[Record]:
+    return [r for seed in seeds for r in records(Spec("gptq", "quantization", loss=1.3, bits=4.25, seed=seed))]
+
+
+def sized(sizes: Sequence[int]) -> list[Record]:
+    """Two pipelines and their reference on models of so many parameters."""
+    made = []
+    for size, (pipeline, loss) in itertools.product(sizes, (("dense", 1.0), ("rtn", 1.4), ("gptq", 1.2))):
+        branch = "reference" if pipeline == "dense" else "quantization"
+        own = records(Spec(pipeline, branch, model=f"tiny-{size}", loss=loss))
+        for record in own:
+            record.cell.parameters = size
+        made += own
+    return made
+
+
+EVERYTHING = {
+    "methods-bits": lambda: [*records(Spec()), *family("RTN", [("rtn-3bit", 3.25, 6.0), ("rtn-4bit", 4.25, 1.4), ("rtn-8bit", 8.0, 1.01)])],
+    "methods-sparsity": lambda: [*records(Spec()), *family("Wanda", [("wanda", 0.5, 1.9), ("wanda(sparsity=0.7)", 0.7, 9.0)], "pruning")],
+    "degradation": lambda: sized([10_000_000, 300_000_000]),
+    "speedup": lambda: grid([*records(Spec()), *records(Spec("gptq", "quantization", decode_ms=23.0))], [1, 4], [128, 512]),
+    "seeds": lambda: [*records(Spec()), *seeded([0, 1, 2])],
+}
+
+
+NAMES = [kind.name for kind in KINDS]
+
+
+@cache
+def sample(name: str) -> list[Row]:
+    """Rows that allow a kind of figure: a realistic board where that is enough."""
+    return rows(EVERYTHING.get(name, board)())
+
+
+@pytest.fixture(scope="module")
+def realistic() -> list[Row]:
+    return sample("board")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_figure_comes_out_the_same_twice(name: str) -> None:
+    (plot,), (again,) = of(sample(name), name), of(sample(name), name)
+    svg = plot.draw("svg")
+    assert svg == again.draw("svg") and svg.startswith(b"<?xml") and b"<dc:date>" not in svg
+    assert re.fullmatch(r"[a-z0-9.-]+", plot.name) and plot.name.startswith(name)
+    assert plot.title in words(plot)
+
+
+@pytest.mark.parametrize("name", ["memory", "tasks"])
+def test_files_drawn_together_are_those_drawn_alone(name: str) -> None:
+    (plot,), (again,) = of(sample(name), name), of(sample(name), name)
+    assert plot.draw_all() == {format: again.draw(format) for format in FORMATS}
+
+
+@pytest.mark.parametrize("name", ["methods-bits", "tasks"])
+def test_every_format_comes_out_the_same_from_records_in_any_order(name: str) -> None:
+    made = EVERYTHING.get(name, board)()
+    (plot,), (again,) = of(sample(name), name), of(rows(list(made)[::-1]), name)
+    starts = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF"}
+    for format in FORMATS:
+        drawn = plot.draw(format)
+        assert drawn.startswith(starts[format]) and drawn == again.draw(format), format
+        assert b"CreationDate" not in drawn
+
+
+@pytest.mark.parametrize("name", SCATTER)
+def test_labels_of_points_are_those_of_the_rows_and_do_not_overlap(name: str, realistic: list[Row]) -> None:
+    (plot,) = of(realistic, name)
+    figure = shown(plot)
+    labels = [text for text in figure.axes[0].texts if text.get_gid() == "label"]
+    boxes = [text.get_window_extent() for text in labels]
+    assert len(labels) >= 6 and {text.get_text() for text in labels} <= {row.label for row in realistic}
+    for (one, a), (other, b) in itertools.combinations(zip(labels, boxes, strict=True), 2):
+        assert not a.overlaps(b), (one.get_text(), other.get_text())
+    frame = figure.bbox
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_title_legend_axes_and_caption_keep_apart_and_inside(name: str) -> None:
+    (plot,) = of(sample(name), name)
+    check_apart(shown(plot))
+
+
+def check_apart(figure: Figure) -> None:
+    parts: list[tuple[str, Bbox]] = [(text.get_text()[:20], text.get_window_extent()) for text in figure.texts]
+    parts += [("legend", legend.get_window_extent()) for ax in figure.axes if (legend := ax.get_legend())]
+    parts += [("axes", ax.get_window_extent()) for ax in figure.axes]
+    parts += [(f"label {ax.get_xlabel()}", ax.xaxis.label.get_window_extent()) for ax in figure.axes if ax.get_xlabel()]
+    for (one, a), (other, b) in itertools.combinations(parts, 2):
+        assert not a.padded(-1).overlaps(b.padded(-1)), (one, other)
+    assert all(figure.bbox.padded(1).contains(*corner) for _, box in parts for corner in (box.min, box.max))
+
+
+def shown(plot: Plot) -> Figure:
+    """The figure, laid out."""
+    with rc_context(STYLE):
+        figure = plot.make()
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+    return figure
+
+
+def test_the_front_is_that_of_the_table(realistic: list[Row]) -> None:
+    (table,) = tables(realistic)
+    for measure, axis in ((BYTES, "weight_bytes"), (SPEED, "decode_tokens_per_s")):
+        members = front(points(table.rows, measure, PERPLEXITY), measure, PERPLEXITY)
+        assert [p.row for p in members] == pareto(table.rows, axis)  # type: ignore[arg-type]
+
+
+def test_intervals_of_points_hold_the_value(realistic: list[Row]) -> None:
+    found = points(realistic, SPEED, PERPLEXITY)
+    assert found and all(p.low <= p.y <= p.high and p.left <= p.x <= p.right for p in found)
+    assert any(p.low < p.y < p.high and p.left < p.x < p.right for p in found)
+
+
+@pytest.mark.parametrize("name", ["perplexity-bytes", "methods-bits", "flips", "tasks", "memory"])
+def test_rows_that_are_not_drawn_are_counted_by_their_end(name: str, realistic: list[Row]) -> None:
+    (plot,) = of(realistic, name)
+    assert "1 failed (quip)" in plot.caption and "1 oom (flap(sparsity=0.3))" in plot.caption
+    assert "1 unsupported (gptq(group_size=128))" in plot.caption
+    assert " ".join(words(plot).split()).count("1 failed (quip)") == 1
+
+
+def test_of_a_crowd_only_the_front_is_named_and_the_caption_says_so() -> None:
+    crowd = [Spec(f"m{i}", "quantization", loss=1.1 + 0.02 * i, size=0.3 + 0.005 * i, bits=4.0) for i in range(45)]
+    made = rows([r for spec in (Spec(), *crowd) for r in records(spec)[:2]])
+    (plot,) = of(made, "perplexity-bytes")
+    check_apart(shown(plot))
+    text = words(plot)
+    assert {"dense", "m0"} <= set(text.splitlines()) and "m44" not in text.splitlines()
+    assert "only the reference and the front are named" in " ".join(text.split())
+
+
+def test_in_a_crowd_without_reference_and_front_the_caption_does_not_speak_of_them() -> None:
+    crowd = [Spec(f"m{i}", "quantization", loss=1.1 + 0.02 * i, size=0.3 + 0.005 * i, bits=4.0) for i in range(45)]
+    (plot,) = of(rows([r for spec in (Spec(), *crowd) for r in records(spec)[:2]]), "divergence")
+    said = words(plot).split()
+    assert {spec.pipeline for spec in crowd} <= set(said) and "the front" not in " ".join(said)
+
+
+def test_a_long_title_is_told_whole_in_two_lines_that_break_between_its_parts() -> None:
+    machine = "Example(R) Processor(R) 9000 · 2 threads · 9 GB"
+    made = [row.model_copy(update={"hardware": machine}) for row in sample("board")]
+    (plot,) = of([*sample("board"), *made], "memory")[1:]
+    (title,) = [text for text in shown(plot).texts if text.get_text().startswith("Memory")]
+    assert title.get_text().replace("\n", " ") == f"Memory while decoding: {plot.group.title}" and machine in plot.group.title
+    assert title.get_text().count("\n") == 1 and title.get_text().splitlines()[0].endswith(" ·")
+    check_apart(shown(plot))
+
+
+def test_every_row_is_drawn_or_accounted_for(realistic: list[Row]) -> None:
+    (plot,) = of(realistic, "perplexity-bytes")
+    text = words(plot)
+    assert "Points without a name" in text or all(row.label in text for row in realistic)
+
+
+def test_rows_off_the_scale_are_named_with_their_number(realistic: list[Row]) -> None:
+    (row,) = [row for row in realistic if row.pipeline == "hqq(bits=2)"]
+    number = decimal(0)(row.perplexity or 0)
+    (scatter,), (lines,) = of(realistic, "perplexity-bits"), of(realistic, "methods-bits")
+    assert f"hqq(bits=2) ({number})" in scatter.caption
+    assert f"hqq(bits=2) {number}" in words(lines)
+
+
+def test_settings_of_one_method_share_a_line_and_others_do_not() -> None:
+    made = rows([*EVERYTHING["methods-bits"](), *family("HQQ", [("hqq-4bit", 4.5, 1.3)])])
+    figure = shown(of(made, "methods-bits")[0])
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    by_bits = {row.effective_bits: row.perplexity for row in made if row.methods == ["RTN"]}
+    assert list(lines["RTN"].get_xdata()) == sorted(b for b in by_bits if b is not None)
+    assert list(lines["RTN"].get_ydata()) == [by_bits[bits] for bits in sorted(b for b in by_bits if b is not None)]
+    assert "HQQ" not in lines and "hqq-4bit" in words(of(made, "methods-bits")[0])
+
+
+def test_a_setting_that_another_of_its_method_beats_is_off_its_line() -> None:
+    made = rows([*records(Spec()), *family("RTN", [("rtn-3bit", 3.25, 2.0), ("rtn-4bit-row", 4.1, 2.4), ("rtn-4bit", 4.25, 1.4)])])
+    line = {line.get_label(): line for line in shown(of(made, "methods-bits")[0]).axes[0].get_lines()}["RTN"]
+    assert list(line.get_xdata()) == [3.25, 4.25]
+
+
+def test_degradation_has_a_point_for_each_size() -> None:
+    text = words(of(sample("degradation"), "degradation")[0])
+    assert all(part in text for part in ("tiny-10000000", "10 M", "300 M", "rtn", "gptq"))
+    assert reasons(rows(sized([10_000_000])), "degradation") == [
+        "no pipeline was compared with its dense model on two sizes of model (1 here)"
+    ]
+
+
+def test_speedups_are_those_of_the_rows_with_their_roofline() -> None:
+    made = sample("speedup")
+    figure = shown(of(made, "speedup")[0])
+    (row,) = [row for row in made if row.pipeline == "gptq"]
+    assert len(figure.axes) == 2
+    for ax, over in zip(figure.axes, ("batch", "prompt"), strict=True):
+        lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 2 and line.get_linestyle() != "-"]
+        solid = next(line for line in ax.get_lines() if list(line.get_xdata()) == sorted({p[over] for p in row.speed_points}))
+        assert solid.get_ydata()[0] == pytest.approx(row.speedup)
+        assert any(line.get_ydata()[0] == pytest.approx(row.speedup / row.roofline_fraction) for line in lines)  # type: ignore[operator]
+    single = rows(grid(EVERYTHING["speedup"](), [1], [128]))
+    assert reasons(single, "speedup") == ["no row has speed-ups at several batches or contexts (1 point in all)"]
+
+
+def test_memory_bars_end_at_the_sum(realistic: list[Row]) -> None:
+    text = words(of(realistic, "memory")[0]).splitlines()
+    for row in realistic:
+        if row.weight_bytes and row.kv_cache_bytes and row.activation_bytes:
+            assert decimal(1, 1e-6)(row.weight_bytes + row.kv_cache_bytes + row.activation_bytes) in text
+    assert {"weights", "KV cache", "activations and workspace"} <= set(text)
+
+
+def test_flips_are_those_of_the_rows(realistic: list[Row]) -> None:
+    ax = shown(of(realistic, "flips")[0]).axes[0]
+    names = [label.get_text().removesuffix(" *") for label in ax.get_yticklabels()]
+    by_name = {row.label: row for row in realistic}
+    wrong, right = ([bar.get_width() for bar in container] for container in ax.containers)
+    assert [-by_name[name].flips_to_wrong for name in names] == wrong  # type: ignore[operator]
+    assert [by_name[name].flips_to_right for name in names] == right
+
+
+def test_task_differences_are_those_of_the_rows_and_significant_ones_are_marked(realistic: list[Row]) -> None:
+    ax = shown(of(realistic, "tasks")[0]).axes[0]
+    cells = {(round(text.get_position()[0]), round(text.get_position()[1])): text.get_text() for text in ax.texts}
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    by_name, form = {row.label: row for row in realistic}, decimal(1, signed=True)
+    for y, name in enumerate(names):
+        row = by_name[name]
+        for x, task in enumerate(sorted(row.task_delta)):
+            delta, p = row.task_delta[task], row.task_p[task]
+            assert delta is not None and p is not None
+            assert cells[x, y] == (form(100 * delta) if delta else "0") + (" *" if p < 0.05 else "")
+        assert cells[len(row.task_delta), y] == form(100 * fmean(row.task_delta.values()))  # type: ignore[type-var]
+    assert any(text.endswith("*") for text in cells.values())
+
+
+def test_seeds_show_each_replicate() -> None:
+    made = sample("seeds")
+    found = [row for row in made if row.pipeline == "gptq"]
+    figure = shown(of(made, "seeds")[0])
+    marks = next(line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3)
+    assert sorted(marks.get_xdata()) == sorted(row.perplexity for row in found if row.perplexity)
+    assert f"s = {decimal(2)(found[0].perplexity_seed_sd or 0)}, 3 seeds" in words(of(made, "seeds")[0])
+    assert reasons(rows([*records(Spec()), *seeded([0])]), "seeds") == ["no pipeline was measured with more than one seed"]
+
+
+def test_lines_of_seeds_are_told_apart_by_their_calibration_text() -> None:
+    made = [
+        r for samples in (8, 32) for seed in (0, 1) for r in records(Spec(f"gptq {samples} {seed}", "quantization", loss=1.3, seed=seed))
+    ]
+    for record in made:
+        _, samples, seed = record.cell.pipeline.split()
+        record.cell.pipeline, record.cell.steps, record.cell.calibration = "gptq", [], "fingerprint"
+        record.config["calibration"] = {"source": "news", "samples": int(samples), "length": 256, "seed": int(seed)}
+    said = words(of(rows([*records(Spec()), *made]), "seeds")[0])
+    assert "gptq · news, 8 × 256 tokens" in said and "gptq · news, 32 × 256 tokens" in said
+
+
+def test_every_kind_has_a_reason_where_the_rows_do_not_allow_it() -> None:
+    found = list(figures(rows(records(Spec()))))
+    drawn = {plot.kind for plot in found if isinstance(plot, Plot)}
+    absent = {gone.kind: gone.reason for gone in found if isinstance(gone, Absent)}
+    assert drawn == {"memory"} and set(absent) == {kind.name for kind in KINDS} - drawn
+    assert all(reason and "\n" not in reason for reason in absent.values())
+    assert list(figures([])) == []
+
+
+def test_quality_of_two_machines_stands_in_one_figure_and_speed_does_not() -> None:
+    here, there = [*records(Spec()), *records(Spec("rtn", "quantization", loss=1.4, bits=4.25))], []
+    for record in records(Spec("gptq", "quantization", loss=1.2, bits=4.25)):
+        record.provenance = record.provenance | {"hardware": record.provenance["hardware"] | {"cpu": "Another CPU"}}
+        there.append(record)
+    made = rows([*here, *there])
+    (quality,) = of(made, "perplexity-bits")
+    assert {"rtn", "gptq", "dense"} <= set(words(quality).splitlines()) and "2 machines" in words(quality)
+    assert len(of(made, "memory")) == 2
+    (speed,) = of(made, "perplexity-speed")
+    assert "gptq" not in words(speed)
+
+
+def test_a_result_with_several_speeds_stands_once_in_a_figure_of_quality() -> None:
+    long = [r for r in records(Spec("gptq", "quantization", loss=1.2, bits=4.25, speed="long")) if r.stage != "compress"]
+    made = rows([*records(Spec()), *records(Spec("gptq", "quantization", loss=1.2, bits=4.25)), *long])
+    assert len([row for row in made if row.pipeline == "gptq"]) == 2
+    assert words(of(made, "perplexity-bits")[0]).splitlines().count("gptq") == 1
+
+
+def test_a_result_under_two_names_stands_once_in_a_figure() -> None:
+    made = rows([*records(Spec()), *records(Spec("gptq", "quantization", loss=1.2, bits=4.25))])
+    other = made[1].model_copy(update={"replicate": "seed 0", "hardware": "Another CPU"})
+    (plot,) = of([*made, other], "perplexity-bits")
+    assert len(plot.group.rows) == 2
+    (plot,) = of([*made, other.model_copy(update={"hardware": made[1].hardware})], "memory")
+    assert len(plot.group.rows) == 2
+    sizes = sample("degradation")
+    (plot,) = of([*sizes, *(row.model_copy(update={"hardware": "Another CPU"}) for row in sizes)], "degradation")
+    assert len(plot.group.rows) == len(sizes)
+
+
+def test_hostile_names_are_shown_as_they_are() -> None:
+    specs = [Spec(suite=HOSTILE), Spec(HOSTILE, "quantization", suite=HOSTILE, loss=1.4, bits=4.25, size=0.4)]
+    specs += [replace(specs[1], pipeline="_漢字", loss=1.2, bits=3.0), replace(specs[1], pipeline="x" * 500, loss=1.3, bits=2.0)]
+    made = rows(grid([r for spec in specs for r in records(spec)], [1, 2], [128]))
+    drawn = of(made)
+    assert len(drawn) >= 10
+    for plot in drawn:
+        text = words(plot)
+        assert HOSTILE in text and "x" * 60 not in text
+        assert re.fullmatch(r"[a-z0-9.-]+", plot.name)
+
+
+def test_methods_keep_their_look_over_all_figures(realistic: list[Row]) -> None:
+    found = realistic
+    palette = Palette.of(found)
+    looks = {method: palette.look(method) for method in palette.methods}
+    assert len(set(looks.values())) == len(looks) > 8
+    assert palette == Palette.of(list(reversed(found)))
+    assert len({look for look in FAMILIES.values()}) == len({marker for _, marker in FAMILIES.values()}) == len(FAMILIES)
+    assert {method_of(row) for row in found if not row.is_reference} == set(palette.methods)
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="methods-bits"):
+        kind("method-bits")
+
+
+def test_the_command_writes_figures_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from slimbench.harness.cli.figures import figures as command
+
+    for record in board():
+        Store(tmp_path / "results").put(record)
+    command(tmp_path / "results", tmp_path / "out", "png, pdf", ["flips", "seeds"], False)
+    said = capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png", ".pdf"}
+    assert all(path.name.startswith("flips-tiny-135m-wiki") for path in (tmp_path / "out").iterdir())
+    assert "no seeds, tiny-135m · wiki: no pipeline was measured with more than one seed" in said
+    with pytest.raises(ConfigError, match="--kind gif"):
+        command(tmp_path / "results", tmp_path / "out", "gif", None, False)
+
+
+def test_a_row_of_an_unknown_family_is_drawn() -> None:
+    made = rows([*records(Spec()), *records(Spec("new", "sketching", loss=1.1, bits=4.0, size=0.5))])
+    assert {"new", "sketching"} <= set(words(of(made, "perplexity-bytes")[0]).splitlines())
+
+
+def test_all_text_is_large_enough_to_read(realistic: list[Row]) -> None:
+    for plot in of(realistic):
+        sizes = [text.get_fontsize() for text in shown(plot).findobj(Text) if isinstance(text, Text) and text.get_text()]
+        assert min(sizes) >= 7.5, plot.name

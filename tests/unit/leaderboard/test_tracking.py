@@ -1,0 +1,107 @@
+"""W&B: what was logged offline is read back from disk and holds the numbers of the records."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from slimbench.harness.launch import sweep
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tracking import dashboard
+from slimbench.leaderboard.tracking import wandb as tracking
+from tests.support import wandb_file
+from tests.support.board_records import Spec, records
+
+SPECS = [Spec(), Spec("four", "quantization", loss=1.2, decode_ms=25, bits=4.25, size=0.4, flags=("a slower kernel ran: none",))]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[Record]:
+    return [record for spec in SPECS for record in records(spec)]
+
+
+@pytest.fixture(scope="module")
+def folder(measured: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("wandb")
+    written, online = tracking.log(measured, "slimbench-test", found, mode="offline")
+    assert len(written) == len(SPECS) and not online
+    return found
+
+
+def test_offline_runs_hold_the_numbers_of_the_records(measured: list[Record], folder: Path) -> None:
+    logged = {run["config"]["pipeline"]: run for run in map(wandb_file.read, tracking.offline_runs(folder))}
+    assert set(logged) == {"dense", "four"}
+    for row in rows(measured):
+        run = logged[row.pipeline]
+        summary = run["summary"]
+        assert run["group"] == f"{row.model} · {row.family}" and run["project"] == "slimbench-test" and row.engine in run["tags"]
+        for name in ("perplexity", "perplexity_low", "accuracy", "decode_tokens_per_s", "weight_bytes", "disk_bytes", "effective_bits"):
+            assert summary[name] == getattr(row, name), name
+        assert run["config"]["keys"] == row.keys.model_dump()
+        assert run["config"]["provenance"]["packages"]["torch"] == "2.13.0"
+
+
+def test_tables_and_artefact_are_those_of_the_records(measured: list[Record], folder: Path) -> None:
+    run = next(r for r in map(wandb_file.read, tracking.offline_runs(folder)) if r["config"]["pipeline"] == "four")
+    row = next(row for row in rows(measured) if row.pipeline == "four")
+    assert {task: accuracy for task, accuracy, _ in run["tables"]["tasks"]["data"]} == row.task_accuracy
+    grid = run["tables"]["speed_grid"]
+    assert [dict(zip(grid["columns"], line, strict=True)) for line in grid["data"]] == row.speed_points
+    made = next(r for r in measured if r.cell.pipeline == "four" and r.compress)
+    assert made.compress and run["artefacts"][0]["disk_bytes"] == made.compress.disk_bytes
+    assert run["artefacts"][0]["claim"]["bits"] == made.compress.claim["bits"]
+
+
+def test_the_host_is_not_named(folder: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    for path in folder.rglob("run-*.wandb"):
+        for payload in wandb_file.payloads(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            assert record.run.host != socket.gethostname()
+
+
+def test_what_has_not_changed_is_not_logged_again(measured: list[Record], folder: Path) -> None:
+    assert tracking.log(measured, "slimbench-test", folder, mode="offline")[0] == []
+    changed = [*measured, *records(Spec("three", "quantization", loss=2.0, bits=3.25))]
+    assert [run.name for run in tracking.log(changed, "slimbench-test", folder, mode="offline")[0]] == ["three · transformers"]
+
+
+def test_dashboard_shows_metrics_that_the_runs_have() -> None:
+    pytest.importorskip("wandb_workspaces")
+    text = json.dumps(dashboard.definition(dashboard.workspace("team", "slimbench")))
+    named = set(re.findall(r'summary:([a-z_]+)|"metrics": \["([a-z_]+)"', text))
+    named = {name for pair in named for name in pair if name}
+    assert {"weight_bytes", "perplexity", "kl_mean", "speedup", "compress_seconds", "accuracy"} <= named <= set(Row.model_fields)
+
+
+def test_a_cell_is_logged_when_it_is_done(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    results = tmp_path / "results"
+    done = sweep.run([*overrides, f"results={results}", "method=rtn-4bit", "settings.group_size=32", "tracking=wandb", "stages=[quality]"])
+    assert done.exit_code == 0
+    logged = {run["config"]["pipeline"]: run for run in map(wandb_file.read, tracking.offline_runs(tmp_path))}
+    board = {row.pipeline: row for row in rows(Store(results).scan()[0])}
+    assert set(logged) == set(board) == {"dense", "rtn-4bit(group_size=32)"}
+    for name, row in board.items():
+        assert logged[name]["summary"]["perplexity"] == row.perplexity
+
+
+def test_a_tracker_that_fails_stops_nothing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(tracking, "log", refuse)
+    assert sweep.run([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[quality]"]).exit_code == 0
+    assert "not logged to W&B: no room" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""Planted lies: methods and loaders that claim what they do not do are caught, and their honest counterparts are not accused.
+
+Every case takes the way of a real cell: the pipeline writes an artefact, an engine loads it from disk, its evidence is held against
+the claim.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.schema.compress import CompressResult
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.stages import common, compress
+from tests.support import tiny
+
+LAYERS = 14
+NO_SPARSE_KERNEL = "2:4 mask without a sparse kernel"
+UNPACKED = "packed on disk, dense in memory: dequantized at load"
+
+
+class Silent:
+    def phase(self, name: str) -> None: ...
+
+    def progress(self, done: float, total: float) -> None: ...
+
+
+class Bench:
+    """Runs pipelines on a tiny model, compression and loading as in a cell."""
+
+    def __init__(self, overrides: list[str], folder: Path) -> None:
+        self.overrides = [o for o in overrides if not o.startswith(("model.source", "model.dtype"))]
+        self.folder = folder
+
+    def run(self, *steps: str, dtype: str = "bfloat16", loader: str | None = None, **shape: Any) -> tuple[CompressResult, Evidence]:
+        """Each step is a class of `tests.support.lying` or a dotted path, with settings as in `Name(key=value)`."""
+        source = self.folder / f"{dtype}-{'-'.join(f'{k}{v}' for k, v in shape.items())}"
+        if not source.exists():
+            tiny.save_model(source, dtype, **shape)
+        more = [f"model.source=file:{source}", f"model.dtype={dtype}", "~method.dense"]
+        for index, step in enumerate(steps):
+            target, _, settings = step.rstrip(")").partition("(")
+            more.append(f"+method.step{index}._target_={target if '.' in target else f'tests.support.lying.{target}'}")
+            more += [f"+method.step{index}.{setting.strip()}" for setting in settings.split(",") if setting]
+        if loader:
+            more.append(f"engine.loaders.packed=tests.support.lying.{loader}")
+        config, key = resolve([*self.overrides, *more]), uuid.uuid4().hex
+        made = compress.run(config, key, Silent())
+        model, _ = common.load(config, key, Silent())
+        return made, common.evidence_of(model, key)
+
+    def flags(self, *steps: str, **settings: Any) -> list[str]:
+        return self.run(*steps, **settings)[1].flags
+
+
+@pytest.fixture(scope="module")
+def bench(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(overrides, tmp_path_factory.mktemp("lies"))
+
+
+RTN4 = "slimbench.methods.quantization.weight.rtn.RTN(bits=4,group_size=32)"
+RTN8 = "slimbench.methods.quantization.weight.rtn.RTN(bits=8,group_size=null)"
+INT8 = "slimbench.methods.quantization.activation.int8_dynamic.Int8Dynamic"
+MAGNITUDE = "slimbench.methods.pruning.unstructured.magnitude.Magnitude(sparsity=0.5)"
+TWO_OF_FOUR = "slimbench.methods.pruning.unstructured.magnitude.Magnitude(pattern='2:4')"
+
+
+def test_four_bits_that_are_sixteen(bench: Bench) -> None:
+    assert bench.flags("StoresDense") == ["claims 4 bits, stores 16.0"]
+    assert bench.flags("StoresDense(simulated=true)") == ["simulated: rounded numbers in dense storage"]
+    assert bench.flags(RTN4) == []
+
+
+@pytest.mark.parametrize("broken", [1, 3, LAYERS])
+def test_a_mask_that_is_none(bench: Bench, broken: int) -> None:
+    _, found = bench.run(f"BrokenMask(layers={broken})")
+    assert found.flags == [f"2:4 mask does not hold in {broken} of {LAYERS} layers", NO_SPARSE_KERNEL]
+    (linear,) = (layer for layer in found.layers if layer.role == "linear")
+    assert linear.pattern is None
+    assert linear.patterns.get("2:4", 0) == LAYERS - broken
+    assert sum(linear.patterns.values()) == LAYERS
+
+
+@pytest.mark.parametrize("mask", ["BrokenMask(layers=0)", TWO_OF_FOUR])
+def test_a_mask_that_holds(bench: Bench, mask: str) -> None:
+    _, found = bench.run(mask)
+    assert found.flags == [NO_SPARSE_KERNEL]
+    assert [layer.pattern for layer in found.layers if layer.role == "linear"] == ["2:4"]
+
+
+@pytest.mark.parametrize("bits", [RTN4, RTN8])
+@pytest.mark.parametrize("loader", ["load_expanded", "load_expanding"])
+def test_a_packed_artefact_that_is_dense_in_memory(bench: Bench, bits: str, loader: str) -> None:
+    _, found = bench.run(bits, loader=loader)
+    assert found.flags == [UNPACKED]
+    assert found.effective_bits == 16
+    assert found.loaded_bits is not None and (found.loaded_bits < 9) == (loader == "load_expanding")
+    _, honest = bench.run(bits)
+    assert honest.flags == []
+    assert honest.effective_bits is not None
+    assert honest.effective_bits == honest.loaded_bits < 9
+
+
+def test_dense_copies_that_no_module_holds(bench: Bench) -> None:
+    assert bench.flags(RTN4, loader="load_hiding") == [f"fell back to dequantize + dense matmul in {LAYERS} of {LAYERS} layers"]
+
+
+def test_zeros_that_a_later_step_fills(bench: Bench) -> None:
+    made, found = bench.run(MAGNITUDE, "FineTune")
+    assert found.flags == ["claims 50% zeros, has 0%"]
+    assert (made.claim["sparsity"], made.training_tokens, made.tuning_free) == (pytest.approx(0.5, abs=1e-3), 1000, False)
+    assert made.trained_parameters == sum(layer.parameters for layer in found.layers if layer.role == "linear")
+    assert bench.flags(MAGNITUDE, "FineTune(masked=true)") == []
+    assert bench.flags(MAGNITUDE) == []
+
+
+def test_a_mask_that_a_later_step_fills(bench: Bench) -> None:
+    flags = bench.flags(TWO_OF_FOUR, "FineTune", "FineTune")
+    assert flags == ["claims 50% zeros, has 0%", f"2:4 mask does not hold in {LAYERS} of {LAYERS} layers", NO_SPARSE_KERNEL]
+    assert bench.flags(TWO_OF_FOUR, "FineTune(masked=true)") == [NO_SPARSE_KERNEL]
+
+
+def test_a_mask_that_quantization_keeps(bench: Bench) -> None:
+    made, found = bench.run(TWO_OF_FOUR, RTN4)
+    assert found.flags == [NO_SPARSE_KERNEL]
+    assert (made.claim["bits"], made.claim["pattern"], made.claim["format"]) == (4, "2:4", "packed")
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "shape", "fallen"),
+    [
+        (RTN4, "bfloat16", {}, 0),
+        (RTN4, "float32", {}, 0),
+        (RTN4, "float16", {}, LAYERS),  # no packed kernel on a CPU
+        (RTN4, "bfloat16", {"num_attention_heads": 8, "num_key_value_heads": 1}, 0),  # 8 outputs of k and v: half a block of rows
+        (RTN8, "bfloat16", {}, 0),
+        (RTN8, "bfloat16", {"intermediate_size": 136}, 2),  # 136 inputs of the down projection: no multiple of 16
+        (INT8, "bfloat16", {"intermediate_size": 136}, 0),
+        (INT8, "bfloat16", {"intermediate_size": 132}, 6),
+    ],
+)
+def test_a_kernel_that_falls_back(bench: Bench, method: str, dtype: str, shape: dict[str, int], fallen: int) -> None:
+    _, found = bench.run(method, dtype=dtype, **shape)
+    expected = [f"fell back to dequantize + dense matmul in {fallen} of {LAYERS} layers"] if fallen else []
+    if fallen and method == INT8:
+        expected.append(f"claims 8-bit activations, computes in bfloat16 in {fallen} of {LAYERS} layers")
+    assert found.flags == expected
+    (linear,) = (layer for layer in found.layers if layer.role == "linear")
+    assert (linear.layer, linear.count, linear.fallback_layers) == ("PackedLinear", LAYERS, fallen)
+    assert linear.operators.get("dequantize + linear", 0) == fallen
+    assert sum(linear.operators.values()) == sum(linear.compute.values()) == LAYERS
+    assert bool(found.materialised_bytes) == bool(fallen)
+
+
+def test_inputs_that_are_not_rounded(bench: Bench) -> None:
+    assert bench.flags("WeightOnly") == ["claims 8-bit activations, computes in bfloat16"]
+    _, found = bench.run(INT8)
+    assert found.flags == []
+    assert [layer.compute for layer in found.layers if layer.role == "linear"] == [{"int8": LAYERS}]

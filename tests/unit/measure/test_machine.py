@@ -1,0 +1,100 @@
+"""The state of the machine: its probe, its caches, and that other load is seen while own work is not taken for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pynvml
+import pytest
+import torch
+
+from slimbench.harness.measure import gpu, hardware, machine
+from slimbench.harness.measure.machine import CacheFlush, LoadWatch, MachineProbe, last_level_cache
+
+CPU = torch.device("cpu")
+BUSY = [sys.executable, "-S", "-c", "import time\nend = time.time() + {}\nwhile time.time() < end: pass"]
+
+
+def busy(seconds: float) -> list[str]:
+    return [part.format(seconds) for part in BUSY]
+
+
+def test_the_probe_reads_what_the_machine_can_do() -> None:
+    probe = MachineProbe(CPU)
+    probe.restart()
+    reading = probe.read()
+    assert 0.1 < reading.copy_gbs < 10_000 and reading.matmul_gflops is not None and reading.matmul_gflops > 0.1
+    assert reading.seconds is not None and reading.seconds < 0.1
+    assert probe._source.nbytes >= 4 * last_level_cache(CPU), "else the cache is measured"
+
+
+def test_sizes_of_caches_are_read_as_the_kernel_writes_them() -> None:
+    assert [machine._bytes(text) for text in ("48K\n", "32768K", "1M", "512")] == [49152, 2**25, 2**20, 512]
+    assert last_level_cache(CPU) >= 2**18
+
+
+def test_a_flush_writes_over_the_whole_cache() -> None:
+    flush = CacheFlush(CPU)
+    flush()
+    assert flush._buffer.nbytes >= last_level_cache(CPU) and not flush._buffer.any()
+
+
+def test_a_stranger_on_one_core_raises_the_flag() -> None:
+    detached = " ".join(f"'{part}'" for part in busy(1.2))
+    subprocess.run(["sh", "-c", f"{detached} >/dev/null 2>&1 &"], check=True)  # its parent is gone, so it is no child of this process
+    watch = LoadWatch()
+    time.sleep(1.0)
+    load, flags = watch.read()
+    assert load["other_cores"] > 0.25
+    assert any(flag.startswith("other load: ") for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, "abc"),
+        ("1", "b"),
+        ("2, 0", "ca"),
+        ("GPU-b", "b"),
+        ("GPU-c,1", "cb"),
+        ("0,7,1", "a"),
+        ("0,GPU-none,1", "a"),
+        ("", ""),
+        ("-1", ""),
+    ],
+)
+def test_cards_are_those_that_torch_sees_in_its_order(named: str | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda card: f"GPU-{card}-0123")
+    assert hardware._visible(list("abc"), named) == list(seen)
+
+
+def test_children_count_as_own_while_they_run_and_after() -> None:
+    before = machine._own_seconds()
+    child = subprocess.Popen(busy(60))
+    deadline = time.monotonic() + 30
+    while (running := machine._own_seconds()) - before <= 0.1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    assert running - before > 0.1
+    assert machine._own_seconds() >= running
+
+
+def test_slowdowns_are_heat_and_brakes_not_the_power_cap_or_idleness() -> None:
+    assert gpu.slowdowns(0x1 | 0x2 | 0x4 | 0x10 | 0x100) == []
+    assert gpu.slowdowns(0x8 | 0x4) == ["hardware slowdown"]
+    assert len(gpu.slowdowns(0x20 | 0x40 | 0x80)) == 3
+
+
+def test_own_processes_on_a_card_are_not_others_even_under_foreign_numbers() -> None:
+    assert gpu.others([100, 200, 300], {100}) == 2
+    assert gpu.others([100], {100}) == 0
+    assert gpu.others([7], {100}) == 0, "in a container the one listed process is this one"
+    assert gpu.others([7, 8], {100}) == 1
+    assert gpu.others([], {100}) == 0
+
+
+def test_a_cpu_has_no_card() -> None:
+    assert gpu.monitor(CPU) is None

@@ -1,0 +1,88 @@
+"""The roofline and the flags of speed figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from slimbench.harness.measure.soundness import flags, judge, roofline
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.speed import MemoryResult, Probe, Samples, SpeedPointResult, SpeedResult
+
+CACHE = 32 * 2**20
+
+
+def layer(role: str, size: int, name: str = "Linear") -> LayerEvidence:
+    return LayerEvidence(layer=name, role=role, count=1, parameters=size, bytes=size, dtypes={}, bits_per_weight=8.0)
+
+
+def evidence(*layers: LayerEvidence) -> Evidence:
+    return Evidence(weight_bytes=sum(x.bytes for x in layers), parameters=1, layers=list(layers))
+
+
+TIED = evidence(layer("linear", 200_000_000), layer("embedding", 50_000_000), layer("other", 1_000_000), layer("head", 0))
+UNTIED = evidence(layer("linear", 200_000_000), layer("embedding", 50_000_000), layer("head", 50_000_000))
+
+
+def point(decode_ms: float = 50.0, reference_ms: float | None = None, probes: tuple[float, ...] = (10.0, 10.0)) -> SpeedPointResult:
+    def samples(ms: float) -> Samples:
+        return Samples(prefill_ms=[ms] * 8, decode_ms=[ms * (1 + 0.001 * i) for i in range(-4, 4)])
+
+    return SpeedPointResult(
+        batch=1,
+        prompt=128,
+        new_tokens=17,
+        candidate=samples(decode_ms),
+        reference=samples(reference_ms) if reference_ms else None,
+        probes=[Probe(copy_gbs=gbs, matmul_gflops=10 * gbs) for gbs in probes],
+        stopped="target",
+        kv_cache_bytes=9_000_000,
+    )
+
+
+def test_the_bound_is_the_bytes_that_must_move_over_the_bandwidth() -> None:
+    found = roofline(point(50.0), TIED, copy_gbs=10.0, cache_size=CACHE)
+    assert (found.weight_bytes, found.cache_bytes) == (251_000_000, 9_000_000), "a tied embedding is read as the head"
+    assert found.bound_ms == pytest.approx(26.0)
+    assert found.fraction == pytest.approx(0.52, rel=0.01)
+    assert roofline(point(), UNTIED, 10.0, CACHE).weight_bytes == 250_000_000, "only rows of the embedding are read"
+
+
+def test_where_there_is_no_bound_there_is_a_reason() -> None:
+    small = roofline(point(), evidence(layer("linear", 1000)), 10.0, CACHE)
+    experts = roofline(point(), evidence(layer("linear", 10**9), layer("other", 10**9, "MixtralExperts")), 10.0, CACHE)
+    hidden = roofline(point().model_copy(update={"kv_cache_bytes": None}), TIED, 10.0, CACHE)
+    assert small.fraction is experts.fraction is hidden.fraction is None
+    assert "fit into" in (small.reason or "") and "experts" in (experts.reason or "") and "KV cache" in (hidden.reason or "")
+
+
+def test_more_than_the_bandwidth_is_a_defect() -> None:
+    measured = point(20.0)
+    measured.roofline = roofline(measured, TIED, 10.0, CACHE)
+    assert flags(measured, [], False) == ["roofline: 130% of the measured bandwidth: a defect of the measurement (1×128+17)"]
+
+
+def test_a_reference_that_differs_from_itself_is_flagged() -> None:
+    assert flags(point(50.0, 52.0), [], True) == ["A/A: the reference differs from itself by 4.0%; the machine was not steady (1×128+17)"]
+    assert flags(point(50.0, 52.0), [], False) == [], "a method may be faster"
+    assert flags(point(50.0, 50.0), [], True) == []
+
+
+def test_drift_and_load_are_flagged() -> None:
+    assert flags(point(probes=(10.0, 10.9)), [], False) == []
+    drifted = flags(point(probes=(10.0, 12.0, 10.0)), ["other load: 1.0 cores busy beside the measurement"], False)
+    assert drifted == [
+        "other load: 1.0 cores busy beside the measurement (1×128+17)",
+        "the machine's copy bandwidth changed by 20% (1×128+17)",
+        "the machine's matrix product changed by 20% (1×128+17)",
+    ]
+
+
+def test_a_result_is_judged_by_the_best_bandwidth_of_all_its_points() -> None:
+    points = [point(probes=(9.0,)), point(probes=(10.0,))]
+    points[0].load, points[1].load = {"other_cores": 0.5}, {"other_cores": 0.1}
+    memory = MemoryResult(weight_bytes=1, process_bytes=1, process_peak_bytes=1)
+    result = SpeedResult(points=points, memory=memory, evidence=TIED, copy_bandwidth_gbs=0.0)
+    judge(result, [["busy"], []], CACHE, is_reference=False)
+    assert result.copy_bandwidth_gbs == 10.0
+    assert [p.roofline.bound_ms for p in points if p.roofline] == pytest.approx([26.0, 26.0])
+    assert (result.load, result.flags) == ({"other_cores": 0.5}, ["busy (1×128+17)"])

@@ -1,0 +1,214 @@
+"""Stages in real child processes: whatever happens to them, there is exactly one record, and the next run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store import artefact
+from slimbench.harness.store.store import Store
+
+BAD = "tests.support.misbehaving.Misbehaving"
+
+
+class Listener:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, Stage]] = []
+        self.reused: list[tuple[str, Stage]] = []
+        self.phases: list[str] = []
+
+    def stage_started(self, cell: Cell, stage: Stage) -> None:
+        pass
+
+    def stage_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "phase":
+            self.phases.append(event["name"])
+
+    def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None:
+        (self.reused if reused else self.ran).append((cell.identity.pipeline, stage))
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Runner]:
+    """One runner, and so one worker, for the module: starting it imports torch."""
+    runner = Runner(Store(Path("unused")), Listener())
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def runner(shared: Runner, tmp_path: Path) -> Runner:
+    shared.store, shared.listener = Store(tmp_path / "results"), Listener()
+    shared._done.clear()
+    return shared
+
+
+def cell(overrides: list[str], *more: str) -> Cell:
+    return make_cell(resolve([*overrides, *more]), (*overrides, *more))
+
+
+def bad(overrides: list[str], how: str, *more: str) -> Cell:
+    return cell(overrides, "~method.dense", f"+method.bad._target_={BAD}", f"+method.bad.how={how}", *more)
+
+
+def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: Runner, overrides: list[str]) -> None:
+    records = runner.run(cell(overrides, "method=rtn-4bit"))
+    assert [(r.stage, r.status) for r in records] == [(stage, Status.OK) for stage in Stage]
+    found = {(r.cell.pipeline, r.stage): r for r in runner.store.scan()[0]}
+    assert len(found) == 6
+    quality, dense = found["rtn-4bit", Stage.QUALITY].quality, found["dense", Stage.QUALITY].quality
+    assert quality is not None
+    assert dense is not None
+    assert len(quality.perplexity[0].window_nll) == 6
+    assert quality.evidence.effective_bits < dense.evidence.effective_bits / 4
+    speed = found["rtn-4bit", Stage.SPEED].speed
+    assert speed is not None
+    assert speed.points[0].reference is not None
+    assert len(speed.points[0].candidate.decode_ms) == len(speed.points[0].reference.decode_ms)
+    itself = found["dense", Stage.SPEED].speed.points[0]  # type: ignore[union-attr]
+    assert len(itself.reference.decode_ms) == len(itself.candidate.decode_ms), "the reference is measured against itself"
+    assert speed.memory.kv_cache_bytes and speed.copy_bandwidth_gbs > 0 and speed.points[0].first_call_ms
+    compress = found["rtn-4bit", Stage.COMPRESS]
+    assert compress.compress is not None
+    assert compress.compress.disk_bytes == sum(
+        p.stat().st_size for p in artefact.location(compress.key).iterdir() if p.name != "artefact.json"
+    )
+    assert compress.provenance["packages"]["torch"]
+    assert compress.command.startswith("slimbench run ")
+    assert str(runner.store.root) not in compress.model_dump_json() and "results" not in compress.config
+
+
+def test_what_is_recorded_is_not_run_again_unless_asked(runner: Runner, overrides: list[str]) -> None:
+    runner.run(cell(overrides))
+    first = runner.store.scan()[0]
+    runner.listener = again = Listener()
+    runner._done.clear()
+    runner.run(cell(overrides))
+    assert (len(again.ran), len(again.reused)) == (0, 3)
+    assert runner.store.scan()[0] == first
+    runner.listener = forced = Listener()
+    runner.run(cell(overrides, "on_existing=stale"))
+    assert not forced.ran
+    runner._done.clear()
+    runner.run(cell(overrides, "on_existing=all"))
+    assert len(forced.ran) == 3
+
+
+def test_quality_is_the_same_number_each_time(runner: Runner, overrides: list[str]) -> None:
+    once = runner.run(cell(overrides, "method=rtn-4bit"))[1].quality
+    runner._done.clear()
+    twice = runner.run(cell(overrides, "method=rtn-4bit", "on_existing=all"))[1].quality
+    assert once is not None
+    assert twice is not None
+    assert once.perplexity[0].window_nll == twice.perplexity[0].window_nll
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "status", "message"),
+    [
+        ("raise", (), Status.FAILED, "library"),
+        ("exit", (), Status.FAILED, "exit code 3"),
+        ("abort", (), Status.FAILED, "SIGABRT"),
+        ("unsupported", (), Status.UNSUPPORTED, "not on this machine"),
+        ("hang", ("limits.wall_s=1",), Status.TIMEOUT, "limits.wall_s"),
+        ("allocate", ("limits.memory_gb=1.5",), Status.OOM, "exceeded the limit of 1.5 GB"),
+        ("full", (), Status.FAILED, "No space left on device"),
+    ],
+)
+def test_each_way_to_fail_is_one_record_and_leaves_no_half_artefact(
+    runner: Runner, overrides: list[str], how: str, more: tuple[str, ...], status: Status, message: str
+) -> None:
+    this = bad(overrides, how, *more)
+    (record,) = runner.run(this)
+    assert record.status is status
+    assert record.failure is not None
+    assert message in record.failure.message
+    assert record.phase == "compress bad"
+    assert record.peak_memory_bytes
+    assert not artefact.exists(this.identity.keys.compress)
+    runner._done.clear()
+    assert runner.run(this)[0].started == record.started, "a failure stays recorded until asked for"
+
+
+def test_a_killed_worker_is_recorded_and_run_again_by_the_same_command(runner: Runner, overrides: list[str]) -> None:
+    this = bad(overrides, "kill")
+    (record,) = runner.run(this)
+    assert record.failure is not None
+    assert (record.status, record.failure.type, record.failure.interrupted) == (Status.FAILED, "SIGKILL", True)
+    runner._done.clear()
+    runner.listener = listener = Listener()
+    runner.run(this)
+    assert ("bad", Stage.COMPRESS) in listener.ran
+
+
+def test_an_artefact_that_cannot_be_loaded_is_a_failed_record_of_the_stage_that_tried(runner: Runner, overrides: list[str]) -> None:
+    records = runner.run(bad(overrides, "nothing"))
+    assert [(r.stage, r.status) for r in records] == [
+        (Stage.COMPRESS, Status.OK),
+        (Stage.QUALITY, Status.FAILED),
+        (Stage.SPEED, Status.FAILED),
+    ]
+
+
+def test_an_artefact_lost_from_the_cache_is_made_again(runner: Runner, overrides: list[str]) -> None:
+    import shutil
+
+    this = cell(overrides, "method=rtn-8bit")
+    runner.run(this)
+    shutil.rmtree(artefact.location(this.identity.keys.compress))
+    runner.store.path(this.identity, Stage.QUALITY).unlink()
+    runner._done.clear()
+    records = runner.run(this)
+    assert [r.status for r in records] == [Status.OK] * 3
+    assert artefact.exists(this.identity.keys.compress)
+
+
+def test_cuda_without_a_card_and_a_model_too_large_are_unsupported(runner: Runner, overrides: list[str]) -> None:
+    for more, message in ((["device=cuda"], "no CUDA card"), (["model.parameters=900000000000"], "need 3600 GB")):
+        (record,) = runner.run(cell([o for o in overrides if o != "device=cpu"], *more))
+        assert record.status is Status.UNSUPPORTED
+        assert record.failure is not None
+        assert message in record.failure.message
+
+
+def test_random_weights_are_measured_for_speed_only(runner: Runner, overrides: list[str]) -> None:
+    shape = "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 256}"
+    mine = [o for o in overrides if not o.startswith("model")]
+    records = runner.run(cell(mine, "model=custom", "model.name=r", "model.source=random", f"+model.shape={shape}"))
+    assert [r.stage for r in records] == [Stage.COMPRESS, Stage.SPEED]
+    assert all(r.status is Status.OK for r in records)
+
+
+def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runner: Runner, overrides: list[str]) -> None:
+    from slimbench.harness.launch.sweep import plan
+
+    folder = runner.store.root
+    mine = [*overrides, f"results={folder}"]
+    runner.run(cell(mine, "method=rtn-8bit", "stages=[quality]"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    planned = {p.cell.identity.pipeline: p for p in plan([*mine, "method=rtn-8bit,rtn-4bit", "settings.group_size=32,256"])}
+    fresh, refused = dict.fromkeys(Stage, "run"), {Stage.COMPRESS: "cannot run"}
+    recorded = {Stage.COMPRESS: "recorded ok", Stage.QUALITY: "recorded ok", Stage.SPEED: "run"}
+    assert {name: p.stages for name, p in planned.items()} == {
+        "dense": recorded,
+        "rtn-8bit(group_size=32)": fresh,
+        "rtn-8bit(group_size=256)": refused,
+        "rtn-4bit(group_size=32)": fresh,
+        "rtn-4bit(group_size=256)": refused,
+    }
+    assert "group_size 256 does not divide" in planned["rtn-4bit(group_size=256)"].reason
+    assert plan([*mine, "method=rtn-8bit", "on_existing=all"])[1].stages == fresh
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
