@@ -76,7 +76,7 @@ def test_every_method_fits_the_packaged_model_and_refuses_groups_that_do_not_div
 def test_no_check_of_a_method_imports_a_heavy_library() -> None:
     code = (
         "import sys\n"
-        "from slimbench.harness.run.proof import entries\n"
+        "from slimbench.harness.config.registry import entries\n"
         "from slimbench.methods.base import ModelShape, Unsupported\n"
         "for shape in (ModelShape('LlamaForCausalLM', 576, 1536, 30, 9, 3, 49152, True), ModelShape('X', 72, 136, 2, 4, 2, 256, True)):\n"
         "    for item in entries():\n"

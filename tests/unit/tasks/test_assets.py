@@ -294,7 +294,7 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_killed_process_leaves_no_target(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from slimbench.tasks.archive import atomic_folder\n"
+        "import os, signal, sys; from pathlib import Path; from slimbench.util.files import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
