@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -17,6 +19,8 @@ from slimbench.harness.cli.terminal import (
 
 if TYPE_CHECKING:
     from slimbench.harness.launch.sweep import Finished, PlannedCell
+    from slimbench.harness.run.cell import Cell
+    from slimbench.harness.store.store import Store
 
 
 def run(overrides: Overrides = None) -> None:
@@ -39,16 +43,33 @@ def sweep(
     _measure(sweeps.sweep, overrides)
 
 
-def _measure(command: Callable[[Sequence[str]], Finished], overrides: list[str] | None) -> NoReturn:
+def _measure(command: Callable[..., Finished], overrides: list[str] | None) -> NoReturn:
     """Run cells, print their rows of the table, and exit."""
     try:
-        finished = command(overrides or [])
+        finished = command(overrides or [], track)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", 130)
     from slimbench.leaderboard.tables import writers
 
     console().print(writers.to_terminal([row for row in table_rows(finished.results) if row.keys in finished.keys]))
     raise typer.Exit(finished.exit_code)
+
+
+def track(cell: Cell, store: Store) -> None:
+    """Log a finished cell, with its reference, where the configuration asks for it; a tracker that fails stops no sweep."""
+    if cell.config.tracking != "wandb":
+        return
+    from rich.console import Console
+
+    from slimbench.harness.schema.identity import Stage
+    from slimbench.leaderboard.tracking import wandb as tracking
+
+    identities = (cell.reference().identity, cell.identity)
+    records = [record for identity in identities for stage in Stage if (record := store.get(identity, stage))]
+    try:
+        tracking.log(records, os.environ.get("WANDB_PROJECT", "slimbench"), Path(os.environ.get("WANDB_DIR", ".")))
+    except Exception as error:
+        Console(stderr=True).print(f"not logged to W&B: {error}; `slimbench wandb log` does it later", highlight=False, markup=False)
 
 
 def _print_plan(cells: list[PlannedCell]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from slimbench.harness.run.runner import Runner
+
+CellDone = Callable[[Cell, Store], None]  # told of each cell whose stages have ended
 
 _FINE = (Status.OK, Status.UNSUPPORTED)
 
@@ -45,7 +46,8 @@ class PlannedCell:
 class _Session:
     """What the jobs of one sweep in this process share. A job launched elsewhere (a cluster) finds none and makes its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_done: CellDone) -> None:
+        self.on_done = on_done
         self.runner: Runner | None = None
         self.records: list[Record] = []
         self.error: StoreError | None = None
@@ -54,15 +56,15 @@ class _Session:
 _session: _Session | None = None
 
 
-def run(overrides: Sequence[str]) -> Finished:
+def run(overrides: Sequence[str], on_done: CellDone = lambda cell, store: None) -> Finished:
     """Run one cell."""
-    return _measure([make_cell(compose.resolve(overrides), tuple(overrides))], None)
+    return _measure([make_cell(compose.resolve(overrides), tuple(overrides))], None, on_done)
 
 
-def sweep(overrides: Sequence[str]) -> Finished:
+def sweep(overrides: Sequence[str], on_done: CellDone = lambda cell, store: None) -> Finished:
     """Run a Hydra multirun of cells. Every job is validated before the first one starts."""
     cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
-    return _measure(cells, overrides)
+    return _measure(cells, overrides, on_done)
 
 
 def plan(overrides: Sequence[str]) -> list[PlannedCell]:
@@ -98,7 +100,7 @@ def _planned(cell: Cell) -> PlannedCell:
     return PlannedCell(cell, stages, reason)
 
 
-def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
+def _measure(cells: list[Cell], multirun: Sequence[str] | None, on_done: CellDone) -> Finished:
     global _session
     from rich.console import Console
 
@@ -109,13 +111,13 @@ def _measure(cells: list[Cell], multirun: Sequence[str] | None) -> Finished:
         require_extras(cell)
     store, console = Store(Path(cells[0].config.results)), Console(stderr=True)
     console.print(f"{len(cells)} cell{'s' * (len(cells) > 1)} → {store.root}/", highlight=False)
-    session = _session = _Session()
+    session = _session = _Session(on_done)
     with ProgressDisplay(plan(cells), store, console) as display:
         session.runner = Runner(store, display)
         try:
             if multirun is None:
                 session.records = session.runner.run(cells[0])
-                track(cells[0], store)
+                on_done(cells[0], store)
             else:
                 compose.launch(multirun, job)
         finally:
@@ -140,7 +142,7 @@ def job(config: DictConfig) -> None:
     if _session.error is None:
         try:
             _session.records += _session.runner.run(cell)
-            track(cell, _session.runner.store)
+            _session.on_done(cell, _session.runner.store)
         except StoreError as error:
             _session.error = error
 
@@ -156,25 +158,8 @@ def _alone(cell: Cell) -> None:
         runner = Runner(store, display)
         try:
             runner.run(cell)
-            track(cell, store)
         finally:
             runner.close()
-
-
-def track(cell: Cell, store: Store) -> None:
-    """Log a finished cell, with its reference, where the configuration asks for it; a tracker that fails stops no sweep."""
-    if cell.config.tracking != "wandb":
-        return
-    from rich.console import Console
-
-    from slimbench.leaderboard.tracking import wandb as tracking
-
-    identities = (cell.reference().identity, cell.identity)
-    records = [record for identity in identities for stage in Stage if (record := store.get(identity, stage))]
-    try:
-        tracking.log(records, os.environ.get("WANDB_PROJECT", "slimbench"), Path(os.environ.get("WANDB_DIR", ".")))
-    except Exception as error:
-        Console(stderr=True).print(f"not logged to W&B: {error}; `slimbench wandb log` does it later", highlight=False)
 
 
 def require_extras(cell: Cell) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slimbench.harness.cli.run import track
 from slimbench.harness.launch import sweep
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
@@ -87,7 +88,9 @@ def test_a_cell_is_logged_when_it_is_done(overrides: list[str], tmp_path: Path, 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     results = tmp_path / "results"
-    done = sweep.run([*overrides, f"results={results}", "method=rtn-4bit", "settings.group_size=32", "tracking=wandb", "stages=[quality]"])
+    done = sweep.run(
+        [*overrides, f"results={results}", "method=rtn-4bit", "settings.group_size=32", "tracking=wandb", "stages=[quality]"], track
+    )
     assert done.exit_code == 0
     logged = {run["config"]["pipeline"]: run for run in map(wandb_file.read, tracking.offline_runs(tmp_path))}
     board = {row.pipeline: row for row in rows(Store(results).scan()[0])}
@@ -103,5 +106,5 @@ def test_a_tracker_that_fails_stops_nothing(
         raise OSError("no room")
 
     monkeypatch.setattr(tracking, "log", refuse)
-    assert sweep.run([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[quality]"]).exit_code == 0
+    assert sweep.run([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[quality]"], track).exit_code == 0
     assert "not logged to W&B: no room" in capsys.readouterr().err
