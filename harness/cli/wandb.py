@@ -49,7 +49,7 @@ def sync(folder: Folder = Path(".")) -> None:
     if not waiting:
         print("nothing to send")
         return
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", "--yes", *map(str, waiting)])
+    done = subprocess.run([sys.executable, "-P", "-m", "wandb", "sync", "--yes", *map(str, waiting)])
     if done.returncode:
         fail("wandb could not send the runs: log in with `wandb login` and try again; nothing is lost", 1)
 

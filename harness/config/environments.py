@@ -86,20 +86,20 @@ def make(name: str) -> Path:
     wanted.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{wanted.folder}.lock"):
         if not wanted.is_made:
-            pip = [str(wanted.python), "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
-            _run(name, [sys.executable, "-m", "venv", "--clear", str(wanted.folder)])
+            pip = [str(wanted.python), "-P", "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
+            _run(name, [sys.executable, "-P", "-m", "venv", "--clear", str(wanted.folder)])
             if wanted.overlay:
                 _overlay(wanted)
             _run(name, pip)
             if wanted.absent:
-                _run(name, [*pip[:3], "uninstall", "--yes", *wanted.absent])
+                _run(name, [*pip[:4], "uninstall", "--yes", *wanted.absent])
             (wanted.folder / _READY).touch()
     return wanted.python
 
 
 def _run(name: str, command: list[str]) -> None:
     if code := subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-        raise ConfigError(f"environment '{name}' could not be made: exit code {code} of {Path(command[0]).name} {command[2]}")
+        raise ConfigError(f"environment '{name}' could not be made: exit code {code} of {Path(command[0]).name} {command[3]}")
 
 
 def _overlay(environment: Environment) -> None:

@@ -95,7 +95,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="slimbench-board-") as folder:
             results, out = Path(folder) / "results", Path(folder) / "board"
             synthetic(results, wanted)
-            command = [sys.executable, "-m", "tests.bench.board", "build", str(results), str(out)]
+            command = [sys.executable, "-P", "-m", "tests.bench.board", "build", str(results), str(out)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             print(f"{wanted} records: {done.stdout.strip()}, main page {main_page_bytes(out) / 1e6:.2f} MB; {browse(out)}", flush=True)
 

@@ -49,7 +49,7 @@ def greedy(model: LoadedModel, ids: torch.Tensor, steps: int = NEW, room: int = 
 
 def in_environment(request: dict[str, Any]) -> dict[str, Any]:
     """What `answer` finds in the environment's interpreter."""
-    command = [str(ENVIRONMENT.python), "-c", "from tests.integration.test_llamacpp import answer; answer()"]
+    command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_llamacpp import answer; answer()"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd=root, timeout=900)
     assert not done.returncode, done.stderr[-2000:]

@@ -261,7 +261,7 @@ for method in (SparseGPT(), GPTQ(group_size=32)):
     empty = tmp_path / "cwd"
     empty.mkdir()
     command = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{code}"
-    done = subprocess.run([sys.executable, "-c", command], cwd=empty, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", command], cwd=empty, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not list(empty.iterdir())
 

@@ -32,7 +32,7 @@ def newcomer(tmp_path: Path) -> dict[str, str]:
 
 
 def slimbench(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", ENTRY, *arguments]
+    command = [sys.executable, "-P", "-c", ENTRY, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment, check=False)
 
 

@@ -119,7 +119,7 @@ def test_document_perplexity_equals_the_lm_eval_command(smollm2: Path, fp32: Any
 
 def lm_eval_results(model: Path, task: str, include: Path, out: Path, *options: str) -> dict[str, Any]:
     """What the `lm_eval` command finds for a task with its own model class, in float32."""
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--include_path", str(include)]
+    command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--include_path", str(include)]
     command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "4", "--output_path", str(out)]
     subprocess.run([*command, *options], check=True, capture_output=True, timeout=600)
     (results,) = out.rglob("results_*.json")

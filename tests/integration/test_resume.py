@@ -26,7 +26,7 @@ KILLS = 14
 
 
 def start(overrides: list[str], results: Path, cache: Path, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", ENTRY, "sweep", *overrides, METHODS, f"results={results}"]
+    command = [sys.executable, "-P", "-c", ENTRY, "sweep", *overrides, METHODS, f"results={results}"]
     environment = os.environ | {"SLIMBENCH_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)  # type: ignore[call-overload]
 

@@ -72,7 +72,7 @@ def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, nam
     artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim.to_dict()))
     ids = torch.randint(1000, 20_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(WINDOWS, 1)
     ids[1:] = (ids[1:] + torch.arange(1, WINDOWS).unsqueeze(1) * 7) % 20_000
-    command = [str(ENVIRONMENT.python), "-c", "from tests.integration.test_vllm import answer; answer()"]
+    command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_vllm import answer; answer()"]
     request = json.dumps({"folder": str(tmp_path), "ids": ids.tolist()})
     done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
     assert not done.returncode, done.stderr[-2000:]

@@ -1,7 +1,9 @@
-"""Where the tests find what lies in the repository."""
+"""Where the tests find what lies in the repository, and the command that they start slimbench by."""
 
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "tests" / "support" / "records"
 FOREIGN = ROOT / "tests" / "support" / "foreign"
+SLIMBENCH = (sys.executable, "-P", "-m", "slimbench")

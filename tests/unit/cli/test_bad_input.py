@@ -86,7 +86,7 @@ def test_no_check_of_a_method_imports_a_heavy_library() -> None:
         "            pass\n"
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=CONF_DIR.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=CONF_DIR.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "datasets", "lm_eval", "wandb", "llmcompressor
 
 
 def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", ENTRY, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+    return subprocess.run([sys.executable, "-P", "-c", ENTRY, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_debug_shows_the_traceback() -> None:
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "method=gtpq"), ("methods", "list"), ("assets", "list")])
 def test_nothing_heavy_is_imported_for_help_errors_and_listings(arguments: tuple[str, ...]) -> None:
     code = f"import sys, atexit; atexit.register(lambda: print('HEAVY', [m for m in {HEAVY} if m in sys.modules])); {ENTRY}"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert "HEAVY []" in done.stdout
 
 
@@ -67,7 +67,7 @@ def test_a_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPat
     hide = (
         f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'bitsandbytes' else find(n, *a); {ENTRY}"
     )
-    done = subprocess.run([sys.executable, "-c", hide, "run", "method=nf4"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", hide, "run", "method=nf4"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "pip install 'slimbench[quantization]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -77,7 +77,7 @@ def test_an_interrupted_run_says_how_to_go_on(overrides: list[str], tmp_path: Pa
     import signal
 
     process = subprocess.Popen(
-        [sys.executable, "-c", ENTRY, "run", *overrides, "results=here"],
+        [sys.executable, "-P", "-c", ENTRY, "run", *overrides, "results=here"],
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,

@@ -403,7 +403,7 @@ def test_no_records_is_an_error_of_one_line(tmp_path: Path) -> None:
 def test_the_board_imports_no_heavy_library() -> None:
     heavy = {"torch", "transformers", "datasets", "lm_eval", "matplotlib.pyplot"}
     code = f"import sys, slimbench.leaderboard.site.build; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_decode_time_over_model_sizes_is_drawn_with_its_bound() -> None:

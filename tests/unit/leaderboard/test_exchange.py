@@ -389,7 +389,7 @@ def test_what_slimbench_measured_must_have_evidence() -> None:
 
 
 def slimbench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", ENTRY, "records", *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", ENTRY, "records", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -402,7 +402,7 @@ from slimbench.leaderboard.site.build import contents
 from tests.support.board_records import Spec, records
 dict(contents(records(Spec())))
 print(sorted({heavy} & set(sys.modules)))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 

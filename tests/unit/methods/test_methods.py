@@ -72,7 +72,7 @@ def test_modules_import_no_heavy_library() -> None:
     heavy = ("torch", "transformers", "llmcompressor", "bitsandbytes")
     code = f"import sys, {', '.join(targets)}; print([m for m in {heavy} if m in sys.modules])"
     root = ROOT
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-P", "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

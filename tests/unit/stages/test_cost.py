@@ -36,7 +36,7 @@ def test_waiting_costs_no_processor_time() -> None:
 
 def test_children_count() -> None:
     cost = Cost("cpu")
-    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    subprocess.run([sys.executable, "-P", "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
     assert cost.read()["cpu_seconds"] >= 0.25
 
 

@@ -157,7 +157,7 @@ def test_two_processes_download_once(index, catalogue, tmp_path, monkeypatch):
     code = (
         "import sys; from pathlib import Path; from tasks import assets; assets.CATALOGUE = Path(sys.argv[1]); print(assets.fetch('demo'))"
     )
-    command = [sys.executable, "-c", code, str(assets.CATALOGUE)]
+    command = [sys.executable, "-P", "-c", code, str(assets.CATALOGUE)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(command, cwd=CONF_DIR.parent, text=True, **pipes) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
@@ -298,7 +298,7 @@ def test_killed_process_leaves_no_target(tmp_path):
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "target")], cwd=CONF_DIR.parent)
+    result = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path / "target")], cwd=CONF_DIR.parent)
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "target").exists()
 

@@ -92,5 +92,5 @@ def test_a_test_set_takes_less_than_a_second() -> None:
 
 def test_it_needs_no_torch() -> None:
     code = "import sys, slimbench.tasks.overlap; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
