@@ -82,7 +82,8 @@ def test_wikipedia_corpus_has_the_documented_size():
 def test_lm_eval_command_runs_a_task_from_the_folder(dense, tmp_path):
     folder = bigbench.task_folder()
     assert {file.stem for file in folder.glob("*.yaml")} == set(bigbench.definitions())
-    command = [sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={dense},dtype=bfloat16", "--device", "cpu"]
+    command = [sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={dense},dtype=bfloat16"]
+    command += ["--device", "cpu"]
     command += ["--tasks", "bb_step_inference", "--include_path", str(folder), "--limit", "8", "--output_path", str(tmp_path)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

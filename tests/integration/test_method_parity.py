@@ -251,7 +251,7 @@ def test_llmcompressor_prints_nothing_and_leaves_nothing_behind(dense: DenseMode
 from pathlib import Path
 from slimbench.methods.quantization.weight.gptq import GPTQ
 from slimbench.methods.pruning.unstructured.sparsegpt import SparseGPT
-from tests.unit import tiny
+from tests.support import tiny
 dense = tiny.dense_model(Path({str(dense.path)!r}))
 for method in (SparseGPT(), GPTQ(group_size=32)):
     out = Path({str(tmp_path)!r}) / type(method).__name__

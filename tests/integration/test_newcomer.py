@@ -6,14 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from slimbench.harness.config.sources import CONF_DIR
-from tests.unit.cli.test_cli import ENTRY
+from tests.support.paths import ROOT, SLIMBENCH
 
 LIMIT_S = 30
 
@@ -21,19 +19,18 @@ LIMIT_S = 30
 @pytest.fixture
 def newcomer(tmp_path: Path) -> dict[str, str]:
     """The environment of a shell in which the Python file and the YAML of CONTRIBUTING lie in a folder of their own."""
-    guide = (CONF_DIR.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (tmp_path / "conf" / "method").mkdir(parents=True)
     for language, file in (("python", "toy.py"), ("yaml", "conf/method/toy.yaml")):
         (block,) = re.findall(rf"```{language}\n(.+?)```", guide, re.DOTALL)
         (tmp_path / file).write_text(block)
     assert "PYTHONPATH=~/mine SLIMBENCH_CONF=~/mine/conf" in guide
-    path = os.pathsep.join(filter(None, [str(tmp_path), str(CONF_DIR.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     return os.environ | {"PYTHONPATH": path, "SLIMBENCH_CONF": str(tmp_path / "conf"), "OMP_NUM_THREADS": "1"}
 
 
 def slimbench(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", ENTRY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment, check=False)
+    return subprocess.run([*SLIMBENCH, *arguments], capture_output=True, text=True, timeout=300, cwd=folder, env=environment, check=False)
 
 
 def test_one_file_and_one_yaml_pass_the_check_in_seconds(newcomer: dict[str, str], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +17,15 @@ import pytest
 
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
+from tests.support.paths import SLIMBENCH
 
-ENTRY = "import sys; sys.argv[0] = 'slimbench'; from slimbench.harness.cli.main import main; main()"
 METHODS = "method=dense,rtn-4bit,rtn-8bit,magnitude,int8-dynamic"
 CELLS = 5
 KILLS = 14
 
 
 def start(overrides: list[str], results: Path, cache: Path, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-c", ENTRY, "sweep", *overrides, METHODS, f"results={results}"]
+    command = [*SLIMBENCH, "sweep", *overrides, METHODS, f"results={results}"]
     environment = os.environ | {"SLIMBENCH_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)  # type: ignore[call-overload]
 

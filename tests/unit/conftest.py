@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from slimbench.util.files import cache_dir
-from tests.support.paths import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores with each other
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for methods of the tests
 
 
 def _import_triton_for_its_interpreter() -> None:

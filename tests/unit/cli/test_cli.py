@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SLIMBENCH
 
-ENTRY = "import sys; sys.argv[0] = 'slimbench'; from slimbench.harness.cli.main import main; main()"
+ENTRY = "from slimbench.harness.cli.main import main; main()"
 RESULTS = str(ROOT / "results")
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "wandb", "llmcompressor")
 
 
 def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-c", ENTRY, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+    return subprocess.run([*SLIMBENCH, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_interrupted_run_says_how_to_go_on(overrides: list[str], tmp_path: Pa
     import signal
 
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", ENTRY, "run", *overrides, "results=here"],
+        [*SLIMBENCH, "run", *overrides, "results=here"],
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,

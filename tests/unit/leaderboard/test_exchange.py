@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -31,11 +30,10 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build
 from slimbench.leaderboard.tracking import wandb as tracking
 from tests.support.board_records import Spec, board, records
-from tests.support.paths import FOREIGN
+from tests.support.paths import FOREIGN, SLIMBENCH
 
 DENSE, RTN = FOREIGN / "lm_eval" / "tiny-llama", FOREIGN / "lm_eval" / "tiny-rtn"
 OPTIMUM = FOREIGN / "optimum_benchmark"
-ENTRY = "import sys; sys.argv[0] = 'slimbench'; from slimbench.harness.cli.main import main; main()"
 
 
 def put(source: Path, root: Path, model: str | None = None, pipeline: str | None = None, **options: Any) -> list[importing.Report]:
@@ -389,7 +387,7 @@ def test_what_slimbench_measured_must_have_evidence() -> None:
 
 
 def slimbench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", ENTRY, "records", *map(str, arguments)]
+    command = [*SLIMBENCH, "records", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

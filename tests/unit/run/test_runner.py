@@ -17,6 +17,7 @@ from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 
 BAD = "tests.support.misbehaving.Misbehaving"
+INVENTORY = "tests.support.modules.Inventory"
 
 
 class Listener:
@@ -212,3 +213,10 @@ def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runn
     assert "group_size 256 does not divide" in planned["rtn-4bit(group_size=256)"].reason
     assert plan([*mine, "method=rtn-8bit", "on_existing=all"])[1].stages == fresh
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[str]) -> None:
+    """The folders at the top lie on its path, as those of another project may."""
+    compress, quality = runner.run(cell(overrides, "~method.dense", f"+method.inventory._target_={INVENTORY}", "stages=[quality]"))
+    assert quality.status is Status.OK
+    assert compress.compress and compress.compress.claim["details"] == {"second_names": [], "stages": True}

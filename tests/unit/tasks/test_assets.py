@@ -155,7 +155,8 @@ def test_two_processes_download_once(index, catalogue, tmp_path, monkeypatch):
     log = tmp_path / "pip.log"
     monkeypatch.setenv("PIP_LOG", str(log))
     code = (
-        "import sys; from pathlib import Path; from tasks import assets; assets.CATALOGUE = Path(sys.argv[1]); print(assets.fetch('demo'))"
+        "import sys; from pathlib import Path; from slimbench.tasks import assets\n"
+        "assets.CATALOGUE = Path(sys.argv[1]); print(assets.fetch('demo'))"
     )
     command = [sys.executable, "-P", "-c", code, str(assets.CATALOGUE)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

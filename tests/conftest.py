@@ -1,0 +1,20 @@
+"""What holds for all tests: processes that they start find the tests' own modules, and slimbench has one import name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.modules import second_names
+from tests.support.paths import ROOT
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_import_name() -> Iterator[None]:
+    """After the last test no module of slimbench has been imported by the name of a folder at the top, where it would be another module."""
+    yield
+    assert not second_names(), "imported without `slimbench.`"
