@@ -1,11 +1,11 @@
-# make setup · demo · test · lint · board
+# make setup · demo · test · lint · board · pictures
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS ?= quantization,pruning,engines,dev
 
-.PHONY: setup demo test unit integration lint board clean
+.PHONY: setup demo test unit integration lint board pictures clean
 
 setup: $(STAMP)
 
@@ -37,7 +37,12 @@ lint: setup
 	$(BIN)/mypy
 
 board: setup
-	$(BIN)/slimbench board build --results results --out results/board
+	$(BIN)/slimbench board build --results results --out board
+
+# The two pictures of the README, from the records of reference.
+pictures: board
+	cp board/pareto-smollm2-135m-quick-quick-cpu.png docs/images/front.png
+	cp board/sizes.png docs/images/sizes.png
 
 clean:
 	rm -rf $(VENV) runs board

@@ -1,4 +1,4 @@
-"""`slimbench records`: results as Parquet or a data set of the hub, and results of other tools beside one's own."""
+"""`slimbench records`: check them, results as Parquet or a data set of the hub, results of other tools beside one's own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,37 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import check_choice, results_folder
+from slimbench.harness.cli.terminal import FORMATS, check_choice, print_table, results_folder
 from slimbench.harness.config.schema import ConfigError
 
-app = typer.Typer(help="Records: export them as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
+app = typer.Typer(help="Records: check, export as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
 
 _TO = ("parquet", "hf")
 _FROM = ("auto", "parquet", "hf", "lm-eval", "optimum-benchmark")
 
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
+
+
+@app.command("check")
+def check(
+    results: Results = Path("runs"),
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
+) -> None:
+    """Say which records break what: unreadable, in the wrong place, refuted by their own samples. Exit code 1 if any does."""
+    check_choice("--format", format, FORMATS)
+    folder = results_folder(results)
+    from slimbench.harness.store import check as checking
+    from slimbench.harness.store.store import Store
+
+    files, faults = checking.check(Store(folder))
+    if not files:
+        raise ConfigError(f"no records in '{results}'")
+    if faults or format != "terminal":
+        print_table(format, {"path": "record", "what": "what it breaks"}, [vars(fault) for fault in faults])
+    if format == "terminal":
+        broken = len({fault.path for fault in faults})
+        print(f"{files} records, {broken} of them broken" if broken else f"{files} records, all sound")
+    raise typer.Exit(1 if faults else 0)
 
 
 @app.command("export")

@@ -100,6 +100,10 @@ class Store:
         finally:
             lock.release()
 
+    def files(self) -> list[Path]:
+        """Every file that should be a record, sorted."""
+        return sorted(path for path in self.root.glob("*/*/*") if path.name.endswith((".json", ".json.unreadable")))
+
     def scan(self, reader: Callable[[Path], Record | str] | None = None) -> tuple[list[Record], list[Unreadable]]:
         """Every record of the folder, sorted by path, and every file that should be one and is not.
 
@@ -108,7 +112,7 @@ class Store:
         """
         records: list[Record] = []
         unreadable: list[Unreadable] = []
-        for path in sorted(path for path in self.root.glob("*/*/*") if path.name.endswith((".json", ".json.unreadable"))):
+        for path in self.files():
             record = (reader or read)(path)
             if isinstance(record, Record):
                 records.append(record)

@@ -63,5 +63,16 @@ def render_all(make: Callable[[], Figure], kinds: Sequence[Kind] = KINDS) -> dic
         for kind in kinds:
             out = io.BytesIO()
             figure.savefig(out, format=kind, dpi=DPI, metadata=_METADATA[kind], facecolor="white")
-            files[kind] = out.getvalue()
+            files[kind] = _fewer_colours(out) if kind == "png" else out.getvalue()
     return files
+
+
+def _fewer_colours(png: io.BytesIO) -> bytes:
+    """The picture with a palette of 256 colours: less than half of the bytes, and no difference that can be seen in a line drawing."""
+    from PIL import Image
+
+    with Image.open(png) as picture:
+        palette = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    palette.save(out, format="png", optimize=True, dpi=(DPI, DPI))
+    return out.getvalue()
