@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,8 @@ def test_the_command_lists_and_exits_with_one(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(typer.Exit) as broken:
         command(tmp_path, "json")
     (fault,) = json.loads(capsys.readouterr().out)
-    assert (
-        broken.value.exit_code == 1 and fault["path"] == path.relative_to(tmp_path).as_posix() and re.match("not a record", fault["what"])
-    )
+    assert broken.value.exit_code == 1 and fault["path"] == path.relative_to(tmp_path).as_posix()
+    assert fault["what"].startswith("not a record")
 
 
 def test_the_records_of_reference_are_sound() -> None:
