@@ -235,6 +235,8 @@ class Method(ABC):
     """Base of every compression method. Subclasses are frozen dataclasses whose fields are the settings.
 
     Class attributes:
+        name: What identifies it, wherever its file lies; stated by each class itself, in lower case with hyphens.
+        version: Raised when the same settings give another artefact than before: old records then belong to another row.
         family: Branch of the survey (`quantization`, `pruning`, …).
         citation: Paper behind the method.
         reference: `library:symbol` that does the work, or `paper` where it is written here from the paper.
@@ -242,6 +244,8 @@ class Method(ABC):
         produces: Format of the artefact; only `huggingface` can be followed by another step.
     """
 
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
     family: ClassVar[str]
     citation: ClassVar[Citation]
     reference: ClassVar[str]

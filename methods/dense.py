@@ -14,6 +14,7 @@ from slimbench.methods.formats.huggingface import link_source
 class Dense(Method):
     """The source as it is; only a source stored in another dtype is converted to the model's."""
 
+    name: ClassVar[str] = "dense"
     family: ClassVar[str] = "dense"
     citation: ClassVar[Citation] = Citation("Uncompressed model", year=2017)
     reference: ClassVar[str] = "transformers:AutoModelForCausalLM"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+from functools import cache
+from pathlib import Path
 
 from slimbench.harness.config import environments
-from slimbench.harness.config.schema import EngineConfig
+from slimbench.harness.config.schema import ConfigError, EngineConfig
 from slimbench.harness.config.sources import choice, shipped
 
 
@@ -31,3 +34,28 @@ def missing(engine: EngineConfig) -> str | None:
     absent = [name for name in engine.modules if importlib.util.find_spec(name) is None]
     extra = f"'slimbench[{engine.extra}]'" if engine.extra else " ".join(absent)
     return f"needs {', '.join(absent)}: pip install {extra}" if absent else None
+
+
+@cache
+def version(target: str) -> int:
+    """The version that an engine class states, read from its source: a plan has its keys without the libraries of the engine.
+
+    Raises:
+        ConfigError: There is no such class, or it states none.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.origin:
+            raise ImportError(f"no module '{module}'")
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"cannot find '{target}': {error}") from error
+    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if body is None:
+        raise ConfigError(f"cannot find '{target}': no such class in {module}")
+    stated = {ast.unparse(node.target): node.value for node in body if isinstance(node, ast.AnnAssign)}
+    value = stated.get("version")
+    if not isinstance(value, ast.Constant) or not isinstance(value.value, int):
+        raise ConfigError(f"engine class {target} states no version; give it `version: ClassVar[int] = 1`")
+    return value.value

@@ -34,9 +34,11 @@ def build_method(step: StepConfig) -> Any:
     """The method object of a pipeline step, its settings checked for name, type and range.
 
     Raises:
-        ConfigError: An unknown setting, or a value that its type or the method refuses.
+        ConfigError: An unknown setting, a value that its type or the method refuses, or a class without a name of its own.
     """
     cls = locate(step.target)
+    if "name" not in vars(cls):
+        raise ConfigError(f"method '{step.name}': {step.target} has no name of its own; give the class a `name: ClassVar[str]`")
     fields = [f.name for f in dataclasses.fields(cls)]
     for key in step.settings:
         if key not in fields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from slimbench.harness.config.parse import locate
 from slimbench.harness.measure.loaded import LoadedModel
@@ -18,7 +18,13 @@ class Engine(ABC):
     Args:
         loaders: Format of an artefact → dotted path of what turns its folder into this engine's model; what it is called with is
             the engine's affair.
+
+    Class attributes:
+        version: Raised when the same artefact gives other numbers than before. Each class states its own, as a number: it is read without
+            importing the module.
     """
+
+    version: ClassVar[int]
 
     def __init__(self, loaders: dict[str, str]) -> None:
         self.loaders = loaders

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -110,6 +110,8 @@ def _with_own_code(method: Any) -> Any:
 
 class CompiledEngine(TransformersEngine):
     """The loaders of the eager engine, compiled."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return CompiledModel(loader(artefact, device, trust_remote_code), device)

@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -177,6 +177,8 @@ class CTranslate2Model(LoadedModel):
 
 class CTranslate2Engine(Engine):
     """Loads dense sources through the library's converter."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         with tempfile.TemporaryDirectory(prefix="slimbench-ctranslate2-") as scratch:

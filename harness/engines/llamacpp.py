@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -159,6 +159,8 @@ class LlamaCppModel(LoadedModel):
 
 class LlamaCppEngine(Engine):
     """Loads what a loader can give as a GGUF file."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Loader, device: str, trust_remote_code: bool) -> LoadedModel:
         """Load an artefact.

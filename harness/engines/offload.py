@@ -15,7 +15,7 @@ import uuid
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -106,6 +106,8 @@ def _stored(module: torch.nn.Module) -> dict[str, str]:
 
 class OffloadEngine(transformers.TransformersEngine):
     """The loaders of the eager engine; weights that a loader left in the module are moved away."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         module = loader(artefact, device, trust_remote_code)

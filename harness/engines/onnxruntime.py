@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ class ONNXRuntimeModel(GraphModel):
 
 class ONNXRuntimeEngine(Engine):
     """Loads graphs into sessions on the CPU."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:

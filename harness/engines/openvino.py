@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -147,6 +147,8 @@ def _zeros(constants: list[Any]) -> Zeros:
 
 class OpenVINOEngine(Engine):
     """Loads graphs and compiles them for the CPU."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return OpenVINOModel(loader(artefact, device, trust_remote_code), read_config(artefact))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -117,6 +117,8 @@ def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
 
 class TransformersEngine(Engine):
     """Loads every format that ends as a module with the call of a transformers model."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return TransformersModel(loader(artefact, device, trust_remote_code), device)

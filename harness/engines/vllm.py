@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -151,6 +151,8 @@ class VllmModel(LoadedModel):
 
 class VllmEngine(Engine):
     """Loads dense sources, and packed ones as `compressed-tensors`."""
+
+    version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return VllmModel(artefact, loader, device, trust_remote_code)

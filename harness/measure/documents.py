@@ -14,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from slimbench.harness.config.schema import Pass
+from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.measure.zeroshot import EngineLM
@@ -21,7 +22,6 @@ from slimbench.harness.schema.quality import DocumentResult
 from slimbench.tasks import corpora
 from slimbench.util.files import cache_dir
 
-PROTOCOL = "document-1"
 _TASK = "documents"
 
 
@@ -53,7 +53,7 @@ def measure(
     words, sizes = zip(*(sample["word_perplexity"][1:] + sample["byte_perplexity"][1:] for sample in samples), strict=True)
     return DocumentResult(
         corpus=public_name(wanted.corpus),
-        protocol=PROTOCOL,
+        protocol=protocols.PERPLEXITY["document"],
         corpus_sha256=corpus.sha256,
         nll=[-float(value) for value in likelihoods],
         tokens=[len(lm.tok_encode(text)) for text in texts],

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.config.schema import Pass, SuiteConfig
+from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import LoadedModel, Observer, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.tasks import corpora
@@ -25,7 +26,6 @@ from slimbench.tasks.errors import DataError
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest
 
-VERSIONS = {"window": "window-1", "incremental": "incremental-1", "llamacpp": "llamacpp-1"}
 _BATCH_TOKENS = 1024
 
 OnProgress = Callable[[int, int], None]
@@ -101,7 +101,7 @@ def measure(model: LoadedModel, windows: Windows, on_progress: OnProgress, obser
         on_progress(len(nll), len(ids))
     return PerplexityResult(
         corpus=public_name(wanted.corpus),
-        protocol=VERSIONS[wanted.protocol],
+        protocol=protocols.PERPLEXITY[wanted.protocol],
         corpus_sha256=windows.text_hash,
         seqlen=wanted.seqlen,
         window_nll=nll,

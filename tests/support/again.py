@@ -12,9 +12,12 @@ from slimbench.methods.dense import Dense
 class DenseAgain(Dense):
     """Same artefact as `Dense`, another key."""
 
+    name = "dense-again"
+
 
 @dataclass(frozen=True)
 class DenseCalibrated(Dense):
     """Asks for calibration tokens, and leaves the model alone."""
 
+    name = "dense-calibrated"
     needs = Needs(calibration=True)

@@ -29,6 +29,7 @@ class _Test(Method):
 class StoresDense(_Test):
     """Rounds to 4 bits and stores the rounded numbers in the source dtype; honest if it says so."""
 
+    name = "stores-dense"
     simulated: bool = False
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -45,6 +46,7 @@ class StoresDense(_Test):
 class BrokenMask(_Test):
     """2:4 magnitude pruning; in the first `layers` layers one group of four is then filled again."""
 
+    name = "broken-mask"
     layers: int = 1
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -60,6 +62,7 @@ class BrokenMask(_Test):
 class FineTune(_Test):
     """Adds a little to every weight, as a step of gradient descent does; `masked` leaves zeros alone."""
 
+    name = "fine-tune"
     needs = Needs(training=True)
 
     masked: bool = False
@@ -79,6 +82,7 @@ class FineTune(_Test):
 class Calibrated(_Test):
     """Keeps the weights, and tells which tokens it was given."""
 
+    name = "calibrated"
     needs = Needs(calibration=True)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -91,6 +95,7 @@ class Calibrated(_Test):
 class WeightOnly(_Test):
     """8-bit weights, and the claim that inputs are rounded as well."""
 
+    name = "weight-only"
     produces = "packed"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:

@@ -16,6 +16,7 @@ from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Met
 class Misbehaving(Method):
     """Ends in the way that `how` says."""
 
+    name = "misbehaving"
     family = "test"
     citation = Citation("none", 2024)
     reference = "paper"

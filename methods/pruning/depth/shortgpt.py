@@ -34,6 +34,7 @@ class ShortGPT(Method):
         blocks: Number of blocks to remove instead of a share; None: the share decides.
     """
 
+    name: ClassVar[str] = "shortgpt"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation("ShortGPT", year=2024, arxiv="2403.03853", covers=("pruning/shortgpt-depth-pruning",))
     reference: ClassVar[str] = "paper"

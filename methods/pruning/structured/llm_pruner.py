@@ -40,6 +40,7 @@ class LLMPruner(Method):
         keep_last: The same from the last.
     """
 
+    name: ClassVar[str] = "llm-pruner"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation("LLM-Pruner", year=2023, arxiv="2305.11627", covers=("pruning/llm-pruner",))
     reference: ClassVar[str] = "paper"

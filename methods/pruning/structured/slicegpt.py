@@ -42,6 +42,7 @@ class SliceGPT(Method):
         multiple: What the size that is left is rounded down to a multiple of.
     """
 
+    name: ClassVar[str] = "slicegpt"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation("SliceGPT", year=2024, arxiv="2401.15024", covers=("pruning/slicegpt",))
     reference: ClassVar[str] = "paper"

@@ -24,6 +24,7 @@ class Magnitude(Method):
         pattern: `n:m` zeroes the n smallest of each m consecutive inputs; None leaves the choice free within a layer.
     """
 
+    name: ClassVar[str] = "magnitude"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation(
         "Magnitude pruning",

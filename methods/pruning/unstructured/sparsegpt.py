@@ -25,6 +25,7 @@ class SparseGPT(Method):
         block_size: Columns updated at once.
     """
 
+    name: ClassVar[str] = "sparsegpt"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation(
         "SparseGPT", year=2023, arxiv="2301.00774", covers=("pruning/sparsegpt", "pruning/n-m-sparsity-semi-structured")

@@ -30,6 +30,7 @@ class Wanda(Method):
         pattern: `n:m` puts n zeros into each m consecutive inputs; None leaves the choice free within a row.
     """
 
+    name: ClassVar[str] = "wanda"
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation("Wanda", year=2023, arxiv="2306.11695", covers=("pruning/wanda",))
     reference: ClassVar[str] = "llmcompressor:modifiers.pruning.WandaPruningModifier"

@@ -28,6 +28,7 @@ class Atom(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "atom"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Atom", year=2023, arxiv="2310.19102")
     reference: ClassVar[str] = "paper"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class FP8Weight(Method):
     """Weights by row; inputs keep their dtype. It has no settings."""
 
+    name: ClassVar[str] = "fp8-weight"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     reference: ClassVar[str] = "torch:float8_e4m3fn"
@@ -46,6 +47,7 @@ class FP8Weight(Method):
 class FP8Dynamic(FP8Weight):
     """Weights by row, inputs by token. It has no settings."""
 
+    name: ClassVar[str] = "fp8-dynamic"
     reference: ClassVar[str] = "torch:_scaled_mm"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -56,6 +58,7 @@ class FP8Dynamic(FP8Weight):
 class FP8Static(Method):
     """One scale for a weight, one for the inputs of a layer. It has no settings."""
 
+    name: ClassVar[str] = "fp8-static"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     reference: ClassVar[str] = "paper"

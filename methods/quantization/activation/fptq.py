@@ -39,6 +39,7 @@ class FPTQ(Method):
         high: Largest magnitude from which on they get a scale for each token.
     """
 
+    name: ClassVar[str] = "fptq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FPTQ", year=2023, arxiv="2308.15987", covers=("quantization/fptq",))
     reference: ClassVar[str] = "paper"

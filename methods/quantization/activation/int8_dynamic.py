@@ -19,6 +19,7 @@ from slimbench.methods.kernels.rounding import round_layers
 class Int8Dynamic(Method):
     """Symmetric int8 weights by row and symmetric int8 inputs by token. It has no settings."""
 
+    name: ClassVar[str] = "int8-dynamic"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Dynamic INT8 (token-wise W8A8)", year=2022, arxiv="2206.01861")
     reference: ClassVar[str] = "torch:_int_mm"

@@ -30,6 +30,7 @@ class Microscaling(Method):
         activations: Round the inputs of the layers too.
     """
 
+    name: ClassVar[str] = "microscaling"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Microscaling (MX) formats", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",)
@@ -63,6 +64,7 @@ class NVFP4(Method):
         activations: Round the inputs of the layers too.
     """
 
+    name: ClassVar[str] = "nvfp4"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("NVFP4", year=2025, covers=("quantization/mxfp4-nvfp4-mxfp8",))
     reference: ClassVar[str] = "paper"

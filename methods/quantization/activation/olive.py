@@ -29,6 +29,7 @@ class OliVe(Method):
         activations: Round the inputs of the layers too.
     """
 
+    name: ClassVar[str] = "olive"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("OliVe", year=2023, arxiv="2304.07493", covers=("quantization/olive-oilve-in-text",))
     reference: ClassVar[str] = "paper"

@@ -37,6 +37,7 @@ class OutlierSuppressionPlus(Method):
         thresholds: How many are tried: the largest magnitude times 1/n, 2/n, … 1.
     """
 
+    name: ClassVar[str] = "outlier-suppression-plus"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Outlier Suppression+", year=2023, arxiv="2304.09145", covers=("quantization/outlier-suppression-b",)

@@ -34,6 +34,7 @@ class QuaRotRTN(Method):
         seed: Of the rotation.
     """
 
+    name: ClassVar[str] = "quarot-rtn"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QuaRot", year=2024, arxiv="2404.00456", covers=("quantization/quarot-spinquant",))
     reference: ClassVar[str] = "paper"
@@ -90,6 +91,7 @@ class QuaRot(QuaRotRTN):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "quarot"
     needs: ClassVar[Needs] = Needs(calibration=True)
 
     act_order: bool = False

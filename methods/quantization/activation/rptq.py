@@ -34,6 +34,7 @@ class RPTQ(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "rptq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("RPTQ", year=2023, arxiv="2304.01089", covers=("quantization/rptq",))
     reference: ClassVar[str] = "paper"

@@ -24,6 +24,7 @@ class RTNActivation(Method):
         activation_symmetric: Centre the grid of the inputs on zero; else from the smallest to the largest.
     """
 
+    name: ClassVar[str] = "rtn-activation"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Round-to-nearest of weights and activations", year=2022, arxiv="2206.01861")
     reference: ClassVar[str] = "paper"

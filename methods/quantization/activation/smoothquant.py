@@ -35,6 +35,7 @@ class SmoothQuant(Method):
         alpha: Migration strength, 0..1: how much of the difficulty goes from the activations to the weights.
     """
 
+    name: ClassVar[str] = "smoothquant"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SmoothQuant", year=2022, arxiv="2211.10438", covers=("quantization/smoothquant",))
     reference: ClassVar[str] = "paper"
@@ -65,6 +66,7 @@ class SmoothQuantStatic(SmoothQuant):
     On smollm2-135m the one scale for all inputs of a layer doubles the perplexity (43.5), where scales by token cost 2 %.
     """
 
+    name: ClassVar[str] = "smoothquant-static"
     produces: ClassVar[str] = "runtime"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:

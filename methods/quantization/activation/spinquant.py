@@ -41,6 +41,7 @@ class SpinQuantRTN(LoopSettings, Method):
         activation_bits: Bits of an input.
     """
 
+    name: ClassVar[str] = "spinquant-rtn"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SpinQuant", year=2024, arxiv="2405.16406", covers=("quantization/quarot-spinquant",))
     reference: ClassVar[str] = "paper"
@@ -107,6 +108,8 @@ class SpinQuant(SpinQuantRTN):
         act_order: Treat the inputs with the largest activations first.
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
+
+    name: ClassVar[str] = "spinquant"
 
     act_order: bool = False
     dampening: float = 0.01

@@ -30,6 +30,7 @@ class ZeroQuant(Method):
         groups: Groups of a weight; must divide the outputs of every layer.
     """
 
+    name: ClassVar[str] = "zeroquant"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("ZeroQuant", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant",))
     reference: ClassVar[str] = "paper"
@@ -64,6 +65,7 @@ class ZeroQuantMixed(ZeroQuant):
         groups: Groups of a weight; must divide the outputs of every layer.
     """
 
+    name: ClassVar[str] = "zeroquant-mixed"
     produces: ClassVar[str] = "runtime"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:

@@ -28,6 +28,7 @@ class ZeroQuantFP(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "zeroquant-fp"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("ZeroQuant-FP", year=2023, arxiv="2307.09782", covers=("quantization/zeroquant-fp",))
     reference: ClassVar[str] = "paper"

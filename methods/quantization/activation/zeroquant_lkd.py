@@ -27,6 +27,7 @@ class ZeroQuantLKD(Reconstructing):
         symmetric: Centre the grid on zero; else fit it to both ends of the group.
     """
 
+    name: ClassVar[str] = "zeroquant-lkd"
     citation: ClassVar[Citation] = Citation(
         "ZeroQuant LKD", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant-layer-by-layer-kd",)
     )

@@ -39,6 +39,7 @@ class KVInt(_KVCache):
         symmetric: Centre the grid on zero; else fit it to the smallest and largest number of the group.
     """
 
+    name: ClassVar[str] = "kv-int"
     citation: ClassVar[Citation] = Citation("KV cache in integers (FlexGen)", year=2023, arxiv="2303.06865")
     reference: ClassVar[str] = "paper"
 
@@ -64,6 +65,7 @@ class KIVI(_KVCache):
         residual_length: Newest tokens that stay exact; a multiple of the group size.
     """
 
+    name: ClassVar[str] = "kivi"
     citation: ClassVar[Citation] = Citation("KIVI", year=2024, arxiv="2402.02750", covers=("quantization/kivi",))
     reference: ClassVar[str] = "paper"
 
@@ -87,6 +89,7 @@ class KVFp8(_KVCache):
         scale: `token`: the largest number of a token and head becomes the largest float; `none`: cast as they are.
     """
 
+    name: ClassVar[str] = "kv-fp8"
     citation: ClassVar[Citation] = Citation(
         "KV cache in FP8", year=2022, arxiv="2209.05433", covers=("quantization/llm-qat-kv-quantization",)
     )
@@ -124,6 +127,7 @@ class KVQuanto(_KVTransformers):
         residual_length: Tokens that stay exact until they are rounded together.
     """
 
+    name: ClassVar[str] = "kv-quanto"
     needs: ClassVar[Needs] = Needs(extra="quantization", modules=("optimum",))
 
     nbits: Literal[2, 4] = 4
@@ -144,6 +148,7 @@ class KVHqq(_KVTransformers):
         residual_length: Tokens that stay exact until they are rounded together.
     """
 
+    name: ClassVar[str] = "kv-hqq"
     needs: ClassVar[Needs] = Needs(extra="quantization", modules=("hqq",))
 
     nbits: Literal[2, 3, 4, 8] = 4

@@ -36,6 +36,7 @@ class BCQ(Method):
         rounds: Of the alternating steps; 0 leaves the greedy start.
     """
 
+    name: ClassVar[str] = "bcq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Binary-coding quantization (LUT-GEMM)",

@@ -32,6 +32,7 @@ class GOBO(Method):
         log_density: Natural logarithm of the Gaussian density below which a weight is an outlier.
     """
 
+    name: ClassVar[str] = "gobo"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GOBO", year=2020, arxiv="2005.03842", covers=("quantization/gobo",))
     reference: ClassVar[str] = "paper"

@@ -33,6 +33,7 @@ class KMeans(Method):
         steps: Steps of Lloyd's algorithm at most.
     """
 
+    name: ClassVar[str] = "kmeans"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Deep Compression (k-means weight sharing)",

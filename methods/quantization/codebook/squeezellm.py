@@ -34,6 +34,7 @@ class SqueezeLLM(Method):
         steps: Steps of Lloyd's algorithm at most.
     """
 
+    name: ClassVar[str] = "squeezellm"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SqueezeLLM", year=2023, arxiv="2306.07629", covers=("quantization/squeezellm",))
     reference: ClassVar[str] = "paper"

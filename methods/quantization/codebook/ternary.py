@@ -33,6 +33,7 @@ class TernaryQAT(TrainingSettings, Method):
         group_size: Inputs that share one γ; None: the whole matrix does, as in the paper (stored once for each row).
     """
 
+    name: ClassVar[str] = "ternary-qat"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
     reference: ClassVar[str] = "paper"

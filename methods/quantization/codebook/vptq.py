@@ -45,6 +45,7 @@ class VPTQ(Method):
         seed: Of the first choice of entries.
     """
 
+    name: ClassVar[str] = "vptq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("VPTQ", year=2024, arxiv="2409.17066", covers=("quantization/vptq",))
     reference: ClassVar[str] = "paper"

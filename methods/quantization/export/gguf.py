@@ -49,6 +49,7 @@ class GGUF(Method):
         kind: File type; `f16` only changes the format, the others quantize the file of `f16`.
     """
 
+    name: ClassVar[str] = "gguf"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GGUF k-quants", year=2023, covers=("quantization/gguf-k-quants-i-quants",))
     reference: ClassVar[str] = "llama.cpp:llama_model_quantize"

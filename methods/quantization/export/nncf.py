@@ -23,6 +23,7 @@ class NNCF(Method):
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
     """
 
+    name: ClassVar[str] = "nncf"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("NNCF weight compression", year=2020, arxiv="2002.08679")
     reference: ClassVar[str] = "nncf:compress_weights"

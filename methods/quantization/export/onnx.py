@@ -49,6 +49,7 @@ class DynamicInt8(_ONNX):
         per_channel: One scale for each output of a matrix; else one for all of it.
     """
 
+    name: ClassVar[str] = "onnx-dynamic-int8"
     citation: ClassVar[Citation] = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
     reference: ClassVar[str] = "onnxruntime:quantization.quantize_dynamic"
 
@@ -79,6 +80,7 @@ class MatMulNBits(_ONNX):
         activation_bits: Bits to which inputs are rounded for the product, one scale a group; None: they keep float32.
     """
 
+    name: ClassVar[str] = "onnx-matmul-nbits"
     citation: ClassVar[Citation] = Citation("MatMulNBits (ONNX Runtime)", year=2023)
     reference: ClassVar[str] = "onnxruntime:quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer"
 

@@ -36,6 +36,7 @@ class LLMQAT(TrainingSettings, Method):
         generation_batch: Texts written at once.
     """
 
+    name: ClassVar[str] = "llm-qat"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
     reference: ClassVar[str] = "paper"

@@ -37,6 +37,7 @@ class LoftQ(TrainingSettings, Method):
         iterations: Rounds of quantizing and decomposing, T.
     """
 
+    name: ClassVar[str] = "loftq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
     reference: ClassVar[str] = "paper"

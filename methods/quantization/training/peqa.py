@@ -33,6 +33,7 @@ class PEQA(TrainingSettings, Method):
         symmetric: The zero point is the middle code; else it is fitted, and kept, for each group.
     """
 
+    name: ClassVar[str] = "peqa"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("PEQA", year=2023, arxiv="2305.14152", covers=("quantization/peqa",))
     reference: ClassVar[str] = "paper"

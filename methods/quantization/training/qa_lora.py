@@ -32,6 +32,7 @@ class QALoRA(TrainingSettings, Method):
         alpha: The adapter is scaled by alpha / rank.
     """
 
+    name: ClassVar[str] = "qa-lora"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
     reference: ClassVar[str] = "paper"

@@ -28,6 +28,7 @@ class TorchAOQAT(TrainingSettings, Method):
         group_size: Inputs that share one scale; None for one scale a row.
     """
 
+    name: ClassVar[str] = "torchao-qat"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Quantization-aware training", year=2018, arxiv="1712.05877", covers=("quantization/basic-qat-framework-jacob-et-al",)

@@ -28,6 +28,7 @@ class QLoRA(TrainingSettings, Method):
         alpha: The adapters are scaled by alpha / rank.
     """
 
+    name: ClassVar[str] = "qlora"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora",))
     reference: ClassVar[str] = "peft:LoraConfig"

@@ -35,6 +35,7 @@ class AdaRound(Reconstructing):
         penalty: λ for terms of that size.
     """
 
+    name: ClassVar[str] = "adaround"
     citation: ClassVar[Citation] = Citation("AdaRound", year=2020, arxiv="2004.10568", covers=("quantization/adaround",))
     scope: ClassVar[Literal["block", "layer", "dense block"]] = "layer"
 

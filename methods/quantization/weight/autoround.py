@@ -41,6 +41,7 @@ class SignRound(Method):
         batch_size: Calibration samples of a step.
     """
 
+    name: ClassVar[str] = "signround"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SignRound", year=2023, arxiv="2309.05516", covers=("quantization/signround-autoround",))
     reference: ClassVar[str] = "auto_round:AutoRound"

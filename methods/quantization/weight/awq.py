@@ -35,6 +35,7 @@ class AWQ(Method):
         observer: `mse` shrinks the range of a group where that rounds it better; None takes it from the smallest to the largest weight.
     """
 
+    name: ClassVar[str] = "awq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("AWQ", year=2023, arxiv="2306.00978", covers=("quantization/awq",))
     reference: ClassVar[str] = "llmcompressor:modifiers.transform.awq.AWQModifier"

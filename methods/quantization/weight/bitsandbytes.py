@@ -53,6 +53,7 @@ class LLMInt8(_BitsAndBytes):
         threshold: Magnitude of an input feature from which it counts as an outlier.
     """
 
+    name: ClassVar[str] = "llm-int8"
     citation: ClassVar[Citation] = Citation("LLM.int8()", year=2022, arxiv="2208.07339", covers=("quantization/llm-int8",))
     reference: ClassVar[str] = "bitsandbytes:nn.Linear8bitLt"
 
@@ -105,6 +106,7 @@ class _FourBits(_BitsAndBytes):
 class NF4(_FourBits):
     """NormalFloat: the levels stand at the quantiles of a normal distribution."""
 
+    name: ClassVar[str] = "nf4"
     citation: ClassVar[Citation] = Citation(
         "NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",)
     )
@@ -115,5 +117,6 @@ class NF4(_FourBits):
 class FP4(_FourBits):
     """A floating-point number of 4 bits: sign, two of exponent, one of mantissa, as the QLoRA paper compares it with NF4."""
 
+    name: ClassVar[str] = "fp4"
     citation: ClassVar[Citation] = Citation("FP4 (bitsandbytes)", year=2023, arxiv="2305.14314")
     levels: ClassVar[str] = "fp4"

@@ -27,6 +27,7 @@ class Blockwise8Bit(Method):
         block_size: Inputs that share one scale.
     """
 
+    name: ClassVar[str] = "blockwise-8bit"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "8-bit optimizers (block-wise dynamic quantization)",

@@ -35,6 +35,7 @@ class FineQuant(Method):
         smallest: Inputs of the smallest groups.
     """
 
+    name: ClassVar[str] = "finequant"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FineQuant", year=2023, arxiv="2308.09723", covers=("quantization/finequant",))
     reference: ClassVar[str] = "paper"

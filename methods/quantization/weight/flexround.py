@@ -30,6 +30,7 @@ class FlexRound(Reconstructing):
         symmetric: Centre the grid on zero; else fit it to both ends of the group, with an offset that is not learned.
     """
 
+    name: ClassVar[str] = "flexround"
     citation: ClassVar[Citation] = Citation("FlexRound", year=2023, arxiv="2306.00317", covers=("quantization/flexround",))
 
     symmetric: bool = True

@@ -31,6 +31,7 @@ class GPTAQ(Method):
         strength: Share of the residual that is made up for, 0..1; 0 is GPTQ, a quarter what the authors' program takes.
     """
 
+    name: ClassVar[str] = "gptaq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GPTAQ", year=2025, arxiv="2504.02692")
     reference: ClassVar[str] = "paper"

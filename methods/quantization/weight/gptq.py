@@ -44,6 +44,7 @@ class GPTQ(Method):
         asymmetric: Fit the grid to both ends of the range instead of centring it on zero; None: centred.
     """
 
+    name: ClassVar[str] = "gptq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GPTQ", year=2022, arxiv="2210.17323", covers=("quantization/gptq-optq",))
     reference: ClassVar[str] = "llmcompressor:modifiers.quantization.GPTQModifier"

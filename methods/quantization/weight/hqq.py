@@ -35,6 +35,7 @@ class HQQ(Method):
         group_size: Consecutive inputs that share one scale and one zero point.
     """
 
+    name: ClassVar[str] = "hqq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("HQQ", year=2023, covers=("quantization/hqq",))
     reference: ClassVar[str] = "hqq:core.quantize.Quantizer"

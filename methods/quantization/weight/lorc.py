@@ -34,6 +34,7 @@ class LoRC(Method):
         rank: Of the low-rank part.
     """
 
+    name: ClassVar[str] = "lorc"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("ZeroQuant-V2 LoRC", year=2023, arxiv="2303.08302", covers=("quantization/zeroquant-v2-lorc",))
     reference: ClassVar[str] = "paper"

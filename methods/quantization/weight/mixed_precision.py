@@ -36,6 +36,7 @@ class MixedPrecision(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean; for second-order rounding.
     """
 
+    name: ClassVar[str] = "mixed-precision"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Mixed precision by sensitivity (HAWQ-V3)", year=2020, arxiv="2011.10680")
     reference: ClassVar[str] = "paper"

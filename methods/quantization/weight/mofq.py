@@ -29,6 +29,7 @@ class MoFQ(Method):
         group_size: Inputs that share one scale; None: a row.
     """
 
+    name: ClassVar[str] = "mofq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("MoFQ", year=2023, arxiv="2305.12356")
     reference: ClassVar[str] = "paper"

@@ -29,6 +29,7 @@ class OmniQuant(Reconstructing):
     The defaults are those of the paper: 20 epochs over 128 samples, one sample a step.
     """
 
+    name: ClassVar[str] = "omniquant"
     citation: ClassVar[Citation] = Citation("OmniQuant", year=2023, arxiv="2308.13137", covers=("quantization/omniquant",))
 
     steps: int = 2560

@@ -34,6 +34,7 @@ class OWQ(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "owq"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("OWQ", year=2023, arxiv="2306.02272", covers=("quantization/owq",))
     reference: ClassVar[str] = "paper"

@@ -35,6 +35,7 @@ class QuIP(Method):
         seed: Of the signs.
     """
 
+    name: ClassVar[str] = "quip"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QuIP", year=2023, arxiv="2307.13304", covers=("quantization/quip",))
     reference: ClassVar[str] = "paper"

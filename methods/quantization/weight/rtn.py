@@ -23,6 +23,7 @@ class RTN(Method):
         head_bits: Bits of the output head, and of an input embedding that shares its weight; None: they keep their dtype.
     """
 
+    name: ClassVar[str] = "rtn"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Round-to-nearest", year=2022, covers=("quantization/rtn-round-to-nearest",))
     reference: ClassVar[str] = "paper"

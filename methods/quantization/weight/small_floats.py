@@ -25,6 +25,7 @@ class MXFP4(Method):
     Weights above 6 scales are clamped there, as the OCP MX specification has it.
     """
 
+    name: ClassVar[str] = "mxfp4-weight"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Microscaling data formats (OCP MX)", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",)
@@ -60,6 +61,7 @@ class NVFP4(Method):
     number of e4m3, in which they are stored.
     """
 
+    name: ClassVar[str] = "nvfp4-weight"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("NVFP4", year=2025, arxiv="2509.25149", covers=("quantization/mxfp4-nvfp4-mxfp8",))
     reference: ClassVar[str] = "paper"

@@ -30,6 +30,7 @@ class SpQR(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    name: ClassVar[str] = "spqr"
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SpQR", year=2023, arxiv="2306.03078", covers=("quantization/spqr",))
     reference: ClassVar[str] = "paper"

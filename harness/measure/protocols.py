@@ -1,0 +1,19 @@
+"""Versions of the protocols by which a cell is measured. They stand in its task keys.
+
+A version is raised where the same artefact, engine and settings give other numbers than before: old records then belong to
+another row. This module imports nothing, so that a configuration has its keys without torch.
+"""
+
+from __future__ import annotations
+
+PERPLEXITY = {"window": "window-1", "incremental": "incremental-1", "llamacpp": "llamacpp-1", "document": "document-1"}
+"""Scoring of a corpus, by the name that `suite.protocols` gives it."""
+
+ZEROSHOT = 1
+"""How items of zero-shot tasks are asked and judged."""
+
+DIVERGENCE = 1
+"""Distance of next-token distributions from the reference's."""
+
+SPEED = 1
+"""Prefill, decode, memory and what else the stage `speed` measures."""

@@ -1,0 +1,62 @@
+"""Each shipped class has a name and a version of its own: they stand in keys in place of where its file lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config import engines
+from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.schema import ConfigError, StepConfig
+from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.store import legacy_keys
+from slimbench.methods.quantization.weight.rtn import RTN
+
+FROZEN: dict[str, Any] = json.loads(legacy_keys.DATA.read_text(encoding="utf-8"))
+CLASSES = {shipped_method(choice)["_target_"] for choice in shipped("method")}
+
+
+def test_every_shipped_class_states_its_own_name_and_no_two_share_one() -> None:
+    own = {target: vars(locate(target)).get("name") for target in CLASSES}
+    assert None not in own.values()
+    assert len(set(own.values())) == len(CLASSES)
+    assert all(locate(target).version >= 1 for target in CLASSES)
+
+
+def test_classes_that_have_records_keep_the_names_that_stand_in_them() -> None:
+    names = {locate(target).__name__ + " " + locate(target).name for target in CLASSES}
+    frozen = {target.rpartition(".")[2] + " " + name for target, name in FROZEN["methods"].items()}
+    assert frozen <= names
+
+
+@dataclass(frozen=True)
+class _Nameless(RTN):
+    """A class that would pass for the one that it is derived from."""
+
+
+def test_a_class_without_a_name_of_its_own_is_refused() -> None:
+    step = StepConfig(name="mine", target=f"{__name__}._Nameless")
+    with pytest.raises(ConfigError, match=r"method 'mine': .*_Nameless has no name of its own"):
+        build_method(step)
+
+
+@pytest.mark.parametrize("name", shipped("engine"))
+def test_the_version_of_an_engine_is_read_without_importing_it(name: str) -> None:
+    assert engines.version(engines.get(name).target) == 1
+    assert name in {engine for names in FROZEN["engines"].values() for engine in names}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("slimbench.harness.engines.nowhere.Engine", "no module"),
+        ("slimbench.harness.engines.base.Nothing", "no such class"),
+        ("slimbench.harness.engines.base.Engine", "states no version"),
+    ],
+)
+def test_an_engine_without_a_version_is_refused_in_one_line(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engines.version(target)
