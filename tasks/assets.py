@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from slimbench.tasks.archive import check_member, unpack
 from slimbench.tasks.errors import AssetError
-from slimbench.util.files import atomic_folder, cache_dir
+from slimbench.util import checksums
+from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import nearest
 
@@ -30,7 +31,7 @@ CATALOGUE = Path(__file__).with_name("assets.yaml")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 SCHEMES = ("pypi", "hf", "file")
 
-__all__ = ["Asset", "AssetError", "cache_dir", "catalogue", "fetch", "fetch_hub", "is_fetched", "path", "verify"]
+__all__ = ["Asset", "AssetError", "cache_dir", "catalogue", "fetch", "fetch_hub", "is_fetched", "is_present", "path", "verify"]
 
 
 class Asset(BaseModel):
@@ -120,19 +121,25 @@ def path(name: str) -> Path:
 
 
 def is_fetched(name: str) -> bool:
-    """Whether `fetch` would need no network."""
+    """Whether `fetch` would need no network: the asset is there, and what is packaged has its hashes."""
+    asset = _find(name)
+    return _complete(asset, _folder(asset)) if asset.scheme == "pypi" else is_present(name)
+
+
+def is_present(name: str) -> bool:
+    """Whether all files of an asset are there, intact or not."""
     asset = _find(name)
     if asset.scheme == "file":
         return Path(asset.location).expanduser().exists()
     if asset.scheme == "hf":
         return _cached_snapshot(asset) is not None
-    return _complete(asset, _folder(asset))
+    return all((_folder(asset) / member).is_file() for member in asset.members)
 
 
 def verify(name: str) -> list[str]:
-    """Hash the local copy again. Returns one line for each problem; an empty list means that all is well."""
+    """Hash every byte of the local copy again. Returns one line for each problem; an empty list means that all is well."""
     asset = _find(name)
-    if not is_fetched(name):
+    if not is_present(name):
         return [f"{name}: not fetched"]
     if asset.scheme == "hf":
         return []
@@ -166,7 +173,10 @@ def _folder(asset: Asset) -> Path:
 
 
 def _complete(asset: Asset, folder: Path) -> bool:
-    return all((folder / member).is_file() for member in asset.members)
+    """Whether all members are there with their hashes: the pinned ones, and those taken at the fetch."""
+    taken = checksums.sealed_hashes(folder) or {}
+    hashes = {member: pinned or taken.get(member) for member, pinned in asset.members.items()}
+    return None not in hashes.values() and checksums.fault(folder, {member: str(sha256) for member, sha256 in hashes.items()}) is None
 
 
 def _entry(asset: Asset, folder: Path) -> Path:
@@ -180,7 +190,7 @@ def _install(asset: Asset, folder: Path, progress: bool) -> None:
     try:
         with (
             tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary,
-            atomic_folder(folder) as unpacked,
+            checksums.sealed_folder(folder) as unpacked,
         ):
             archive = _download(asset, Path(temporary), progress)
             if asset.sha256 and hash_file(archive) != asset.sha256:
@@ -245,7 +255,7 @@ def _local(asset: Asset) -> Path:
     if not file.exists():
         siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         raise AssetError(f"there is no {file}{nearest(file.name, siblings)}")
-    if asset.sha256 and hash_file(file) != asset.sha256:
+    if asset.sha256 and checksums.sha256(file) != asset.sha256:
         raise AssetError(f"{file} is not the pinned file (SHA-256 differs)")
     return file
 

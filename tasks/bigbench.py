@@ -20,7 +20,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from slimbench.tasks import assets
-from slimbench.util.files import atomic_folder, cache_dir
+from slimbench.util import checksums
+from slimbench.util.files import cache_dir
 
 DEFINITIONS = Path(__file__).with_name("bigbench.yaml")
 ASSET = "bigbench"
@@ -116,7 +117,7 @@ def write_tasks(tasks: Mapping[str, BigBenchTask], source: Path, folder: Path) -
         source: Folder that holds BIG-bench's files as the asset does.
         folder: Folder to write; it is replaced if it exists.
     """
-    with atomic_folder(folder) as temporary:
+    with checksums.sealed_folder(folder) as temporary:
         for name, task in tasks.items():
             examples = json.loads((source / task.member).read_text(encoding="utf-8"))["examples"]
             lines = [json.dumps(item, ensure_ascii=False) for item in items(name, task, examples)]
@@ -169,6 +170,8 @@ def _definition(name: str, folder: Path) -> str:
 
 
 def _is_whole(tasks: Mapping[str, BigBenchTask], folder: Path) -> bool:
-    """Whether all files are there and name each other; they do not once the cache has been moved."""
+    """Whether all files are there as they were written, and name each other; they do not once the cache has been moved."""
     files = [(folder / f"{name}.yaml", _definition(name, folder)) for name in tasks]
-    return all(file.is_file() and file.read_text(encoding="utf-8") == text and file.with_suffix(".jsonl").is_file() for file, text in files)
+    return checksums.seal_fault(folder) is None and all(
+        file.is_file() and file.read_text(encoding="utf-8") == text and file.with_suffix(".jsonl").is_file() for file, text in files
+    )

@@ -11,6 +11,7 @@ from slimbench.util.files import atomic_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VERSION = 1  # raise it when other weights, configuration or tokenizer come out of the same file
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 
 

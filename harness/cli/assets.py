@@ -52,7 +52,7 @@ def assets_verify(names: Annotated[list[str] | None, typer.Argument(help="Assets
     from slimbench.tasks import assets
 
     faults = 0
-    for name in names or [n for n in assets.catalogue() if assets.is_fetched(n)]:
+    for name in names or [n for n in assets.catalogue() if assets.is_present(n)]:
         problems = assets.verify(name)
         faults += len(problems)
         print(f"{name}: {'; '.join(problems) or 'intact'}")

@@ -8,8 +8,6 @@ on some positions whose whole distribution is kept.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -20,11 +18,11 @@ import torch
 from numpy.lib.format import open_memmap
 
 from slimbench.harness.schema.quality import DivergenceResult
-from slimbench.util.files import cache_dir
+from slimbench.util import checksums
+from slimbench.util.files import cache_dir, replace_folder
 
 EXACT_POSITIONS = 128
 _LEAST_MASS = 1e-9
-_META = "meta.json"
 
 
 def location(key: str) -> Path:
@@ -33,7 +31,8 @@ def location(key: str) -> Path:
 
 
 def exists(key: str) -> bool:
-    return (location(key) / _META).is_file()
+    """Whether they are there, and are the bytes that were written."""
+    return checksums.seal_fault(location(key)) is None
 
 
 class Recorder:
@@ -74,16 +73,11 @@ class Recorder:
         self.seen = rows.stop
 
     def close(self) -> None:
-        """Move the finished files into place; of two writers the first one wins, for both wrote the same."""
+        """Move the finished files into place; which of two writers comes last does not matter, for both wrote the same."""
         for array in (self.logp, self.index, self.tail, self.label, self.first, self.exact):
             array.flush()
-        (self.folder / _META).write_text(json.dumps({"top_k": self.top_k, "positions": self.seen}))
-        try:
-            os.replace(self.folder, location(self.key))
-        except OSError:
-            if not exists(self.key):
-                raise
-            self.discard()
+        checksums.write_seal(self.folder, {"top_k": self.top_k, "positions": self.seen})
+        replace_folder(self.folder, location(self.key))
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -8,8 +8,10 @@ cache is in force. `llamacpp` scores the second half of each window only, as lla
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ from slimbench.harness.measure.loaded import LoadedModel, Observer, label_logpro
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
+from slimbench.util import checksums
 from slimbench.util.files import cache_dir
-from slimbench.util.hashing import digest
+from slimbench.util.hashing import digest, hash_file
 
 _BATCH_TOKENS = 1024
+_TOKENS = "tokens.npy"
 
 OnProgress = Callable[[int, int], None]
 
@@ -125,17 +129,28 @@ def cut(tokens: np.ndarray, seqlen: int, limit: int | None) -> np.ndarray:
 
 def token_stream(spec: str, tokenizer: Any) -> tuple[np.ndarray, str]:
     """The tokens of a whole corpus (int32) and the hash of its text; tokenized once for each tokenizer, then cached."""
-    vocabulary = digest({"vocab": len(tokenizer), "sample": tokenizer.get_vocab(), "kind": type(tokenizer).__name__})
-    path = cache_dir() / "tokens" / f"{digest([corpora.fingerprint(spec), vocabulary])}.npy"
-    if path.is_file():
-        stored = np.load(path, mmap_mode="r")
-        return stored, path.with_suffix(".sha256").read_text()
+    folder = cache_dir() / "tokens" / digest([corpora.fingerprint(spec), tokenizer_identity(tokenizer)])
+    if checksums.seal_fault(folder) is None:
+        return np.load(folder / _TOKENS, mmap_mode="r"), str(checksums.facts(folder)["text_sha256"])
     corpus = corpora.load(spec)
     pieces = tokenizer([corpus.text], add_special_tokens=False, verbose=False)["input_ids"][0]
     tokens = np.asarray(pieces, dtype=np.int32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".sha256").write_text(corpus.sha256)
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, tokens)
-    os.replace(partial, path)
+    with checksums.sealed_folder(folder, {"text_sha256": corpus.sha256}) as unfinished:
+        np.save(unfinished / _TOKENS, tokens)
     return tokens, corpus.sha256
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Sixteen hex digits of all that turns text into tokens: the whole tokenizer (normaliser, splitting, vocabulary, merges), not its
+    vocabulary alone, and the version of the library that runs it.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        whole: Any = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole |= {"truncation": None, "padding": None}  # what the last call left behind
+        library = "tokenizers"
+    else:
+        with tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
+            whole = {Path(file).name: hash_file(Path(file)) for file in tokenizer.save_pretrained(folder) if Path(file).is_file()}
+        library = "transformers"
+    version = importlib.metadata.version(library)
+    return digest([type(tokenizer).__name__, getattr(tokenizer, "split_special_tokens", False), library, version, whole])

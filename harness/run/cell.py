@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.config import local_model
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped_method
@@ -16,8 +16,6 @@ from slimbench.tasks import assets, calibration, corpora, zeroshot
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import digest
 from slimbench.util.text import nearest
-
-_SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -165,24 +163,9 @@ def _model_identity(config: RunConfig) -> dict[str, Any]:
             raise ConfigError(f"model.source: no asset '{rest}'{nearest(rest, assets.catalogue())}")
         identity["content"] = assets.catalogue()[rest].fingerprint
     elif kind == "file":
-        identity |= {"source": "file", "content": _folder_identity(Path(rest).expanduser())}
+        identity |= {"source": "file", "content": local_model.identity(Path(rest).expanduser())}
     elif kind not in ("hf", "random"):
         raise ConfigError(f"model.source '{model.source}' is none of asset:NAME, hf:ORG/NAME, file:FOLDER, random")
     elif kind == "random" and not model.shape:
         raise ConfigError("model.source=random needs model.shape, the fields of its config.json")
     return identity
-
-
-def _folder_identity(folder: Path) -> str:
-    """Hash of a model folder: its config, and name, size, head and tail of each weights file."""
-    if not (folder / "config.json").is_file():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise ConfigError(f"model.source: no config.json in {folder}{nearest(folder.name, siblings)}")
-    seen = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_SAMPLE)
-            file.seek(max(0, size - _SAMPLE))
-            seen.update(f"{path.name}:{size}:".encode() + head + file.read())
-    return seen.hexdigest()

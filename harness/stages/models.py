@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from slimbench.harness.config.schema import ModelConfig
 from slimbench.methods.base import ModelShape, Unsupported
-from slimbench.tasks import assets
+from slimbench.tasks import assets, gguf
+from slimbench.util import checksums
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest
 from slimbench.util.text import slug
@@ -67,31 +66,27 @@ def weight_bytes(model: ModelConfig) -> int | None:
 
 
 def _cached(model: ModelConfig, make: Callable[[Path], None], on_phase: Callable[[str], None]) -> Path:
+    """The folder of a converted or generated model; made again where its files are not the bytes that were written."""
     from filelock import FileLock
 
     folder = _folder(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return folder
-        on_phase("prepare model")
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        make(partial)
-        os.replace(partial, folder)
+        if checksums.seal_fault(folder) is not None:
+            on_phase("prepare model")
+            with checksums.sealed_folder(folder) as unfinished:
+                make(unfinished)
     return folder
 
 
 def _folder(model: ModelConfig) -> Path:
     """Where an asset is kept as safetensors, and random weights."""
     kind, _, rest = model.source.partition(":")
-    content = assets.catalogue()[rest].fingerprint if kind == "asset" else model.shape
+    content = [gguf.VERSION, assets.catalogue()[rest].fingerprint] if kind == "asset" else model.shape
     return cache_dir() / "models" / f"{slug(model.name)}-{model.dtype}-{digest(content)}"
 
 
 def _convert(source: Path, out: Path, dtype: str) -> None:
-    from slimbench.tasks import gguf
-
     ggufs = [source] if source.suffix == ".gguf" else sorted(source.rglob("*.gguf"))
     if not ggufs:
         raise assets.AssetError(f"no GGUF file in {source}; run `slimbench assets verify`")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,13 +40,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             entry.chmod(0o755 if entry.is_dir() else 0o644)
-            _sync(entry)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(target.parent)
+        replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Move a finished folder to its place, durably. What stood there goes; of two that come at the same time one stays, whole."""
+    for entry in (*folder.rglob("*"), folder):
+        _sync(entry)
+    while True:
+        try:
+            os.replace(folder, target)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):
+            os.replace(target, old)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
 
 
 def _sync(entry: Path) -> None:

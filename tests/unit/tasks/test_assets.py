@@ -21,6 +21,7 @@ from slimbench.harness.config.sources import CONF_DIR
 from slimbench.tasks import assets
 from slimbench.tasks.archive import unpack
 from slimbench.tasks.assets import Asset, AssetError
+from slimbench.util import checksums
 from slimbench.util.files import atomic_folder, cache_dir
 
 MEMBER = "demo/data/words.txt"
@@ -100,11 +101,23 @@ def test_fetch_keeps_the_member_and_works_offline_afterwards(index, catalogue):
     assert assets.is_fetched("demo") and assets.path("demo") == file and assets.verify("demo") == []
     folder = cache_dir() / "assets" / f"demo-{asset.fingerprint}"
     assert left_in_cache() == [folder.name]
-    assert [entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()] == [MEMBER]
+    assert {entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()} == {MEMBER, checksums.SEAL}
     file.write_bytes(OTHER)
     assert assets.verify("demo") == ["demo: words.txt has a wrong SHA-256"]
     catalogue(sha256=pinned, members={MEMBER: sha256(OTHER)})
     assert not assets.is_fetched("demo"), "another pin is another asset"
+
+
+@pytest.mark.parametrize("pin", [sha256(CONTENT), None])
+def test_a_cached_member_with_other_bytes_is_not_used_but_fetched_again(index, catalogue, pin):
+    catalogue(sha256=make_wheel(index), members={MEMBER: pin})
+    file = assets.fetch("demo", progress=False)
+    times = file.stat()
+    file.write_bytes(OTHER[: len(CONTENT)].ljust(len(CONTENT)))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not assets.is_fetched("demo")
+    assert assets.fetch("demo", progress=False).read_bytes() == CONTENT
+    assert assets.is_fetched("demo") and assets.verify("demo") == []
 
 
 def test_wrong_archive_is_refused_and_the_next_fetch_starts_clean(index, catalogue):

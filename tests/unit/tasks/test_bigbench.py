@@ -60,7 +60,7 @@ def test_written_folder_is_lm_evals_format(tmp_path):
     (source / TASK.member).write_text(json.dumps({"examples": [example(number) for number in range(5)]}))
     folder = tmp_path / "tasks"
     write_tasks({"bb_demo": TASK}, source, folder)
-    assert sorted(file.name for file in folder.iterdir()) == ["bb_demo.jsonl", "bb_demo.yaml"]
+    assert sorted(file.name for file in folder.iterdir()) == ["bb_demo.jsonl", "bb_demo.yaml", "hashes.json"]
     definition = yaml.safe_load((folder / "bb_demo.yaml").read_text())
     data = Path(definition["dataset_kwargs"]["data_files"]["test"])
     assert data.is_absolute() and data == folder / "bb_demo.jsonl"
