@@ -1,7 +1,8 @@
 """The results folder: one JSON file for each record, whose path is its identity.
 
 `RESULTS/<model>/<pipeline>/<stage>-<key>.json`. Records are written atomically (temporary file, fsync, rename), so a
-reader never sees half of one, and folders from any number of machines merge by copying.
+reader never sees half of one, and folders from any number of machines merge by copying. What many records hold alike lies beside
+them once (`harness.store.shared`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store import shared
 from slimbench.util.files import write_atomically
 from slimbench.util.text import slug
 
@@ -37,7 +40,7 @@ class Unreadable:
 
 
 def dump(record: Record) -> bytes:
-    """The content of a record's file."""
+    """A record as JSON, whole: as it travels alone."""
     return record.model_dump_json(indent=1, exclude_none=True).encode() + b"\n"
 
 
@@ -70,7 +73,7 @@ class Store:
         try:
             if path.exists() and not isinstance(read(path), Record):
                 path.replace(path.with_suffix(".json.unreadable"))
-            write_atomically(path, dump(record))
+            write(path, record)
         except OSError as error:
             raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
         return path
@@ -121,18 +124,36 @@ class Store:
         return records, unreadable
 
 
+def write(path: Path, record: Record) -> None:
+    """Write the file of a record, after the shared parts that it names.
+
+    Args:
+        path: RESULTS/<model>/<pipeline>/<file>.
+    """
+    data = record.model_dump(mode="json", exclude_none=True)
+    for name, content in shared.split(data).items():
+        part = shared.folder_of(path) / f"{name}.json"
+        if not shared.is_current(part, content):
+            write_atomically(part, content)
+    write_atomically(path, to_json(data, indent=1, inf_nan_mode="null") + b"\n")
+
+
 def read(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"), shared.folder_of(path))
     except (OSError, ValueError) as error:
         return f"not a record: {error}"
 
 
-def parse(text: str) -> Record | str:
-    """The record in a JSON text, or one line that says why there is none."""
+def parse(text: str, parts: Path | None = None) -> Record | str:
+    """The record in a JSON text, or one line that says why there is none.
+
+    Args:
+        parts: Folder of what it shares with other records; None where it has to be whole.
+    """
     try:
-        return Record.model_validate(migrate(json.loads(text)))
+        return Record.model_validate(migrate(shared.join(json.loads(text), parts)))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         return ": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]])

@@ -8,13 +8,14 @@ from pydantic_core import from_json
 
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store import shared
 from slimbench.harness.store.store import read
 
 
 def lean(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        data = migrate(from_json(path.read_bytes()))
+        data = migrate(shared.join(from_json(path.read_bytes()), shared.folder_of(path)))
         for task in (data.get("quality") or {}).get("zeroshot") or []:
             task["items"]["loglikelihoods"] = []
         return Record.model_validate(data)
