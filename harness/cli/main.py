@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slimbench import __version__
-from slimbench.harness.cli import assets, bench, board, engines, env, methods, records, wandb
+from slimbench.harness.cli import artefact, assets, bench, board, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.recommend import recommend
@@ -32,6 +32,7 @@ for module, name in (
     (engines, "engines"),
     (bench, "bench"),
     (assets, "assets"),
+    (artefact, "artefact"),
     (board, "board"),
     (env, "env"),
     (wandb, "wandb"),

@@ -1,3 +1,28 @@
 """Benchmark and leaderboard harness for LLM compression: quality and speed of the same artefact, with evidence."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
 __version__ = "0.1.0"
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> nn.Module:
+    """The compressed model of an artefact folder, as engine `transformers` runs it.
+
+    Args:
+        folder: What `slimbench artefact path` prints, or what `slimbench artefact export --format slimbench` wrote.
+        device: `cpu`, or `cuda:0` and the like.
+
+    Raises:
+        slimbench.methods.base.Unsupported: The engine does not load the artefact's format.
+    """
+    from slimbench.harness.config import engines
+    from slimbench.harness.config.parse import locate
+
+    engine = engines.get("transformers")
+    return locate(engine.target)(loaders=engine.loaders).load(Path(folder), device).module
