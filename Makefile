@@ -35,6 +35,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tests/support/house.py
 
 board: setup
 	$(BIN)/slimbench board build --results results --out board

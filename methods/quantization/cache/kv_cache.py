@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.formats import kv_cache as _kv_policy
-from slimbench.methods.formats.kv_cache import OwnCache, Policy, Scheme, TransformersCache
+from slimbench.methods.formats.kv_cache import OwnCache, Policy, TransformersCache
+from slimbench.methods.formats.kv_scheme import Scheme
 
 
 class _KVCache(Method):

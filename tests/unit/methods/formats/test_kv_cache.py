@@ -22,8 +22,9 @@ from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.formats import kv_cache as _kv_policy
-from slimbench.methods.formats.kv_cache import FORMAT, LENGTHS, Scheme
+from slimbench.methods.formats.kv_cache import FORMAT, LENGTHS
 from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache, quantize
+from slimbench.methods.formats.kv_scheme import Scheme
 from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVHqq, KVInt
 from tests.support import tiny
 from tests.unit.run.test_runner import Listener, cell
