@@ -14,6 +14,7 @@ from slimbench import __version__
 from slimbench.harness.cli import artefact, assets, bench, board, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.compare import compare
+from slimbench.harness.cli.doctor import doctor
 from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
@@ -22,10 +23,9 @@ from slimbench.harness.cli.terminal import fail
 app = typer.Typer(
     help="Benchmark and leaderboard harness for LLM compression.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, audit, compare, recommend, reproduce):
+for command in (run, sweep, audit, compare, recommend, reproduce, doctor):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

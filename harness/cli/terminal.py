@@ -114,7 +114,22 @@ def read_records(results: Path) -> list[Any]:
     return records
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.")]
+def complete(incomplete: str) -> list[str]:
+    """The overrides that a word may become: groups, and after `GROUP=` the names of its choices, the last of a list."""
+    from slimbench.harness.config.sources import CONF_DIR, shipped
+
+    group, given, names = incomplete.partition("=")
+    if not given:
+        return [f"{folder.name}=" for folder in sorted(CONF_DIR.iterdir()) if folder.is_dir() and folder.name.startswith(group)]
+    before, _, last = names.rpartition(",")
+    start = f"{group}={before}," if before else f"{group}="
+    return [start + name for name in shipped(group) if name.startswith(last)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.", autocompletion=complete),
+]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 DEFAULT_RESULTS = Path("runs")
 
