@@ -7,20 +7,25 @@ torch and its reference library inside `compress`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["cpu", "cuda"]
 HUGGINGFACE = "huggingface"
+EDITED = "edited"
+DENSE = (HUGGINGFACE, EDITED)
+"""Formats whose weights are as a model was trained with them: `DenseModel.load` gives an ordinary module."""
+ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitsandbytes")
+"""Every format whose loader gives a module of transformers, so that a policy can sit on it."""
 
 
 def _silent(done: float, total: float) -> None:
@@ -55,18 +60,24 @@ class Needs:
     Attributes:
         calibration: It reads calibration tokens.
         training: It updates weights by gradient descent.
+        text: It trains on a text apart from the calibration tokens.
+        teacher: It asks a teacher other than the dense model itself, which every method has as `DenseModel.load_original`.
         device: The only device it runs on, or None for any.
         extra: The optional dependency group of slimbench that installs its reference library.
         modules: Import names that must be present.
         environment: Name in `slimbench env list` of the environment that compression runs in; None for the harness's own.
+        hours: Hours that it takes on one accelerator for a model of a billion parameters, where that is more than one.
     """
 
     calibration: bool = False
     training: bool = False
+    text: bool = False
+    teacher: bool = False
     device: Device | None = None
     extra: str | None = None
     modules: tuple[str, ...] = ()
     environment: str | None = None
+    hours: float | None = None
 
     def missing_modules(self) -> list[str]:
         """Import names that this Python cannot find; nothing is imported."""
@@ -75,7 +86,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder that a method checks before heavy work. All counts, no units."""
+    """The sizes of a decoder that a method checks before heavy work. All counts, no units.
+
+    Attributes:
+        widths: Numbers of inputs that the linear layers of the blocks have, where edits left others than the hidden and the
+            intermediate size.
+    """
 
     architecture: str
     hidden_size: int
@@ -86,6 +102,7 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool
     head_size: int | None = None
+    widths: tuple[int, ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -114,17 +131,31 @@ class ModelShape:
 
     def check_group(self, group_size: int) -> None:
         """Raise `Unsupported` unless groups of `group_size` tile the inputs of every linear layer."""
-        for width in (self.hidden_size, self.intermediate_size):
+        widths = self.widths or (self.hidden_size, self.intermediate_size)
+        for width in widths:
             if width % group_size:
-                fits = [g for g in (32, 64, 128, 256) if not self.hidden_size % g and not self.intermediate_size % g]
+                fits = [g for g in (32, 64, 128, 256) if not any(inputs % g for inputs in widths)]
                 nearest = min(fits, key=lambda g: abs(g - group_size), default=None)
                 hint = f"; nearest that does: {nearest}" if nearest else ""
                 raise Unsupported(f"group_size {group_size} does not divide the input features {width}{hint}")
 
 
+class Teacher(Protocol):
+    """A model that writes what a student learns from.
+
+    Attributes:
+        identity: Name and revision; part of the key of what was made with it.
+    """
+
+    identity: str
+
+    def complete(self, prompts: list[str], max_new: int) -> list[str]:
+        """A text of at most `max_new` tokens for each prompt."""
+
+
 @dataclass(frozen=True)
 class DenseModel:
-    """The input of a method: an uncompressed model in a local folder of safetensors.
+    """The input of a method: a model in a local folder of safetensors, whose weights are not quantized.
 
     Attributes:
         path: Folder with `config.json` and safetensors weights; for a later step of a pipeline, the previous artefact.
@@ -134,6 +165,10 @@ class DenseModel:
         progress: Told how much of the work is done, `(done, total)`; shown with an estimate of what is left.
         checkpoints: Folder that outlives an interrupted run, in which a training method keeps what it resumes from; None: keep nothing.
         seed: That of the cell; whatever a method draws depends on it and on the method's own seed, if it has one.
+        original: Folder of the model that the pipeline began with; None: `path` is it.
+        taught: Folder of a text that a teacher wrote for this model, None without one.
+        teacher: Whom a method that `needs.teacher` asks while it trains.
+        format: Of `path`: one of the formats that the method accepts.
     """
 
     path: Path
@@ -144,15 +179,30 @@ class DenseModel:
     progress: Callable[[float, float], None] = _silent
     checkpoints: Path | None = None
     seed: int = 0
+    original: Path | None = None
+    taught: Path | None = None
+    teacher: Teacher | None = None
+    format: str = HUGGINGFACE
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
-        """Load the weights, in evaluation mode, on the device. `kwargs` go to `from_pretrained`."""
+        """Load the weights, in evaluation mode, on the device.
+
+        Args:
+            kwargs: For `from_pretrained`; of an edited model `dtype` alone.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         kwargs.setdefault("dtype", getattr(torch, self.dtype))
+        if self.format == EDITED:
+            formats = importlib.import_module("slimbench.methods.formats.edited")  # stands above the contract, so by its name
+            return formats.load(self.path, self.device, **kwargs)
         model: Any = AutoModelForCausalLM.from_pretrained(self.path, use_safetensors=True, **kwargs)
         return model.to(self.device).eval() if "device_map" not in kwargs else model.eval()
+
+    def load_original(self, **kwargs: Any) -> PreTrainedModel:
+        """The model that the pipeline began with, as `load`: the teacher of every distillation after a step that changed it."""
+        return self.load(**kwargs) if self.original is None else replace(self, path=self.original, format=HUGGINGFACE).load(**kwargs)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -172,17 +222,51 @@ class Calibration:
     ids: torch.Tensor
     fingerprint: str
 
-    def as_dataset(self) -> Any:
-        """The samples as a `datasets.Dataset` with columns `input_ids` and `attention_mask`."""
-        from datasets import Dataset
 
-        rows = self.ids.tolist()
-        return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
+def _later(earlier: Any, later: Any) -> Any:
+    return later
+
+
+def _latest(earlier: Any, later: Any) -> Any:
+    return earlier if later is None else later
+
+
+def _sum(earlier: Any, later: Any) -> Any:
+    return earlier + later
+
+
+def _merged(earlier: Any, later: Any) -> Any:
+    return earlier | later
+
+
+def _said(rule: Callable[[Any, Any], Any], default: Any = None) -> Any:
+    """A field of a claim and what becomes of it when another step follows."""
+    return field(default=default, metadata={"then": rule})
+
+
+@dataclass(frozen=True)
+class Work:
+    """Mean work of a token where not all of a model runs for each; None where nothing is left out.
+
+    Attributes:
+        blocks: Decoder blocks that run.
+        experts: Experts of a layer that run.
+        active_parameters: Parameters that take part.
+        cache_tokens: Tokens whose keys and values are kept at most.
+    """
+
+    blocks: float | None = None
+    experts: float | None = None
+    active_parameters: float | None = None
+    cache_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a method says that it wrote; the harness holds it against the evidence of the loaded artefact.
+
+    Each field carries the rule by which the claims of the steps of a pipeline become one: that of the last step, that of the latest
+    step that says something, or the sum. Bits, group size and simulation are one grid and go together.
 
     Attributes:
         format: Artefact format; the engine's table says who loads it.
@@ -192,40 +276,40 @@ class Claim:
         pattern: `n:m` where the zeros follow a semi-structured pattern.
         activation_bits: Bits of the activations entering compressed layers; None if they keep their dtype.
         simulated: The numbers are rounded but stored in the source dtype, so no speed may be claimed.
+        parameters: Of the whole model, biases included, what is shared counted once; None if the architecture is as it was.
+        layers: Decoder blocks; None if the architecture is as it was.
+        work: Mean work of a token; None if all of the model runs for each.
+        cache_bytes_per_token: Bytes that a further token of one sequence takes in the key-value cache; None if they are as they were.
         training_tokens: Tokens of all gradient steps; 0 without training.
         trained_parameters: Parameters that were updated by gradient descent.
+        teacher: Whose outputs were learned, None without one.
+        details: What has no field of its own.
     """
 
-    format: str
-    bits: float | None = None
-    group_size: int | None = None
-    sparsity: float | None = None
-    pattern: str | None = None
-    activation_bits: int | None = None
-    simulated: bool = False
-    training_tokens: int = 0
-    trained_parameters: int = 0
-    details: dict[str, Any] = field(default_factory=dict)
+    format: str = field(metadata={"then": _later})
+    bits: int | float | None = _said(_latest)
+    group_size: int | None = _said(_latest)
+    sparsity: float | None = _said(_latest)
+    pattern: str | None = _said(_latest)
+    activation_bits: int | None = _said(_latest)
+    simulated: bool = _said(_later, False)
+    training_tokens: int = _said(_sum, 0)
+    trained_parameters: int = _said(_sum, 0)
+    details: dict[str, Any] = field(default_factory=dict, metadata={"then": _merged})
+    parameters: int | None = _said(_latest)
+    layers: int | None = _said(_latest)
+    work: Work | None = field(default=None, metadata={"then": _latest})
+    cache_bytes_per_token: float | None = _said(_latest)
+    teacher: str | None = _said(_latest)
 
     def then(self, later: Claim) -> Claim:
-        """The claim of a pipeline whose next step claims `later`.
-
-        The later step wins where it claims something, its grid (bits, group size, simulated or not) as a whole; what it is
-        silent on still holds. Training adds up.
-        """
-        grid = self if later.bits is None else later
-        return Claim(
-            format=later.format,
-            bits=grid.bits,
-            group_size=grid.group_size,
-            sparsity=self.sparsity if later.sparsity is None else later.sparsity,
-            pattern=self.pattern if later.pattern is None else later.pattern,
-            activation_bits=self.activation_bits if later.activation_bits is None else later.activation_bits,
-            simulated=grid.simulated or later.simulated,
-            training_tokens=self.training_tokens + later.training_tokens,
-            trained_parameters=self.trained_parameters + later.trained_parameters,
-            details=self.details | later.details,
-        )
+        """The claim of a pipeline whose next step claims `later`."""
+        joined = {f.name: f.metadata["then"](getattr(self, f.name), getattr(later, f.name)) for f in fields(self)}
+        if later.bits is None:
+            grid = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
+        else:
+            grid = {"group_size": later.group_size}
+        return Claim(**joined | grid)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -241,7 +325,9 @@ class Method(ABC):
         citation: Paper behind the method.
         reference: `library:symbol` that does the work, or `paper` where it is written here from the paper.
         needs: What must be there to run it.
-        produces: Format of the artefact; only `huggingface` can be followed by another step.
+        accepts: Formats of the artefacts that it can follow in a pipeline: `DENSE` if it asks `DenseModel.load` for the weights and
+            takes each layer as it is, `ANY_BASE` if it only adds a policy.
+        produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
     """
 
     name: ClassVar[str]
@@ -250,7 +336,12 @@ class Method(ABC):
     citation: ClassVar[Citation]
     reference: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
+    accepts: ClassVar[tuple[str, ...]] = (HUGGINGFACE,)
     produces: ClassVar[str] = HUGGINGFACE
+
+    def produces_after(self, base: str) -> str:
+        """Format of the artefact where the step before wrote `base`."""
+        return EDITED if (base, self.produces) == (EDITED, HUGGINGFACE) else self.produces
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional hook
         """Raise `Unsupported`, in one line, if the settings do not fit the model. Called before any heavy work."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.methods.base import HUGGINGFACE, Method
 from slimbench.util.text import nearest
 
 
@@ -112,14 +113,47 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"results={config.results} is no folder")
     if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
-    methods = [build_method(step) for step in config.pipeline]
-    for step, method in zip(config.pipeline[:-1], methods[:-1], strict=True):
-        if method.produces != "huggingface":
+    steps = [(step.name, build_method(step)) for step in config.pipeline]
+    _check_order(steps)
+    for name, method in steps:
+        if method.needs.text or method.needs.teacher:
             raise ConfigError(
-                f"'{step.name}' must be the last step of a pipeline: it writes format {method.produces}, which no other method reads"
+                f"'{name}' learns from {'a teacher' if method.needs.teacher else 'a text of its own'}, which nothing gives it yet"
             )
+    methods = [method for _, method in steps]
     if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
         raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+
+
+def _check_order(steps: list[tuple[str, Method]]) -> None:
+    """Raise `ConfigError` unless each step of a pipeline reads what the one before it writes."""
+    wrong = _first_misfit(steps)
+    if wrong is None:
+        return
+    index, format_ = wrong
+    (name, method), others = steps[index], [step for step in steps if step is not steps[index]]
+    moved = ([*others[:place], steps[index], *others[place:]] for place in range(index))
+    right = next((order for order in moved if _first_misfit(order) is None), None)
+    before = steps[index - 1][0] if index else None
+    hint = (
+        f"write method=[{','.join(name for name, _ in right)}]"
+        if right
+        else "leave one of the two out"
+        if before
+        else f"put it after a step that writes {method.accepts[0]}"
+    )
+    place = f"cannot follow '{before}'" if before else "cannot be the first step"
+    raise ConfigError(f"'{name}' {place}: it reads {' or '.join(method.accepts)}, not {format_}; {hint}")
+
+
+def _first_misfit(steps: list[tuple[str, Method]]) -> tuple[int, str] | None:
+    """Position of the first step that does not read what is there, and the format of that; None if the order is right."""
+    format_ = HUGGINGFACE
+    for index, (_, method) in enumerate(steps):
+        if format_ not in method.accepts:
+            return index, format_
+        format_ = method.produces_after(format_)
+    return None
 
 
 def _one_line(error: ValidationError, prefix: str, cls: Any) -> str:

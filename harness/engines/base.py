@@ -35,7 +35,7 @@ class Engine(ABC):
         Raises:
             methods.base.Unsupported: This engine does not load its format here.
         """
-        format_ = read_manifest(artefact).claim["format"]
+        format_ = read_manifest(artefact).claim.format
         if format_ not in self.loaders:
             raise Unsupported(f"it does not load format '{format_}', only {', '.join(self.loaders)}")
         return self.open(artefact, locate(self.loaders[format_]), device, trust_remote_code)

@@ -8,7 +8,7 @@ calls are brought in one layer at a time, as a call does, and are counted apart 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from slimbench.harness.measure import operators
 from slimbench.harness.measure.offloaded import brought_in
-from slimbench.harness.measure.zeros import Zeros, holds, joined, zeros
+from slimbench.harness.measure.zeros import Zeros, joined, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 
 _NESTING = 3
 _DENSE_BITS = 16
-_SLACK = 1.02
 _PRODUCTS = ("linear", "head")
 
 
@@ -48,7 +47,8 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
     return Evidence(
         weight_bytes=sum(layer.bytes for layer in layers) - offloaded,
         offloaded_bytes=offloaded,
-        parameters=sum(layer.parameters for layer in layers),
+        parameters=sum(layer.parameters + layer.biases for layer in found),
+        blocks=_blocks(module, step),
         effective_bits=8 * sum(layer.bytes for layer in linear) / weights if weights else None,
         loaded_bits=loaded_bits,
         sparsity=sum((layer.zeros or 0) * layer.parameters for layer in probed) / probed_weights if probed_weights else None,
@@ -61,84 +61,6 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
     )
 
 
-def flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | None = None) -> list[str]:
-    """One line for each point in which claim and evidence differ; stored bits count as more than claimed from 2 % on.
-
-    Args:
-        disk_bytes: Size of the artefact's files: tells an artefact that was never packed from one that the loader expanded.
-    """
-    linear = [layer for layer in evidence.layers if layer.role == "linear"]
-    return [
-        *_storage_flags(claim, evidence, disk_bytes),
-        *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
-        *_compute_flags(claim, linear),
-        *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
-        *(["simulated: rounded numbers in dense storage"] if claim.get("simulated") else []),
-    ]
-
-
-def _storage_flags(claim: dict[str, Any], evidence: Evidence, disk_bytes: int | None) -> Iterator[str]:
-    bits, stored = claim.get("bits"), evidence.effective_bits
-    if bits is None or stored is None or claim.get("simulated"):
-        return
-    overhead = 48 / claim["group_size"] if claim.get("group_size") else 0.5
-    allowed = claim.get("details", {}).get("stored_bits", bits + overhead)
-    loaded = evidence.loaded_bits
-    if loaded is not None and loaded <= _SLACK * allowed and _SLACK * loaded < stored < _DENSE_BITS:
-        yield f"{loaded:.2f} bits as loaded, {stored:.2f} from the first call on"
-        return
-    if stored <= _SLACK * allowed:
-        return
-    on_disk = _bits_on_disk(evidence, disk_bytes)
-    if on_disk is None or on_disk > (bits + stored) / 2:
-        yield f"claims {bits:g} bits, stores {stored:.1f}"
-    elif stored < _DENSE_BITS:
-        yield f"packed on disk, {stored:.1f} bits in memory: expanded at load"
-    else:
-        yield "packed on disk, dense in memory: dequantized at load"
-
-
-def _bits_on_disk(evidence: Evidence, disk_bytes: int | None) -> float | None:
-    """Bits per weight of the linear layers on disk, if everything else lies there as it does in memory."""
-    weights = sum(layer.parameters for layer in evidence.layers if layer.role == "linear")
-    others = sum(layer.bytes for layer in evidence.layers if layer.role != "linear")
-    return None if disk_bytes is None or not weights else 8 * (disk_bytes - others) / weights
-
-
-def _zeros_flags(claim: dict[str, Any], evidence: Evidence, probed: list[LayerEvidence]) -> Iterator[str]:
-    sparsity, pattern = claim.get("sparsity"), claim.get("pattern")
-    if (sparsity is not None or pattern is not None) and not probed:
-        yield "zeros cannot be read in memory"
-        return
-    if sparsity is not None and evidence.sparsity is not None and evidence.sparsity < sparsity - 0.01:
-        yield f"claims {sparsity:.0%} zeros, has {evidence.sparsity:.0%}"
-    if pattern is None:
-        return
-    total = sum(layer.count for layer in probed)
-    try:
-        whole = sum(count for layer in probed for found, count in layer.patterns.items() if holds(pattern, found))
-    except ValueError as error:
-        yield f"{pattern} mask is not checked: {error}"
-    else:
-        if whole < total:
-            yield f"{pattern} mask does not hold in {total - whole} of {total} layers"
-    if evidence.kernel and "sparse" not in evidence.kernel:
-        yield f"{pattern} mask without a sparse kernel"
-
-
-def _compute_flags(claim: dict[str, Any], linear: list[LayerEvidence]) -> Iterator[str]:
-    total = sum(layer.count for layer in linear)
-    if fallen := sum(layer.fallback_layers for layer in linear):
-        yield f"fell back to dequantize + dense matmul in {fallen} of {total} layers"
-    if (bits := claim.get("activation_bits")) is None or claim.get("simulated"):
-        return
-    compute: Counter[str] = sum((Counter(layer.compute) for layer in linear), Counter())
-    wider = {dtype: count for dtype, count in compute.items() if 8 * getattr(torch, dtype).itemsize > bits}
-    if wider:
-        where = f" in {sum(wider.values())} of {total} layers" if sum(wider.values()) < total else ""
-        yield f"claims {bits}-bit activations, computes in {' and '.join(wider)}{where}"
-
-
 @dataclass(frozen=True)
 class _Layer:
     """One leaf of the module tree: what it holds, what its weights are, and how it multiplied."""
@@ -146,6 +68,7 @@ class _Layer:
     module: torch.nn.Module
     role: str
     parameters: int
+    biases: int
     dtypes: Counter[str]
     zeros: Zeros | None
     offloaded: int
@@ -250,13 +173,35 @@ def _parameters(layer: Any, role: str, tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
 
 
+def _biases(layer: Any, role: str, tensors: list[torch.Tensor]) -> int:
+    """Parameters of a layer that multiplies nothing with its inputs but adds to its outputs; `_parameters` counts those of other layers."""
+    bias = getattr(layer, "bias", None)
+    return bias.numel() if role in _PRODUCTS and tensors and not _stacks(layer) and isinstance(bias, torch.Tensor) else 0
+
+
+def _blocks(module: torch.nn.Module, step: operators.Step) -> int | None:
+    """Decoder blocks that ran in the step: members of the list of modules with the most of them; None without such a list."""
+    ran = [sum(any(id(layer) in step.layers for layer in member.modules()) for member in layers) for layers in _outermost_lists(module)]
+    return max(ran, default=None)
+
+
+def _outermost_lists(module: torch.nn.Module) -> Iterable[torch.nn.ModuleList]:
+    """Lists of modules that stand in no other such list, as experts do in a block."""
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
 def _describe(layer: Any, role: str, tensors: list[torch.Tensor], elsewhere: Container[int]) -> _Layer:
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.untyped_storage().nbytes()
     found = [(zeros(weight), weight.numel()) for weight in _effective_weights(layer, role)] if tensors else []
     offloaded = sum(t.untyped_storage().nbytes() for t in tensors if operators.storage_pointer(t) in elsewhere)
-    return _Layer(layer, role, _parameters(layer, role, tensors), dtypes, joined(found) if found else None, offloaded)
+    parameters = _parameters(layer, role, tensors)
+    return _Layer(layer, role, parameters, _biases(layer, role, tensors), dtypes, joined(found) if found else None, offloaded)
 
 
 def _effective_weights(layer: Any, role: str) -> list[torch.Tensor]:

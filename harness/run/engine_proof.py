@@ -59,7 +59,7 @@ def _artefacts(format_: str, scratch: Path) -> Iterator[Path]:
         out = scratch / f"artefact-{index}"
         out.mkdir()
         claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
-        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim.to_dict()))
+        artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         yield out
 
 

@@ -61,7 +61,7 @@ def check(name: str) -> dict[str, Any]:
     import torch
 
     from slimbench.harness.config.parse import locate
-    from slimbench.harness.measure.evidence import flags
+    from slimbench.harness.measure import claims
     from slimbench.harness.stages.models import shape_of
     from slimbench.harness.store import artefact
     from slimbench.methods.base import Calibration, DenseModel, Unsupported
@@ -79,21 +79,21 @@ def check(name: str) -> dict[str, Any]:
         out.mkdir()
         began = time.perf_counter()
         dense = DenseModel(source, source, "bfloat16", "cpu", shape)
-        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else None, out).to_dict()
+        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else None, out)
         seconds = time.perf_counter() - began
         files = artefact.files(out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         model = locate(engine.target)(loaders=engine.loaders).load(out, "cpu")
-        found = model.evidence()
+        found = claims.check(model, claim, artefact.disk_bytes(out))
         logits = model.logits(ids[:2])
         return {
             "seconds": seconds,
-            "claim": claim,
+            "claim": claim.to_dict(),
             "disk_bytes": sum(f.bytes for f in files),
             "weight_bytes": found.weight_bytes,
             "effective_bits": found.effective_bits,
             "sparsity": found.sparsity,
             "kernel": found.kernel,
-            "flags": flags(claim, found, artefact.disk_bytes(out)),
+            "flags": found.flags,
             "finite": bool(torch.isfinite(logits).all()),
         }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from slimbench.harness.schema.base import Schema
+from slimbench.methods.base import Claim
 
 
 class ArtefactFile(Schema):
@@ -47,7 +46,7 @@ class CompressResult(Schema):
         flags: One line for each fact that makes the times doubtful.
     """
 
-    claim: dict[str, Any]
+    claim: Claim
     files: list[ArtefactFile]
     disk_bytes: int
     dense_bytes: int

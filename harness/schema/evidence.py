@@ -43,6 +43,9 @@ class Evidence(Schema):
     Attributes:
         weight_bytes: Sum of all resident tensors of the model: those that it holds where it computes, between calls too.
         offloaded_bytes: Bytes of its other tensors: they lie on disk or in host memory and are brought in for the call of their layer.
+        parameters: Of the whole model, biases included, what is shared counted once.
+        blocks: Decoder blocks that ran in one decode step, None where the engine does not show them.
+        cache_bytes_per_token: Bytes that a further token of one sequence took in the key-value cache; measured where a claim names them.
         effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart), after the first call.
         loaded_bits: The same before the first call, as the artefact's files were read; None where the engine repacks while it loads.
         sparsity: Fraction of zeros of the linear layers inside the blocks.
@@ -57,6 +60,8 @@ class Evidence(Schema):
     weight_bytes: int
     offloaded_bytes: int = 0
     parameters: int
+    blocks: int | None = None
+    cache_bytes_per_token: float | None = None
     effective_bits: float | None = None
     loaded_bits: float | None = None
     sparsity: float | None = None

@@ -89,7 +89,7 @@ class Record(Schema):
     @property
     def simulated(self) -> bool:
         """The artefact holds rounded numbers in dense storage: no speed may be claimed for it, so none is measured."""
-        return bool(self.compress and self.compress.claim.get("simulated"))
+        return bool(self.compress and self.compress.claim.simulated)
 
     @property
     def result(self) -> CompressResult | QualityResult | SpeedResult | None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from slimbench.harness.config.parse import build_method, locate
 from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.measure import evidence
+from slimbench.harness.measure import claims
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store import artefact
@@ -36,9 +36,8 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
 
 def evidence_of(model: LoadedModel, key: str) -> Evidence:
     """What was loaded, held against what the artefact's manifest claims."""
-    found, folder = model.evidence(), artefact.location(key)
-    found.flags = evidence.flags(artefact.read_manifest(folder).claim, found, artefact.disk_bytes(folder))
-    return found
+    folder = artefact.location(key)
+    return claims.check(model, artefact.read_manifest(folder).claim, artefact.disk_bytes(folder))
 
 
 def tokenizer_of(source: Path, config: RunConfig) -> Any:

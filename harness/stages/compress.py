@@ -18,7 +18,7 @@ from slimbench.harness.schema.compress import CalibrationFacts, CompressResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Calibration, Claim, DenseModel
+from slimbench.methods.base import HUGGINGFACE, Calibration, Claim, DenseModel
 from slimbench.tasks import corpora
 
 
@@ -45,7 +45,18 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             if kept.exists():
                 flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
             device: Any = config.device.name
-            dense = DenseModel(current, source, config.model.dtype, device, shape, report.progress, kept, config.seed)
+            dense = DenseModel(
+                path=current,
+                tokenizer_path=source,
+                dtype=config.model.dtype,
+                device=device,
+                shape=shape,
+                progress=report.progress,
+                checkpoints=kept,
+                seed=config.seed,
+                original=source,
+                format=claim.format if claim else HUGGINGFACE,
+            )
             made = method.compress(dense, tokens, out)
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
@@ -55,9 +66,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             current = out
         report.phase("write artefact")
         assert claim is not None
-        manifest = artefact.Manifest(
-            key=key, model=config.model.name, pipeline=[s.model_dump() for s in config.pipeline], claim=claim.to_dict()
-        )
+        manifest = artefact.Manifest(key=key, model=config.model.name, pipeline=[s.model_dump() for s in config.pipeline], claim=claim)
         final = artefact.publish(current, manifest)
     spent, (load, disturbances) = cost.read(), watch.read()
     report.phase("hash artefact")

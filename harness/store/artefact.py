@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel
 
 from slimbench.harness.schema.compress import ArtefactFile
+from slimbench.methods.base import Claim
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
 
@@ -27,7 +28,7 @@ class Manifest(BaseModel):
     key: str
     model: str
     pipeline: list[dict[str, Any]]
-    claim: dict[str, Any]
+    claim: Claim
 
 
 def location(key: str) -> Path:

@@ -146,8 +146,8 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
 def _grid_of_the_source(precision: str | None, compress: Record | None, loss: float | None) -> list[str]:
     """A flag where a source that was itself rounded is rounded to as many bits in as small groups, and next to nothing is lost."""
     source = _GGUF_GRID.fullmatch(precision or "")
-    claim = compress.compress.claim if compress and compress.compress else {}
-    if not source or loss is None or loss > _GRID_MET or (claim.get("bits"), claim.get("group_size")) != (int(source[1]), _GGUF_GROUP):
+    claim = compress.compress.claim if compress and compress.compress else None
+    if not source or claim is None or loss is None or loss > _GRID_MET or (claim.bits, claim.group_size) != (int(source[1]), _GGUF_GROUP):
         return []
     grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
     return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
@@ -188,7 +188,7 @@ def _size(record: Record | None) -> dict[str, Any]:
         return {"peak_memory_bytes": record.peak_memory_bytes} if record else {}
     result = record.compress
     return {
-        "format": result.claim.get("format"),
+        "format": result.claim.format,
         "disk_bytes": result.disk_bytes,
         "compression_ratio": result.dense_bytes / result.disk_bytes if result.disk_bytes else None,
         "compress_seconds": result.seconds,

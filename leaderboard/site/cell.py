@@ -107,7 +107,7 @@ def _number(form: Any, value: Any) -> str:
 def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
     compress = records.get(Stage.COMPRESS)
     if compress and compress.compress:
-        claim = {k: v for k, v in clean(compress.compress.claim).items() if v not in (None, 0, {}, [])}
+        claim = {k: v for k, v in clean(compress.compress.claim.to_dict()).items() if v not in (None, 0, {}, [])}
         yield Grid("Claim", (), (), [(_cut(name), _cut(_plain(value))) for name, value in claim.items()])
     for stage in (Stage.QUALITY, Stage.SPEED):
         result = (records[stage].quality or records[stage].speed) if stage in records else None

@@ -191,7 +191,7 @@ def _artefact(record: Record | None) -> dict[str, Any] | None:
     result = record.compress
     return {
         "key": record.key,
-        "claim": result.claim,
+        "claim": result.claim.to_dict(),
         "disk_bytes": result.disk_bytes,
         "dense_bytes": result.dense_bytes,
         "files": [file.model_dump() for file in result.files],

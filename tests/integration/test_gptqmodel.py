@@ -60,7 +60,7 @@ def answer() -> None:
 def asked(method: Method, smollm2: Path, folder: Path, ids: torch.Tensor) -> dict[str, Any]:
     """What the environment answers of the artefact of a method, which is written into a folder."""
     claim = method.compress(tiny.dense_model(smollm2), None, folder)
-    artefact.write_manifest(folder, artefact.Manifest(key="k", model="m", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(folder, artefact.Manifest(key="k", model="m", pipeline=[], claim=claim))
     command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_gptqmodel import answer; answer()"]
     request = json.dumps({"folder": str(folder), "ids": ids.tolist()})
     done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)

@@ -32,7 +32,7 @@ def test_the_adapter_gives_what_the_library_gives(method: KVHqq | KVQuanto, modu
     dense = tiny.save_model(tmp_path / "dense", "bfloat16", num_attention_heads=2, num_key_value_heads=1)
     (out := tmp_path / "out").mkdir()
     claim = method.compress(dense, None, out)
-    artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
     model = TransformersEngine({"kv-cache": "slimbench.methods.formats.kv_cache.load"}).load(out, "cpu")
     plain = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.bfloat16).eval()
     cache = QuantizedCache(config=plain.config, nbits=4, q_group_size=32, residual_length=64, **arguments)

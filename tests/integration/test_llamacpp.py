@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbenc
 
 
 def publish(folder: Path, claim: Claim) -> Path:
-    artefact.write_manifest(folder, artefact.Manifest(key=folder.name, model="m", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(folder, artefact.Manifest(key=folder.name, model="m", pipeline=[], claim=claim))
     return folder
 
 
@@ -81,7 +81,7 @@ def answer() -> None:
                 "bits": evidence.effective_bits,
                 "bytes": [evidence.weight_bytes, model._weights.resident_bytes],
                 "kernel": evidence.kernel,
-                "details": claim["details"],
+                "details": claim.details,
             }
         found["mechanics"] = _mechanics(engine.load(folders["dense"], "cpu"), ids)
     print(json.dumps(found))

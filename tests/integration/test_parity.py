@@ -166,7 +166,7 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, 
 def test_a_four_bit_artefact_is_really_small_and_runs_packed(four_bit: tuple[Cell, dict[str, Any]]) -> None:
     cell, results = four_bit
     compress, evidence = results["compress"], results["speed"].evidence
-    group = compress.claim["group_size"]
+    group = compress.claim.group_size
     blocks, rest = 106_168_320, 134_515_008 - 106_168_320
     on_disk = resident = 4 + 16 / group  # one scale a group
     assert evidence.effective_bits == pytest.approx(resident, rel=0.005)

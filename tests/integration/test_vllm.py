@@ -69,7 +69,7 @@ def answer() -> None:
 def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, name: str) -> None:
     method = {"dense": Dense(), "rtn-4bit": RTN(4, 64), "int8-dynamic": Int8Dynamic()}[name]
     claim = method.compress(tiny.dense_model(smollm2), None, tmp_path)
-    artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim))
     ids = torch.randint(1000, 20_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(WINDOWS, 1)
     ids[1:] = (ids[1:] + torch.arange(1, WINDOWS).unsqueeze(1) * 7) % 20_000
     command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_vllm import answer; answer()"]

@@ -25,6 +25,7 @@ from slimbench.harness.schema.speed import EnergyResult, LargestBatch, MemoryRes
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.site import last, parts
+from slimbench.methods.base import Claim
 from slimbench.util.hashing import short_hash
 
 DENSE_BYTES = 269_060_552
@@ -213,7 +214,7 @@ def _cell(spec: Spec) -> CellIdentity:
 def _compress(spec: Spec) -> CompressResult:
     size = round(DENSE_BYTES * spec.size)
     return CompressResult(
-        claim={"format": "huggingface", "bits": spec.bits, "simulated": spec.simulated},
+        claim=Claim("huggingface", bits=spec.bits, simulated=spec.simulated),
         files=[ArtefactFile(name="model.safetensors", bytes=size)],
         disk_bytes=size,
         dense_bytes=DENSE_BYTES,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Work
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.formats import packed
 from slimbench.methods.formats.huggingface import save_dense
+from slimbench.methods.pruning.depth.shortgpt import remove_blocks
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
 
@@ -89,6 +90,42 @@ class Calibrated(_Test):
         assert calibration is not None
         save_dense(dense.load(), out)
         return Claim(HUGGINGFACE, details={"ids": calibration.ids.tolist()})
+
+
+@dataclass(frozen=True)
+class Cut(_Test):
+    """Leaves out the last block, and tells the counts of a model that is `parameters` and `layers` smaller or larger than it is."""
+
+    parameters: int = 0
+    layers: int = 0
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        model: Any = dense.load()
+        remove_blocks(model, [model.config.num_hidden_layers - 1])
+        save_dense(model, out)
+        return Claim(HUGGINGFACE, parameters=model.num_parameters() + self.parameters, layers=model.config.num_hidden_layers + self.layers)
+
+
+@dataclass(frozen=True)
+class SmallCache(_Test):
+    """Keeps the model, and claims that a token takes `share` of the bytes in the cache that it takes; honest with 1."""
+
+    share: float = 0.5
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        model: Any = dense.load()
+        save_dense(model, out)
+        numbers = 2 * dense.shape.num_layers * dense.shape.num_kv_heads * dense.shape.head_dim
+        return Claim(HUGGINGFACE, cache_bytes_per_token=self.share * numbers * model.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Lazy(_Test):
+    """Claims that half of the blocks are left out for a mean token, which nothing measures."""
+
+    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        save_dense(dense.load(), out)
+        return Claim(HUGGINGFACE, work=Work(blocks=dense.shape.num_layers / 2))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,26 @@ def test_the_command_line_ends_with_2(overrides: list[str]) -> None:
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
+WRONG_ORDERS = [
+    (["rtn-4bit", "sparsegpt"], "'sparsegpt' cannot follow 'rtn-4bit': it reads huggingface", "write method=[sparsegpt,rtn-4bit]"),
+    (["gptq", "rtn-8bit"], "'rtn-8bit' cannot follow 'gptq'", "not packed; leave one of the two out"),
+    (["magnitude", "gguf-q4_0", "shortgpt"], "'shortgpt' cannot follow 'gguf-q4_0'", "write method=[shortgpt,magnitude,gguf-q4_0]"),
+    (["kv-int8", "gptq"], "'gptq' cannot follow 'kv-int8'", "leave one of the two out"),
+    (["kv-int8", "kv-fp8"], "'kv-fp8' cannot follow 'kv-int8'", "leave one of the two out"),
+    (["llm-pruner", "onnx-int8"], "'onnx-int8' cannot follow 'llm-pruner': it reads huggingface, not", "leave one of the two out"),
+]
+
+
+@pytest.mark.parametrize(("steps", "what", "right"), WRONG_ORDERS, ids=["+".join(steps) for steps, _, _ in WRONG_ORDERS])
+def test_a_wrong_order_is_one_line_that_names_a_right_one(steps: list[str], what: str, right: str, tmp_path: Path) -> None:
+    done = slimbench("run", f"method=[{','.join(steps)}]", f"results={tmp_path / 'results'}")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and what in line and right in line
+    assert not (tmp_path / "results").exists()
+    if "write method=" in line:
+        resolve([line.rpartition("write ")[2]])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_fits_the_packaged_model_and_refuses_groups_that_do_not_divide(name: str) -> None:
     item = entry(name)

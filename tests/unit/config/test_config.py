@@ -27,7 +27,7 @@ from slimbench.harness.run.cell import make_cell, step_label
         ("model.dtype=bfloat61", "did you mean 'bfloat16'"),
         ("speed.grid=[]", "speed.grid"),
         ("method=[gptq", "cannot read the overrides"),
-        ("method=[gptq,rtn-4bit]", "must be the last step"),
+        ("method=[gptq,rtn-4bit]", "cannot follow 'gptq'"),
         ("+suite.colour=red", "unknown key 'suite.colour'"),
         ("model=custom", "model.name"),
     ],

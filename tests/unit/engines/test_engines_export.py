@@ -14,7 +14,7 @@ from slimbench.harness.config import engines as catalogue
 from slimbench.harness.config.parse import build_method, locate
 from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import shipped_method
-from slimbench.harness.measure.evidence import flags
+from slimbench.harness.measure.claims import flags
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Unsupported
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @cache
     def make(method: Any) -> Path:
         out = tmp_path_factory.mktemp("artefact")
-        manifest = artefact.Manifest(key="test", model="tiny", pipeline=[], claim=method.compress(dense, None, out).to_dict())
+        manifest = artefact.Manifest(key="test", model="tiny", pipeline=[], claim=method.compress(dense, None, out))
         artefact.write_manifest(out, manifest)
         return out
 
@@ -146,7 +146,7 @@ def test_sequences_do_not_share_their_caches(engine: str, made: Callable[..., Pa
 @pytest.mark.parametrize("engine", ENGINES[:2])
 def test_other_shapes(engine: str, shape: dict[str, Any], tmp_path: Path) -> None:
     dense = tiny.save_model(tmp_path, "float32", seed=1, **shape)
-    artefact.write_manifest(tmp_path, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=Claim("huggingface").to_dict()))
+    artefact.write_manifest(tmp_path, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=Claim("huggingface")))
     model = load(engine, dense.path)
     assert (model.logits(IDS) - wanted(tmp_path)).abs().max() < 1e-3
     layers = {layer.role: layer for layer in model.evidence().layers}
@@ -185,11 +185,11 @@ def test_quantized_graphs(engine: str, method: str, settings: dict[str, Any], bi
     apart = (got - want).norm() / want.norm()
     assert 1e-4 < apart < error
     inputs = 73728 / (2 * (64 + 32 + 32 + 64 + 128 + 128 + 64))  # weights for each row of a layer
-    expected = bits if claim["group_size"] else 8 + (bits - 8) * 64 / inputs
+    expected = bits if claim.group_size else 8 + (bits - 8) * 64 / inputs
     assert found.effective_bits == pytest.approx(expected, rel=1e-3)
     (linear,) = [layer for layer in found.layers if layer.role == "linear"]
     assert linear.count == 14 and linear.zeros is not None and 0.001 < linear.zeros < 0.3
-    if claim["activation_bits"]:
+    if claim.activation_bits:
         assert linear.compute == {"int8": 14}
     assert "fell back" not in " ".join(flags(claim, found, artefact.disk_bytes(folder)))
     assert not [file.name for file in folder.iterdir() if file.suffix not in (".xml", ".bin", ".onnx", ".data", ".json")]

@@ -49,7 +49,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         source, out = tmp_path_factory.mktemp("dense"), tmp_path_factory.mktemp("artefact")
         dense, built = tiny.save_model(source, **dict(shape)), build_method(shipped_step(method))
         claim = built.compress(dense, tiny.tokens(8, 64) if built.needs.calibration else None, out)
-        artefact.write_manifest(out, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=claim.to_dict()))
+        artefact.write_manifest(out, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=claim))
         return out
 
     return made

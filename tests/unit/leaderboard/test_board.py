@@ -187,7 +187,7 @@ def test_a_grid_that_the_source_had_already_is_flagged(source: str | None, bits:
     made = records(spec.reference()) + records(spec)
     for record in made:
         if record.compress and record.cell.pipeline == "gptq":
-            record.compress.claim |= {"bits": bits, "group_size": group}
+            record.compress.claim = replace(record.compress.claim, bits=bits, group_size=group)
     assert any("a grid that is met again" in flag for flag in row_of(made, "gptq").flags) is flagged
 
 

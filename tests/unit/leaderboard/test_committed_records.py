@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from slimbench.harness.schema.identity import Stage, Status
@@ -13,6 +11,7 @@ from slimbench.harness.stats.intervals import perplexity_ratio_interval
 from slimbench.harness.stats.significance import paired_p_value, standard_errors
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.methods.base import Claim
 from tests.support.paths import ROOT
 
 RESULTS = ROOT / "results"
@@ -122,8 +121,8 @@ def bits(committed: list[Record]) -> dict[str, list[tuple[float, float]]]:
     claims = {r.key: r.compress.claim for r in committed if r.compress}
     found: dict[str, list[tuple[float, float]]] = {}
     for record in committed:
-        claim = claims.get(record.cell.keys.compress, {})
-        if not record.quality or record.cell.suite != "quick" or claim.get("bits") is None or claim.get("simulated"):
+        claim = claims.get(record.cell.keys.compress)
+        if not record.quality or record.cell.suite != "quick" or claim is None or claim.bits is None or claim.simulated:
             continue
         evidence = record.quality.evidence
         assert {"head", "embedding"} & {layer.role for layer in evidence.layers}
@@ -139,13 +138,13 @@ def test_effective_bits_are_those_that_the_format_implies(bits: dict[str, list[t
     assert sum(map(len, bits.values())) >= 20
 
 
-def _implied_bits(claim: dict[str, Any]) -> float:
+def _implied_bits(claim: Claim) -> float:
     """The exact count of the method where it gives one; else the code and one 16-bit number, or two with an offset, for each group.
 
     A row of smollm2-135m holds 576 or 1536 weights.
     """
-    details = claim["details"]
+    details = claim.details
     if "stored_bits" in details:
         return float(details["stored_bits"])
     numbers = 1 if details.get("symmetric", True) else 2
-    return float(claim["bits"]) + 16 * numbers / (claim["group_size"] or 700)
+    return float(claim.bits or 0) + 16 * numbers / (claim.group_size or 700)

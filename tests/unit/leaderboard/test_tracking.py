@@ -57,7 +57,7 @@ def test_tables_and_artefact_are_those_of_the_records(measured: list[Record], fo
     assert [dict(zip(grid["columns"], line, strict=True)) for line in grid["data"]] == row.speed_points
     made = next(r for r in measured if r.cell.pipeline == "four" and r.compress)
     assert made.compress and run["artefacts"][0]["disk_bytes"] == made.compress.disk_bytes
-    assert run["artefacts"][0]["claim"]["bits"] == made.compress.claim["bits"]
+    assert run["artefacts"][0]["claim"]["bits"] == made.compress.claim.bits
 
 
 def test_the_host_is_not_named(folder: Path) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from slimbench.harness.measure import operators
-from slimbench.harness.measure.evidence import collect, flags
+from slimbench.harness.measure.claims import flags
+from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.zeros import holds, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
-from slimbench.methods.base import Claim
+from slimbench.methods.base import Claim, Work
 
 ROWS, COLUMNS = 128, 192
 
@@ -212,7 +213,7 @@ def test_what_multiplies_is_seen_layer_by_layer(product: Any, inference: bool, o
     assert linear.compute == ({"int8": 2} if product is integers else {k: 1 for k in (compute, "int8") if k})
     assert (linear.fallback_layers, found.materialised_bytes) == (fallen, fallen * 64 * 64 * 2)
     assert found.kernels is None
-    assert flags({"bits": 8}, found) == (["fell back to dequantize + dense matmul in 1 of 2 layers"] if fallen else [])
+    assert flags(Claim("packed", bits=8), found) == (["fell back to dequantize + dense matmul in 1 of 2 layers"] if fallen else [])
 
 
 class Rounding(nn.Module):
@@ -247,7 +248,7 @@ def test_dense_layers_fall_back_from_nothing() -> None:
     (linear,) = found.layers
     assert linear.compute == {"float32": 1}
     assert (linear.fallback_layers, found.materialised_bytes, found.effective_bits) == (0, 0, 16)
-    assert flags({}, found) == []
+    assert flags(Claim("huggingface"), found) == []
 
 
 def test_heads_and_embeddings_stand_apart() -> None:
@@ -333,10 +334,18 @@ def evidence(**fields: Any) -> Evidence:
             ["claims 4-bit activations, computes in bfloat16 and int8"],
         ),
         ({}, evidence(), 8500, []),
+        ({"parameters": 10_000, "layers": 3}, evidence(blocks=3), None, []),
+        ({"parameters": 9_999}, evidence(), None, ["claims 9,999 parameters, has 10,000"]),
+        ({"layers": 3}, evidence(blocks=4), None, ["claims 3 layers, runs 4"]),
+        ({"layers": 3}, evidence(), None, ["layers cannot be counted in memory"]),
+        ({"cache_bytes_per_token": 512.0}, evidence(cache_bytes_per_token=512.0), None, []),
+        ({"cache_bytes_per_token": 512.0}, evidence(cache_bytes_per_token=560.0), None, ["claims 512 bytes of cache a token, takes 560"]),
+        ({"cache_bytes_per_token": 512.0}, evidence(), None, ["the bytes of the cache cannot be read"]),
+        ({"work": Work(blocks=2.5)}, evidence(), None, ["claims less work a token, which nothing has measured"]),
     ],
 )
 def test_flags(claim: dict[str, Any], found: Evidence, disk_bytes: int | None, expected: list[str]) -> None:
-    assert flags(claim, found, disk_bytes) == expected
+    assert flags(Claim("any", **claim), found, disk_bytes) == expected
 
 
 def test_claims_of_a_pipeline() -> None:

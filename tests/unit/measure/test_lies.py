@@ -19,6 +19,7 @@ from slimbench.harness.stages import common, compress
 from tests.support import tiny
 
 LAYERS = 14
+BLOCK = 2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # parameters of a block: norms; query, output; key, value; MLP
 NO_SPARSE_KERNEL = "2:4 mask without a sparse kernel"
 UNPACKED = "packed on disk, dense in memory: dequantized at load"
 
@@ -112,7 +113,7 @@ def test_dense_copies_that_no_module_holds(bench: Bench) -> None:
 def test_zeros_that_a_later_step_fills(bench: Bench) -> None:
     made, found = bench.run(MAGNITUDE, "FineTune")
     assert found.flags == ["claims 50% zeros, has 0%"]
-    assert (made.claim["sparsity"], made.training_tokens, made.tuning_free) == (pytest.approx(0.5, abs=1e-3), 1000, False)
+    assert (made.claim.sparsity, made.training_tokens, made.tuning_free) == (pytest.approx(0.5, abs=1e-3), 1000, False)
     assert made.trained_parameters == sum(layer.parameters for layer in found.layers if layer.role == "linear")
     assert bench.flags(MAGNITUDE, "FineTune(masked=true)") == []
     assert bench.flags(MAGNITUDE) == []
@@ -127,7 +128,35 @@ def test_a_mask_that_a_later_step_fills(bench: Bench) -> None:
 def test_a_mask_that_quantization_keeps(bench: Bench) -> None:
     made, found = bench.run(TWO_OF_FOUR, RTN4)
     assert found.flags == [NO_SPARSE_KERNEL]
-    assert (made.claim["bits"], made.claim["pattern"], made.claim["format"]) == (4, "2:4", "packed")
+    assert (made.claim.bits, made.claim.pattern, made.claim.format) == (4, "2:4", "packed")
+
+
+def test_parameters_that_are_still_there(bench: Bench) -> None:
+    _, honest = bench.run("Cut")
+    assert honest.flags == [] and honest.blocks == 1
+    assert honest.parameters == tiny.dense_model(bench.folder / "bfloat16-").load().num_parameters() - BLOCK
+    assert bench.flags("Cut(parameters=-1)") == [f"claims {honest.parameters - 1:,} parameters, has {honest.parameters:,}"]
+    assert bench.flags("Cut(layers=-1)") == ["claims 0 layers, runs 1"]
+
+
+def test_parameters_that_a_later_step_is_silent_about(bench: Bench) -> None:
+    made, found = bench.run("Cut", RTN4)
+    assert found.flags == [] and (made.claim.layers, made.claim.bits, found.blocks) == (1, 4, 1)
+    assert bench.flags("Cut(parameters=64)", RTN4) == [f"claims {found.parameters + 64:,} parameters, has {found.parameters:,}"]
+
+
+def test_biases_are_parameters_too(bench: Bench) -> None:
+    _, found = bench.run("Cut", attention_bias=True, mlp_bias=True)
+    assert found.flags == []
+
+
+def test_a_cache_that_is_not_smaller(bench: Bench) -> None:
+    assert bench.flags("SmallCache(share=1)") == []
+    assert bench.flags("SmallCache") == ["claims 128 bytes of cache a token, takes 256"]
+
+
+def test_work_that_nothing_measures(bench: Bench) -> None:
+    assert bench.flags("Lazy") == ["claims less work a token, which nothing has measured"]
 
 
 @pytest.mark.parametrize(

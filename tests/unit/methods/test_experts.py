@@ -11,9 +11,10 @@ from torch import nn
 
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.sources import shipped
-from slimbench.harness.measure.evidence import collect, flags
+from slimbench.harness.measure.claims import flags
+from slimbench.harness.measure.evidence import collect
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.methods.base import DenseModel, Method, Unsupported
+from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from tests.support import tiny
 from tests.unit.methods.test_methods import shipped_step
 
@@ -60,7 +61,7 @@ def test_pruning_reaches_them(name: str, dense: DenseModel, tmp_path: Path) -> N
         for weight in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
             assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert claim.sparsity == pytest.approx(found.sparsity, abs=1e-6)
-    wrong = flags(claim.to_dict(), found)
+    wrong = flags(claim, found)
     assert not [flag for flag in wrong if "kernel" not in flag], wrong
 
 
@@ -78,7 +79,7 @@ def test_the_evidence_counts_them_among_the_linear_layers(dense: DenseModel, tmp
     attention = sum(layer.weight.numel() for name, layer in model.named_modules() if "self_attn" in name and type(layer) is nn.Linear)
     assert found.sparsity == pytest.approx(attention / (attention + weights), abs=1e-3)
     assert found.effective_bits == 16
-    assert flags({"sparsity": 0.5}, found) == [f"claims 50% zeros, has {found.sparsity:.0%}"]
+    assert flags(Claim("huggingface", sparsity=0.5), found) == [f"claims 50% zeros, has {found.sparsity:.0%}"]
 
 
 def test_the_evidence_reads_the_runs_of_turned_experts() -> None:

@@ -77,7 +77,7 @@ def test_calibration_is_recorded_by_content(made: tuple[str, Path, CompressResul
     assert facts is not None
     assert (facts.source, facts.samples, facts.length, facts.seed) == ("file:calibration.txt", 6, 32, 5)
     assert facts.text_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    seen = [token for window in result.claim["details"]["ids"] for token in window]
+    seen = [token for window in result.claim.details["ids"] for token in window]
     assert facts.tokens_sha256 == hashlib.sha256(struct.pack(f"<{6 * 32}q", *seen)).hexdigest()
     assert (result.calibration_tokens, result.training_tokens, result.trained_parameters, result.tuning_free) == (6 * 32, 0, 0, True)
 

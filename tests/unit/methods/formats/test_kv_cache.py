@@ -247,7 +247,7 @@ def run(method: Method, dense: DenseModel, out: Path) -> Claim:
 
 def loaded(method: Method, dense: DenseModel, out: Path) -> TransformersModel:
     claim = run(method, dense, out)
-    artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
     model = TransformersEngine({FORMAT: "slimbench.methods.formats.kv_cache.load"}).load(out, "cpu")
     assert isinstance(model, TransformersModel)
     return model
@@ -316,7 +316,7 @@ def test_decoding_goes_through_the_cache_and_its_bytes_are_seen(dense: DenseMode
 
 def test_a_dense_model_is_left_as_it_is(dense: DenseModel, tmp_path: Path) -> None:
     claim = run(entry("dense").method, dense, tmp_path)
-    artefact.write_manifest(tmp_path, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim.to_dict()))
+    artefact.write_manifest(tmp_path, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
     model = TransformersEngine({"huggingface": "slimbench.harness.engines.transformers.load_pretrained"}).load(tmp_path, "cpu")
     assert torch.equal(model.logits(IDS), dense.load()(IDS).logits)
     assert model.cache_bytes(model.prefill(IDS).state) == 2 * LAYERS * 3 * 200 * HEAD_DIM * 4

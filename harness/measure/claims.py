@@ -1,0 +1,139 @@
+"""What a method claims, held against the evidence of the loaded artefact: one line for each point in which they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.zeros import holds
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.methods.base import Claim
+
+_CACHE_TOKENS = 512
+_DENSE_BITS = 16
+_SLACK = 1.02
+
+
+def check(model: LoadedModel, claim: Claim, disk_bytes: int) -> Evidence:
+    """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it.
+
+    Args:
+        disk_bytes: Size of the artefact's files.
+    """
+    found = model.evidence()
+    if claim.cache_bytes_per_token is not None:
+        found.cache_bytes_per_token = cache_bytes_per_token(model)
+    found.flags = flags(claim, found, disk_bytes)
+    return found
+
+
+def cache_bytes_per_token(model: LoadedModel) -> float | None:
+    """Bytes that a further token takes in the key-value cache of one sequence, between half and the whole of at most 512 tokens.
+
+    Both lengths are powers of two, so that what a cache stores in groups of tokens has been stored. None where the engine does not show
+    its cache, or keeps one of a fixed size.
+    """
+    whole = 1 << (min(model.max_length, _CACHE_TOKENS).bit_length() - 1)
+    sizes = [model.cache_bytes(model.prefill(torch.zeros(1, length, dtype=torch.int64), 1).state) for length in (whole // 2, whole)]
+    if model.keeps_cache or sizes[0] is None or sizes[1] is None:
+        return None
+    return (sizes[1] - sizes[0]) / (whole - whole // 2)
+
+
+def flags(claim: Claim, evidence: Evidence, disk_bytes: int | None = None) -> list[str]:
+    """One line for each point in which claim and evidence differ; stored bits count as more than claimed from 2 % on.
+
+    Args:
+        disk_bytes: Size of the artefact's files: tells an artefact that was never packed from one that the loader expanded.
+    """
+    linear = [layer for layer in evidence.layers if layer.role == "linear"]
+    return [
+        *_storage_flags(claim, evidence, disk_bytes),
+        *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
+        *_compute_flags(claim, linear),
+        *_architecture_flags(claim, evidence),
+        *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
+        *(["simulated: rounded numbers in dense storage"] if claim.simulated else []),
+    ]
+
+
+def _storage_flags(claim: Claim, evidence: Evidence, disk_bytes: int | None) -> Iterator[str]:
+    bits, stored = claim.bits, evidence.effective_bits
+    if bits is None or stored is None or claim.simulated:
+        return
+    overhead = 48 / claim.group_size if claim.group_size else 0.5
+    allowed = claim.details.get("stored_bits", bits + overhead)
+    loaded = evidence.loaded_bits
+    if loaded is not None and loaded <= _SLACK * allowed and _SLACK * loaded < stored < _DENSE_BITS:
+        yield f"{loaded:.2f} bits as loaded, {stored:.2f} from the first call on"
+        return
+    if stored <= _SLACK * allowed:
+        return
+    on_disk = _bits_on_disk(evidence, disk_bytes)
+    if on_disk is None or on_disk > (bits + stored) / 2:
+        yield f"claims {bits:g} bits, stores {stored:.1f}"
+    elif stored < _DENSE_BITS:
+        yield f"packed on disk, {stored:.1f} bits in memory: expanded at load"
+    else:
+        yield "packed on disk, dense in memory: dequantized at load"
+
+
+def _bits_on_disk(evidence: Evidence, disk_bytes: int | None) -> float | None:
+    """Bits per weight of the linear layers on disk, if everything else lies there as it does in memory."""
+    weights = sum(layer.parameters for layer in evidence.layers if layer.role == "linear")
+    others = sum(layer.bytes for layer in evidence.layers if layer.role != "linear")
+    return None if disk_bytes is None or not weights else 8 * (disk_bytes - others) / weights
+
+
+def _zeros_flags(claim: Claim, evidence: Evidence, probed: list[LayerEvidence]) -> Iterator[str]:
+    sparsity, pattern = claim.sparsity, claim.pattern
+    if (sparsity is not None or pattern is not None) and not probed:
+        yield "zeros cannot be read in memory"
+        return
+    if sparsity is not None and evidence.sparsity is not None and evidence.sparsity < sparsity - 0.01:
+        yield f"claims {sparsity:.0%} zeros, has {evidence.sparsity:.0%}"
+    if pattern is None:
+        return
+    total = sum(layer.count for layer in probed)
+    try:
+        whole = sum(count for layer in probed for found, count in layer.patterns.items() if holds(pattern, found))
+    except ValueError as error:
+        yield f"{pattern} mask is not checked: {error}"
+    else:
+        if whole < total:
+            yield f"{pattern} mask does not hold in {total - whole} of {total} layers"
+    if evidence.kernel and "sparse" not in evidence.kernel:
+        yield f"{pattern} mask without a sparse kernel"
+
+
+def _compute_flags(claim: Claim, linear: list[LayerEvidence]) -> Iterator[str]:
+    total = sum(layer.count for layer in linear)
+    if fallen := sum(layer.fallback_layers for layer in linear):
+        yield f"fell back to dequantize + dense matmul in {fallen} of {total} layers"
+    if (bits := claim.activation_bits) is None or claim.simulated:
+        return
+    compute: Counter[str] = sum((Counter(layer.compute) for layer in linear), Counter())
+    wider = {dtype: count for dtype, count in compute.items() if 8 * getattr(torch, dtype).itemsize > bits}
+    if wider:
+        where = f" in {sum(wider.values())} of {total} layers" if sum(wider.values()) < total else ""
+        yield f"claims {bits}-bit activations, computes in {' and '.join(wider)}{where}"
+
+
+def _architecture_flags(claim: Claim, evidence: Evidence) -> Iterator[str]:
+    if claim.parameters is not None and evidence.parameters != claim.parameters:
+        yield f"claims {claim.parameters:,} parameters, has {evidence.parameters:,}"
+    if claim.layers is not None and evidence.blocks is None:
+        yield "layers cannot be counted in memory"
+    elif claim.layers is not None and evidence.blocks != claim.layers:
+        yield f"claims {claim.layers} layers, runs {evidence.blocks}"
+    if claim.cache_bytes_per_token is not None:
+        taken = evidence.cache_bytes_per_token
+        if taken is None:
+            yield "the bytes of the cache cannot be read"
+        elif not claim.cache_bytes_per_token / _SLACK <= taken <= claim.cache_bytes_per_token * _SLACK:
+            yield f"claims {claim.cache_bytes_per_token:,.6g} bytes of cache a token, takes {taken:,.6g}"
+    if claim.work is not None:
+        yield "claims less work a token, which nothing has measured"
