@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Status
@@ -14,6 +13,7 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.store.store import Store, read
+from slimbench.methods.base import Claim
 
 _ROUNDING = 1e-6
 _SLACK = 0.98
@@ -43,16 +43,16 @@ def check(store: Store) -> tuple[int, list[Fault]]:
         place = store.path(record.cell, record.stage).relative_to(store.root).as_posix()
         if name != place:
             faults.append(Fault(name, f"belongs at {place}"))
-        claim, disk_bytes = claims.get(record.cell.keys.compress, ({}, None))
+        claim, disk_bytes = claims.get(record.cell.keys.compress, (None, None))
         faults += [Fault(name, what) for what in _faults(record, claim, disk_bytes)]
     return len(records) + sum(fault.path not in records for fault in faults), sorted(faults, key=lambda fault: fault.path)
 
 
-def _faults(record: Record, claim: dict[str, Any], disk_bytes: int | None) -> Iterator[str]:
+def _faults(record: Record, claim: Claim | None, disk_bytes: int | None) -> Iterator[str]:
     """What a record breaks.
 
     Args:
-        claim: What the method claimed of the artefact; empty if its record is not there. So `disk_bytes`, the bytes of its files.
+        claim: What the method claimed of the artefact; None if its record is not there. So `disk_bytes`, the bytes of its files.
     """
     if record.key != record.cell.keys.of(record.stage):
         yield f"key {record.key}, but its cell says {record.cell.keys.of(record.stage)}"
@@ -72,12 +72,12 @@ def _faults(record: Record, claim: dict[str, Any], disk_bytes: int | None) -> It
         yield from _speed_faults(record.speed, imported=record.imported is not None)
 
 
-def _storage_faults(evidence: Evidence, claim: dict[str, Any], disk_bytes: int | None) -> Iterator[str]:
+def _storage_faults(evidence: Evidence, claim: Claim | None, disk_bytes: int | None) -> Iterator[str]:
     for layer in evidence.layers:
         if layer.parameters and not math.isclose(layer.bits_per_weight, 8 * layer.bytes / layer.parameters, rel_tol=_ROUNDING):
             yield f"{layer.bits_per_weight:g} bits a weight of {layer.layer}, but {layer.bytes} bytes for {layer.parameters} weights"
-    weights, bits = sum(layer.parameters for layer in evidence.layers if layer.role == "linear"), claim.get("bits")
-    if bits is not None and disk_bytes is not None and not claim.get("simulated") and disk_bytes < _SLACK * weights * bits / 8:
+    weights, bits = sum(layer.parameters for layer in evidence.layers if layer.role == "linear"), claim.bits if claim else None
+    if claim and bits is not None and disk_bytes is not None and not claim.simulated and disk_bytes < _SLACK * weights * bits / 8:
         yield f"claims {bits:g} bits for {weights} weights, but its files have only {disk_bytes} bytes"
 
 

@@ -96,6 +96,8 @@ class Calibrated(_Test):
 class Cut(_Test):
     """Leaves out the last block, and tells the counts of a model that is `parameters` and `layers` smaller or larger than it is."""
 
+    name = "cut"
+
     parameters: int = 0
     layers: int = 0
 
@@ -110,6 +112,8 @@ class Cut(_Test):
 class SmallCache(_Test):
     """Keeps the model, and claims that a token takes `share` of the bytes in the cache that it takes; honest with 1."""
 
+    name = "small-cache"
+
     share: float = 0.5
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
@@ -122,6 +126,8 @@ class SmallCache(_Test):
 @dataclass(frozen=True)
 class Lazy(_Test):
     """Claims that half of the blocks are left out for a mean token, which nothing measures."""
+
+    name = "lazy"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         save_dense(dense.load(), out)

@@ -219,4 +219,4 @@ def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[st
     """The folders at the top lie on its path, as those of another project may."""
     compress, quality = runner.run(cell(overrides, "~method.dense", f"+method.inventory._target_={INVENTORY}", "stages=[quality]"))
     assert quality.status is Status.OK
-    assert compress.compress and compress.compress.claim["details"] == {"second_names": [], "stages": True}
+    assert compress.compress and compress.compress.claim.details == {"second_names": [], "stages": True}
