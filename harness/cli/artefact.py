@@ -23,7 +23,7 @@ def path(overrides: Overrides = None) -> None:
 
     _, folder = _artefact(overrides)
     print(folder)
-    forms = ", ".join(targets(read_manifest(folder).claim["format"]))
+    forms = ", ".join(targets(read_manifest(folder).claim.format))
     typer.echo(f"python: slimbench.load_model({str(folder)!r}); other programs: slimbench artefact export --format {forms}", err=True)
 
 
@@ -43,7 +43,7 @@ def export(
     output_folder(to)
     if to.exists() and any(to.iterdir()):
         fail(f"--to {to}: the folder is not empty", 2)
-    stored = read_manifest(folder).claim["format"]
+    stored = read_manifest(folder).claim.format
     target = format or exports.targets(stored)[0]
     source = models.prepare(cell.config.model, lambda phase: None)
     try:
