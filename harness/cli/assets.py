@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    console,
-)
-
-if TYPE_CHECKING:
-    pass
+from slimbench.harness.cli.terminal import FORMATS, check_choice, print_table
 
 app = typer.Typer(help="Models and data sets that are fetched once and cached.", no_args_is_help=True)
 
 
 @app.command("list")
-def assets_list() -> None:
+def assets_list(
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
+) -> None:
     """The known assets and whether they are in the cache."""
-    from rich.table import Table
-
+    check_choice("--format", format, FORMATS)
     from slimbench.tasks import assets
 
-    table = Table("asset", "source", "cached", box=None, header_style="bold")
-    for name, asset in assets.catalogue().items():
-        table.add_row(name, asset.uri, "yes" if assets.is_fetched(name) else "no")
-    console().print(table)
+    rows = [
+        {"asset": name, "source": asset.uri, "cached": "yes" if assets.is_fetched(name) else "no"}
+        for name, asset in assets.catalogue().items()
+    ]
+    print_table(format, {key: key for key in ("asset", "source", "cached")}, rows)
 
 
 @app.command("fetch")

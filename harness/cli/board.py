@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from slimbench.harness.cli.figures import figures
+from slimbench.harness.cli.serve import serve
 from slimbench.harness.cli.terminal import (
     DEFAULT_RESULTS,
     FORMATS,
@@ -14,15 +16,11 @@ from slimbench.harness.cli.terminal import (
     check_choice,
     console,
     output_folder,
+    print_table,
     results_folder,
     table_rows,
 )
-
-if TYPE_CHECKING:
-    pass
-
-from slimbench.harness.cli.figures import figures
-from slimbench.harness.cli.serve import serve
+from slimbench.harness.config.schema import ConfigError
 
 app = typer.Typer(help="The leaderboard: build it, serve it, or print its table.", no_args_is_help=True)
 
@@ -48,13 +46,24 @@ def board_build(
 def board_table(
     results: Results = DEFAULT_RESULTS,
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join((*FORMATS, 'tex'))}.")] = "terminal",
+    columns: Annotated[str | None, typer.Option(help="Only these fields, such as pipeline,perplexity,weight_bytes.")] = None,
 ) -> None:
     """Print the table: one row, or one JSON object, for each cell."""
     check_choice("--format", format, (*FORMATS, "tex"))
+    from slimbench.leaderboard.rows.row import Row
+
+    names = [word.strip() for word in columns.split(",")] if columns is not None else []
+    for name in names:
+        check_choice("--columns", name, list(Row.model_fields))
+    if names and format == "tex":
+        raise ConfigError("--columns is for terminal, md, csv and json; a tex table has columns of its own")
     rows = table_rows(results)
     from slimbench.leaderboard.tables import latex, writers
 
-    if format == "terminal":
+    if names:
+        chosen = [row.model_dump(mode="json", include=set(names)) for row in rows]
+        print_table(format, {name: name for name in names}, [{name: row[name] for name in names} for row in chosen])
+    elif format == "terminal":
         console().print(writers.to_terminal(rows))
     else:
         forms = {"md": writers.to_markdown, "csv": writers.to_csv, "json": writers.to_json, "tex": latex.to_latex}

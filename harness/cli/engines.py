@@ -6,28 +6,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    console,
-)
+from slimbench.harness.cli.terminal import FORMATS, check_choice, console, print_table
 
 if TYPE_CHECKING:
-    pass
+    from slimbench.harness.config.schema import EngineConfig
+
+Format = Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
 
 app = typer.Typer(help="What runs the artefacts: list, prove on a tiny model.", no_args_is_help=True)
 
 
 @app.command("list")
-def engines_list() -> None:
+def engines_list(format: Format = "terminal") -> None:
     """The engines: what they load, where they run, and whether they can run here."""
-    from rich.table import Table
-
+    check_choice("--format", format, FORMATS)
     from slimbench.harness.config import engines
 
-    table = Table("engine", "formats", "devices", "here", box=None, header_style="bold")
-    for engine in engines.catalogue():
-        here = engines.missing(engine) or "yes"
-        table.add_row(engine.name, ", ".join(engine.loaders), ", ".join(engine.devices), here.replace("[", "\\["))
-    console().print(table)
+    rows = [
+        {"engine": engine.name, "formats": list(engine.loaders), "devices": list(engine.devices), "here": _obstacle(engine) or "yes"}
+        for engine in engines.catalogue()
+    ]
+    print_table(format, {key: key for key in ("engine", "formats", "devices", "here")}, rows)
+
+
+def _obstacle(engine: EngineConfig) -> str | None:
+    """What keeps an engine from running on this machine: a device that is not there, or something to install."""
+    from slimbench.harness.config import engines
+    from slimbench.harness.measure.hardware import hardware
+
+    if "cpu" not in engine.devices and not hardware().gpus:
+        return f"needs a {' or '.join(engine.devices)} device"
+    return engines.missing(engine)
 
 
 @app.command("check")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    console,
-)
-
-if TYPE_CHECKING:
-    pass
+from slimbench.harness.cli.terminal import FORMATS, check_choice, print_table
 
 app = typer.Typer(help="Environments for libraries that need one of their own: list, make.", no_args_is_help=True)
 
 
 @app.command("list")
-def env_list() -> None:
+def env_list(
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
+) -> None:
     """The known environments and whether they are made."""
-    from rich.table import Table
-
+    check_choice("--format", format, FORMATS)
     from slimbench.harness.config import environments
 
-    table = Table("environment", "what for", "installs", "made", box=None, header_style="bold")
-    for name, item in environments.catalogue().items():
-        table.add_row(name, item.description, ", ".join(item.requirements).replace("[", "\\["), "yes" if item.is_made else "no")
-    console().print(table)
+    rows = [
+        {"environment": name, "for": item.description, "installs": item.requirements, "made": "yes" if item.is_made else "no"}
+        for name, item in environments.catalogue().items()
+    ]
+    print_table(format, {"environment": "environment", "for": "what for", "installs": "installs", "made": "made"}, rows)
 
 
 @app.command("make")

@@ -41,6 +41,16 @@ def check(
     raise typer.Exit(1 if faults else 0)
 
 
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a record, whole as it is exported."""
+    import json
+
+    from slimbench.harness.schema.record import Record
+
+    print(json.dumps(Record.model_json_schema(), indent=1, ensure_ascii=False))
+
+
 @app.command("export")
 def export(
     to: Annotated[Path, typer.Option(help="A file X.parquet, or the folder of a data set.")],

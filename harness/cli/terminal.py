@@ -66,7 +66,13 @@ def print_table(format: str, columns: dict[str, str], rows: Sequence[dict[str, A
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
+    import json
+
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False) if value else ""
+    return "" if value is None else str(value)
 
 
 def results_folder(results: Path) -> Path:

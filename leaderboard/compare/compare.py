@@ -16,6 +16,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import bootstrap, significance, speedups
 from slimbench.harness.stats import intervals as stats
+from slimbench.leaderboard.compare.apart import apart
 from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, shared_items, windows_of
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
@@ -173,10 +174,13 @@ def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str,
             raise ConfigError(f"no cell with {field} '{wanted}' among the records{nearest(wanted, known)}")
         board = [row for row in board if wanted in (None, getattr(row, field))]
     firsts = _named(board, a)
-    pairs = _with_references(firsts, board, records, a) if b is None else _with_others(firsts, _named(board, b))
+    seconds = _named(board, b) if b is not None else []
+    pairs = _with_references(firsts, board, records, a) if b is None else _with_others(firsts, seconds)
     pairs = _of_the_fullest(pairs, Counter(row.table_key for row in board))
     if not pairs:
-        raise ConfigError(f"'{a}' and '{b}' stand in no common table: model, suite, protocols, device and hardware must agree")
+        if any(row.keys == other.keys for row in firsts for other in seconds):
+            raise ConfigError(f"'{a}' and '{b}' are the same cell; name another to compare it with")
+        raise ConfigError(f"'{a}' and '{b}' stand in no common table: {apart(firsts, seconds, by_key(records))}")
     if len(pairs) > 1:
         found = "; ".join(f"{_describe(row)} against {_describe(other)}" for row, other in pairs[:_LISTED])
         more = f"; and {len(pairs) - _LISTED} more" if len(pairs) > _LISTED else ""

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
 __version__ = "0.1.0"
+
+
+def load(results: str | Path = "runs") -> pd.DataFrame:
+    """The table of a results folder: one row for each cell, with the columns of `slimbench board table --format json`.
+
+    Args:
+        results: Folder of records.
+
+    Raises:
+        slimbench.harness.store.store.StoreError: There is no such folder.
+    """
+    frame: pd.DataFrame = import_module("slimbench.leaderboard.tables.frame").load(results)
+    return frame
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> nn.Module:

@@ -128,7 +128,8 @@ def test_of_pairs_that_differ_in_their_hardware_the_fullest_table_answers() -> N
         ("gptq", None, {"device": "cuda"}, "no cell with device 'cuda' among the records"),
         ("dense", None, {}, "'dense' is the reference itself"),
         ("gptq", "rtn", {}, "2 pairs of cells match; choose one by --model, --suite, --device or keys: gptq (tiny-135m, papers"),
-        ("gptq", "int8", {}, "stand in no common table"),
+        ("gptq", "int8", {}, "'gptq' and 'int8' stand in no common table: suite papers against other"),
+        ("gptq", "gptq", {"suite": "wiki"}, "'gptq' and 'gptq' are the same cell"),
         ("rtn", None, {"suite": "papers"}, "the reference of 'rtn' is not among the records"),
     ],
 )
@@ -139,6 +140,12 @@ def test_a_cell_that_is_not_there_or_not_alone_is_an_error_of_one_line(
     with pytest.raises(ConfigError) as error:
         compare(cells(DENSE, GPTQ, RTN, *papers, Spec("int8", "quantization", suite="other")), a, b, **filters)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cells_that_differ_in_a_protocol_are_told_which_setting_does() -> None:
+    longer = replace(RTN, seqlen=1024)
+    with pytest.raises(ConfigError, match=r"stand in no common table: suite\.seqlen 512 against 1024$"):
+        compare(cells(DENSE, GPTQ, replace(DENSE, seqlen=1024), longer), "gptq", "rtn")
 
 
 def test_what_was_not_measured_is_said_and_not_invented() -> None:
