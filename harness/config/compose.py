@@ -1,36 +1,28 @@
-"""Hydra without its decorator: compose a cell's configuration, list the jobs of a sweep, launch them.
+"""Overrides become configurations: Hydra composes, each choice once; the cells of a sweep are made by merging.
 
-Hydra's errors are answered in one line with the nearest valid choice.
+A choice is a file of a group, such as `method=gptq`. One that writes below its own group only is *plain*: the rest of the configuration
+is composed by Hydra with an empty choice in its place, and its contents are merged below. All others, such as experiments, Hydra composes
+as they stand.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimbench.harness.config.overrides import apply, products, quoted, read
 from slimbench.harness.config.parse import parse
 from slimbench.harness.config.schema import ConfigError, RunConfig
-from slimbench.harness.config.sources import CONF_DIR, conf_dirs, shipped
+from slimbench.harness.config.sources import CONF_DIR, choice, choice_path, conf_dirs, groups, package, shipped
 from slimbench.util.text import nearest
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-_UNREADABLE = re.compile("LexerNoViableAlt|mismatched input|no viable alternative|extraneous input|token recognition")
-_GROUPS = ("model", "method", "engine", "suite", "speed", "device", "experiment")
-
-
-@contextmanager
-def _hydra() -> Iterator[None]:
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        yield
+_EMPTY = "_empty"
 
 
 def resolve(overrides: Sequence[str]) -> RunConfig:
@@ -39,8 +31,12 @@ def resolve(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: One line that says what is wrong and what would be right.
     """
-    with _hydra():
-        return parse(_plain(_compose(list(overrides))))
+    with _hydra() as loader:
+        given = read(overrides, loader)
+        for override in given:
+            if override.is_sweep_override():
+                raise ConfigError(_several(override))
+        return parse(_Composer([given]).compose(given))
 
 
 def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
@@ -49,101 +45,174 @@ def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
     Raises:
         ConfigError: The first mistake in any of them.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    with _hydra():
-        parser = OverridesParser.create()
-        try:
-            parsed = parser.parse_overrides(list(overrides))
-        except Exception as error:
-            raise ConfigError(_explain(error, overrides)) from error
-        single = [o.input_line for o in parsed if not o.is_sweep_override()]
-        whole = _compose([text for text in single if text], return_hydra_config=True)
-        swept = [f"{k}={v}" for k, v in (whole.hydra.sweeper.get("params") or {}).items()]
-        batches = BasicSweeper.split_arguments(parser.parse_overrides([*swept, *overrides]), None)
-        return [(job, parse(_plain(_compose(job)))) for job in batches[0]]
+    with _hydra() as loader:
+        given = read(overrides, loader)
+        keys = {override.get_key_element() for override in given}
+        swept = [text for key, text in _swept_by_experiment(given).items() if key not in keys]
+        cells = list(products([*read(swept, loader), *given]))
+        composer = _Composer(cells)
+        return [([str(o.input_line) for o in cell], parse(composer.compose(cell))) for cell in cells]
 
 
-def launch(overrides: Sequence[str], job: Callable[[DictConfig], None]) -> None:
-    """Run a sweep as a Hydra multirun: sweeper and launcher plugins apply."""
-    import hydra
+@contextmanager
+def _hydra() -> Iterator[Any]:
+    """Hydra over the shipped folder of choices; gives its config loader."""
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
+    for group in groups():
+        ConfigStore.instance().store(name=_EMPTY, node={}, group=group)
     GlobalHydra.instance().clear()
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--multirun", *_search_path(), *overrides]
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
-    finally:
-        sys.argv = arguments
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
-def quoted(value: str) -> str:
-    """A value as Hydra reads it whatever its letters."""
-    return "'" + value.replace("'", "\\'") + "'"
-
-
-def _search_path() -> list[str]:
-    """The override that lets Hydra find what the user's own folders of choices offer."""
-    own = [quoted(f"file://{folder}") for folder in conf_dirs()[1:]]
-    return [f"hydra.searchpath=[{','.join(own)}]"] if own else []
-
-
-def _compose(overrides: list[str], **kwargs: Any) -> DictConfig:
+def _hydra_compose(overrides: Sequence[str], **kwargs: Any) -> DictConfig:
     from hydra import compose
 
+    own = [quoted(f"file://{folder}") for folder in conf_dirs()[1:]]
+    search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     try:
-        return compose("config", overrides=[*_search_path(), *overrides], **kwargs)
+        return compose("config", overrides=[*search, *overrides], **kwargs)
     except Exception as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        cause = error.__cause__ or error
+        first = next((line for line in str(cause).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"cannot compose {' '.join(overrides)}: {first}") from error
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def _swept_by_experiment(given: Sequence[Override]) -> dict[str, str]:
+    """What the chosen experiment sweeps over: key → override."""
+    chosen = [o for o in given if o.key_or_group == "experiment" and not o.is_sweep_override()]
+    for override in chosen:
+        _check_names(override)
+    if not chosen:
+        return {}
+    whole = _hydra_compose([str(o.input_line) for o in chosen], return_hydra_config=True)
+    return {str(key): f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()}
+
+
+class _Composer:
+    """Composes the cells of a command; what several of them choose is read once.
+
+    Args:
+        cells: The overrides of each cell.
+    """
+
+    def __init__(self, cells: Sequence[Sequence[Override]]) -> None:
+        self._methods = [_methods(cell) for cell in cells]
+        self._rests: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._chosen: dict[tuple[tuple[str, ...], str], Any] = {}
+        self._plain: dict[str, bool] = {}
+        self._groups: dict[str, bool] = {}
+
+    def compose(self, overrides: Sequence[Override]) -> dict[str, Any]:
+        """The configuration of a cell as plain containers, its interpolations resolved.
+
+        Raises:
+            ConfigError: A choice, key or value that does not exist, or that Hydra refuses.
+        """
+        choices = [o for o in overrides if self._is_choice(o)]
+        values = [o for o in overrides if o not in choices]
+        return apply(self._composed(choices), values, self._explain)
+
+    def _composed(self, choices: Sequence[Override]) -> dict[str, Any]:
+        """What the choices of a cell compose to, its interpolations not yet resolved."""
+        plain = {o.key_or_group: o for o in choices if self._is_plain(o)}
+        if any(o.key_or_group in plain and o is not plain[o.key_or_group] for o in choices):
+            plain = {}
+        rest = (*(str(o.input_line) for o in choices if o.key_or_group not in plain), *(f"{group}={_EMPTY}" for group in plain))
+        if rest not in self._rests:
+            self._rests[rest] = _container(_hydra_compose(rest))
+        return self._rests[rest] | {group: self._merged(rest, group, override) for group, override in plain.items()}
+
+    def _merged(self, rest: tuple[str, ...], group: str, override: Override) -> Any:
+        """What stands below a group with a plain choice in it: its files, and over them what the rest of the configuration says."""
+        from omegaconf import OmegaConf
+
+        key = (rest, str(override.input_line))
+        if key not in self._chosen:
+            tree = OmegaConf.create()
+            for name in _names(override):
+                OmegaConf.update(tree, package(choice_path(group, name), group), choice(group, name), merge=True, force_add=True)
+            self._chosen[key] = _container(OmegaConf.merge(tree, {group: self._rests[rest][group]}))[group]
+        return self._chosen[key]
+
+    def _is_choice(self, override: Override) -> bool:
+        key = override.key_or_group
+        if key not in self._groups:
+            self._groups[key] = any((folder / key).is_dir() for folder in conf_dirs())
+        return self._groups[key] and not isinstance(override.value(), dict)
+
+    def _is_plain(self, override: Override) -> bool:
+        text = str(override.input_line)
+        if text not in self._plain:
+            _check_names(override)
+            self._plain[text] = _is_plain(override)
+        return self._plain[text]
+
+    def _explain(self, key: str, tree: DictConfig) -> str:
+        """Why a key is not there, and what would be right."""
+        method = key.split(".")[1] if key.startswith("method.") and "." in key else None
+        if method and method not in (tree.get("method") or {}) and method in shipped("method"):
+            if any(method in names for names in self._methods):
+                setting = key.split(".", 2)[-1]
+                return (
+                    f"'{key}' belongs to {method} only, which not every cell of the sweep has: "
+                    f"settings.{setting}=… goes to each method that has such a setting, or sweep {method} alone"
+                )
+            return f"unknown key '{key}': method '{method}' is not chosen; add method={method}"
+        node: Any = _container(tree)
+        parts, prefix = key.split("."), ""
+        for part in parts[:-1]:
+            if not isinstance(node, dict) or part not in node:
+                break
+            node, prefix = node[part], f"{prefix}{part}."
+        return f"unknown key '{key}'{nearest(key, [f'{prefix}{n}' for n in node if n != '_target_'] if isinstance(node, dict) else [])}"
+
+
+def _container(config: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{key}: a value is needed, give it as {key}=…") from error
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """A Hydra error as one line."""
-    text = str(error)
-    if found := re.search(r"Could not (?:find|load) '([a-z]+)/(.+?)'", text):
-        group, name = found.groups()
-        return f"no {group} '{name}'{nearest(name, shipped(group))}"
-    if found := re.search(r"Could not (?:override|append) '(.+?)'", text):
-        if (name := _not_chosen(found[1], overrides)) is not None:
-            return f"unknown key '{found[1]}': method '{name}' is not chosen; add method={name}"
-        return f"unknown key '{found[1]}'{nearest(*_siblings(found[1], overrides))}"
-    if found := re.search(r"Could not override '(.+?)'\. No match in the defaults list", text):
-        return f"unknown group '{found[1]}'{nearest(found[1], _GROUPS)}"
-    cause = error.__cause__ or error
-    first = next((line for line in (str(cause) or text).splitlines() if line.strip()), type(error).__name__)
-    hint = "; put a value with other than plain letters into quotes: \"KEY='VALUE'\"" if _UNREADABLE.search(first) else ""
-    return f"cannot read the overrides: {first}{hint}"
+def _names(override: Override) -> list[str]:
+    value = override.value()
+    return [str(name) for name in value] if isinstance(value, list) else [str(value)]
 
 
-def _not_chosen(key: str, overrides: Sequence[str]) -> str | None:
-    """The method that a key names although no override chooses it; None where that is not the mistake."""
-    named = re.match(r"method\.([^.]+)\.", key)
-    chosen = any(re.match(rf"\+?method=.*\b{re.escape(named[1])}\b", override) for override in overrides) if named else True
-    return named[1] if named and not chosen and named[1] in shipped("method") else None
+def _methods(overrides: Sequence[Override]) -> list[str]:
+    return [name for o in overrides if o.key_or_group == "method" and not o.is_sweep_override() for name in _names(o)]
 
 
-def _siblings(key: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The full path of an unknown key and the paths that exist beside it."""
-    from omegaconf import OmegaConf
+def _check_names(override: Override) -> None:
+    """Raise `ConfigError` unless every name that an override chooses is one of its group's."""
+    group = override.key_or_group
+    if override.is_delete() or group not in groups():
+        return
+    if not isinstance(override.value(), str | list):
+        raise ConfigError(f"{override.input_line}: the name of a choice is needed{nearest('', shipped(group))}")
+    for name in _names(override):
+        if name not in (offered := shipped(group)):
+            path = Path(name).expanduser()
+            own = f"; a model of your own: model=custom model.name=NAME model.source=file:{name}" if group == "model" and path.is_dir() else ""
+            raise ConfigError(f"no {group} '{name}'{own or nearest(name, offered)}")
 
-    groups = [o for o in overrides if re.match(rf"({'|'.join(_GROUPS)})=", o)]
-    node: Any = OmegaConf.to_container(_compose(groups), resolve=False)
-    parts, prefix = key.split("."), ""
-    for part in parts[:-1]:
-        if not isinstance(node, dict) or part not in node:
-            break
-        node, prefix = node[part], f"{prefix}{part}."
-    names = [f"{prefix}{name}" for name in node if name != "_target_"] if isinstance(node, dict) else []
-    return key, names
+
+def _is_plain(override: Override) -> bool:
+    """Whether an override puts files into its own group and does nothing else."""
+    group = override.key_or_group
+    if override.type.name != "CHANGE" or override.package is not None or group not in groups():
+        return False
+    return all(
+        (package(choice_path(group, name), group) + ".").startswith(f"{group}.") and "defaults" not in choice(group, name)
+        for name in _names(override)
+    )
+
+
+def _several(override: Override) -> str:
+    """What to write instead of several values where one cell is wanted."""
+    key, _, values = str(override.input_line).partition("=")
+    pipeline = "is one pipeline of them" if key == "method" else "is one list"
+    return f"{override.input_line} are several values: `slimbench sweep` makes a cell of each, {key}=[{values}] {pipeline}"

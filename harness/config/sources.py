@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from slimbench.harness.config.schema import ConfigError
 from slimbench.util.text import nearest
 
+_PACKAGE = re.compile(r"#\s*@package\s+(\S+)\s*$")
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -27,6 +30,13 @@ def conf_dirs() -> list[Path]:
     if not folder.is_dir():
         raise ConfigError(f"SLIMBENCH_CONF: no folder '{own}'")
     return [CONF_DIR, folder]
+
+
+@functools.cache
+def groups() -> tuple[str, ...]:
+    """The groups of which a cell has one choice each, in the order of `conf/config.yaml`."""
+    defaults = read_yaml(CONF_DIR / "config.yaml")["defaults"]
+    return tuple(group for entry in defaults if isinstance(entry, dict) for group in entry)
 
 
 def shipped(group: str) -> list[str]:
@@ -50,15 +60,24 @@ def _names(folder: str) -> list[str]:
     return [name[1 : -len(".yaml")].replace(os.sep, "/") for name in found]
 
 
-def choice(group: str, name: str) -> dict[str, Any]:
-    """The contents of the YAML behind a choice of a group.
+def choice_path(group: str, name: str) -> Path:
+    """The YAML behind a choice of a group.
 
     Raises:
         ConfigError: There is none of that name.
     """
     if name not in (offered := shipped(group)):
         raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
-    path = next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+    return next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The contents of the YAML behind a choice of a group.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    path = choice_path(group, name)
     try:
         found = read_yaml(path)
     except yaml.YAMLError as error:
@@ -71,6 +90,16 @@ def choice(group: str, name: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """The contents of a YAML file, by the library's compiled reader where it has one: many times faster."""
     return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def package(path: Path, group: str) -> str:
+    """Where the contents of a choice stand in the configuration: what its first lines say (`# @package method.gptq`), or its group."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if found := _PACKAGE.match(line):
+            return found[1].replace("_group_", group.replace("/", "."))
+        if line.strip() and not line.lstrip().startswith("#"):
+            break
+    return group.replace("/", ".")
 
 
 def shipped_method(name: str) -> dict[str, Any]:
