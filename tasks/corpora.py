@@ -121,6 +121,8 @@ def fingerprint(spec: str) -> str:
 def _named(spec: str) -> NamedCorpus:
     known = catalogue()
     if spec not in known:
+        if "/" in spec or Path(spec).exists():
+            raise DataError(f"no corpus '{spec}'; did you mean 'file:{spec}'?")
         raise DataError(f"no corpus '{spec}'{nearest(spec, [*known, 'file:PATH', 'hf:PATH:CONFIG:SPLIT:FIELD'])}")
     return known[spec]
 

@@ -5,8 +5,9 @@ Nothing heavy is imported until a command needs it: help and configuration error
 
 from __future__ import annotations
 
+import itertools
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +20,8 @@ from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
 from slimbench.harness.cli.terminal import fail
+
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     help="Benchmark and leaderboard harness for LLM compression.",
@@ -53,28 +56,43 @@ def root(
 
 def main() -> None:
     """Entry point: every foreseeable error is one line; tracebacks only with `--debug`."""
-    from slimbench.harness.config.schema import ConfigError
-    from slimbench.harness.store.store import StoreError
-    from slimbench.tasks.errors import DataError
-
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
-    except ConfigError as error:
-        if debug:
-            raise
-        fail(str(error), 2)
-    except DataError as error:
-        if debug:
-            raise
-        fail(str(error), 2)
-    except StoreError as error:
-        if debug:
-            raise
-        fail(str(error), 1)
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
+            sys.exit(2)
+        fail(f"{error.format_message().rstrip('.')}{_as_override(sys.argv)}", 2)
     except Exception as error:
         if debug:
             raise
-        fail(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1)
+        fail(*_answer(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    from slimbench.harness.config.schema import ConfigError
+    from slimbench.tasks.errors import DataError
+
+    if isinstance(error, ConfigError | DataError):
+        return str(error), 2
+    from slimbench.harness.store.store import StoreError
+
+    if isinstance(error, StoreError):
+        return str(error), 1
+    return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
+
+
+def _as_override(words: list[str]) -> str:
+    """The override that is meant where one is given as an option, such as `--method gptq`."""
+    from slimbench.harness.config.schema import RunConfig
+    from slimbench.harness.config.sources import groups
+
+    for word, following in itertools.pairwise([*words[1:], "…"]):
+        key, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and key.split(".")[0] in {*groups(), *RunConfig.model_fields}:
+            return f"; did you mean {key}={value or following}?"
+    return ""

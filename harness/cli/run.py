@@ -34,7 +34,7 @@ def sweep(
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")] = False,
 ) -> None:
-    """Run a Hydra multirun, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
+    """Run the product of several values, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
     from slimbench.harness.launch import sweep as sweeps
 
     if plan:

@@ -132,9 +132,20 @@ def complete(incomplete: str) -> list[str]:
     return [start + name for name in shipped(group) if name.startswith(last)]
 
 
+def _given_once(words: list[str] | None) -> list[str] | None:
+    from slimbench.harness.config.overrides import check_given_once
+
+    check_given_once(words or [])
+    return words
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Hydra overrides, such as method=gptq method.gptq.bits=3 suite.limit=50.", autocompletion=complete),
+    typer.Argument(
+        help="What differs from the defaults, such as method=gptq method.gptq.bits=3 suite.limit=50.",
+        callback=_given_once,
+        autocompletion=complete,
+    ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 DEFAULT_RESULTS = Path("runs")

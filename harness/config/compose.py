@@ -16,6 +16,7 @@ from slimbench.harness.config.overrides import apply, products, quoted, read
 from slimbench.harness.config.parse import parse
 from slimbench.harness.config.schema import ConfigError, RunConfig
 from slimbench.harness.config.sources import CONF_DIR, choice, choice_path, conf_dirs, groups, package, shipped
+from slimbench.harness.config.targets import complete
 from slimbench.util.text import nearest
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
     """
     with _hydra() as loader:
         given = read(overrides, loader)
-        keys = {override.get_key_element() for override in given}
-        swept = [text for key, text in _swept_by_experiment(given).items() if key not in keys]
-        cells = list(products([*read(swept, loader), *given]))
+        cells = list(products([*read(_swept_by_experiment(given), loader), *given]))
         composer = _Composer(cells)
         return [([str(o.input_line) for o in cell], parse(composer.compose(cell))) for cell in cells]
 
@@ -81,15 +80,15 @@ def _hydra_compose(overrides: Sequence[str], **kwargs: Any) -> DictConfig:
         raise ConfigError(f"cannot compose {' '.join(overrides)}: {first}") from error
 
 
-def _swept_by_experiment(given: Sequence[Override]) -> dict[str, str]:
-    """What the chosen experiment sweeps over: key → override."""
+def _swept_by_experiment(given: Sequence[Override]) -> list[str]:
+    """What the chosen experiment sweeps over, as overrides; those of the command line hold where both have a key."""
     chosen = [o for o in given if o.key_or_group == "experiment" and not o.is_sweep_override()]
     for override in chosen:
         _check_names(override)
     if not chosen:
-        return {}
+        return []
     whole = _hydra_compose([str(o.input_line) for o in chosen], return_hydra_config=True)
-    return {str(key): f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()}
+    return [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
 
 
 class _Composer:
@@ -113,8 +112,14 @@ class _Composer:
             ConfigError: A choice, key or value that does not exist, or that Hydra refuses.
         """
         choices = [o for o in overrides if self._is_choice(o)]
-        values = [o for o in overrides if o not in choices]
-        return apply(self._composed(choices), values, self._explain)
+        values = [o for o in overrides if not self._is_choice(o)]
+        composed = self._composed(choices)
+        methods = composed.get("method")
+        if isinstance(methods, dict):
+            composed["method"] = {name: complete(s) if isinstance(s, dict) and "_target_" in s else s for name, s in methods.items()}
+        config = apply(composed, values, self._explain)
+        _check_given_once(config, values)
+        return config
 
     def _composed(self, choices: Sequence[Override]) -> dict[str, Any]:
         """What the choices of a cell compose to, its interpolations not yet resolved."""
@@ -171,7 +176,7 @@ class _Composer:
         return f"unknown key '{key}'{nearest(key, [f'{prefix}{n}' for n in node if n != '_target_'] if isinstance(node, dict) else [])}"
 
 
-def _container(config: DictConfig) -> dict[str, Any]:
+def _container(config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
@@ -186,18 +191,28 @@ def _methods(overrides: Sequence[Override]) -> list[str]:
     return [name for o in overrides if o.key_or_group == "method" and not o.is_sweep_override() for name in _names(o)]
 
 
+def _check_given_once(config: dict[str, Any], values: Sequence[Override]) -> None:
+    """Raise `ConfigError` where a setting of a method is given and `settings.KEY` would take its place."""
+    shared = config.get("settings") or {}
+    for override in values:
+        _, _, setting = override.key_or_group.rpartition(".")
+        if override.key_or_group.count(".") == 2 and override.key_or_group.startswith("method.") and shared.get(setting) is not None:
+            both = f"{override.input_line} and settings.{setting}={shared[setting]}"
+            raise ConfigError(f"'{setting}' is given twice: {both}, which goes to each method that has it; give one of them")
+
+
 def _check_names(override: Override) -> None:
     """Raise `ConfigError` unless every name that an override chooses is one of its group's."""
     group = override.key_or_group
     if override.is_delete() or group not in groups():
         return
     if not isinstance(override.value(), str | list):
-        raise ConfigError(f"{override.input_line}: the name of a choice is needed{nearest('', shipped(group))}")
+        raise ConfigError(f"{override.input_line}: the name of a choice is needed")
     for name in _names(override):
         if name not in (offered := shipped(group)):
-            path = Path(name).expanduser()
-            own = f"; a model of your own: model=custom model.name=NAME model.source=file:{name}" if group == "model" and path.is_dir() else ""
-            raise ConfigError(f"no {group} '{name}'{own or nearest(name, offered)}")
+            own = group == "model" and Path(name).expanduser().is_dir()
+            hint = f"; for a folder of your own: model=custom model.name=NAME model.source=file:{name}" if own else nearest(name, offered)
+            raise ConfigError(f"no {group} '{name}'{hint}")
 
 
 def _is_plain(override: Override) -> bool:

@@ -33,22 +33,27 @@ def read(texts: Sequence[str], loader: Any = None) -> list[Override]:
         loader: Hydra's config loader, which `glob(…)` asks for the choices of a group.
 
     Raises:
-        ConfigError: One of them cannot be read, is given twice or would steer Hydra itself.
+        ConfigError: One of them cannot be read, or would steer Hydra itself.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = OverridesParser.create(config_loader=loader)
-    found: dict[tuple[str, str | None], Override] = {}
-    for text in texts:
-        override = _read(parser, text)
+    overrides = [_read(parser, text) for text in texts]
+    for override in overrides:
         if override.is_hydra_override():
-            other = "give launcher=NAME" if override.key_or_group == "hydra/launcher" else "slimbench uses its grammar and composition alone"
-            raise ConfigError(f"{text}: settings of Hydra itself have no effect here; {other}")
-        key = (override.key_or_group, override.package)
-        if key in found:
-            raise ConfigError(f"'{key[0]}' is given twice: {found[key].input_line} and {text}")
-        found[key] = override
-    return list(found.values())
+            instead = "; give launcher=NAME" if override.key_or_group == "hydra/launcher" else ""
+            raise ConfigError(f"{override.input_line}: Hydra only composes here, its own settings have no effect{instead}")
+    return overrides
+
+
+def check_given_once(texts: Sequence[str]) -> None:
+    """Raise `ConfigError` if a key stands twice on a command line: which of the two is meant is not known."""
+    given: dict[str, str] = {}
+    for text in texts:
+        key = text.partition("=")[0].strip().lstrip("+~")
+        if key in given:
+            raise ConfigError(f"'{key}' is given twice: {given[key]} and {text}")
+        given[key] = text
 
 
 def _read(parser: Any, text: str) -> Override:
@@ -66,7 +71,7 @@ def _read(parser: Any, text: str) -> Override:
             parser.parse_override(f"{key}={quoted(value)}")
         except HydraException:
             raise ConfigError(f"cannot read the override '{text}': {_first_line(error)}") from error
-        raise ConfigError(f'cannot read the override \'{text}\'; put its value into quotes: "{key}={quoted(value)}"') from error
+        raise ConfigError(f"cannot read the override '{text}'; put its value into quotes: \"{key}={quoted(value)}\"") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -83,14 +88,14 @@ def _choice_named(text: str) -> str:
 
 
 def products(overrides: Sequence[Override]) -> Iterator[list[Override]]:
-    """The jobs of a sweep: the product of all values, the last key varying fastest.
+    """The jobs of a sweep: the product of all values, the last key varying fastest; of a key given twice the last values hold.
 
     Raises:
         ConfigError: A sweep without countable values, such as `interval(0,1)`.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser, axes = OverridesParser.create(), []
+    parser, axes = OverridesParser.create(), {}
     for override in overrides:
         key = override.get_key_element()
         if not override.is_sweep_override():
@@ -99,8 +104,8 @@ def products(overrides: Sequence[Override]) -> Iterator[list[Override]]:
             texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             raise ConfigError(f"{override.input_line}: no finite list of values; give them one by one, or range(START,STOP,STEP)")
-        axes.append(parser.parse_overrides(texts))
-    return (list(job) for job in itertools.product(*axes))
+        axes[key] = parser.parse_overrides(texts)
+    return (list(job) for job in itertools.product(*axes.values()))
 
 
 def apply(config: dict[str, Any], overrides: Sequence[Override], explain: Callable[[str, DictConfig], str]) -> dict[str, Any]:

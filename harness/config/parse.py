@@ -6,7 +6,7 @@ Every mistake becomes a `ConfigError` whose message is one line with the nearest
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method
 from slimbench.util.text import nearest
-
-
-def locate(dotted: str) -> Any:
-    """The object that a dotted path of the config names.
-
-    Raises:
-        ConfigError: Module or attribute do not exist.
-    """
-    module, _, attribute = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot find '{dotted}': {error}") from error
 
 
 def build_method(step: StepConfig) -> Any:
@@ -45,9 +33,14 @@ def build_method(step: StepConfig) -> Any:
         if key not in fields:
             raise ConfigError(f"method '{step.name}' has no setting '{key}'{nearest(key, fields)}")
     try:
-        return TypeAdapter(cls).validate_python(step.settings)
+        return _adapter(cls).validate_python(step.settings)
     except ValidationError as error:
         raise ConfigError(_one_line(error, f"method.{step.name}", cls)) from error
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def parse(raw: dict[str, Any]) -> RunConfig:
@@ -91,7 +84,8 @@ def _step(name: str, settings: Any) -> dict[str, Any]:
             shipped_method(name)
             raise ConfigError(f"method.{name}: {settings!r} is no mapping of settings; give one as method.{name}.KEY=VALUE")
         raise ConfigError(f"no method '{name}'{nearest(name, shipped('method'))}")
-    return {"name": name, "target": settings["_target_"], "settings": {k: v for k, v in settings.items() if k != "_target_"}}
+    stated = complete(settings)
+    return {"name": name, "target": stated.pop("_target_"), "settings": stated}
 
 
 def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,6 +165,8 @@ def _one_line(error: ValidationError, prefix: str, cls: Any) -> str:
     if fault["type"] == "literal_error":
         choices = [c.strip(" '") for c in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{path}: {fault['input']!r} is no valid choice{nearest(str(fault['input']), choices)}"
+    if fault["type"] == "list_type" and isinstance(fault["input"], str | int):
+        return f"{path}: a list is needed; did you mean {path}=[{fault['input']}]?"
     return f"{path}: {message[0].lower()}{message[1:]}, not {fault['input']!r}" if fault["type"] != "value_error" else f"{path}: {message}"
 
 

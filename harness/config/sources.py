@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.targets import complete
 from slimbench.util.text import nearest
 
 _PACKAGE = re.compile(r"#\s*@package\s+(\S+)\s*$")
@@ -103,7 +104,7 @@ def package(path: Path, group: str) -> str:
 
 
 def shipped_method(name: str) -> dict[str, Any]:
-    """The settings (and `_target_`) of `conf/method/NAME.yaml`.
+    """The settings (and `_target_`) of a method: what `conf/method/NAME.yaml` says, and the defaults of its class.
 
     Raises:
         ConfigError: There is no such method, or its file names no class.
@@ -111,4 +112,4 @@ def shipped_method(name: str) -> dict[str, Any]:
     found = choice("method", name)
     if "_target_" not in found:
         raise ConfigError(f"method/{name}.yaml has no '_target_', the dotted path of its class")
-    return found
+    return complete(found)

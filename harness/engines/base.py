@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from slimbench.harness.config.parse import locate
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store.artefact import read_manifest
 from slimbench.methods.base import Unsupported

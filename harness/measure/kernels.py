@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from slimbench.harness.config.parse import locate
 from slimbench.harness.config.schema import ConfigError
 from slimbench.harness.config.sources import CONF_DIR
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.hardware import available_cores, available_memory, hardware
 from slimbench.harness.measure.machine import MachineProbe, last_level_cache
 from slimbench.harness.measure.timer import timer

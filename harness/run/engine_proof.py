@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from slimbench.harness.config.engines import get
-from slimbench.harness.config.parse import locate
 from slimbench.harness.config.registry import Entry, entries
 from slimbench.harness.config.schema import EngineConfig
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.run.engines import Checked, to_line
 from slimbench.harness.run.proof import tiny_model

@@ -60,7 +60,7 @@ def check(name: str) -> dict[str, Any]:
 
     import torch
 
-    from slimbench.harness.config.parse import locate
+    from slimbench.harness.config.targets import locate
     from slimbench.harness.measure import claims
     from slimbench.harness.stages.models import shape_of
     from slimbench.harness.store import artefact

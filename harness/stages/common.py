@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.schema.evidence import Evidence

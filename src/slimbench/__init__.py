@@ -37,7 +37,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> nn.Module:
         slimbench.methods.base.Unsupported: The engine does not load the artefact's format.
     """
     from slimbench.harness.config import engines
-    from slimbench.harness.config.parse import locate
+    from slimbench.harness.config.targets import locate
 
     engine = engines.get("transformers")
     return locate(engine.target)(loaders=engine.loaders).load(Path(folder), device).module

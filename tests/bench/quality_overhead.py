@@ -40,7 +40,7 @@ def main() -> None:
         runner._done.clear()
         record = runner.run(again)[1]
         runner.close()
-    from slimbench.harness.config.parse import locate
+    from slimbench.harness.config.targets import locate
     from slimbench.harness.measure import perplexity, zeroshot
     from slimbench.harness.stages.common import tokenizer_of
 

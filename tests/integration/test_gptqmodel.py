@@ -46,7 +46,7 @@ def measured(model: LoadedModel, ids: torch.Tensor) -> dict[str, Any]:
 def answer() -> None:
     """Runs in the environment: one artefact of a JSON request on stdin; JSON in the last line of stdout."""
     from slimbench.harness.config.engines import get
-    from slimbench.harness.config.parse import locate
+    from slimbench.harness.config.targets import locate
 
     request, engine = json.load(sys.stdin), get("gptqmodel")
     try:

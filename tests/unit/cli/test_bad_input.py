@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.registry import entries, entry
 from slimbench.harness.config.schema import ConfigError, ModelConfig
 from slimbench.harness.config.sources import CONF_DIR
@@ -48,7 +49,20 @@ NAMES = [item.name for item in entries()]
         (["method=gptq", "method.gptq=3"], "method.gptq: 3 is no mapping of settings"),
         (["suite.corpus=[]", "suite.tasks=[]"], "the stage quality measures nothing"),
         (["results="], "results: "),
-        (["suite.corpus=file:/no/ü.txt"], "into quotes"),
+        (["suite.corpus=file:/no/ü.txt"], "put its value into quotes: \"suite.corpus='file:/no/ü.txt'\""),
+        (["gptq"], "'gptq' is no KEY=VALUE; did you mean 'method=gptq'?"),
+        (["gtpq"], "'gtpq' is no KEY=VALUE; did you mean 'method=gptq'?"),
+        (["smollm2-135m", "method=gptq"], "did you mean 'model=smollm2-135m'?"),
+        (["method=gptq,awq"], "`slimbench sweep` makes a cell of each, method=[gptq,awq] is one pipeline of them"),
+        (["stages=quality"], "stages: a list is needed; did you mean stages=[quality]?"),
+        (["calibration=/p/x.txt", "method=gptq"], "no corpus '/p/x.txt'; did you mean 'file:/p/x.txt'?"),
+        (["model=/tmp"], "model=custom model.name=NAME model.source=file:/tmp"),
+        (
+            ["settings.bits=3", "method=rtn-4bit", "method.rtn-4bit.bits=8"],
+            "'bits' is given twice: method.rtn-4bit.bits=8 and settings.bits=3",
+        ),
+        (["hydra/launcher=submitit_slurm"], "give launcher=NAME"),
+        (["hydra.run.dir=x"], "Hydra only composes here"),
     ],
 )
 def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], expected: str) -> None:
@@ -57,10 +71,40 @@ def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], ex
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("overrides", [["method=gptq", "calibration_samples=0"], ["method=gptq", "method.gptq.bits=7"]])
-def test_the_command_line_ends_with_2(overrides: list[str]) -> None:
-    done = slimbench("run", *overrides)
+def test_a_setting_of_some_methods_of_a_sweep_is_no_setting_of_the_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        jobs(["method=rtn-4bit,gptq", "method.gptq.bits=3,4"])
+    assert "'method.gptq.bits' belongs to gptq only" in str(caught.value) and "settings.bits=…" in str(caught.value)
+    assert len(jobs(["method=rtn-4bit,gptq", "settings.bits=3,4"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("run method=gptq calibration_samples=0", "calibration_samples: "),
+        ("run method=gptq method.gptq.bits=7", "method.gptq.bits: 7 is no valid choice"),
+        ("run gptq", "did you mean 'method=gptq'?"),
+        ("run --method gptq", "No such option: --method; did you mean method=gptq?"),
+        ("sweep --method=gptq,awq", "did you mean method=gptq,awq?"),
+        ("run method=a,b", "are several values"),
+        ("run stages=quality", "did you mean stages=[quality]?"),
+        ("run suite.windows=4 suite.windows=8", "'suite.windows' is given twice: suite.windows=4 and suite.windows=8"),
+        ("sweep method=gptq +method=awq", "'method' is given twice"),
+        ("sweep method=rtn-4bit,gptq method.gptq.bits=3,4", "belongs to gptq only"),
+        ("sweep --plan method=dense hydra/launcher=x", "give launcher=NAME"),
+        ("rnu", "No such command 'rnu'. Did you mean 'run'?"),
+    ],
+)
+def test_the_command_line_ends_with_2_in_one_line_and_soon(words: str, expected: str) -> None:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    began = spent()
+    done = slimbench(*words.split())
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ") and expected in done.stderr
+    assert spent() - began < 1.0  # half a second on an idle core; processor time, as others may run beside
 
 
 WRONG_ORDERS = [

@@ -26,7 +26,7 @@ from slimbench.harness.run.cell import make_cell, step_label
         ("on_existing=kep", "did you mean 'keep'"),
         ("model.dtype=bfloat61", "did you mean 'bfloat16'"),
         ("speed.grid=[]", "speed.grid"),
-        ("method=[gptq", "cannot read the overrides"),
+        ("method=[gptq", "cannot read the override"),
         ("method=[gptq,rtn-4bit]", "cannot follow 'gptq'"),
         ("+suite.colour=red", "unknown key 'suite.colour'"),
         ("model=custom", "model.name"),

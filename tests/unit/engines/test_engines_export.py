@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from slimbench.harness.config import engines as catalogue
-from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import shipped_method
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.claims import flags
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact

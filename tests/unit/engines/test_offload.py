@@ -14,8 +14,9 @@ import torch
 
 from slimbench.harness.config import engines as catalogue
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import SpeedPoint
+from slimbench.harness.config.targets import locate
 from slimbench.harness.engines import offload
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
 from slimbench.harness.measure import memory

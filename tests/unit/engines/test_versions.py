@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slimbench.harness.config import engines
-from slimbench.harness.config.parse import locate
+from slimbench.harness.config.targets import locate
 
 
 @pytest.mark.parametrize("target", sorted({engine.target for engine in engines.catalogue()}))

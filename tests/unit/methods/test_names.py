@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config import engines
-from slimbench.harness.config.parse import build_method, locate
+from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import ConfigError, StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.config.targets import locate
 from slimbench.harness.store import legacy_keys
 from slimbench.methods.quantization.weight.rtn import RTN
 
