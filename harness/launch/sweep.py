@@ -48,11 +48,11 @@ def sweep(overrides: Sequence[str], on_done: CellDone = lambda cell, store: None
 
 def plan(overrides: Sequence[str]) -> list[PlannedCell]:
     """What `sweep` would do with each cell, and with each reference, in order; nothing is run or written."""
-    from slimbench.harness.run.runner import with_reference
-
     cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
     for cell in cells:
         require_extras(cell)
+    from slimbench.harness.run.runner import with_reference
+
     parts = {part.identity.keys.model_dump_json(): part for cell in cells for part in with_reference(cell)}
     return [_planned(part) for part in parts.values()]
 
