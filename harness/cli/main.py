@@ -65,6 +65,8 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
             sys.exit(2)
         fail(f"{error.format_message().rstrip('.')}{_as_override(sys.argv)}", 2)
+    except typer.Abort:
+        fail("interrupted", 130)
     except Exception as error:
         if debug:
             raise
