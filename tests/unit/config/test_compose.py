@@ -21,7 +21,8 @@ LISTS = 200
 
 OWN = {
     "method/derived.yaml": (
-        "# @package method.derived\ndefaults: [derived_base@_here_, _self_]\nbits: 3\n_target_: slimbench.methods.quantization.weight.rtn.RTN\n"
+        "# @package method.derived\ndefaults: [derived_base@_here_, _self_]\nbits: 3\n"
+        "_target_: slimbench.methods.quantization.weight.rtn.RTN\n"
     ),
     "method/derived_base.yaml": "group_size: 32\nsymmetric: false\n",
     "model/sized.yaml": ("name: sized-${seed}\nsource: random\nshape: {hidden_size: 64, layers: [1, 2]}\nparameters: null\n"),
