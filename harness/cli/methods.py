@@ -83,7 +83,7 @@ def show(name: str) -> None:
     ]
     print(f"{inspect.getdoc(inspect.getmodule(type(method)))}\n\n{inspect.getdoc(type(method))}\n")
     print("\n".join(f"{key:<11} {value}" for key, value in facts))
-    print(f"settings    override with method.{name}.SETTING=VALUE")
+    print(f"settings    override with method.{name}.SETTING=VALUE; `slimbench config method.{name}` says what each one means")
     print("\n".join(f"  {key} = {value}" for key, value in item.shipped.items()))
 
 

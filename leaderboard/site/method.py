@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from slimbench.harness.config.meaning import meanings
 from slimbench.leaderboard.rows.row import Row, clean
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
@@ -66,7 +66,7 @@ def _about(entry: Any) -> About:
         "Module": type(method).__module__,
     }
     module = _paragraphs(sys.modules[type(method).__module__].__doc__)
-    doc, meanings = _split(type(method).__doc__)
+    meaning = meanings(type(method))
     return About(
         name=entry.name,
         family=method.family,
@@ -74,29 +74,16 @@ def _about(entry: Any) -> About:
         year=citation.year,
         reference=method.reference,
         lead=module[0] if module else "",
-        doc=doc,
+        doc=[paragraph for paragraph in _paragraphs(type(method).__doc__) if not paragraph.startswith("Attributes:")],
         notes=module[1:],
         facts=[(name, value) for name, value in facts.items() if value],
-        settings=[(name, value, quoted(meanings.get(name, ""))) for name, value in entry.shipped.items()],
+        settings=[(name, value, quoted(meaning.get(name, ""))) for name, value in entry.shipped.items()],
     )
 
 
 def _paragraphs(doc: str | None) -> list[str]:
     text = shorten(inspect.cleandoc(doc or ""), _LONGEST_DOC)
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
-
-
-def _split(doc: str | None) -> tuple[list[str], dict[str, str]]:
-    """The paragraphs of a docstring, and what its section `Attributes` says of each name."""
-    paragraphs, meanings = [], {}
-    for paragraph in _paragraphs(doc):
-        if not paragraph.startswith("Attributes:"):
-            paragraphs.append(paragraph)
-            continue
-        for entry in re.split(r"\n    (?=\S)", paragraph)[1:]:
-            name, _, meaning = entry.partition(":")
-            meanings[name.strip()] = " ".join(meaning.split())
-    return paragraphs, meanings
 
 
 def users(board: Board) -> dict[str, list[Row]]:

@@ -35,7 +35,7 @@ class LoopSettings(ABC):
     """The settings that every method has that learns, whatever its optimizer.
 
     Attributes:
-        steps: Updates of the parameters.
+        steps: Updates of the parameters; papers take thousands.
         batch_size: Sequences of an update.
         length: Tokens of a sequence at most; calibration windows are cut to it.
         accumulate: Pieces that a batch goes through the model in; more need less memory.

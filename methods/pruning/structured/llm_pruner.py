@@ -33,11 +33,12 @@ class LLMPruner(Method):
     """Structured pruning without the training that follows in the paper; the artefact holds layers of the sizes that are left.
 
     Attributes:
-        ratio: Share of the channels and of the groups of heads that a block loses, rounded to whole ones; one of each stays.
-        order: Of the Taylor series.
-        aggregate: How the importance of a structure comes from its layers.
-        keep_first: Share of the blocks, counted from the first, that are left alone.
-        keep_last: The same from the last.
+        ratio: Share of the channels and of the groups of heads that a block loses, rounded to whole ones; one of each
+            stays. A quarter is a fifth of a 7B model's parameters.
+        order: Of the Taylor series of the loss; 2 with the Fisher information.
+        aggregate: How the importance of a structure comes from its layers; `last` is that of the last layer.
+        keep_first: Share of the blocks, counted from the first, that are left alone: 4 of 32.
+        keep_last: The same from the last: 2 of 32.
     """
 
     name: ClassVar[str] = "llm-pruner"

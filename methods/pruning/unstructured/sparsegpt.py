@@ -22,7 +22,7 @@ class SparseGPT(Method):
         sparsity: Fraction of each layer's weights that becomes zero.
         pattern: `n:m` puts n zeros into each m consecutive inputs; None leaves the choice free within a block of columns.
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
-        block_size: Columns updated at once.
+        block_size: Columns updated at once; with a pattern it changes speed only.
     """
 
     name: ClassVar[str] = "sparsegpt"

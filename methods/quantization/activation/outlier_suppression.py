@@ -33,7 +33,7 @@ class OutlierSuppressionPlus(Method):
     """Symmetric weights by row and inputs by token. With 8 bits products are of integers; with 6 rounding is simulated.
 
     Attributes:
-        bits: Bits of weights and of inputs.
+        bits: Bits of weights and of inputs; 8 are real integers, 6 are simulated.
         thresholds: How many are tried: the largest magnitude times 1/n, 2/n, … 1.
     """
 

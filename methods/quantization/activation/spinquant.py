@@ -39,6 +39,9 @@ class SpinQuantRTN(LoopSettings, Method):
         bits: Bits of a weight, before scales.
         group_size: Inputs that share one scale of the weights; None for one scale a row, as in the paper.
         activation_bits: Bits of an input.
+        batch_size: Sequences of an update; the authors take 8.
+        length: Tokens of a sequence at most; calibration windows are cut to it. The authors take 2048.
+        seed: Of the first rotations and of the order of the text.
     """
 
     name: ClassVar[str] = "spinquant-rtn"

@@ -27,7 +27,7 @@ class ZeroQuant(Method):
     """Int8 weights by groups of rows and int8 inputs by token, multiplied as integers.
 
     Attributes:
-        groups: Groups of a weight; must divide the outputs of every layer.
+        groups: Groups of consecutive rows of a weight, each with one scale; must divide the outputs of every layer.
     """
 
     name: ClassVar[str] = "zeroquant"
@@ -62,7 +62,7 @@ class ZeroQuantMixed(ZeroQuant):
     """Int4 weights in the MLPs and int8 ones in attention (W4/8A8); the rounding of inputs is simulated.
 
     Attributes:
-        groups: Groups of a weight; must divide the outputs of every layer.
+        groups: Groups of consecutive rows of a weight, each with one scale; must divide the outputs of every layer.
     """
 
     name: ClassVar[str] = "zeroquant-mixed"

@@ -36,7 +36,7 @@ class KVInt(_KVCache):
 
     Attributes:
         bits: Bits of a number, before scales.
-        group_size: Numbers of a token and head that share a scale; None: all of them.
+        group_size: Numbers of a token and head that share a scale, a divisor of the head dimension; None: all of them.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest number of the group.
     """
 
@@ -62,7 +62,7 @@ class KIVI(_KVCache):
 
     Attributes:
         bits: Bits of a number, before scales.
-        group_size: Numbers that share a scale.
+        group_size: Numbers that share a scale; must divide the head dimension.
         residual_length: Newest tokens that stay exact; a multiple of the group size.
     """
 
@@ -124,7 +124,7 @@ class KVQuanto(_KVTransformers):
 
     Attributes:
         nbits: Bits of a number, before scales.
-        group_size: Numbers that share a scale.
+        group_size: Numbers that share a scale; must divide the head dimension.
         residual_length: Tokens that stay exact until they are rounded together.
     """
 
@@ -145,7 +145,7 @@ class KVHqq(_KVTransformers):
 
     Attributes:
         nbits: Bits of a number, before scales.
-        group_size: Numbers that share a scale.
+        group_size: Numbers that share a scale; must divide the head dimension.
         residual_length: Tokens that stay exact until they are rounded together.
     """
 

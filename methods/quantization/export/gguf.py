@@ -46,7 +46,8 @@ class GGUF(Method):
     """A file type of llama.cpp, without an importance matrix.
 
     Attributes:
-        kind: File type; `f16` only changes the format, the others quantize the file of `f16`.
+        kind: File type; `f16` only changes the format, the others quantize the file of `f16`. `q8_0` and `q4_0` have blocks of 32 inputs
+            with one scale. `q4_k_m` has 6 bits in some matrices and `q2_k` 3; widths that 256 does not divide get more.
     """
 
     name: ClassVar[str] = "gguf"

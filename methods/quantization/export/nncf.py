@@ -18,7 +18,7 @@ class NNCF(Method):
     """Round-to-nearest without data, weight only, as `nncf.compress_weights` does by default: embedding and output head take 8 bits.
 
     Attributes:
-        bits: Bits of a weight inside the blocks, before scales.
+        bits: Bits of a weight inside the blocks, before scales; embedding and head have 8 in any case.
         group_size: Inputs that share one scale; None for one scale a row, as 8 bits have it.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
     """

@@ -46,7 +46,7 @@ class DynamicInt8(_ONNX):
     through the graph with it: on later ones, on padding, and on the other sequences of the batch.
 
     Attributes:
-        per_channel: One scale for each output of a matrix; else one for all of it.
+        per_channel: One scale for each output of a matrix; else one for all of it, the library's default.
     """
 
     name: ClassVar[str] = "onnx-dynamic-int8"

@@ -31,8 +31,8 @@ class LLMQAT(TrainingSettings, Method):
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Inputs that share one scale; None for one scale a row.
-        sequences: Texts that the model writes, of `length` tokens each.
-        greedy_tokens: Tokens after the first, random one that are the most probable ones; the rest is drawn.
+        sequences: Texts that the model writes, of `length` tokens each; the paper has 100,000.
+        greedy_tokens: Tokens after the first, random one that are the most probable ones, 3 to 5 in the paper; the rest is drawn.
         generation_batch: Texts written at once.
     """
 

@@ -24,7 +24,7 @@ class QLoRA(TrainingSettings, Method):
 
     Attributes:
         double_quant: Quantize the scales of the base as well.
-        rank: Of the adapters.
+        rank: Of the adapters; 64 in the paper, beside layers many times as wide.
         alpha: The adapters are scaled by alpha / rank.
     """
 

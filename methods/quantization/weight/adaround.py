@@ -32,7 +32,7 @@ class AdaRound(Reconstructing):
 
     Attributes:
         symmetric: Centre the grid on zero; else fit it to both ends of the group.
-        penalty: λ for terms of that size.
+        penalty: λ, which drives each weight to one of its two neighbours; for terms of that size.
     """
 
     name: ClassVar[str] = "adaround"

@@ -31,7 +31,7 @@ class AWQ(Method):
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Consecutive inputs that share one scale.
-        candidates: Vectors of factors that are tried for a set of layers; the time is proportional to it.
+        candidates: Vectors of factors that are tried for a set of layers, as in the paper's code; the time is proportional to it.
         observer: `mse` shrinks the range of a group where that rounds it better; None takes it from the smallest to the largest weight.
     """
 

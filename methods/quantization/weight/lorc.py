@@ -31,7 +31,7 @@ class LoRC(Method):
         bits: Bits of a weight, before scales and low-rank part.
         group_size: Inputs that share one scale; None for one scale a row.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
-        rank: Of the low-rank part.
+        rank: Of the low-rank part; 8 are 0.4 bits a weight where layers have 576 features.
     """
 
     name: ClassVar[str] = "lorc"

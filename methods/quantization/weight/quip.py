@@ -30,7 +30,7 @@ class QuIP(Method):
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Consecutive rotated inputs that share one scale; None for one scale a row.
-        rescale: Scale the inputs before the rotation, so that the bound on the error is least.
+        rescale: Scale the inputs before the rotation, by what they and the weights are, so that the bound on the error is least.
         dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         seed: Of the signs.
     """

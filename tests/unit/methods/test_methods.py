@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from slimbench.harness.config.compose import jobs
+from slimbench.harness.config.meaning import meanings
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import ConfigError, StepConfig
-from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.config.sources import choice, choice_path, shipped, shipped_method
+from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.dense import Dense
 from slimbench.methods.formats import packed
@@ -55,9 +60,32 @@ def packed_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", shipped("method"))
-def test_shipped_yaml_states_every_setting_and_a_sound_method(name: str) -> None:
+def test_a_yaml_restates_no_default(name: str) -> None:
+    stated = choice("method", name)
+    defaults = complete({"_target_": stated["_target_"]})
+    assert {key for key, value in stated.items() if key != "_target_" and defaults[key] == value} == set()
+    for line in choice_path("method", name).read_text().splitlines():
+        assert re.match(rf"# @package method\.{re.escape(name)}$|\w+: ", line), line  # what settings mean stands in the class
+
+
+def test_the_settings_of_every_shipped_method_are_those_of_the_day_they_were_written_once() -> None:
+    frozen = json.loads(Path(__file__).with_name("settings.json").read_text())
+    assert len(frozen) == 118
+    for (name, settings), (_, config) in zip(frozen.items(), jobs([f"method={','.join(frozen)}"]), strict=True):
+        composed = config.pipeline[0].settings
+        assert composed == settings, name
+        assert {key: type(value) for key, value in composed.items()} == {key: type(value) for key, value in settings.items()}, name
+
+
+@pytest.mark.parametrize("name", shipped("method"))
+def test_the_meaning_of_every_setting_stands_in_its_class(name: str) -> None:
+    cls = locate(shipped_method(name)["_target_"])
+    assert {field.name for field in dataclasses.fields(cls)} <= set(meanings(cls))
+
+
+@pytest.mark.parametrize("name", shipped("method"))
+def test_every_shipped_method_is_sound(name: str) -> None:
     method = build_method(shipped_step(name))
-    assert {f.name for f in dataclasses.fields(method)} == set(shipped_method(name)) - {"_target_"}
     assert (method.family and ":" in method.reference) or method.reference == "paper"
     assert 1950 < method.citation.year < 2100 and method.produces
     assert all(covered.startswith(("quantization/", "pruning/")) for covered in method.citation.covers)
