@@ -165,6 +165,7 @@ class Row(BaseModel):
     source_precision: str | None = Field(None, description="Precision of the dense source where it was not full.")
     dtype: str = Field(description="Storage and compute type of the dense source.")
     suite: str = Field(description="What quality was measured on.")
+    suite_changes: str | None = Field(None, description="Settings of the suite that differ from the shipped one of its name.")
     suite_protocol: str = Field(
         description="Hash of the suite's protocol and texts: only rows with the same hash may be compared in quality."
     )

@@ -13,6 +13,7 @@ from slimbench.harness.schema.hardware import Gpu, Hardware
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows import changes
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.parallel import mapped
 from slimbench.leaderboard.rows.quality import fields as quality_fields
@@ -128,6 +129,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         is_reference=is_reference,
         keys=cell.keys,
         hardware=_hardware(measured),
+        suite_changes=changes.changes(_section(bearer, "suite")),
         suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
         speed_protocol=_digest(_protocol(bearer, "speed")),
         flags=list(dict.fromkeys(flags)),
@@ -218,7 +220,7 @@ def _section(record: Record, name: str) -> dict[str, Any]:
 
 def _protocol(record: Record, name: str) -> dict[str, Any]:
     """The part of the configuration that defines the numbers; the name where the record has none."""
-    fields = {k: v for k, v in _section(record, name).items() if k not in ("name", "batch_tokens")}
+    fields = changes.protocol(_section(record, name))
     return fields or {"name": getattr(record.cell, name)}
 
 

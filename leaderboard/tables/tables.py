@@ -23,7 +23,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return f"{self.rows[0].model} · {self.rows[0].suite}{self.variant}"
+        return f"{self.rows[0].model} · {_suite(self.rows[0])}{self.variant}"
 
     @property
     def setting(self) -> str:
@@ -49,12 +49,17 @@ def tables(board: Iterable[Row]) -> list[Table]:
     for row in board:
         comparable.setdefault(row.table_key, []).append(row)
     groups = list(comparable.values())
-    named = [(group[0].model, group[0].suite) for group in groups]
+    named = [(group[0].model, _suite(group[0])) for group in groups]
     protocols = {name: {group[0].suite_protocol for group, n in zip(groups, named, strict=True) if n == name} for name in named}
     return [
         Table(group, f" (protocol {group[0].suite_protocol})" if len(protocols[name]) > 1 else "")
         for group, name in zip(groups, named, strict=True)
     ]
+
+
+def _suite(row: Row) -> str:
+    """The suite and what of it is the user's own: `quick, windows=4`."""
+    return f"{row.suite}, {row.suite_changes}" if row.suite_changes else row.suite
 
 
 def titles(found: Sequence[Table]) -> list[str]:

@@ -18,7 +18,7 @@ from slimbench.leaderboard.rows.row import Row
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from slimbench.leaderboard.tables.columns import COLUMNS, LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, notes_of, rank_of
-from slimbench.leaderboard.tables.format import escape, shorten
+from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
 from slimbench.leaderboard.tables.tables import Table, tables
 
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
@@ -83,16 +83,17 @@ def to_terminal(board: Sequence[Row]) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A table that leaves out lesser columns on a narrow terminal."""
+    """A table without empty columns, that leaves out lesser ones on a narrow terminal."""
 
     table: Table
     numbers: dict[str, int]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        widths = {c.key: 2 + max(len(c.header), *(len(c.plus_minus(row)) for row in self.table.rows)) for c in COLUMNS}
+        texts = {c.key: [c.plus_minus(row) for row in self.table.rows] for c in COLUMNS}
+        widths = {c.key: 2 + max(len(c.header), *map(len, texts[c.key])) for c in COLUMNS if set(texts[c.key]) != {EMPTY}}
         for key in LEAST_FIRST:
             if sum(widths.values()) + NAME_KERNEL_AND_NOTES > options.max_width:
-                del widths[key]
+                widths.pop(key, None)
         yield _terminal_table(self.table, self.numbers, [c for c in COLUMNS if c.key in widths])
 
 
@@ -114,13 +115,15 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
     printed.add_column("Pipeline", overflow="fold", min_width=12)
     for column in columns:
         printed.add_column(column.header, justify="right", no_wrap=True)
-    printed.add_column("Kernel", overflow="fold", min_width=12)
+    kernels = any(row.kernel for row in table.rows)
+    if kernels:
+        printed.add_column("Kernel", overflow="fold", min_width=12)
     printed.add_column("Notes", overflow="fold", min_width=10)
     for row in table.rows:
         name = shorten(row.label, 60) + (f" · {shorten(row.engine_label, 40)}" if table.engines_differ else "")
         marks = " ".join(str(numbers[note]) for note in notes_of(row))
         notes = " ".join(([] if row.status == Status.OK else [row.status]) + ([f"[{marks}]"] if marks else []))
-        kernel = shorten(row.kernel or "", 40)
+        kernel = [Text(shorten(row.kernel or "", 40))] if kernels else []
         style = "bold" if row.is_reference else "" if row.status == Status.OK else "dim"
-        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), Text(kernel), Text(notes), style=style)
+        printed.add_row(Text(rank_of(row)), Text(name), *(Text(c.plus_minus(row)) for c in columns), *kernel, Text(notes), style=style)
     return printed

@@ -1,0 +1,75 @@
+"""What of a suite is the user's own: its settings beside those of the shipped suite of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Any
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.sources import choice
+
+_APART = ("name", "batch_tokens")
+"""What changes no number."""
+_LONGEST = 40
+
+
+def protocol(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a suite that define its numbers, local files without their path: the text, not its place, makes a table."""
+    fields = {name: value for name, value in section.items() if name not in _APART}
+    return {name: _placeless(name, value) for name, value in fields.items()}
+
+
+def changes(section: Mapping[str, Any]) -> str | None:
+    """`corpus=file:corpus.txt, windows=4`: where a suite differs from the shipped one of its name; None where it does not."""
+    shipped = _shipped(str(section.get("name")))
+    return (
+        ", ".join(
+            f"{name}={_written(name, value)}"
+            for name, value in section.items()
+            if name in shipped and name not in _APART and _listed(value) != _listed(shipped[name])
+        )
+        or None
+    )
+
+
+@cache
+def _shipped(name: str) -> dict[str, Any]:
+    """The suite of that name; empty where there is none."""
+    try:
+        return choice("suite", name)
+    except ConfigError:
+        return {}
+
+
+def _placeless(name: str, value: Any) -> Any:
+    """The value of a setting without where its file lies."""
+    if name == "corpus" and isinstance(value, list):
+        return [_placeless(name, spec) for spec in value]
+    return "file:" if _is_place(name, value) else value
+
+
+def _is_place(name: str, value: Any) -> bool:
+    """Whether a value names something on the user's disk: a corpus by `file:`, a folder of tasks by anything but an asset."""
+    if not isinstance(value, str):
+        return False
+    return value.startswith("file:") if name == "corpus" else name == "include_path" and ":" not in value
+
+
+def _listed(value: Any) -> Any:
+    """A choice of one thing may be written without a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def _written(name: str, value: Any) -> str:
+    """A value as on the command line; of what lies on a disk its name alone, of a long list how much there is."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        text = f"[{','.join(_written(name, item) for item in value)}]"
+        return text if len(text) <= _LONGEST else f"[{len(value)} of them]"
+    text = "null" if value is None else str(value)
+    if _is_place(name, value):
+        return f"file:{PurePosixPath(text.removeprefix('file:')).name}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
