@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    DEFAULT_RESULTS,
-    Results,
-    console,
-    results_folder,
-)
-
-if TYPE_CHECKING:
-    pass
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, Results, console, results_folder
 
 
 def audit(
@@ -22,9 +14,15 @@ def audit(
     sample: Annotated[int, typer.Option(min=1, help="Records to run again.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     stage: Annotated[list[str] | None, typer.Option(help="Kinds of records: compress, quality, speed; all if none is given.")] = None,
+    trusted: Annotated[
+        bool,
+        typer.Option("--trust", help="Let records bring along code of their checkpoint, local files and task folders, and ask the hub."),
+    ] = False,
+    use_cache: Annotated[
+        bool, typer.Option("--use-cache", help="Measure artefacts that are in the cache; else they are made anew and thrown away.")
+    ] = False,
 ) -> None:
     """Run a random sample of a results folder's records again and say which of them reproduce."""
-    from rich.console import Console
     from rich.table import Table
 
     from slimbench.harness.config.schema import ConfigError
@@ -36,7 +34,7 @@ def audit(
         if name not in list(Stage):
             raise ConfigError(f"--stage {name} is no valid choice{nearest(name, list(Stage))}")
     stages = [Stage(name) for name in stage or list(Stage)]
-    verdicts = audits.audit(results_folder(results), sample, seed, stages, Console(stderr=True))
+    verdicts = audits.audit(results_folder(results), sample, seed, stages, console(stderr=True), trusted, use_cache)
     table = Table("cell", "stage", "verdict", "figures", box=None, header_style="bold")
     for verdict in verdicts:
         cell = verdict.record.cell
@@ -44,4 +42,4 @@ def audit(
     console().print(table)
     counts = {outcome: sum(v.outcome is outcome for v in verdicts) for outcome in audits.Outcome}
     print(", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count))
-    raise typer.Exit(1 if counts[audits.Outcome.DIFFERS] else 0)
+    raise typer.Exit(1 if any(counts[outcome] for outcome in audits.FAULTS) else 0)

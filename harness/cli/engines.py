@@ -53,6 +53,6 @@ def engines_check(names: Annotated[list[str] | None, typer.Argument(help="Engine
     for engine in chosen:
         for checked in check(engine):
             failed += checked.failed
-            table.add_row(engine.name, checked.format, checked.kernel or "–", checked.verdict.replace("[", "\\["))
+            table.add_row(engine.name, checked.format, checked.kernel or "–", checked.verdict)
     console().print(table)
     raise typer.Exit(1 if failed else 0)

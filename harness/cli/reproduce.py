@@ -58,15 +58,13 @@ def reproduce(
 
 
 def _run(cells: Sequence[Cell]) -> None:
-    from rich.console import Console
-
     from slimbench.harness.run.progress import ProgressDisplay
     from slimbench.harness.run.progress import plan as stages
     from slimbench.harness.run.runner import Runner
     from slimbench.harness.store.store import Store
 
     store = Store(Path(cells[0].config.results))
-    with ProgressDisplay(stages(cells), store, Console(stderr=True)) as display:
+    with ProgressDisplay(stages(cells), store, console(stderr=True)) as display:
         runner = Runner(store, display)
         try:
             for cell in cells:
@@ -129,7 +127,7 @@ def _print(found: Paper, lines: Sequence[Line]) -> None:
             line.verdict.value + (f": {line.reason}" if line.reason else ""),
         )
     shown = console()
-    shown.print(f"{found.title} ({found.year}), arXiv:{found.arxiv}: {found.table}", highlight=False)
+    shown.print(f"{found.title} ({found.year}), arXiv:{found.arxiv}: {found.table}")
     shown.print(table)
     for text in (found.differs and f"our sweep differs: {found.differs}", found.note):
         if text:

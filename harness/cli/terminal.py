@@ -10,19 +10,22 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from slimbench.util.text import one_line
+
 FORMATS = ("terminal", "md", "csv", "json")
 
 
-def console() -> Any:
-    """A console as wide as the terminal; wide enough for tables where the output goes elsewhere."""
+def console(stderr: bool = False) -> Any:
+    """A console that shows texts as they are, markup in them included; of the standard output, wide enough for tables everywhere."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else max(160, shutil.get_terminal_size().columns))
+    width = None if stderr or sys.stdout.isatty() else max(160, shutil.get_terminal_size().columns)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """End with one line on the standard error."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -116,7 +119,7 @@ def read_records(results: Path) -> list[Any]:
     if not records:
         raise ConfigError(f"no records in '{results}'" + (f"; {first}" if first else ""))
     if first:
-        print(f"warning: {' '.join(first.split())}", file=sys.stderr)
+        print(f"warning: {one_line(first)}", file=sys.stderr)
     return records
 
 

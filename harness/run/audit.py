@@ -6,10 +6,12 @@ this machine cannot repeat (another card, a changed protocol) is said to be so a
 
 from __future__ import annotations
 
+import os
 import shlex
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from slimbench.harness.config.schema import ConfigError, RunConfig
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.run import trust
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import Stage, Status
@@ -27,6 +30,8 @@ from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
 from slimbench.harness.store.store import Store
+from slimbench.util.files import cache_dir
+from slimbench.util.text import one_line
 
 PERPLEXITY_TOLERANCE = 0.005  # relative
 ITEM_TOLERANCE = 0.02  # fraction of zero-shot items whose correctness may differ
@@ -38,6 +43,14 @@ class Outcome(StrEnum):
     WITHIN = "within tolerance"
     DIFFERS = "differs"
     NOT_HERE = "not repeatable here"
+    REFUSED = "refused"
+    BROKEN = "not comparable"
+
+
+FAULTS = (Outcome.DIFFERS, Outcome.REFUSED, Outcome.BROKEN)
+"""What an audit does not pass with."""
+_MADE = ("artefacts", "checkpoints", "reference")
+"""Folders of the cache with what the stages made; an audit believes none of it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,19 @@ class Repeat:
     cell: Cell
 
 
-def audit(results: Path, sample: int, seed: int, stages: Sequence[Stage], console: Console) -> list[Verdict]:
+def audit(
+    results: Path, sample: int, seed: int, stages: Sequence[Stage], console: Console, trusted: bool = False, use_cache: bool = False
+) -> list[Verdict]:
     """Run a random sample of the `ok` records of a folder again; the folder itself is left as it is.
+
+    Nothing in a record chooses code, files or hosts (`trust.configuration`), and no process asks the hub, unless the records are trusted.
 
     Args:
         sample: Records to repeat; all if there are fewer.
         seed: Seed of the draw.
         stages: Kinds of records to draw from.
+        trusted: Allow what `trust.configuration` allows of a trusted record, and the hub.
+        use_cache: Measure artefacts that are in the cache; else they are made anew and thrown away.
 
     Raises:
         ConfigError: The folder holds no such record.
@@ -71,37 +90,38 @@ def audit(results: Path, sample: int, seed: int, stages: Sequence[Stage], consol
     from slimbench.harness.run.progress import ProgressDisplay
     from slimbench.harness.run.runner import Runner
 
-    repeats, verdicts = draw(results, sample, seed, stages)
-    with tempfile.TemporaryDirectory(prefix="slimbench-audit-") as folder:
-        plan = [(r.cell, r.record.stage) for r in repeats]
-        with ProgressDisplay(plan, Store(results), console) as display:
-            runner = Runner(Store(Path(folder)), display)
-            try:
-                return verdicts + [compare(r.record, runner.stage(r.cell, r.record.stage)) for r in repeats]
-            finally:
-                runner.close()
+    planned = [plan(record, trusted) for record in draw(results, sample, seed, stages)]
+    repeats = [item for item in planned if isinstance(item, Repeat)]
+    verdicts = [item for item in planned if isinstance(item, Verdict)]
+    for repeat in repeats:
+        console.print(f"runs again: {repeat.cell.label}, {repeat.record.stage}: {_sources(repeat.cell)}", soft_wrap=True)
+    shown = [(repeat.cell, repeat.record.stage) for repeat in repeats]
+    with _surroundings(trusted, use_cache) as folder, ProgressDisplay(shown, Store(results), console) as display:
+        runner = Runner(Store(folder), display)
+        try:
+            return verdicts + [compare(r.record, runner.stage(r.cell, r.record.stage)) for r in repeats]
+        finally:
+            runner.close()
 
 
-def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> tuple[list[Repeat], list[Verdict]]:
-    """A random sample of the `ok` records of a folder: what can be run again here, and verdicts on what cannot.
-
-    Arguments and errors as of `audit`.
-    """
+def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> list[Record]:
+    """A random sample of the `ok` records of a folder. Nothing that they name is imported. Arguments and errors as of `audit`."""
     records = [r for r in Store(results).scan()[0] if r.status is Status.OK and r.stage in stages and r.imported is None]
     if not records:
         raise ConfigError(f"no ok record of {', '.join(stages)} in '{results}'")
     chosen = np.random.default_rng(seed).permutation(len(records))[:sample]
-    plan = [_plan(records[i]) for i in sorted(chosen)]
-    return [p for p in plan if isinstance(p, Repeat)], [p for p in plan if isinstance(p, Verdict)]
+    return [records[i] for i in sorted(chosen)]
 
 
-def _plan(record: Record) -> Repeat | Verdict:
-    """The cell of a record, or why it cannot be run again here."""
+def plan(record: Record, trusted: bool = False) -> Repeat | Verdict:
+    """The cell of a record, or why it cannot be run again here. Whatever the record holds, it is one of the two."""
     stage = record.stage
     try:
-        cell = make_cell(RunConfig.model_validate(record.config), tuple(shlex.split(record.command)[2:]))
-    except (ConfigError, ValueError) as error:
-        return Verdict(record, Outcome.NOT_HERE, f"its configuration is no longer valid: {str(error).splitlines()[0]}")
+        cell = make_cell(trust.configuration(record.config, trusted), tuple(shlex.split(record.command)[2:]))
+    except trust.Distrusted as refusal:
+        return Verdict(record, Outcome.REFUSED, one_line(f"{refusal}; --trust runs it"))
+    except Exception as error:  # the configuration of a stranger can be wrong in any way
+        return Verdict(record, Outcome.NOT_HERE, f"its configuration is no longer valid: {_first_line(error)}")
     if cell.identity.keys.of(stage) == record.key:
         return Repeat(record, cell)
     if cell.identity.keys.compress != record.cell.keys.compress:
@@ -110,13 +130,49 @@ def _plan(record: Record) -> Repeat | Verdict:
     return Verdict(record, Outcome.NOT_HERE, reason)
 
 
+@contextmanager
+def _surroundings(trusted: bool, use_cache: bool) -> Iterator[Path]:
+    """An empty results folder, with the environment of an audit meanwhile: no hub, and a cache without what earlier runs made."""
+    cache, before = cache_dir(), dict(os.environ)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="audit-", dir=cache) as name:
+        own = Path(name) / "cache"
+        own.mkdir()
+        for entry in cache.iterdir():
+            if entry.name not in _MADE and entry.is_dir() and not entry.name.startswith("audit-"):
+                (own / entry.name).symlink_to(entry)
+        if not use_cache:
+            os.environ["SLIMBENCH_CACHE"] = str(own)
+        if not trusted:
+            os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+        try:
+            yield Path(name) / "results"
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _sources(cell: Cell) -> str:
+    """What a cell reads and runs, in one line."""
+    config = cell.config
+    texts = [*config.suite.corpus, *([config.calibration.source] if cell.identity.calibration else [])]
+    return ", ".join([config.model.source, *texts, f"engine {config.engine.name}", f"at most {config.limits.wall_s:g} s"])
+
+
+def _first_line(error: Exception) -> str:
+    return one_line(next(iter(str(error).splitlines()), type(error).__name__))
+
+
 def compare(before: Record, after: Record) -> Verdict:
     """Hold the record of a repeated stage against the first one."""
     if after.status is not Status.OK:
-        message = after.failure.message.splitlines()[0] if after.failure else ""
+        message = after.failure.summary if after.failure else ""
         kind = Outcome.NOT_HERE if after.status is Status.UNSUPPORTED else Outcome.DIFFERS
         return Verdict(before, kind, f"now ends as {after.status}: {message}")
-    return Verdict(before, *_JUDGES[before.stage](before.result, after.result))
+    try:
+        return Verdict(before, *_JUDGES[before.stage](before.result, after.result))
+    except Exception as error:  # a stranger's result need not have the form of ours
+        return Verdict(before, Outcome.BROKEN, f"its result has not the form of the one measured now: {_first_line(error)}")
 
 
 def _compress(before: CompressResult, after: CompressResult) -> tuple[Outcome, str]:

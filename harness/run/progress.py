@@ -10,14 +10,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.runner import with_reference
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.util.text import one_line
 
-_MARKS = {Status.OK: "[green]ok[/]", Status.UNSUPPORTED: "[yellow]unsupported[/]"}
+_COLOURS = {Status.OK: "green", Status.UNSUPPORTED: "yellow"}
 
 
 def plan(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Stage]]:
@@ -42,11 +44,11 @@ class ProgressDisplay:
             if record.status is Status.OK and record.wall_seconds is not None:
                 self._seconds[record.stage].append(record.wall_seconds)
         self._bars = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             transient=True,
         )
@@ -89,20 +91,20 @@ class ProgressDisplay:
             self._seconds[stage].append(record.wall_seconds or 0)
         done = self._total - len(self._open)
         how = "recorded" if reused else f"{record.wall_seconds or 0:.0f} s"
-        mark = _MARKS.get(record.status, f"[red]{record.status}[/]")
-        reason = f"  {record.failure.message.splitlines()[0]}" if record.failure else ""
+        reason = record.failure.summary if record.failure else ""
         self._refresh()
-        self.console.print(
-            f"[dim]{done:>3}/{self._total}[/] {cell.label} [dim]{stage}[/] {mark} [dim]{how} · {self._remaining()}[/]",
-            reason,
-            markup=True,
-            highlight=False,
-            sep="",
-            soft_wrap=True,
+        line = Text.assemble(
+            (f"{done:>3}/{self._total} ", "dim"),
+            cell.label,
+            (f" {stage} ", "dim"),
+            (record.status.value, _COLOURS.get(record.status, "red")),
+            (f" {how} · {self._remaining()}", "dim"),
+            f"  {reason}" if reason else "",
         )
+        self.console.print(line, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(f"[dim]{text}[/]")
+        self.console.print(Text(one_line(text), style="dim"), soft_wrap=True)
 
     def _refresh(self) -> None:
         self._bars.update(self._overall, completed=self._total - len(self._open), note=self._remaining())

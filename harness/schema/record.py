@@ -15,6 +15,7 @@ from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import CellIdentity, Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
+from slimbench.util.text import one_line
 
 SCHEMA_VERSION = 5
 
@@ -27,6 +28,11 @@ class Failure(Schema):
     traceback: str = ""
     stderr_tail: str = ""
     interrupted: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The first line of the message; the type where there is none."""
+        return one_line(next(iter(self.message.strip().splitlines()), self.type))
 
 
 class Imported(Schema):

@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.store.decode import decode
+
 FOLDER = "shared"
 REFERENCE = "$shared"
 _NAME = re.compile(r"[a-z]+-([0-9a-f]{32})")
@@ -103,7 +105,7 @@ def _checked(path: Path, name: str, changed: int, size: int) -> dict[str, Any]:
     content = path.read_bytes()
     if not name.endswith(f"-{_hash(content)}"):
         raise ValueError(f"its shared part {FOLDER}/{name}.json is not what its name says")
-    value = json.loads(content)
+    value = decode(content)
     if not isinstance(value, dict):
         raise ValueError(f"its shared part {FOLDER}/{name}.json is no object")
     return value

@@ -7,7 +7,6 @@ them once (`harness.store.shared`).
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import shared
+from slimbench.harness.store.decode import decode
 from slimbench.util.files import write_atomically
-from slimbench.util.text import slug
+from slimbench.util.text import one_line, slug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,7 +120,7 @@ class Store:
             if isinstance(record, Record):
                 records.append(record)
             else:
-                unreadable.append(Unreadable(path.relative_to(self.root).as_posix(), record))
+                unreadable.append(Unreadable(one_line(path.relative_to(self.root).as_posix()), record))
         return records, unreadable
 
 
@@ -141,21 +141,21 @@ def write(path: Path, record: Record) -> None:
 def read(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        return parse(path.read_text(encoding="utf-8"), shared.folder_of(path))
-    except (OSError, ValueError) as error:
-        return f"not a record: {error}"
+        return parse(path.read_bytes(), shared.folder_of(path))
+    except OSError as error:
+        return f"not a record: {error.strerror or error}"
 
 
-def parse(text: str, parts: Path | None = None) -> Record | str:
+def parse(content: bytes, parts: Path | None = None) -> Record | str:
     """The record in a JSON text, or one line that says why there is none.
 
     Args:
         parts: Folder of what it shares with other records; None where it has to be whole.
     """
     try:
-        return Record.model_validate(migrate(shared.join(json.loads(text), parts)))
+        return Record.model_validate(migrate(shared.join(decode(content), parts)))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
-        return ": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]])
+        return one_line(": ".join(["not a valid record", *([".".join(map(str, fault["loc"]))] if fault["loc"] else []), fault["msg"]]))
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        return f"not a record: {error}"
+        return one_line(f"not a record: {error}")

@@ -76,7 +76,7 @@ def to_records(path: Path) -> list[Record | str]:
         texts = file.read(columns=[RECORD]).column(RECORD).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise Unreadable(f"not a Parquet file that can be read: {' '.join(str(error).split())}") from error
-    return [parse(text) if isinstance(text, str) else f"not a record: a {type(text).__name__}" for text in texts]
+    return [parse(text.encode()) if isinstance(text, str) else f"not a record: a {type(text).__name__}" for text in texts]
 
 
 def of_rows(board: Sequence[Row]) -> bytes:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic_core import from_json
-
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import shared
+from slimbench.harness.store.decode import decode
 from slimbench.harness.store.store import read
 
 
 def lean(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        data = migrate(shared.join(from_json(path.read_bytes()), shared.folder_of(path)))
+        data = migrate(shared.join(decode(path.read_bytes()), shared.folder_of(path)))
         for task in (data.get("quality") or {}).get("zeroshot") or []:
             task["items"]["loglikelihoods"] = []
         return Record.model_validate(data)

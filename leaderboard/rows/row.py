@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from slimbench.harness.schema.identity import Keys
+from slimbench.util.text import plain
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_BREAKS = re.compile(r"[\n\t]+")
 
 
 class Row(BaseModel):
@@ -248,7 +249,7 @@ def clean(value: Any) -> Any:
     if kind is float:
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return value if _plain(value) else _CONTROL.sub(" ", value).encode("utf-8", "replace").decode()
+        return value if _plain(value) else _BREAKS.sub(" ", plain(value))
     if kind is dict:
         return {k if type(k) is str and _plain(k) else clean(k): clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -180,9 +180,8 @@ def _reason(record: Record) -> str:
     if record.failure is None:
         return f"{where}: {record.status.value}"
     kind = "" if record.status is Status.UNSUPPORTED else f"{record.failure.type}: "
-    lines = record.failure.message.strip().splitlines() or ["no message"]
     peak = f" (peak memory {record.peak_memory_bytes / 1e9:.1f} GB)" if record.status is Status.OOM and record.peak_memory_bytes else ""
-    return f"{where}: {kind}{lines[0]}{peak}"
+    return f"{where}: {kind}{record.failure.summary}{peak}"
 
 
 def _size(record: Record | None) -> dict[str, Any]:

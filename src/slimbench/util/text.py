@@ -1,4 +1,4 @@
-"""Names for people: the nearest valid choice, and labels as parts of paths."""
+"""Texts for people: the nearest valid choice, labels as parts of paths, and texts of strangers without what a terminal acts on."""
 
 from __future__ import annotations
 
@@ -29,3 +29,19 @@ def slug(label: str) -> str:
     """A label as one safe path component; long labels keep a hash of what was cut."""
     name = re.sub(r"[^A-Za-z0-9+_=.,-]+", "-", label).strip(".-") or "unnamed"
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}-{sha256(label.encode()).hexdigest()[:8]}"
+
+
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """A text without escape sequences, control characters (but for line feed and tab), marks of direction and lone surrogates."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", _SEQUENCE.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
+def one_line(text: str) -> str:
+    """A text as one line that any terminal shows as it is."""
+    return " ".join(plain(text).split())

@@ -9,11 +9,10 @@ from rich.console import Console
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.schema import ConfigError
-from slimbench.harness.run.audit import Outcome, audit, compare, draw
+from slimbench.harness.run.audit import Outcome, Repeat, Verdict, audit, compare, draw, plan
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from tests.unit.run.test_runner import Listener
 
@@ -31,16 +30,8 @@ def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return results
 
 
-def changed(folder: Path, out: Path, stage: Stage, change: dict[str, object]) -> Store:
-    """A folder with one record of the cell, something in it replaced."""
-    record = next(r for r in Store(folder).scan()[0] if r.stage is stage)
-    store = Store(out)
-    store.put(Record.model_validate(record.model_dump() | change))
-    return store
-
-
 def test_what_was_measured_here_reproduces(folder: Path) -> None:
-    verdicts = audit(folder, 10, 0, list(Stage), SILENT)
+    verdicts = audit(folder, 10, 0, list(Stage), SILENT, trusted=True)
     outcomes = {v.record.stage: v.outcome for v in verdicts}
     assert outcomes[Stage.COMPRESS] is Outcome.EQUAL
     assert outcomes[Stage.QUALITY] is Outcome.EQUAL
@@ -48,7 +39,7 @@ def test_what_was_measured_here_reproduces(folder: Path) -> None:
 
 
 def test_a_sample_is_drawn_by_its_seed(folder: Path) -> None:
-    drawn = [[r.record.key for r in draw(folder, 2, seed, list(Stage))[0]] for seed in (0, 0, 1, 2, 3)]
+    drawn = [[record.key for record in draw(folder, 2, seed, list(Stage))] for seed in (0, 0, 1, 2, 3)]
     assert drawn[0] == drawn[1]
     assert len({tuple(keys) for keys in drawn}) > 1
     assert {len(keys) for keys in drawn} == {2}
@@ -70,12 +61,60 @@ def test_a_perplexity_that_was_made_up_is_found(folder: Path) -> None:
 
 
 def test_another_machine_counts_neither_way(folder: Path, tmp_path: Path) -> None:
-    changed(folder, tmp_path, Stage.SPEED, {"key": "0123456789abcdef"})
-    repeats, (verdict,) = draw(tmp_path, 5, 0, list(Stage))
-    assert not repeats
+    record = next(r for r in Store(folder).scan()[0] if r.stage is Stage.SPEED)
+    verdict = plan(record.model_copy(update={"key": "0123456789abcdef"}), trusted=True)
+    assert isinstance(verdict, Verdict)
     assert (verdict.outcome, verdict.detail) == (Outcome.NOT_HERE, "other hardware")
 
 
 def test_a_folder_without_records_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no ok record"):
         draw(tmp_path, 5, 0, list(Stage))
+
+
+def test_local_files_need_trust(folder: Path) -> None:
+    verdicts = [plan(record) for record in draw(folder, 10, 0, list(Stage))]
+    assert [v.outcome for v in verdicts if isinstance(v, Verdict)] == [Outcome.REFUSED] * 3
+    assert all(isinstance(v, Verdict) and "model.source=file:" in v.detail and v.detail.endswith("--trust runs it") for v in verdicts)
+    assert all(isinstance(plan(record, trusted=True), Repeat) for record in draw(folder, 10, 0, list(Stage)))
+
+
+def test_an_audit_does_not_measure_the_artefact_that_it_finds_in_the_cache(folder: Path, cache: Path) -> None:
+    """Weights of zeros in the cache: the record of that artefact is not called equal, and the artefact stays as it is."""
+    from safetensors.torch import load_file, save_file
+
+    record = next(r for r in Store(folder).scan()[0] if r.stage is Stage.QUALITY)
+    artefact = cache / "artefacts" / record.cell.keys.compress
+    weights = artefact / "model.safetensors"
+    honest = weights.read_bytes()
+    try:
+        save_file({name: tensor.zero_() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+        spoilt = weights.read_bytes()
+        (verdict,) = audit(folder, 1, 0, [Stage.QUALITY], SILENT, trusted=True)
+        assert verdict.outcome is Outcome.EQUAL
+        assert weights.read_bytes() == spoilt and not list(cache.glob("audit-*"))
+        (verdict,) = audit(folder, 1, 0, [Stage.QUALITY], SILENT, trusted=True, use_cache=True)
+        assert verdict.outcome is Outcome.DIFFERS
+    finally:
+        weights.write_bytes(honest)
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_result_of_another_form_is_a_verdict_of_its_own(folder: Path, stage: Stage) -> None:
+    record = next(r for r in Store(folder).scan()[0] if r.stage is stage)
+    odd = record.model_copy(deep=True)
+    if odd.compress:
+        odd.compress.files = None  # type: ignore[assignment]
+    if odd.quality:
+        odd.quality.perplexity *= 2
+    if odd.speed:
+        odd.speed.points = []
+    verdict = compare(odd, record)
+    assert verdict.outcome is Outcome.BROKEN and "has not the form" in verdict.detail
+
+
+@pytest.mark.parametrize("config", [{}, {"pipeline": 3}, {"pipeline": [{"name": "absent"}]}, {"engine": []}, {"suite": {"corpus": [[]]}}])
+def test_a_configuration_of_any_form_is_a_verdict(folder: Path, config: dict[str, object]) -> None:
+    record = next(iter(draw(folder, 1, 0, list(Stage))))
+    verdict = plan(record.model_copy(update={"config": config and record.config | config, "command": "'"}), trusted=True)
+    assert isinstance(verdict, Verdict) and verdict.outcome is Outcome.NOT_HERE and "\n" not in verdict.detail

@@ -117,7 +117,7 @@ def test_a_record_that_travels_alone_is_whole(tmp_path: Path) -> None:
     record, path = _record_with_parts(tmp_path)
     (tmp_path / "x.parquet").write_bytes(parquet.of_records(Store(tmp_path).scan()[0]))
     assert parquet.to_records(tmp_path / "x.parquet") == [record]
-    assert "is not in it" in str(parse(path.read_text())), "a file of the store is no record alone"
+    assert "is not in it" in str(parse(path.read_bytes())), "a file of the store is no record alone"
 
 
 def test_what_is_done_to_one_record_is_not_done_to_others(tmp_path: Path) -> None:

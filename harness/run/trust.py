@@ -1,0 +1,112 @@
+"""What the record of a stranger may make this machine do.
+
+A record says by name what was run. The classes, loaders and environments behind the names are those of this installation, whatever else
+the record says; and what would bring the record's own code, files or hosts into a run is refused unless the user trusts the record.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.sources import choice, shipped_method
+from slimbench.tasks import corpora
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+_REVISION = re.compile(r"\w[\w-]*([./]\w[\w-]*)*")
+_WORD = re.compile(r"[A-Za-z0-9][\w.+@-]*|\d+:\d+")
+_HOOKS = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config")
+"""Fields of a `config.json` that make transformers import code: of the checkpoint, or kernels of the hub."""
+
+
+class Distrusted(Exception):
+    """A record asks for what only a trusted record gets. The message is one line."""
+
+
+def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
+    """What a record says was run, as this installation runs it: nothing is imported, read or fetched.
+
+    Args:
+        config: The `config` of a record.
+        trusted: Allow code of the checkpoint, local files and folders of tasks. Classes and loaders are shipped ones even then.
+
+    Raises:
+        Distrusted: It needs trust and has none.
+        ConfigError: It names a method or engine that this installation does not have.
+        ValueError: It is no configuration.
+    """
+    if not trusted and (reason := next(_distrusted(config), None)):
+        raise Distrusted(reason)
+    own = {
+        "pipeline": [_shipped(step) for step in _list(config.get("pipeline"))],
+        "reference": _shipped(config.get("reference")),
+        "engine": choice("engine", str(_section(config, "engine").get("name"))),
+        "limits": {},
+    }
+    asked = {name: value for name, value in config.items() if name not in ("results", "tracking", "on_existing")}
+    return RunConfig.model_validate(asked | own)
+
+
+def _shipped(step: Any) -> dict[str, Any]:
+    """A step with the class that this installation has for a method of its name."""
+    name = str(_section({"step": step}, "step").get("name"))
+    return {"name": name, "target": shipped_method(name)["_target_"], "settings": _section(step, "settings")}
+
+
+def _distrusted(config: dict[str, Any]) -> Iterator[str]:
+    """Why a configuration needs trust, one line for each reason."""
+    model, suite, text = (_section(config, name) for name in ("model", "suite", "calibration"))
+    source, include = str(model.get("source")), suite.get("include_path")
+    if model.get("trust_remote_code"):
+        yield "model.trust_remote_code: it would run code that the checkpoint brings along"
+    kind, _, rest = source.partition(":")
+    if kind not in ("asset", "random") and not (kind == "hf" and _HUB_NAME.fullmatch(rest)):
+        yield f"model.source={source}: neither a packaged asset nor a model of the hub"
+    if (revision := model.get("revision")) is not None and not _REVISION.fullmatch(str(revision)):
+        yield f"model.revision={revision}: no commit, tag or branch"
+    if include is not None and not str(include).startswith("asset:"):
+        yield f"suite.include_path={include}: its tasks could bring code along"
+    for spec in (*_list(suite.get("corpus")), text.get("source")):
+        if not _is_public(spec):
+            yield f"text '{spec}': neither a packaged corpus nor a data set of the hub"
+    words = [*_list(suite.get("tasks")), *(_section(step, "settings") for step in _list(config.get("pipeline")))]
+    if strange := next((text for text in _texts([words, model.get("shape")]) if not _WORD.fullmatch(text)), None):
+        yield f"'{strange}': no plain word, it could be a path or an address"
+    if hook := next((key for key in _keys(model.get("shape")) if key.startswith("_") or key in _HOOKS), None):
+        yield f"model.shape.{hook}: it could bring code along"
+
+
+def _is_public(spec: Any) -> bool:
+    """Whether a text is named by the catalogue, or as a data set of the hub that no file of this machine is mistaken for."""
+    match = corpora.HUB_SPEC.fullmatch(str(spec))
+    if match is None:
+        return str(spec) in corpora.catalogue()
+    inside = (match["config"] or "").split("/")
+    named = bool(_HUB_NAME.fullmatch(match["path"])) and not Path(match["path"]).exists()
+    return named and ".." not in inside and (len(inside) == 1 or inside[0] != "")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(part)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from map(str, value)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys(part)
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    section = config.get(name) if isinstance(config, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
