@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_json
@@ -12,15 +13,17 @@ from pydantic_core import to_json
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.row import Row, clean
 from slimbench.leaderboard.site import names
-from slimbench.leaderboard.site.board import Board, triple
+from slimbench.leaderboard.site.board import Board, plural, triple
 from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.site.lines import Line
 from slimbench.leaderboard.site.method import steps
 from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
+from slimbench.leaderboard.tables.verdict import noise, verdict
 
 EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000
@@ -40,6 +43,8 @@ class Grid:
 
 def render(board: Board, row: Row, line: Line) -> str:
     records = board.records(row)
+    table = board.tables[board.table_of[triple(row.keys)]]
+    unsteady = [shorten(text, LONGEST_REMARK) for text in noise(row.flags)]
     setting = board.settings[board.table_of[triple(row.keys)]]
     return page(
         "cell.html.j2",
@@ -51,17 +56,34 @@ def render(board: Board, row: Row, line: Line) -> str:
         setting=setting["name"],
         model_href=names.model(row.model),
         methods=[(name, names.method(name)) for name in steps(board, row)],
+        verdict=verdict(row, _reference(table.rows, row)),
+        measured=shorten(row.provenance.get("measured", "")[:10], LONGEST_REMARK),
+        remarks=[text for text in line.remarks if text not in unsteady],
+        unsteady=unsteady,
         tiles=[
             {"header": column.header, "help": column.help, "value": value, "interval": column.interval(row)}
             for column in COLUMNS
             if (value := column.value(row)) != EMPTY
         ],
         command=shorten(row.command, _LONGEST_TEXT),
-        details=[(name, text) for name, text in details(row) if name not in _SHOWN_APART],
+        details=[
+            (name, f"{text} (of {plural(_ranked(table.rows), 'cell')} in this set)" if name == "Rank" else text)
+            for name, text in details(row)
+            if name not in _SHOWN_APART
+        ],
         grids=[grid for grid in (_perplexities(row), _tasks(row), _speeds(row)) if grid.rows],
         evidence=list(_evidence(records)),
         provenance=list(_provenance(records)),
     )
+
+
+def _reference(rows: Sequence[Row], row: Row) -> Row | None:
+    """The reference of a row's table on the same engine."""
+    return next((other for other in rows if other.is_reference and other.engine_label == row.engine_label), None)
+
+
+def _ranked(rows: Sequence[Row]) -> int:
+    return sum(row.rank is not None or row.accuracy_rank is not None for row in rows)
 
 
 def _perplexities(row: Row) -> Grid:
@@ -182,6 +204,7 @@ def _facts(record: Record) -> dict[str, Any]:
     hardware = value if isinstance(value := facts.get("hardware"), dict) else {}
     known = {
         "Key": record.key,
+        "File": Store(Path()).path(record.cell, record.stage).as_posix(),
         "Started": record.started,
         "Took": None if record.wall_seconds is None else f"{record.wall_seconds:,.1f} s",
         "Peak memory": None if record.peak_memory_bytes is None else f"{_BYTES(record.peak_memory_bytes)} MB",
