@@ -67,10 +67,11 @@ def dashboard(
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("the dashboard needs wandb_workspaces: pip install 'slimbench[wandb]'")
     from slimbench.leaderboard.tracking import dashboard as dashboards
+    from slimbench.util.compat.wandb_workspaces import definition
 
     made = dashboards.workspace(entity, project)
     if show:
-        print(json.dumps(dashboards.definition(made), indent=1))
+        print(json.dumps(definition(made), indent=1))
         return
     try:
         made.save()

@@ -18,6 +18,7 @@ import torch
 from slimbench.harness.engines import decode_attention
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.util.compat import inductor
 
 _ROUND = 32
 _MOST_OPERATIONS_TWICE = 8  # fused into a loop that repeats them; with torch's 30, rotary embeddings are computed again for each key
@@ -45,8 +46,7 @@ class CompiledModel(TransformersModel):
     def __init__(self, module: Any, device: str) -> None:
         super().__init__(module, device)
         self._states: dict[tuple[int, int], _Static] = {}
-        own_pass = getattr(module, "graph_pass", None)
-        self._options = {"post_grad_custom_pre_pass": own_pass} if own_pass else {}
+        self._options = inductor.pass_options(getattr(module, "graph_pass", None))
         self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
         if self._device.type == "cpu":
             decode_attention.use(module)
@@ -81,11 +81,7 @@ class CompiledModel(TransformersModel):
         return _Static(StaticCache(config=self.module.config, max_cache_len=capacity), self._compiled_step())
 
     def _compiled_step(self) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-        options = self._options | {
-            "triton.cudagraphs": self._device.type == "cuda",
-            "realize_opcount_threshold": _MOST_OPERATIONS_TWICE,
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        }
+        options = self._options | inductor.step_options(_MOST_OPERATIONS_TWICE, cuda_graphs=self._device.type == "cuda")
         return torch.compile(_with_own_code(self._next), fullgraph=True, options=options)
 
     def _next(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimbench.util.compat.transformers import attention_implementation
+
 NAME = "slimbench_decode"
 
 
@@ -19,7 +21,7 @@ def use(module: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if getattr(module.config, "_attn_implementation", None) == "sdpa":
+    if attention_implementation(module) == "sdpa":
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         module.set_attn_implementation(NAME)

@@ -22,6 +22,7 @@ import torch
 from slimbench.harness.engines import transformers
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact as artefacts
+from slimbench.util.compat.transformers import keys_left_in_place
 
 _FILE = "weights.safetensors"
 
@@ -69,7 +70,7 @@ def move_away(module: Any, device: torch.device, to_disk: bool) -> None:
             offload=True,
             weights_map=_on_disk(module, _scratch(stack)) if to_disk else _in_memory(module),
             offload_buffers=True,
-            skip_keys=getattr(module, "_skip_keys_device_placement", None),
+            skip_keys=keys_left_in_place(module),
             preload_module_classes=shared,
         )
         weakref.finalize(module, stack.pop_all().close)

@@ -19,6 +19,7 @@ from slimbench.harness.measure import operators
 from slimbench.harness.measure.offloaded import brought_in
 from slimbench.harness.measure.zeros import Zeros, joined, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.util.compat.torch import attributes
 
 _NESTING = 3
 _DENSE_BITS = 16
@@ -99,8 +100,7 @@ def resident_tensors(owner: Any, depth: int = _NESTING) -> Iterator[torch.Tensor
         inner = owner.__tensor_flatten__()[0] if hasattr(owner, "__tensor_flatten__") else []
         values = [*(vars(owner).values() if getattr(owner, "__dict__", None) else []), *(getattr(owner, name) for name in inner)]
     elif isinstance(owner, torch.nn.Module):
-        values = [*owner._parameters.values(), *owner._buffers.values()]
-        values += [v for k, v in vars(owner).items() if k not in ("_parameters", "_buffers", "_modules")]
+        values = [*owner.parameters(recurse=False), *owner.buffers(recurse=False), *attributes(owner)]
     elif isinstance(owner, dict):
         values = list(owner.values())
     elif isinstance(owner, list | tuple):
@@ -162,7 +162,7 @@ def _stacks(layer: torch.nn.Module) -> list[torch.Tensor]:
     """Parameters of a layer that is no linear one which hold many matrices, as experts do: [experts, out, in], or turned if it says so."""
     if hasattr(layer, "in_features"):
         return []
-    held = [p for p in layer._parameters.values() if p is not None and sum(size > 1 for size in p.shape) > 2]
+    held = [p for p in layer.parameters(recurse=False) if sum(size > 1 for size in p.shape) > 2]
     return [p.mT if getattr(layer, "is_transposed", False) else p for p in held]
 
 

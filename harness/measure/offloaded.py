@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from slimbench.harness.measure.operators import storage_pointer
+from slimbench.util.compat.accelerate import device_hook
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def brought_in(layer: Any) -> Iterator[dict[int, Hashable]]:
         Where each of them lies otherwise, by the storage pointer that it has meanwhile. Tied weights lie in one place; the pointers
         of different layers may be equal, since memory is used again.
     """
-    hook: Any = getattr(layer, "_hf_hook", None)
+    hook = device_hook(layer)
     if not getattr(hook, "offload", False) or hook.place_submodules:
         yield {}
         return

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from slimbench.util.compat.torch import TorchDispatchMode, redispatch, tree_iter
 
 UNSEEN = "unseen"
 _PRODUCT = re.compile(r"mm(?!_dequant)|matmul|linear|gemm|gemv|matvec|matmat|einsum|mv")
@@ -118,12 +118,11 @@ class _Observer(TorchDispatchMode):
         if wrapped is not None:
             with self:
                 return type(wrapped).__torch_dispatch__(func, (type(wrapped),), args, kwargs)
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(operands[0].device.type) if operands else None
-        if func.namespace in _OWN or key is None:
+        device = operands[0].device.type if operands else None
+        if func.namespace in _OWN or device not in ("cpu", "cuda"):
             return func(*args, **kwargs)
-        backend = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         with self:
-            return func.redispatch(backend, *args, **kwargs)
+            return redispatch(func, device, args, kwargs)
 
     def _attribute(self, run: LayerRun, name: str, operands: list[torch.Tensor]) -> None:
         run.products.append(name)

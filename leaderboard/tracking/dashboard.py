@@ -46,9 +46,3 @@ def workspace(entity: str, project: str) -> Workspace:
         ),
         auto_generate_panels=False,
     )
-
-
-def definition(found: Workspace) -> dict[str, Any]:
-    """The dashboard as W&B stores it."""
-    model: Any = found._to_model()
-    return model.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -7,10 +7,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimbench.util.compat import llmcompressor as compat
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
 
@@ -27,8 +28,13 @@ class Report:
 
     @property
     def failed_inverses(self) -> int:
-        """Layers whose Hessian could not be inverted, so that it was silently replaced by the identity."""
-        return sum("invert hessian" in warning.lower() for warning in self.warnings)
+        """Layers whose Hessian a sparsifier could not invert, so that it took the identity in its place."""
+        return compat.failed_inverses(self.warnings)
+
+    @property
+    def rounded_without_hessian(self) -> int:
+        """Layers that GPTQ rounded to nearest because it could not invert their Hessians."""
+        return compat.rounded_without_hessian(self.warnings)
 
 
 def check_solver(dampening: float, block_size: int, multiple: int = 1) -> None:
@@ -50,7 +56,7 @@ def oneshot(
         calibration: Tokens; several samples go through a block at once.
         progress: Told of finished blocks.
     """
-    with _quiet() as report, on_device(model.device):
+    with _quiet() as report, compat.on_device(model.device):
         import llmcompressor
 
         if progress is not None:
@@ -65,23 +71,6 @@ def oneshot(
             clear_sparse_session=True,
         )
     return report
-
-
-@contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Let llmcompressor work where a model is and pin activations for a card alone; by itself it takes any accelerator, and always pins."""
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from llmcompressor.pipelines.sequential import pipeline
-
-    main_device, pin = pipeline.get_main_device, vars(IntermediatesCache)["_pin_intermediate"]
-    pipeline.get_main_device = lambda: device
-    if device.type != "cuda":
-        IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        pipeline.get_main_device = main_device
-        IntermediatesCache._pin_intermediate = pin  # type: ignore[method-assign]
 
 
 def _reporter(progress: Callable[[float, float], None], blocks: int) -> Any:

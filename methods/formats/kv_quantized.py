@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache
 from slimbench.methods.formats.kv_scheme import Scheme
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight, unpack
 from slimbench.methods.kernels.rounding import round_to_grid
+from slimbench.util.compat.transformers import quantized_states
 
 E4M3_MAX = 448.0
 
@@ -214,7 +215,7 @@ class LibraryCache(QuantizedCache, StoredCache):
 def layer_bytes(layer: Any) -> int:
     """Bytes of all that a layer of a cache keeps: codes, scales, offsets and what is not quantized."""
     own = getattr(layer, "tensors", None)
-    kept = own if own is not None else [layer.keys, layer.values, *map(vars(layer).get, ("_quantized_keys", "_quantized_values"))]
+    kept = own if own is not None else [layer.keys, layer.values, *quantized_states(layer)]
     return sum(tensor.numel() * tensor.element_size() for tensor in _plain(kept))
 
 

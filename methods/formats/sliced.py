@@ -108,8 +108,8 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     if absent or unexpected:
         raise ValueError(f"{folder.name} does not fit its config: missing {absent[:3]}, left over {unexpected[:3]}")
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model.eval()
 
 

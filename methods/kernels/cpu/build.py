@@ -91,7 +91,7 @@ def _compile(library: Path) -> None:
 
     includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     links = [argument for path in library_paths() for argument in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         out = Path(folder) / library.name
         command = [compiler(), *FLAGS, abi, *includes, str(SOURCE), "-o", str(out), *links, "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slimbench.methods.kernels.base import Kernel
 from slimbench.methods.kernels.cpu import build
 from slimbench.methods.kernels.grid import PLANES, QuantizedWeight, fields
+from slimbench.util.compat.torch import buffers
 
 LANES = 16
 _STEP = 32
@@ -38,7 +39,7 @@ class OwnCpu(Kernel):
 
     @classmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
-        kept = layer._buffers  # a third of the time of a small product is looking up what it needs
+        kept = buffers(layer)  # a third of the time of a small product is looking up what it needs
         return torch.ops.slimbench.packed_mm(
             x.contiguous(), kept["weight_packed"], kept["scales"], kept.get("offsets"), layer.grid.bits, layer.out_features
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from slimbench.util.compat.inductor import CustomGraphPass, get_hash_for_files, operator_name
 
 _VIEWS = ("view", "_unsafe_view", "reshape")
 
@@ -31,7 +32,7 @@ class ShareInputs(CustomGraphPass):
 
 def _source(node: Any) -> Any:
     """The node behind views that only change the shape."""
-    while node.op == "call_function" and getattr(node.target, "_opname", None) in _VIEWS:
+    while node.op == "call_function" and operator_name(node) in _VIEWS:
         node = node.args[0]
     return node
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slimbench.methods.kernels.base import Kernel
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight, unpack
 from slimbench.methods.kernels.numbers import FLOATS
+from slimbench.util.compat import torch as compat
 
 _LARGEST = {"int": 127.0, "e4m3": FLOATS["e4m3"].largest}
 _OLDEST_FLOAT8 = (8, 9)
@@ -81,11 +82,11 @@ class Int4Pack(Kernel):
 
     @staticmethod
     def _pack(weight: QuantizedWeight) -> Tensor:
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32), 1)
+        return compat.pack_int4_cpu(weight.codes.to(torch.int32), 1)
 
     @staticmethod
     def _product(x: Tensor, packed: Tensor, group_size: int, steps: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, steps)
+        return compat.weight_int4pack_mm_cpu(x, packed, group_size, steps)
 
 
 class TinyGemm(Int4Pack):
@@ -100,11 +101,11 @@ class TinyGemm(Int4Pack):
 
     @staticmethod
     def _pack(weight: QuantizedWeight) -> Tensor:
-        return torch.ops.aten._convert_weight_to_int4pack(weight.packed_codes().contiguous(), 2)
+        return compat.pack_int4(weight.packed_codes().contiguous(), 2)
 
     @staticmethod
     def _product(x: Tensor, packed: Tensor, group_size: int, steps: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm(x, packed, group_size, steps)
+        return compat.weight_int4pack_mm(x, packed, group_size, steps)
 
 
 class IntMM(Kernel):
@@ -127,7 +128,7 @@ class IntMM(Kernel):
         rows = codes.shape[0]
         if codes.is_cuda and rows < _CUDA_INT_MM_ROWS:
             codes = nn.functional.pad(codes, (0, 0, 0, _CUDA_INT_MM_ROWS - rows))
-        products = torch._int_mm(codes, layer.codes.t())[:rows]
+        products = compat.int_mm(codes, layer.codes.t())[:rows]
         return (products * (steps * layer.scales)).to(x.dtype)
 
     @classmethod
@@ -161,7 +162,7 @@ class Float8(Kernel):
         if not x.shape[0]:
             return x.new_empty(0, layer.out_features)
         codes, steps = quantize_tokens(x, layer.grid)
-        return torch._scaled_mm(codes, layer.codes.t(), scale_a=steps, scale_b=layer.scales.unsqueeze(0), out_dtype=x.dtype)
+        return compat.scaled_mm(codes, layer.codes.t(), scale_a=steps, scale_b=layer.scales.unsqueeze(0), out_dtype=x.dtype)
 
     @classmethod
     def restore(cls, layer: Any) -> QuantizedWeight:
@@ -184,7 +185,7 @@ class Int8Pack(Kernel):
 
     @classmethod
     def multiply(cls, layer: Any, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, layer.codes, layer.scales)
+        return compat.weight_int8pack_mm(x, layer.codes, layer.scales)
 
     @classmethod
     def restore(cls, layer: Any) -> QuantizedWeight:

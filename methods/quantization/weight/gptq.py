@@ -82,12 +82,12 @@ class GPTQ(Method):
         check_groups(layers, self.group_size)
         masks = {name: layer.weight == 0 for name, layer in layers.items() if zero_fraction({name: layer}) > _PRUNED}
         modifier = self.modifier()
-        _llmcompressor.oneshot(model, modifier, calibration)
+        report = _llmcompressor.oneshot(model, modifier, calibration)
         packed.save(model, _codes(layers, packed.Grid(self.bits, self.group_size), bool(self.asymmetric), masks), out)
         details = {
             "act_order": self.act_order,
             "symmetric": not self.asymmetric,
-            "layers_rounded_without_hessian": len(getattr(modifier, "_rtn_fallback_module_names", [])),
+            "layers_rounded_without_hessian": report.rounded_without_hessian,
             "layers_with_zeros_kept": len(masks),
         }
         return Claim(self.produces, bits=self.bits, group_size=self.group_size, details=details)

@@ -17,6 +17,7 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tracking import dashboard
 from slimbench.leaderboard.tracking import wandb as tracking
+from slimbench.util.compat.wandb_workspaces import definition
 from tests.support import wandb_file
 from tests.support.board_records import Spec, records
 
@@ -78,7 +79,7 @@ def test_what_has_not_changed_is_not_logged_again(measured: list[Record], folder
 
 def test_dashboard_shows_metrics_that_the_runs_have() -> None:
     pytest.importorskip("wandb_workspaces")
-    text = json.dumps(dashboard.definition(dashboard.workspace("team", "slimbench")))
+    text = json.dumps(definition(dashboard.workspace("team", "slimbench")))
     named = set(re.findall(r'summary:([a-z_]+)|"metrics": \["([a-z_]+)"', text))
     named = {name for pair in named for name in pair if name}
     assert {"weight_bytes", "perplexity", "kl_mean", "speedup", "compress_seconds", "accuracy"} <= named <= set(Row.model_fields)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.pruning.unstructured.wanda import Wanda
+from slimbench.util.compat import llmcompressor as compat
 from tests.support import tiny
 
 cache: Any = pytest.importorskip("llmcompressor.pipelines.cache", reason="needs the extra `quantization`")
@@ -33,7 +33,7 @@ def test_activations_are_pinned_for_a_card_alone(device: str, pinned: bool, monk
     seen: list[Any] = []
     monkeypatch.setattr(cache.IntermediatesCache, "_pin_intermediate", classmethod(lambda cls, value: seen.append(value)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
-    with _llmcompressor.on_device(torch.device(device)):
+    with compat.on_device(torch.device(device)):
         cache.IntermediatesCache._pin_intermediate("activations")
     assert seen == (["activations"] if pinned else [])
     cache.IntermediatesCache._pin_intermediate("restored")
