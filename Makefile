@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS ?= quantization,pruning,engines,dev
 
-.PHONY: setup demo test unit integration lint board pictures clean
+.PHONY: setup demo test unit integration lint board pictures readme clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ board: setup
 pictures: board
 	cp board/pareto-smollm2-135m-quick-quick-cpu.png docs/images/front.png
 	cp board/sizes.png docs/images/sizes.png
+
+# The tables of README and docs, from the records of reference.
+readme: setup
+	$(BIN)/python -P -m slimbench.leaderboard.tables.readme results README.md docs/methods.md
 
 clean:
 	rm -rf $(VENV) runs board

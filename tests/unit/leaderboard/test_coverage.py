@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from slimbench.harness.config.schema import ConfigError
-from slimbench.harness.config.sources import CONF_DIR, shipped
+from slimbench.harness.config.sources import shipped
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.coverage import Answer, Notes, Status, System
 from tests.unit.cli.test_cli import slimbench
@@ -109,9 +109,3 @@ def test_the_command_prints_the_same_rows_in_every_format() -> None:
     open_ = json.loads(slimbench("methods", "coverage", "--missing", "--format", "json").stdout)
     assert {row["status"] for row in open_} == {"missing"} and len(open_) < 329
     assert "| quantization | 86 |" in slimbench("methods", "coverage", "--summary", "--format", "md").stdout
-
-
-def test_the_readme_has_the_totals_of_the_registry() -> None:
-    readme = (CONF_DIR.parent / "README.md").read_text(encoding="utf-8")
-    stated = readme.partition("<!-- coverage: begin -->\n")[2].partition("<!-- coverage: end -->")[0]
-    assert stated == slimbench("methods", "coverage", "--summary", "--format", "md").stdout

@@ -1,0 +1,92 @@
+"""`python -P -m slimbench.leaderboard.tables.readme RESULTS FILE…`: the tables of README and docs, written from the records of reference.
+
+A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A test holds the files against the records.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard import coverage
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.format import escape
+
+_MODEL = "smollm2-135m"
+_PROCESSOR = "AMD EPYC"
+_METHODS = (
+    *("dense", "rtn-8bit", "int8-dynamic", "kv-int8", "signround", "awq", "qat-int4"),
+    *("rtn-4bit", "gptq", "signround-3bit", "gptq-3bit", "gptq-2bit"),
+)
+_ENGINES = (
+    *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
+    *(("compiled", "dense"), ("compiled", "rtn-4bit-head8")),
+    *(("llamacpp", "dense"), ("llamacpp", "rtn-4bit-head8")),
+)
+_SHOWN = ("Perplexity", "Δ\N{NO-BREAK SPACE}%", "Accuracy %", "Tokens/s", "Speed‑up", "Weights MB", "Bits")
+
+
+def methods(board: Sequence[Row]) -> str:
+    """One model under one suite on one engine: what methods cost and give."""
+    chosen = {row.label: row for row in board if _is_shown(row, "quick") and row.engine == "transformers"}
+    return _table(["Pipeline"], [([escape(name)], chosen[name]) for name in _METHODS], _SHOWN)
+
+
+def engines(board: Sequence[Row]) -> str:
+    """The same weights on several engines."""
+    chosen = {(row.engine, row.label): row for row in board if _is_shown(row, "engines")}
+    shown = [name for name in _SHOWN if not name.startswith("Accuracy")]
+    return _table(["Engine", "Pipeline"], [([engine, escape(name)], chosen[engine, name]) for engine, name in _ENGINES], shown)
+
+
+def coverage_totals(board: Sequence[Row]) -> str:
+    """How many systems of the survey are covered, by branch."""
+    answered = coverage.table()
+    totals = [*coverage.totals(answered, "branch"), coverage.total("all", answered)]
+    names = [field.name for field in fields(coverage.Total)]
+    cells = [names, ["---", *("--:" for _ in names[1:])], *([str(getattr(total, name)) for name in names] for total in totals)]
+    return _lines(cells)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"methods": methods, "engines": engines, "coverage": coverage_totals}
+
+
+def filled(text: str, board: Sequence[Row]) -> str:
+    """The text with every table that it asks for written anew."""
+
+    def write(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]}: begin -->\n{TABLES[found[1]](board)}<!-- {found[1]}: end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
+
+
+def _is_shown(row: Row, suite: str) -> bool:
+    return row.model == _MODEL and row.suite == suite and row.speed == "quick" and _PROCESSOR in row.hardware
+
+
+def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:
+    columns = [column for column in COLUMNS if column.header in shown]
+    cells = [[*heads, *(column.header for column in columns)], [*("---" for _ in heads), *("--:" for _ in columns)]]
+    cells += [[*names, *(column.plus_minus(row) for column in columns)] for names, row in lines]
+    return _lines(cells)
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in cells)
+
+
+def main(results: Path, files: Sequence[Path]) -> None:
+    """Write the tables of the files anew."""
+    board = rows(Store(results).scan()[0])
+    for file in files:
+        file.write_text(filled(file.read_text(encoding="utf-8"), board), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

@@ -1,0 +1,113 @@
+"""README and docs say what is true: tables from the records, links that lead somewhere, commands that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from slimbench.harness.cli.main import app
+from slimbench.harness.config import compose
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.readme import filled
+from tests.support.documents import FILES, MARKS, Block, blocks
+from tests.support.paths import ROOT
+
+SHELL = {"source", "export", "pip", "pytest", "chromium", "cd"}
+
+
+@pytest.fixture(scope="module")
+def board() -> list[Row]:
+    return rows(Store(ROOT / "results").scan()[0])
+
+
+def test_the_readme_is_read_in_two_minutes() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 9_000
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_tables_are_those_of_the_records(file: Path, board: list[Row]) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert filled(text, board) == text, "run `make readme`"
+    assert file.name != "README.md" or text.count(": begin -->") == 2
+
+
+def test_what_the_readme_says_it_found_is_found(board: list[Row]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- methods: begin -->\n")[2].partition("<!-- methods: end -->")[0]
+    cells = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines()[2:]]
+
+    def number(cell: str) -> float:
+        return float(cell.split(" ")[0].replace("−", "-"))
+
+    delta = {name: 0.0 if cell == "–" else number(cell) for name, _, cell, *_ in cells}
+    speed_up, weights = {line[0]: number(line[5]) for line in cells}, {line[0]: number(line[6]) for line in cells}
+    assert 11 <= len(cells) <= 14
+    assert delta["rtn-8bit"] < 1 and 1.75 < speed_up["rtn-8bit"] < 2.1, "eight bits: nearly free, nearly twice as fast"
+    assert delta["signround"] < 0.4 * delta["rtn-4bit"], "a learned rounding loses a third of what plain rounding loses"
+    assert delta["signround-3bit"] > 4 * delta["signround"] and weights["signround-3bit"] > 0.85 * weights["signround"]
+    assert delta["gptq-2bit"] > 1000
+    assert speed_up["kv-int8"] < 1 and weights["kv-int8"] == weights["dense"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_links_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"]\(([^)#\s]+)", file.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (file.parent / target).exists(), target
+
+
+def test_every_block_is_marked_and_at_most_a_third_is_only_parsed() -> None:
+    every = blocks()
+    assert [block.name for block in every if block.mark not in MARKS] == []
+    counts = Counter(block.mark for block in every)
+    assert counts["parse"] <= len(every) / 3 and counts["run"] >= 5
+
+
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: block.name)
+def test_commands_and_options_exist(block: Block) -> None:
+    """Each command of each block is parsed by the command line itself; nothing is invoked."""
+    for words in block.commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif words[0] == "slimbench":
+            _parse(typer.main.get_command(app), words[1:])
+        else:
+            assert words[0] in SHELL or "=" in words[0], words
+
+
+def _parse(command: Any, words: list[str]) -> None:
+    context = command.make_context("slimbench", list(words), resilient_parsing=False)
+    if hasattr(command, "resolve_command"):
+        left = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else list(context.args)
+        _, inner, rest = command.resolve_command(context, left)
+        assert inner is not None, words
+        _parse(inner, rest)
+
+
+@pytest.mark.parametrize("words", [["compare", "--no-such-option", "a"], ["bord", "build"], ["board", "table", "--format"]])
+def test_a_command_that_does_not_exist_is_noticed(words: list[str]) -> None:
+    with pytest.raises(Exception, match=r"No such|requires an argument"):
+        _parse(typer.main.get_command(app), words)
+
+
+@pytest.mark.parametrize("block", blocks("plan"), ids=lambda block: block.name)
+def test_overrides_of_plans_compose(block: Block) -> None:
+    for words in block.commands():
+        if words[:2] in (["slimbench", "run"], ["slimbench", "sweep"]):
+            assert compose.jobs([word for word in words[2:] if not word.startswith("--")])
+
+
+def test_the_writer_changes_nothing_in_what_is_current(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "slimbench.leaderboard.tables.readme", str(ROOT / "results"), str(copy)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
