@@ -1,4 +1,4 @@
-"""The format `huggingface`: an ordinary folder of config and safetensors, which every engine loads and every method can follow."""
+"""Models whose weights are as trained: the format `huggingface`, an ordinary folder of config and safetensors, or `edited`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DenseModel
+from slimbench.methods.formats import storage
+from slimbench.methods.formats.edits import edits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def save_dense(model: PreTrainedModel, out: Path) -> None:
-    """Write the model as plain safetensors and a plain config, nothing else.
+    """Write the model as plain safetensors and a plain config, nothing else; with edits that these cannot hold, as `edited`.
 
     The class's own `save_pretrained` is called, since libraries replace it on the instance to write their formats.
     """
     from transformers import PreTrainedModel as Plain
 
+    if edits_of(model):
+        storage.save(model, (), {}, out)
+        return
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     Plain.save_pretrained(model, out)

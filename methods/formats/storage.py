@@ -1,7 +1,8 @@
 """How a model lies on disk when some of its layers have a format of their own: what the formats of this package share.
 
 Of a layer `X` with parts `a`, `b`, … the file holds the tensors `X.a`, `X.b`, … in place of `X.weight`, beside its `X.bias`. Every other
-tensor stays as it was. Of tied weights one is stored: that of the output head where the head is among the layers.
+tensor stays as it was. Of tied weights one is stored: that of the output head where the head is among the layers. The base need not be
+what its config says: edits of its architecture stand beside it (`methods.formats.edited`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from slimbench.methods.formats.edits import config_of, describe_edits, replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,21 +48,22 @@ def save(model: PreTrainedModel, layers: Collection[str], tensors: dict[str, Ten
         tensors[key] = on_disk(tensor)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     _dense_config(model).save_pretrained(out)
+    describe_edits(model, out)
 
 
 def load(
     folder: Path,
     device: str,
-    part: str,
-    build: Callable[[str, dict[str, Tensor]], nn.Module],
-    embedding: Callable[[Any], nn.Module],
+    part: str | None = None,
+    build: Callable[[str, dict[str, Tensor]], nn.Module] | None = None,
+    embedding: Callable[[Any], nn.Module] | None = None,
     aside: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a model in evaluation mode. Dense weights of layers that are stored in parts are never allocated.
 
     Args:
-        part: A part that every such layer has.
+        part: A part that every such layer has; None where all layers are whole.
         build: Makes a layer from its name and its parts, the bias included.
         embedding: Makes the input embedding from an output head that such a layer is, where both share a weight.
         aside: Prefix of tensors that belong to no layer.
@@ -67,23 +71,20 @@ def load(
     Raises:
         ValueError: Tensors are missing or left over.
     """
-    from accelerate import init_empty_weights
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    model = skeleton(folder, trust_remote_code)
     with safe_open(folder / WEIGHTS, framework="pt", device=device) as file:
         keys = {key for key in file.keys() if aside is None or not key.startswith(aside)}  # noqa: SIM118 - no mapping
-        names = sorted(key.removesuffix(f".{part}") for key in keys if key.endswith(f".{part}"))
+        names = sorted(key.removesuffix(f".{part}") for key in keys if part and key.endswith(f".{part}"))
         for name in names:
             parts = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == name}
             keys -= set(parts.values())
+            assert build is not None
             model.set_submodule(name, build(name, {leaf: file.get_tensor(key) for leaf, key in parts.items()}))
         head = model.get_output_embeddings()
         in_parts = any(model.get_submodule(name) is head for name in names)
-        if in_parts:
+        if in_parts and embedding is not None:
             _share_head(model, embedding, keys)
         _, unexpected = model.load_state_dict({key: file.get_tensor(key) for key in keys}, strict=False, assign=True)
     if not in_parts:
@@ -95,6 +96,18 @@ def load(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model.eval()  # weights keep requires_grad: without it torch's matmul copies the transposed head for the last token of a prompt
+
+
+def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model of a folder without data: as its config says, and with the edits that stand beside it."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    replay(model, folder)
+    return model
 
 
 def describe(out: Path, file: str, format_: str, schema: int, layouts: dict[str, dict[str, Any]], otherwise: dict[str, Any]) -> None:
@@ -126,7 +139,7 @@ def _share_head(model: Any, embedding: Callable[[Any], nn.Module], keys: set[str
 
 def _dense_config(model: PreTrainedModel) -> Any:
     """The model's config without what a quantization library may have put into it."""
-    config = type(model.config).from_dict(model.config.to_dict())
+    config = config_of(model, type(model.config).from_dict(model.config.to_dict()))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Work
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.surgery import remove_blocks
 from slimbench.methods.formats import packed
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.pruning.depth.shortgpt import remove_blocks
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
 

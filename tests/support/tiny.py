@@ -44,10 +44,10 @@ def save(config: PreTrainedConfig, folder: Path, dtype: str = "bfloat16", seed: 
     return dense_model(folder, dtype)
 
 
-def dense_model(folder: Path, dtype: str = "bfloat16") -> DenseModel:
-    """A folder on disk as the input of a method, on the CPU."""
+def dense_model(folder: Path, dtype: str = "bfloat16", **settings: Any) -> DenseModel:
+    """A folder on disk as the input of a method, on the CPU. `settings` are further fields."""
     shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
-    return DenseModel(path=folder, tokenizer_path=folder, dtype=dtype, device="cpu", shape=shape)
+    return DenseModel(path=folder, tokenizer_path=folder, dtype=dtype, device="cpu", shape=shape, **settings)
 
 
 def tokens(samples: int = 4, length: int = 32, seed: int = 0) -> Calibration:

@@ -9,20 +9,18 @@ All influences are measured on the dense model at once; the blocks with the lowe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BATCH_TOKENS = 2048
-_BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers")
-"""Fields of a config that hold one entry for each block."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class ShortGPT(Method):
     citation: ClassVar[Citation] = Citation("ShortGPT", year=2024, arxiv="2403.03853", covers=("pruning/shortgpt-depth-pruning",))
     reference: ClassVar[str] = "paper"
     needs: ClassVar[Needs] = Needs(calibration=True)
+    accepts: ClassVar[tuple[str, ...]] = DENSE
 
     fraction: float = 0.25
     blocks: int | None = None
@@ -58,6 +57,8 @@ class ShortGPT(Method):
         return self.blocks or max(1, round(self.fraction * blocks))
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+        from slimbench.methods.core.surgery import counts, remove_blocks
+
         if calibration is None or not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model = dense.load()
@@ -70,9 +71,8 @@ class ShortGPT(Method):
             "blocks_removed": removed,
             "block_influence": [round(value, 6) for value in influence],
             "parameters_before": before,
-            "parameters": model.num_parameters(),
         }
-        return Claim(HUGGINGFACE, details=details)
+        return Claim(HUGGINGFACE, **counts(model), details=details)
 
 
 def block_influence(model: Any, ids: Tensor, progress: Callable[[float, float], None] | None = None) -> list[float]:
@@ -111,21 +111,3 @@ def block_influence(model: Any, ids: Tensor, progress: Callable[[float, float], 
         for hook in hooks:
             hook.remove()
     return [1 - total / ids.numel() for total in similarity]
-
-
-def remove_blocks(model: Any, removed: Collection[int]) -> None:
-    """Take blocks out of a model, in place; what its config says of each block goes with them."""
-    from torch import nn
-
-    from slimbench.methods.formats.structure import blocks_of
-
-    blocks = blocks_of(model)
-    name = next(iter(blocks)).rpartition(".")[0]
-    kept = [index for index in range(len(blocks)) if index not in removed]
-    modules = list(blocks.values())
-    model.set_submodule(name, nn.ModuleList(modules[index] for index in kept))
-    for field in _BY_BLOCK:
-        entries = getattr(model.config, field, None)
-        if isinstance(entries, list) and len(entries) == len(blocks):
-            setattr(model.config, field, [entries[index] for index in kept])
-    model.config.num_hidden_layers = len(kept)

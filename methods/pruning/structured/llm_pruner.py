@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +47,7 @@ class LLMPruner(Method):
     citation: ClassVar[Citation] = Citation("LLM-Pruner", year=2023, arxiv="2305.11627", covers=("pruning/llm-pruner",))
     reference: ClassVar[str] = "paper"
     needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "sliced"
+    produces: ClassVar[str] = EDITED
 
     ratio: float = 0.25
     order: Literal[1, 2] = 1
@@ -74,7 +75,7 @@ class LLMPruner(Method):
         return scores.argsort(stable=True)[removed:].sort().values
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        from slimbench.methods.formats import sliced as _sliced
+        from slimbench.methods.core.surgery import cache_bytes_per_token, counts
         from slimbench.methods.formats.structure import blocks_of
 
         if calibration is None or not calibration.ids.numel():
@@ -89,18 +90,17 @@ class LLMPruner(Method):
         for kinds in chosen:
             for kind in kinds:
                 keep = self.kept(kind.scores(scores, self.aggregate))
-                kind.cut(keep)
+                kind.cut(model, keep)
                 kept[kind.name] = len(keep)
-        _sliced.save(model, out, shortcuts=False)
+        save_dense(model, out)
         span = self.pruned(len(blocks))
         details = {
             "blocks_pruned": [span.start, span.stop - 1],
             "channels_left": [kept["channels"], dense.shape.intermediate_size],
             "head_groups_left": [kept["head_groups"], dense.shape.num_kv_heads],
             "parameters_before": before,
-            "parameters": model.num_parameters(),
         }
-        return Claim(_sliced.FORMAT, details=details)
+        return Claim(EDITED, **counts(model), cache_bytes_per_token=cache_bytes_per_token(model), details=details)
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,15 @@ class Structures:
         parts = torch.stack([*rows, columns])
         return {"sum": parts.sum(0), "max": parts.amax(0), "last": columns}[aggregate]
 
-    def cut(self, keep: Tensor) -> None:
+    def cut(self, model: Any, chosen: Tensor) -> None:
         """Leave only some structures, in place."""
+        from slimbench.methods.core.surgery import keep, name_of
+
         for layer in self.makes:
-            _cut(layer, "weight", keep, self.count, 0)
+            keep(model, f"{name_of(model, layer)}.weight", chosen, self.count, 0)
             if layer.bias is not None:
-                _cut(layer, "bias", keep, self.count, 0)
-        _cut(self.reads, "weight", keep, self.count, 1)
+                keep(model, f"{name_of(model, layer)}.bias", chosen, self.count, 0)
+        keep(model, f"{name_of(model, self.reads)}.weight", chosen, self.count, 1)
 
 
 def structures(block: Any, config: Any) -> list[Structures]:
@@ -174,11 +176,3 @@ def importance(
             progress(done + 1, len(ids))
     model.requires_grad_(False)
     return {layer: (total - second[layer] / 2 if order == 2 else total).abs() for layer, total in first.items()}
-
-
-def _cut(layer: Any, leaf: str, keep: Tensor, count: int, dim: int) -> None:
-    """Leave only the kept of `count` equal runs along a dimension of a parameter."""
-    from slimbench.methods.formats.sliced import put
-
-    held = getattr(layer, leaf).detach()
-    put(layer, leaf, held.unflatten(dim, (count, -1)).index_select(dim, keep.to(held.device)).flatten(dim, dim + 1))

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,7 +48,7 @@ class SliceGPT(Method):
     citation: ClassVar[Citation] = Citation("SliceGPT", year=2024, arxiv="2401.15024", covers=("pruning/slicegpt",))
     reference: ClassVar[str] = "paper"
     needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "sliced"
+    produces: ClassVar[str] = EDITED
 
     slicing: float = 0.25
     multiple: int = 8
@@ -69,20 +70,19 @@ class SliceGPT(Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core.layers import check_calibration
-        from slimbench.methods.formats import sliced as _sliced
+        from slimbench.methods.core.surgery import counts
 
         tokens = check_calibration(calibration, dense.shape)
         model = dense.load()
         before = model.num_parameters()
         kept = slice_model(model, tokens.ids, self.left(dense.shape.hidden_size), dense.progress)
-        _sliced.save(model, out, shortcuts=True)
+        save_dense(model, out)
         details = {
             "hidden_size_left": [self.left(dense.shape.hidden_size), dense.shape.hidden_size],
             "least_signal_kept": round(min(kept), 6),
             "parameters_before": before,
-            "parameters": model.num_parameters(),
         }
-        return Claim(_sliced.FORMAT, details=details)
+        return Claim(EDITED, **counts(model), details=details)
 
 
 def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, float], None] | None = None) -> list[float]:
@@ -101,8 +101,8 @@ def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, f
     import torch
 
     from slimbench.methods.core.rotation import fold_gains
+    from slimbench.methods.core.surgery import add_shortcuts, name_of, put
     from slimbench.methods.core.walk import walk
-    from slimbench.methods.formats.sliced import add_shortcuts, put
 
     shares = []
 
@@ -117,26 +117,26 @@ def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, f
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         coordinates = turn(embedding(batch.to(model.device)) for batch in ids.split(1))
         gain = torch.full((size,), math.sqrt(len(coordinates) / size), dtype=embedding.weight.dtype, device=model.device)
-        _read(embedding, coordinates)
+        _read(model, name_of(model, embedding), coordinates)
         for block in walk(model, ids, progress):
             module: Any = block.module
             entering = coordinates
-            put(module.input_layernorm, "weight", gain.clone())
-            for layer in (module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj):
-                _read(layer, entering)
-            add_shortcuts(module, entering.to(gain.dtype), entering.to(gain.dtype))
+            put(model, f"{block.name}.input_layernorm.weight", gain)
+            for layer in ("q_proj", "k_proj", "v_proj"):
+                _read(model, f"{block.name}.self_attn.{layer}", entering)
+            add_shortcuts(model, block.name, entering.to(gain.dtype), entering.to(gain.dtype))
             between = turn(module.attend(states, **block.arguments[batch]) for batch, states in enumerate(block.inputs))
-            put(module.post_attention_layernorm, "weight", gain.clone())
-            _write(module.self_attn.o_proj, between)
-            for layer in (module.mlp.gate_proj, module.mlp.up_proj):
-                _read(layer, between)
+            put(model, f"{block.name}.post_attention_layernorm.weight", gain)
+            _write(model, f"{block.name}.self_attn.o_proj", between)
+            for layer in ("gate_proj", "up_proj"):
+                _read(model, f"{block.name}.mlp.{layer}", between)
             past_attention = (between.T @ entering).to(gain.dtype)
-            add_shortcuts(module, past_attention, between.to(gain.dtype))
+            add_shortcuts(model, block.name, past_attention, between.to(gain.dtype))
             coordinates = turn(block.run(batch) for batch in range(len(block.inputs)))
-            _write(module.mlp.down_proj, coordinates)
-            add_shortcuts(module, past_attention, (coordinates.T @ between).to(gain.dtype))
-        put(model.base_model.norm, "weight", gain.clone())
-        _read(head, coordinates)
+            _write(model, f"{block.name}.mlp.down_proj", coordinates)
+            add_shortcuts(model, block.name, past_attention, (coordinates.T @ between).to(gain.dtype))
+        put(model, f"{name_of(model, model.base_model.norm)}.weight", gain)
+        _read(model, name_of(model, head), coordinates)
     return shares
 
 
@@ -157,28 +157,30 @@ def _check_shortcuts(model: Any, ids: Tensor) -> None:
     """Raise `Unsupported` if a block does more on its residual connections than to add, by what one does with shortcuts of identity."""
     import torch
 
+    from slimbench.methods.core.surgery import add_shortcuts
     from slimbench.methods.core.walk import walk
-    from slimbench.methods.formats.sliced import add_shortcuts
 
     block = next(walk(model, ids))
     kind, before = type(block.module), block.run(0)
     identity = torch.eye(before.shape[-1], dtype=before.dtype, device=before.device)
-    add_shortcuts(block.module, identity, identity.clone())
+    add_shortcuts(model, block.name, identity, identity)
     if not torch.allclose(block.run(0), before, rtol=1e-2, atol=1e-2 * float(before.abs().amax())):
         raise Unsupported(f"{kind.__name__} does more on its residual connections than to add")
 
 
-def _read(module: Any, coordinates: Tensor) -> None:
+def _read(model: Any, name: str, coordinates: Tensor) -> None:
     """Let a weight [out, n], or an embedding's [rows, n], take hidden states of k coordinates [n, k]."""
-    from slimbench.methods.formats.sliced import put
+    from slimbench.methods.core.surgery import put
 
-    put(module, "weight", (module.weight.double() @ coordinates).to(module.weight.dtype))
+    weight = model.get_submodule(name).weight
+    put(model, f"{name}.weight", (weight.double() @ coordinates).to(weight.dtype))
 
 
-def _write(layer: Any, coordinates: Tensor) -> None:
+def _write(model: Any, name: str, coordinates: Tensor) -> None:
     """Let a layer [n, in] give hidden states of k coordinates [n, k]."""
-    from slimbench.methods.formats.sliced import put
+    from slimbench.methods.core.surgery import put
 
-    put(layer, "weight", (coordinates.T @ layer.weight.double()).to(layer.weight.dtype))
+    layer = model.get_submodule(name)
+    put(model, f"{name}.weight", (coordinates.T @ layer.weight.double()).to(layer.weight.dtype))
     if layer.bias is not None:
-        put(layer, "bias", (layer.bias.double() @ coordinates).to(layer.bias.dtype))
+        put(model, f"{name}.bias", (layer.bias.double() @ coordinates).to(layer.bias.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.rotation import untie
-from slimbench.methods.formats import sliced as _sliced
+from slimbench.methods.formats import edited
 from slimbench.methods.formats.structure import blocks_of
 from slimbench.methods.pruning.depth.shortgpt import ShortGPT, block_influence
 from slimbench.methods.pruning.structured.llm_pruner import LLMPruner, importance
@@ -70,7 +70,7 @@ def test_shortgpt_is_the_model_without_its_weakest_blocks(deep: DenseModel, tmp_
         want.config.num_hidden_layers = 6 - count
         assert torch.equal(short(CALIBRATION.ids).logits, want(CALIBRATION.ids, use_cache=False).logits)
     assert len(blocks_of(short)) == 6 - count and json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 6 - count
-    assert claim.details["parameters"] == short.num_parameters() < claim.details["parameters_before"] == deep.load().num_parameters()
+    assert claim.parameters == short.num_parameters() < claim.details["parameters_before"] == deep.load().num_parameters()
     saved = sum(p.numel() for p in deep.load().model.layers[0].parameters()) * 4 * count
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (deep.path, tmp_path)]
     assert sizes[0] - sizes[1] == pytest.approx(saved, rel=0.05)
@@ -150,11 +150,11 @@ def test_llm_pruner_equals_masking_the_least_important_structures(deep: DenseMod
     with torch.no_grad():
         for layer, (gone, count) in chosen.items():
             layer.weight.unflatten(1, (count, -1))[:, gone] = 0
-    pruned = _sliced.load(tmp_path)
+    pruned = edited.load(tmp_path)
     with torch.inference_mode():
         torch.testing.assert_close(pruned(CALIBRATION.ids).logits, masked(CALIBRATION.ids).logits, rtol=1e-4, atol=1e-4)
     assert claim.details["blocks_pruned"] == [1, 4] and claim.details["channels_left"] == [90, 128] and claim.sparsity is None
-    assert claim.details["parameters"] == sum(p.numel() for p in pruned.parameters()) < claim.details["parameters_before"]
+    assert claim.parameters == sum(p.numel() for p in pruned.parameters()) < claim.details["parameters_before"]
     assert [block.mlp.up_proj.out_features for block in pruned.model.layers] == [128, 90, 90, 90, 90, 128]
     assert (tmp_path / "model.safetensors").stat().st_size < 0.85 * (deep.path / "model.safetensors").stat().st_size
 
@@ -171,7 +171,7 @@ def test_llm_pruner_keeps_the_first_and_the_last_blocks_and_one_of_each_structur
 
 def test_pruned_heads_go_with_their_cache(deep: DenseModel, tmp_path: Path) -> None:
     LLMPruner().compress(deep, CALIBRATION, tmp_path)
-    model, ids = _sliced.load(tmp_path), CALIBRATION.ids[:2]
+    model, ids = edited.load(tmp_path), CALIBRATION.ids[:2]
     with torch.inference_mode():
         cache = model(ids[:, :30], use_cache=True).past_key_values
         stepped = model(ids[:, 30:], past_key_values=cache, use_cache=True).logits
@@ -203,11 +203,11 @@ def test_turning_without_cutting_changes_no_logit(tmp_path: Path, deep: DenseMod
     (out := tmp_path / "out").mkdir()
     model.save_pretrained(source)
     claim = SliceGPT(slicing=0).compress(tiny.dense_model(source, "float32"), CALIBRATION, out)
-    sliced, ids = _sliced.load(out), tiny.tokens(3, 40, seed=5).ids
+    sliced, ids = edited.load(out), tiny.tokens(3, 40, seed=5).ids
     with torch.inference_mode():
         torch.testing.assert_close(sliced(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
     assert claim.details["hidden_size_left"] == [64, 64] and claim.details["least_signal_kept"] == pytest.approx(1)
-    assert claim.details["parameters"] == sum(p.numel() for p in sliced.parameters())
+    assert claim.parameters == sum(p.numel() for p in sliced.parameters())
     turned = sliced.model.layers[3].mlp_shortcut.weight.double()
     assert (turned @ turned.T - torch.eye(64)).abs().max() < 1e-5 and (turned - torch.eye(64)).abs().max() > 0.1
 
@@ -226,7 +226,7 @@ def test_components_are_the_best_of_their_rank() -> None:
 def test_slicing_keeps_of_each_signal_what_its_components_span(deep: DenseModel, tmp_path: Path) -> None:
     """The sliced embedding and the first sub-block, by the paper's formulas, on the dense model's own tensors."""
     claim = SliceGPT(slicing=0.25).compress(deep, CALIBRATION, tmp_path)
-    model, sliced, ids = deep.load().double(), _sliced.load(tmp_path), CALIBRATION.ids
+    model, sliced, ids = deep.load().double(), edited.load(tmp_path), CALIBRATION.ids
     with torch.inference_mode():
         embedded = model.model.embed_tokens(ids)
         basis, _ = components([embedded], 48)
@@ -245,7 +245,7 @@ def test_slicing_keeps_of_each_signal_what_its_components_span(deep: DenseModel,
         sliced(ids)
     torch.testing.assert_close(seen[0] @ seen[0].mT, kept @ kept.mT, rtol=1e-3, atol=1e-3)
     assert claim.details["hidden_size_left"] == [48, 64] and 0.5 < claim.details["least_signal_kept"] < 1
-    assert claim.sparsity is None and claim.details["parameters"] == sum(p.numel() for p in sliced.parameters())
+    assert claim.sparsity is None and claim.parameters == sum(p.numel() for p in sliced.parameters())
     assert sliced.model.layers[0].self_attn.q_proj.in_features == 48 and sliced.lm_head.in_features == 48
 
 
@@ -263,7 +263,7 @@ def test_principal_components_lose_less_than_random_ones(deep: DenseModel, tmp_p
             monkeypatch.setattr("slimbench.methods.pruning.structured.slicegpt.components", random)
         SliceGPT(slicing=0.25).compress(deep, CALIBRATION, out)
         with torch.inference_mode():
-            errors.append(float((_sliced.load(out)(CALIBRATION.ids).logits - want).norm()))
+            errors.append(float((edited.load(out)(CALIBRATION.ids).logits - want).norm()))
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -284,18 +284,15 @@ def test_blocks_that_scale_their_residuals_are_refused(tmp_path: Path) -> None:
         SliceGPT().compress(tiny.dense_model(source, "float32"), CALIBRATION, tmp_path)
 
 
-def test_a_sliced_artefact_that_does_not_fit_is_refused(deep: DenseModel, tmp_path: Path) -> None:
+def test_an_edited_artefact_that_does_not_fit_is_refused(deep: DenseModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     LLMPruner().compress(deep, CALIBRATION, tmp_path)
-    weights, described = tmp_path / "model.safetensors", tmp_path / "sliced.json"
+    weights, described = tmp_path / "model.safetensors", tmp_path / "edited.json"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, weights)
     with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\]"):
-        _sliced.load(tmp_path)
-    described.write_text(described.read_text().replace('"shortcuts": false', '"shortcuts": true'))
-    with pytest.raises(ValueError, match=r"no shortcuts for model.layers.0"):
-        _sliced.load(tmp_path)
+        edited.load(tmp_path)
     described.write_text(described.read_text().replace('"schema": 1', '"schema": 99'))
     with pytest.raises(ValueError, match="newer than 1"):
-        _sliced.load(tmp_path)
+        edited.load(tmp_path)
