@@ -18,7 +18,8 @@ from slimbench.harness.schema.compress import CalibrationFacts, CompressResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
-from slimbench.methods.base import HUGGINGFACE, Calibration, Claim, DenseModel
+from slimbench.methods.base import EDITED, HUGGINGFACE, Calibration, Claim, DenseModel
+from slimbench.methods.formats import edited
 from slimbench.tasks import corpora
 
 
@@ -45,6 +46,9 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             if kept.exists():
                 flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
             device: Any = config.device.name
+            if claim and claim.format == EDITED:
+                shape = edited.shape_of(current)
+                method.check(shape)
             dense = DenseModel(
                 path=current,
                 tokenizer_path=source,
