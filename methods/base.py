@@ -223,6 +223,11 @@ class Calibration:
     fingerprint: str
 
 
+def _format(earlier: str, later: str) -> str:
+    """An ordinary checkpoint that is written after a step that edited the architecture holds its edits."""
+    return EDITED if (earlier, later) == (EDITED, HUGGINGFACE) else later
+
+
 def _later(earlier: Any, later: Any) -> Any:
     return later
 
@@ -286,7 +291,7 @@ class Claim:
         details: What has no field of its own.
     """
 
-    format: str = field(metadata={"then": _later})
+    format: str = field(metadata={"then": _format})
     bits: int | float | None = _said(_latest)
     group_size: int | None = _said(_latest)
     sparsity: float | None = _said(_latest)
@@ -325,8 +330,8 @@ class Method(ABC):
         citation: Paper behind the method.
         reference: `library:symbol` that does the work, or `paper` where it is written here from the paper.
         needs: What must be there to run it.
-        accepts: Formats of the artefacts that it can follow in a pipeline: `DENSE` if it asks `DenseModel.load` for the weights and
-            takes each layer as it is, `ANY_BASE` if it only adds a policy.
+        accepts: Formats that it can follow in a pipeline: `DENSE` if it asks `DenseModel.load` for the weights and takes each layer as
+            it is, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
     """
 
@@ -341,7 +346,7 @@ class Method(ABC):
 
     def produces_after(self, base: str) -> str:
         """Format of the artefact where the step before wrote `base`."""
-        return EDITED if (base, self.produces) == (EDITED, HUGGINGFACE) else self.produces
+        return _format(base, self.produces)
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional hook
         """Raise `Unsupported`, in one line, if the settings do not fit the model. Called before any heavy work."""

@@ -195,14 +195,14 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
 
     Args:
         student: Called with token ids; its parameters get the gradients.
-        teacher: The dense model for distillation; loaded if None.
+        teacher: For distillation; None: the model that the pipeline began with.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     bfloat16 = dense.dtype == "bfloat16"
     if settings.loss == "distillation" and teacher is None:
-        teacher = dense.load().requires_grad_(False)
+        teacher = dense.load_original().requires_grad_(False)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):

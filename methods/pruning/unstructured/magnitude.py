@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.masks import check_pattern, check_sparsity, parse_pattern, zero_fraction
 from slimbench.methods.formats.huggingface import save_dense
@@ -25,6 +25,7 @@ class Magnitude(Method):
     """
 
     name: ClassVar[str] = "magnitude"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation(
         "Magnitude pruning",

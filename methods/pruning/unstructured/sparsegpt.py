@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.masks import check_pattern, check_sparsity, parse_pattern
 from slimbench.methods.pruning.unstructured import library as _library
@@ -26,6 +26,7 @@ class SparseGPT(Method):
     """
 
     name: ClassVar[str] = "sparsegpt"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation(
         "SparseGPT", year=2023, arxiv="2301.00774", covers=("pruning/sparsegpt", "pruning/n-m-sparsity-semi-structured")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.masks import check_pattern, check_sparsity
 from slimbench.methods.pruning.unstructured import library as _library
@@ -31,6 +31,7 @@ class Wanda(Method):
     """
 
     name: ClassVar[str] = "wanda"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "pruning"
     citation: ClassVar[Citation] = Citation("Wanda", year=2023, arxiv="2306.11695", covers=("pruning/wanda",))
     reference: ClassVar[str] = "llmcompressor:modifiers.pruning.WandaPruningModifier"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.quantization.grids.simulated import round_weights
 
@@ -27,6 +27,7 @@ class FP8Weight(Method):
     """Weights by row; inputs keep their dtype. It has no settings."""
 
     name: ClassVar[str] = "fp8-weight"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     reference: ClassVar[str] = "torch:float8_e4m3fn"
@@ -48,6 +49,7 @@ class FP8Dynamic(FP8Weight):
     """Weights by row, inputs by token. It has no settings."""
 
     name: ClassVar[str] = "fp8-dynamic"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     reference: ClassVar[str] = "torch:_scaled_mm"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Citation
+from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ZeroQuantLKD(Reconstructing):
     """
 
     name: ClassVar[str] = "zeroquant-lkd"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     citation: ClassVar[Citation] = Citation(
         "ZeroQuant LKD", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant-layer-by-layer-kd",)
     )

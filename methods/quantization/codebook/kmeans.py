@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class KMeans(Method):
     """
 
     name: ClassVar[str] = "kmeans"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Deep Compression (k-means weight sharing)",

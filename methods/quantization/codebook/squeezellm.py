@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
@@ -35,6 +35,7 @@ class SqueezeLLM(Method):
     """
 
     name: ClassVar[str] = "squeezellm"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SqueezeLLM", year=2023, arxiv="2306.07629", covers=("quantization/squeezellm",))
     reference: ClassVar[str] = "paper"

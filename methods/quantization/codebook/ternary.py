@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class TernaryQAT(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "ternary-qat"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
     reference: ClassVar[str] = "paper"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT
 
@@ -46,6 +46,7 @@ class VPTQ(Method):
     """
 
     name: ClassVar[str] = "vptq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("VPTQ", year=2024, arxiv="2409.17066", covers=("quantization/vptq",))
     reference: ClassVar[str] = "paper"

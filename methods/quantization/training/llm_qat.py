@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class LLMQAT(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "llm-qat"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
     reference: ClassVar[str] = "paper"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class LoftQ(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "loftq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
     reference: ClassVar[str] = "paper"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class PEQA(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "peqa"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("PEQA", year=2023, arxiv="2305.14152", covers=("quantization/peqa",))
     reference: ClassVar[str] = "paper"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 
 
@@ -33,6 +33,7 @@ class QALoRA(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "qa-lora"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
     reference: ClassVar[str] = "paper"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.training import TrainingSettings
 
@@ -29,6 +29,7 @@ class TorchAOQAT(TrainingSettings, Method):
     """
 
     name: ClassVar[str] = "torchao-qat"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Quantization-aware training", year=2018, arxiv="1712.05877", covers=("quantization/basic-qat-framework-jacob-et-al",)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Citation
+from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class AdaRound(Reconstructing):
     """
 
     name: ClassVar[str] = "adaround"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     citation: ClassVar[Citation] = Citation("AdaRound", year=2020, arxiv="2004.10568", covers=("quantization/adaround",))
     scope: ClassVar[Literal["block", "layer", "dense block"]] = "layer"
 

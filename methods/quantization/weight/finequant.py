@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -36,6 +36,7 @@ class FineQuant(Method):
     """
 
     name: ClassVar[str] = "finequant"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("FineQuant", year=2023, arxiv="2308.09723", covers=("quantization/finequant",))
     reference: ClassVar[str] = "paper"

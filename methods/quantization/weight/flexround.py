@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import Citation
+from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class FlexRound(Reconstructing):
     """
 
     name: ClassVar[str] = "flexround"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     citation: ClassVar[Citation] = Citation("FlexRound", year=2023, arxiv="2306.00317", covers=("quantization/flexround",))
 
     symmetric: bool = True

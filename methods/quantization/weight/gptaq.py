@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class GPTAQ(Method):
     """
 
     name: ClassVar[str] = "gptaq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GPTAQ", year=2025, arxiv="2504.02692")
     reference: ClassVar[str] = "paper"

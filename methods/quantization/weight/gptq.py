@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.masks import zero_fraction
@@ -45,6 +45,7 @@ class GPTQ(Method):
     """
 
     name: ClassVar[str] = "gptq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("GPTQ", year=2022, arxiv="2210.17323", covers=("quantization/gptq-optq",))
     reference: ClassVar[str] = "llmcompressor:modifiers.quantization.GPTQModifier"

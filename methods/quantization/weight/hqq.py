@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
@@ -36,6 +36,7 @@ class HQQ(Method):
     """
 
     name: ClassVar[str] = "hqq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("HQQ", year=2023, covers=("quantization/hqq",))
     reference: ClassVar[str] = "hqq:core.quantize.Quantizer"

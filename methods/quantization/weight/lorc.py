@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -35,6 +35,7 @@ class LoRC(Method):
     """
 
     name: ClassVar[str] = "lorc"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("ZeroQuant-V2 LoRC", year=2023, arxiv="2303.08302", covers=("quantization/zeroquant-v2-lorc",))
     reference: ClassVar[str] = "paper"

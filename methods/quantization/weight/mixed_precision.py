@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class MixedPrecision(Method):
     """
 
     name: ClassVar[str] = "mixed-precision"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Mixed precision by sensitivity (HAWQ-V3)", year=2020, arxiv="2011.10680")
     reference: ClassVar[str] = "paper"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import Citation
+from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class OmniQuant(Reconstructing):
     """
 
     name: ClassVar[str] = "omniquant"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     citation: ClassVar[Citation] = Citation("OmniQuant", year=2023, arxiv="2308.13137", covers=("quantization/omniquant",))
 
     steps: int = 2560

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class OWQ(Method):
     """
 
     name: ClassVar[str] = "owq"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("OWQ", year=2023, arxiv="2306.02272", covers=("quantization/owq",))
     reference: ClassVar[str] = "paper"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class QuIP(Method):
     """
 
     name: ClassVar[str] = "quip"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("QuIP", year=2023, arxiv="2307.13304", covers=("quantization/quip",))
     reference: ClassVar[str] = "paper"

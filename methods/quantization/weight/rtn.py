@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.kernels.rounding import round_head, round_layers
 
@@ -24,6 +24,7 @@ class RTN(Method):
     """
 
     name: ClassVar[str] = "rtn"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("Round-to-nearest", year=2022, covers=("quantization/rtn-round-to-nearest",))
     reference: ClassVar[str] = "paper"

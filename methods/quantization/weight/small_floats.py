@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class MXFP4(Method):
     """
 
     name: ClassVar[str] = "mxfp4-weight"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation(
         "Microscaling data formats (OCP MX)", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",)
@@ -62,6 +63,7 @@ class NVFP4(Method):
     """
 
     name: ClassVar[str] = "nvfp4-weight"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("NVFP4", year=2025, arxiv="2509.25149", covers=("quantization/mxfp4-nvfp4-mxfp8",))
     reference: ClassVar[str] = "paper"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 
 
@@ -31,6 +31,7 @@ class SpQR(Method):
     """
 
     name: ClassVar[str] = "spqr"
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     family: ClassVar[str] = "quantization"
     citation: ClassVar[Citation] = Citation("SpQR", year=2023, arxiv="2306.03078", covers=("quantization/spqr",))
     reference: ClassVar[str] = "paper"

@@ -1,0 +1,67 @@
+"""Every method that says it can follow an edited architecture does: its artefact, loaded by an engine, holds the joined claim."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config.parse import locate
+from slimbench.harness.config.registry import entries
+from slimbench.harness.measure import claims
+from slimbench.harness.run.proof import _engine_for
+from slimbench.harness.store import artefact
+from slimbench.methods.base import EDITED, Claim, DenseModel, Method
+from slimbench.methods.core import surgery
+from slimbench.methods.formats import edited
+from slimbench.methods.formats.huggingface import save_dense
+from tests.support import tiny
+from tests.unit.methods.formats.test_edited import cut_channels, cut_heads, make
+
+FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::-1] if EDITED in item.method.accepts}
+SHORT = {"steps": 2, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4}
+NO_KERNEL = "fell back to dequantize + dense matmul"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseModel, Claim]:
+    """Three blocks: one of fewer heads and channels, one without attention and with a factor pair."""
+    folder, model = tmp_path_factory.mktemp("base"), make("llama", torch.bfloat16)
+    cut_heads(model)
+    cut_channels(model)
+    surgery.remove_part(model, "model.layers.2", "attention")
+    left, values, right = torch.linalg.svd(model.model.layers[2].mlp.up_proj.weight.detach().float())
+    surgery.factorize(model, "model.layers.2.mlp.up_proj", right[:32], left[:, :32] * values[:32])
+    save_dense(model, folder)
+    dense = dataclasses.replace(tiny.dense_model(folder), format=EDITED, shape=edited.shape_of(folder))
+    return dense, Claim(EDITED, **surgery.counts(model))
+
+
+def brief(method: Method) -> Method:
+    changed = {name: value for name, value in SHORT.items() if getattr(method, name, None) is not None}
+    return dataclasses.replace(method, **changed)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseModel, Claim], tmp_path: Path) -> None:
+    method, (dense, before) = brief(FOLLOWERS[name]), base
+    if method.needs.missing_modules():
+        pytest.skip(f"{name} needs {', '.join(method.needs.missing_modules())}")
+    method.check(dense.shape)
+    claim = before.then(method.compress(dense, tiny.tokens(16, 32) if method.needs.calibration else None, tmp_path))
+    assert claim.format == method.produces_after(EDITED)
+    artefact.write_manifest(tmp_path, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
+    engine: Any = _engine_for(claim.format)
+    model = locate(engine.target)(loaders=engine.loaders).load(tmp_path, "cpu")
+    found = claims.check(model, claim, artefact.disk_bytes(tmp_path))
+    fewer = 1 if name == "ShortGPT" else 0
+    assert found.blocks == 3 - fewer and found.parameters == claim.parameters
+    assert not [flag for flag in found.flags if not flag.startswith(NO_KERNEL) and "activations" not in flag]
+    assert bool(torch.isfinite(model.logits(tiny.tokens(2, 12).ids)).all())
+
+
+def test_many_methods_follow() -> None:
+    assert len(FOLLOWERS) > 30
