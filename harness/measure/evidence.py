@@ -168,8 +168,8 @@ def _stacks(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 def _parameters(layer: Any, role: str, tensors: list[torch.Tensor]) -> int:
     """Weights that a layer stands for, of which `tensors` are what lies in its memory."""
-    weight = layer._parameters.get("weight")
-    if weight is not None and operators.storage_pointer(weight) and not any(tensor is weight for tensor in tensors):
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, torch.nn.Parameter) and operators.storage_pointer(weight) and not any(tensor is weight for tensor in tensors):
         tensors = [] if role in _PRODUCTS else tensors  # the weight counts where it was met first
     if role in _PRODUCTS and tensors and not _stacks(layer):
         return layer.in_features * layer.out_features

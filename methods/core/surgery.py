@@ -18,8 +18,7 @@ from slimbench.methods.formats.structure import blocks_of
 @torch.no_grad()
 def put(model: Any, tensor: str, values: Tensor) -> None:
     """Give a parameter other numbers, and the size of these."""
-    owner, _, leaf = tensor.rpartition(".")
-    if model.get_submodule(owner)._parameters[leaf].shape != values.shape:
+    if _parameter(model, tensor).shape != values.shape:
         apply(model, Resize(tensor, tuple(values.shape)))
     _parameter(model, tensor).copy_(values)
 

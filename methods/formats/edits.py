@@ -61,10 +61,10 @@ class Resize(Edit):
     def apply(self, model: Any) -> None:
         owner, _, leaf = self.tensor.rpartition(".")
         module: Any = model.get_submodule(owner)
-        held = module._parameters.get(leaf)
+        held = dict(module.named_parameters(recurse=False)).get(leaf)
         if held is None or held.dim() != len(self.shape):
             raise Unsupported(f"{self.tensor} is no parameter of {len(self.shape)} dimensions")
-        module._parameters[leaf] = nn.Parameter(held.new_empty(self.shape), requires_grad=held.requires_grad)
+        setattr(module, leaf, nn.Parameter(held.new_empty(self.shape), requires_grad=held.requires_grad))
         _tell_sizes(module, leaf, self.shape)
         _tell_heads(model.get_submodule(owner.rpartition(".")[0]))
 
