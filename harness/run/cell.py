@@ -11,6 +11,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped_method
 from slimbench.harness.measure.hardware import available_cores, hardware
+from slimbench.harness.run import public
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage
 from slimbench.tasks import assets, calibration, corpora, zeroshot
 from slimbench.tasks.errors import DataError
@@ -42,7 +43,7 @@ class Cell:
     def command(self) -> str:
         import shlex
 
-        return shlex.join(["slimbench", "run", *(o for o in self.overrides if not o.startswith("results="))])
+        return shlex.join(["slimbench", "run", *public.overrides(self.overrides)])
 
     def stages(self) -> list[Stage]:
         """The stages that are asked for and make sense: random weights have no quality."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from slimbench.harness.config import engines, environments
 from slimbench.harness.measure.hardware import available_memory, hardware
-from slimbench.harness.run import provenance
+from slimbench.harness.run import provenance, public
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.worker import Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
@@ -105,9 +105,11 @@ class Runner:
             wall_seconds=outcome.wall_seconds,
             peak_memory_bytes=outcome.peak_memory_bytes,
             failure=outcome.failure,
-            config=cell.config.model_dump(mode="json", exclude={"results"}),
+            config=public.config(cell.config.model_dump(mode="json", exclude={"results"})),
             command=cell.command,
-            provenance=provenance.provenance(cell.config.seed, cell.config.device.threads or 1) | _environment_facts(cell, stage),
+            provenance=provenance.of_machine(cell.config.seed, cell.config.device.threads or 1)
+            | _environment_facts(cell, stage)
+            | (outcome.provenance or provenance.of_process()),
             **{stage.value: outcome.result},  # type: ignore[arg-type]
         )
         self.store.put(record)
@@ -165,7 +167,7 @@ def _environment(cell: Cell, stage: Stage) -> str | None:
 
 
 def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
-    """What stands in the environment of a stage beside the packages of this program."""
+    """The environment of a stage by name, where it has one of its own, and what was asked of pip for it."""
     name = _environment(cell, stage)
     return {"environment": {"name": name, "requirements": environments.get(name).requirements}} if name else {}
 
@@ -191,8 +193,11 @@ def is_reusable(record: Record, cell: Cell) -> bool:
 
 
 def is_stale(record: Record) -> bool:
-    """Made with another version of slimbench, torch, transformers, lm-eval, or a library that the methods call."""
-    then, now = record.provenance.get("packages", {}), provenance.packages()
+    """Made with another version of slimbench, torch, transformers, lm-eval, or a library that the methods call, where its stage ran."""
+    ran_in = record.provenance.get("environment")
+    name = ran_in.get("name") if isinstance(ran_in, dict) else None
+    environment = environments.catalogue().get(name) if isinstance(name, str) else None
+    then, now = record.provenance.get("packages", {}), provenance.packages(environment)
     called = {str(step.get("reference", "")).partition(":")[0] for step in record.cell.steps}
     return any(then.get(name) != now.get(name) for name in {"slimbench", "torch", "transformers", "lm_eval"} | called)
 

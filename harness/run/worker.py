@@ -22,13 +22,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from slimbench.harness.run import provenance, public
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure
 
@@ -52,7 +53,11 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 @dataclass
 class Outcome:
-    """How a stage ended: its status, last phase, result (if ok), failure (if not), peak resident bytes and wall seconds."""
+    """How a stage ended: its status, last phase, result (if ok), failure (if not), peak resident bytes and wall seconds.
+
+    Attributes:
+        provenance: What the process that ran it says of itself; empty where none got as far as that.
+    """
 
     status: Status
     phase: str
@@ -60,6 +65,7 @@ class Outcome:
     peak_memory_bytes: int | None = None
     result: dict[str, Any] | None = None
     failure: Failure | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +108,7 @@ class Worker:
                 server.stdin.flush()
                 for event in self._events(server):
                     if event["event"] == "exit":
-                        return self._outcome(event, phase, time.monotonic() - began, task.log)
+                        return self._outcome(event, phase, time.monotonic() - began, task)
                     phase = event["name"] if event["event"] == "phase" else phase
                     on_event(event)
             except BrokenPipeError:
@@ -146,13 +152,13 @@ class Worker:
             yield json.loads(line)
 
     @staticmethod
-    def _outcome(event: dict[str, Any], phase: str, wall: float, log: str) -> Outcome:
+    def _outcome(event: dict[str, Any], phase: str, wall: float, task: Task) -> Outcome:
         status = Status(event["status"])
         failure = None
         if status is not Status.OK:
-            tail = _tail(log)
+            tail = _tail(task.log, public.folders(task.config))
             failure = Failure(**event["failure"], stderr_tail=tail)
-        return Outcome(status, event.get("phase") or phase, wall, event["peak"], event.get("result"), failure)
+        return Outcome(status, event.get("phase") or phase, wall, event["peak"], event.get("result"), failure, event.get("provenance", {}))
 
 
 def serve() -> None:
@@ -161,9 +167,11 @@ def serve() -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     _preload()
+    provenance.of_process()  # the commit of what was loaded
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
-        channel.write(json.dumps(_supervise(Task(**request | {"stage": Stage(request["stage"])}), channel)) + "\n")
+        facts = {"provenance": provenance.of_process()}  # a child imports its method as it stands now
+        channel.write(json.dumps(_supervise(Task(**request | {"stage": Stage(request["stage"])}), channel) | facts) + "\n")
         channel.flush()
 
 
@@ -282,7 +290,7 @@ def _child(task: Task, pipe: IO[str]) -> None:
         report.send(event="end", status=Status.OK, phase=report.name, result=json.loads(payload))
     except BaseException as error:
         code = 1
-        status, failure = _classify(error)
+        status, failure = _classify(error, public.folders(task.config))
         report.send(event="end", status=status, phase=report.name, failure=failure)
     finally:
         sys.stdout.flush()
@@ -291,18 +299,18 @@ def _child(task: Task, pipe: IO[str]) -> None:
         os._exit(code)
 
 
-def _classify(error: BaseException) -> tuple[Status, dict[str, Any]]:
+def _classify(error: BaseException, folders: Iterable[str]) -> tuple[Status, dict[str, Any]]:
     from slimbench.harness.measure.perplexity import Diverged
-    from slimbench.harness.run.provenance import anonymous
     from slimbench.methods.base import Unsupported
 
-    message = anonymous(str(error).strip() or type(error).__name__)
+    private = list(folders)
+    message = provenance.anonymous(str(error).strip() or type(error).__name__, private)
     failure = {"type": type(error).__name__, "message": message[:_TAIL]}
     if isinstance(error, Unsupported):
         return Status.UNSUPPORTED, failure
     if isinstance(error, Diverged):
         return Status.DIVERGED, failure
-    failure["traceback"] = anonymous("".join(traceback.format_exception(error)))[-_TAIL:]
+    failure["traceback"] = provenance.anonymous("".join(traceback.format_exception(error)), private)[-_TAIL:]
     if isinstance(error, MemoryError) or any(words in message.lower() for words in _OUT_OF_MEMORY):
         return Status.OOM, failure
     return Status.FAILED, failure
@@ -338,11 +346,9 @@ def _oom_kills() -> int:
         return 0
 
 
-def _tail(path: str) -> str:
-    from slimbench.harness.run.provenance import anonymous
-
+def _tail(path: str, folders: Iterable[str]) -> str:
     try:
-        return anonymous(Path(path).read_text(errors="replace")[-_TAIL:])
+        return provenance.anonymous(Path(path).read_text(errors="replace"), folders)[-_TAIL:]
     except OSError:
         return ""
 

@@ -19,6 +19,14 @@ from tests.unit.run.test_runner import Listener
 SILENT = Console(quiet=True)
 
 
+@pytest.fixture(autouse=True)
+def beside_the_files(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records name local files without their folder: they are run again from the folder that holds them."""
+    for path in (tiny, text):
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of a cell."""
@@ -77,6 +85,14 @@ def test_local_files_need_trust(folder: Path) -> None:
     assert [v.outcome for v in verdicts if isinstance(v, Verdict)] == [Outcome.REFUSED] * 3
     assert all(isinstance(v, Verdict) and "model.source=file:" in v.detail and v.detail.endswith("--trust runs it") for v in verdicts)
     assert all(isinstance(plan(record, trusted=True), Repeat) for record in draw(folder, 10, 0, list(Stage)))
+
+
+def test_another_file_of_the_name_is_not_taken_for_the_one_that_was_measured(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").unlink()
+    (tmp_path / "corpus.txt").write_text("Another text. " * 400)
+    (record,) = draw(folder, 1, 0, [Stage.QUALITY])
+    verdict = plan(record, trusted=True)
+    assert isinstance(verdict, Verdict) and verdict.outcome is Outcome.NOT_HERE and "texts or protocol" in verdict.detail
 
 
 def test_an_audit_does_not_measure_the_artefact_that_it_finds_in_the_cache(folder: Path, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,19 @@ def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[st
     compress, quality = runner.run(cell(overrides, "~method.dense", f"+method.inventory._target_={INVENTORY}", "stages=[quality]"))
     assert quality.status is Status.OK
     assert compress.compress and compress.compress.claim.details == {"second_names": [], "stages": True}
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
+    runner: Runner, overrides: list[str], tiny: Path, text: Path, how: str
+) -> None:
+    (failed,) = runner.run(bad(overrides, how))
+    (compress, *_) = runner.run(cell(overrides, "method=dense", "stages=[quality]"))
+    for record in (failed, compress):
+        facts = record.provenance
+        assert facts["packages"]["torch"] and facts["variables"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+        assert facts["variables"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "set for the worker alone"
+        assert facts["hardware"] and facts["threads"] == 1 and "environment" not in facts
+        written = record.model_dump_json()
+        assert not [folder for folder in (tiny.parent, text.parent, Path.home()) if str(folder) in written]
+        assert record.config["model"]["source"] == f"file:{tiny.name}" and f"model.source=file:{tiny.name}" in record.command
