@@ -64,6 +64,12 @@ def test_links_lead_somewhere(file: Path) -> None:
         assert target.startswith("http") or (file.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_paths_in_the_text_exist(file: Path) -> None:
+    named = re.findall(r"`((?:harness|methods|tasks|leaderboard|conf|tests|results|docs)/[\w./-]+)`", file.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_block_is_marked_and_at_most_a_third_is_only_parsed() -> None:
     every = blocks()
     assert [block.name for block in every if block.mark not in MARKS] == []
