@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _EMPTY = "_empty"
+_HELD = RunConfig.parts().keys() - {"calibration", "reference"}  # these two are written as names
 
 
 def resolve(overrides: Sequence[str]) -> RunConfig:
@@ -113,10 +114,7 @@ class _Composer:
         """
         choices = [o for o in overrides if self._is_choice(o)]
         values = [o for o in overrides if not self._is_choice(o)]
-        composed = self._composed(choices)
-        methods = composed.get("method")
-        if isinstance(methods, dict):
-            composed["method"] = {name: complete(s) if isinstance(s, dict) and "_target_" in s else s for name, s in methods.items()}
+        composed = _completed(self._composed(choices))
         config = apply(composed, values, self._explain)
         _check_given_once(config, values)
         return config
@@ -174,6 +172,15 @@ class _Composer:
                 break
             node, prefix = node[part], f"{prefix}{part}."
         return f"unknown key '{key}'{nearest(key, [f'{prefix}{n}' for n in node if n != '_target_'] if isinstance(node, dict) else [])}"
+
+
+def _completed(composed: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration with the defaults of the schema, and of the classes of its methods, where it is silent."""
+    groups = {name: part.defaults() | (composed.get(name) or {}) for name, part in RunConfig.parts().items() if name in _HELD}
+    methods = composed.get("method")
+    if isinstance(methods, dict):
+        groups["method"] = {name: complete(s) if isinstance(s, dict) and "_target_" in s else s for name, s in methods.items()}
+    return RunConfig.defaults() | composed | groups
 
 
 def _container(config: Any) -> dict[str, Any]:

@@ -20,6 +20,19 @@ class ConfigError(Exception):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The defaults of its keys, as plain containers; a key without one is left out."""
+        optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
+        stated = {name: field.get_default(call_default_factory=True) for name, field in optional.items()}
+        return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in stated.items()}
+
+    @classmethod
+    def parts(cls) -> dict[str, type[_Strict]]:
+        """The keys that hold keys of their own, and the class of each."""
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _Strict)}
+
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -34,7 +47,7 @@ class ModelConfig(_Strict):
     Attributes:
         name: How records and board call it.
         source: `asset:NAME`, `hf:ORG/NAME`, `file:FOLDER` or `random`.
-        revision: Commit or tag of a hub model.
+        revision: Commit, tag or branch of a hub model.
         dtype: Storage and compute dtype of the dense weights.
         parameters: Number of parameters where it is known beforehand; lets a run that cannot fit be refused early.
         source_precision: Precision of the source if it is not full, such as `q4_1`; the board shows it.
@@ -68,6 +81,7 @@ class EngineConfig(_Strict):
     """What loads and runs an artefact.
 
     Attributes:
+        name: How records and board call it.
         loaders: Each format that it loads → dotted path of the loader.
         devices: Where it runs.
         modules: Import names that must be there.
@@ -107,6 +121,7 @@ class SuiteConfig(_Strict):
     """What quality is measured on, and by which protocol.
 
     Attributes:
+        name: How records and board call it.
         corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
             The first one is the headline, the others are out-of-domain text beside it.
         protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
@@ -184,7 +199,8 @@ class SpeedConfig(_Strict):
     """How speed is measured.
 
     Attributes:
-        grid: Points to measure. An entry may give several values in a list for any of its fields and then stands for their
+        name: How records and board call it.
+        grid: Points to measure, `{batch: SEQUENCES, prompt: TOKENS, new_tokens: TOKENS}`. An entry may give several values in a list for any of its fields and then stands for their
             product. The first point is the headline.
         warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
         min_repeats: Counted runs at least, unless the budget ends. Fewer than six samples carry no 95 % interval.
@@ -227,7 +243,13 @@ def _points(entry: Any) -> list[Any]:
 
 
 class DeviceConfig(_Strict):
-    """Where a cell runs: `auto` takes a CUDA card if torch can use one. `threads` is for CPU operators, None for all cores."""
+    """Where a cell runs.
+
+    Attributes:
+        name: `auto` takes a CUDA card if torch can use one.
+        index: Which CUDA card.
+        threads: Of CPU operators; None for all cores.
+    """
 
     name: Literal["auto", "cpu", "cuda"] = "auto"
     index: int = Field(default=0, ge=0)
@@ -235,14 +257,26 @@ class DeviceConfig(_Strict):
 
 
 class LimitsConfig(_Strict):
-    """Limits of one stage: wall-clock seconds, and resident memory in GB (None: what the machine has)."""
+    """Limits of one stage, at which it is ended.
+
+    Attributes:
+        wall_s: Seconds on the clock.
+        memory_gb: Resident memory in GB; None for 95 % of what the machine has.
+    """
 
     wall_s: float = Field(default=7200.0, gt=0)
     memory_gb: float | None = Field(default=None, gt=0)
 
 
 class CalibrationConfig(_Strict):
-    """Calibration text and how it is sampled: `samples` windows of `length` tokens, order drawn with `seed`."""
+    """Calibration text and how it is sampled.
+
+    Attributes:
+        source: An asset of `slimbench assets list`, `file:TEXT`, or `hf:PATH:CONFIG:SPLIT:FIELD`.
+        samples: Windows.
+        length: Tokens of a window.
+        seed: Of the draw of the windows.
+    """
 
     source: str
     samples: int = Field(ge=1)
@@ -251,7 +285,24 @@ class CalibrationConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """The whole of one cell's configuration, validated."""
+    """The whole of one cell's configuration, validated.
+
+    Attributes:
+        model: The dense source checkpoint.
+        pipeline: The methods, applied one after another: `method=NAME` or `method=[FIRST,SECOND]`.
+        reference: The method that everything is compared with.
+        engine: What loads and runs the artefact.
+        suite: What quality is measured on.
+        speed: How speed is measured.
+        device: Where the cell runs.
+        calibration: Text for the methods that read some.
+        limits: At which a stage is ended.
+        seed: Of whatever a method draws at random, beside a seed of its own.
+        stages: What is measured; a later run with the rest adds it to the same rows.
+        tracking: `wandb`: each finished cell becomes a W&B run, offline without a login (WANDB_PROJECT, WANDB_DIR).
+        results: Folder of the records.
+        on_existing: `keep` runs what is missing only; `failed`, `stale` and `all` run those again.
+    """
 
     model: ModelConfig
     pipeline: list[StepConfig] = Field(min_length=1)
@@ -261,7 +312,7 @@ class RunConfig(_Strict):
     speed: SpeedConfig
     device: DeviceConfig
     calibration: CalibrationConfig
-    limits: LimitsConfig
+    limits: LimitsConfig = LimitsConfig()
     seed: int = 0
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     tracking: Literal["wandb"] | None = None

@@ -14,7 +14,7 @@ import yaml
 
 from slimbench.harness.config import compose
 from slimbench.harness.config.overrides import products, read
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.schema import ConfigError, RunConfig
 from slimbench.harness.config.sources import CONF_DIR, read_yaml, shipped, shipped_method
 
 LISTS = 200
@@ -51,7 +51,7 @@ def own_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stated_conf(tmp_path_factory: pytest.TempPathFactory, own_conf: Path) -> Path:
-    """The shipped and the own choices in one folder for Hydra alone, each method with every setting in its file."""
+    """The shipped and the own choices in one folder for Hydra alone, with every default in a file: of methods in theirs, of the rest first."""
     folder = tmp_path_factory.mktemp("stated")
     for source in (CONF_DIR, own_conf):
         for path in source.rglob("*.yaml"):
@@ -61,6 +61,10 @@ def stated_conf(tmp_path_factory: pytest.TempPathFactory, own_conf: Path) -> Pat
                 target.write_text(f"# @package method.{path.stem}\n{yaml.safe_dump(shipped_method(path.stem))}")
             else:
                 target.write_text(path.read_text())
+    defaults = RunConfig.defaults() | {name: part.defaults() for name, part in RunConfig.parts().items() if name in compose._HELD}
+    (folder / "schema.yaml").write_text(yaml.safe_dump(defaults))
+    main = folder / "config.yaml"
+    main.write_text(main.read_text().replace("defaults:\n", "defaults:\n  - schema\n"))
     base = folder / "method" / "derived_base.yaml"  # the class behind `derived` has one more setting
     base.write_text(base.read_text() + "head_bits: null\n")
     return folder
@@ -143,6 +147,9 @@ class Lists:
             "model.source": ["'hf:a/b'", "file:/tmp/x"],
             "model.shape": ["{hidden_size: 8}", "null"],
             "model.shape.layers": ["[3]"],
+            "engine.environment": ["vllm", "null"],
+            "device.threads": ["2"],
+            "on_existing": ["stale"],
             "model.revision": ["abc", "null", "true", "007"],
             "seed": ["3", "-1", "${suite.windows}"],
             "results": ["runs/${model.name}", "out"],
@@ -213,7 +220,7 @@ def test_the_cells_of_random_sweeps_are_those_of_hydras_sweeper(own: None, state
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     lists, compared, parser = Lists(seed=11), 0, OverridesParser.create()
-    for _ in range(40):
+    for _ in range(12):
         overrides = lists.sweep()
         (theirs,) = BasicSweeper.split_arguments(parser.parse_overrides(overrides), None)
         ours = [[str(o.input_line) for o in cell] for cell in products(read(overrides))]
@@ -233,7 +240,7 @@ def test_the_cells_of_random_sweeps_are_those_of_hydras_sweeper(own: None, state
                 continue
             assert found == expected, cell
             compared += found is not None
-    assert compared > 40
+    assert compared > 20
 
 
 def test_what_an_experiment_sweeps_over_and_the_command_line_are_multiplied(own: None) -> None:
