@@ -15,6 +15,7 @@ from slimbench import __version__
 from slimbench.harness.cli import artefact, assets, bench, board, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.compare import compare
+from slimbench.harness.cli.config import config
 from slimbench.harness.cli.doctor import doctor
 from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
@@ -28,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, audit, compare, recommend, reproduce, doctor):
+for command in (run, sweep, config, audit, compare, recommend, reproduce, doctor):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

@@ -33,12 +33,23 @@ def resolve(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: One line that says what is wrong and what would be right.
     """
+    return parse(composed(overrides)[0])
+
+
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The configuration that the overrides name, not yet validated, and the names that are chosen of each group.
+
+    Raises:
+        ConfigError: A choice, key or value that does not exist.
+    """
     with _hydra() as loader:
         given = read(overrides, loader)
         for override in given:
             if override.is_sweep_override():
                 raise ConfigError(_several(override))
-        return parse(_Composer([given]).compose(given))
+        composer = _Composer([given])
+        config = composer.compose(given)
+        return config, composer.chosen(given) | {"method": [name for name in config.get("method") or {} if name in shipped("method")]}
 
 
 def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
@@ -118,6 +129,11 @@ class _Composer:
         config = apply(composed, values, self._explain)
         _check_given_once(config, values)
         return config
+
+    def chosen(self, overrides: Sequence[Override]) -> dict[str, list[str]]:
+        """The names that are chosen of each group, by the overrides, an experiment or the defaults."""
+        whole = _hydra_compose([str(o.input_line) for o in overrides if self._is_choice(o)], return_hydra_config=True)
+        return {group: [str(name)] for group, name in whole.hydra.runtime.choices.items() if group in groups() and name is not None}
 
     def _composed(self, choices: Sequence[Override]) -> dict[str, Any]:
         """What the choices of a cell compose to, its interpolations not yet resolved."""

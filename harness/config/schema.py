@@ -82,6 +82,7 @@ class EngineConfig(_Strict):
 
     Attributes:
         name: How records and board call it.
+        target: Its class.
         loaders: Each format that it loads → dotted path of the loader.
         devices: Where it runs.
         modules: Import names that must be there.
@@ -200,8 +201,8 @@ class SpeedConfig(_Strict):
 
     Attributes:
         name: How records and board call it.
-        grid: Points to measure, `{batch: SEQUENCES, prompt: TOKENS, new_tokens: TOKENS}`. An entry may give several values in a list for any of its fields and then stands for their
-            product. The first point is the headline.
+        grid: Points to measure, `{batch: SEQUENCES, prompt: TOKENS, new_tokens: TOKENS}`. An entry may give several values in a list for
+            any of its fields and then stands for their product. The first point is the headline.
         warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
         min_repeats: Counted runs at least, unless the budget ends. Fewer than six samples carry no 95 % interval.
         max_repeats: Counted runs at most.

@@ -51,7 +51,7 @@ def own_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stated_conf(tmp_path_factory: pytest.TempPathFactory, own_conf: Path) -> Path:
-    """The shipped and the own choices in one folder for Hydra alone, with every default in a file: of methods in theirs, of the rest first."""
+    """The shipped and the own choices in one folder for Hydra alone, every default in a file: of methods in theirs, of the rest first."""
     folder = tmp_path_factory.mktemp("stated")
     for source in (CONF_DIR, own_conf):
         for path in source.rglob("*.yaml"):
