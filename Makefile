@@ -1,11 +1,11 @@
-# make setup · demo · test · lint · board · pictures
+# make setup · demo · test · lint · lock · board · pictures
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS ?= quantization,pruning,engines,dev
 
-.PHONY: setup demo test unit integration lint board pictures readme clean
+.PHONY: setup demo test unit integration lint lock board pictures readme clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/support/house.py
+
+# Bind versions to the code behind them; SAME="why the same numbers come out" where code changed and its version did not.
+lock: setup
+	$(BIN)/slimbench lock $(if $(SAME),--same '$(SAME)')
 
 board: setup
 	$(BIN)/slimbench board build --results results --out board

@@ -17,6 +17,7 @@ from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.config import config
 from slimbench.harness.cli.doctor import doctor
+from slimbench.harness.cli.lock import lock
 from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
@@ -29,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, config, audit, compare, recommend, reproduce, doctor):
+for command in (run, sweep, config, audit, compare, recommend, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

@@ -59,6 +59,9 @@ class Record(Schema):
     """One stage of one cell.
 
     What slimbench measured itself has evidence, memory and times; what is imported has of these what its file has.
+
+    Attributes:
+        code: Hash of the code behind each method, engine, format and protocol that ran, by kind and name (`identity.lock`).
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -76,6 +79,7 @@ class Record(Schema):
     failure: Failure | None = None
     config: dict[str, Any]
     command: str
+    code: dict[str, str] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
     imported: Imported | None = None
 

@@ -26,12 +26,17 @@ class Reporter(Protocol):
 
 
 def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artefact") -> tuple[LoadedModel, float]:
-    """An artefact in memory on the cell's engine and device, and the seconds that loading took."""
+    """An artefact in memory on the cell's engine and device, and the seconds that loading took.
+
+    Raises:
+        harness.store.artefact.Damaged: Its files are not those that were published.
+    """
     report.phase(phase)
     engine = locate(config.engine.target)(loaders=config.engine.loaders)
     device = f"cuda:{config.device.index}" if config.device.name == "cuda" else "cpu"
+    folder = artefact.opened(key)
     began = time.perf_counter()
-    model = engine.load(artefact.location(key), device, config.model.trust_remote_code)
+    model = engine.load(folder, device, config.model.trust_remote_code)
     return model, time.perf_counter() - began
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from slimbench.harness.config import lock
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import gpu, machine
 from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.compress import CalibrationFacts, CompressResult
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
@@ -27,6 +29,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
     """Run the pipeline on the dense model and publish the artefact."""
     source = models.prepare(config.model, report.phase)
     shape = models.shape_of(source)
+    code = lock.fingerprints(config, Stage.COMPRESS)
     methods = [build_method(step) for step in config.pipeline]
     for method in methods:
         method.check(shape)
@@ -70,14 +73,14 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             current = out
         report.phase("write artefact")
         assert claim is not None
-        manifest = artefact.Manifest(key=key, model=config.model.name, pipeline=[s.model_dump() for s in config.pipeline], claim=claim)
+        steps = [step.model_dump() for step in config.pipeline]
+        manifest = artefact.Manifest(key=key, model=config.model.name, pipeline=steps, claim=claim, code=code)
         final = artefact.publish(current, manifest)
     spent, (load, disturbances) = cost.read(), watch.read()
-    report.phase("hash artefact")
     return CompressResult(
         **spent,
         claim=manifest.claim,
-        files=artefact.files(final),
+        files=artefact.read_manifest(final).files,
         disk_bytes=artefact.disk_bytes(final),
         dense_bytes=sum(p.stat().st_size for p in source.glob("*.safetensors")),
         step_seconds=step_seconds,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,33 @@ from pydantic import BaseModel
 
 from slimbench.harness.schema.compress import ArtefactFile
 from slimbench.methods.base import Claim
-from slimbench.util.files import cache_dir
+from slimbench.util import checksums
+from slimbench.util.files import cache_dir, replace_folder
 from slimbench.util.hashing import hash_file
 
 MANIFEST = "artefact.json"
 
 
 class Manifest(BaseModel):
-    """What the artefact says of itself: its key, the model and steps it was made from, and the method's claim."""
+    """What the artefact says of itself.
+
+    Attributes:
+        key: Compress key of the model and steps it was made from.
+        claim: What the methods say that they wrote.
+        code: Hash of the code behind each method that made it, by kind and name (see `harness.config.lock`).
+        files: Its files with their hashes, as they were published.
+    """
 
     key: str
     model: str
     pipeline: list[dict[str, Any]]
     claim: Claim
+    code: dict[str, str] = {}
+    files: list[ArtefactFile] = []
+
+
+class Damaged(Exception):
+    """An artefact is not the bytes that were published; the message is one line."""
 
 
 def location(key: str) -> Path:
@@ -43,6 +56,47 @@ def checkpoints(key: str, step: int) -> Path:
 
 def exists(key: str) -> bool:
     return (location(key) / MANIFEST).is_file()
+
+
+def fault(key: str) -> str | None:
+    """Why the artefact of a key is not to be used, in a few words, or None where its files are those that were published.
+
+    Sizes and times are looked at each time; a file is hashed where one of them moved.
+    """
+    folder = location(key)
+    if not exists(key):
+        return "it is not in the cache"
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError):
+        return "its manifest cannot be read"
+    if not manifest.files:
+        return "it has no hashes"
+    expected = {file.name: str(file.sha256) for file in manifest.files}
+    strange = [path.relative_to(folder).as_posix() for path in _content(folder) if path.relative_to(folder).as_posix() not in expected]
+    return f"{strange[0]} does not belong to it" if strange else checksums.fault(folder, expected)
+
+
+def opened(key: str) -> Path:
+    """The folder of an artefact that is about to be loaded.
+
+    Raises:
+        Damaged: Its files are not those that were published.
+    """
+    if problem := fault(key):
+        raise Damaged(f"the artefact is not to be used: {problem}")
+    return location(key)
+
+
+def unlike(key: str, recorded: Iterable[ArtefactFile]) -> str | None:
+    """Where the files of an artefact and those of its compress record differ, in a few words, or None; without hashes nothing is said."""
+    here = {file.name: file.sha256 for file in read_manifest(location(key)).files}
+    there = {file.name: file.sha256 for file in recorded}
+    if None in there.values() or here == there:
+        return None
+    name = next(name for name in sorted(here | there) if here.get(name) != there.get(name))
+    now, then = ((hashes.get(name) or "missing")[:8] for hashes in (here, there))
+    return f"{name} is {now}, and {then} in the record"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -87,20 +141,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
-    """Write the manifest and move the folder to its place, replacing an older artefact of the same key."""
+    """Hash the files, write the manifest and move the folder to its place, replacing an older artefact of the same key."""
+    manifest = manifest.model_copy(update={"files": files(folder)})
     write_manifest(folder, manifest)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
     target = location(manifest.key)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
-        os.replace(target, old)
-        os.replace(folder, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(folder, target)
+    replace_folder(folder, target)
+    for file in manifest.files:
+        checksums.remember(target / file.name, str(file.sha256))
     return target
 
 

@@ -28,6 +28,7 @@ def write_clashing_packages(folder: Path) -> None:
 class Inventory(Method):
     """Leaves the model as it is and says which modules it was compressed among."""
 
+    name = "inventory"
     family = "test"
     citation = Citation("none", 2024)
     reference = "paper"
