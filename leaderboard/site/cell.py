@@ -23,7 +23,7 @@ from slimbench.leaderboard.site.method import steps
 from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
-from slimbench.leaderboard.tables.verdict import noise, verdict
+from slimbench.leaderboard.tables.verdict import noise, noisy, verdict
 
 EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000
@@ -58,8 +58,9 @@ def render(board: Board, row: Row, line: Line) -> str:
         methods=[(name, names.method(name)) for name in steps(board, row)],
         verdict=verdict(row, _reference(table.rows, row)),
         measured=shorten(row.provenance.get("measured", "")[:10], LONGEST_REMARK),
-        remarks=[text for text in line.remarks if text not in unsteady],
+        remarks=[text for text in line.remarks if text != noisy(len(unsteady))],
         unsteady=unsteady,
+        noisy=noisy(len(unsteady)),
         tiles=[
             {"header": column.header, "help": column.help, "value": value, "interval": column.interval(row)}
             for column in COLUMNS

@@ -15,6 +15,7 @@ from slimbench.leaderboard.site.board import Board, triple
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from slimbench.leaderboard.tables.columns import COLUMNS, Column, seed_spread
 from slimbench.leaderboard.tables.format import shorten
+from slimbench.leaderboard.tables.verdict import folded
 
 SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""
@@ -46,7 +47,6 @@ class Line:
 
 def line(board: Board, row: Row) -> Line:
     about = [row.family, row.engine_label, *([row.kernel] if row.kernel else [])]
-    seeds = seed_spread(row)
     return Line(
         row=row,
         href=names.cell(row),
@@ -55,8 +55,14 @@ def line(board: Board, row: Row) -> Line:
         family=colour(row),
         fronts=board.fronts.get(triple(row.keys), ()),
         labels=["simulated"] if simulated(row) else [],
-        remarks=[shorten(text, LONGEST_REMARK) for text in [*row.flags, *([f"Perplexity {seeds}"] if seeds else [])]],
+        remarks=[shorten(text, LONGEST_REMARK) for text in remarks(row)],
     )
+
+
+def remarks(row: Row) -> list[str]:
+    """What a reader of a table must know about a row, noise of the machine in one line: the page of its cell has it all."""
+    spread = seed_spread(row)
+    return [*folded(row.flags), *([f"Perplexity {spread}"] if spread else [])]
 
 
 def _number(column: Column, row: Row) -> Markup:

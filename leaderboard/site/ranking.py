@@ -10,9 +10,9 @@ from slimbench.leaderboard.recommend import memory_bytes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board, triple
-from slimbench.leaderboard.site.lines import colour, simulated
+from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from slimbench.leaderboard.tables.columns import COLUMNS, Bounds, Column, seed_spread
+from slimbench.leaderboard.tables.columns import COLUMNS, Bounds, Column
 from slimbench.leaderboard.tables.format import decimal, shorten
 
 EXTRA = (
@@ -84,7 +84,6 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
     fronts = board.fronts.get(triple(row.keys), ())
     marks = _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
     marks |= _SMALLEST * (SMALLEST in fronts) | _FASTEST * (FASTEST in fronts)
-    seeds = seed_spread(row)
     return [
         names.cell_id(row),
         board.table_of[triple(row.keys)],
@@ -97,7 +96,7 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
         texts.name(row.device),
         texts[row.status],
         texts.remark(row.reason),
-        [texts.remark(text) for text in (*row.flags, *([f"Perplexity {seeds}"] if seeds else []))],
+        [texts.remark(text) for text in remarks(row)],
         row.rank,
         marks,
         texts.name(row.source_precision),

@@ -35,6 +35,17 @@ def noise(flags: Sequence[str]) -> list[str]:
     return [flag for flag in flags if _NOISE.match(flag)]
 
 
+def folded(flags: Sequence[str]) -> list[str]:
+    """The flags with those of an unsteady machine as one, `speed: noisy (3 notes)`, at the end."""
+    unsteady = noise(flags)
+    facts = [flag for flag in flags if flag not in unsteady]
+    return [*facts, noisy(len(unsteady))] if unsteady else facts
+
+
+def noisy(notes: int) -> str:
+    return f"speed: noisy ({notes} note{'s' if notes > 1 else ''})"
+
+
 def _speed(row: Row) -> str:
     if row.speedup is None:
         return ""

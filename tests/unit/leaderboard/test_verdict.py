@@ -16,7 +16,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.rows.speed import disturbances
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
-from slimbench.leaderboard.tables.verdict import noise, verdict
+from slimbench.leaderboard.tables.verdict import folded, noise, verdict
 from tests.support.board_records import Spec, records, site_files
 
 DENSE = Spec()
@@ -98,6 +98,7 @@ def test_what_an_unsteady_machine_leaves_is_noise_and_a_broken_claim_is_not(monk
         "prefill and activations are with a copy of the dense head that is no longer made",
     ]
     assert noise(facts) == []
+    assert folded([*flags, *facts]) == [*facts, "speed: noisy (7 notes)"] and folded(facts) == facts
 
 
 def _page(made: list[Record], pipeline: str) -> str:
