@@ -17,7 +17,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.intervals import perplexity_interval
-from slimbench.leaderboard.rows.row import named
+from slimbench.leaderboard.rows.estimates import attempt
 from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
 from slimbench.util.text import nearest
 
@@ -142,8 +142,8 @@ def _line(found: Paper, cell: tuple[str, str], planned: Planned | None, newest: 
     result = _of(found, record.quality.perplexity) if record and record.quality and record.status is Status.OK else None
     if result is None:
         return line.model_copy(update={"reason": reasons.get(planned.quality) or planned.obstacle or "not run yet"})
-    bounds = named("low high", perplexity_interval, result.window_nll)
-    facts: dict[str, object] = {"measured": result.perplexity, **bounds, "verdict": Verdict.NO_TARGET}
+    low, high = attempt(perplexity_interval, result.window_nll, otherwise=(None, None))
+    facts: dict[str, object] = {"measured": result.perplexity, "low": low, "high": high, "verdict": Verdict.NO_TARGET}
     if published is not None:
         difference = 100 * (result.perplexity / published - 1)
         kept = math.isfinite(difference) and abs(difference) <= found.tolerance_percent

@@ -26,9 +26,10 @@ from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
-from slimbench.harness.schema.speed import SpeedResult
+from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
+from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.harness.store.store import Store
 from slimbench.util.files import cache_dir
 from slimbench.util.text import one_line
@@ -217,11 +218,19 @@ def _speed(before: SpeedResult, after: SpeedResult) -> tuple[Outcome, str]:
             then, now = (speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms) for p in (old, new) if p.reference)
             name = "speed-up"
         else:
-            then, now = ((statistics.median(p.candidate.decode_ms), *stats.median_interval(p.candidate.decode_ms)) for p in (old, new))
+            then, now = (_median(p) for p in (old, new))
             name = "ms a token"
-        within &= now[1] <= then[2] and then[1] <= now[2]
-        figures.append(f"{point}: {name} {now[0]:.2f} ({now[1]:.2f}–{now[2]:.2f}) against {then[0]:.2f} ({then[1]:.2f}–{then[2]:.2f})")
+        within &= now.low <= then.high and then.low <= now.high
+        figures.append(f"{point}: {name} {_words(now)} against {_words(then)}")
     return (Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
+
+
+def _median(point: SpeedPointResult) -> Estimate:
+    return Estimate(statistics.median(point.candidate.decode_ms), *stats.median_interval(point.candidate.decode_ms))
+
+
+def _words(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f}–{estimate.high:.2f})"
 
 
 _JUDGES: dict[Stage, Callable[..., tuple[Outcome, str]]] = {Stage.COMPRESS: _compress, Stage.QUALITY: _quality, Stage.SPEED: _speed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,12 @@ Samples = Sequence[float] | NDArray[np.floating[Any]]
 Interval = tuple[float, float]
 
 
-Estimate = tuple[float, float, float]
+class Estimate(NamedTuple):
+    """A number with the bounds of its interval; bounds are `nan` where the samples allow none."""
+
+    value: float
+    low: float
+    high: float
 
 
 UNDEFINED: Interval = (math.nan, math.nan)

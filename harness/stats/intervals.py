@@ -150,7 +150,7 @@ def paired_delta_interval(
     """
     ours, theirs = paired_values(candidate, reference)
     differences = ours - theirs
-    return float(differences.mean()), *mean_interval(differences, level, resamples, seed)
+    return Estimate(float(differences.mean()), *mean_interval(differences, level, resamples, seed))
 
 
 def perplexity_ratio_interval(
@@ -176,7 +176,7 @@ def perplexity_ratio_interval(
     Source: the exponential of `paired_delta_interval`, as a ratio of perplexities is the exponential of a mean difference.
     """
     delta, low, high = paired_delta_interval(candidate_nll, reference_nll, level, resamples, seed)
-    return exp_or_inf(delta), exp_or_inf(low), exp_or_inf(high)
+    return Estimate(exp_or_inf(delta), exp_or_inf(low), exp_or_inf(high))
 
 
 def document_perplexity_interval(nll: Samples, units: Samples, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
@@ -205,10 +205,10 @@ def document_perplexity_interval(nll: Samples, units: Samples, level: float = 0.
         raise ValueError("every document needs at least one unit")
     mean = exp_or_inf(float(sums.sum() / lengths.sum()))
     if len(sums) < 2:
-        return mean, *UNDEFINED
+        return Estimate(mean, *UNDEFINED)
     effective = float(lengths.sum() ** 2 / (lengths**2).sum())
     low, high = percentile_interval((sums, lengths), ratio_of_sums, expanded_level(effective, level), resamples, seed, paired=True)
-    return mean, exp_or_inf(low), exp_or_inf(high)
+    return Estimate(mean, exp_or_inf(low), exp_or_inf(high))
 
 
 def document_ratio_interval(
@@ -271,7 +271,7 @@ def accuracy_interval(tasks: Sequence[Samples], level: float = 0.95) -> Estimate
     """
     mean = float(np.mean([values.mean() for values in _tasks(tasks)]))
     reach = normal_quantile(level) * accuracy_se(tasks)
-    return (mean, *UNDEFINED) if math.isnan(reach) else (mean, max(0.0, mean - reach), min(1.0, mean + reach))
+    return Estimate(mean, *UNDEFINED) if math.isnan(reach) else Estimate(mean, max(0.0, mean - reach), min(1.0, mean + reach))
 
 
 def accuracy_delta_interval(candidate: Sequence[Samples], reference: Sequence[Samples], level: float = 0.95) -> Estimate:
@@ -293,7 +293,7 @@ def accuracy_delta_interval(candidate: Sequence[Samples], reference: Sequence[Sa
     Source: `adjusted_difference`.
     """
     sums, squares, items = task_changes(candidate, reference)
-    return float((sums / items).mean()), *_bounds_of_shares(*adjusted_difference(sums, squares, items), level)
+    return Estimate(float((sums / items).mean()), *_bounds_of_shares(*adjusted_difference(sums, squares, items), level))
 
 
 def task_changes(candidate: Sequence[Samples], reference: Sequence[Samples]) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 
     Source: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013 (ratio of times with its interval).
     """
     ratios = _speedups(candidate_ms, reference_ms)
-    return float(np.median(ratios)), *median_interval(ratios, level)
+    return Estimate(float(np.median(ratios)), *median_interval(ratios, level))
 
 
 def indirect_speedup(
@@ -56,8 +56,8 @@ def indirect_speedup(
     ours, theirs = _speedups(*candidate), _speedups(*other)
     ratio = float(np.median(ours) / np.median(theirs))
     if min(len(ours), len(theirs)) < FEWEST_FOR_MEDIAN:
-        return ratio, *UNDEFINED
-    return ratio, *percentile_interval((ours, theirs), _ratio_of_medians, level, resamples, seed)
+        return Estimate(ratio, *UNDEFINED)
+    return Estimate(ratio, *percentile_interval((ours, theirs), _ratio_of_medians, level, resamples, seed))
 
 
 def _speedups(candidate_ms: Samples, reference_ms: Samples) -> NDArray[np.float64]:

@@ -14,8 +14,9 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
-from slimbench.harness.stats import bootstrap, significance, speedups
 from slimbench.harness.stats import intervals as stats
+from slimbench.harness.stats import significance, speedups
+from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
 from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, shared_items, windows_of
 from slimbench.leaderboard.rows.row import Row
@@ -265,7 +266,7 @@ def _documents(a: DocumentResult, b: DocumentResult) -> TextComparison:
     return _text(f"{name_of(a)} (word)", (a.word_perplexity, b.word_perplexity), ratio, a.nll, b.nll)
 
 
-def _text(name: str, values: tuple[float, float], ratio: bootstrap.Estimate, a: list[float], b: list[float]) -> TextComparison:
+def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float], b: list[float]) -> TextComparison:
     errors = significance.standard_errors(a, b)
     return TextComparison(
         name=name,
@@ -291,7 +292,7 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
             task=a.task,
             a=a.accuracy,
             b=b.accuracy,
-            delta=_difference((a.accuracy - b.accuracy, *stats.flips_interval(*flip, len(a.items)))),
+            delta=_difference(Estimate(a.accuracy - b.accuracy, *stats.flips_interval(*flip, len(a.items)))),
             b_only=flip.right_to_wrong,
             a_only=flip.wrong_to_right,
             p=p,
@@ -346,9 +347,8 @@ def _pairs(point: SpeedPointResult, phase: str) -> tuple[list[float], list[float
     return getattr(point.candidate, name), getattr(point.reference, name)
 
 
-def _difference(estimate: bootstrap.Estimate) -> Difference:
-    value, low, high = estimate
-    return Difference(value=value, low=_finite(low), high=_finite(high))
+def _difference(estimate: Estimate) -> Difference:
+    return Difference(value=estimate.value, low=_finite(estimate.low), high=_finite(estimate.high))
 
 
 def _finite(value: float) -> float | None:

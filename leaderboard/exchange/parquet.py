@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import dump, parse
 from slimbench.leaderboard.exchange.foreign import Unreadable
-from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.row import Row
 
 RECORD = "record"
 MAGIC = b"PAR1"

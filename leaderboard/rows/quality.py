@@ -3,79 +3,124 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
-from slimbench.harness.schema.quality import DivergenceResult, DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
+from slimbench.harness.stats.bootstrap import UNDEFINED
 from slimbench.harness.stats.significance import LEVEL, Flips
+from slimbench.leaderboard.rows.estimates import UNKNOWN, attempt
+from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Perplexity
 from slimbench.leaderboard.rows.pairing import name_of, partners, shared_items, windows_of
-from slimbench.leaderboard.rows.row import named
 from slimbench.tasks import zeroshot
 
 OTHER = "other"
 
-Paired = list[tuple[ZeroshotResult, ZeroshotResult | None]]
+
+def losses(accuracy: Accuracy) -> list[str]:
+    """A flag where single tasks drop significantly and the mean does not: the mean alone would hide it."""
+    if accuracy.accuracy_delta_high is None or accuracy.accuracy_delta_high < 0:
+        return []
+    delta = {task: change for task, change in accuracy.task_delta.items() if change is not None}
+    lost = [task for task, p in accuracy.task_p.items() if p is not None and p < LEVEL and delta[task] < 0]
+    lost.sort(key=lambda task: delta[task])
+    return [f"loses {', '.join(f'{task} (−{-100 * delta[task]:.0f} points)' for task in lost)} while the mean holds"] if lost else []
 
 
-def fields(ours: QualityResult, theirs: QualityResult | None) -> dict[str, Any]:
-    """The quality fields of a `Row`.
+def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
+    """The perplexities of a row.
 
     Args:
         ours: What was measured.
         theirs: The same of the reference; None for the reference itself or where it has no result.
     """
-    found: dict[str, Any] = {}
-    if ours.perplexity:
-        found |= _perplexity(ours.perplexity, theirs.perplexity if theirs else [])
-        if divergence := ours.perplexity[0].divergence:
-            found |= _divergence(divergence)
-    found["perplexity_by_protocol"] = {name_of(p): _value(p) for p in ours.perplexity} | _documents(ours.documents)
-    if ours.zeroshot:
-        paired = shared_items(ours.zeroshot, theirs.zeroshot if theirs else [])
-        flips = {o.task: significance.flips(o.correctness, t.correctness) for o, t in paired if t}
-        found |= _accuracy(paired, flips)
-        found |= _versatility(found["task_accuracy"], found["task_delta"])
-        found |= _worst(paired, flips)
-    return found
+    by_protocol: dict[str, float | None] = {name_of(p): _value(p) for p in ours.perplexity}
+    by_protocol |= _documents(ours.documents)
+    if not ours.perplexity:
+        return Perplexity(perplexity_by_protocol=by_protocol)
+    known = theirs.perplexity if theirs else []
+    head, shared = partners(ours.perplexity[:1], known, windows_of)[0]
+    same_protocol = [p for p in ours.perplexity if (p.protocol, p.seqlen) == (head.protocol, head.seqlen)]
+    low, high = attempt(stats.perplexity_interval, head.window_nll, otherwise=UNDEFINED)
+    pair = (head.window_nll, shared.window_nll) if shared else ([], [])
+    ratio = attempt(stats.perplexity_ratio_interval, *pair, otherwise=UNKNOWN)
+    return Perplexity(
+        corpus=head.corpus,
+        perplexity=_value(head),
+        perplexity_low=low,
+        perplexity_high=high,
+        perplexities={p.corpus: _value(p) for p in same_protocol},
+        perplexity_by_protocol=by_protocol,
+        perplexity_delta_percent=100 * (ratio.value - 1),
+        perplexity_ratio_low=ratio.low,
+        perplexity_ratio_high=ratio.high,
+        perplexity_p=attempt(significance.paired_p_value, *pair, otherwise=math.nan),
+        ood_perplexity_delta_percent={
+            p.corpus: 100 * (_value(p) / _value(reference) - 1)
+            for p, reference in partners(same_protocol, known, windows_of)
+            if reference and p.corpus != head.corpus
+        },
+        calibration_overlap=head.calibration_overlap,
+    )
 
 
-def losses(found: Mapping[str, Any]) -> list[str]:
-    """A flag where single tasks drop significantly and the mean does not: the mean alone would hide it."""
-    highest = found.get("accuracy_delta_high")
-    if highest is None or highest < 0:
-        return []
-    delta = found["task_delta"]
-    lost = [task for task, p in found["task_p"].items() if p < LEVEL and delta[task] < 0]
-    lost.sort(key=lambda task: delta[task])
-    return [f"loses {', '.join(f'{task} (−{-100 * delta[task]:.0f} points)' for task in lost)} while the mean holds"] if lost else []
+def divergence(ours: QualityResult) -> Divergence:
+    """The distance of a row from its reference, on the first text."""
+    result = ours.perplexity[0].divergence if ours.perplexity else None
+    if result is None:
+        return Divergence()
+    low, high = attempt(stats.mean_interval, result.kl, otherwise=UNDEFINED)
+    return Divergence(
+        kl_mean=result.kl_mean,
+        kl_low=low,
+        kl_high=high,
+        kl_p99=result.kl_p99,
+        top1_agreement=fmean(result.top1_agreement),
+        delta_p=fmean(result.delta_p),
+    )
 
 
-def _perplexity(ours: list[PerplexityResult], theirs: list[PerplexityResult]) -> dict[str, Any]:
-    head, shared = partners(ours[:1], theirs, windows_of)[0]
-    same_protocol = [p for p in ours if (p.protocol, p.seqlen) == (head.protocol, head.seqlen)]
-    found: dict[str, Any] = {
-        "corpus": head.corpus,
-        "perplexities": {p.corpus: _value(p) for p in same_protocol},
-        "perplexity": _value(head),
-        "calibration_overlap": head.calibration_overlap,
-    }
-    found |= named("perplexity_low perplexity_high", stats.perplexity_interval, head.window_nll)
-    if shared:
-        names = "perplexity_delta_percent perplexity_ratio_low perplexity_ratio_high"
-        found |= named(names, _relative, head.window_nll, shared.window_nll)
-        found |= named("perplexity_p", lambda *nll: [significance.paired_p_value(*nll)], head.window_nll, shared.window_nll)
-    found["ood_perplexity_delta_percent"] = {
-        p.corpus: 100 * (_value(p) / _value(reference) - 1)
-        for p, reference in partners(same_protocol, theirs, windows_of)
-        if reference and p.corpus != head.corpus
-    }
-    return found
+def accuracy(ours: QualityResult, theirs: QualityResult | None) -> Accuracy:
+    """The zero-shot tasks of a row; arguments as of `perplexity`."""
+    if not ours.zeroshot:
+        return Accuracy()
+    paired = shared_items(ours.zeroshot, theirs.zeroshot if theirs else [])
+    shared = [(task, partner) for task, partner in paired if partner]
+    flips = {task.task: significance.flips(task.correctness, partner.correctness) for task, partner in shared}
+    whole = shared if len(shared) == len(paired) else []
+    items, reference = [task.correctness for task, _ in paired], [partner.correctness for _, partner in whole]
+    delta = attempt(stats.accuracy_delta_interval, items, reference, otherwise=UNKNOWN) if whole else UNKNOWN
+    lost, won = (sum(counts) for counts in zip(*flips.values(), strict=True)) if whole else (0, 0)
+    task_accuracy = {task.task: task.accuracy for task, _ in paired}
+    task_delta = {task.task: task.accuracy - partner.accuracy for task, partner in shared}
+    group_accuracy, group_delta = _by_group(task_accuracy, task_delta)
+    worst, worst_delta, worst_low, worst_high = _worst(shared, flips)
+    return Accuracy(
+        accuracy=fmean(task_accuracy.values()),
+        accuracy_se=attempt(stats.accuracy_se, items, otherwise=_reported_error([task for task, _ in paired])),
+        accuracy_delta=delta.value,
+        accuracy_delta_low=delta.low,
+        accuracy_delta_high=delta.high,
+        accuracy_p=significance.accuracy_p_value(items, reference) if whole else None,
+        task_accuracy=dict[str, float | None](task_accuracy),
+        task_delta=dict[str, float | None](task_delta),
+        task_p=_adjusted(flips),
+        flips_to_wrong=lost if whole else None,
+        flips_to_right=won if whole else None,
+        mcnemar_p=float(significance.mcnemar(lost, won)) if whole else None,
+        group_accuracy=group_accuracy,
+        group_delta=dict[str, float | None](group_delta),
+        group_spread=max(group_delta.values()) - min(group_delta.values()) if len(group_delta) > 1 else None,
+        worst_task=worst,
+        worst_task_delta=worst_delta,
+        worst_task_low=worst_low,
+        worst_task_high=worst_high,
+    )
 
 
-def _documents(results: Iterable[DocumentResult]) -> dict[str, float]:
+def _documents(results: Iterable[DocumentResult]) -> dict[str, float | None]:
     return {
         f"{name_of(result)} ({unit})": value
         for result in results
@@ -83,73 +128,40 @@ def _documents(results: Iterable[DocumentResult]) -> dict[str, float]:
     }
 
 
-def _divergence(result: DivergenceResult) -> dict[str, Any]:
-    found = {
-        "kl_mean": result.kl_mean,
-        "kl_p99": result.kl_p99,
-        "top1_agreement": fmean(result.top1_agreement),
-        "delta_p": fmean(result.delta_p),
-    }
-    return found | named("kl_low kl_high", stats.mean_interval, result.kl)
+def _adjusted(flips: Mapping[str, Flips]) -> dict[str, float | None]:
+    """p-values of the tasks, corrected over them."""
+    if not flips:
+        return {}
+    values: list[float] = significance.holm(significance.mcnemar(*zip(*flips.values(), strict=True))).tolist()
+    return dict(zip(flips, values, strict=True))
 
 
-def _accuracy(paired: Paired, flips: Mapping[str, Flips]) -> dict[str, Any]:
-    per_task = {ours.task: ours.accuracy for ours, _ in paired}
-    items = [ours.correctness for ours, _ in paired]
-    shared = [(ours, theirs) for ours, theirs in paired if theirs]
-    found: dict[str, Any] = {"task_accuracy": per_task, "accuracy": fmean(per_task.values())}
-    found |= named("accuracy_se", lambda tasks: [stats.accuracy_se(tasks)], items) or _reported_error([ours for ours, _ in paired])
-    found["task_delta"] = {ours.task: ours.accuracy - theirs.accuracy for ours, theirs in shared}
-    if flips:
-        adjusted = significance.holm(significance.mcnemar(*zip(*flips.values(), strict=True)))
-        found["task_p"] = dict(zip(flips, adjusted.tolist(), strict=True))
-    else:
-        found["task_p"] = {}
-    if len(shared) == len(paired):
-        reference = [theirs.correctness for _, theirs in shared]
-        found |= named("accuracy_delta accuracy_delta_low accuracy_delta_high", stats.accuracy_delta_interval, items, reference)
-        found["accuracy_p"] = significance.accuracy_p_value(items, reference)
-        lost, won = (sum(counts) for counts in zip(*flips.values(), strict=True))
-        found |= {"flips_to_wrong": lost, "flips_to_right": won, "mcnemar_p": float(significance.mcnemar(lost, won))}
-    return found
-
-
-def _reported_error(tasks: list[ZeroshotResult]) -> dict[str, float]:
+def _reported_error(tasks: list[ZeroshotResult]) -> float | None:
     """The standard error from those that the tasks report, for tasks whose items are not known."""
     errors = [task.stderr for task in tasks if task.stderr is not None]
-    return {"accuracy_se": math.hypot(*errors) / len(errors)} if len(errors) == len(tasks) else {}
+    return math.hypot(*errors) / len(errors) if len(errors) == len(tasks) else None
 
 
-def _versatility(accuracy: Mapping[str, float], delta: Mapping[str, float]) -> dict[str, Any]:
+def _by_group(accuracy: Mapping[str, float], delta: Mapping[str, float]) -> tuple[dict[str, float | None], dict[str, float]]:
     """Accuracy and its change in each group of tasks; the change only where every task of the group has a partner."""
     groups: dict[str, list[str]] = {}
     known = zeroshot.groups()
     for task in accuracy:
         groups.setdefault(known.get(task, OTHER), []).append(task)
     changes = {group: fmean(delta[t] for t in tasks) for group, tasks in sorted(groups.items()) if all(t in delta for t in tasks)}
-    return {
-        "group_accuracy": {group: fmean(accuracy[t] for t in tasks) for group, tasks in sorted(groups.items())},
-        "group_delta": changes,
-        "group_spread": max(changes.values()) - min(changes.values()) if len(changes) > 1 else None,
-    }
+    return {group: fmean(accuracy[t] for t in tasks) for group, tasks in sorted(groups.items())}, changes
 
 
-def _worst(paired: Paired, flips: Mapping[str, Flips]) -> dict[str, Any]:
-    """The task that changed for the worst, with an interval that holds for all tasks at once (Bonferroni), as it was chosen."""
-    shared = [(ours, theirs) for ours, theirs in paired if theirs]
+def _worst(
+    shared: Sequence[tuple[ZeroshotResult, ZeroshotResult]], flips: Mapping[str, Flips]
+) -> tuple[str | None, float | None, float | None, float | None]:
+    """The task that changed for the worst with its change and an interval that holds for all tasks at once (Bonferroni)."""
     if not shared:
-        return {}
+        return None, None, None, None
     ours, theirs = min(shared, key=lambda pair: (pair[0].accuracy - pair[1].accuracy, pair[0].task))
     low, high = stats.flips_interval(*flips[ours.task], len(ours.items), 1 - LEVEL / len(shared))
-    delta = ours.accuracy - theirs.accuracy
-    return {"worst_task": ours.task, "worst_task_delta": delta, "worst_task_low": low, "worst_task_high": high}
-
-
-def _relative(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Perplexity above the reference in per cent, and the bounds of their ratio."""
-    ratio, low, high = stats.perplexity_ratio_interval(ours, theirs)
-    return 100 * (ratio - 1), low, high
+    return ours.task, ours.accuracy - theirs.accuracy, low, high
 
 
 def _value(result: PerplexityResult) -> float:
-    return named("value", lambda nll: [stats.perplexity(nll)], result.window_nll).get("value", math.nan)
+    return attempt(stats.perplexity, result.window_nll, otherwise=math.nan)

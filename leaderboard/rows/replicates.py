@@ -9,16 +9,17 @@ from statistics import stdev
 from typing import Any
 
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.groups import Calibration
 from slimbench.leaderboard.rows.row import Row
 
 
-def calibration(record: Record) -> dict[str, Any]:
-    """The calibration fields of a `Row`; nothing where the pipeline uses no calibration text."""
+def calibration(record: Record) -> Calibration:
+    """The calibration text of a row; nothing where the pipeline uses none."""
     settings = record.config.get("calibration")
     if record.cell.calibration is None or not isinstance(settings, dict):
-        return {}
+        return Calibration()
     text = f"{settings.get('source')}, {settings.get('samples')} × {settings.get('length')} tokens"
-    return {"calibration_text": text, "calibration_seed": settings.get("seed")}
+    return Calibration(calibration_text=text, calibration_seed=settings.get("seed"))
 
 
 def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:

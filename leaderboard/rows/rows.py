@@ -9,20 +9,20 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.hardware import Gpu, Hardware
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows import changes
+from slimbench.leaderboard.rows import speed as speeds
+from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.parallel import mapped
-from slimbench.leaderboard.rows.quality import fields as quality_fields
-from slimbench.leaderboard.rows.quality import losses
+from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
 from slimbench.leaderboard.rows.ranks import ranked
 from slimbench.leaderboard.rows.replicates import calibration, spread
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.speed import disturbances
-from slimbench.leaderboard.rows.speed import fields as speed_fields
 from slimbench.util.hashing import short_hash
 
 INCOMPLETE = "incomplete"
@@ -93,55 +93,58 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     status, reason = _outcome(found, _expected(bearer, simulated))
     evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r and r.evidence]
     flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
-    measures = quality_fields(quality.quality, reference.quality if reference else None) if quality and quality.quality else {}
-    flags += [*(quality.quality.flags if quality and quality.quality else []), *losses(measures)]
+    result = quality.quality if quality and quality.quality else QualityResult()
+    theirs = reference.quality if reference else None
+    texts_measured, tasks = perplexity(result, theirs), accuracy(result, theirs)
+    flags += [*result.flags, *losses(tasks)]
     flags += compress.compress.flags if compress and compress.compress else []
-    flags += _grid_of_the_source(cell.source_precision, compress, measures.get("perplexity_delta_percent"))
+    flags += _grid_of_the_source(cell.source_precision, compress, texts_measured.perplexity_delta_percent)
     rival = newest.get((Stage.SPEED, cell.reference.speed))
     if speed and speed.speed and rival:
-        flags += disturbances(speed.speed, rival.speed)
+        flags += speeds.disturbances(speed.speed, rival.speed)
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
     imported = measured.imported
     if imported:
         flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
-    return Row(
-        **cell.model_dump(
-            include={
-                "model",
-                "parameters",
-                "pipeline",
-                "family",
-                "engine",
-                "device",
-                "source_precision",
-                "dtype",
-                "suite",
-                "speed",
-                "seed",
-                "calibration",
-            }
-        ),
+    identity = Identity(
+        model=cell.model,
+        pipeline=cell.pipeline,
+        family=cell.family,
         methods=[str(step.get("target") or step.get("name") or cell.pipeline).rpartition(".")[2] for step in cell.steps],
+        parameters=cell.parameters,
+        engine=cell.engine,
+        kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
+        device=cell.device,
         status=status,
+        source_precision=cell.source_precision,
+        dtype=cell.dtype,
+        suite=cell.suite,
+        suite_changes=changes.changes(_section(bearer, "suite")),
+        suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
+        speed=cell.speed,
+        speed_protocol=_digest(_protocol(bearer, "speed")),
+        hardware=_hardware(measured),
+        seed=cell.seed,
+        flags=list(dict.fromkeys(flags)),
+        imported=imported.label if imported else None,
         reason=reason,
         is_reference=is_reference,
         keys=cell.keys,
-        hardware=_hardware(measured),
-        suite_changes=changes.changes(_section(bearer, "suite")),
-        suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
-        speed_protocol=_digest(_protocol(bearer, "speed")),
-        flags=list(dict.fromkeys(flags)),
-        imported=imported.label if imported else None,
+        calibration=cell.calibration,
         command=_command(bearer.command),
         provenance=_provenance(measured),
-        **_size(compress),
-        **(evidences[0].model_dump(include={"weight_bytes", "offloaded_bytes", "effective_bits", "sparsity"}) if evidences else {}),
-        kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
-        **measures,
-        **calibration(bearer),
-        **(speed_fields(speed.speed) if speed and speed.speed and not simulated else {}),
+    )
+    return Row.of(
+        identity,
+        texts_measured,
+        divergence(result),
+        tasks,
+        speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
+        _size(compress, evidences[0] if evidences else None),
+        _cost(compress),
+        calibration(bearer),
     )
 
 
@@ -184,20 +187,36 @@ def _reason(record: Record) -> str:
     return f"{where}: {kind}{record.failure.summary}{peak}"
 
 
-def _size(record: Record | None) -> dict[str, Any]:
-    if record is None or record.compress is None:
-        return {"peak_memory_bytes": record.peak_memory_bytes} if record else {}
+def _size(record: Record | None, evidence: Evidence | None) -> Size:
+    result = record.compress if record else None
+    return Size(
+        format=result.claim.format if result else None,
+        weight_bytes=evidence.weight_bytes if evidence else None,
+        offloaded_bytes=evidence.offloaded_bytes if evidence else None,
+        disk_bytes=result.disk_bytes if result else None,
+        compression_ratio=result.dense_bytes / result.disk_bytes if result and result.disk_bytes else None,
+        effective_bits=evidence.effective_bits if evidence else None,
+        sparsity=evidence.sparsity if evidence else None,
+    )
+
+
+def _cost(record: Record | None) -> Cost:
+    if record is None:
+        return Cost()
     result = record.compress
-    return {
-        "format": result.claim.format,
-        "disk_bytes": result.disk_bytes,
-        "compression_ratio": result.dense_bytes / result.disk_bytes if result.disk_bytes else None,
-        "compress_seconds": result.seconds,
-        "compress_cpu_seconds": result.cpu_seconds,
-        "compress_device_hours": None if result.device_seconds is None else result.device_seconds / 3600,
-        "peak_memory_bytes": record.peak_memory_bytes,
-        **result.model_dump(include={"peak_device_bytes", "calibration_tokens", "training_tokens", "trained_parameters", "tuning_free"}),
-    }
+    if result is None:
+        return Cost(peak_memory_bytes=record.peak_memory_bytes)
+    return Cost(
+        compress_seconds=result.seconds,
+        compress_cpu_seconds=result.cpu_seconds,
+        compress_device_hours=None if result.device_seconds is None else result.device_seconds / 3600,
+        peak_memory_bytes=record.peak_memory_bytes,
+        peak_device_bytes=result.peak_device_bytes,
+        calibration_tokens=result.calibration_tokens,
+        training_tokens=result.training_tokens,
+        trained_parameters=result.trained_parameters,
+        tuning_free=result.tuning_free,
+    )
 
 
 def _texts(records: Sequence[Record]) -> dict[str, list[str]]:

@@ -1,38 +1,52 @@
-"""Speed, memory and energy of one stage as fields of a row."""
+"""Speed, memory and energy of a row."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
-from slimbench.harness.stats import bootstrap, speedups
 from slimbench.harness.stats import intervals as stats
-from slimbench.leaderboard.rows.row import named
+from slimbench.harness.stats import speedups
+from slimbench.harness.stats.bootstrap import UNDEFINED, Estimate
+from slimbench.leaderboard.rows.estimates import UNKNOWN, attempt
+from slimbench.leaderboard.rows.groups import Speed, Timing
 
 _OTHER_STATE = 0.2
 
 
-def fields(result: SpeedResult) -> dict[str, Any]:
-    """The fields of a row that its speed stage gives; those of one grid point are of the first one, the headline."""
-    memory = result.memory
-    found: dict[str, Any] = {
-        "kv_cache_bytes": memory.kv_cache_bytes,
-        "activation_bytes": memory.activation_bytes,
-        "process_peak_bytes": memory.process_peak_bytes,
-        "largest_batch": result.largest_batch.batch if result.largest_batch else None,
-        "speed_points": [_point(point) for point in result.points],
-    }
-    if not result.points:
-        return found
-    head, numbers = result.points[0], found["speed_points"][0]
-    found["speed_point"] = f"batch {head.batch}, prompt {head.prompt}, new {head.new_tokens}"
-    found["energy_j_per_token"] = head.energy.joules_per_token if head.energy else None
-    found["energy_reason"] = head.energy.reason if head.energy else None
-    found["copy_bandwidth_gbs"] = _bandwidth(result)
-    return found | {name: value for name, value in numbers.items() if name not in ("batch", "prompt", "new_tokens")}
+def speed(result: SpeedResult) -> Speed:
+    """The speed of a row; what belongs to one grid point is of the first one, the headline."""
+    timings = [_timing(point) for point in result.points]
+    head = result.points[0] if result.points else None
+    first = timings[0] if timings else Timing()
+    energy = head.energy if head else None
+    return Speed(
+        speed_point=f"batch {head.batch}, prompt {head.prompt}, new {head.new_tokens}" if head else None,
+        prefill_ms=first.prefill_ms,
+        prefill_low=first.prefill_low,
+        prefill_high=first.prefill_high,
+        decode_tokens_per_s=first.decode_tokens_per_s,
+        decode_low=first.decode_low,
+        decode_high=first.decode_high,
+        speedup=first.speedup,
+        speedup_low=first.speedup_low,
+        speedup_high=first.speedup_high,
+        throughput_tokens_per_s=first.throughput_tokens_per_s,
+        roofline_fraction=first.roofline_fraction,
+        copy_bandwidth_gbs=_bandwidth(result),
+        energy_reason=energy.reason if energy else None,
+        energy_j_per_token=energy.joules_per_token if energy else None,
+        speed_points=[
+            {"batch": point.batch, "prompt": point.prompt, "new_tokens": point.new_tokens} | timing.model_dump()
+            for point, timing in zip(result.points, timings, strict=True)
+        ],
+        kv_cache_bytes=result.memory.kv_cache_bytes,
+        activation_bytes=result.memory.activation_bytes,
+        process_peak_bytes=result.memory.process_peak_bytes,
+        largest_batch=result.largest_batch.batch if result.largest_batch else None,
+    )
 
 
 def disturbances(ours: SpeedResult, theirs: SpeedResult | None) -> list[str]:
@@ -48,32 +62,39 @@ def _bandwidth(result: SpeedResult) -> float | None:
     return median(probe.copy_gbs for probe in result.points[0].probes) if result.points and result.points[0].probes else None
 
 
-def _point(point: SpeedPointResult) -> dict[str, float | int | str | None]:
-    """The numbers of one point of the grid, under the names that the row gives them."""
+def _timing(point: SpeedPointResult) -> Timing:
+    """The numbers of one point of the grid."""
     ours, theirs = point.candidate, point.reference
-    numbers: dict[str, float | int | str | None] = {"batch": point.batch, "prompt": point.prompt, "new_tokens": point.new_tokens}
-    numbers |= named("prefill_ms prefill_low prefill_high", _median, ours.prefill_ms)
-    numbers |= named("decode_tokens_per_s decode_low decode_high", _rate, ours.decode_ms)
-    if theirs:
-        numbers |= named("speedup speedup_low speedup_high", speedup, ours.decode_ms, theirs.decode_ms)
-    rate = numbers.get("decode_tokens_per_s")
-    numbers["throughput_tokens_per_s"] = point.batch * rate if isinstance(rate, float) else None
-    numbers["roofline_fraction"] = point.roofline.fraction if point.roofline else None
-    return numbers
+    prefill = attempt(_median, ours.prefill_ms, otherwise=UNKNOWN)
+    decode = attempt(_rate, ours.decode_ms, otherwise=UNKNOWN)
+    ratio = attempt(speedup, ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
+    return Timing(
+        prefill_ms=prefill.value,
+        prefill_low=prefill.low,
+        prefill_high=prefill.high,
+        decode_tokens_per_s=decode.value,
+        decode_low=decode.low,
+        decode_high=decode.high,
+        speedup=ratio.value,
+        speedup_low=ratio.low,
+        speedup_high=ratio.high,
+        throughput_tokens_per_s=point.batch * decode.value,
+        roofline_fraction=point.roofline.fraction if point.roofline else None,
+    )
 
 
-def _median(values: Sequence[float]) -> tuple[float, float, float]:
+def _median(values: Sequence[float]) -> Estimate:
     """Median and bounds; no bounds for fewer samples than can carry them."""
     low, high = stats.median_interval(values)
-    return (median(values), low, high) if len(values) >= stats.FEWEST_FOR_MEDIAN else (median(values), *bootstrap.UNDEFINED)
+    return Estimate(median(values), low, high) if len(values) >= stats.FEWEST_FOR_MEDIAN else Estimate(median(values), *UNDEFINED)
 
 
-def _rate(milliseconds: Sequence[float]) -> tuple[float, ...]:
+def _rate(milliseconds: Sequence[float]) -> Estimate:
     """Tokens per second with bounds, from milliseconds per token."""
     middle, low, high = _median(milliseconds)
-    return tuple(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low))
+    return Estimate(*(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low)))
 
 
-def speedup(candidate_ms: Sequence[float], reference_ms: Sequence[float]) -> tuple[float, float, float]:
-    ratio, low, high = speedups.paired_speedup(candidate_ms, reference_ms)
-    return (ratio, low, high) if len(candidate_ms) >= stats.FEWEST_FOR_MEDIAN else (ratio, *bootstrap.UNDEFINED)
+def speedup(candidate_ms: Sequence[float], reference_ms: Sequence[float]) -> Estimate:
+    ratio = speedups.paired_speedup(candidate_ms, reference_ms)
+    return ratio if len(candidate_ms) >= stats.FEWEST_FOR_MEDIAN else Estimate(ratio.value, *UNDEFINED)

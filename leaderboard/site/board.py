@@ -9,7 +9,8 @@ from functools import cached_property
 from slimbench.harness.schema.identity import Keys, Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Unreadable
-from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
 from slimbench.leaderboard.site.settings import Setting, setting
 from slimbench.leaderboard.tables.tables import Table, pareto, tables, titles

@@ -14,7 +14,8 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board, plural, triple
 from slimbench.leaderboard.site.facts import details

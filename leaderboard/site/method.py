@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any
 
 from slimbench.harness.config.meaning import meanings
-from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.lines import HEADS, Line

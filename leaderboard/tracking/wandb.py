@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
-from slimbench.leaderboard.rows.row import Row, clean
+from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import Records, by_key, cells, oldest_first, rows
 from slimbench.util.hashing import short_hash
 

@@ -13,6 +13,7 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import holm, mcnemar
+from slimbench.leaderboard.rows.groups import Accuracy
 from slimbench.leaderboard.rows.quality import losses
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
@@ -78,7 +79,7 @@ def test_the_flag_is_rare_where_nothing_is_lost() -> None:
     flagged = 0
     for deltas, p_values in zip((won - lost) / 200, mcnemar(lost, won), strict=True):
         adjusted = dict(zip("abcdefgh", holm(p_values), strict=True))
-        flagged += bool(losses({"accuracy_delta_high": 0.01, "task_delta": dict(zip("abcdefgh", deltas, strict=True)), "task_p": adjusted}))
+        flagged += bool(losses(Accuracy(accuracy_delta_high=0.01, task_delta=dict(zip("abcdefgh", deltas, strict=True)), task_p=adjusted)))
     assert flagged / boards <= 0.05
 
 
