@@ -18,8 +18,9 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats import significance
 from slimbench.leaderboard.compare.compare import TextComparison, headline
+from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.util.text import nearest
 
 Objective = Literal["quality", "speed", "size"]
@@ -142,8 +143,8 @@ def recommend(
     held = sorted((hold(row, budget) for row in table), key=lambda candidate: _order(candidate.row, objective))
     fitting = [candidate for candidate in held if candidate.fits]
     choice, runner_up = (*fitting, None, None)[:2]
-    newest = by_key(ordered)
-    rivals = _rivals(newest, fitting)
+    index = Index(ordered)
+    rivals = _rivals(index, fitting)
     return Recommendation(
         setting=" · ".join((model, table[0].suite, table[0].device, table[0].hardware)),
         objective=objective,
@@ -168,9 +169,9 @@ def memory_bytes(row: Row) -> int | None:
     return row.weight_bytes + row.kv_cache_bytes + row.activation_bytes
 
 
-def _rivals(newest: Records, fitting: list[Candidate]) -> list[tuple[Candidate, TextComparison | None, float]]:
+def _rivals(index: Index, fitting: list[Candidate]) -> list[tuple[Candidate, TextComparison | None, float]]:
     """The others within the budget, held against the first: each with its text and its corrected p-value (`nan`: no test)."""
-    texts = [headline(newest, fitting[0].row, other.row) for other in fitting[1:]]
+    texts = [headline(index, fitting[0].row, other.row) for other in fitting[1:]]
     p_values = significance.holm([math.nan if text is None or text.p is None else text.p for text in texts])
     return list(zip(fitting[1:], texts, p_values.tolist(), strict=True))
 

@@ -18,7 +18,8 @@ from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.intervals import perplexity_interval
 from slimbench.leaderboard.rows.estimates import attempt
-from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.leaderboard.rows.index import Index, oldest_first
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.util.text import nearest
 
 FOLDER = Path(__file__).parent / "published"
@@ -120,11 +121,11 @@ def lines(found: Paper, records: Sequence[Record], planned: Mapping[tuple[str, s
         planned: Cells of the paper's sweep, by model and pipeline.
     """
     ordered = oldest_first(records)
-    newest = by_key(ordered)
+    index = Index(ordered)
     reasons = {row.keys.quality: row.reason for row in rows(ordered) if row.reason}
     wanted = [(model, pipeline) for model, values in found.values.items() for pipeline in values]
     wanted += [cell for cell in planned if cell not in wanted]
-    return [_line(found, cell, planned.get(cell), newest, reasons) for cell in wanted]
+    return [_line(found, cell, planned.get(cell), index, reasons) for cell in wanted]
 
 
 def _of(found: Paper, results: Sequence[PerplexityResult]) -> PerplexityResult | None:
@@ -132,13 +133,13 @@ def _of(found: Paper, results: Sequence[PerplexityResult]) -> PerplexityResult |
     return next((r for r in results if (r.corpus, r.seqlen) == wanted and r.protocol.startswith("window")), None)
 
 
-def _line(found: Paper, cell: tuple[str, str], planned: Planned | None, newest: Records, reasons: Mapping[str, str]) -> Line:
+def _line(found: Paper, cell: tuple[str, str], planned: Planned | None, index: Index, reasons: Mapping[str, str]) -> Line:
     model, pipeline = cell
     published = found.values.get(model, {}).get(pipeline)
     line = Line(model=model, pipeline=pipeline, published=published, verdict=Verdict.MISSING)
     if planned is None:
         return line.model_copy(update={"reason": "no cell of this sweep"})
-    record = newest.get((Stage.QUALITY, planned.quality))
+    record = index.newest(Stage.QUALITY, planned.quality)
     result = _of(found, record.quality.perplexity) if record and record.quality and record.status is Status.OK else None
     if result is None:
         return line.model_copy(update={"reason": reasons.get(planned.quality) or planned.obstacle or "not run yet"})

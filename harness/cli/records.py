@@ -51,6 +51,23 @@ def schema() -> None:
     print(json.dumps(Record.model_json_schema(), indent=1, ensure_ascii=False))
 
 
+@app.command("migrate")
+def migrate(results: Results = Path("runs")) -> None:
+    """Give records of older versions the keys and the form of this one, in place. Exit code 1 if some had to be left as they are."""
+    folder = results_folder(results)
+    from slimbench.harness.store import migrate as migrating
+    from slimbench.harness.store.store import Store
+
+    try:
+        done = migrating.migrate(Store(folder))
+    except OSError as error:
+        raise ConfigError(f"cannot write '{results}': {error.strerror or error}; run it again when that is mended") from error
+    for name, reason in done.left.items():
+        print(f"left as it is: {name}: {reason}")
+    print(f"{len(done.moved)} records migrated, {len(done.current)} were current, {len(done.left)} left")
+    raise typer.Exit(1 if done.left else 0)
+
+
 @app.command("export")
 def export(
     to: Annotated[Path, typer.Option(help="A file X.parquet, or the folder of a data set.")],

@@ -61,11 +61,12 @@ def track(cell: Cell, store: Store) -> None:
         return
     from rich.console import Console
 
+    from slimbench.harness.run.runner import recorded
     from slimbench.harness.schema.identity import Stage
     from slimbench.leaderboard.tracking import wandb as tracking
 
-    identities = (cell.reference().identity, cell.identity)
-    records = [record for identity in identities for stage in Stage if (record := store.get(identity, stage))]
+    parts = (cell.reference(), cell)
+    records = [record for part in parts for stage in Stage if (record := recorded(store, part, stage))]
     try:
         tracking.log(records, os.environ.get("WANDB_PROJECT", "slimbench"), Path(os.environ.get("WANDB_DIR", ".")))
     except Exception as error:

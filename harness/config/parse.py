@@ -43,6 +43,12 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
+def describe(step: StepConfig) -> dict[str, Any]:
+    """A step as records have it: which method of which version stands behind its name, and the settings; no path of a class."""
+    cls = locate(step.target)
+    return {"name": step.name, "method": cls.name, "version": cls.version, "settings": step.settings}
+
+
 def parse(raw: dict[str, Any]) -> RunConfig:
     """Validate a composed Hydra config (plain containers).
 

@@ -244,17 +244,21 @@ def _points(entry: Any) -> list[Any]:
 
 
 class DeviceConfig(_Strict):
-    """Where a cell runs.
+    """Where a cell runs, and whose records count.
 
     Attributes:
-        name: `auto` takes a CUDA card if torch can use one.
-        index: Which CUDA card.
-        threads: Of CPU operators; None for all cores.
+        name: Where quality and speed are measured; `auto` takes a CUDA card if torch can use one.
+        index: Which card.
+        threads: Threads of CPU operators; None for all cores. A number that is given belongs to what speed is measured with.
+        compress: Where compression runs; `auto` is the only device of its methods, else where the cell is measured.
+        hardware: `this`: only records of this hardware spare a stage; `any`: compression and quality of other hardware do as well.
     """
 
     name: Literal["auto", "cpu", "cuda"] = "auto"
     index: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
+    compress: Literal["auto", "cpu", "cuda"] = "auto"
+    hardware: Literal["this", "any"] = "this"
 
 
 class LimitsConfig(_Strict):
@@ -325,5 +329,8 @@ class RunConfig(_Strict):
         return self.pipeline == [self.reference]
 
     def as_reference(self) -> RunConfig:
-        """The same cell with the uncompressed reference in place of the pipeline."""
-        return self.model_copy(update={"pipeline": [self.reference]})
+        """The same cell with the uncompressed reference in place of the pipeline, wherever that was compressed."""
+        if self.is_reference:
+            return self
+        device = self.device.model_copy(update={"compress": "auto"})
+        return self.model_copy(update={"pipeline": [self.reference], "device": device})

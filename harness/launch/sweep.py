@@ -58,15 +58,15 @@ def plan(overrides: Sequence[str]) -> list[PlannedCell]:
 
 
 def _planned(cell: Cell) -> PlannedCell:
-    from slimbench.harness.run.runner import cannot_run, is_reusable
+    from slimbench.harness.run.runner import cannot_run, reusable
 
     store, simulated, reason = Store(Path(cell.config.results)), False, ""
     stages: dict[Stage, str] = {}
     for stage in cell.stages():
         if stage is Stage.SPEED and simulated:
             continue
-        record = store.get(cell.identity, stage)
-        if record is not None and is_reusable(record, cell):
+        record = reusable(store, cell, stage)
+        if record is not None:
             stages[stage], ends = f"recorded {record.status.value}", record.status is not Status.OK
             simulated |= record.simulated
         elif outcome := cannot_run(cell, stage):

@@ -14,11 +14,14 @@ import psutil
 
 from slimbench.harness.schema.hardware import Gpu, Hardware
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_KINDS = {"Data": "d", "Instruction": "i"}
+
 
 @functools.cache
 def hardware() -> Hardware:
     cpu, flags = _cpu()
-    return Hardware(cpu, flags, available_cores(), available_memory(), cuda_cards())
+    return Hardware(cpu, flags, available_cores(), available_memory(), cuda_cards(), cpu_caches())
 
 
 def available_cores() -> int:
@@ -34,6 +37,23 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def cpu_caches() -> dict[str, int]:
+    """Bytes of the caches of the first core by level and kind: `L1d`, `L1i`, `L2`, `L3`; what the system does not tell is left out."""
+    caches: dict[str, int] = {}
+    for folder in sorted(_CACHES.glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            caches[f"L{level}{_KINDS.get(kind, '')}"] = _bytes(size)
+        except (OSError, ValueError):
+            continue
+    return caches
+
+
+def _bytes(text: str) -> int:
+    """The bytes of a size as the kernel writes it: `32K`, `8M`."""
+    return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0)
 
 
 def cuda_cards() -> list[Gpu]:

@@ -104,7 +104,7 @@ def write(
     import pandas as pd
     from rich.progress import Progress
 
-    name = hardware().fingerprint(device, 0, threads or available_cores())
+    name = hardware().identity(device, 0, threads or available_cores()).label
     table, rows = out / f"kernels-{slug(name)}.csv", []
     with Progress(console=console) as progress:
         task = progress.add_task("kernels")
@@ -131,7 +131,7 @@ def run(
     where, dtype = torch.device(device), getattr(torch, plan()["dtype"])
     subjects = list(locate(plan()["subjects"])(where, dtype))
     probe, peak = MachineProbe(where), _peak_gigaflops(where, dtype)
-    name = hardware().fingerprint(where.type, where.index or 0, threads)
+    name = hardware().identity(where.type, where.index or 0, threads).label
     total, done = len(layers) * len(subjects), itertools.count(1)
     for model, outputs, inputs in layers:
         dense: dict[int, float] = {}

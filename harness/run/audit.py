@@ -124,11 +124,12 @@ def plan(record: Record, trusted: bool = False) -> Repeat | Verdict:
     except Exception as error:  # the configuration of a stranger can be wrong in any way
         return Verdict(record, Outcome.NOT_HERE, f"its configuration is no longer valid: {_first_line(error)}")
     if cell.identity.keys.of(stage) == record.key:
+        if stage is Stage.SPEED and cell.hardware(stage).fingerprint != record.hardware.fingerprint:
+            return Verdict(record, Outcome.NOT_HERE, f"measured on other hardware: {record.hardware.label}")
         return Repeat(record, cell)
     if cell.identity.keys.compress != record.cell.keys.compress:
         return Verdict(record, Outcome.NOT_HERE, "model, method or calibration are no longer what they were")
-    reason = "other hardware" if stage is Stage.SPEED else "the suite's texts or protocol are no longer what they were"
-    return Verdict(record, Outcome.NOT_HERE, reason)
+    return Verdict(record, Outcome.NOT_HERE, "texts or protocol are no longer what they were")
 
 
 @contextmanager

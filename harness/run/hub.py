@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+from pathlib import Path
 
 from slimbench.harness.config.schema import RunConfig
 from slimbench.tasks import assets
 
 _TIMEOUT_S = 5.0
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def unavailable(config: RunConfig) -> str | None:
@@ -46,3 +49,25 @@ def _on_hub(spec: str) -> bool:
 
     known = corpora.catalogue()
     return (known[spec].source if spec in known else spec).startswith("hf:")
+
+
+@functools.cache
+def commit_of(repository: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub model names: from the cache, else from the hub; None where neither tells. Asked once."""
+    from huggingface_hub import constants
+
+    name = revision or "main"
+    if _COMMIT.fullmatch(name):
+        return name
+    ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / name
+    if ref.is_file() and _COMMIT.fullmatch(commit := ref.read_text().strip()):
+        return commit
+    if not reachable():
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).sha
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from slimbench.harness.config import engines, environments
-from slimbench.harness.measure.hardware import available_memory, hardware
+from slimbench.harness.measure.hardware import available_cores, available_memory, hardware
 from slimbench.harness.run import provenance, public
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.worker import Outcome, Task, Worker
@@ -77,7 +77,9 @@ class Runner:
         """The record of one stage of a cell, run unless there is one to reuse. Errors as of `run`."""
         existing = self._reusable(cell, stage)
         if existing is None:
-            with self.store.lock(cell.identity, stage, lambda: self.listener.note(f"{cell.label}: waiting for another run of {stage}")):
+            with self.store.lock(
+                cell.identity, stage, cell.hardware(stage), lambda: self.listener.note(f"{cell.label}: waiting for another run of {stage}")
+            ):
                 existing = self._reusable(cell, stage)
                 if existing is None:
                     return self._execute(cell, stage)
@@ -86,10 +88,10 @@ class Runner:
 
     def _reusable(self, cell: Cell, stage: Stage) -> Record | None:
         """The record that makes running the stage needless, or None."""
-        record = self.store.get(cell.identity, stage)
+        record = self.store.get(cell.identity, stage, cell.hardware(stage))
         if record is not None and record.phase != PLAN and (stage, record.key) in self._done:
             return record
-        return record if record is not None and is_reusable(record, cell) else None
+        return reusable(self.store, cell, stage)
 
     def _execute(self, cell: Cell, stage: Stage) -> Record:
         self.listener.stage_started(cell, stage)
@@ -100,14 +102,15 @@ class Runner:
             status=outcome.status,
             key=cell.identity.keys.of(stage),
             cell=cell.identity,
+            hardware=cell.hardware(stage),
             phase=outcome.phase,
             started=started,
             wall_seconds=outcome.wall_seconds,
             peak_memory_bytes=outcome.peak_memory_bytes,
             failure=outcome.failure,
-            config=public.config(cell.config.model_dump(mode="json", exclude={"results"})),
+            config=public.config(cell.recorded_config()),
             command=cell.command,
-            provenance=provenance.of_machine(cell.config.seed, cell.config.device.threads or 1)
+            provenance=provenance.of_machine(cell.config.seed, cell.config.device.threads or available_cores())
             | _environment_facts(cell, stage)
             | (outcome.provenance or provenance.of_process()),
             **{stage.value: outcome.result},  # type: ignore[arg-type]
@@ -118,10 +121,11 @@ class Runner:
         return record
 
     def _work(self, cell: Cell, stage: Stage) -> Outcome:
-        limit = cell.config.limits.memory_gb
+        limit, threads = cell.config.limits.memory_gb, cell.config.device.threads or available_cores()
+        device = cell.config.device.model_copy(update={"threads": threads})
         task = Task(
             stage=stage,
-            config=cell.config.model_dump(mode="json", by_alias=True),
+            config=cell.config.model_copy(update={"device": device}).model_dump(mode="json", by_alias=True),
             keys=cell.identity.keys.model_dump(),
             reference_key=self._reference_key(cell, stage),
             wall_s=cell.config.limits.wall_s,
@@ -132,7 +136,7 @@ class Runner:
     def _reference_key(self, cell: Cell, stage: Stage) -> str | None:
         """Compress key of the reference; None where it ended badly, so that a candidate that fits is measured without it."""
         if not cell.config.is_reference:
-            record = self.store.get(cell.reference().identity, stage)
+            record = recorded(self.store, cell.reference(), stage)
             if record is not None and record.status is not Status.OK:
                 return None
         return cell.identity.reference.compress
@@ -179,6 +183,25 @@ def with_reference(cell: Cell) -> Iterator[Cell]:
     yield cell
 
 
+def reusable(store: Store, cell: Cell, stage: Stage) -> Record | None:
+    """The record that makes running a stage needless, under the cell's `device.hardware` and `on_existing`."""
+    return next((record for record in _eligible(store, cell, stage) if is_reusable(record, cell)), None)
+
+
+def recorded(store: Store, cell: Cell, stage: Stage) -> Record | None:
+    """The record that stands for a stage of a cell, whatever came of it."""
+    return next(_eligible(store, cell, stage), None)
+
+
+def _eligible(store: Store, cell: Cell, stage: Stage) -> Iterator[Record]:
+    """That of this hardware first; where any will do, compression and quality that ended well on other hardware."""
+    hardware = cell.hardware(stage)
+    if record := store.get(cell.identity, stage, hardware):
+        yield record
+    if cell.config.device.hardware == "any" and stage is not Stage.SPEED:
+        yield from (other for other in store.elsewhere(cell.identity, stage, hardware) if other.status is Status.OK)
+
+
 def is_reusable(record: Record, cell: Cell) -> bool:
     """Whether the record stands, under the cell's `on_existing`, so that its stage is not run again."""
     if record.phase == PLAN or (record.failure and record.failure.interrupted):
@@ -212,13 +235,20 @@ def is_offline(cell: Cell) -> bool:
 def cannot_run(cell: Cell, stage: Stage) -> Outcome | None:
     """An `unsupported` outcome where it is known beforehand that a stage of the cell cannot run on this machine."""
     machine, config = hardware(), cell.config
-    needs_cuda = [s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"]
-    if config.device.name == "cuda" and not machine.gpus:
-        return _unsupported("device=cuda, but this machine has no CUDA card that torch can use")
-    if needs_cuda and config.device.name != "cuda":
-        return _unsupported(f"{needs_cuda[0]} needs a CUDA card; this machine has none")
+    device = config.device.compress if stage is Stage.COMPRESS else config.device.name
+    only = [(s.name, m.needs.device) for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device not in (None, device)]
+    if stage is Stage.COMPRESS and only:
+        return _unsupported(f"{only[0][0]} runs on {only[0][1]} only, and device.compress is {device}")
+    if device == "cuda" and not machine.gpus:
+        needing = next((s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"), None)
+        asked = config.device.name == "cuda" or not needing
+        return _unsupported(
+            "device=cuda, but this machine has no CUDA card that torch can use"
+            if asked
+            else f"{needing} needs a CUDA card; this machine has none"
+        )
     needed = models.weight_bytes(config.model)
-    room = machine.gpus[config.device.index].memory_bytes if config.device.name == "cuda" else available_memory()
+    room = machine.gpus[config.device.index].memory_bytes if device == "cuda" else available_memory()
     if needed and needed > room:
         return _unsupported(f"the weights of {config.model.name} need {needed / 1e9:.0f} GB, this machine has {room / 1e9:.0f} GB")
     if stage is not Stage.COMPRESS:

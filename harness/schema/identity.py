@@ -37,9 +37,16 @@ class Keys(Schema):
 
 
 class CellIdentity(Schema):
-    """Which cell a record belongs to, in words, and the keys of its reference."""
+    """Which cell a record belongs to, in words, and the keys of its reference.
+
+    Attributes:
+        revision: Commit of a hub model; as the configuration has it where it could neither be found in the cache nor asked for.
+        steps: For each step its `name` in `conf/method/`, the `method` behind it with its `version`, `settings` and `reference`.
+        former_keys: Keys that the cell had before they were computed otherwise, oldest first.
+    """
 
     model: str
+    revision: str | None = None
     source_precision: str | None = None
     dtype: str
     parameters: int | None = None
@@ -54,3 +61,4 @@ class CellIdentity(Schema):
     seed: int = 0
     keys: Keys
     reference: Keys
+    former_keys: list[Keys] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from slimbench.harness.schema import legacy_keys
+from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.record import SCHEMA_VERSION
 
 
@@ -29,6 +31,8 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
     if version < 5:
         _prompts_of_schema_4(data)
         data.get("config", {}).pop("results", None)  # a folder of the machine that measured
+    if version < 6:
+        _paths_of_schema_5(data)
     return data
 
 
@@ -69,3 +73,36 @@ def _items_of_schema_2(task: dict[str, Any]) -> None:
         columns = {"ids": "id", "hashes": "hash", "correct": "correct"}
         task["items"] = {name: [item[field] for item in items] for name, field in columns.items()}
         task["items"]["loglikelihoods"] = [item.get("loglikelihoods", []) for item in items]
+
+
+def _paths_of_schema_5(data: dict[str, Any]) -> None:
+    """Name methods and engine in place of the paths of their classes, and the hardware. The keys stay what they were."""
+    if isinstance(data.get("config"), dict):
+        data["config"].pop("results", None)
+    cell, config, provenance = (part if isinstance(part := data.get(name), dict) else {} for name in ("cell", "config", "provenance"))
+    if "steps" in cell:
+        cell["steps"] = [_named(step) for step in cell["steps"]]
+    if "pipeline" in config:
+        config["pipeline"] = [_named(step) for step in config["pipeline"]]
+    if isinstance(config.get("reference"), dict):
+        config["reference"] = _named(config["reference"])
+    if isinstance(engine := config.get("engine"), dict):
+        config["engine"] = {"name": engine.get("name"), "version": 1}
+    device = config["device"] if isinstance(config.get("device"), dict) else {}
+    if not data.get("imported") and device:
+        device["compress"] = device.get("name")
+        device["threads"] = legacy_keys.asked_threads(data)
+    threads = provenance.get("threads")
+    place = identify(provenance.get("hardware"), str(cell.get("device")), device.get("index") or 0, threads or 0)
+    data.setdefault("hardware", place.model_dump())
+
+
+def _named(step: dict[str, Any]) -> dict[str, Any]:
+    """A step with the name and version of its method in place of its class, where that is one of slimbench's own."""
+    rest = {name: value for name, value in step.items() if name != "target"}
+    if "target" not in step or "method" in step:
+        return rest
+    try:
+        return rest | {"method": legacy_keys.method_name(step["target"]), "version": legacy_keys.METHOD_VERSION}
+    except legacy_keys.LegacyError:
+        return rest

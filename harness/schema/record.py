@@ -12,12 +12,13 @@ from pydantic import Field, model_validator
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.compress import CompressResult
+from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.util.text import one_line
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Failure(Schema):
@@ -69,6 +70,7 @@ class Record(Schema):
     status: Status
     key: str
     cell: CellIdentity
+    hardware: HardwareIdentity = HardwareIdentity()
     phase: str = ""
     started: str
     wall_seconds: float | None = None

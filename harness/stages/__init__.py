@@ -27,7 +27,7 @@ def run(stage: Stage, config: RunConfig, keys: dict[str, str], reference_key: st
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
-    if config.device.name == "cuda":
+    if "cuda" in (config.device.compress if stage is Stage.COMPRESS else config.device.name):
         torch.cuda.set_device(config.device.index)
     if stage is Stage.COMPRESS:
         return compress.run(config, keys["compress"], report)

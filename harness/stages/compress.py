@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slimbench.harness.config import lock
-from slimbench.harness.config.parse import build_method
+from slimbench.harness.config.parse import build_method, describe
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import gpu, machine
 from slimbench.harness.measure.cost import Cost
@@ -37,7 +37,8 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
     claim: Claim | None = None
     step_seconds: dict[str, float] = {}
     flags: list[str] = []
-    cost, watch = Cost(config.device.name), machine.LoadWatch(gpu.monitor(torch.device(config.device.name)))
+    device: Any = config.device.compress
+    cost, watch = Cost(device), machine.LoadWatch(gpu.monitor(torch.device(device)))
     with artefact.staging(key) as folder:
         current = source
         for index, (step, method) in enumerate(zip(config.pipeline, methods, strict=True)):
@@ -48,7 +49,6 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             kept = artefact.checkpoints(key, index)
             if kept.exists():
                 flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
-            device: Any = config.device.name
             if claim and claim.format == EDITED:
                 shape = edited.shape_of(current)
                 method.check(shape)
@@ -73,7 +73,7 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             current = out
         report.phase("write artefact")
         assert claim is not None
-        steps = [step.model_dump() for step in config.pipeline]
+        steps = [describe(step) for step in config.pipeline]
         manifest = artefact.Manifest(key=key, model=config.model.name, pipeline=steps, claim=claim, code=code)
         final = artefact.publish(current, manifest)
     spent, (load, disturbances) = cost.read(), watch.read()

@@ -12,6 +12,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedResult
+from slimbench.harness.store.migrate import NAMED_KEYS
 from slimbench.harness.store.store import Store, read
 from slimbench.methods.base import Claim
 
@@ -40,8 +41,12 @@ def check(store: Store) -> tuple[int, list[Fault]]:
             records[name] = record
     claims = {r.cell.keys.compress: (r.compress.claim, r.compress.disk_bytes) for r in records.values() if r.compress}
     for name, record in records.items():
-        place = store.path(record.cell, record.stage).relative_to(store.root).as_posix()
-        if name != place:
+        place = store.path(record.cell, record.stage, record.hardware).relative_to(store.root).as_posix()
+        if record.schema_version < NAMED_KEYS:
+            faults.append(
+                Fault(name, f"of schema {record.schema_version}, with keys of import paths; `slimbench records migrate` renews it")
+            )
+        elif name != place:
             faults.append(Fault(name, f"belongs at {place}"))
         claim, disk_bytes = claims.get(record.cell.keys.compress, (None, None))
         faults += [Fault(name, what) for what in _faults(record, claim, disk_bytes)]

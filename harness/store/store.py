@@ -1,8 +1,8 @@
 """The results folder: one JSON file for each record, whose path is its identity.
 
-`RESULTS/<model>/<pipeline>/<stage>-<key>.json`. Records are written atomically (temporary file, fsync, rename), so a
-reader never sees half of one, and folders from any number of machines merge by copying. What many records hold alike lies beside
-them once (`harness.store.shared`).
+`RESULTS/<model>/<pipeline>/<stage>-<task key>-<hardware fingerprint>.json`. Records are written atomically (temporary file,
+fsync, rename), so a reader never sees half of one, and folders from any number of machines merge by copying. What many records hold
+alike lies beside them once (`harness.store.shared`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
@@ -54,14 +55,22 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def path(self, cell: CellIdentity, stage: Stage) -> Path:
-        return self.root / slug(cell.model) / slug(cell.pipeline) / f"{stage.value}-{slug(cell.keys.of(stage))}.json"
+    def path(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Path:
+        name = f"{stage.value}-{slug(cell.keys.of(stage))}-{slug(hardware.fingerprint)}.json"
+        return self.root / slug(cell.model) / slug(cell.pipeline) / name
 
-    def get(self, cell: CellIdentity, stage: Stage) -> Record | None:
-        """The record of a stage, or None. A file that cannot be read counts as absent."""
-        path = self.path(cell, stage)
+    def get(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Record | None:
+        """The record of a stage on some hardware, or None. A file that cannot be read counts as absent."""
+        path = self.path(cell, stage, hardware)
         record = read(path) if path.exists() else None
         return record if isinstance(record, Record) else None
+
+    def elsewhere(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> list[Record]:
+        """The records of a stage on all other hardware, the newest first."""
+        own = self.path(cell, stage, hardware)
+        paths = own.parent.glob(f"{stage.value}-{slug(cell.keys.of(stage))}-*.json")
+        records = [record for path in paths if path != own and isinstance(record := read(path), Record)]
+        return sorted(records, key=lambda record: (record.started, record.hardware.fingerprint), reverse=True)
 
     def put(self, record: Record) -> Path:
         """Write a record, replacing one of the same key. A file of its name that cannot be read is moved aside and kept.
@@ -69,7 +78,7 @@ class Store:
         Raises:
             StoreError: The folder is not writable or the disk is full; nothing was changed.
         """
-        path = self.path(record.cell, record.stage)
+        path = self.path(record.cell, record.stage, record.hardware)
         try:
             if path.exists() and not isinstance(read(path), Record):
                 path.replace(path.with_suffix(".json.unreadable"))
@@ -79,8 +88,8 @@ class Store:
         return path
 
     @contextmanager
-    def lock(self, cell: CellIdentity, stage: Stage, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Keep other sweeps on this folder from running the same stage at the same time.
+    def lock(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keep other sweeps on this folder from running the same stage on the same hardware at the same time.
 
         The lock belongs to the process and vanishes with it, however it ends. `on_wait` is called once if another
         process holds it; afterwards the caller should look for the record again.
@@ -90,7 +99,7 @@ class Store:
         folder = self.root / ".locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}.lock")
+            lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}-{hardware.fingerprint}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:

@@ -18,9 +18,10 @@ from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance, speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
+from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, shared_items, windows_of
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.rows.speed import speedup
 from slimbench.util.text import nearest
 
@@ -154,14 +155,14 @@ def compare(
     """
     ordered = oldest_first(records)
     one, other = _choose(ordered, a, b, {"model": model, "suite": suite, "device": device})
-    newest = by_key(ordered)
-    ours, theirs = _quality(newest, one), _quality(newest, other)
+    index = Index(ordered)
+    ours, theirs = _quality(index, one), _quality(index, other)
     return Comparison(
         a=one,
         b=other,
         texts=_texts(ours, theirs) if ours and theirs else [],
         accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs else None,
-        speed=_speed(newest, one, other),
+        speed=_speed(index, one, other),
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
         disk_ratio=_ratio(one.disk_bytes, other.disk_bytes),
     )
@@ -181,7 +182,7 @@ def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str,
     if not pairs:
         if any(row.keys == other.keys for row in firsts for other in seconds):
             raise ConfigError(f"'{a}' and '{b}' are the same cell; name another to compare it with")
-        raise ConfigError(f"'{a}' and '{b}' stand in no common table: {apart(firsts, seconds, by_key(records))}")
+        raise ConfigError(f"'{a}' and '{b}' stand in no common table: {apart(firsts, seconds, Index(records))}")
     if len(pairs) > 1:
         found = "; ".join(f"{_describe(row)} against {_describe(other)}" for row, other in pairs[:_LISTED])
         more = f"; and {len(pairs) - _LISTED} more" if len(pairs) > _LISTED else ""
@@ -193,19 +194,19 @@ def _of_the_fullest(pairs: list[tuple[Row, Row]], sizes: Counter[tuple[str, ...]
     """Of pairs that differ in nothing but their hardware, those of the machine with the most rows."""
     fullest: dict[tuple[str, ...], tuple[str, ...]] = {}
     for row, _ in pairs:
-        *setting, _ = row.table_key
-        known = fullest.setdefault(tuple(setting), row.table_key)
-        fullest[tuple(setting)] = max(known, row.table_key, key=lambda table: (sizes[table], table))
+        setting = row.table_key[:-2]
+        known = fullest.setdefault(setting, row.table_key)
+        fullest[setting] = max(known, row.table_key, key=lambda table: (sizes[table], table))
     return [pair for pair in pairs if pair[0].table_key in fullest.values()]
 
 
 def _with_references(firsts: Sequence[Row], board: Sequence[Row], records: Sequence[Record], name: str) -> list[tuple[Row, Row]]:
     wanted = {r.cell.keys.model_dump_json(): r.cell.reference.model_dump_json() for r in records}
-    known = {row.keys.model_dump_json(): row for row in board if row.is_reference}
+    known = {(row.keys.model_dump_json(), row.fingerprint): row for row in board if row.is_reference}
     compressed = [row for row in firsts if not row.is_reference]
     if not compressed:
         raise ConfigError(f"'{name}' is the reference itself; name the cell to compare it with")
-    pairs = [(row, known.get(wanted[row.keys.model_dump_json()])) for row in compressed]
+    pairs = [(row, known.get((wanted[row.keys.model_dump_json()], row.fingerprint))) for row in compressed]
     if not any(reference for _, reference in pairs):
         raise ConfigError(f"the reference of '{name}' is not among the records; name another cell to compare it with")
     return [(row, reference) for row, reference in pairs if reference]
@@ -239,14 +240,14 @@ def _describe(row: Row) -> str:
     return f"{row.label} ({row.model}, {row.suite}, {row.engine_label}, {row.device}{calibration}, key {row.keys.quality})"
 
 
-def _quality(newest: Records, row: Row) -> QualityResult | None:
-    record = newest.get((Stage.QUALITY, row.keys.quality))
+def _quality(index: Index, row: Row) -> QualityResult | None:
+    record = index.of_row(row, Stage.QUALITY)
     return record.quality if record else None
 
 
-def headline(newest: Records, a: Row, b: Row) -> TextComparison | None:
+def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
     """The first text that two cells share, A against B; None where they share none."""
-    ours, theirs = _quality(newest, a), _quality(newest, b)
+    ours, theirs = _quality(index, a), _quality(index, b)
     return next(iter(_texts(ours, theirs)), None) if ours and theirs else None
 
 
@@ -306,9 +307,9 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
     return AccuracyComparison(delta=_difference(delta), b_only=b_only, a_only=a_only, p=p, tasks=compared)
 
 
-def _speed(newest: Records, one: Row, other: Row) -> list[SpeedComparison]:
+def _speed(index: Index, one: Row, other: Row) -> list[SpeedComparison]:
     """Both phases at the headline point; nothing where one of them has no speed figure or the two had different references."""
-    ours, theirs = _measured_speed(newest, one), _measured_speed(newest, other)
+    ours, theirs = _measured_speed(index, one), _measured_speed(index, other)
     if not ours or not theirs:
         return []
     (result, reference), (other_result, other_reference) = ours, theirs
@@ -331,9 +332,9 @@ def _speed(newest: Records, one: Row, other: Row) -> list[SpeedComparison]:
     return found
 
 
-def _measured_speed(newest: Records, row: Row) -> tuple[SpeedResult, str] | None:
+def _measured_speed(index: Index, row: Row) -> tuple[SpeedResult, str] | None:
     """The speed result of a row that shows one, and the speed key of the reference next to which it was measured."""
-    record = newest.get((Stage.SPEED, row.keys.speed))
+    record = index.of_row(row, Stage.SPEED)
     if record is None or record.speed is None or not record.speed.points or row.decode_tokens_per_s is None:
         return None
     return record.speed, record.cell.reference.speed

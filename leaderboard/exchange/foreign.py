@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage, Status
 from slimbench.harness.schema.record import Imported, Record
 from slimbench.util.hashing import short_hash
@@ -124,6 +125,7 @@ def record(source: Source, setting: Setting, named: Named, result: Any, wall_sec
             keys=keys,
             reference=_keys(setting, model, DENSE),
         ),
+        hardware=identify(provenance.get("hardware"), setting.device, threads=provenance.get("threads") or 0),
         started=setting.run or "",
         wall_seconds=wall_seconds,
         **{part: result},

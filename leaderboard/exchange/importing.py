@@ -63,7 +63,7 @@ def add(sources: Iterable[Path], store: Store, format: str = AUTO, named: Named 
 def _store(path: Path, read: Record | str, store: Store, replace: bool) -> Report:
     if isinstance(read, str):
         return Report(str(path), Outcome.UNREADABLE, reason=read)
-    there = store.get(read.cell, read.stage)
+    there = store.get(read.cell, read.stage, read.hardware)
     if there == read:
         return Report(str(path), Outcome.THERE, read)
     if there and not replace:

@@ -86,7 +86,7 @@ def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
     """Rows whose speed may be compared: one model, speed protocol, device and hardware."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in board:
-        key = row.model, row.speed, row.speed_protocol, row.device, row.hardware
+        key = row.model, row.speed, row.speed_protocol, row.device, row.hardware, row.fingerprint
         groups.setdefault(key, {}).setdefault(row.keys.speed, row)
     found = [list(group.values()) for group in groups.values()]
     found = [rows for rows in found if any(row.speed_points for row in rows)] or found

@@ -43,7 +43,7 @@ def series(board: Sequence[Row]) -> list[Series]:
     groups: dict[tuple[str, ...], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in board:
         if row.decode_tokens_per_s and row.weight_bytes and row.copy_bandwidth_gbs:
-            groups[row.hardware, row.speed_protocol, row.speed_point or ""][row.pipeline, row.path_label].append(row)
+            groups[row.hardware, row.fingerprint, row.speed_protocol, row.speed_point or ""][row.pipeline, row.path_label].append(row)
     found = [_group(setting, paths) for setting, paths in groups.items()]
     return max(found, key=lambda drawn: sum(len(s.points) for s in drawn), default=[])
 

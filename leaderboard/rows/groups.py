@@ -45,6 +45,7 @@ class Identity(Group):
     speed: str = Field(description="How speed was measured.")
     speed_protocol: str = Field(description="Hash of the speed protocol: only rows with the same hash may be compared in speed.")
     hardware: str = Field(description="Card, or processor with threads and memory, on which speed was measured.")
+    fingerprint: str = Field(description="What tells that hardware from others that are called the same: a hash of what a kernel can see.")
     seed: int = Field(description="Seed of the cell.")
     flags: list[str] = Field(default=[], description="Mismatches of claim and evidence, and disturbances of the measurement.")
     imported: str | None = Field(default=None, description="The tool that measured the row, where its results were imported.")

@@ -65,6 +65,11 @@ class Row(Calibration, Cost, Size, Speed, Accuracy, Divergence, Perplexity, Iden
         return self.model, self.suite, self.suite_protocol, self.device
 
     @property
+    def place(self) -> tuple[str, str, str, str]:
+        """What identifies the row: its three task keys and its hardware."""
+        return self.keys.compress, self.keys.quality, self.keys.speed, self.fingerprint
+
+    @property
     def table_key(self) -> tuple[str, ...]:
         """What rows must share to stand in one table: model, suite, speed protocol, device and hardware."""
-        return self.model, self.suite, self.suite_protocol, self.speed, self.speed_protocol, self.device, self.hardware
+        return self.model, self.suite, self.suite_protocol, self.speed, self.speed_protocol, self.device, self.hardware, self.fingerprint

@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.harness.schema.hardware import Gpu, Hardware
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows import changes
 from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
+from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.parallel import mapped
 from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
@@ -33,62 +33,40 @@ _GRID_MET = 5.0
 _WORD = re.compile(r"(?:'[^']*'|\S)+")
 _LIBRARIES = ("torch", "transformers", "lm_eval", "llmcompressor", "bitsandbytes", "compressed-tensors", "triton")
 
-Records = dict[tuple[Stage, str], Record]
-
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """The board: one row for each combination of compress, quality and speed key that any record names.
+    """The board: one row for each combination of compress, quality and speed key that any record names, and hardware.
 
-    Where several records have the same stage and key, the newest counts. Rows are sorted by table, then reference
+    Where several records have the same stage, key and hardware, the newest counts. Rows are sorted by table, then reference
     first, then perplexity; rows without a result come last.
     """
     ordered = oldest_first(records)
-    newest = by_key(ordered)
+    index = Index(ordered)
     texts = _texts(ordered)
     bearers = list(cells(ordered).values())
-    made = mapped(lambda bearer: _row(bearer, newest, texts), bearers)
-    board = ranked([(row, _finished_quality(bearer, newest)) for row, bearer in zip(made, bearers, strict=True)])
+    made = mapped(lambda bearer: _row(bearer, index, texts), bearers)
+    board = ranked([(row, _finished_quality(row, index)) for row, bearer in zip(made, bearers, strict=True)])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
-
-
-def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
-    """A record for each combination of keys: the newest, but one under a shipped name before one that spells out its settings."""
-    found: dict[tuple[str, str, str], Record] = {}
-    for record in ordered:
-        keys = record.cell.keys
-        place = keys.compress, keys.quality, keys.speed
-        if place not in found or "(" not in record.cell.pipeline or "(" in found[place].cell.pipeline:
-            found[place] = record
-    return found
-
-
-def oldest_first(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds or 0, r.command))
-
-
-def by_key(ordered: Sequence[Record]) -> Records:
-    """The last record of each stage and key."""
-    return {(r.stage, r.key): r for r in ordered}
 
 
 def _order(row: Row) -> tuple[Any, ...]:
     empty = row.perplexity is None and row.decode_tokens_per_s is None
     value = math.inf if row.perplexity is None else row.perplexity
-    return (*row.table_key, empty, not row.is_reference, value, row.pipeline, row.engine, *row.keys.model_dump().values())
+    return (*row.table_key, empty, not row.is_reference, value, row.pipeline, row.engine, *row.keys.model_dump().values(), row.fingerprint)
 
 
-def _finished_quality(bearer: Record, newest: Records) -> QualityResult | None:
-    record = newest.get((Stage.QUALITY, bearer.cell.keys.quality))
+def _finished_quality(row: Row, index: Index) -> QualityResult | None:
+    record = index.of_row(row, Stage.QUALITY)
     return record.quality if record and record.status is Status.OK else None
 
 
-def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
-    """The row of the cell that `bearer`, the newest record with exactly its keys, describes."""
-    cell = bearer.cell
-    found = {stage: newest[stage, cell.keys.of(stage)] for stage in Stage if (stage, cell.keys.of(stage)) in newest}
+def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
+    """The row of the cell that `bearer`, the newest record with exactly its keys and hardware, describes."""
+    cell, here = bearer.cell, bearer.hardware.fingerprint
+    found = {stage: record for stage in Stage if (record := index.of(stage, cell.keys, here))}
     compress, quality, speed = (found.get(stage) for stage in Stage)
     is_reference = cell.keys.compress == cell.reference.compress
-    reference = None if is_reference else newest.get((Stage.QUALITY, cell.reference.quality))
+    reference = None if is_reference or not quality else index.reference(quality)
     simulated = bool(compress and compress.simulated)
     status, reason = _outcome(found, _expected(bearer, simulated))
     evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r and r.evidence]
@@ -99,7 +77,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
     flags += [*result.flags, *losses(tasks)]
     flags += compress.compress.flags if compress and compress.compress else []
     flags += _grid_of_the_source(cell.source_precision, compress, texts_measured.perplexity_delta_percent)
-    rival = newest.get((Stage.SPEED, cell.reference.speed))
+    rival = index.reference(speed) if speed else None
     if speed and speed.speed and rival:
         flags += speeds.disturbances(speed.speed, rival.speed)
     if simulated:
@@ -112,7 +90,7 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         model=cell.model,
         pipeline=cell.pipeline,
         family=cell.family,
-        methods=[str(step.get("target") or step.get("name") or cell.pipeline).rpartition(".")[2] for step in cell.steps],
+        methods=[str(step.get("method") or step.get("name") or cell.pipeline) for step in cell.steps],
         parameters=cell.parameters,
         engine=cell.engine,
         kernel=next((e.kernel for e in reversed(evidences) if e.kernel), None),
@@ -125,7 +103,8 @@ def _row(bearer: Record, newest: Records, texts: dict[str, list[str]]) -> Row:
         suite_protocol=_digest(_protocol(bearer, "suite"), texts.get(cell.reference.quality, [])),
         speed=cell.speed,
         speed_protocol=_digest(_protocol(bearer, "speed")),
-        hardware=_hardware(measured),
+        hardware=measured.hardware.label,
+        fingerprint=here,
         seed=cell.seed,
         flags=list(dict.fromkeys(flags)),
         imported=imported.label if imported else None,
@@ -244,16 +223,6 @@ def _protocol(record: Record, name: str) -> dict[str, Any]:
 
 def _digest(*values: Any) -> str:
     return short_hash(json.dumps(values, sort_keys=True, default=str))[:8]
-
-
-def _hardware(record: Record) -> str:
-    """The readable fingerprint that is also part of the speed key."""
-    try:
-        facts = dict(record.provenance["hardware"])
-        machine = Hardware(**facts | {"gpus": [Gpu(**gpu) for gpu in facts.get("gpus", [])]})
-        return machine.fingerprint(record.cell.device, _section(record, "device").get("index", 0), record.provenance.get("threads") or 0)
-    except (KeyError, TypeError, ValueError, IndexError):
-        return "unknown hardware"
 
 
 def _command(text: str) -> str:

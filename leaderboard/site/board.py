@@ -6,21 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from slimbench.harness.schema.identity import Keys, Stage, Status
+from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Unreadable
 from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.rows import Records, by_key, oldest_first, rows
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.settings import Setting, setting
 from slimbench.leaderboard.tables.tables import Table, pareto, tables, titles
 
-KeyTriple = tuple[str, str, str]
+Place = tuple[str, str, str, str]
 SMALLEST, FASTEST = "size", "speed"
-
-
-def triple(keys: Keys) -> KeyTriple:
-    return keys.compress, keys.quality, keys.speed
 
 
 @dataclass(frozen=True)
@@ -29,19 +26,19 @@ class Board:
 
     Attributes:
         rows: One for each cell, sorted.
-        newest: The newest record of each stage and key.
+        index: The records by stage, task key and hardware.
         unreadable: Path and reason of each file that should be a record and is not.
     """
 
     rows: Sequence[Row]
-    newest: Records = field(default_factory=dict)
+    index: Index = field(default_factory=Index)
     unreadable: Sequence[tuple[str, str]] = ()
 
     @classmethod
     def of(cls, records: Iterable[Record], unreadable: Iterable[Unreadable] = ()) -> Board:
         """The board of records in any order."""
         ordered = oldest_first(records)
-        return cls(rows(ordered), by_key(ordered), sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable))
+        return cls(rows(ordered), Index(ordered), sorted((clean(fault.path), clean(fault.reason)) for fault in unreadable))
 
     @cached_property
     def tables(self) -> list[Table]:
@@ -53,18 +50,18 @@ class Board:
         return list(map(setting, self.tables, titles(self.tables)))
 
     @cached_property
-    def table_of(self) -> dict[KeyTriple, int]:
+    def table_of(self) -> dict[Place, int]:
         """The position of each row's table."""
-        return {triple(row.keys): number for number, table in enumerate(self.tables) for row in table.rows}
+        return {row.place: number for number, table in enumerate(self.tables) for row in table.rows}
 
     @cached_property
-    def fronts(self) -> dict[KeyTriple, list[str]]:
+    def fronts(self) -> dict[Place, list[str]]:
         """On which Pareto fronts of its table a row lies: `size`, `speed`."""
-        found: dict[KeyTriple, list[str]] = {}
+        found: dict[Place, list[str]] = {}
         for table in self.tables:
             for name, axis in ((SMALLEST, "weight_bytes"), (FASTEST, "decode_tokens_per_s")):
                 for row in pareto(table.rows, axis):  # type: ignore[arg-type]
-                    found.setdefault(triple(row.keys), []).append(name)
+                    found.setdefault(row.place, []).append(name)
         return found
 
     @cached_property
@@ -85,7 +82,7 @@ class Board:
 
     def records(self, row: Row) -> dict[Stage, Record]:
         """The records that a row was made of."""
-        return {stage: self.newest[stage, row.keys.of(stage)] for stage in Stage if (stage, row.keys.of(stage)) in self.newest}
+        return {stage: record for stage in Stage if (record := self.index.of_row(row, stage))}
 
     def bearer(self, row: Row) -> Record | None:
         """Any record that describes the cell of a row."""

@@ -17,7 +17,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
-from slimbench.leaderboard.site.board import Board, plural, triple
+from slimbench.leaderboard.site.board import Board, plural
 from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.site.lines import Line
 from slimbench.leaderboard.site.method import steps
@@ -44,9 +44,9 @@ class Grid:
 
 def render(board: Board, row: Row, line: Line) -> str:
     records = board.records(row)
-    table = board.tables[board.table_of[triple(row.keys)]]
+    table = board.tables[board.table_of[row.place]]
     unsteady = [shorten(text, LONGEST_REMARK) for text in noise(row.flags)]
-    setting = board.settings[board.table_of[triple(row.keys)]]
+    setting = board.settings[board.table_of[row.place]]
     return page(
         "cell.html.j2",
         names.cell(row),
@@ -206,7 +206,7 @@ def _facts(record: Record) -> dict[str, Any]:
     hardware = value if isinstance(value := facts.get("hardware"), dict) else {}
     known = {
         "Key": record.key,
-        "File": Store(Path()).path(record.cell, record.stage).as_posix(),
+        "File": Store(Path()).path(record.cell, record.stage, record.hardware).as_posix(),
         "Started": record.started,
         "Took": None if record.wall_seconds is None else f"{record.wall_seconds:,.1f} s",
         "Peak memory": None if record.peak_memory_bytes is None else f"{_BYTES(record.peak_memory_bytes)} MB",

@@ -28,7 +28,7 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Calibration": " · ".join(part for part in (row.calibration_text, row.calibration) if part),
         "Seed": f"{row.seed}" + ("" if row.calibration_seed is None else f", of the calibration text {row.calibration_seed}"),
         "Imported from": row.imported,
-        "Hardware": row.hardware,
+        "Hardware": f"{row.hardware} · {row.fingerprint}",
         "Keys": f"compress {row.keys.compress} · quality {row.keys.quality} · speed {row.keys.speed}",
         "Provenance": " · ".join(f"{name} {value}" for name, value in row.provenance.items()),
         "Command": row.command,

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from slimbench.leaderboard.figures import FAMILIES, family_of
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
-from slimbench.leaderboard.site.board import Board, triple
+from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from slimbench.leaderboard.tables.columns import COLUMNS, Column, seed_spread
 from slimbench.leaderboard.tables.format import shorten
@@ -53,7 +53,7 @@ def line(board: Board, row: Row) -> Line:
         name=shorten(row.label, LONGEST_NAME),
         about=shorten(" · ".join(about), LONGEST_NAME),
         family=colour(row),
-        fronts=board.fronts.get(triple(row.keys), ()),
+        fronts=board.fronts.get(row.place, ()),
         labels=["simulated"] if simulated(row) else [],
         remarks=[shorten(text, LONGEST_REMARK) for text in remarks(row)],
     )

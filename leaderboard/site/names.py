@@ -17,8 +17,8 @@ def slug(text: str) -> str:
 
 
 def cell_id(row: Row) -> str:
-    """What identifies the page of a cell: a hash of its keys."""
-    return _hash("\n".join((row.keys.compress, row.keys.quality, row.keys.speed)))[:12]
+    """What identifies the page of a cell: a hash of its keys and hardware."""
+    return _hash("\n".join(row.place))[:12]
 
 
 def cell(row: Row) -> str:

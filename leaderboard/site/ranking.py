@@ -9,7 +9,7 @@ from typing import Any
 from slimbench.leaderboard.recommend import memory_bytes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
-from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board, triple
+from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board
 from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS, Bounds, Column
@@ -81,12 +81,12 @@ def _column(column: Column) -> dict[str, Any]:
 
 
 def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
-    fronts = board.fronts.get(triple(row.keys), ())
+    fronts = board.fronts.get(row.place, ())
     marks = _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
     marks |= _SMALLEST * (SMALLEST in fronts) | _FASTEST * (FASTEST in fronts)
     return [
         names.cell_id(row),
-        board.table_of[triple(row.keys)],
+        board.table_of[row.place],
         texts.name(row.model),
         texts.name(row.label),
         texts.name(row.family),

@@ -1,6 +1,7 @@
 """Cells as W&B runs: one run for each row of the board, with its records' configuration, tables and artefact. A function of the records.
 
-Runs carry ids made from the content keys, so that logging a cell again updates its run. Without a login runs are written offline,
+Runs carry ids made from keys and hardware, so that logging a cell again updates its run; where the keys of a cell were others before,
+the oldest ones, so that it goes on with the run that it had. Without a login runs are written offline,
 and `wandb sync` sends them later.
 """
 
@@ -16,8 +17,9 @@ from typing import Any, Literal
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows.clean import clean
+from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.rows import Records, by_key, cells, oldest_first, rows
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.util.hashing import short_hash
 
 Mode = Literal["auto", "online", "offline"]
@@ -31,7 +33,7 @@ class Run:
     """What a cell becomes in W&B.
 
     Attributes:
-        id: Made from the content keys of the cell.
+        id: Made from the oldest keys of the cell, and its hardware.
         group: Model and family, by which the runs are grouped; `job_type` is the family.
         config: Identity, settings and protocols of the cell, and its provenance.
         summary: The measured values under the names of the board's row.
@@ -58,9 +60,9 @@ class Run:
 def runs(records: Iterable[Record]) -> list[Run]:
     """A run for each row of the board, in its order."""
     ordered = oldest_first(records)
-    newest = by_key(ordered)
+    index = Index(ordered)
     bearers = cells(ordered)
-    return [_run(row, bearers[row.keys.compress, row.keys.quality, row.keys.speed], newest) for row in rows(ordered)]
+    return [_run(row, bearers[row.place], index) for row in rows(ordered)]
 
 
 def log(
@@ -142,12 +144,12 @@ def logged_in() -> bool:
         return False
 
 
-def _run(row: Row, bearer: Record, newest: Records) -> Run:
-    found = {stage: newest.get((stage, row.keys.model_dump()[stage.value])) for stage in Stage}
+def _run(row: Row, bearer: Record, index: Index) -> Run:
+    found = {stage: index.of_row(row, stage) for stage in Stage}
     family = row.family or "none"
     measured = row.model_dump(mode="json", exclude=_NOT_SUMMARY)
     return Run(
-        id=short_hash(row.keys.compress, row.keys.quality, row.keys.speed),
+        id=_id(row, found),
         name=f"{row.pipeline} · {row.engine}"[:_LONGEST],
         group=f"{row.model} · {family}"[:_LONGEST],
         job_type=family[:64],
@@ -159,8 +161,18 @@ def _run(row: Row, bearer: Record, newest: Records) -> Run:
     )
 
 
+def _id(row: Row, found: dict[Stage, Record | None]) -> str:
+    """The oldest keys of a cell held the hardware themselves."""
+    former = [record.cell.former_keys[0] for record in found.values() if record and record.cell.former_keys and _is_of(record, row)]
+    return short_hash(former[-1].compress, former[-1].quality, former[-1].speed) if former else short_hash(*row.place)
+
+
+def _is_of(record: Record, row: Row) -> bool:
+    return record.cell.keys == row.keys and record.hardware.fingerprint == row.fingerprint
+
+
 def _config(row: Row, bearer: Record) -> dict[str, Any]:
-    identity = bearer.cell.model_dump(mode="json", exclude={"keys", "reference"})
+    identity = bearer.cell.model_dump(mode="json", exclude={"keys", "reference", "former_keys"})
     return identity | {
         "keys": row.keys.model_dump(),
         "protocols": {name: bearer.config.get(name) for name in ("suite", "speed", "calibration", "limits")},

@@ -27,7 +27,7 @@ def synthetic(folder: Path, wanted: int) -> None:
     store = Store(folder)
     made = (record for number in count() for spec, group in product(specs(), GROUPS) for record in records(_spec(spec, number, group)))
     for record in islice(made, wanted):
-        path = store.path(record.cell, record.stage)
+        path = store.path(record.cell, record.stage, record.hardware)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(record.model_dump_json(indent=1, exclude_none=True))
 

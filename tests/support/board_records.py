@@ -11,6 +11,7 @@ import numpy as np
 
 from slimbench.harness.schema.compress import ArtefactFile, CompressResult
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage, Status
 from slimbench.harness.schema.quality import (
     DivergenceResult,
@@ -172,6 +173,7 @@ def _record(spec: Spec, stage: Stage) -> Record:
         stage=stage,
         status=status,
         key=spec.keys.of(stage),
+        hardware=identify(HARDWARE | {"cpu": spec.cpu}, spec.device, threads=2),
         cell=_cell(spec),
         phase="" if status is Status.OK else stage.value,
         started=f"2026-01-0{list(Stage).index(stage) + 1}T12:00:00+00:00",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable
@@ -218,12 +219,8 @@ def test_two_suites_protocols_or_machines_never_share_a_table() -> None:
     made = [record for spec in suites for record in records(spec)]
     moved = records(replace(GPTQ, device="cuda"))
     for record in moved:
-        record.provenance = record.provenance | {
-            "hardware": {
-                **record.provenance["hardware"],
-                "gpus": [{"name": "Example GPU", "memory_bytes": 1, "driver": "1", "compute_capability": "9.0"}],
-            }
-        }
+        card = {"name": "Example GPU", "memory_bytes": 1, "driver": "1", "compute_capability": "9.0"}
+        record.hardware = identify(record.provenance["hardware"] | {"gpus": [card]}, "cuda")
     split = tables(rows(made + moved))
     assert len(split) == len(suites) + 1
     titles = [table.title for table in split if "wiki" in table.title and "tiny" in table.title]

@@ -15,7 +15,8 @@ from slimbench.harness.stats.significance import LEVEL, holm
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import headline
 from slimbench.leaderboard.recommend import Budget, describe, hold, memory_bytes, recommend
-from slimbench.leaderboard.rows.rows import by_key, rows
+from slimbench.leaderboard.rows.index import Index
+from slimbench.leaderboard.rows.rows import rows
 from tests.support.board_records import Spec, records
 
 MODEL = "tiny-135m"
@@ -103,7 +104,7 @@ def test_ties_are_corrected_for_the_number_of_rivals() -> None:
     many = one + [record for name in "bcdefghi" for record in records(Spec(name, "quantization", loss=1.01))]
     alone, among = (recommend(made, MODEL, Budget()) for made in (one, many))
     assert alone.choice and among.choice and alone.choice.row.pipeline == among.choice.row.pipeline == "dense"
-    texts = [headline(by_key(many), among.choice.row, row) for row in rows(many) if not row.is_reference]
+    texts = [headline(Index(many), among.choice.row, row) for row in rows(many) if not row.is_reference]
     adjusted = holm([text.p for text in texts if text and text.p is not None])
     assert len(among.tied) == sum(adjusted >= LEVEL)
     assert among.better is not None and 1 - adjusted.max() / 2 <= among.better <= 1 - adjusted.min() / 2

@@ -28,7 +28,7 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
 from slimbench.leaderboard.site import method, names, ranking
-from slimbench.leaderboard.site.board import Board, triple
+from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.cell import EVIDENCE_TITLE
 from slimbench.leaderboard.site.lines import SHOWN
 from slimbench.leaderboard.site.pages import quoted
@@ -205,7 +205,7 @@ def test_fronts_ranks_and_labels_are_marked() -> None:
     marks = {content["texts"][row[3]]: row[13] for row in content["rows"]}
     table = Board(rows(records_))
     for row in table.rows:
-        fronts = table.fronts.get(triple(row.keys), [])
+        fronts = table.fronts.get(row.place, [])
         assert (bool(marks[row.label] & 4), bool(marks[row.label] & 8)) == ("size" in fronts, "speed" in fronts)
     assert marks["dense"] & 1 and marks["fake-int6"] & 2 and not marks["gptq"] & 3
     assert "simulated" in pages(site(records_))[names.cell(row_of(records_, "fake-int6"))].text

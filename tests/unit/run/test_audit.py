@@ -12,6 +12,7 @@ from slimbench.harness.config.schema import ConfigError
 from slimbench.harness.run.audit import Outcome, Repeat, Verdict, audit, compare, draw, plan
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store.store import Store
 from tests.unit.run.test_runner import Listener
@@ -70,9 +71,10 @@ def test_a_perplexity_that_was_made_up_is_found(folder: Path) -> None:
 
 def test_another_machine_counts_neither_way(folder: Path, tmp_path: Path) -> None:
     record = next(r for r in Store(folder).scan()[0] if r.stage is Stage.SPEED)
-    verdict = plan(record.model_copy(update={"key": "0123456789abcdef"}), trusted=True)
+    elsewhere = HardwareIdentity(fingerprint="01234567", label="Example CPU")
+    verdict = plan(record.model_copy(update={"hardware": elsewhere}), trusted=True)
     assert isinstance(verdict, Verdict)
-    assert (verdict.outcome, verdict.detail) == (Outcome.NOT_HERE, "other hardware")
+    assert (verdict.outcome, verdict.detail) == (Outcome.NOT_HERE, "measured on other hardware: Example CPU")
 
 
 def test_a_folder_without_records_is_one_line(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_an_artefact_lost_from_the_cache_is_made_again(runner: Runner, overrides
     this = cell(overrides, "method=rtn-8bit")
     runner.run(this)
     shutil.rmtree(artefact.location(this.identity.keys.compress))
-    runner.store.path(this.identity, Stage.QUALITY).unlink()
+    runner.store.path(this.identity, Stage.QUALITY, this.hardware(Stage.QUALITY)).unlink()
     runner._done.clear()
     records = runner.run(this)
     assert [r.status for r in records] == [Status.OK] * 3

@@ -88,7 +88,7 @@ def test_protocols_stand_side_by_side_the_headline_first(runner: Runner, overrid
 def test_a_reference_that_did_not_run_leaves_a_flag_not_a_failure(runner: Runner, overrides: list[str]) -> None:
     mine = cell(overrides, "method=rtn-4bit", "seed=5")
     runner.run(mine.reference())
-    broken = runner.store.get(mine.reference().identity, Stage.QUALITY)
+    broken = runner.store.get(mine.reference().identity, Stage.QUALITY, mine.hardware(Stage.QUALITY))
     assert isinstance(broken, Record)
     runner.store.put(broken.model_copy(update={"status": Status.OOM, "quality": None}))
     result = quality(runner, mine)

@@ -29,7 +29,7 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path, record: Record)
     store = Store(tmp_path)
     path = store.put(record)
     assert path.relative_to(tmp_path).parts[0] == slug(record.cell.model)
-    assert store.get(record.cell, Stage.COMPRESS) == record
+    assert store.get(record.cell, Stage.COMPRESS, record.hardware) == record
     assert store.scan() == ([record], [])
 
 
@@ -38,7 +38,7 @@ def test_an_unreadable_record_is_kept_aside_and_listed(tmp_path: Path, record: R
     path = store.put(record)
     path.write_text(path.read_text()[:100])
     assert len(store.scan()[1]) == 1
-    assert store.get(record.cell, Stage.COMPRESS) is None
+    assert store.get(record.cell, Stage.COMPRESS, record.hardware) is None
     assert path.exists(), "reading changes nothing"
     store.put(record)
     assert path.with_suffix(".json.unreadable").exists()
@@ -145,7 +145,7 @@ def test_a_label_never_leaves_its_folder(label: str) -> None:
 
 
 def _hold(root: Path, record: Record, held: object, seconds: float) -> None:
-    with Store(root).lock(record.cell, Stage.COMPRESS, lambda: None):
+    with Store(root).lock(record.cell, Stage.COMPRESS, record.hardware, lambda: None):
         held.set()  # type: ignore[attr-defined]
         time.sleep(seconds)
 
@@ -165,7 +165,7 @@ def test_a_second_process_waits_for_the_first_and_a_killed_one_frees_the_lock(tm
         process.kill()
         process_killed = True
 
-    with Store(tmp_path).lock(record.cell, Stage.COMPRESS, on_wait):
+    with Store(tmp_path).lock(record.cell, Stage.COMPRESS, record.hardware, on_wait):
         assert process_killed
     process.join()
     assert len(waited) == 1

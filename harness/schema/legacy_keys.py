@@ -64,7 +64,7 @@ def method_name(target: str) -> str:
     Raises:
         LegacyError: It is no class that slimbench shipped.
     """
-    return str(_entry("methods", target, "method class"))
+    return str(entry("methods", target, "method class"))
 
 
 def engine_name(name: str, target: str) -> str:
@@ -73,9 +73,16 @@ def engine_name(name: str, target: str) -> str:
     Raises:
         LegacyError: It is no engine that slimbench shipped.
     """
-    if name not in _entry("engines", target, "engine class"):
+    if name not in entry("engines", target, "engine class"):
         raise LegacyError(f"no shipped engine {name!r} of class {target}")
     return name
+
+
+def asked_threads(record: Mapping[str, Any]) -> int | None:
+    """The CPU threads that the user asked for; None where a record only says how many cores its machine gave."""
+    threads, cores = record["config"]["device"].get("threads"), record.get("provenance", {}).get("hardware", {}).get("cores")
+    asked = re.search(r"\bdevice\.threads=", record.get("command") or "")
+    return threads if asked or threads != cores else None
 
 
 @cache
@@ -83,7 +90,8 @@ def _data() -> dict[str, dict[str, Any]]:
     return json.loads(DATA.read_text(encoding="utf-8"))
 
 
-def _entry(table: str, name: Any, kind: str) -> Any:
+def entry(table: str, name: Any, kind: str) -> Any:
+    """What a table of `legacy_keys.json` says of a name. Raises `LegacyError` where it is not there."""
     found = _data()[table]
     if not isinstance(name, str) or name not in found:
         raise LegacyError(f"no shipped {kind} {name!r}")
@@ -95,28 +103,28 @@ def _digest(value: Any) -> str:
 
 
 def _keys(config: Mapping[str, Any], pipeline: Sequence[Mapping[str, Any]], hardware: Mapping[str, Any]) -> dict[str, str]:
-    calibrated = any(_entry("settings", step["target"], "method class")["calibration"] for step in pipeline)
+    calibrated = any(entry("settings", step["target"], "method class")["calibration"] for step in pipeline)
     compress = _digest(
         {
-            "model": _model(config["model"]),
-            "pipeline": [{"target": step["target"], "settings": _settings(step)} for step in pipeline],
-            "calibration": _calibration(config["calibration"]) if calibrated else None,
+            "model": model(config["model"]),
+            "pipeline": [{"target": step["target"], "settings": settings(step)} for step in pipeline],
+            "calibration": calibration(config["calibration"]) if calibrated else None,
             "seed": config.get("seed", 0),
         }
     )
-    suite, device = _protocol(config["suite"], "suite", ("name", "batch_tokens")), config["device"]
+    suite, device = protocol(config["suite"], "suite", ("name", "batch_tokens")), config["device"]
     quality = _digest(
         {
             "compress": compress,
             "engine": config["engine"]["name"],
             "device": device["name"],
             "protocol": suite | {"include_path": None, "corpus": None},
-            "corpora": [_corpus(spec) for spec in suite["corpus"]],
-            "tasks": _tasks(suite["include_path"], suite["tasks"]) if suite["tasks"] else None,
+            "corpora": [corpus(spec) for spec in suite["corpus"]],
+            "tasks": tasks(suite["include_path"], suite["tasks"]) if suite["tasks"] else None,
         }
     )
-    speed = _protocol(config["speed"], "speed", ("name",))
-    speed["grid"] = [_protocol(point, "speed_point", ()) for point in speed["grid"]]
+    speed = protocol(config["speed"], "speed", ("name",))
+    speed["grid"] = [protocol(point, "speed_point", ()) for point in speed["grid"]]
     speed_key = _digest(
         {
             "compress": compress,
@@ -128,12 +136,13 @@ def _keys(config: Mapping[str, Any], pipeline: Sequence[Mapping[str, Any]], hard
     return {"compress": compress, "quality": quality, "speed": speed_key}
 
 
-def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+def model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What identified the dense source; `content` is there for an asset."""
     source = model["source"]
     identity = {"source": source, "revision": model.get("revision"), "dtype": model.get("dtype", "bfloat16"), "shape": model.get("shape")}
     kind, _, rest = source.partition(":")
     if kind == "asset":
-        return identity | {"content": _entry("assets", rest, "asset")}
+        return identity | {"content": entry("assets", rest, "asset")}
     if kind == "file":
         raise LegacyError("the model is a local folder, whose content is not in the record")
     if kind not in ("hf", "random"):
@@ -141,9 +150,9 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def _settings(step: Mapping[str, Any]) -> dict[str, Any]:
+def settings(step: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a step as its class held them: defaults filled in, types coerced, those that are off left out."""
-    known = _entry("settings", step["target"], "method class")["settings"]
+    known = entry("settings", step["target"], "method class")["settings"]
     given = step.get("settings", {})
     if unknown := [name for name in given if name not in known]:
         raise LegacyError(f"{step['target']} has no setting {unknown[0]!r}")
@@ -192,26 +201,29 @@ def _str(value: Any) -> str:
 _COERCE: dict[str, Callable[[Any], Any]] = {"int": _int, "float": float, "bool": _bool, "str": _str}
 
 
-def _calibration(calibration: Mapping[str, Any]) -> str:
+def calibration(calibration: Mapping[str, Any]) -> str:
+    """The fingerprint of calibration text and sampling."""
     sampled = (calibration["samples"], calibration["length"], calibration["seed"])
-    return _digest([_corpus(calibration["source"]), *sampled, _CALIBRATION_VERSION])
+    return _digest([corpus(calibration["source"]), *sampled, _CALIBRATION_VERSION])
 
 
-def _corpus(spec: str) -> str:
+def corpus(spec: str) -> str:
+    """The fingerprint of a text."""
     if spec.startswith("file:"):
         raise LegacyError("a corpus is a local file, whose content is not in the record")
-    return _digest([spec, _SEPARATOR]) if spec.startswith("hf:") else str(_entry("corpora", spec, "corpus"))
+    return _digest([spec, _SEPARATOR]) if spec.startswith("hf:") else str(entry("corpora", spec, "corpus"))
 
 
-def _tasks(include_path: str | None, tasks: Sequence[str]) -> str:
+def tasks(include_path: str | None, tasks: Sequence[str]) -> str:
+    """The fingerprint of zero-shot tasks."""
     if include_path is None:
         return _digest(sorted(tasks))
     if include_path != "asset:bigbench":
         raise LegacyError("the tasks are defined in a local folder, whose content is not in the record")
-    return _digest([_entry("tasks", task, "task") for task in sorted(tasks)])
+    return _digest([entry("tasks", task, "task") for task in sorted(tasks)])
 
 
-def _protocol(section: Mapping[str, Any], table: str, apart: Sequence[str]) -> dict[str, Any]:
+def protocol(section: Mapping[str, Any], table: str, apart: Sequence[str]) -> dict[str, Any]:
     """The fields that define the numbers: those of the section, the others at their default."""
     defaults = _data()[table]
     given = {name: value for name, value in section.items() if name not in apart}

@@ -1,0 +1,71 @@
+"""What the keys of a cell hash, read from its configuration: content of models and texts, versions of methods, engine and protocols."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from slimbench.harness.config import engines, local_model
+from slimbench.harness.config.parse import build_method
+from slimbench.harness.config.schema import ConfigError, ModelConfig, RunConfig, SuiteConfig
+from slimbench.harness.measure import protocols
+from slimbench.harness.schema.identity import Keys
+from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part
+from slimbench.tasks import assets, calibration, corpora, zeroshot
+from slimbench.util.text import nearest
+
+
+def keys(config: RunConfig) -> Keys:
+    """The task keys of a cell whose device and revision are resolved.
+
+    Raises:
+        ConfigError: The model's source is none.
+        tasks.errors.DataError: A text or task is none.
+    """
+    methods = [build_method(step) for step in config.pipeline]
+    return Parts(
+        model=_model(config.model),
+        pipeline=[{"name": m.name, "version": m.version, "settings": dataclasses.asdict(m)} for m in methods],
+        calibration=calibration_fingerprint(config) if any(m.needs.calibration for m in methods) else None,
+        seed=config.seed,
+        compress_device=config.device.compress,
+        engine={"name": config.engine.name, "version": engines.version(config.engine.target)},
+        device=config.device.name,
+        suite=suite_part(
+            config.suite.model_dump(),
+            [corpora.fingerprint(spec) for spec in config.suite.corpus],
+            zeroshot.fingerprint(config.suite.include_path, config.suite.tasks) if config.suite.tasks else None,
+            protocol_versions(config.suite),
+        ),
+        speed=speed_part(config.speed.model_dump(), protocols.SPEED),
+        threads=config.device.threads,
+    ).keys()
+
+
+def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:
+    """The versions of what a suite measures with."""
+    versions: dict[str, Any] = {p.protocol: protocols.PERPLEXITY[p.protocol] for p in suite.passes()}
+    versions |= {"divergence": protocols.DIVERGENCE} if suite.divergence and suite.corpus else {}
+    return versions | ({"zeroshot": protocols.ZEROSHOT} if suite.tasks else {})
+
+
+def calibration_fingerprint(config: RunConfig) -> str:
+    c = config.calibration
+    return calibration.fingerprint(c.source, c.samples, c.length, c.seed)
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    kind, _, rest = model.source.partition(":")
+    content = None
+    if kind == "asset":
+        if rest not in assets.catalogue():
+            raise ConfigError(f"model.source: no asset '{rest}'{nearest(rest, assets.catalogue())}")
+        content = assets.catalogue()[rest].fingerprint
+    elif kind == "file":
+        content = local_model.identity(Path(rest).expanduser())
+    elif kind not in ("hf", "random"):
+        raise ConfigError(f"model.source '{model.source}' is none of asset:NAME, hf:ORG/NAME, file:FOLDER, random")
+    elif kind == "random" and not model.shape:
+        raise ConfigError("model.source=random needs model.shape, the fields of its config.json")
+    return model_part(model.source, content, model.revision, model.dtype, model.shape, model.trust_remote_code)

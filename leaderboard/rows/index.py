@@ -1,0 +1,77 @@
+"""Records by stage, task key and hardware: which of them a row shows, and beside which it may be put."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from slimbench.harness.schema.identity import Keys, Stage
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.row import Row
+
+
+def oldest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds or 0, r.command))
+
+
+class Index:
+    """The newest record of each stage, task key and hardware.
+
+    Args:
+        ordered: Records, the oldest first.
+    """
+
+    def __init__(self, ordered: Iterable[Record] = ()) -> None:
+        self._records: dict[tuple[Stage, str], dict[str, Record]] = {}
+        for record in ordered:
+            of_key = self._records.setdefault((record.stage, record.key), {})
+            of_key.pop(record.hardware.fingerprint, None)
+            of_key[record.hardware.fingerprint] = record
+
+    def on(self, fingerprint: str, stage: Stage, key: str) -> Record | None:
+        """The record of a stage on this very hardware: all that speed may be compared with."""
+        return self._records.get((stage, key), {}).get(fingerprint)
+
+    def newest(self, stage: Stage, key: str) -> Record | None:
+        """The newest record of a stage, whatever the hardware."""
+        return next(reversed(self._records.get((stage, key), {}).values()), None)
+
+    def of(self, stage: Stage, keys: Keys, fingerprint: str) -> Record | None:
+        """The record of a stage of a cell on some hardware; compression and quality of other hardware where it has none of its own."""
+        key = keys.of(stage)
+        return self.on(fingerprint, stage, key) or (self.newest(stage, key) if stage is not Stage.SPEED else None)
+
+    def reference(self, record: Record) -> Record | None:
+        """The same stage of the reference on the same hardware; for results that were recorded before hardware was told apart, on any."""
+        key = record.cell.reference.of(record.stage)
+        same = self.on(record.hardware.fingerprint, record.stage, key)
+        return self.newest(record.stage, key) if same is None and record.stage is Stage.QUALITY and record.cell.former_keys else same
+
+    def of_row(self, row: Row, stage: Stage) -> Record | None:
+        """The record of a stage that a row shows."""
+        return self.of(stage, row.keys, row.fingerprint)
+
+
+def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str, str], Record]:
+    """A record for each row, by its task keys and hardware: the newest, but a shipped name goes before spelled-out settings.
+
+    A cell has a row for each hardware that a stage ran on, but for a processor that only compressed what a card is to measure.
+    """
+    named: dict[tuple[str, str, str], list[Record]] = {}
+    for record in ordered:
+        keys = record.cell.keys
+        named.setdefault((keys.compress, keys.quality, keys.speed), []).append(record)
+    bearers: dict[tuple[str, str, str, str], Record] = {}
+    for triple, records in named.items():
+        machines = {record.hardware.fingerprint for record in records if _is_where_measured(record)}
+        for record in records:
+            if (fingerprint := record.hardware.fingerprint) in machines:
+                place = (*triple, fingerprint)
+                if place not in bearers or "(" not in record.cell.pipeline or "(" in bearers[place].cell.pipeline:
+                    bearers[place] = record
+    return bearers
+
+
+def _is_where_measured(record: Record) -> bool:
+    device = record.config.get("device")
+    compressed_on = device.get("compress") if isinstance(device, dict) else None
+    return record.stage is not Stage.COMPRESS or compressed_on in (None, record.cell.device)

@@ -1,0 +1,59 @@
+"""The board of the migrated records of reference shows what the old keys showed.
+
+`former_table.json` was made by the last version whose keys hashed import paths, from its own records: for each row of
+`slimbench board table --format json` its three keys, and a hash of every figure of the row to six digits.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.util.hashing import digest
+from tests.support.paths import ROOT
+
+FORMER: dict[str, Any] = json.loads((ROOT / "tests" / "support" / "former_table.json").read_text(encoding="utf-8"))
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number: the last ones depend on the processor that computes an interval."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return Store(ROOT / "results").scan()[0]
+
+
+def test_every_figure_of_every_former_row_is_what_it_was(records: list[Record]) -> None:
+    former = {
+        (*record.cell.keys.model_dump().values(), record.hardware.fingerprint): "-".join(record.cell.former_keys[0].model_dump().values())
+        for record in records
+        if record.cell.former_keys
+    }
+    figures = {}
+    for row in rows(records):
+        if row.place in former:
+            shown = row.model_dump(mode="json")
+            figures[former[row.place]] = digest(_rounded({name: shown[name] for name in FORMER["columns"]}))
+    assert len(FORMER["rows"]) == 251
+    assert {keys: figures.get(keys) for keys in FORMER["rows"]} == FORMER["rows"]
+
+
+def test_no_record_of_reference_names_a_path_of_a_class(records: list[Record]) -> None:
+    migrated = [record for record in records if record.cell.former_keys]
+    assert len(migrated) == 523
+    for record in migrated:
+        text = json.dumps([record.cell.model_dump(), record.config])
+        assert not [word for word in ('"target": "', "loaders", "methods.", "harness.", '"results"', '"/') if word in text]
+        assert all(step["method"] and step["version"] == 1 for step in record.cell.steps)
+        assert record.hardware.fingerprint != "unknown"
