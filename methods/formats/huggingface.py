@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DenseModel
-from slimbench.methods.formats import storage
-from slimbench.methods.formats.edits import edits_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +20,9 @@ def save_dense(model: PreTrainedModel, out: Path) -> None:
     The class's own `save_pretrained` is called, since libraries replace it on the instance to write their formats.
     """
     from transformers import PreTrainedModel as Plain
+
+    from slimbench.methods.formats import storage
+    from slimbench.methods.formats.edits import edits_of
 
     if edits_of(model):
         storage.save(model, (), {}, out)
