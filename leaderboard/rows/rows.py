@@ -18,12 +18,12 @@ from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.pairing import items_of
-from slimbench.leaderboard.rows.parallel import mapped
 from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
 from slimbench.leaderboard.rows.ranks import ranked
 from slimbench.leaderboard.rows.replicates import calibration, spread
 from slimbench.leaderboard.rows.row import Row
 from slimbench.util.hashing import short_hash
+from slimbench.util.parallel import mapped
 
 INCOMPLETE = "incomplete"
 _WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.UNSUPPORTED)

@@ -15,12 +15,12 @@ from slimbench.leaderboard.figures import catalogue
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.drawing import KINDS
 from slimbench.leaderboard.figures.plots import FIGURES, STEMS, gallery
-from slimbench.leaderboard.rows.parallel import mapped
 from slimbench.leaderboard.rows.reading import lean
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.site import FOLDERS, Files, last, parts
 from slimbench.leaderboard.tables import engines
 from slimbench.leaderboard.tables.writers import to_csv, to_json, to_markdown
+from slimbench.util.parallel import mapped
 
 
 class BoardError(StoreError):
