@@ -55,6 +55,10 @@ class Cell:
         engine = {"name": self.config.engine.name, "version": engines.version(self.config.engine.target)}
         return config | {"pipeline": pipeline, "reference": describe(self.config.reference), "engine": engine}
 
+    def prefix_key(self, steps: int) -> str:
+        """Compress key of the cell whose pipeline is the first so many steps of this one."""
+        return make_cell(self.config.model_copy(update={"pipeline": self.config.pipeline[:steps]})).identity.keys.compress
+
     def stages(self) -> list[Stage]:
         """The stages that are asked for and make sense: random weights have no quality."""
         wanted = [Stage.COMPRESS, *(stage for stage in (Stage.QUALITY, Stage.SPEED) if stage in self.config.stages)]

@@ -126,7 +126,7 @@ class Runner:
         task = Task(
             stage=stage,
             config=cell.config.model_copy(update={"device": device}).model_dump(mode="json", by_alias=True),
-            keys=cell.identity.keys.model_dump(),
+            keys=cell.identity.keys.model_dump() | {"prefixes": _prefix_keys(cell, stage)},
             reference_key=self._reference_key(cell, stage),
             wall_s=cell.config.limits.wall_s,
             memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
@@ -174,6 +174,11 @@ def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
     """The environment of a stage by name, where it has one of its own, and what was asked of pip for it."""
     name = _environment(cell, stage)
     return {"environment": {"name": name, "requirements": environments.get(name).requirements}} if name else {}
+
+
+def _prefix_keys(cell: Cell, stage: Stage) -> list[str]:
+    """Compress keys of the shorter pipelines that the one of the cell begins with, the shortest first."""
+    return [cell.prefix_key(steps) for steps in range(1, len(cell.methods))] if stage is Stage.COMPRESS else []
 
 
 def with_reference(cell: Cell) -> Iterator[Cell]:

@@ -74,7 +74,7 @@ class Task:
 
     stage: Stage
     config: dict[str, Any]
-    keys: dict[str, str]
+    keys: dict[str, Any]
     reference_key: str | None
     wall_s: float
     memory_bytes: int

@@ -30,6 +30,32 @@ class CalibrationFacts(Schema):
     tokens_sha256: str
 
 
+class Spent(Schema):
+    """What a compression took.
+
+    Attributes:
+        seconds: Wall time.
+        cpu_seconds: User and system time of the process, threads and children included.
+        device_seconds: Wall time × accelerators used; None where nothing ran on one.
+        peak_device_bytes: Peak of the accelerator's allocator; None on the CPU, whose peak is the record's.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float | None = None
+    device_seconds: float | None = None
+    peak_device_bytes: int | None = None
+
+    def __add__(self, later: Spent) -> Spent:
+        """What both took; the peak is the higher one."""
+        times = {name: _sum(getattr(self, name), getattr(later, name)) for name in ("cpu_seconds", "device_seconds")}
+        peak = max((p for p in (self.peak_device_bytes, later.peak_device_bytes) if p is not None), default=None)
+        return Spent(seconds=self.seconds + later.seconds, peak_device_bytes=peak, **times)
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return second if first is None else first if second is None else first + second
+
+
 class CompressResult(Schema):
     """What `compress` wrote: the claim, the files, and what it cost.
 
@@ -39,6 +65,7 @@ class CompressResult(Schema):
         device_seconds: Wall time × accelerators used; None where the pipeline ran on the CPU.
         peak_device_bytes: Peak of the accelerator's allocator; None on the CPU, whose peak is the record's.
         calibration_tokens: Tokens handed to the methods as calibration.
+        reused_steps: Steps whose artefact another cell had left; what they took then is counted here too.
         training_tokens: Tokens of all gradient steps, as the methods claim them.
         trained_parameters: Parameters updated by gradient descent, as the methods claim them.
         tuning_free: No method of the pipeline trains.
@@ -55,6 +82,7 @@ class CompressResult(Schema):
     cpu_seconds: float | None = None
     device_seconds: float | None = None
     peak_device_bytes: int | None = None
+    reused_steps: list[str] = []
     calibration_tokens: int = 0
     calibration: CalibrationFacts | None = None
     training_tokens: int = 0

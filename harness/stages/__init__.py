@@ -16,11 +16,11 @@ from slimbench.harness.stages.common import Reporter
 __all__ = ["Reporter", "run"]
 
 
-def run(stage: Stage, config: RunConfig, keys: dict[str, str], reference_key: str | None, report: Reporter) -> Any:
+def run(stage: Stage, config: RunConfig, keys: dict[str, Any], reference_key: str | None, report: Reporter) -> Any:
     """Run a stage and return its result.
 
     Args:
-        keys: Content keys of the three stages of the cell.
+        keys: Content keys of the three stages of the cell; `prefixes`: compress keys of the pipelines that its own begins with.
         reference_key: Compress key of the reference; None where the reference itself did not run.
     """
     torch.set_num_threads(config.device.threads or torch.get_num_threads())
@@ -30,7 +30,7 @@ def run(stage: Stage, config: RunConfig, keys: dict[str, str], reference_key: st
     if "cuda" in (config.device.compress if stage is Stage.COMPRESS else config.device.name):
         torch.cuda.set_device(config.device.index)
     if stage is Stage.COMPRESS:
-        return compress.run(config, keys["compress"], report)
+        return compress.run(config, keys["compress"], report, keys.get("prefixes", ()))
     if stage is Stage.QUALITY:
         return quality.run(config, keys["compress"], reference_key, report)
     return speed.run(config, keys["compress"], reference_key, report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import gpu, machine
 from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
-from slimbench.harness.schema.compress import CalibrationFacts, CompressResult
+from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, Spent
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of
@@ -25,8 +26,13 @@ from slimbench.methods.formats import edited
 from slimbench.tasks import corpora
 
 
-def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
-    """Run the pipeline on the dense model and publish the artefact."""
+def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] = ()) -> CompressResult:
+    """Run the pipeline on the dense model and publish the artefact, and that of each shorter pipeline on the way.
+
+    Args:
+        key: Compress key of the cell.
+        prefixes: Those of the cells whose pipelines are the first one, two, … steps; the longest that has an artefact is gone on from.
+    """
     source = models.prepare(config.model, report.phase)
     shape = models.shape_of(source)
     code = lock.fingerprints(config, Stage.COMPRESS)
@@ -34,14 +40,18 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
     for method in methods:
         method.check(shape)
     tokens = calibration_of(config, source, report)
-    claim: Claim | None = None
-    step_seconds: dict[str, float] = {}
+    names = [step.name for step in config.pipeline]
+    keys: list[str | None] = [*(prefixes or [None] * (len(methods) - 1)), key]
+    before = None if config.on_existing == "all" else _longest(prefixes, code)
+    reused = names[: prefixes.index(before.key) + 1] if before else []
+    claim: Claim | None = before.claim if before else None
+    step_seconds = dict(zip(reused, before.step_seconds.values(), strict=True)) if before else {}
     flags: list[str] = []
     device: Any = config.device.compress
     cost, watch = Cost(device), machine.LoadWatch(gpu.monitor(torch.device(device)))
     with artefact.staging(key) as folder:
-        current = source
-        for index, (step, method) in enumerate(zip(config.pipeline, methods, strict=True)):
+        current = artefact.location(before.key) if before else source
+        for index, (step, method) in list(enumerate(zip(config.pipeline, methods, strict=True)))[len(reused) :]:
             report.phase(f"compress {step.name}")
             out = folder / f"step-{index}"
             out.mkdir()
@@ -68,30 +78,43 @@ def run(config: RunConfig, key: str, report: Reporter) -> CompressResult:
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
             step_seconds[step.name] = time.perf_counter() - step_began
-            if current != source:
-                shutil.rmtree(current)
             current = out
-        report.phase("write artefact")
-        assert claim is not None
-        steps = [describe(step) for step in config.pipeline]
-        manifest = artefact.Manifest(key=key, model=config.model.name, pipeline=steps, claim=claim, code=code)
-        final = artefact.publish(current, manifest)
-    spent, (load, disturbances) = cost.read(), watch.read()
+            if own := keys[index]:
+                report.phase("write artefact")
+                manifest = artefact.Manifest(
+                    key=own,
+                    model=config.model.name,
+                    pipeline=[describe(step) for step in config.pipeline[: index + 1]],
+                    claim=claim,
+                    code={label: code[label] for label in (f"method {m.name}" for m in methods[: index + 1])},
+                    step_seconds=step_seconds,
+                    spent=(before.spent if before else Spent()) + Spent(**cost.read()),
+                )
+                current = artefact.publish(out, manifest)
+    load, disturbances = watch.read()
+    manifest = artefact.read_manifest(current)
     return CompressResult(
-        **spent,
+        **manifest.spent.model_dump(),
         claim=manifest.claim,
-        files=artefact.read_manifest(final).files,
-        disk_bytes=artefact.disk_bytes(final),
+        reused_steps=reused,
+        files=manifest.files,
+        disk_bytes=artefact.disk_bytes(current),
         dense_bytes=sum(p.stat().st_size for p in source.glob("*.safetensors")),
         step_seconds=step_seconds,
         calibration_tokens=tokens.ids.numel() if tokens else 0,
         calibration=_calibration_facts(config, tokens) if tokens else None,
-        training_tokens=claim.training_tokens,
-        trained_parameters=claim.trained_parameters,
+        training_tokens=manifest.claim.training_tokens,
+        trained_parameters=manifest.claim.trained_parameters,
         tuning_free=not any(method.needs.training for method in methods),
         load=load,
         flags=[*flags, *(f"{seen} (compression)" for seen in disturbances)],
     )
+
+
+def _longest(prefixes: Sequence[str], code: Mapping[str, str]) -> artefact.Manifest | None:
+    """What the artefact of the longest of these pipelines says of itself; None where none is whole and was made by the same code."""
+    whole = (artefact.read_manifest(artefact.location(key)) for key in reversed(prefixes) if artefact.fault(key) is None)
+    return next((manifest for manifest in whole if not lock.differing(manifest.code, code)), None)
 
 
 def _calibration_facts(config: RunConfig, calibration: Calibration) -> CalibrationFacts:

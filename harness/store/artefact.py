@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from slimbench.harness.schema.compress import ArtefactFile
+from slimbench.harness.schema.compress import ArtefactFile, Spent
 from slimbench.methods.base import Claim
 from slimbench.util import checksums
 from slimbench.util.files import cache_dir, replace_folder
@@ -30,6 +30,8 @@ class Manifest(BaseModel):
         claim: What the methods say that they wrote.
         code: Hash of the code behind each method that made it, by kind and name (see `harness.config.lock`).
         files: Its files with their hashes, as they were published.
+        step_seconds: Wall time of each step.
+        spent: What making it took, all steps together.
     """
 
     key: str
@@ -38,6 +40,8 @@ class Manifest(BaseModel):
     claim: Claim
     code: dict[str, str] = {}
     files: list[ArtefactFile] = []
+    step_seconds: dict[str, float] = {}
+    spent: Spent = Spent()
 
 
 class Damaged(Exception):

@@ -7,6 +7,7 @@ the claim.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ class Silent:
     def progress(self, done: float, total: float) -> None: ...
 
 
+def step_overrides(steps: Sequence[str]) -> list[str]:
+    """Overrides for a pipeline: each step a class of `tests.support.lying` or a dotted path, with settings as in `Name(key=value)`."""
+    more = ["~method.dense"]
+    for index, step in enumerate(steps):
+        target, _, settings = step.rstrip(")").partition("(")
+        more.append(f"+method.step{index}._target_={target if '.' in target else f'tests.support.lying.{target}'}")
+        more += [f"+method.step{index}.{setting.strip()}" for setting in settings.split(",") if setting]
+    return more
+
+
 class Bench:
     """Runs pipelines on a tiny model, compression and loading as in a cell."""
 
@@ -43,10 +54,7 @@ class Bench:
         if not source.exists():
             tiny.save_model(source, dtype, **shape)
         more = [f"model.source=file:{source}", f"model.dtype={dtype}", "~method.dense"]
-        for index, step in enumerate(steps):
-            target, _, settings = step.rstrip(")").partition("(")
-            more.append(f"+method.step{index}._target_={target if '.' in target else f'tests.support.lying.{target}'}")
-            more += [f"+method.step{index}.{setting.strip()}" for setting in settings.split(",") if setting]
+        more += step_overrides(steps)[1:]
         if loader:
             more.append(f"engine.loaders.packed=tests.support.lying.{loader}")
         config, key = resolve([*self.overrides, *more]), uuid.uuid4().hex

@@ -237,3 +237,13 @@ def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
         written = record.model_dump_json()
         assert not [folder for folder in (tiny.parent, text.parent, Path.home()) if str(folder) in written]
         assert record.config["model"]["source"] == f"file:{tiny.name}" and f"model.source=file:{tiny.name}" in record.command
+
+
+def test_a_longer_pipeline_goes_on_from_the_artefact_of_a_shorter_one(runner: Runner, overrides: list[str]) -> None:
+    seed, stages = "seed=77", "stages=[quality]"
+    runner.run(cell(overrides, "method=magnitude", seed, stages))
+    (compress, *_) = runner.run(cell(overrides, "method=[magnitude,rtn-4bit]", seed, stages))
+    assert compress.compress and compress.compress.reused_steps == ["magnitude"]
+    assert list(compress.compress.step_seconds) == ["magnitude", "rtn-4bit"] and compress.compress.claim.sparsity == pytest.approx(
+        0.5, abs=1e-3
+    )
