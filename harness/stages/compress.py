@@ -41,7 +41,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
         method.check(shape)
     tokens = calibration_of(config, source, report)
     names = [step.name for step in config.pipeline]
-    keys: list[str | None] = [*(prefixes or [None] * (len(methods) - 1)), key]
+    unkept: list[str | None] = [None] * (len(methods) - 1)
+    keys = [*(prefixes or unkept), key]
     before = None if config.on_existing == "all" else _longest(prefixes, code)
     reused = names[: prefixes.index(before.key) + 1] if before else []
     claim: Claim | None = before.claim if before else None
