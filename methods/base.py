@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -344,9 +344,10 @@ class Method(ABC):
     accepts: ClassVar[tuple[str, ...]] = (HUGGINGFACE,)
     produces: ClassVar[str] = HUGGINGFACE
 
-    def produces_after(self, base: str) -> str:
+    @classmethod
+    def produces_after(cls, base: str) -> str:
         """Format of the artefact where the step before wrote `base`."""
-        return _format(base, self.produces)
+        return _format(base, cls.produces)
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional hook
         """Raise `Unsupported`, in one line, if the settings do not fit the model. Called before any heavy work."""
@@ -363,3 +364,11 @@ class Method(ABC):
         Raises:
             Unsupported: The settings, model or machine do not allow it.
         """
+
+
+def format_of(pipeline: Iterable[Method | type[Method]]) -> str:
+    """Format of the artefact that a pipeline writes."""
+    format_ = HUGGINGFACE
+    for method in pipeline:
+        format_ = method.produces_after(format_)
+    return format_

@@ -28,6 +28,7 @@ from slimbench.harness.config.parse import locate
 from slimbench.harness.config.schema import ConfigError, EngineConfig, RunConfig
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.schema.identity import Stage
+from slimbench.methods.base import format_of
 from slimbench.util import sources, syntax
 from slimbench.util.files import write_atomically
 from slimbench.util.text import nearest
@@ -97,7 +98,7 @@ def fingerprints(config: RunConfig, stage: Stage) -> dict[str, str]:
     """What a stage of a cell runs: the hash of the code behind each method, engine, format and protocol, by kind and name."""
     parts: list[tuple[str, str, tuple[str, ...]]] = [("method", locate(step.target).name, (step.target,)) for step in config.pipeline]
     if stage is not Stage.COMPRESS:
-        format_ = locate(config.pipeline[-1].target).produces
+        format_ = format_of(locate(step.target) for step in config.pipeline)
         parts.append(("engine", config.engine.name, _engine_code(config.engine)))
         parts += [("format", format_, code)] if (code := _format_code(format_)) else []
         parts += [("protocol", name, _PROTOCOLS[name]) for name in _protocols(config, stage)]

@@ -18,7 +18,7 @@ from slimbench.harness.schema.record import Failure, Record
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
-from slimbench.methods.base import Unsupported
+from slimbench.methods.base import Unsupported, format_of
 
 PLAN = "plan"  # phase of a stage that was not started; what this machine lacks, another may have
 _MEMORY_SHARE = 0.95
@@ -277,7 +277,7 @@ def _misfit(cell: Cell) -> str | None:
 
 
 def _engine_cannot_run(cell: Cell) -> Outcome | None:
-    engine, device, format_ = cell.config.engine, cell.config.device.name, cell.methods[-1].produces
+    engine, device, format_ = cell.config.engine, cell.config.device.name, format_of(cell.methods)
     if format_ not in engine.loaders:
         return _unsupported(f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}")
     if device not in engine.devices:

@@ -8,7 +8,10 @@ import json
 import pytest
 
 from slimbench.harness.schema.compress import CompressResult
-from slimbench.methods.base import Claim, Work
+from slimbench.methods.base import Claim, Work, format_of
+from slimbench.methods.pruning.structured.llm_pruner import LLMPruner
+from slimbench.methods.pruning.unstructured.magnitude import Magnitude
+from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support.paths import ROOT
 
 RESULT = {"files": [], "disk_bytes": 1, "dense_bytes": 1, "seconds": 1.0, "step_seconds": {}}
@@ -58,3 +61,9 @@ def test_the_claims_of_the_committed_records_are_read_number_by_number() -> None
         read = json.loads(CompressResult(claim=claim, **RESULT).model_dump_json())["claim"]
         assert {name: read[name] for name in claim} == claim
         assert {name: repr(value) for name, value in claim.items()} == {name: repr(read[name]) for name in claim}
+
+
+def test_the_format_of_a_pipeline() -> None:
+    edits, masks, packs = LLMPruner(), Magnitude(), RTN()
+    formats = [format_of(steps) for steps in ([masks], [edits, masks], [edits, masks, packs], [masks, edits], [packs])]
+    assert formats == ["huggingface", "edited", "packed", "edited", "packed"]
