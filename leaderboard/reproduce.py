@@ -16,8 +16,8 @@ from slimbench.harness.config.schema import ConfigError
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record
+from slimbench.harness.stats.bootstrap import attempt
 from slimbench.harness.stats.intervals import perplexity_interval
-from slimbench.leaderboard.rows.estimates import attempt
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.util.text import nearest

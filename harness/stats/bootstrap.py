@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ class Estimate(NamedTuple):
 UNDEFINED: Interval = (math.nan, math.nan)
 
 
+UNKNOWN = Estimate(math.nan, *UNDEFINED)
+
+
 RESAMPLES = 2000
 
 
@@ -35,6 +38,18 @@ _BATCH = 256
 
 
 MOST_KEPT = 4096
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def attempt(estimator: Callable[..., T], *samples: Any, otherwise: U) -> T | U:
+    """What an estimator says of samples, or `otherwise` where they do not allow an estimate."""
+    try:
+        return estimator(*samples)
+    except ValueError:
+        return otherwise
 
 
 @lru_cache(maxsize=4)

@@ -9,9 +9,8 @@ from statistics import fmean
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
-from slimbench.harness.stats.bootstrap import UNDEFINED
+from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, attempt
 from slimbench.harness.stats.significance import LEVEL, Flips
-from slimbench.leaderboard.rows.estimates import UNKNOWN, attempt
 from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Perplexity
 from slimbench.leaderboard.rows.pairing import name_of, partners, shared_items, windows_of
 from slimbench.tasks import zeroshot

@@ -9,8 +9,7 @@ from statistics import median
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
-from slimbench.harness.stats.bootstrap import UNDEFINED, Estimate
-from slimbench.leaderboard.rows.estimates import UNKNOWN, attempt
+from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
 from slimbench.leaderboard.rows.groups import Speed, Timing
 
 _OTHER_STATE = 0.2
