@@ -32,6 +32,8 @@ def _differences(a: Row, b: Row, index: Index) -> list[str]:
         for name in ("model", "suite", "device", "hardware", "speed")
         if getattr(a, name) != getattr(b, name)
     ]
+    if a.hardware == b.hardware and a.fingerprint != b.fingerprint:
+        found.append(f"two machines that are both called {a.hardware}, fingerprint {a.fingerprint} against {b.fingerprint}")
     if a.suite == b.suite and a.suite_protocol != b.suite_protocol:
         found += _settings("suite", a, b, Stage.QUALITY, index) or ["the texts and tasks of their suite"]
     if a.speed == b.speed and a.speed_protocol != b.speed_protocol:

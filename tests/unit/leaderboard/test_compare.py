@@ -198,3 +198,11 @@ def test_json_is_complete_and_never_nan(tmp_path: Path) -> None:
     assert found["a"]["keys"]["quality"] == GPTQ.keys.quality
     wrong = slimbench("compare", "gtpq", "--results", str(tmp_path / "runs"))
     assert wrong.returncode == 2 and wrong.stderr == "error: no cell 'gtpq' among the records; did you mean 'gptq'?\n"
+
+
+def test_two_machines_of_one_name_are_told_apart() -> None:
+    made = cells(DENSE, GPTQ)
+    for record in made[3:]:
+        record.hardware = record.hardware.model_copy(update={"fingerprint": "0badcafe"})
+    with pytest.raises(ConfigError, match=r"two machines that are both called .*, fingerprint .* against 0badcafe$"):
+        compare(made, "dense", "gptq")
