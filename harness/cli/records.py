@@ -13,7 +13,7 @@ from slimbench.harness.config.schema import ConfigError
 
 app = typer.Typer(help="Records: check, export as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
 
-_TO = ("parquet", "hf")
+_TO = ("parquet", "csv", "hf")
 _FROM = ("auto", "parquet", "hf", "lm-eval", "optimum-benchmark")
 
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
@@ -70,25 +70,25 @@ def migrate(results: Results = Path("runs")) -> None:
 
 @app.command("export")
 def export(
-    to: Annotated[Path, typer.Option(help="A file X.parquet, or the folder of a data set.")],
+    to: Annotated[Path, typer.Option(help="A file X.parquet or X.csv, or the folder of a data set.")],
     results: Results = Path("runs"),
-    format: Annotated[str | None, typer.Option("--format", help="parquet or hf; by the name of --to if none is given.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="parquet, csv or hf; by the name of --to if none is given.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence on the card of the data set, such as cc-by-4.0; none by default.")] = None,
 ) -> None:
-    """Write all records that can be read: one Parquet file, or a folder that `datasets.load_dataset` loads."""
-    chosen = format or ("parquet" if to.suffix == ".parquet" else "hf")
+    """Write all records that can be read: one Parquet file, a CSV file of figures, or a folder that `datasets.load_dataset` loads."""
+    chosen = format or _by_name(to)
     check_choice("--format", chosen, _TO)
     if license is not None and chosen != "hf":
         raise ConfigError("--license belongs to the card of a data set; give --format hf")
     if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
         raise ConfigError(f"--license {license} is no identifier such as cc-by-4.0")
-    if to.is_dir() if chosen == "parquet" else to.is_file():
+    if to.is_file() if chosen == "hf" else to.is_dir():
         raise ConfigError(
             f"--to {to} is a {'folder' if to.is_dir() else 'file'}; --format {chosen} needs a {'file' if to.is_dir() else 'folder'}"
         )
     folder = results_folder(results)
     from slimbench.harness.store.store import Store
-    from slimbench.leaderboard.exchange import dataset, parquet
+    from slimbench.leaderboard.exchange import dataset, parquet, spreadsheet
 
     records, unreadable = Store(folder).scan()
     for fault in unreadable:
@@ -97,10 +97,20 @@ def export(
         raise ConfigError(f"no records in '{results}'")
     if chosen == "parquet":
         dataset.put(to, parquet.of_records(records))
+    elif chosen == "csv":
+        dataset.put(to, spreadsheet.of_records(records))
     else:
         dataset.write(records, to, license)
     print(f"{len(records)} records → {to}")
     raise typer.Exit(1 if unreadable else 0)
+
+
+def _by_name(to: Path) -> str:
+    """The format that the name of a file asks for; a data set is a folder, whose name has no ending."""
+    known = {".parquet": "parquet", ".csv": "csv", "": "hf"}
+    if to.suffix not in known and not to.is_dir():
+        raise ConfigError(f"--to {to}: no format '{to.suffix}'; give X.parquet, X.csv, a folder, or --format")
+    return known.get(to.suffix, "hf")
 
 
 @app.command("import")

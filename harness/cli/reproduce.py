@@ -12,8 +12,8 @@ from slimbench.harness.cli.terminal import console, output_folder, results_folde
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slimbench.harness.launch.sweep import PlannedCell
-    from slimbench.harness.run.cell import Cell
+    from slimbench.harness.run.planning.outlook import Outlook
+    from slimbench.harness.run.planning.plan import Plan
     from slimbench.harness.schema.record import Record
     from slimbench.leaderboard.reproduce import Line, Paper, Planned
 
@@ -37,18 +37,22 @@ def reproduce(
         return
     from slimbench.harness.config.compose import quoted
     from slimbench.harness.launch import sweep as sweeps
+    from slimbench.harness.run.planning.ledger import Ledger
+    from slimbench.harness.run.planning.outlook import outlook
+    from slimbench.harness.run.planning.plan import make_plan
+    from slimbench.harness.store.store import Store
 
     found = papers.paper(name)
     wanted = [f"experiment=paper/{name}", f"results={quoted(str(results))}", *(overrides or [])]
-    cells = sweeps.plan(wanted)
+    asked = sweeps.plan(wanted, several=True)
+    cells = outlook(Ledger(asked, Store(results)))
     planned = {_named(c): papers.Planned(c.cell.identity.keys.quality, _obstacle(c)) for c in cells}
     if plan:
         _print_plan(found, cells, planned)
         return
     output_folder(out)
-    able = [c for c in cells if not planned[_named(c)].obstacle]
-    if todo := [c for c in able if "run" in c.stages.values()]:
-        _run([c.cell for c in todo])
+    if todo := [c.cell.cell for c in cells if c.is_to_run and not planned[_named(c)].obstacle]:
+        _run(make_plan(todo), results)
     records = _records(results)
     lines = papers.lines(found, records, planned)
     _print(found, lines)
@@ -57,30 +61,23 @@ def reproduce(
     raise typer.Exit(0 if all(line.verdict in (papers.Verdict.REPRODUCED, papers.Verdict.NO_TARGET) for line in lines) else 1)
 
 
-def _run(cells: Sequence[Cell]) -> None:
+def _run(plan: Plan, results: Path) -> None:
+    from slimbench.harness.launch import sweep as sweeps
     from slimbench.harness.run.progress import ProgressDisplay
-    from slimbench.harness.run.progress import plan as stages
-    from slimbench.harness.run.runner import Runner
     from slimbench.harness.store.store import Store
 
-    store = Store(Path(cells[0].config.results))
-    with ProgressDisplay(stages(cells), store, console(stderr=True)) as display:
-        runner = Runner(store, display)
-        try:
-            for cell in cells:
-                runner.run(cell)
-        finally:
-            runner.close()
+    with ProgressDisplay(plan, Store(results), console(stderr=True)) as display:
+        sweeps.launch(plan, results, display)
 
 
-def _named(planned: PlannedCell) -> tuple[str, str]:
+def _named(planned: Outlook) -> tuple[str, str]:
     return planned.cell.identity.model, planned.cell.identity.pipeline
 
 
-def _obstacle(planned: PlannedCell) -> str:
+def _obstacle(planned: Outlook) -> str:
     from slimbench.harness.run import hub
 
-    if "run" not in planned.stages.values():
+    if not planned.is_to_run:
         return planned.reason
     return planned.reason or hub.unavailable(planned.cell.config) or ""
 
@@ -91,22 +88,24 @@ def _records(results: Path) -> list[Record]:
     return Store(results_folder(results)).scan()[0] if results.is_dir() else []
 
 
-def _print_plan(found: Paper, cells: Sequence[PlannedCell], all_planned: dict[tuple[str, str], Planned]) -> None:
+def _print_plan(found: Paper, cells: Sequence[Outlook], all_planned: dict[tuple[str, str], Planned]) -> None:
     """One command for each cell that is not recorded, with its expected hours and what keeps it from running here."""
     from rich.table import Table
 
+    from slimbench.harness.run.planning.outlook import CANNOT_RUN
     from slimbench.leaderboard.reproduce import gpu_hours
 
     table = Table("command", "GPU hours", "here", box=None, header_style="bold")
     total = 0.0
     for planned in cells:
-        if "run" not in planned.stages.values() and "cannot run" not in planned.stages.values():
-            table.add_row(planned.cell.command, "–", "recorded")
+        command = planned.cell.cell.command
+        if not planned.is_to_run and CANNOT_RUN not in planned.stages.values():
+            table.add_row(command, "–", "recorded")
             continue
         hours = gpu_hours(found, planned.cell.identity.pipeline, planned.cell.config.model.parameters, _TOKENS)
         total += hours or 0
         here = all_planned[_named(planned)].obstacle or "can run"
-        table.add_row(planned.cell.command, "–" if hours is None else f"{hours:.2f}", here)
+        table.add_row(command, "–" if hours is None else f"{hours:.2f}", here)
     console().print(table)
     print(f"expected: {total:.1f} hours on one A100 for what is not recorded")
 
@@ -127,7 +126,7 @@ def _print(found: Paper, lines: Sequence[Line]) -> None:
             line.verdict.value + (f": {line.reason}" if line.reason else ""),
         )
     shown = console()
-    shown.print(f"{found.title} ({found.year}), arXiv:{found.arxiv}: {found.table}")
+    shown.print(f"{found.title} ({found.year}), arXiv:{found.arxiv}: {found.table}", highlight=False)
     shown.print(table)
     for text in (found.differs and f"our sweep differs: {found.differs}", found.note):
         if text:

@@ -1,85 +1,119 @@
-"""`slimbench run` and `slimbench sweep`: measure cells, print their rows, and end with their exit code."""
+"""`slimbench run` and `slimbench sweep`: plan cells, measure them, print their rows, and end with the exit code that their records give."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    Overrides,
-    console,
-    fail,
-    print_table,
-    table_rows,
-)
+from slimbench.harness.cli.exit_codes import ExitCode, of
+from slimbench.harness.cli.terminal import FORMATS, Overrides, check_choice, console, fail, print_table, table_rows
+from slimbench.harness.config.schema import ConfigError
 
 if TYPE_CHECKING:
-    from slimbench.harness.launch.sweep import Finished, PlannedCell
-    from slimbench.harness.run.cell import Cell
+    from slimbench.harness.run.planning.ledger import Ledger
+    from slimbench.harness.run.planning.plan import PlannedCell
     from slimbench.harness.store.store import Store
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
-def run(overrides: Overrides = None) -> None:
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")]
+Format = Annotated[str, typer.Option("--format", help=f"Of the plan: {', '.join(FORMATS)}.")]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(help="Start no stage after this time, such as 30s, 150m or 2h; exit code 75 if there is more to do."),
+]
+
+
+def run(overrides: Overrides = None, plan: PlanOnly = False, format: Format = "terminal", stop_after: StopAfter = None) -> None:
     """Run one cell (and the reference it is compared with): compress, measure quality, measure speed."""
-    from slimbench.harness.launch import sweep as sweeps
-
-    _measure(sweeps.run, overrides)
+    _measure(overrides or [], False, plan, format, stop_after)
 
 
-def sweep(
-    overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")] = False,
-) -> None:
+def sweep(overrides: Overrides = None, plan: PlanOnly = False, format: Format = "terminal", stop_after: StopAfter = None) -> None:
     """Run the product of several values, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
+    _measure(overrides or [], True, plan, format, stop_after)
+
+
+def seconds_of(text: str | None) -> float | None:
+    """The seconds of a duration such as `30s`, `150m` or `2h`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if not match:
+        raise ConfigError(f"--stop-after {text} is no duration; give it as 30s, 150m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None) -> None:
+    check_choice("--format", format, FORMATS)
+    seconds = seconds_of(stop_after)
     from slimbench.harness.launch import sweep as sweeps
+    from slimbench.harness.run.planning.ledger import Ledger
+    from slimbench.harness.run.progress import ProgressDisplay
+    from slimbench.harness.store.store import Store
 
-    if plan:
-        _print_plan(sweeps.plan(overrides or []))
+    plan = sweeps.plan(overrides, several)
+    results = Path(plan.cells[0].config.results)
+    store = Store(results)
+    if plan_only:
+        _print_plan(Ledger(plan, store), format)
         return
-    _measure(sweeps.sweep, overrides)
-
-
-def _measure(command: Callable[..., Finished], overrides: list[str] | None) -> NoReturn:
-    """Run cells, print their rows of the table, and exit."""
+    told, asked = console(stderr=True), [cell for cell in plan.cells if cell.asked]
     try:
-        finished = command(overrides or [], track)
+        told.print(f"{len(asked)} cell{'s' * (len(asked) > 1)} → {results}/")
+        with ProgressDisplay(plan, store, told) as display:
+            ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store))
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where it stopped", 130)
-    from slimbench.leaderboard.tables import writers
+        fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
+    _print_rows(ledger, results)
+    code = of(ledger)
+    if code in (ExitCode.STOPPED, ExitCode.NOTHING_MEASURED):
+        told.print(_why(code, ledger))
+    raise typer.Exit(code)
 
-    console().print(writers.to_terminal([row for row in table_rows(finished.results) if row.keys in finished.keys]))
-    raise typer.Exit(finished.exit_code)
 
-
-def track(cell: Cell, store: Store) -> None:
+def track(cell: PlannedCell, store: Store) -> None:
     """Log a finished cell, with its reference, where the configuration asks for it; a tracker that fails stops no sweep."""
     if cell.config.tracking != "wandb":
         return
-    from rich.console import Console
-
-    from slimbench.harness.run.runner import recorded
+    from slimbench.harness.run.planning.ledger import recorded
     from slimbench.harness.schema.identity import Stage
     from slimbench.leaderboard.tracking import wandb as tracking
 
-    parts = (cell.reference(), cell)
+    parts = (cell.cell.reference(), cell.cell)
     records = [record for part in parts for stage in Stage if (record := recorded(store, part, stage))]
     try:
         tracking.log(records, os.environ.get("WANDB_PROJECT", "slimbench"), Path(os.environ.get("WANDB_DIR", ".")))
     except Exception as error:
-        Console(stderr=True).print(f"not logged to W&B: {error}; `slimbench wandb log` does it later", highlight=False, markup=False)
+        console(stderr=True).print(f"not logged to W&B: {error}; `slimbench wandb log` does it later")
 
 
-def _print_plan(cells: list[PlannedCell]) -> None:
+def _print_rows(ledger: Ledger, results: Path) -> None:
+    from slimbench.leaderboard.tables import writers
+
+    keys = [cell.identity.keys for cell in ledger.plan.cells]
+    if any(results.glob("*/*/*.json")):
+        console().print(writers.to_terminal([row for row in table_rows(results) if row.keys in keys]))
+
+
+def _why(code: ExitCode, ledger: Ledger) -> str:
+    if code is ExitCode.STOPPED:
+        return f"stopped with {len(list(ledger.open()))} of {len(ledger.plan.tasks)} stages to do; the same command goes on"
+    endings = [ending for task in ledger.plan.tasks if (ending := ledger.ending(task))]
+    return f"nothing was measured: {next((ending.reason for ending in endings if ending.reason), 'no stage was asked for')}"
+
+
+def _print_plan(ledger: Ledger, format: str) -> None:
     """One line for each cell, and how many stages there are of each kind."""
-    from collections import Counter
-
+    from slimbench.harness.run.planning.outlook import outlook
     from slimbench.harness.schema.identity import Stage
 
-    counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
+    cells = outlook(ledger)
     shared = Counter(override for planned in cells for override in planned.cell.overrides)
     rows = [
         {"cell": planned.cell.label, "overrides": " ".join(o for o in planned.cell.overrides if shared[o] < len(cells))}
@@ -87,6 +121,8 @@ def _print_plan(cells: list[PlannedCell]) -> None:
         | {"reason": planned.reason}
         for planned in cells
     ]
-    print_table("terminal", {key: key for key in rows[0]}, rows)
-    todo = ", ".join(f"{counts[kind]} {text}" for kind, text in (("run", "to run"), ("recorded", "recorded"), ("cannot", "cannot run")))
-    print(f"{len(cells)} cells, references included; stages: {todo}")
+    print_table(format, {key: key for key in rows[0]}, rows)
+    if format == "terminal":
+        counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
+        todo = ", ".join(f"{counts[kind]} {text}" for kind, text in (("run", "to run"), ("recorded", "recorded"), ("cannot", "cannot run")))
+        print(f"{len(cells)} cells, references included; stages: {todo}")

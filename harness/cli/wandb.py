@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,10 @@ def log(
     if mode == "online" and not tracking.logged_in():
         raise ConfigError("--mode online needs a login: run `wandb login`, or write the runs with --mode offline")
     written, online = tracking.log(records, project, folder, entity, mode, lambda run: print(f"{run.group} · {run.name}"))  # type: ignore[arg-type]
-    where = "sent" if online else f"written offline below {folder / 'wandb'}; `slimbench wandb sync` sends them"
-    print(f"{len(written)} runs {where}")
+    unchanged = len(tracking.runs(records)) - len(written)
+    hint = f"; `slimbench wandb sync{'' if folder == Path('.') else f' --dir {shlex.quote(str(folder))}'}` sends them" if written else ""
+    where = "sent" if online else f"written offline below {folder / 'wandb'}{hint}"
+    print(f"{len(written)} runs {where}, {unchanged} unchanged" if written else f"0 runs to write, {unchanged} unchanged")
 
 
 @app.command()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _NESTED = re.compile(r"[^=]*=\s*[\[{]")
 
+_COMING = ("slurm", "ray")  # launchers for clusters
+
 
 def quoted(value: str) -> str:
     """A value as Hydra reads it whatever its letters."""
@@ -43,6 +45,8 @@ def read(texts: Sequence[str], loader: Any = None) -> list[Override]:
         if override.is_hydra_override():
             instead = "; give launcher=NAME" if override.key_or_group == "hydra/launcher" else ""
             raise ConfigError(f"{override.input_line}: Hydra only composes here, its own settings have no effect{instead}")
+        if override.key_or_group == "launcher" and override.value() in _COMING:
+            raise ConfigError(f"launcher={override.value()} is not there yet; launcher=local runs stages on this machine")
     return overrides
 
 

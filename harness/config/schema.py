@@ -273,6 +273,19 @@ class LimitsConfig(_Strict):
     memory_gb: float | None = Field(default=None, gt=0)
 
 
+class LauncherConfig(_Strict):
+    """Who brings stages to where they run.
+
+    Attributes:
+        name: `local`: this machine.
+        slots: Stages at a time, each on a CUDA card of its own from `device.index` on; one on a CPU, where they would disturb each
+            other's times.
+    """
+
+    name: Literal["local"] = "local"
+    slots: int = Field(default=1, ge=1)
+
+
 class CalibrationConfig(_Strict):
     """Calibration text and how it is sampled.
 
@@ -302,6 +315,7 @@ class RunConfig(_Strict):
         device: Where the cell runs.
         calibration: Text for the methods that read some.
         limits: At which a stage is ended.
+        launcher: Who brings stages to where they run.
         seed: Of whatever a method draws at random, beside a seed of its own.
         stages: What is measured; a later run with the rest adds it to the same rows.
         tracking: `wandb`: each finished cell becomes a W&B run, offline without a login (WANDB_PROJECT, WANDB_DIR).
@@ -318,6 +332,7 @@ class RunConfig(_Strict):
     device: DeviceConfig
     calibration: CalibrationConfig
     limits: LimitsConfig = LimitsConfig()
+    launcher: LauncherConfig = LauncherConfig()
     seed: int = 0
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     tracking: Literal["wandb"] | None = None

@@ -1,109 +1,65 @@
-"""Runs and sweeps from the command line's view: plan, launch, exit code."""
+"""From overrides to a plan, and from a plan to its launch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slimbench.harness.config import compose
 from slimbench.harness.config.schema import ConfigError
-from slimbench.harness.run.cell import Cell, make_cell
-from slimbench.harness.schema.identity import Keys, Stage, Status
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.planning import plan as plans
+from slimbench.harness.run.planning.obstacles import require_extras
 from slimbench.harness.store.store import Store
 
-CellDone = Callable[[Cell, Store], None]  # told of each cell whose stages have ended
-
-_FINE = (Status.OK, Status.UNSUPPORTED)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a run or sweep came to: its exit code, the results folder, and the keys of its cells, references included."""
-
-    exit_code: int
-    results: Path
-    keys: list[Keys]
+if TYPE_CHECKING:
+    from slimbench.harness.run.planning.ledger import Ledger
+    from slimbench.harness.run.planning.plan import Plan, PlannedCell
+    from slimbench.harness.run.runner import Listener
 
 
-@dataclass(frozen=True)
-class PlannedCell:
-    """What a sweep would do with a cell: for each stage `recorded STATUS`, `run` or `cannot run`, and the reason for that."""
+def plan(overrides: Sequence[str], several: bool) -> Plan:
+    """The plan of the cell that the overrides name, or of each cell of a sweep. Every one is validated; nothing is run or written.
 
-    cell: Cell
-    stages: dict[Stage, str]
-    reason: str = ""
-
-
-def run(overrides: Sequence[str], on_done: CellDone = lambda cell, store: None) -> Finished:
-    """Run one cell."""
-    return _measure([make_cell(compose.resolve(overrides), tuple(overrides))], on_done)
-
-
-def sweep(overrides: Sequence[str], on_done: CellDone = lambda cell, store: None) -> Finished:
-    """Run a Hydra multirun of cells. Every job is validated before the first one starts."""
-    cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
-    return _measure(cells, on_done)
-
-
-def plan(overrides: Sequence[str]) -> list[PlannedCell]:
-    """What `sweep` would do with each cell, and with each reference, in order; nothing is run or written."""
-    cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides)]
+    Raises:
+        ConfigError: The first mistake in any of them, or a results folder that cannot be written.
+    """
+    jobs = compose.jobs(overrides) if several else [(list(overrides), compose.resolve(overrides))]
+    cells = [make_cell(config, tuple(job)) for job, config in jobs]
     for cell in cells:
         require_extras(cell)
-    from slimbench.harness.run.runner import with_reference
-
-    parts = {part.identity.keys.model_dump_json(): part for cell in cells for part in with_reference(cell)}
-    return [_planned(part) for part in parts.values()]
+    _require_writable(Path(cells[0].config.results))
+    return plans.make_plan(cells)
 
 
-def _planned(cell: Cell) -> PlannedCell:
-    from slimbench.harness.run.runner import cannot_run, reusable
+def launch(
+    plan: Plan,
+    results: Path,
+    listener: Listener,
+    seconds: float | None = None,
+    on_done: Callable[[PlannedCell], None] = lambda cell: None,
+) -> Ledger:
+    """Write a plan into its results folder, run what is open of it, and tell what it has come to.
 
-    store, simulated, reason = Store(Path(cell.config.results)), False, ""
-    stages: dict[Stage, str] = {}
-    for stage in cell.stages():
-        if stage is Stage.SPEED and simulated:
-            continue
-        record = reusable(store, cell, stage)
-        if record is not None:
-            stages[stage], ends = f"recorded {record.status.value}", record.status is not Status.OK
-            simulated |= record.simulated
-        elif outcome := cannot_run(cell, stage):
-            stages[stage], ends = "cannot run", True
-            reason = reason or (outcome.failure.message if outcome.failure else "")
-        else:
-            stages[stage], ends = "run", False
-        if stage is Stage.COMPRESS and ends:
-            break
-    return PlannedCell(cell, stages, reason)
+    Args:
+        seconds: No stage is started after these.
+        on_done: Told of each cell whose stages have all ended.
 
+    Raises:
+        StoreError: The results folder cannot be written.
+    """
+    from slimbench.harness.launch.local import LocalLauncher
+    from slimbench.harness.run.planning.ledger import Ledger
 
-def _measure(cells: list[Cell], on_done: CellDone) -> Finished:
-    from rich.console import Console
-
-    from slimbench.harness.run.progress import ProgressDisplay, plan
-    from slimbench.harness.run.runner import Runner
-
-    for cell in cells:
-        require_extras(cell)
-    store, console, records = Store(Path(cells[0].config.results)), Console(stderr=True), []
-    console.print(f"{len(cells)} cell{'s' * (len(cells) > 1)} → {store.root}/", highlight=False)
-    with ProgressDisplay(plan(cells), store, console) as display:
-        runner = Runner(store, display)
-        try:
-            for cell in cells:
-                records += runner.run(cell)
-                on_done(cell, store)
-        finally:
-            runner.close()
-    code = 0 if all(record.status in _FINE for record in records) else 1
-    return Finished(code, store.root, [k for cell in cells for k in (cell.identity.reference, cell.identity.keys)])
+    plan, store = plans.read(plans.write(plan, results)), Store(results)
+    LocalLauncher(listener, plan.launcher.slots, seconds, on_done).launch(plan, store)
+    return Ledger(plan, store)
 
 
-def require_extras(cell: Cell) -> None:
-    """Raise `ConfigError` with the install command if a method's library is missing."""
-    for step, method in zip(cell.config.pipeline, cell.methods, strict=True):
-        if missing := method.needs.missing_modules():
-            extra = f"'slimbench[{method.needs.extra}]'" if method.needs.extra else " ".join(missing)
-            raise ConfigError(f"method '{step.name}' needs {', '.join(missing)}: pip install {extra}")
+def _require_writable(results: Path) -> None:
+    """Raise `ConfigError` if no record could be written."""
+    folder = next(folder for folder in (results, *results.absolute().parents) if folder.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"results={results}: cannot write into {folder}: permission denied")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +34,9 @@ from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.harness.store.store import Store
 from slimbench.util.files import cache_dir
 from slimbench.util.text import one_line
+
+if TYPE_CHECKING:
+    from slimbench.harness.run.runner import Runner
 
 PERPLEXITY_TOLERANCE = 0.005  # relative
 ITEM_TOLERANCE = 0.02  # fraction of zero-shot items whose correctness may differ
@@ -88,6 +92,7 @@ def audit(
     Raises:
         ConfigError: The folder holds no such record.
     """
+    from slimbench.harness.run.planning.plan import make_plan, task_name
     from slimbench.harness.run.progress import ProgressDisplay
     from slimbench.harness.run.runner import Runner
 
@@ -96,13 +101,21 @@ def audit(
     verdicts = [item for item in planned if isinstance(item, Verdict)]
     for repeat in repeats:
         console.print(f"runs again: {repeat.cell.label}, {repeat.record.stage}: {_sources(repeat.cell)}", soft_wrap=True)
-    shown = [(repeat.cell, repeat.record.stage) for repeat in repeats]
-    with _surroundings(trusted, use_cache) as folder, ProgressDisplay(shown, Store(results), console) as display:
+    if not repeats:
+        return verdicts
+    shown = make_plan(r.cell for r in repeats).only({task_name(r.cell.identity, r.record.stage) for r in repeats})
+    with _surroundings(trusted, use_cache) as folder, ProgressDisplay(shown, Store(folder), console, timings=Store(results)) as display:
         runner = Runner(Store(folder), display)
         try:
-            return verdicts + [compare(r.record, runner.stage(r.cell, r.record.stage)) for r in repeats]
+            return verdicts + [compare(r.record, _again(runner, r)) for r in repeats]
         finally:
             runner.close()
+
+
+def _again(runner: Runner, repeat: Repeat) -> Record:
+    record = runner.attempt(repeat.cell, repeat.record.stage)
+    assert record is not None, "nobody else knows of this folder"
+    return record
 
 
 def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> list[Record]:

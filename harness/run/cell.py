@@ -45,12 +45,11 @@ class Cell:
 
     def hardware(self, stage: Stage) -> HardwareIdentity:
         """What a stage of this cell runs on, on this machine."""
-        device = self.config.device
-        return hardware().identity(device.compress if stage is Stage.COMPRESS else device.name, device.index, device.threads)
+        return hardware_of(self.config, stage)
 
     def recorded_config(self) -> dict[str, Any]:
         """The configuration as records have it: methods and engine by name and version; no folder of results, no path of a class."""
-        config = self.config.model_dump(mode="json", exclude={"results"})
+        config = self.config.model_dump(mode="json", exclude={"results", "launcher"})
         pipeline = [describe(step) for step in self.config.pipeline]
         engine = {"name": self.config.engine.name, "version": engines.version(self.config.engine.target)}
         return config | {"pipeline": pipeline, "reference": describe(self.config.reference), "engine": engine}
@@ -68,6 +67,12 @@ class Cell:
         """The dense cell with which this one is compared."""
         kept = [o for o in self.overrides if not o.lstrip("+~").startswith(("method=", "method.", "settings."))]
         return make_cell(self.config.as_reference(), (*kept, f"method={self.config.reference.name}"))
+
+
+def hardware_of(config: RunConfig, stage: Stage) -> HardwareIdentity:
+    """What a stage runs on, on this machine."""
+    device = config.device
+    return hardware().identity(device.compress if stage is Stage.COMPRESS else device.name, device.index, device.threads)
 
 
 def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:

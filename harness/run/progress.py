@@ -1,11 +1,10 @@
-"""What the console shows while cells run: the stage, its progress, the stages done and the time that remains."""
+"""What is shown while a plan runs: the stages under way, those that ended, and the time that remains."""
 
 from __future__ import annotations
 
-import statistics
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,36 +12,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from slimbench.harness.run.cell import Cell
-from slimbench.harness.run.runner import with_reference
+from slimbench.harness.run.planning.estimates import Estimates
+from slimbench.harness.run.planning.ledger import Ending, Ledger, State
+from slimbench.harness.run.planning.plan import Plan, task_name
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.util.text import one_line
 
+HEARTBEAT_S = 30.0
 _COLOURS = {Status.OK: "green", Status.UNSUPPORTED: "yellow"}
 
 
-def plan(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Stage]]:
-    """Every stage of the cells and of their references, in the order in which they run."""
-    return ((part, stage) for cell in cells for part in with_reference(cell) for stage in part.stages())
+@dataclass
+class _Current:
+    """A stage that runs."""
+
+    bar: TaskID
+    label: str
+    began: float
+    phase: str = "start"
+    share: str = ""
 
 
 class ProgressDisplay:
-    """A listener of the runner. Estimates are the mean wall times of recorded stages of the same kind.
+    """A listener of the runners, from any number of threads. On a terminal it shows bars, elsewhere a line every half minute.
 
     Args:
-        plan: The stages that will run; one that stands there twice runs once.
-        store: Its records tell how long stages take.
+        plan: What will run.
+        store: What is recorded of it counts as done.
+        timings: Its records tell how long stages take; those of `store` if none is given.
     """
 
-    def __init__(self, plan: Iterable[tuple[Cell, Stage]], store: Store, console: Console) -> None:
+    def __init__(self, plan: Plan, store: Store, console: Console, timings: Store | None = None) -> None:
         self.console = console
-        self._open = {(stage, part.identity.keys.of(stage)): (part, stage) for part, stage in plan}
-        self._total = len(self._open)
-        self._seconds: dict[Stage, list[float]] = defaultdict(list)
-        for record in store.scan()[0]:
-            if record.status is Status.OK and record.wall_seconds is not None:
-                self._seconds[record.stage].append(record.wall_seconds)
+        self._plan, self._ledger, self._estimates = plan, Ledger(plan, store), Estimates(timings or store)
+        self._total = len(plan.tasks)
+        self._current: dict[str, _Current] = {}
+        self._turn = threading.RLock()
+        self._ended = threading.Event()
         self._bars = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
@@ -53,71 +61,107 @@ class ProgressDisplay:
             transient=True,
         )
         self._overall = self._bars.add_task("stages", total=self._total, note="")
-        self._current: TaskID | None = None
-        self._began = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
+        self._earlier()
         self._bars.start()
+        if not self.console.is_terminal:
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._bars.stop()
 
     def stage_started(self, cell: Cell, stage: Stage) -> None:
-        self._began = time.monotonic()
-        self._current = self._bars.add_task(f"{cell.label} {stage}", total=None, note="start")
+        with self._turn:
+            label = f"{cell.label} {stage}"
+            bar = self._bars.add_task(label, total=None, note="start")
+            self._current[task_name(cell.identity, stage)] = _Current(bar, label, time.monotonic())
 
-    def stage_event(self, event: dict[str, Any]) -> None:
-        if self._current is None:
-            return
-        if event["event"] == "phase":
-            self._bars.update(self._current, total=None, completed=0, note=event["name"])
-        elif event["event"] == "progress":
-            self._bars.update(self._current, total=event["total"], completed=round(event["done"], 2))
-        self._refresh()
+    def stage_event(self, cell: Cell, stage: Stage, event: dict[str, Any]) -> None:
+        with self._turn:
+            current = self._current.get(task_name(cell.identity, stage))
+            if current is None:
+                return
+            if event["event"] == "phase":
+                current.phase, current.share = event["name"], ""
+                self._bars.update(current.bar, total=None, completed=0, note=event["name"])
+            elif event["event"] == "progress":
+                current.share = f" {event['done']:.0f}/{event['total']:.0f}"
+                self._bars.update(current.bar, total=event["total"], completed=round(event["done"], 2))
 
     def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None:
-        if self._current is not None and not reused:
-            self._bars.remove_task(self._current)
-            self._current = None
-        if self._open.pop((stage, record.key), None) is None:
-            return
-        if record.status is not Status.OK and stage is Stage.COMPRESS:
-            for other in cell.stages()[1:]:
-                self._open.pop((other, cell.identity.keys.of(other)), None)
-        if record.simulated:
-            self._open.pop((Stage.SPEED, cell.identity.keys.speed), None)
-        if not reused and record.status is Status.OK:
-            self._seconds[stage].append(record.wall_seconds or 0)
-        done = self._total - len(self._open)
-        how = "recorded" if reused else f"{record.wall_seconds or 0:.0f} s"
-        reason = record.failure.summary if record.failure else ""
-        self._refresh()
-        line = Text.assemble(
-            (f"{done:>3}/{self._total} ", "dim"),
-            cell.label,
-            (f" {stage} ", "dim"),
-            (record.status.value, _COLOURS.get(record.status, "red")),
-            (f" {how} · {self._remaining()}", "dim"),
-            f"  {reason}" if reason else "",
-        )
-        self.console.print(line, soft_wrap=True)
+        with self._turn:
+            name = task_name(cell.identity, stage)
+            if (current := self._current.pop(name, None)) is not None:
+                self._bars.remove_task(current.bar)
+            if (task := self._plan.by_name.get(name)) is None:
+                return
+            if not reused and record.status is Status.OK:
+                self._estimates.learn(self._plan.cells[task.cell], stage, record.wall_seconds or 0)
+            how = "recorded" if reused else f"{record.wall_seconds or 0:.0f} s"
+            reason = f"  {record.failure.summary}" if record.failure else ""
+            self._refresh()
+            self._print(
+                (f"{self._done():>3}/{self._total} ", "dim"),
+                cell.label,
+                (f" {stage} ", "dim"),
+                (record.status.value, _COLOURS.get(record.status, "red")),
+                (f" {how} · {self._left()}", "dim"),
+                reason,
+            )
 
     def note(self, text: str) -> None:
-        self.console.print(Text(one_line(text), style="dim"), soft_wrap=True)
+        self._print((one_line(text), "dim"))
+
+    def _earlier(self) -> None:
+        """Say what is recorded already, and of what did not end well, that it was not now."""
+        endings = [(task, ending) for task in self._plan.tasks if (ending := self._ledger.ending(task)) and ending.earlier]
+        if not endings:
+            return
+        self._print(f"{len(endings)} of {self._total} stages are recorded")
+        for task, ending in endings:
+            if ending.state is State.FAILED:
+                self._print(f"{self._plan.cells[task.cell].label} {task.stage} {told_earlier(ending)}")
+
+    def _beat(self) -> None:
+        """A line for each stage that runs, as long as something runs."""
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._turn:
+                for current in self._current.values():
+                    minutes, seconds = divmod(int(time.monotonic() - current.began), 60)
+                    self._print(
+                        f"    {current.label}", (f" {current.phase}{current.share} {minutes}:{seconds:02d} · {self._left()}", "dim")
+                    )
+
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        """A line of texts, each as it is or with its style."""
+        self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+    def _done(self) -> int:
+        return sum(self._ledger.ending(task) is not None for task in self._plan.tasks)
 
     def _refresh(self) -> None:
-        self._bars.update(self._overall, completed=self._total - len(self._open), note=self._remaining())
+        self._bars.update(self._overall, completed=self._done(), note=self._left())
 
-    def _remaining(self) -> str:
-        """Time that the open stages will take, from the mean of their kind; the running one counts what it has left."""
-        known = [statistics.fmean(values) for values in self._seconds.values() if values]
-        if not self._open:
+    def _left(self) -> str:
+        """Time that the open tasks will take one after another; those that run count what they have left."""
+        waiting = list(self._ledger.open())
+        if not waiting:
             return "done"
-        if not known:
+        seconds = self._estimates.total(self._plan, waiting)
+        if seconds is None:
             return "no estimate yet"
-        fallback = statistics.fmean(known)
-        left = sum(statistics.fmean(self._seconds[stage]) if self._seconds[stage] else fallback for _, stage in self._open.values())
-        if self._current is not None:
-            left = max(left - (time.monotonic() - self._began), 1.0)
-        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
+        now = time.monotonic()
+        return in_words(max(seconds - sum(now - current.began for current in self._current.values()), 1.0))
+
+
+def told_earlier(ending: Ending) -> str:
+    """A failure that was recorded before this run: when, why, and how it is tried again."""
+    when = ending.started[:16].replace("T", " ")
+    return f"{ending.status} earlier ({when} UTC): {ending.reason}; on_existing=failed runs it again"
+
+
+def in_words(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

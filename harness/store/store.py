@@ -88,27 +88,29 @@ class Store:
         return path
 
     @contextmanager
-    def lock(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity, on_wait: Callable[[], None]) -> Iterator[None]:
+    def lock(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity, wait: bool = False) -> Iterator[bool]:
         """Keep other sweeps on this folder from running the same stage on the same hardware at the same time.
 
-        The lock belongs to the process and vanishes with it, however it ends. `on_wait` is called once if another
-        process holds it; afterwards the caller should look for the record again.
+        The lock belongs to the process and vanishes with it, however it ends. Its value tells whether it was got: false where
+        another process holds it. With `wait` it is waited for; afterwards the caller should look for the record again.
+
+        Raises:
+            StoreError: The folder cannot be written.
         """
         from filelock import FileLock, Timeout
 
         folder = self.root / ".locks"
+        lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}-{hardware.fingerprint}.lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}-{hardware.fingerprint}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                on_wait()
-                lock.acquire(poll_interval=0.5)
+            lock.acquire(timeout=-1 if wait else 0, poll_interval=0.5)
+        except Timeout:
+            yield False
+            return
         except OSError as error:
             raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
         try:
-            yield
+            yield True
         finally:
             lock.release()
 

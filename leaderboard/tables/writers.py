@@ -29,6 +29,9 @@ def to_json(board: Sequence[Row]) -> str:
     return pydantic_core.to_json(board, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the beginning of a formula
+
+
 def to_csv(board: Sequence[Row]) -> str:
     """One line for each row, one column for each key; empty for unknown, JSON for lists and mappings.
 
@@ -37,16 +40,17 @@ def to_csv(board: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Row.model_fields)
-    writer.writerows([_csv_value(getattr(row, key)) for key in Row.model_fields] for row in board)
+    writer.writerows([csv_value(getattr(row, key)) for key in Row.model_fields] for row in board)
     return out.getvalue()
 
 
-def _csv_value(value: Any) -> Any:
+def csv_value(value: Any) -> Any:
+    """A value as a cell of a CSV file."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, (dict, list)):
         return _AS_JSON(value)
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def to_markdown(board: Sequence[Row]) -> str:

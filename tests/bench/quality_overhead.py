@@ -17,6 +17,7 @@ from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.stages import models
 from slimbench.harness.store.store import Store
+from tests.support.running import run
 
 
 class _Silent:
@@ -35,10 +36,9 @@ def main() -> None:
     calls: list[tuple[torch.Size, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Store(Path(folder)), _Silent())
-        runner.run(cell)  # fills the caches: model, tokens, task files
+        run(runner, cell)  # fills the caches: model, tokens, task files
         again = make_cell(resolve([*overrides, "on_existing=all"]), overrides)
-        runner._done.clear()
-        record = runner.run(again)[1]
+        record = run(runner, again)[1]
         runner.close()
     from slimbench.harness.config.targets import locate
     from slimbench.harness.measure import perplexity, zeroshot

@@ -21,6 +21,7 @@ from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.store import artefact
 from slimbench.tasks import corpora
 from slimbench.tasks import zeroshot as task_files
+from tests.support.running import run
 
 WINDOWS = 4
 TASK = "bb_general_knowledge"
@@ -157,7 +158,7 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, 
     cell = make_cell(resolve([*short, "method=rtn-4bit"]), (*short, "method=rtn-4bit"))
     runner = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
     try:
-        records = runner.run(cell)
+        records = run(runner, cell)
     finally:
         runner.close()
     return cell, {stage.value: record.result for stage, record in zip(Stage, records, strict=True)}

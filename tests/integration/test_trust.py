@@ -13,6 +13,7 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
+from tests.support.running import run
 from tests.unit.run.test_runner import Listener
 
 SHORT = [
@@ -35,8 +36,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 def quality(runner: Runner, *more: str) -> QualityResult:
     named = (*SHORT, *more)
-    runner._done.clear()
-    result = next(r for r in runner.run(make_cell(resolve(named), named)) if r.stage is Stage.QUALITY).quality
+    result = next(r for r in run(runner, make_cell(resolve(named), named)) if r.stage is Stage.QUALITY).quality
     assert result
     return result
 

@@ -16,13 +16,15 @@ from slimbench.harness.config.registry import entries, entry
 from slimbench.harness.config.schema import ConfigError, ModelConfig
 from slimbench.harness.config.sources import CONF_DIR
 from slimbench.harness.run.cell import make_cell
-from slimbench.harness.run.runner import Runner, cannot_run, with_reference
+from slimbench.harness.run.planning.plan import make_plan
+from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stages import models
 from slimbench.harness.store.store import Store
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
 from tests.support import tiny
+from tests.support.running import run
 from tests.unit.cli.test_cli import HEAVY, slimbench
 from tests.unit.run.test_runner import Listener
 
@@ -161,8 +163,8 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     runner.close()
 
 
-def run(runner: Runner, overrides: list[str], *more: str) -> list[Record]:
-    return runner.run(make_cell(resolve([*overrides, *more]), (*overrides, *more)))
+def records_of(runner: Runner, overrides: list[str], *more: str) -> list[Record]:
+    return run(runner, make_cell(resolve([*overrides, *more]), (*overrides, *more)))
 
 
 def odd_overrides(overrides: list[str], model: Path) -> list[str]:
@@ -171,7 +173,7 @@ def odd_overrides(overrides: list[str], model: Path) -> list[str]:
 
 def test_a_group_that_does_not_divide_is_a_record_and_nothing_is_started(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
     odd = tiny.save_model(tmp_path / "odd", hidden_size=72, intermediate_size=136).path
-    (record,) = run(runner, odd_overrides(overrides, odd), "method=rtn-4bit")
+    (record,) = records_of(runner, odd_overrides(overrides, odd), "method=rtn-4bit")
     assert (record.stage, record.status, record.phase) == (Stage.COMPRESS, Status.UNSUPPORTED, "plan")
     assert record.failure and "group_size 64 does not divide the input features 72" in record.failure.message
     assert runner._workers == {} and len(runner.store.scan()[0]) == 1  # neither a process nor the reference
@@ -180,9 +182,9 @@ def test_a_group_that_does_not_divide_is_a_record_and_nothing_is_started(runner:
 def test_a_refused_step_of_a_pipeline_refuses_the_cell(overrides: list[str], tmp_path: Path) -> None:
     odd = tiny.save_model(tmp_path / "odd", hidden_size=72, intermediate_size=136).path
     cell = make_cell(resolve([*odd_overrides(overrides, odd), "method=[magnitude,rtn-4bit]"]))
-    outcome = cannot_run(cell, Stage.COMPRESS)
-    assert outcome and outcome.failure and "group_size 64" in outcome.failure.message
-    assert list(with_reference(cell)) == [cell]
+    plan = make_plan([cell])
+    assert [(task.stage, planned.identity) for task in plan.tasks for planned in plan.cells] == [(Stage.COMPRESS, cell.identity)]
+    assert "group_size 64" in plan.tasks[0].refusal
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str
     model = shutil.copytree(gpt2.path, tmp_path / "gpt2")
     for file in tiny.glob("token*"):
         shutil.copy(file, model)
-    records = run(runner, odd_overrides(overrides, model), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
+    records = records_of(runner, odd_overrides(overrides, model), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
     assert [(r.stage, r.status) for r in records] == [(Stage.COMPRESS, Status.UNSUPPORTED)]
     assert records[0].failure and "GPT2LMHeadModel has no nn.Linear layers" in records[0].failure.message
 
@@ -228,7 +230,7 @@ def test_a_file_without_text_is_refused_before_anything_runs(overrides: list[str
 
 def test_too_little_calibration_text_is_a_failed_record(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("Too little.")
-    (record,) = run(runner, overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}", "stages=[]")
+    (record,) = records_of(runner, overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}", "stages=[]")
     assert (record.status, record.phase) == (Status.FAILED, "calibration data")
     assert record.failure and "fewer than calibration_samples=128" in record.failure.message and "\n" not in record.failure.message
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task, TaskNeeds, task_name
 from slimbench.harness.run.progress import ProgressDisplay
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure, Record
@@ -27,7 +28,11 @@ def test_a_failure_of_any_text_is_one_line_of_progress(message: str, tmp_path: P
     failed = record.model_copy(update={"status": Status.FAILED, "failure": Failure(type="RuntimeError", message=message)})
     cell: Any = SimpleNamespace(identity=record.cell, label="tiny · [/INST]", stages=lambda: [Stage.COMPRESS])
     out = io.StringIO()
-    display = ProgressDisplay([(cell, Stage.COMPRESS)], Store(tmp_path), Console(file=out, width=200))
+    planned = PlannedCell.model_construct(identity=record.cell, overrides=[], stages=[Stage.COMPRESS], asked=True)
+    needs = TaskNeeds(device="cpu", memory_bytes=None, environment=None, modules=[], seconds=1)
+    task = Task(name=task_name(record.cell, Stage.COMPRESS), cell=0, stage=Stage.COMPRESS, after=[], needs=needs)
+    plan = Plan.model_construct(created="", cells=[planned], tasks=[task])
+    display = ProgressDisplay(plan, Store(tmp_path), Console(file=out, width=200))
     display.note(message)
     display.stage_started(cell, Stage.COMPRESS)
     display.stage_ended(cell, Stage.COMPRESS, failed, reused=False)

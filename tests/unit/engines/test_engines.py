@@ -13,13 +13,15 @@ from slimbench.harness.config.schema import ConfigError, EngineConfig
 from slimbench.harness.engines import semi_structured
 from slimbench.harness.run import engine_proof as proof
 from slimbench.harness.run.cell import make_cell
-from slimbench.harness.run.runner import PLAN, Runner
+from slimbench.harness.run.planning.ledger import PLAN
+from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables import engines
 from slimbench.methods.base import Unsupported
 from tests.support.board_records import Spec, records
+from tests.support.running import run
 from tests.unit.run.test_runner import Listener
 
 
@@ -64,10 +66,10 @@ def test_an_engine_that_cannot_run_is_an_unsupported_record(
     config = config.model_copy(update={"engine": config.engine.model_copy(update=changes)})
     runner = Runner(Store(tmp_path), Listener())
     try:
-        compressed, quality, speed = runner.run(make_cell(config, tuple(overrides)))
+        quality, speed = run(runner, make_cell(config, tuple(overrides)))
     finally:
         runner.close()
-    assert compressed.status is Status.OK
+    assert runner._workers == {}, "nothing is compressed that no engine can run"
     for record in (quality, speed):
         assert (record.status, record.phase) == (Status.UNSUPPORTED, PLAN)
         assert record.failure and record.failure.message == reason
@@ -100,12 +102,12 @@ def test_the_board_says_what_runs_where_and_what_was_not_measured() -> None:
 
 
 def test_only_quality_and_speed_ask_for_the_engine(overrides: list[str]) -> None:
-    from slimbench.harness.run.runner import cannot_run
+    from slimbench.harness.run.planning.obstacles import obstacle
 
     config = resolve(overrides)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"loaders": {}})})
     cell = make_cell(config, tuple(overrides))
-    assert cannot_run(cell, Stage.COMPRESS) is None and cannot_run(cell, Stage.SPEED) is not None
+    assert obstacle(cell, Stage.COMPRESS) is None and obstacle(cell, Stage.SPEED) is not None
 
 
 def test_semi_structured_weights_need_a_card(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
 from tests.support import tiny
+from tests.support.running import run
 from tests.unit.methods.test_methods import shipped_step
 from tests.unit.run.test_runner import Listener
 
@@ -176,7 +177,7 @@ def test_a_cell_says_what_lay_elsewhere(overrides: list[str], tmp_path: Path) ->
     wanted = [*overrides, "engine=offload"]
     runner = Runner(Store(tmp_path), Listener())
     try:
-        _, quality, speed = found = runner.run(make_cell(resolve(wanted), tuple(wanted)))
+        _, quality, speed = found = run(runner, make_cell(resolve(wanted), tuple(wanted)))
     finally:
         runner.close()
     assert [record.status for record in found] == [Status.OK] * 3

@@ -46,7 +46,8 @@ def test_every_paper_has_a_sweep_with_the_cells_of_its_table(name: str) -> None:
     found = reproduce.paper(name)
     assert found.values or found.note, "either numbers or the reason why there are none"
     assert not found.values or found.mark
-    cells = {(c.cell.identity.model, c.cell.identity.pipeline): c.cell for c in sweep.plan([f"experiment=paper/{name}", "results=none"])}
+    plan = sweep.plan([f"experiment=paper/{name}", "results=none"], several=True)
+    cells = {(cell.identity.model, cell.identity.pipeline): cell for cell in plan.cells}
     wanted = {(model, pipeline) for model, values in found.values.items() for pipeline in values}
     assert wanted <= set(cells)
     for cell in cells.values():

@@ -15,6 +15,7 @@ from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store.store import Store
+from tests.support.running import run
 from tests.unit.run.test_runner import Listener
 
 SILENT = Console(quiet=True)
@@ -34,7 +35,7 @@ def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     results = tmp_path_factory.mktemp("audited")
     named = tuple(overrides)
     runner = Runner(Store(results), Listener())
-    runner.run(make_cell(resolve(named), named))
+    run(runner, make_cell(resolve(named), named))
     runner.close()
     return results
 

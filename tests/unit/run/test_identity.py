@@ -17,7 +17,7 @@ from slimbench.harness.measure import protocols
 from slimbench.harness.run import cell as cells
 from slimbench.harness.run import hub
 from slimbench.harness.run.cell import Cell, make_cell
-from slimbench.harness.run.runner import recorded, reusable
+from slimbench.harness.run.planning.ledger import recorded, reusable
 from slimbench.harness.schema.hardware import Gpu, Hardware, HardwareIdentity, identify
 from slimbench.harness.schema.identity import Keys, Stage, Status
 from slimbench.harness.schema.record import Failure, Record

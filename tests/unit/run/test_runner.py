@@ -16,6 +16,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
+from tests.support.running import run
 
 BAD = "tests.support.misbehaving.Misbehaving"
 INVENTORY = "tests.support.modules.Inventory"
@@ -32,7 +33,7 @@ class Listener:
     def stage_started(self, cell: Cell, stage: Stage) -> None:
         pass
 
-    def stage_event(self, event: dict[str, Any]) -> None:
+    def stage_event(self, cell: Cell, stage: Stage, event: dict[str, Any]) -> None:
         if event["event"] == "phase":
             self.phases.append(event["name"])
 
@@ -54,7 +55,6 @@ def shared() -> Iterator[Runner]:
 @pytest.fixture
 def runner(shared: Runner, tmp_path: Path) -> Runner:
     shared.store, shared.listener = Store(tmp_path / "results"), Listener()
-    shared._done.clear()
     return shared
 
 
@@ -67,7 +67,7 @@ def bad(overrides: list[str], how: str, *more: str) -> Cell:
 
 
 def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: Runner, overrides: list[str]) -> None:
-    records = runner.run(cell(overrides, "method=rtn-4bit"))
+    records = run(runner, cell(overrides, "method=rtn-4bit"))
     assert [(r.stage, r.status) for r in records] == [(stage, Status.OK) for stage in Stage]
     found = {(r.cell.pipeline, r.stage): r for r in runner.store.scan()[0]}
     assert len(found) == 6
@@ -94,25 +94,22 @@ def test_a_cell_leaves_three_good_records_for_itself_and_its_reference(runner: R
 
 
 def test_what_is_recorded_is_not_run_again_unless_asked(runner: Runner, overrides: list[str]) -> None:
-    runner.run(cell(overrides))
+    run(runner, cell(overrides))
     first = runner.store.scan()[0]
     runner.listener = again = Listener()
-    runner._done.clear()
-    runner.run(cell(overrides))
-    assert (len(again.ran), len(again.reused)) == (0, 3)
+    run(runner, cell(overrides))
+    assert not again.ran and not again.reused
     assert runner.store.scan()[0] == first
     runner.listener = forced = Listener()
-    runner.run(cell(overrides, "on_existing=stale"))
+    run(runner, cell(overrides, "on_existing=stale"))
     assert not forced.ran
-    runner._done.clear()
-    runner.run(cell(overrides, "on_existing=all"))
+    run(runner, cell(overrides, "on_existing=all"))
     assert len(forced.ran) == 3
 
 
 def test_quality_is_the_same_number_each_time(runner: Runner, overrides: list[str]) -> None:
-    once = runner.run(cell(overrides, "method=rtn-4bit"))[1].quality
-    runner._done.clear()
-    twice = runner.run(cell(overrides, "method=rtn-4bit", "on_existing=all"))[1].quality
+    once = run(runner, cell(overrides, "method=rtn-4bit"))[1].quality
+    twice = run(runner, cell(overrides, "method=rtn-4bit", "on_existing=all"))[1].quality
     assert once is not None
     assert twice is not None
     assert once.perplexity[0].window_nll == twice.perplexity[0].window_nll
@@ -134,30 +131,28 @@ def test_each_way_to_fail_is_one_record_and_leaves_no_half_artefact(
     runner: Runner, overrides: list[str], how: str, more: tuple[str, ...], status: Status, message: str
 ) -> None:
     this = bad(overrides, how, *more)
-    (record,) = runner.run(this)
+    (record,) = run(runner, this)
     assert record.status is status
     assert record.failure is not None
     assert message in record.failure.message
     assert record.phase == "compress bad"
     assert record.peak_memory_bytes
     assert not artefact.exists(this.identity.keys.compress)
-    runner._done.clear()
-    assert runner.run(this)[0].started == record.started, "a failure stays recorded until asked for"
+    assert run(runner, this)[0].started == record.started, "a failure stays recorded until asked for"
 
 
 def test_a_killed_worker_is_recorded_and_run_again_by_the_same_command(runner: Runner, overrides: list[str]) -> None:
     this = bad(overrides, "kill")
-    (record,) = runner.run(this)
+    (record,) = run(runner, this)
     assert record.failure is not None
     assert (record.status, record.failure.type, record.failure.interrupted) == (Status.FAILED, "SIGKILL", True)
-    runner._done.clear()
     runner.listener = listener = Listener()
-    runner.run(this)
+    run(runner, this)
     assert ("bad", Stage.COMPRESS) in listener.ran
 
 
 def test_an_artefact_that_cannot_be_loaded_is_a_failed_record_of_the_stage_that_tried(runner: Runner, overrides: list[str]) -> None:
-    records = runner.run(bad(overrides, "nothing"))
+    records = run(runner, bad(overrides, "nothing"))
     assert [(r.stage, r.status) for r in records] == [
         (Stage.COMPRESS, Status.OK),
         (Stage.QUALITY, Status.FAILED),
@@ -169,18 +164,17 @@ def test_an_artefact_lost_from_the_cache_is_made_again(runner: Runner, overrides
     import shutil
 
     this = cell(overrides, "method=rtn-8bit")
-    runner.run(this)
+    run(runner, this)
     shutil.rmtree(artefact.location(this.identity.keys.compress))
     runner.store.path(this.identity, Stage.QUALITY, this.hardware(Stage.QUALITY)).unlink()
-    runner._done.clear()
-    records = runner.run(this)
+    records = run(runner, this)
     assert [r.status for r in records] == [Status.OK] * 3
     assert artefact.exists(this.identity.keys.compress)
 
 
 def test_cuda_without_a_card_and_a_model_too_large_are_unsupported(runner: Runner, overrides: list[str]) -> None:
     for more, message in ((["device=cuda"], "no CUDA card"), (["model.parameters=900000000000"], "need 3600 GB")):
-        (record,) = runner.run(cell([o for o in overrides if o != "device=cpu"], *more))
+        (record,) = run(runner, cell([o for o in overrides if o != "device=cpu"], *more))
         assert record.status is Status.UNSUPPORTED
         assert record.failure is not None
         assert message in record.failure.message
@@ -189,36 +183,14 @@ def test_cuda_without_a_card_and_a_model_too_large_are_unsupported(runner: Runne
 def test_random_weights_are_measured_for_speed_only(runner: Runner, overrides: list[str]) -> None:
     shape = "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 256}"
     mine = [o for o in overrides if not o.startswith("model")]
-    records = runner.run(cell(mine, "model=custom", "model.name=r", "model.source=random", f"+model.shape={shape}"))
+    records = run(runner, cell(mine, "model=custom", "model.name=r", "model.source=random", f"+model.shape={shape}"))
     assert [r.stage for r in records] == [Stage.COMPRESS, Stage.SPEED]
     assert all(r.status is Status.OK for r in records)
 
 
-def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runner: Runner, overrides: list[str]) -> None:
-    from slimbench.harness.launch.sweep import plan
-
-    folder = runner.store.root
-    mine = [*overrides, f"results={folder}"]
-    runner.run(cell(mine, "method=rtn-8bit", "stages=[quality]"))
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    planned = {p.cell.identity.pipeline: p for p in plan([*mine, "method=rtn-8bit,rtn-4bit", "settings.group_size=32,256"])}
-    fresh, refused = dict.fromkeys(Stage, "run"), {Stage.COMPRESS: "cannot run"}
-    recorded = {Stage.COMPRESS: "recorded ok", Stage.QUALITY: "recorded ok", Stage.SPEED: "run"}
-    assert {name: p.stages for name, p in planned.items()} == {
-        "dense": recorded,
-        "rtn-8bit(group_size=32)": fresh,
-        "rtn-8bit(group_size=256)": refused,
-        "rtn-4bit(group_size=32)": fresh,
-        "rtn-4bit(group_size=256)": refused,
-    }
-    assert "group_size 256 does not divide" in planned["rtn-4bit(group_size=256)"].reason
-    assert plan([*mine, "method=rtn-8bit", "on_existing=all"])[1].stages == fresh
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
 def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[str]) -> None:
     """The folders at the top lie on its path, as those of another project may."""
-    compress, quality = runner.run(cell(overrides, "~method.dense", f"+method.inventory._target_={INVENTORY}", "stages=[quality]"))
+    compress, quality = run(runner, cell(overrides, "~method.dense", f"+method.inventory._target_={INVENTORY}", "stages=[quality]"))
     assert quality.status is Status.OK
     assert compress.compress and compress.compress.claim.details == {"second_names": [], "stages": True}
 
@@ -227,8 +199,8 @@ def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[st
 def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
     runner: Runner, overrides: list[str], tiny: Path, text: Path, how: str
 ) -> None:
-    (failed,) = runner.run(bad(overrides, how))
-    (compress, *_) = runner.run(cell(overrides, "method=dense", "stages=[quality]"))
+    (failed,) = run(runner, bad(overrides, how))
+    (compress, *_) = run(runner, cell(overrides, "method=dense", "stages=[quality]"))
     for record in (failed, compress):
         facts = record.provenance
         assert facts["packages"]["torch"] and facts["variables"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")

@@ -22,6 +22,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from tests.support.running import run
 from tests.unit.run.test_runner import Listener
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
@@ -40,8 +41,7 @@ def cell(overrides: list[str], *more: str) -> Cell:
 
 
 def quality(runner: Runner, cell: Cell) -> QualityResult:
-    runner._done.clear()
-    record = next(r for r in runner.run(cell) if r.stage is Stage.QUALITY)
+    record = next(r for r in run(runner, cell) if r.stage is Stage.QUALITY)
     assert record.status is Status.OK, record.failure
     assert record.quality
     return record.quality
@@ -87,7 +87,7 @@ def test_protocols_stand_side_by_side_the_headline_first(runner: Runner, overrid
 
 def test_a_reference_that_did_not_run_leaves_a_flag_not_a_failure(runner: Runner, overrides: list[str]) -> None:
     mine = cell(overrides, "method=rtn-4bit", "seed=5")
-    runner.run(mine.reference())
+    run(runner, mine.reference())
     broken = runner.store.get(mine.reference().identity, Stage.QUALITY, mine.hardware(Stage.QUALITY))
     assert isinstance(broken, Record)
     runner.store.put(broken.model_copy(update={"status": Status.OOM, "quality": None}))

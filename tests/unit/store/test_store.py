@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -145,27 +146,23 @@ def test_a_label_never_leaves_its_folder(label: str) -> None:
 
 
 def _hold(root: Path, record: Record, held: object, seconds: float) -> None:
-    with Store(root).lock(record.cell, Stage.COMPRESS, record.hardware, lambda: None):
+    with Store(root).lock(record.cell, Stage.COMPRESS, record.hardware):
         held.set()  # type: ignore[attr-defined]
         time.sleep(seconds)
 
 
-def test_a_second_process_waits_for_the_first_and_a_killed_one_frees_the_lock(tmp_path: Path, record: Record) -> None:
+def test_a_second_process_is_told_and_may_wait_and_a_killed_one_frees_the_lock(tmp_path: Path, record: Record) -> None:
     context = multiprocessing.get_context("spawn")
     held = context.Event()
     process = context.Process(target=_hold, args=(tmp_path, record, held, 60))
     process.start()
     assert held.wait(30)
-    waited: list[float] = []
-    process_killed = False
-
-    def on_wait() -> None:
-        nonlocal process_killed
-        waited.append(time.monotonic())
-        process.kill()
-        process_killed = True
-
-    with Store(tmp_path).lock(record.cell, Stage.COMPRESS, record.hardware, on_wait):
-        assert process_killed
+    store = Store(tmp_path)
+    with store.lock(record.cell, Stage.COMPRESS, record.hardware) as mine, store.lock(record.cell, Stage.QUALITY, record.hardware) as other:
+        assert not mine and other
+    threading.Timer(0.5, process.kill).start()
+    with store.lock(record.cell, Stage.COMPRESS, record.hardware, wait=True) as mine:
+        assert mine and not process.is_alive()
     process.join()
-    assert len(waited) == 1
+    with store.lock(record.cell, Stage.COMPRESS, record.hardware) as mine:
+        assert mine

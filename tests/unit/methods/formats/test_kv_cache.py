@@ -26,7 +26,7 @@ from slimbench.methods.formats.kv_cache import FORMAT, LENGTHS
 from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache, quantize
 from slimbench.methods.formats.kv_scheme import Scheme
 from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVHqq, KVInt
-from tests.support import tiny
+from tests.support import running, tiny
 from tests.unit.run.test_runner import Listener, cell
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -371,7 +371,7 @@ def records(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> d
     grid = "speed.grid=[{batch: 2, prompt: 8, new_tokens: 4}]"
     wanted = (["method=kv-int4"], ["method=[magnitude,kv-int8]"], ["method=kv-kivi-2bit", "method.kv-kivi-2bit.residual_length=32"])
     for methods in wanted:
-        runner.run(cell(overrides, *methods, grid, "suite.protocols=[window,incremental]", "suite.chunk=32"))
+        running.run(runner, cell(overrides, *methods, grid, "suite.protocols=[window,incremental]", "suite.chunk=32"))
     found = {(r.cell.pipeline, r.stage): r for r in runner.store.scan()[0]}
     runner.close()
     return found

@@ -1,0 +1,156 @@
+"""Tasks on this machine: worker slots that each take the next task that is ready, with a CUDA card each."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.measure.hardware import hardware
+from slimbench.harness.run.planning.ledger import Ledger
+from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task
+from slimbench.harness.run.runner import Listener, Runner
+from slimbench.harness.run.worker import Closed
+from slimbench.harness.store.store import Store
+
+_LOOK_AGAIN_S = 1.0
+
+
+@dataclass
+class LocalLauncher:
+    """Runs a plan in worker slots, a thread and a worker process each.
+
+    Attributes:
+        slots: Stages at a time; more than one needs as many cards.
+        listener: Who is told what happens.
+        seconds: No stage is started after these; None for no limit.
+        on_done: Called in the launching thread for each cell that was asked for when all its stages have ended.
+        runner: Makes the runner of a slot.
+    """
+
+    listener: Listener
+    slots: int = 1
+    seconds: float | None = None
+    on_done: Callable[[PlannedCell], None] = lambda cell: None
+    runner: Callable[..., Runner] = field(default=Runner)
+
+    def launch(self, plan: Plan, store: Store) -> None:
+        """As of `Launcher.launch`.
+
+        Raises:
+            ConfigError: There are fewer cards than slots.
+        """
+        cards = self._cards(plan)
+        runners = [self.runner(store, self.listener, plan.created, card) for card in cards]
+        work = _Work(plan, store, self.listener, len(runners), self.seconds)
+        threads = [threading.Thread(target=work.drain, args=(runner, index == 0)) for index, runner in enumerate(runners)]
+        try:
+            for thread in threads:
+                thread.start()
+            while (event := work.events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                self.on_done(event)
+        finally:
+            work.stop()
+            for runner in runners:
+                runner.close()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    def _cards(self, plan: Plan) -> list[int | None]:
+        if self.slots == 1:
+            return [None]
+        first = min((cell.config.device.index for cell in plan.cells if cell.config.device.name == "cuda"), default=None)
+        if first is None:
+            raise ConfigError(f"launcher.slots={self.slots}: stages on a CPU would disturb each other's times; give launcher.slots=1")
+        if (cards := len(hardware().gpus)) < first + self.slots:
+            raise ConfigError(
+                f"launcher.slots={self.slots}: this machine has {cards} CUDA cards, of which device.index={first} is the first"
+            )
+        return list(range(first, first + self.slots))
+
+
+class _Work:
+    """The tasks of a plan as the slots share them out among each other."""
+
+    def __init__(self, plan: Plan, store: Store, listener: Listener, slots: int, seconds: float | None) -> None:
+        self.plan, self.listener, self._slots = plan, listener, slots
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.ledger = Ledger(plan, store)
+        self.events: SimpleQueue[PlannedCell | BaseException | None] = SimpleQueue()
+        self._turn = threading.Condition()
+        self._running: set[str] = set()
+        self._held: dict[str, float] = {}
+        self._told: set[int] = set()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Hand out no more tasks."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+
+    def drain(self, runner: Runner, takes_cpu: bool) -> None:
+        """What a slot does: task after task until none is left. The end, or what went wrong, is an event."""
+        try:
+            while (task := self._next(takes_cpu)) is not None:
+                self._run(runner, task)
+        except Closed:
+            pass
+        except BaseException as error:
+            self.stop()
+            self.events.put(error)
+        finally:
+            runner.close()
+            with self._turn:
+                self._slots -= 1
+                if not self._slots:
+                    self.events.put(None)
+
+    def _run(self, runner: Runner, task: Task) -> None:
+        cell = self.plan.cells[task.cell]
+        record = None
+        try:
+            record = runner.attempt(cell.cell, task.stage)
+        finally:
+            with self._turn:
+                self._running.discard(task.name)
+                if record is None:
+                    if task.name not in self._held:
+                        self.listener.note(f"{cell.label} {task.stage}: another process is at it; looked at again later")
+                    self._held[task.name] = time.monotonic()
+                self._turn.notify_all()
+
+    def _next(self, takes_cpu: bool) -> Task | None:
+        """The first task that is ready and nobody is at; None when there will be none."""
+        with self._turn:
+            while not self._stopped and time.monotonic() < self._deadline:
+                waiting = list(self.ledger.open())
+                self._tell()
+                if not waiting:
+                    return None
+                for task in waiting:
+                    if self._is_free(task, takes_cpu) and self.ledger.is_ready(task):
+                        self._running.add(task.name)
+                        return task
+                self._turn.wait(_LOOK_AGAIN_S / 2)
+            return None
+
+    def _is_free(self, task: Task, takes_cpu: bool) -> bool:
+        if task.name in self._running or (task.needs.device == "cpu" and not takes_cpu):
+            return False
+        return time.monotonic() - self._held.get(task.name, -_LOOK_AGAIN_S) >= _LOOK_AGAIN_S
+
+    def _tell(self) -> None:
+        """Put the cells whose tasks have all ended, each once."""
+        for index, cell in enumerate(self.plan.cells):
+            if index not in self._told and all(self.ledger.ending(task) for task in self.plan.of(cell)):
+                self._told.add(index)
+                if cell.asked:
+                    self.events.put(cell)

@@ -1,0 +1,88 @@
+"""Why a stage of a cell cannot run, known before anything is started: what no machine could do, and what this one lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimbench.harness.config import engines, environments
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.measure.hardware import available_memory, hardware
+from slimbench.harness.run.cell import Cell
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.stages import models
+from slimbench.methods.base import Unsupported, format_of
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def require_extras(cell: Cell) -> None:
+    """Raise `ConfigError` with the install command if a method's library is missing."""
+    for step, method in zip(cell.config.pipeline, cell.methods, strict=True):
+        if missing := method.needs.missing_modules():
+            extra = f"'slimbench[{method.needs.extra}]'" if method.needs.extra else " ".join(missing)
+            raise ConfigError(f"method '{step.name}' needs {', '.join(missing)}: pip install {extra}")
+
+
+def obstacle(cell: Cell, stage: Stage) -> str | None:
+    """Why a stage of the cell cannot run on this machine, in one line; None where nothing is in its way."""
+    return _lacking(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))
+
+
+def environment(cell: Cell, stage: Stage) -> str | None:
+    """Name of the environment that a stage runs in, None for this program's own."""
+    if stage is not Stage.COMPRESS:
+        return cell.config.engine.environment
+    return next((method.needs.environment for method in cell.methods if method.needs.environment), None)
+
+
+def _lacking(cell: Cell, stage: Stage) -> str | None:
+    """What this machine lacks for a stage, whatever runs it."""
+    machine, config = hardware(), cell.config
+    device = config.device.compress if stage is Stage.COMPRESS else config.device.name
+    only = [(s.name, m.needs.device) for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device not in (None, device)]
+    if stage is Stage.COMPRESS and only:
+        return f"{only[0][0]} runs on {only[0][1]} only, and device.compress is {device}"
+    if device == "cuda" and not machine.gpus:
+        needing = next((s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"), None)
+        asked = config.device.name == "cuda" or not needing
+        lacking = "device=cuda, but this machine has no CUDA card that torch can use"
+        return lacking if asked else f"{needing} needs a CUDA card; this machine has none"
+    needed = models.weight_bytes(config.model)
+    room = machine.gpus[config.device.index].memory_bytes if device == "cuda" else available_memory()
+    if needed and needed > room:
+        return f"the weights of {config.model.name} need {needed / 1e9:.0f} GB, this machine has {room / 1e9:.0f} GB"
+    return None
+
+
+def _no_compression(cell: Cell) -> str | None:
+    name = environment(cell, Stage.COMPRESS)
+    if name and not environments.get(name).is_made:
+        return f"{cell.identity.pipeline} needs its environment: slimbench env make {name}"
+    shape = models.known_shape(cell.config.model)
+    for method in cell.methods if shape else ():
+        try:
+            method.check(shape)
+        except Unsupported as error:
+            return str(error)
+    readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if m.needs.calibration]
+    return f"{readers[0]} needs text, {cell.config.model.name} has no tokenizer" if readers and not _has_tokenizer(cell) else None
+
+
+def _no_engine(cell: Cell) -> str | None:
+    engine, device, format_ = cell.config.engine, cell.config.device.name, format_of(cell.methods)
+    if format_ not in engine.loaders:
+        return f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}"
+    if device not in engine.devices:
+        return f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}"
+    reason = engines.missing(engine)
+    return f"engine {engine.name} {reason}" if reason else None
+
+
+def _no_text(cell: Cell, stage: Stage) -> str | None:
+    return f"quality needs text, {cell.config.model.name} has no tokenizer" if stage is Stage.QUALITY and not _has_tokenizer(cell) else None
+
+
+def _has_tokenizer(cell: Cell) -> bool:
+    """Whether the model brings a tokenizer; one that is not on this machine yet is believed to."""
+    kind, _, rest = cell.config.model.source.partition(":")
+    return kind != "random" and (kind != "file" or any((Path(rest).expanduser() / name).is_file() for name in _TOKENIZERS))

@@ -1,0 +1,34 @@
+"""What one stage does, inside the worker's child process. Everything heavy is imported here, nothing is written to the store."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.stages import compress, quality, speed
+from slimbench.harness.stages.common import Reporter
+
+
+def run(stage: Stage, config: RunConfig, keys: dict[str, Any], reference_key: str | None, report: Reporter) -> Any:
+    """Run a stage and return its result.
+
+    Args:
+        keys: Content keys of the three stages of the cell; `prefixes`: compress keys of the pipelines that its own begins with.
+        reference_key: Compress key of the reference; None where the reference itself did not run.
+    """
+    torch.set_num_threads(config.device.threads or torch.get_num_threads())
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if "cuda" in (config.device.compress if stage is Stage.COMPRESS else config.device.name):
+        torch.cuda.set_device(config.device.index)
+    if stage is Stage.COMPRESS:
+        return compress.run(config, keys["compress"], report, keys.get("prefixes", ()))
+    if stage is Stage.QUALITY:
+        return quality.run(config, keys["compress"], reference_key, report)
+    return speed.run(config, keys["compress"], reference_key, report)

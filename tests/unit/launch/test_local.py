@@ -1,0 +1,135 @@
+"""The local launcher: what runs, in which order, in how many slots, and how it stops. Stages are stood in for by records."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.launch.local import LocalLauncher
+from slimbench.harness.measure import hardware as machine
+from slimbench.harness.run.cell import Cell
+from slimbench.harness.run.planning.ledger import Ledger, State
+from slimbench.harness.run.planning.plan import Plan, make_plan
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.run.worker import Outcome
+from slimbench.harness.schema.hardware import Gpu
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.record import Failure
+from slimbench.harness.store.store import Store, StoreError
+from tests.unit.run.test_runner import Listener, cell
+
+
+class Rehearsal(Runner):
+    """A runner whose stages end at once, or as `act` says."""
+
+    act: Callable[[Cell, Stage, int | None], None] = staticmethod(lambda cell, stage, card: None)  # type: ignore[assignment]
+    log: list[tuple[str, Stage, int | None, float, float]]
+
+    def _outcome(self, cell: Cell, stage: Stage) -> Outcome:
+        began = time.monotonic()
+        self.act(cell, stage, self.card)
+        self.log.append((cell.identity.pipeline, stage, self.card, began, time.monotonic()))
+        return Outcome(Status.UNSUPPORTED, "test", 0.0, failure=Failure(type="Test", message="stood in for"))
+
+
+def rehearsal(act: Callable[..., None] = lambda cell, stage, card: None) -> type[Rehearsal]:
+    return type("R", (Rehearsal,), {"act": staticmethod(act), "log": []})
+
+
+def measured_only(plan: Plan) -> Plan:
+    """The plan without its compressions, which here never end well."""
+    return plan.only({task.name for task in plan.tasks if task.stage is not Stage.COMPRESS})
+
+
+def plan_of(overrides: list[str], *names: str) -> Plan:
+    return measured_only(make_plan([cell(overrides, f"method={name}") for name in names]))
+
+
+def test_each_task_runs_once_and_a_reference_before_what_is_compared_with_it(overrides: list[str], tmp_path: Path) -> None:
+    plan, runner, finished = plan_of(overrides, "rtn-4bit", "rtn-8bit"), rehearsal(), []
+    LocalLauncher(Listener(), on_done=lambda cell: finished.append(cell.identity.pipeline), runner=runner).launch(plan, Store(tmp_path))
+    order = [(name, stage) for name, stage, *_ in runner.log]
+    assert order == [(name, stage) for name in ("dense", "rtn-4bit", "rtn-8bit") for stage in (Stage.QUALITY, Stage.SPEED)]
+    assert finished == ["rtn-4bit", "rtn-8bit"], "cells that were asked for, when they are done"
+    again = rehearsal()
+    LocalLauncher(Listener(), runner=again).launch(plan, Store(tmp_path))
+    assert again.log == []
+
+
+def test_each_slot_has_a_card_of_its_own_and_slots_run_at_the_same_time(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards(monkeypatch, 3)
+    mine = [o for o in overrides if not o.startswith("device")]
+    plan = plan_of([*mine, "device=cuda", "device.index=1"], "dense", "rtn-4bit", "rtn-8bit")
+    both = threading.Barrier(2, timeout=20)
+    runner = rehearsal(lambda cell, stage, card: both.wait() if cell.identity.pipeline == "dense" else None)
+    LocalLauncher(Listener(), slots=2, runner=runner).launch(plan, Store(tmp_path))
+    assert {card for *_, card, _, _ in runner.log} == {1, 2}
+    began = {(name, stage): began for name, stage, _, began, _ in runner.log}
+    ended = {(name, stage): ended for name, stage, _, _, ended in runner.log}
+    for name in ("rtn-4bit", "rtn-8bit"):
+        for stage in (Stage.QUALITY, Stage.SPEED):
+            assert began[name, stage] >= ended["dense", stage], "the other slot waits for the reference"
+    with pytest.raises(ConfigError, match="3 CUDA cards"):
+        LocalLauncher(Listener(), slots=3, runner=runner).launch(plan, Store(tmp_path))
+
+
+def test_slots_on_a_cpu_are_refused(overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="disturb each other"):
+        LocalLauncher(Listener(), slots=2, runner=rehearsal()).launch(plan_of(overrides, "dense"), Store(tmp_path))
+
+
+def test_what_another_process_holds_is_left_to_it_while_other_work_is_there(overrides: list[str], tmp_path: Path) -> None:
+    plan, store, runner = plan_of(overrides, "dense"), Store(tmp_path), rehearsal()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.lock(plan.cells[0].identity, Stage.QUALITY, plan.cells[0].hardware(Stage.QUALITY)) as mine:
+            assert mine
+            held.set()
+            done.wait(20)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(20)
+    threading.Timer(1.5, done.set).start()
+    LocalLauncher(Listener(), runner=runner).launch(plan, store)
+    other.join()
+    assert [stage for _, stage, *_ in runner.log] == [Stage.SPEED, Stage.QUALITY]
+
+
+def test_it_stops_at_a_stage_boundary_and_goes_on(overrides: list[str], tmp_path: Path) -> None:
+    plan, runner = plan_of(overrides, "dense", "rtn-4bit"), rehearsal(lambda *_: time.sleep(0.3))
+    LocalLauncher(Listener(), seconds=0.1, runner=runner).launch(plan, Store(tmp_path))
+    assert len(runner.log) == 1 and Ledger(plan, Store(tmp_path)).counts()[State.OPEN] == 3
+    LocalLauncher(Listener(), runner=runner).launch(plan, Store(tmp_path))
+    assert len(runner.log) == 4 and Ledger(plan, Store(tmp_path)).counts()[State.OPEN] == 0
+
+
+def test_what_goes_wrong_in_a_slot_ends_the_launch(overrides: list[str], tmp_path: Path) -> None:
+    def fill_the_disk(*_: Any) -> None:
+        raise StoreError("no space")
+
+    with pytest.raises(StoreError, match="no space"):
+        LocalLauncher(Listener(), runner=rehearsal(fill_the_disk)).launch(plan_of(overrides, "dense"), Store(tmp_path))
+    assert threading.active_count() == 1 or all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate())
+
+
+def cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    from dataclasses import replace
+
+    from slimbench.harness.launch import local
+    from slimbench.harness.run import cell as cells
+    from slimbench.harness.run.planning import obstacles
+
+    gpu = Gpu(name="card", memory_bytes=80 * 10**9, driver="1", compute_capability="9.0")
+    own = replace(machine.hardware(), gpus=[gpu] * count)
+    for module in (local, cells, obstacles):
+        monkeypatch.setattr(module, "hardware", lambda: own)
