@@ -122,7 +122,7 @@ def test_quality_is_the_same_number_each_time(runner: Runner, overrides: list[st
         ("exit", (), Status.FAILED, "exit code 3"),
         ("abort", (), Status.FAILED, "SIGABRT"),
         ("unsupported", (), Status.UNSUPPORTED, "not on this machine"),
-        ("hang", ("limits.wall_s=1",), Status.TIMEOUT, "limits.wall_s"),
+        ("hang", ("limits.wall_s=5",), Status.TIMEOUT, "limits.wall_s"),
         ("allocate", ("limits.memory_gb=1.5",), Status.OOM, "exceeded the limit of 1.5 GB"),
         ("full", (), Status.FAILED, "No space left on device"),
     ],
