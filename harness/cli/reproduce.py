@@ -63,7 +63,7 @@ def reproduce(
 
 def _run(plan: Plan, results: Path) -> None:
     from slimbench.harness.launch import sweep as sweeps
-    from slimbench.harness.run.progress import ProgressDisplay
+    from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.store.store import Store
 
     with ProgressDisplay(plan, Store(results), console(stderr=True)) as display:

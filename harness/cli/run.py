@@ -54,7 +54,7 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
     seconds = seconds_of(stop_after)
     from slimbench.harness.launch import sweep as sweeps
     from slimbench.harness.run.planning.ledger import Ledger
-    from slimbench.harness.run.progress import ProgressDisplay
+    from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.store.store import Store
 
     plan = sweeps.plan(overrides, several)

@@ -45,7 +45,7 @@ def status(
 def _facts(ledger: Ledger) -> dict[str, Any]:
     from slimbench.harness.run.planning.estimates import Estimates
     from slimbench.harness.run.planning.ledger import State
-    from slimbench.harness.run.progress import in_words
+    from slimbench.harness.run.planning.progress import in_words
 
     plan, counts = ledger.plan, ledger.counts()
     seconds = Estimates(ledger.store).total(plan, ledger.open())

@@ -93,7 +93,7 @@ def audit(
         ConfigError: The folder holds no such record.
     """
     from slimbench.harness.run.planning.plan import make_plan, task_name
-    from slimbench.harness.run.progress import ProgressDisplay
+    from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.run.runner import Runner
 
     planned = [plan(record, trusted) for record in draw(results, sample, seed, stages)]
