@@ -213,8 +213,8 @@ def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
 
 def test_a_longer_pipeline_goes_on_from_the_artefact_of_a_shorter_one(runner: Runner, overrides: list[str]) -> None:
     seed, stages = "seed=77", "stages=[quality]"
-    runner.run(cell(overrides, "method=magnitude", seed, stages))
-    (compress, *_) = runner.run(cell(overrides, "method=[magnitude,rtn-4bit]", seed, stages))
+    run(runner, cell(overrides, "method=magnitude", seed, stages))
+    (compress, *_) = run(runner, cell(overrides, "method=[magnitude,rtn-4bit]", seed, stages))
     assert compress.compress and compress.compress.reused_steps == ["magnitude"]
     assert list(compress.compress.step_seconds) == ["magnitude", "rtn-4bit"] and compress.compress.claim.sparsity == pytest.approx(
         0.5, abs=1e-3
