@@ -320,13 +320,20 @@ class Claim:
         return asdict(self)
 
 
-class Method(ABC):
+class Settings:
+    """Base of all that hold settings, so that each of several bases is asked what it makes of them."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for settings out of range; a class that has its own calls that of its bases."""
+
+
+class Method(Settings, ABC):
     """Base of every compression method. Subclasses are frozen dataclasses whose fields are the settings.
 
     Class attributes:
         name: What identifies it, wherever its file lies; stated by each class itself, in lower case with hyphens.
         version: Raised when the same settings give another artefact than before: old records then belong to another row.
-        family: Branch of the survey (`quantization`, `pruning`, …).
+        family: Branch of the survey (`quantization`, `pruning`, …); that of the folder for what lies below `methods/`.
         citation: Paper behind the method.
         reference: `library:symbol` that does the work, or `paper` where it is written here from the paper.
         needs: What must be there to run it.
@@ -339,17 +346,23 @@ class Method(ABC):
     version: ClassVar[int] = 1
     family: ClassVar[str]
     citation: ClassVar[Citation]
-    reference: ClassVar[str]
+    reference: ClassVar[str] = "paper"
     needs: ClassVar[Needs] = Needs()
     accepts: ClassVar[tuple[str, ...]] = (HUGGINGFACE,)
     produces: ClassVar[str] = HUGGINGFACE
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        package, _, rest = cls.__module__.partition(".methods.")
+        if package == "slimbench" and "." in rest:
+            cls.family = rest.partition(".")[0]
 
     @classmethod
     def produces_after(cls, base: str) -> str:
         """Format of the artefact where the step before wrote `base`."""
         return _format(base, cls.produces)
 
-    def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional hook
+    def check(self, shape: ModelShape) -> None:
         """Raise `Unsupported`, in one line, if the settings do not fit the model. Called before any heavy work."""
 
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.formats.huggingface import link_source
@@ -14,10 +13,10 @@ from slimbench.methods.formats.huggingface import link_source
 class Dense(Method):
     """The source as it is; only a source stored in another dtype is converted to the model's."""
 
-    name: ClassVar[str] = "dense"
-    family: ClassVar[str] = "dense"
-    citation: ClassVar[Citation] = Citation("Uncompressed model", year=2017)
-    reference: ClassVar[str] = "transformers:AutoModelForCausalLM"
+    name = "dense"
+    family = "dense"
+    citation = Citation("Uncompressed model", year=2017)
+    reference = "transformers:AutoModelForCausalLM"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Link the files of the source, or copy them across file systems: the artefact is the same bytes."""

@@ -34,7 +34,8 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _defaults(cls: Any) -> dict[str, Any]:
-    """The defaults of a class as YAML would hold them, in the order of its fields; a field without one is left out."""
-    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    stated = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    """The defaults of a class as YAML would hold them, its own before those of its bases; a field without one is left out."""
+    fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    order = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", {}) if name in fields]
+    stated = {n: f.default if (f := fields[n]).default_factory is dataclasses.MISSING else f.default_factory() for n in order}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in stated.items() if value is not dataclasses.MISSING}

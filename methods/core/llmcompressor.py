@@ -37,10 +37,8 @@ class Report:
         return compat.rounded_without_hessian(self.warnings)
 
 
-def check_solver(dampening: float, block_size: int, multiple: int = 1) -> None:
-    """Raise `ValueError` unless the settings that its Hessian-based modifiers share are in range."""
-    if dampening <= 0:
-        raise ValueError(f"dampening must be positive, not {dampening}")
+def check_block_size(block_size: int, multiple: int = 1) -> None:
+    """Raise `ValueError` unless its Hessian-based modifiers can update so many columns at once."""
     if block_size < 1 or block_size % multiple:
         raise ValueError(f"block_size must be a positive multiple of {multiple}, not {block_size}")
 

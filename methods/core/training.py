@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import Claim, DenseModel
+from slimbench.methods.base import Claim, DenseModel, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ _STATE = "training"
 
 
 @dataclass(frozen=True)
-class LoopSettings(ABC):
+class LoopSettings(Settings, ABC):
     """The settings that every method has that learns, whatever its optimizer.
 
     Attributes:
@@ -61,6 +61,7 @@ class LoopSettings(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -26,7 +26,12 @@ from tests.support import tiny
 ENVIRONMENT = environments.get("gptqmodel")
 WINDOWS, LENGTH = 4, 256
 TRANSFORMERS = {"huggingface": "slimbench.harness.engines.transformers.load_pretrained", "packed": "slimbench.methods.formats.packed.load"}
-METHODS = {"dense": Dense(), "rtn-4bit": RTN(4, 64), "rtn-3bit": RTN(3, 64), "rtn-8bit": RTN(8, 64)}
+METHODS = {
+    "dense": Dense(),
+    "rtn-4bit": RTN(bits=4, group_size=64),
+    "rtn-3bit": RTN(bits=3, group_size=64),
+    "rtn-8bit": RTN(bits=8, group_size=64),
+}
 LAYERS = {"dense": "Linear", "rtn-4bit": "TorchAtenLinear", "rtn-3bit": "TorchLinear", "rtn-8bit": "TorchLinear"}
 
 pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbench env make gptqmodel`")
@@ -87,5 +92,5 @@ def test_gptqmodel_computes_what_the_packed_engine_does(smollm2: Path, tmp_path:
 
 
 def test_a_kernel_that_refuses_its_first_product_is_unsupported(smollm2: Path, tmp_path: Path, ids: torch.Tensor) -> None:
-    theirs = asked(RTN(4, None), smollm2, tmp_path, ids)
+    theirs = asked(RTN(bits=4, group_size=None), smollm2, tmp_path, ids)
     assert "GPTQModel does not run this model here" in theirs["unsupported"] and "GroupSize" in theirs["unsupported"]

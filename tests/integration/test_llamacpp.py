@@ -70,7 +70,7 @@ def answer() -> None:
         for kind in request["kinds"]:
             folders[kind] = Path(scratch) / kind
             folders[kind].mkdir()
-            publish(folders[kind], GGUF(kind).compress(tiny.dense_model(Path(request["dense"])), None, folders[kind]))
+            publish(folders[kind], GGUF(kind=kind).compress(tiny.dense_model(Path(request["dense"])), None, folders[kind]))
         for name, folder in folders.items():
             model: Any = engine.load(folder, "cpu")
             evidence = model.evidence()

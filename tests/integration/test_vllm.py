@@ -67,7 +67,7 @@ def answer() -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, name: str) -> None:
-    method = {"dense": Dense(), "rtn-4bit": RTN(4, 64), "int8-dynamic": Int8Dynamic()}[name]
+    method = {"dense": Dense(), "rtn-4bit": RTN(bits=4, group_size=64), "int8-dynamic": Int8Dynamic()}[name]
     claim = method.compress(tiny.dense_model(smollm2), None, tmp_path)
     artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim))
     ids = torch.randint(1000, 20_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(WINDOWS, 1)

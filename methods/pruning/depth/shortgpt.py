@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.formats.huggingface import save_dense
@@ -32,12 +32,10 @@ class ShortGPT(Method):
         blocks: Number of blocks to remove instead of a share; None: the share decides.
     """
 
-    name: ClassVar[str] = "shortgpt"
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation("ShortGPT", year=2024, arxiv="2403.03853", covers=("pruning/shortgpt-depth-pruning",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    accepts: ClassVar[tuple[str, ...]] = DENSE
+    name = "shortgpt"
+    citation = Citation("ShortGPT", year=2024, arxiv="2403.03853", covers=("pruning/shortgpt-depth-pruning",))
+    needs = Needs(calibration=True)
+    accepts = DENSE
 
     fraction: float = 0.25
     blocks: int | None = None

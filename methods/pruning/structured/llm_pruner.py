@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.formats.huggingface import save_dense
@@ -42,12 +42,10 @@ class LLMPruner(Method):
         keep_last: The same from the last: 2 of 32.
     """
 
-    name: ClassVar[str] = "llm-pruner"
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation("LLM-Pruner", year=2023, arxiv="2305.11627", covers=("pruning/llm-pruner",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = EDITED
+    name = "llm-pruner"
+    citation = Citation("LLM-Pruner", year=2023, arxiv="2305.11627", covers=("pruning/llm-pruner",))
+    needs = Needs(calibration=True)
+    produces = EDITED
 
     ratio: float = 0.25
     order: Literal[1, 2] = 1

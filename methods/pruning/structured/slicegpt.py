@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.formats.huggingface import save_dense
@@ -43,12 +43,10 @@ class SliceGPT(Method):
         multiple: What the size that is left is rounded down to a multiple of.
     """
 
-    name: ClassVar[str] = "slicegpt"
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation("SliceGPT", year=2024, arxiv="2401.15024", covers=("pruning/slicegpt",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = EDITED
+    name = "slicegpt"
+    citation = Citation("SliceGPT", year=2024, arxiv="2401.15024", covers=("pruning/slicegpt",))
+    needs = Needs(calibration=True)
+    produces = EDITED
 
     slicing: float = 0.25
     multiple: int = 8

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
-from slimbench.methods.core.masks import check_pattern, check_sparsity, parse_pattern, zero_fraction
+from slimbench.methods.core.masks import parse_pattern, zero_fraction
+from slimbench.methods.core.settings import Sparse
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(Sparse, Method):
     """Prune each linear layer of the blocks by itself, as the baseline of the SparseGPT paper does.
 
     Attributes:
@@ -24,25 +25,15 @@ class Magnitude(Method):
         pattern: `n:m` zeroes the n smallest of each m consecutive inputs; None leaves the choice free within a layer.
     """
 
-    name: ClassVar[str] = "magnitude"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation(
+    name = "magnitude"
+    accepts = DENSE
+    citation = Citation(
         "Magnitude pruning",
         year=2015,
         arxiv="1506.02626",
         covers=("pruning/magnitude-pruning", "pruning/can-pruning-make-llms-more-efficient"),
     )
-    reference: ClassVar[str] = "torch:nn.utils.prune"
-
-    sparsity: float = 0.5
-    pattern: str | None = None
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, self.pattern)
-
-    def check(self, shape: ModelShape) -> None:
-        check_pattern(shape, self.pattern)
+    reference = "torch:nn.utils.prune"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from torch.nn.utils import prune

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
-from slimbench.methods.core.masks import check_pattern, check_sparsity, parse_pattern
+from slimbench.methods.core.masks import parse_pattern
+from slimbench.methods.core.settings import SecondOrder, Sparse
 from slimbench.methods.pruning.unstructured import library as _library
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
+class SparseGPT(Sparse, SecondOrder, Method):
     """Layers are pruned in the order of the network, each on inputs from the pruned layers before it.
 
     The artefact holds its zeros in dense storage: it is no smaller, and faster only where an engine uses the pattern.
@@ -21,30 +21,20 @@ class SparseGPT(Method):
     Attributes:
         sparsity: Fraction of each layer's weights that becomes zero.
         pattern: `n:m` puts n zeros into each m consecutive inputs; None leaves the choice free within a block of columns.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         block_size: Columns updated at once; with a pattern it changes speed only.
     """
 
-    name: ClassVar[str] = "sparsegpt"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation(
-        "SparseGPT", year=2023, arxiv="2301.00774", covers=("pruning/sparsegpt", "pruning/n-m-sparsity-semi-structured")
-    )
-    reference: ClassVar[str] = "llmcompressor:modifiers.pruning.SparseGPTModifier"
-    needs: ClassVar[Needs] = Needs(calibration=True, extra="pruning", modules=("llmcompressor",))
+    name = "sparsegpt"
+    accepts = DENSE
+    citation = Citation("SparseGPT", year=2023, arxiv="2301.00774", covers=("pruning/sparsegpt", "pruning/n-m-sparsity-semi-structured"))
+    reference = "llmcompressor:modifiers.pruning.SparseGPTModifier"
+    needs = Needs(calibration=True, extra="pruning", modules=("llmcompressor",))
 
-    sparsity: float = 0.5
-    pattern: str | None = None
-    dampening: float = 0.01
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, self.pattern)
-        _llmcompressor.check_solver(self.dampening, self.block_size, parse_pattern(self.pattern)[1] if self.pattern else 1)
-
-    def check(self, shape: ModelShape) -> None:
-        check_pattern(shape, self.pattern)
+        super().__post_init__()
+        _llmcompressor.check_block_size(self.block_size, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         assert calibration is not None

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
-from slimbench.methods.core.masks import check_pattern, check_sparsity
+from slimbench.methods.core.settings import Sparse
 from slimbench.methods.pruning.unstructured import library as _library
 
 
 @dataclass(frozen=True)
-class Wanda(Method):
+class Wanda(Sparse, Method):
     """Blocks are pruned in the order of the network, each on inputs from the pruned blocks before it.
 
     The artefact holds its zeros in dense storage: it is no smaller, and faster only where an engine uses the pattern.
@@ -30,21 +29,11 @@ class Wanda(Method):
         pattern: `n:m` puts n zeros into each m consecutive inputs; None leaves the choice free within a row.
     """
 
-    name: ClassVar[str] = "wanda"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "pruning"
-    citation: ClassVar[Citation] = Citation("Wanda", year=2023, arxiv="2306.11695", covers=("pruning/wanda",))
-    reference: ClassVar[str] = "llmcompressor:modifiers.pruning.WandaPruningModifier"
-    needs: ClassVar[Needs] = Needs(calibration=True, extra="pruning", modules=("llmcompressor",))
-
-    sparsity: float = 0.5
-    pattern: str | None = None
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, self.pattern)
-
-    def check(self, shape: ModelShape) -> None:
-        check_pattern(shape, self.pattern)
+    name = "wanda"
+    accepts = DENSE
+    citation = Citation("Wanda", year=2023, arxiv="2306.11695", covers=("pruning/wanda",))
+    reference = "llmcompressor:modifiers.pruning.WandaPruningModifier"
+    needs = Needs(calibration=True, extra="pruning", modules=("llmcompressor",))
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         assert calibration is not None

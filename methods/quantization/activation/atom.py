@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 
 @dataclass(frozen=True)
-class Atom(Method):
+class Atom(Grouped, SecondOrder, Method):
     """Mixed 4 and 8 bits; weights lie in the model's dtype and products run in it: simulated.
 
     Attributes:
@@ -25,32 +26,27 @@ class Atom(Method):
         group_size: Channels that share one scale.
         activation_clip: Share of the largest magnitude that the grid of the inputs reaches to, 0..1; those in 8 bits are not clipped.
         weight_clip: The same of the weights.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "atom"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("Atom", year=2023, arxiv="2310.19102")
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "atom"
+    citation = Citation("Atom", year=2023, arxiv="2310.19102")
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     outliers: int = 64
     group_size: Literal[32, 64, 128, 256] = 64
     activation_clip: float = 0.9
     weight_clip: float = 0.85
-    dampening: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.outliers < self.group_size or self.outliers % self.group_size:
             raise ValueError(f"outliers must be a positive multiple of group_size {self.group_size}, not {self.outliers}")
         if not (0 < self.activation_clip <= 1 and 0 < self.weight_clip <= 1):
             raise ValueError("activation_clip and weight_clip must be above 0 and at most 1")
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
 
     def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
+        super().check(shape)
         if self.outliers >= min(shape.hidden_size, shape.intermediate_size):
             raise Unsupported(f"{self.outliers} outlier channels leave none of {min(shape.hidden_size, shape.intermediate_size)} inputs")
 

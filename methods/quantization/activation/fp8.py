@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 class FP8Weight(Method):
     """Weights by row; inputs keep their dtype. It has no settings."""
 
-    name: ClassVar[str] = "fp8-weight"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
-    reference: ClassVar[str] = "torch:float8_e4m3fn"
-    produces: ClassVar[str] = "packed"
+    name = "fp8-weight"
+    accepts = DENSE
+    citation = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
+    reference = "torch:float8_e4m3fn"
+    produces = "packed"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         return self._save(dense, None, out)
@@ -48,9 +47,9 @@ class FP8Weight(Method):
 class FP8Dynamic(FP8Weight):
     """Weights by row, inputs by token. It has no settings."""
 
-    name: ClassVar[str] = "fp8-dynamic"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    reference: ClassVar[str] = "torch:_scaled_mm"
+    name = "fp8-dynamic"
+    accepts = DENSE
+    reference = "torch:_scaled_mm"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         return self._save(dense, 8, out)
@@ -60,12 +59,10 @@ class FP8Dynamic(FP8Weight):
 class FP8Static(Method):
     """One scale for a weight, one for the inputs of a layer. It has no settings."""
 
-    name: ClassVar[str] = "fp8-static"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "runtime"
-    needs: ClassVar[Needs] = Needs(calibration=True)
+    name = "fp8-static"
+    citation = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
+    produces = "runtime"
+    needs = Needs(calibration=True)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe

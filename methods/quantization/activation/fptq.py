@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ _SMALLEST = 1e-5
 
 
 @dataclass(frozen=True)
-class FPTQ(Method):
+class FPTQ(Grouped, Method):
     """W4A8. Weights are packed; the rounding of inputs is simulated.
 
     Attributes:
@@ -39,25 +40,18 @@ class FPTQ(Method):
         high: Largest magnitude from which on they get a scale for each token.
     """
 
-    name: ClassVar[str] = "fptq"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("FPTQ", year=2023, arxiv="2308.15987", covers=("quantization/fptq",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "fptq"
+    citation = Citation("FPTQ", year=2023, arxiv="2308.15987", covers=("quantization/fptq",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     bits: Literal[3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     low: float = 15.0
     high: float = 150.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
             raise ValueError(f"low must be between 0 and high {self.high}, not {self.low}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
@@ -19,12 +18,11 @@ from slimbench.methods.kernels.rounding import round_layers
 class Int8Dynamic(Method):
     """Symmetric int8 weights by row and symmetric int8 inputs by token. It has no settings."""
 
-    name: ClassVar[str] = "int8-dynamic"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("Dynamic INT8 (token-wise W8A8)", year=2022, arxiv="2206.01861")
-    reference: ClassVar[str] = "torch:_int_mm"
-    produces: ClassVar[str] = "packed"
+    name = "int8-dynamic"
+    accepts = DENSE
+    citation = Citation("Dynamic INT8 (token-wise W8A8)", year=2022, arxiv="2206.01861")
+    reference = "torch:_int_mm"
+    produces = "packed"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed

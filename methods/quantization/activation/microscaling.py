@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
@@ -30,13 +30,9 @@ class Microscaling(Method):
         activations: Round the inputs of the layers too.
     """
 
-    name: ClassVar[str] = "microscaling"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
-        "Microscaling (MX) formats", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",)
-    )
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "runtime"
+    name = "microscaling"
+    citation = Citation("Microscaling (MX) formats", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",))
+    produces = "runtime"
 
     number: Literal["e2m1", "e4m3"] = "e2m1"
     activations: bool = True
@@ -64,12 +60,10 @@ class NVFP4(Method):
         activations: Round the inputs of the layers too.
     """
 
-    name: ClassVar[str] = "nvfp4"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("NVFP4", year=2025, covers=("quantization/mxfp4-nvfp4-mxfp8",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "nvfp4"
+    citation = Citation("NVFP4", year=2025, covers=("quantization/mxfp4-nvfp4-mxfp8",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     activations: bool = True
 

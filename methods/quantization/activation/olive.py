@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
@@ -29,12 +29,10 @@ class OliVe(Method):
         activations: Round the inputs of the layers too.
     """
 
-    name: ClassVar[str] = "olive"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("OliVe", year=2023, arxiv="2304.07493", covers=("quantization/olive-oilve-in-text",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "olive"
+    citation = Citation("OliVe", year=2023, arxiv="2304.07493", covers=("quantization/olive-oilve-in-text",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     activations: bool = True
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
@@ -37,14 +37,10 @@ class OutlierSuppressionPlus(Method):
         thresholds: How many are tried: the largest magnitude times 1/n, 2/n, … 1.
     """
 
-    name: ClassVar[str] = "outlier-suppression-plus"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
-        "Outlier Suppression+", year=2023, arxiv="2304.09145", covers=("quantization/outlier-suppression-b",)
-    )
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "outlier-suppression-plus"
+    citation = Citation("Outlier Suppression+", year=2023, arxiv="2304.09145", covers=("quantization/outlier-suppression-b",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     bits: Literal[6, 8] = 8
     thresholds: int = 20

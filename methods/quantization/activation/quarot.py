@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from slimbench.methods.kernels.grid import Grid
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuaRotRTN(Method):
+class QuaRotRTN(Grouped, Method):
     """QuaRot whose weights go to nearest. Rounding of inputs is simulated; weights are packed.
 
     Attributes:
@@ -34,11 +35,9 @@ class QuaRotRTN(Method):
         seed: Of the rotation.
     """
 
-    name: ClassVar[str] = "quarot-rtn"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("QuaRot", year=2024, arxiv="2404.00456", covers=("quantization/quarot-spinquant",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "runtime"
+    name = "quarot-rtn"
+    citation = Citation("QuaRot", year=2024, arxiv="2404.00456", covers=("quantization/quarot-spinquant",))
+    produces = "runtime"
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None
@@ -49,10 +48,6 @@ class QuaRotRTN(Method):
     def __post_init__(self) -> None:
         if not 0 < self.activation_clip <= 1:
             raise ValueError(f"activation_clip must be above 0 and at most 1, not {self.activation_clip}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch
@@ -83,24 +78,17 @@ class QuaRotRTN(Method):
 
 
 @dataclass(frozen=True)
-class QuaRot(QuaRotRTN):
+class QuaRot(SecondOrder, QuaRotRTN):
     """QuaRot whose weights are quantized by GPTQ, block by block.
 
     Attributes:
         act_order: Treat the inputs with the largest activations first.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "quarot"
-    needs: ClassVar[Needs] = Needs(calibration=True)
+    name = "quarot"
+    needs = Needs(calibration=True)
 
     act_order: bool = False
-    dampening: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
 
     def _quantizer(self, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Quantizer:
         from slimbench.methods.core.second_order import Solver

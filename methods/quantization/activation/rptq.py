@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RPTQ(Method):
+class RPTQ(Grouped, SecondOrder, Method):
     """Weights are packed; the rounding of inputs is simulated.
 
     Attributes:
@@ -31,31 +32,22 @@ class RPTQ(Method):
         group_size: Inputs that share one scale of the weights; None for one scale a row, as in the paper.
         activation_bits: Bits of an input.
         clusters: Of the channels of a layer's inputs.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "rptq"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("RPTQ", year=2023, arxiv="2304.01089", covers=("quantization/rptq",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "rptq"
+    citation = Citation("RPTQ", year=2023, arxiv="2304.01089", covers=("quantization/rptq",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None
     activation_bits: Literal[3, 4, 6, 8] = 8
     clusters: int = 32
-    dampening: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.clusters < 1:
             raise ValueError(f"clusters must be positive, not {self.clusters}")
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_layers
 
 
 @dataclass(frozen=True)
-class RTNActivation(Method):
+class RTNActivation(Grouped, Method):
     """Weights are packed; inputs are rounded by token, or by groups of a token, to numbers in the model's dtype (simulated).
 
     Attributes:
@@ -24,14 +25,11 @@ class RTNActivation(Method):
         activation_symmetric: Centre the grid of the inputs on zero; else from the smallest to the largest.
     """
 
-    name: ClassVar[str] = "rtn-activation"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("Round-to-nearest of weights and activations", year=2022, arxiv="2206.01861")
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "runtime"
+    name = "rtn-activation"
+    citation = Citation("Round-to-nearest of weights and activations", year=2022, arxiv="2206.01861")
+    produces = "runtime"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
     activation_bits: Literal[4, 6, 8] = 8
     activation_group_size: Literal[32, 64, 128, 256] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
@@ -35,12 +35,10 @@ class SmoothQuant(Method):
         alpha: Migration strength, 0..1: how much of the difficulty goes from the activations to the weights.
     """
 
-    name: ClassVar[str] = "smoothquant"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("SmoothQuant", year=2022, arxiv="2211.10438", covers=("quantization/smoothquant",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "packed"
+    name = "smoothquant"
+    citation = Citation("SmoothQuant", year=2022, arxiv="2211.10438", covers=("quantization/smoothquant",))
+    needs = Needs(calibration=True)
+    produces = "packed"
 
     alpha: float = 0.5
 
@@ -66,8 +64,8 @@ class SmoothQuantStatic(SmoothQuant):
     On smollm2-135m the one scale for all inputs of a layer doubles the perplexity (43.5), where scales by token cost 2 %.
     """
 
-    name: ClassVar[str] = "smoothquant-static"
-    produces: ClassVar[str] = "runtime"
+    name = "smoothquant-static"
+    produces = "runtime"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime

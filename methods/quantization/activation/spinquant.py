@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 from slimbench.methods.core.training import LoopSettings
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SpinQuantRTN(LoopSettings, Method):
+class SpinQuantRTN(LoopSettings, Grouped, Method):
     """SpinQuant whose weights go to nearest. Rounding of inputs is simulated; weights are packed.
 
     Attributes:
@@ -44,12 +45,10 @@ class SpinQuantRTN(LoopSettings, Method):
         seed: Of the first rotations and of the order of the text.
     """
 
-    name: ClassVar[str] = "spinquant-rtn"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("SpinQuant", year=2024, arxiv="2405.16406", covers=("quantization/quarot-spinquant",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
-    produces: ClassVar[str] = "runtime"
+    name = "spinquant-rtn"
+    citation = Citation("SpinQuant", year=2024, arxiv="2405.16406", covers=("quantization/quarot-spinquant",))
+    needs = Needs(calibration=True, training=True)
+    produces = "runtime"
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None
@@ -59,10 +58,6 @@ class SpinQuantRTN(LoopSettings, Method):
     warmup: float = 0.0
     clip: float | None = None
     loss: Literal["distillation", "nll"] = "nll"
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         from slimbench.methods.quantization.solvers.cayley import CayleySGD
@@ -104,23 +99,16 @@ class SpinQuantRTN(LoopSettings, Method):
 
 
 @dataclass(frozen=True)
-class SpinQuant(SpinQuantRTN):
+class SpinQuant(SecondOrder, SpinQuantRTN):
     """SpinQuant whose weights are quantized by GPTQ, block by block.
 
     Attributes:
         act_order: Treat the inputs with the largest activations first.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "spinquant"
+    name = "spinquant"
 
     act_order: bool = False
-    dampening: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
 
     def _quantizer(self, grid: Grid, calibration: Calibration, dense: DenseModel) -> Quantizer:
         from slimbench.methods.core.second_order import Solver

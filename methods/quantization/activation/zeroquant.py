@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
 from slimbench.methods.core.layers import block_linears
@@ -30,11 +30,9 @@ class ZeroQuant(Method):
         groups: Groups of consecutive rows of a weight, each with one scale; must divide the outputs of every layer.
     """
 
-    name: ClassVar[str] = "zeroquant"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("ZeroQuant", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "packed"
+    name = "zeroquant"
+    citation = Citation("ZeroQuant", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant",))
+    produces = "packed"
 
     groups: int = 64
 
@@ -65,8 +63,8 @@ class ZeroQuantMixed(ZeroQuant):
         groups: Groups of consecutive rows of a weight, each with one scale; must divide the outputs of every layer.
     """
 
-    name: ClassVar[str] = "zeroquant-mixed"
-    produces: ClassVar[str] = "runtime"
+    name = "zeroquant-mixed"
+    produces = "runtime"
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime

@@ -9,42 +9,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ZeroQuantFP(Method):
+class ZeroQuantFP(Grouped, SecondOrder, Method):
     """W4A8 in floating point; weights lie in the model's dtype and products run in it: simulated.
 
     Attributes:
         group_size: Inputs that share one scale of the weights.
         scales: Of the weights: as they are, or rounded up to powers of two.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "zeroquant-fp"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("ZeroQuant-FP", year=2023, arxiv="2307.09782", covers=("quantization/zeroquant-fp",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "zeroquant-fp"
+    citation = Citation("ZeroQuant-FP", year=2023, arxiv="2307.09782", covers=("quantization/zeroquant-fp",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     group_size: Literal[32, 64, 128, 256] = 64
     scales: Literal["free", "power-of-two"] = "free"
-    dampening: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import runtime

@@ -7,7 +7,7 @@ inputs, and only one block is in training at a time. The weights themselves are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
@@ -27,12 +27,10 @@ class ZeroQuantLKD(Reconstructing):
         symmetric: Centre the grid on zero; else fit it to both ends of the group.
     """
 
-    name: ClassVar[str] = "zeroquant-lkd"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    citation: ClassVar[Citation] = Citation(
-        "ZeroQuant LKD", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant-layer-by-layer-kd",)
-    )
-    scope: ClassVar[Literal["block", "layer", "dense block"]] = "dense block"
+    name = "zeroquant-lkd"
+    accepts = DENSE
+    citation = Citation("ZeroQuant LKD", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant-layer-by-layer-kd",))
+    scope = "dense block"
 
     symmetric: bool = True
     learning_rate: float = 5e-6

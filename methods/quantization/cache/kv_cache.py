@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.formats import kv_cache as _kv_policy
@@ -16,8 +16,7 @@ from slimbench.methods.formats.kv_scheme import Scheme
 class _KVCache(Method):
     """What all share: the source as it is, and a policy beside it."""
 
-    family: ClassVar[str] = "quantization"
-    produces: ClassVar[str] = _kv_policy.FORMAT
+    produces = _kv_policy.FORMAT
 
     @abstractmethod
     def policy(self) -> Policy:
@@ -40,9 +39,8 @@ class KVInt(_KVCache):
         symmetric: Centre the grid on zero; else fit it to the smallest and largest number of the group.
     """
 
-    name: ClassVar[str] = "kv-int"
-    citation: ClassVar[Citation] = Citation("KV cache in integers (FlexGen)", year=2023, arxiv="2303.06865")
-    reference: ClassVar[str] = "paper"
+    name = "kv-int"
+    citation = Citation("KV cache in integers (FlexGen)", year=2023, arxiv="2303.06865")
 
     bits: Literal[2, 4, 8] = 8
     group_size: Literal[32, 64, 128] | None = None
@@ -66,9 +64,8 @@ class KIVI(_KVCache):
         residual_length: Newest tokens that stay exact; a multiple of the group size.
     """
 
-    name: ClassVar[str] = "kivi"
-    citation: ClassVar[Citation] = Citation("KIVI", year=2024, arxiv="2402.02750", covers=("quantization/kivi",))
-    reference: ClassVar[str] = "paper"
+    name = "kivi"
+    citation = Citation("KIVI", year=2024, arxiv="2402.02750", covers=("quantization/kivi",))
 
     bits: Literal[2, 4] = 2
     group_size: Literal[32, 64, 128] = 32
@@ -90,11 +87,8 @@ class KVFp8(_KVCache):
         scale: `token`: the largest number of a token and head becomes the largest float; `none`: cast as they are.
     """
 
-    name: ClassVar[str] = "kv-fp8"
-    citation: ClassVar[Citation] = Citation(
-        "KV cache in FP8", year=2022, arxiv="2209.05433", covers=("quantization/llm-qat-kv-quantization",)
-    )
-    reference: ClassVar[str] = "paper"
+    name = "kv-fp8"
+    citation = Citation("KV cache in FP8", year=2022, arxiv="2209.05433", covers=("quantization/llm-qat-kv-quantization",))
 
     scale: Literal["token", "none"] = "token"
 
@@ -109,10 +103,8 @@ class _KVTransformers(_KVCache):
     Its axes are those that its documentation recommends for the backend; numbers of one token and head share a scale.
     """
 
-    citation: ClassVar[Citation] = Citation(
-        "Quantized cache of transformers", year=2024, covers=("quantization/hf-quantized-cache-kivi-like",)
-    )
-    reference: ClassVar[str] = "transformers:QuantizedCache"
+    citation = Citation("Quantized cache of transformers", year=2024, covers=("quantization/hf-quantized-cache-kivi-like",))
+    reference = "transformers:QuantizedCache"
 
     def __post_init__(self) -> None:
         self.policy()
@@ -128,8 +120,8 @@ class KVQuanto(_KVTransformers):
         residual_length: Tokens that stay exact until they are rounded together.
     """
 
-    name: ClassVar[str] = "kv-quanto"
-    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("optimum",))
+    name = "kv-quanto"
+    needs = Needs(extra="quantization", modules=("optimum",))
 
     nbits: Literal[2, 4] = 4
     group_size: Literal[32, 64, 128] = 32
@@ -149,8 +141,8 @@ class KVHqq(_KVTransformers):
         residual_length: Tokens that stay exact until they are rounded together.
     """
 
-    name: ClassVar[str] = "kv-hqq"
-    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("hqq",))
+    name = "kv-hqq"
+    needs = Needs(extra="quantization", modules=("hqq",))
 
     nbits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128] = 32

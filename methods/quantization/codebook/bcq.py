@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class BCQ(Method):
+class BCQ(Grouped, Method):
     """Sign vectors with scales, weight only, no data.
 
     Attributes:
@@ -36,30 +37,23 @@ class BCQ(Method):
         rounds: Of the alternating steps; 0 leaves the greedy start.
     """
 
-    name: ClassVar[str] = "bcq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
+    name = "bcq"
+    accepts = DENSE
+    citation = Citation(
         "Binary-coding quantization (LUT-GEMM)",
         year=2022,
         arxiv="2206.09557",
         covers=("quantization/bcq-xnor-net",),
     )
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
+    produces = FORMAT
 
     bits: Literal[1, 2, 3, 4] = 3
-    group_size: Literal[32, 64, 128, 256] | None = 64
     offset: bool = False
     rounds: int = 15
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, not {self.rounds}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
@@ -32,12 +32,10 @@ class GOBO(Method):
         log_density: Natural logarithm of the Gaussian density below which a weight is an outlier.
     """
 
-    name: ClassVar[str] = "gobo"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("GOBO", year=2020, arxiv="2005.03842", covers=("quantization/gobo",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
+    name = "gobo"
+    accepts = DENSE
+    citation = Citation("GOBO", year=2020, arxiv="2005.03842", covers=("quantization/gobo",))
+    produces = FORMAT
 
     bits: Literal[2, 3, 4] = 3
     log_density: float = -4.0

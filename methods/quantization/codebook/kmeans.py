@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
@@ -33,17 +33,15 @@ class KMeans(Method):
         steps: Steps of Lloyd's algorithm at most.
     """
 
-    name: ClassVar[str] = "kmeans"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
+    name = "kmeans"
+    accepts = DENSE
+    citation = Citation(
         "Deep Compression (k-means weight sharing)",
         year=2015,
         arxiv="1510.00149",
         covers=("quantization/underlying-quantization-schemes-zhao-z-et-al",),
     )
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
+    produces = FORMAT
 
     bits: Literal[2, 3, 4, 8] = 4
     table: Literal["layer", "row"] = "layer"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
@@ -34,13 +34,11 @@ class SqueezeLLM(Method):
         steps: Steps of Lloyd's algorithm at most.
     """
 
-    name: ClassVar[str] = "squeezellm"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("SqueezeLLM", year=2023, arxiv="2306.07629", covers=("quantization/squeezellm",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = FORMAT
+    name = "squeezellm"
+    accepts = DENSE
+    citation = Citation("SqueezeLLM", year=2023, arxiv="2306.07629", covers=("quantization/squeezellm",))
+    needs = Needs(calibration=True)
+    produces = FORMAT
 
     bits: Literal[3, 4] = 3
     outliers: float = 0.004

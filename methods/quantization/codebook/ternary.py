@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -26,28 +27,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TernaryQAT(TrainingSettings, Method):
+class TernaryQAT(TrainingSettings, Grouped, Method):
     """Full-parameter training under ternary weights; embeddings, norms and head are trained too, but keep their dtype.
 
     Attributes:
         group_size: Inputs that share one γ; None: the whole matrix does, as in the paper (stored once for each row).
     """
 
-    name: ClassVar[str] = "ternary-qat"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
-    produces: ClassVar[str] = "packed"
+    name = "ternary-qat"
+    accepts = DENSE
+    citation = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
+    needs = Needs(calibration=True, training=True)
+    produces = "packed"
 
     group_size: Literal[32, 64, 128, 256] | None = None
     steps: int = 30
     learning_rate: float = 5e-4
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
+from slimbench.methods.core.settings import SecondOrder
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _SAMPLES_PER_ENTRY = 256
 
 
 @dataclass(frozen=True)
-class VPTQ(Method):
+class VPTQ(SecondOrder, Method):
     """Vector quantization with second-order information, weight only: `tables · index_bits / vector` bits a weight, and the tables.
 
     On smollm2-135m two bits a weight (tables of 256 entries of four weights, 32 × 256 calibration tokens) reach a perplexity of 6345, no
@@ -40,30 +41,25 @@ class VPTQ(Method):
         index_bits: Bits of an index; a table has 2^index_bits entries for each layer.
         tables: 2: a residual table too, of the same size.
         act_order: Columns with the largest inputs first.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         steps: Of k-means, at most; on up to 256 vectors for each entry.
         seed: Of the first choice of entries.
     """
 
-    name: ClassVar[str] = "vptq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("VPTQ", year=2024, arxiv="2409.17066", covers=("quantization/vptq",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = FORMAT
+    name = "vptq"
+    accepts = DENSE
+    citation = Citation("VPTQ", year=2024, arxiv="2409.17066", covers=("quantization/vptq",))
+    needs = Needs(calibration=True)
+    produces = FORMAT
 
     vector: Literal[2, 4, 8] = 4
     index_bits: Literal[4, 6, 8, 10, 12] = 8
     tables: Literal[1, 2] = 1
     act_order: bool = True
-    dampening: float = 0.01
     steps: int = 30
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
+        super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 

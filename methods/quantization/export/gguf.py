@@ -11,7 +11,7 @@ import ctypes
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 
@@ -50,12 +50,11 @@ class GGUF(Method):
             with one scale. `q4_k_m` has 6 bits in some matrices and `q2_k` 3; widths that 256 does not divide get more.
     """
 
-    name: ClassVar[str] = "gguf"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("GGUF k-quants", year=2023, covers=("quantization/gguf-k-quants-i-quants",))
-    reference: ClassVar[str] = "llama.cpp:llama_model_quantize"
-    needs: ClassVar[Needs] = Needs(environment="llamacpp")
-    produces: ClassVar[str] = "gguf"
+    name = "gguf"
+    citation = Citation("GGUF k-quants", year=2023, covers=("quantization/gguf-k-quants-i-quants",))
+    reference = "llama.cpp:llama_model_quantize"
+    needs = Needs(environment="llamacpp")
+    produces = "gguf"
 
     kind: Literal["f16", "q8_0", "q4_0", "q4_k_m", "q2_k"] = "q4_0"
 

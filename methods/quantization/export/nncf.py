@@ -8,13 +8,14 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Grouped
 
 
 @dataclass(frozen=True)
-class NNCF(Method):
+class NNCF(Grouped, Method):
     """Round-to-nearest without data, weight only, as `nncf.compress_weights` does by default: embedding and output head take 8 bits.
 
     Attributes:
@@ -23,24 +24,18 @@ class NNCF(Method):
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
     """
 
-    name: ClassVar[str] = "nncf"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("NNCF weight compression", year=2020, arxiv="2002.08679")
-    reference: ClassVar[str] = "nncf:compress_weights"
-    needs: ClassVar[Needs] = Needs(extra="engines", modules=("openvino", "nncf"))
-    produces: ClassVar[str] = "openvino"
+    name = "nncf"
+    citation = Citation("NNCF weight compression", year=2020, arxiv="2002.08679")
+    reference = "nncf:compress_weights"
+    needs = Needs(extra="engines", modules=("openvino", "nncf"))
+    produces = "openvino"
 
     bits: Literal[4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits == 8 and self.group_size is not None:
             raise ValueError(f"8 bits have one scale a row: group_size must be null, not {self.group_size}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import nncf

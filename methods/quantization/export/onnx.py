@@ -7,7 +7,7 @@ import tempfile
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 
@@ -17,9 +17,8 @@ _LARGE = 1 << 30  # bytes from which constants lie beside the graph: one file of
 class _ONNX(Method):
     """What both share: export in float32, quantize the graph."""
 
-    family: ClassVar[str] = "quantization"
-    needs: ClassVar[Needs] = Needs(extra="engines", modules=("onnxruntime", "onnx", "onnx_ir"))
-    produces: ClassVar[str] = "onnx"
+    needs = Needs(extra="engines", modules=("onnxruntime", "onnx", "onnx_ir"))
+    produces = "onnx"
 
     @abstractmethod
     def quantize(self, source: Path, out: Path) -> None:
@@ -49,9 +48,9 @@ class DynamicInt8(_ONNX):
         per_channel: One scale for each output of a matrix; else one for all of it, the library's default.
     """
 
-    name: ClassVar[str] = "onnx-dynamic-int8"
-    citation: ClassVar[Citation] = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
-    reference: ClassVar[str] = "onnxruntime:quantization.quantize_dynamic"
+    name = "onnx-dynamic-int8"
+    citation = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
+    reference = "onnxruntime:quantization.quantize_dynamic"
 
     per_channel: bool = True
 
@@ -75,14 +74,14 @@ class MatMulNBits(_ONNX):
     """Round-to-nearest in groups, 4 bits, the output head included; the embedding keeps float32.
 
     Attributes:
-        group_size: Inputs that share one scale.
+        group_size: Inputs that share one scale; must divide the input features.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
         activation_bits: Bits to which inputs are rounded for the product, one scale a group; None: they keep float32.
     """
 
-    name: ClassVar[str] = "onnx-matmul-nbits"
-    citation: ClassVar[Citation] = Citation("MatMulNBits (ONNX Runtime)", year=2023)
-    reference: ClassVar[str] = "onnxruntime:quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer"
+    name = "onnx-matmul-nbits"
+    citation = Citation("MatMulNBits (ONNX Runtime)", year=2023)
+    reference = "onnxruntime:quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer"
 
     group_size: Literal[16, 32, 64, 128, 256] = 64
     symmetric: bool = True

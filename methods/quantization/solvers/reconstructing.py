@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.base import Calibration, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,25 +19,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reconstructing(Method):
+class Reconstructing(Grouped, Method):
     """Weight only, uniform groups; embeddings, norms and output head keep their dtype.
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Inputs that share one scale; None for one scale a row.
         steps: Gradient steps for each unit that is learned.
         samples: Calibration samples of a step.
         learning_rate: Of Adam, falling linearly to zero.
     """
 
-    family: ClassVar[str] = "quantization"
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
-    produces: ClassVar[str] = "packed"
+    needs = Needs(calibration=True, training=True)
+    produces = "packed"
     scope: ClassVar[Literal["block", "layer", "dense block"]] = "block"
 
     bits: Literal[2, 3, 4] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     steps: int = 1000
     samples: int = 8
     learning_rate: float = 1e-3
@@ -45,10 +42,6 @@ class Reconstructing(Method):
         for name in ("steps", "samples", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     @abstractmethod
     def learner(self, source: nn.Linear, grid: Grid) -> LearnedLinear:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -25,24 +26,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LLMQAT(TrainingSettings, Method):
+class LLMQAT(TrainingSettings, Grouped, Method):
     """Full-parameter training of a weight-only quantized model; embeddings, norms and head are trained too, but keep their dtype.
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Inputs that share one scale; None for one scale a row.
         sequences: Texts that the model writes, of `length` tokens each; the paper has 100,000.
         greedy_tokens: Tokens after the first, random one that are the most probable ones, 3 to 5 in the paper; the rest is drawn.
         generation_batch: Texts written at once.
     """
 
-    name: ClassVar[str] = "llm-qat"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(training=True)
-    produces: ClassVar[str] = "packed"
+    name = "llm-qat"
+    accepts = DENSE
+    citation = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
+    needs = Needs(training=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None
@@ -58,10 +56,6 @@ class LLMQAT(TrainingSettings, Method):
             raise ValueError(f"sequences and generation_batch must be at least 1, not {self.sequences} and {self.generation_batch}")
         if not 0 <= self.greedy_tokens < self.length:
             raise ValueError(f"greedy_tokens must be in [0, {self.length}), not {self.greedy_tokens}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -27,23 +28,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoftQ(TrainingSettings, Method):
+class LoftQ(TrainingSettings, Grouped, Method):
     """A packed base with adapters in the dtype of the model; embeddings, norms and head are left alone.
 
     Attributes:
         bits: Bits of a weight of the base, before scales.
-        group_size: Inputs that share one scale.
         rank: Of the adapters.
         iterations: Rounds of quantizing and decomposing, T.
     """
 
-    name: ClassVar[str] = "loftq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("peft",))
-    produces: ClassVar[str] = "packed"
+    name = "loftq"
+    accepts = DENSE
+    citation = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
+    needs = Needs(calibration=True, training=True, extra="quantization", modules=("peft",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64
@@ -57,7 +55,7 @@ class LoftQ(TrainingSettings, Method):
             raise ValueError(f"rank and iterations must be at least 1, not {self.rank} and {self.iterations}")
 
     def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
+        super().check(shape)
         if self.rank > (least := min(shape.hidden_size, shape.num_kv_heads * shape.head_dim)):
             raise Unsupported(f"rank {self.rank} is more than the {least} outputs of the narrowest layer")
 

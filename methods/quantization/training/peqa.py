@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -24,31 +25,23 @@ _SHRINK_STEPS, _LEAST_RANGE = 21, 0.5
 
 
 @dataclass(frozen=True)
-class PEQA(TrainingSettings, Method):
+class PEQA(TrainingSettings, Grouped, Method):
     """Scales of uniform groups, weight only; embeddings, norms and head are left alone.
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Inputs that share one scale; None for one scale a row.
         symmetric: The zero point is the middle code; else it is fitted, and kept, for each group.
     """
 
-    name: ClassVar[str] = "peqa"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("PEQA", year=2023, arxiv="2305.14152", covers=("quantization/peqa",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
-    produces: ClassVar[str] = "packed"
+    name = "peqa"
+    accepts = DENSE
+    citation = Citation("PEQA", year=2023, arxiv="2305.14152", covers=("quantization/peqa",))
+    needs = Needs(calibration=True, training=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = False
     learning_rate: float = 5e-5
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -15,46 +15,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Adapters, Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 
 @dataclass(frozen=True)
-class QALoRA(TrainingSettings, Method):
+class QALoRA(Adapters, TrainingSettings, Grouped, Method):
     """Asymmetric groups, weight only; embeddings, norms and head are left alone.
 
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Inputs that share scale and offset, and that the adapter pools.
-        rank: Of the adapters.
-        alpha: The adapter is scaled by alpha / rank.
     """
 
-    name: ClassVar[str] = "qa-lora"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True)
-    produces: ClassVar[str] = "packed"
+    name = "qa-lora"
+    accepts = DENSE
+    citation = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
+    needs = Needs(calibration=True, training=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 32
-    rank: int = 16
-    alpha: float = 16.0
     learning_rate: float = 2e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, not {self.alpha}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -20,32 +21,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TorchAOQAT(TrainingSettings, Method):
+class TorchAOQAT(TrainingSettings, Grouped, Method):
     """Full-parameter training under symmetric groups; embeddings, norms and head are trained too, but keep their dtype.
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Inputs that share one scale; None for one scale a row.
     """
 
-    name: ClassVar[str] = "torchao-qat"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
+    name = "torchao-qat"
+    accepts = DENSE
+    citation = Citation(
         "Quantization-aware training", year=2018, arxiv="1712.05877", covers=("quantization/basic-qat-framework-jacob-et-al",)
     )
-    reference: ClassVar[str] = "torchao:quantization.qat.QATConfig"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("torchao",))
-    produces: ClassVar[str] = "packed"
+    reference = "torchao:quantization.qat.QATConfig"
+    needs = Needs(calibration=True, training=True, extra="quantization", modules=("torchao",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     steps: int = 30
     learning_rate: float = 5e-5
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Prepare, train, convert.

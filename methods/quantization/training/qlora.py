@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.settings import Adapters
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.quantization.weight.bitsandbytes import NF4
 
@@ -19,33 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QLoRA(TrainingSettings, Method):
+class QLoRA(Adapters, TrainingSettings, Method):
     """Adapters on all linear layers of the blocks; embeddings, norms and head are left alone.
 
     Attributes:
         double_quant: Quantize the scales of the base as well.
         rank: Of the adapters; 64 in the paper, beside layers many times as wide.
-        alpha: The adapters are scaled by alpha / rank.
     """
 
-    name: ClassVar[str] = "qlora"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora",))
-    reference: ClassVar[str] = "peft:LoraConfig"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("bitsandbytes", "peft"))
-    produces: ClassVar[str] = "adapters"
+    name = "qlora"
+    citation = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora",))
+    reference = "peft:LoraConfig"
+    needs = Needs(calibration=True, training=True, extra="quantization", modules=("bitsandbytes", "peft"))
+    produces = "adapters"
 
     double_quant: bool = True
-    rank: int = 16
-    alpha: float = 16.0
     learning_rate: float = 2e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, not {self.alpha}")
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import adapters

@@ -11,7 +11,7 @@ and v minimises, layer after layer, ‖W x - W̃ x̂‖² + λ Σ (1 - |2 h(v) -
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
@@ -35,10 +35,10 @@ class AdaRound(Reconstructing):
         penalty: λ, which drives each weight to one of its two neighbours; for terms of that size.
     """
 
-    name: ClassVar[str] = "adaround"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    citation: ClassVar[Citation] = Citation("AdaRound", year=2020, arxiv="2004.10568", covers=("quantization/adaround",))
-    scope: ClassVar[Literal["block", "layer", "dense block"]] = "layer"
+    name = "adaround"
+    accepts = DENSE
+    citation = Citation("AdaRound", year=2020, arxiv="2004.10568", covers=("quantization/adaround",))
+    scope = "layer"
 
     symmetric: bool = True
     penalty: float = 0.3

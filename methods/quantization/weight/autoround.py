@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _LIBRARY_SEED = 42
 
 
 @dataclass(frozen=True)
-class SignRound(Method):
+class SignRound(Grouped, Method):
     """Weight only, block by block against the outputs of the dense block; embeddings and output head keep their dtype.
 
     A weight becomes s · clip(round(w / s + v) + z), with a shift v in [-0.5, 0.5] for each weight and a factor in [0, 1] on each end of
@@ -35,18 +36,16 @@ class SignRound(Method):
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Consecutive inputs that share one scale.
         symmetric: Centre the grid on zero; else it has a zero point.
         iterations: Steps for each block.
         batch_size: Calibration samples of a step.
     """
 
-    name: ClassVar[str] = "signround"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("SignRound", year=2023, arxiv="2309.05516", covers=("quantization/signround-autoround",))
-    reference: ClassVar[str] = "auto_round:AutoRound"
-    needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="quantization", modules=("auto_round",))
-    produces: ClassVar[str] = "packed"
+    name = "signround"
+    citation = Citation("SignRound", year=2023, arxiv="2309.05516", covers=("quantization/signround-autoround",))
+    reference = "auto_round:AutoRound"
+    needs = Needs(calibration=True, training=True, extra="quantization", modules=("auto_round",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64
@@ -59,9 +58,6 @@ class SignRound(Method):
             raise ValueError(f"iterations must be positive, not {self.iterations}: without any, it is rounding to nearest")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {self.batch_size}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Tune in memory and write the codes packed.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AWQ(Method):
+class AWQ(Grouped, Method):
     """Asymmetric groups, weight only; embeddings and output head keep their dtype.
 
     For the inputs of q, k and v, of gate and up, and of down, the library tries `candidates` vectors of factors
@@ -30,17 +31,15 @@ class AWQ(Method):
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Consecutive inputs that share one scale.
         candidates: Vectors of factors that are tried for a set of layers, as in the paper's code; the time is proportional to it.
         observer: `mse` shrinks the range of a group where that rounds it better; None takes it from the smallest to the largest weight.
     """
 
-    name: ClassVar[str] = "awq"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("AWQ", year=2023, arxiv="2306.00978", covers=("quantization/awq",))
-    reference: ClassVar[str] = "llmcompressor:modifiers.transform.awq.AWQModifier"
-    needs: ClassVar[Needs] = Needs(calibration=True, extra="quantization", modules=("llmcompressor",))
-    produces: ClassVar[str] = "packed"
+    name = "awq"
+    citation = Citation("AWQ", year=2023, arxiv="2306.00978", covers=("quantization/awq",))
+    reference = "llmcompressor:modifiers.transform.awq.AWQModifier"
+    needs = Needs(calibration=True, extra="quantization", modules=("llmcompressor",))
+    produces = "packed"
 
     bits: Literal[3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64
@@ -50,9 +49,6 @@ class AWQ(Method):
     def __post_init__(self) -> None:
         if self.candidates < 3:
             raise ValueError(f"candidates must be at least 3, not {self.candidates}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Scale and round in memory and write the codes packed.

@@ -26,9 +26,8 @@ _SCALES = 256
 class _BitsAndBytes(Method):
     """What they share: quantize while loading, save at once."""
 
-    family: ClassVar[str] = "quantization"
-    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("bitsandbytes",))
-    produces: ClassVar[str] = _FORMAT
+    needs = Needs(extra="quantization", modules=("bitsandbytes",))
+    produces = _FORMAT
 
     @abstractmethod
     def config(self, dense: DenseModel) -> BitsAndBytesConfig:
@@ -53,9 +52,9 @@ class LLMInt8(_BitsAndBytes):
         threshold: Magnitude of an input feature from which it counts as an outlier and is multiplied in 16 bits.
     """
 
-    name: ClassVar[str] = "llm-int8"
-    citation: ClassVar[Citation] = Citation("LLM.int8()", year=2022, arxiv="2208.07339", covers=("quantization/llm-int8",))
-    reference: ClassVar[str] = "bitsandbytes:nn.Linear8bitLt"
+    name = "llm-int8"
+    citation = Citation("LLM.int8()", year=2022, arxiv="2208.07339", covers=("quantization/llm-int8",))
+    reference = "bitsandbytes:nn.Linear8bitLt"
 
     threshold: float = 6.0
 
@@ -80,7 +79,7 @@ class _FourBits(_BitsAndBytes):
         double_quant: Quantize the scales to 8 bits as well: 0.37 bits less a weight.
     """
 
-    reference: ClassVar[str] = "bitsandbytes:nn.Linear4bit"
+    reference = "bitsandbytes:nn.Linear4bit"
     levels: ClassVar[str]
 
     double_quant: bool = True
@@ -106,17 +105,15 @@ class _FourBits(_BitsAndBytes):
 class NF4(_FourBits):
     """NormalFloat: the levels stand at the quantiles of a normal distribution."""
 
-    name: ClassVar[str] = "nf4"
-    citation: ClassVar[Citation] = Citation(
-        "NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",)
-    )
-    levels: ClassVar[str] = "nf4"
+    name = "nf4"
+    citation = Citation("NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",))
+    levels = "nf4"
 
 
 @dataclass(frozen=True)
 class FP4(_FourBits):
     """A floating-point number of 4 bits: sign, two of exponent, one of mantissa, as the QLoRA paper compares it with NF4."""
 
-    name: ClassVar[str] = "fp4"
-    citation: ClassVar[Citation] = Citation("FP4 (bitsandbytes)", year=2023, arxiv="2305.14314")
-    levels: ClassVar[str] = "fp4"
+    name = "fp4"
+    citation = Citation("FP4 (bitsandbytes)", year=2023, arxiv="2305.14314")
+    levels = "fp4"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
@@ -27,17 +27,16 @@ class Blockwise8Bit(Method):
         block_size: Inputs that share one scale.
     """
 
-    name: ClassVar[str] = "blockwise-8bit"
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
+    name = "blockwise-8bit"
+    citation = Citation(
         "8-bit optimizers (block-wise dynamic quantization)",
         year=2021,
         arxiv="2110.02861",
         covers=("quantization/quantile-block-wise-8-bit",),
     )
-    reference: ClassVar[str] = "bitsandbytes:functional.quantize_blockwise"
-    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("bitsandbytes",))
-    produces: ClassVar[str] = FORMAT
+    reference = "bitsandbytes:functional.quantize_blockwise"
+    needs = Needs(extra="quantization", modules=("bitsandbytes",))
+    produces = FORMAT
 
     block_size: Literal[64, 128, 256] = 64
 

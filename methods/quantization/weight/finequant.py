@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
@@ -35,12 +35,10 @@ class FineQuant(Method):
         smallest: Inputs of the smallest groups.
     """
 
-    name: ClassVar[str] = "finequant"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("FineQuant", year=2023, arxiv="2308.09723", covers=("quantization/finequant",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "packed"
+    name = "finequant"
+    accepts = DENSE
+    citation = Citation("FineQuant", year=2023, arxiv="2308.09723", covers=("quantization/finequant",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
     symmetric: bool = True

@@ -10,7 +10,7 @@ step and small ones hardly do, which a learned choice between up and down cannot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
@@ -30,9 +30,9 @@ class FlexRound(Reconstructing):
         symmetric: Centre the grid on zero; else fit it to both ends of the group, with an offset that is not learned.
     """
 
-    name: ClassVar[str] = "flexround"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    citation: ClassVar[Citation] = Citation("FlexRound", year=2023, arxiv="2306.00317", covers=("quantization/flexround",))
+    name = "flexround"
+    accepts = DENSE
+    citation = Citation("FlexRound", year=2023, arxiv="2306.00317", covers=("quantization/flexround",))
 
     symmetric: bool = True
     steps: int = 5000

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from slimbench.methods.core.second_order import Solver
 
 
 @dataclass(frozen=True)
-class GPTAQ(Method):
+class GPTAQ(Grouped, SecondOrder, Method):
     """Asymmetric calibration: min over Q of ‖Q X - W X̃‖², X̃ the inputs of the uncompressed model, X those of the quantized one.
 
     The residual W (X̃ - X) is spread column by column through the inverse Hessian, see `methods.core.second_order`. Layers
@@ -23,39 +24,28 @@ class GPTAQ(Method):
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Consecutive inputs that share one scale; None for one scale a row.
         symmetric: Centre the grid on zero; else fit it to both ends of the range.
         clip: Search the range of each group that has the least squared rounding error; else from the smallest to the largest weight.
         act_order: Treat the inputs with the largest activations first, with grids made before; else make each grid when it is reached.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         strength: Share of the residual that is made up for, 0..1; 0 is GPTQ, a quarter what the authors' program takes.
     """
 
-    name: ClassVar[str] = "gptaq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("GPTAQ", year=2025, arxiv="2504.02692")
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "packed"
+    name = "gptaq"
+    accepts = DENSE
+    citation = Citation("GPTAQ", year=2025, arxiv="2504.02692")
+    needs = Needs(calibration=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
     clip: bool = True
     act_order: bool = True
-    dampening: float = 0.01
     strength: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
+        super().__post_init__()
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {self.strength}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core.second_order import quantize

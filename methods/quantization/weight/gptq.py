@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.masks import zero_fraction
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,7 +22,7 @@ _PRUNED = 0.05
 
 
 @dataclass(frozen=True)
-class GPTQ(Method):
+class GPTQ(Grouped, SecondOrder, Method):
     """Weight only; embeddings and output head keep their dtype.
 
     Grids are symmetric. The library's asymmetric grid has an integer zero point, so that a weight is `(q - z) * scale`; as an offset
@@ -35,39 +36,31 @@ class GPTQ(Method):
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Consecutive inputs that share one scale; None for one scale a row.
         act_order: Treat the inputs with the largest activations first; groups stay consecutive ("static" order).
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         block_size: Columns updated at once.
         observer: `mse` lets the library look for the range of a group that rounds it best; None takes it from the smallest to the
             largest weight.
         asymmetric: Fit the grid to both ends of the range instead of centring it on zero; None: centred.
     """
 
-    name: ClassVar[str] = "gptq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("GPTQ", year=2022, arxiv="2210.17323", covers=("quantization/gptq-optq",))
-    reference: ClassVar[str] = "llmcompressor:modifiers.quantization.GPTQModifier"
-    needs: ClassVar[Needs] = Needs(calibration=True, extra="quantization", modules=("llmcompressor",))
-    produces: ClassVar[str] = "packed"
+    name = "gptq"
+    accepts = DENSE
+    citation = Citation("GPTQ", year=2022, arxiv="2210.17323", covers=("quantization/gptq-optq",))
+    reference = "llmcompressor:modifiers.quantization.GPTQModifier"
+    needs = Needs(calibration=True, extra="quantization", modules=("llmcompressor",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     act_order: bool = True
-    dampening: float = 0.01
     block_size: int = 128
     observer: Literal["mse"] | None = None
     asymmetric: Literal[True] | None = None
 
     def __post_init__(self) -> None:
-        _llmcompressor.check_solver(self.dampening, self.block_size)
+        super().__post_init__()
+        _llmcompressor.check_block_size(self.block_size)
         if self.asymmetric and self.bits != 2:
             raise ValueError(f"asymmetric goes with 2 bits, not {self.bits}: offsets of finer grids do not fit the model's dtype")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Quantize in memory and write the codes packed.

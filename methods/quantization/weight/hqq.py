@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HQQ(Method):
+class HQQ(Grouped, Method):
     """Half-quadratic quantization, weight only, groups along the inputs.
 
     The library rounds the zero points of 4-bit grids to whole codes and leaves those of other widths as they are; it keeps its
@@ -35,19 +36,15 @@ class HQQ(Method):
         group_size: Consecutive inputs that share one scale and one zero point.
     """
 
-    name: ClassVar[str] = "hqq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("HQQ", year=2023, covers=("quantization/hqq",))
-    reference: ClassVar[str] = "hqq:core.quantize.Quantizer"
-    needs: ClassVar[Needs] = Needs(extra="quantization", modules=("hqq",))
-    produces: ClassVar[str] = "packed"
+    name = "hqq"
+    accepts = DENSE
+    citation = Citation("HQQ", year=2023, covers=("quantization/hqq",))
+    reference = "hqq:core.quantize.Quantizer"
+    needs = Needs(extra="quantization", modules=("hqq",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] = 64
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         """Quantize one layer after the other.

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_to_grid
 
 if TYPE_CHECKING:
@@ -24,25 +25,21 @@ _FLOAT_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
 @dataclass(frozen=True)
-class LoRC(Method):
+class LoRC(Grouped, Method):
     """Round-to-nearest and a low-rank part for the error, weight only, no data.
 
     Attributes:
         bits: Bits of a weight, before scales and low-rank part.
-        group_size: Inputs that share one scale; None for one scale a row.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
         rank: Of the low-rank part; 8 are 0.4 bits a weight where layers have 576 features.
     """
 
-    name: ClassVar[str] = "lorc"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("ZeroQuant-V2 LoRC", year=2023, arxiv="2303.08302", covers=("quantization/zeroquant-v2-lorc",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "packed"
+    name = "lorc"
+    accepts = DENSE
+    citation = Citation("ZeroQuant-V2 LoRC", year=2023, arxiv="2303.08302", covers=("quantization/zeroquant-v2-lorc",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
     rank: int = 8
 
@@ -51,8 +48,7 @@ class LoRC(Method):
             raise ValueError(f"rank must be positive, not {self.rank}")
 
     def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
+        super().check(shape)
         if self.rank > shape.hidden_size:
             raise Unsupported(f"rank {self.rank} is more than the {shape.hidden_size} features of a hidden state")
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ _SENSITIVITY_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class MixedPrecision(Method):
+class MixedPrecision(Grouped, SecondOrder, Method):
     """Sensitivities by the Fisher information of a layer's outputs, widths by a knapsack: see `methods.core.allocate`.
 
     As HAWQ-V3, but with the measured output error in the place of the Hessian's trace times the squared change of the weights, and
@@ -36,28 +37,21 @@ class MixedPrecision(Method):
         dampening: Added to the Hessian's diagonal, as a fraction of its mean; for second-order rounding.
     """
 
-    name: ClassVar[str] = "mixed-precision"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("Mixed precision by sensitivity (HAWQ-V3)", year=2020, arxiv="2011.10680")
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "packed"
+    name = "mixed-precision"
+    accepts = DENSE
+    citation = Citation("Mixed precision by sensitivity (HAWQ-V3)", year=2020, arxiv="2011.10680")
+    needs = Needs(calibration=True)
+    produces = "packed"
 
     average_bits: float = 4.0
     group_size: Literal[32, 64, 128, 256] = 64
     symmetric: bool = True
     rounding: Literal["nearest", "second-order"] = "second-order"
-    dampening: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not min(BITS) <= self.average_bits <= max(BITS):
             raise ValueError(f"average_bits must be between {min(BITS)} and {max(BITS)}, not {self.average_bits:g}")
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -22,25 +23,13 @@ _INT4_MAX = 7.0
 
 
 @dataclass(frozen=True)
-class MoFQ(Method):
-    """INT4 or FP4 by layer, weight only, no data.
+class MoFQ(Grouped, Method):
+    """INT4 or FP4 by layer, weight only, no data."""
 
-    Attributes:
-        group_size: Inputs that share one scale; None: a row.
-    """
-
-    name: ClassVar[str] = "mofq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("MoFQ", year=2023, arxiv="2305.12356")
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
-
-    group_size: Literal[32, 64, 128, 256] | None = 64
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
+    name = "mofq"
+    accepts = DENSE
+    citation = Citation("MoFQ", year=2023, arxiv="2305.12356")
+    produces = FORMAT
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

@@ -10,7 +10,7 @@ and γ, β are moved by the gradient of ‖F(w, X) - F(w̃, X̃)‖² for the bl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
@@ -29,9 +29,9 @@ class OmniQuant(Reconstructing):
     The defaults are those of the paper: 20 epochs over 128 samples, one sample a step.
     """
 
-    name: ClassVar[str] = "omniquant"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    citation: ClassVar[Citation] = Citation("OmniQuant", year=2023, arxiv="2308.13137", covers=("quantization/omniquant",))
+    name = "omniquant"
+    accepts = DENSE
+    citation = Citation("OmniQuant", year=2023, arxiv="2308.13137", covers=("quantization/omniquant",))
 
     steps: int = 2560
     samples: int = 1

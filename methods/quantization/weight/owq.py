@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OWQ(Method):
+class OWQ(Grouped, SecondOrder, Method):
     """Weak columns are those with the largest λ_j ‖ΔW_j‖²: λ_j the diagonal of the Hessian, ΔW_j the rounding error of column j.
 
     They have no part in the grids, come last, and so take up the error of all other columns before they are stored. The packed
@@ -26,39 +27,28 @@ class OWQ(Method):
 
     Attributes:
         bits: Bits of the weights in all other columns, before scales.
-        group_size: Consecutive inputs that share one scale; None for one scale a row.
         column_fraction: Share of the columns of each layer that keep 16 bits, rounded up to whole columns, 0..0.5.
         symmetric: Centre the grid on zero; else fit it to both ends of the range.
         clip: Search the range of each group that has the least squared rounding error; else from the smallest to the largest weight.
         act_order: Treat the inputs with the largest activations first.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "owq"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("OWQ", year=2023, arxiv="2306.02272", covers=("quantization/owq",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "packed"
+    name = "owq"
+    accepts = DENSE
+    citation = Citation("OWQ", year=2023, arxiv="2306.02272", covers=("quantization/owq",))
+    needs = Needs(calibration=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 3
-    group_size: Literal[32, 64, 128, 256] | None = 64
     column_fraction: float = 0.0075
     symmetric: bool = True
     clip: bool = True
     act_order: bool = True
-    dampening: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
+        super().__post_init__()
         if not 0 < self.column_fraction <= 0.5:
             raise ValueError(f"column_fraction must be above 0 and at most 0.5, not {self.column_fraction}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core.second_order import Solver, quantize

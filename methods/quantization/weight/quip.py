@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuIP(Method):
+class QuIP(Grouped, SecondOrder, Method):
     """The inputs of every layer are rotated when the model runs: signs, and a Hadamard transform in blocks of the largest power of two
     that divides the inputs. See `methods.quantization.solvers.incoherence`.
 
@@ -31,31 +32,19 @@ class QuIP(Method):
         bits: Bits of a weight, before scales.
         group_size: Consecutive rotated inputs that share one scale; None for one scale a row.
         rescale: Scale the inputs before the rotation, by what they and the weights are, so that the bound on the error is least.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
         seed: Of the signs.
     """
 
-    name: ClassVar[str] = "quip"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("QuIP", year=2023, arxiv="2307.13304", covers=("quantization/quip",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "runtime"
+    name = "quip"
+    accepts = DENSE
+    citation = Citation("QuIP", year=2023, arxiv="2307.13304", covers=("quantization/quip",))
+    needs = Needs(calibration=True)
+    produces = "runtime"
 
     bits: Literal[2, 3, 4] = 2
     group_size: Literal[32, 64, 128, 256] | None = None
     rescale: bool = True
-    dampening: float = 0.01
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch

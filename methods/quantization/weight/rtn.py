@@ -5,39 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears, check_groups
+from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_head, round_layers
 
 
 @dataclass(frozen=True)
-class RTN(Method):
+class RTN(Grouped, Method):
     """Round-to-nearest, weight only.
 
     Attributes:
         bits: Bits of a weight, before scales.
-        group_size: Inputs that share one scale; None for one scale a row.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest weight.
         head_bits: Bits of the output head, and of an input embedding that shares its weight; None: they keep their dtype.
     """
 
-    name: ClassVar[str] = "rtn"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("Round-to-nearest", year=2022, covers=("quantization/rtn-round-to-nearest",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = "packed"
+    name = "rtn"
+    accepts = DENSE
+    citation = Citation("Round-to-nearest", year=2022, covers=("quantization/rtn-round-to-nearest",))
+    produces = "packed"
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, 256] | None = 64
     symmetric: bool = True
     head_bits: Literal[4, 8] | None = None
-
-    def check(self, shape: ModelShape) -> None:
-        if self.group_size:
-            shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
@@ -25,14 +25,10 @@ class MXFP4(Method):
     Weights above 6 scales are clamped there, as the OCP MX specification has it.
     """
 
-    name: ClassVar[str] = "mxfp4-weight"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation(
-        "Microscaling data formats (OCP MX)", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",)
-    )
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
+    name = "mxfp4-weight"
+    accepts = DENSE
+    citation = Citation("Microscaling data formats (OCP MX)", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",))
+    produces = FORMAT
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_MX_BLOCK)
@@ -62,12 +58,10 @@ class NVFP4(Method):
     number of e4m3, in which they are stored.
     """
 
-    name: ClassVar[str] = "nvfp4-weight"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("NVFP4", year=2025, arxiv="2509.25149", covers=("quantization/mxfp4-nvfp4-mxfp8",))
-    reference: ClassVar[str] = "paper"
-    produces: ClassVar[str] = FORMAT
+    name = "nvfp4-weight"
+    accepts = DENSE
+    citation = Citation("NVFP4", year=2025, arxiv="2509.25149", covers=("quantization/mxfp4-nvfp4-mxfp8",))
+    produces = FORMAT
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_NV_BLOCK)

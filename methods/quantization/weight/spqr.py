@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
+from slimbench.methods.core.settings import Grouped, SecondOrder
 
 
 @dataclass(frozen=True)
-class SpQR(Method):
+class SpQR(Grouped, SecondOrder, Method):
     """Columns are rounded in order. When a group is reached, the outliers among its weights are found first: those without which the
     squared error of the group's other weights on a grid of their own, with the weight's own error, falls by more than a threshold. The
     error of weight j counts (w_j - q_j)² / [F⁻¹]_jj, F the Hessian of the columns that are still free: what it costs the outputs
@@ -27,32 +28,24 @@ class SpQR(Method):
         outlier_fraction: Share of a layer's weights that the threshold keeps apart, 0..0.1.
         symmetric: Centre the grid on zero; else fit it to both ends of the range, at 16 more bits for each group.
         clip: Search the range of each group that has the least squared rounding error; else from the smallest to the largest weight.
-        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
     """
 
-    name: ClassVar[str] = "spqr"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
-    family: ClassVar[str] = "quantization"
-    citation: ClassVar[Citation] = Citation("SpQR", year=2023, arxiv="2306.03078", covers=("quantization/spqr",))
-    reference: ClassVar[str] = "paper"
-    needs: ClassVar[Needs] = Needs(calibration=True)
-    produces: ClassVar[str] = "packed"
+    name = "spqr"
+    accepts = DENSE
+    citation = Citation("SpQR", year=2023, arxiv="2306.03078", covers=("quantization/spqr",))
+    needs = Needs(calibration=True)
+    produces = "packed"
 
     bits: Literal[2, 3, 4] = 3
     group_size: Literal[32, 64] = 32
     outlier_fraction: float = 0.01
     symmetric: bool = True
     clip: bool = True
-    dampening: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.dampening <= 0:
-            raise ValueError(f"dampening must be positive, not {self.dampening}")
+        super().__post_init__()
         if not 0 < self.outlier_fraction <= 0.1:
             raise ValueError(f"outlier_fraction must be above 0 and at most 0.1, not {self.outlier_fraction}")
-
-    def check(self, shape: ModelShape) -> None:
-        shape.check_group(self.group_size)
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.formats import packed

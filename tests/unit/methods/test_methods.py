@@ -119,6 +119,11 @@ def test_modules_import_no_heavy_library() -> None:
         ("magnitude", {"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 means sparsity 0.5"),
         ("sparsegpt", {"sparsity": 0}, "sparsity must be between 0 and 1"),
         ("sparsegpt-2of4", {"block_size": 30}, "multiple of 4"),
+        ("qlora", {"steps": 0}, "steps must be at least 1"),
+        ("qlora", {"rank": 0}, "rank must be at least 1"),
+        ("qa-lora", {"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ("spinquant-w4a4", {"dampening": 0}, "dampening must be positive"),
+        ("spinquant-w4a4", {"steps": 0}, "steps must be at least 1"),
         ("llm-int8", {"threshold": -1}, "threshold must not be negative"),
     ],
 )
@@ -126,6 +131,18 @@ def test_wrong_setting_is_one_clear_line(name: str, settings: dict[str, object],
     with pytest.raises(ConfigError) as caught:
         build_method(shipped_step(name, **settings))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in shipped("method") if {"group_size", "dampening"} & set(shipped_method(n)) and not n.startswith("kv-")]
+)
+def test_what_a_shared_setting_is_checked_for_every_method_that_has_it_checks(name: str) -> None:
+    if "dampening" in shipped_method(name):
+        with pytest.raises(ConfigError, match="dampening must be positive"):
+            build_method(shipped_step(name, dampening=0))
+    if shipped_method(name).get("group_size"):
+        with pytest.raises(Unsupported, match=r"does not divide the input features 72|no divisor"):
+            build_method(shipped_step(name)).check(ModelShape("LlamaForCausalLM", 72, 136, 2, 2, 2, 256, True))
 
 
 @pytest.mark.parametrize(("name", "width"), [("rtn-4bit", 96), ("gptq", 96), ("sparsegpt-2of4", 66)])

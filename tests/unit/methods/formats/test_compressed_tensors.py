@@ -33,7 +33,17 @@ def exported(method: Any, folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     "method",
-    [RTN(2, 32), RTN(3, 64), RTN(4, 32), RTN(4, None), RTN(8, 64), RTN(8, None), Int8Dynamic(), FP8Weight(), FP8Dynamic()],
+    [
+        RTN(bits=2, group_size=32),
+        RTN(bits=3, group_size=64),
+        RTN(bits=4, group_size=32),
+        RTN(bits=4, group_size=None),
+        RTN(bits=8, group_size=64),
+        RTN(bits=8, group_size=None),
+        Int8Dynamic(),
+        FP8Weight(),
+        FP8Dynamic(),
+    ],
     ids=lambda m: f"{type(m).__name__}-{getattr(m, 'bits', 8)}-{getattr(m, 'group_size', None)}",
 )
 def test_transformers_reads_the_same_weights(tmp_path: Path, method: Any) -> None:
@@ -64,9 +74,9 @@ def test_the_description_says_what_is_rounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        (RTN(4, 32, symmetric=False), "offsets"),
-        (RTN(4, 32, head_bits=4), "no packed head"),
-        (LoRC(4, 32), "a low-rank part"),
+        (RTN(bits=4, group_size=32, symmetric=False), "offsets"),
+        (RTN(bits=4, group_size=32, head_bits=4), "no packed head"),
+        (LoRC(bits=4, group_size=32), "a low-rank part"),
     ],
 )
 def test_what_the_format_does_not_hold_is_refused(tmp_path: Path, method: Any, reason: str) -> None:

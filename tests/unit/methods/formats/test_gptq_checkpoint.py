@@ -71,7 +71,14 @@ def check(artefact: Path, out: Path) -> int:
 
 @pytest.mark.parametrize(
     "method",
-    [RTN(2, 32), RTN(3, 64), RTN(4, 32), RTN(4, None), RTN(8, 64), RTN(8, None)],
+    [
+        RTN(bits=2, group_size=32),
+        RTN(bits=3, group_size=64),
+        RTN(bits=4, group_size=32),
+        RTN(bits=4, group_size=None),
+        RTN(bits=8, group_size=64),
+        RTN(bits=8, group_size=None),
+    ],
     ids=lambda m: f"{m.bits}-{m.group_size}",
 )
 def test_the_checkpoint_holds_the_same_weights(tmp_path: Path, method: RTN) -> None:
@@ -93,9 +100,9 @@ def test_words_hold_any_codes(bits: int) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        (RTN(4, 32, symmetric=False), "offsets"),
-        (RTN(4, 32, head_bits=4), "no packed head"),
-        (LoRC(4, 32), "a low-rank part"),
+        (RTN(bits=4, group_size=32, symmetric=False), "offsets"),
+        (RTN(bits=4, group_size=32, head_bits=4), "no packed head"),
+        (LoRC(bits=4, group_size=32), "a low-rank part"),
         (Int8Dynamic(), "inputs are rounded to 8 bits"),
         (FP8Weight(), "its codes are e4m3 numbers"),
     ],

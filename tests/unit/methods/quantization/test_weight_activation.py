@@ -170,7 +170,7 @@ def test_static_fp8_has_the_largest_calibrated_input_as_448(dense: DenseModel, t
 
 @pytest.mark.parametrize(("number", "furthest"), [("e2m1", 0.6), ("e4m3", 0.1)])
 def test_mx_scales_are_powers_of_two(dense: DenseModel, tmp_path: Path, number: Any, furthest: float) -> None:
-    claim = run(Microscaling(number), dense, tmp_path)
+    claim = run(Microscaling(number=number), dense, tmp_path)
     bits = 4 if number == "e2m1" else 8
     assert (claim.bits, claim.group_size, claim.details["stored_bits"], claim.simulated) == (bits, 32, bits + 0.25, True)
     exponent, points = (2, E2M1) if number == "e2m1" else (8, torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
@@ -253,7 +253,7 @@ def outlying(folder: Path) -> DenseModel:
 def test_rotation_makes_four_bits_of_the_inputs_bearable(tmp_path: Path) -> None:
     dense = outlying(tmp_path / "dense")
     errors = {}
-    for name, method in (("rtn", RTNActivation(8, None, activation_bits=4)), ("quarot", QuaRotRTN(8))):
+    for name, method in (("rtn", RTNActivation(bits=8, group_size=None, activation_bits=4)), ("quarot", QuaRotRTN(bits=8))):
         claim = run(method, dense, tmp_path / name)
         assert (claim.activation_bits, claim.simulated) == (4, True)
         errors[name] = distance(runtime.load(tmp_path / name), dense)
@@ -293,7 +293,7 @@ def test_outlier_suppression_multiplies_integers_or_simulates(dense: DenseModel,
     errors = []
     for bits, simulated in ((8, False), (6, True)):
         out = tmp_path / str(bits)
-        claim = run(OutlierSuppressionPlus(bits, thresholds=4), dense, out)  # type: ignore[arg-type]
+        claim = run(OutlierSuppressionPlus(bits=bits, thresholds=4), dense, out)  # type: ignore[arg-type]
         assert (claim.bits, claim.activation_bits, claim.simulated, claim.details) == (bits, bits, simulated, {"shifts_at_run_time": 10})
         loaded = runtime.load(out)
         kernels = {layer.kernel for layer in loaded.modules() if isinstance(layer, packed.PackedLinear)}
@@ -305,7 +305,7 @@ def test_outlier_suppression_multiplies_integers_or_simulates(dense: DenseModel,
 
 @pytest.mark.parametrize("scales", ["free", "power-of-two"])
 def test_zeroquant_fp_puts_weights_on_e2m1(dense: DenseModel, tmp_path: Path, scales: Any) -> None:
-    claim = run(ZeroQuantFP(32, scales), dense, tmp_path)
+    claim = run(ZeroQuantFP(group_size=32, scales=scales), dense, tmp_path)
     assert (claim.bits, claim.group_size, claim.activation_bits, claim.simulated) == (4, 32, 8, True)
     seen, moved = activations(dense), 0
     for name, weight, rounded, inputs in dense_and_made(dense, tmp_path):
@@ -322,7 +322,7 @@ def test_zeroquant_fp_puts_weights_on_e2m1(dense: DenseModel, tmp_path: Path, sc
 
 def test_atom_keeps_the_loudest_channels_in_eight_bits(tmp_path: Path) -> None:
     dense = outlying(tmp_path / "dense")
-    claim = run(Atom(32, 32), dense, tmp_path)
+    claim = run(Atom(outliers=32, group_size=32), dense, tmp_path)
     assert claim.bits is not None and claim.simulated and claim.activation_bits == 4
     inputs_of = {name: layer.in_features for name, layer in dense.load().named_modules() if name.endswith("_proj")}
     weights = {name: dense.load().get_submodule(name).weight for name in inputs_of}
@@ -337,7 +337,7 @@ def test_atom_keeps_the_loudest_channels_in_eight_bits(tmp_path: Path) -> None:
         assert max(len(group.unique()) for row in body for group in row) <= 15
         assert (rounded[:, -32:] - weight[:, inputs.permutation][:, -32:]).abs().max() < 0.1 * weight.abs().max()
     plain = tmp_path / "plain"
-    run(RTNActivation(4, 32, activation_bits=4, activation_group_size=32), dense, plain)
+    run(RTNActivation(bits=4, group_size=32, activation_bits=4, activation_group_size=32), dense, plain)
     assert distance(runtime.load(tmp_path), dense) < 0.7 * distance(runtime.load(plain), dense)
 
 
@@ -382,7 +382,7 @@ def test_more_clusters_are_nearer(tmp_path: Path) -> None:
     dense = outlying(tmp_path / "dense")
     errors = []
     for clusters in (1, 8):
-        run(RPTQ(8, activation_bits=4, clusters=clusters), dense, tmp_path / str(clusters))
+        run(RPTQ(bits=8, activation_bits=4, clusters=clusters), dense, tmp_path / str(clusters))
         errors.append(distance(runtime.load(tmp_path / str(clusters)), dense))
     assert errors[1] < 0.8 * errors[0]
 
@@ -391,7 +391,7 @@ def test_olive_has_one_scale_for_a_weight_and_one_for_the_inputs(dense: DenseMod
     points = torch.tensor([*range(8), 12, 16, 24, 32, 48, 64, 96]).float()
     for activations_too in (True, False):
         out = tmp_path / str(activations_too)
-        claim = run(OliVe(activations_too), dense, out)
+        claim = run(OliVe(activations=activations_too), dense, out)
         assert (claim.bits, claim.activation_bits, claim.simulated) == (4, 4 if activations_too else None, True)
         assert 0 < distance(runtime.load(out), dense) < 0.6
     for _, weight, rounded, inputs in dense_and_made(dense, tmp_path / "True"):

@@ -1,0 +1,82 @@
+"""Settings that stand in many methods, with what is checked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slimbench.methods.base import Method, ModelShape
+from slimbench.methods.core.masks import check_pattern, check_sparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Method):
+    """A method whose weights share scales in groups.
+
+    Attributes:
+        group_size: Consecutive inputs that share one scale; must divide the input features. None, where it may be, for one scale a row.
+    """
+
+    group_size: Literal[32, 64, 128, 256] | None = 64
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if self.group_size:
+            shape.check_group(self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondOrder(Method):
+    """A method that rounds or prunes by the second moments of the inputs, the Hessian of a layer's squared error.
+
+    Attributes:
+        dampening: Added to the Hessian's diagonal, as a fraction of its mean.
+    """
+
+    dampening: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dampening <= 0:
+            raise ValueError(f"dampening must be positive, not {self.dampening}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Method):
+    """A method that sets weights to zero.
+
+    Attributes:
+        sparsity: Fraction of the weights that becomes zero, above 0 and below 1; with a pattern the one that it implies.
+        pattern: `n:m` puts n zeros into each m consecutive inputs; None leaves the choice free.
+    """
+
+    sparsity: float = 0.5
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sparsity(self.sparsity, self.pattern)
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        check_pattern(shape, self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters(Method):
+    """A method that trains low-rank adapters.
+
+    Attributes:
+        rank: Of the adapters.
+        alpha: The adapters are scaled by alpha / rank.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, not {self.alpha}")
