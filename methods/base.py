@@ -222,6 +222,13 @@ class Calibration:
     ids: torch.Tensor
     fingerprint: str
 
+    @classmethod
+    def none(cls) -> Calibration:
+        """No tokens: what a method gets that needs none."""
+        import torch
+
+        return cls(torch.empty((0, 0), dtype=torch.int64), "none")
+
 
 def _format(earlier: str, later: str) -> str:
     """An ordinary checkpoint that is written after a step that edited the architecture holds its edits."""
@@ -366,12 +373,12 @@ class Method(Settings, ABC):
         """Raise `Unsupported`, in one line, if the settings do not fit the model. Called before any heavy work."""
 
     @abstractmethod
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Write the compressed model into the empty folder `out` and say what was written.
 
         Args:
             dense: The model to compress.
-            calibration: Calibration tokens, or None unless `needs.calibration`.
+            calibration: Calibration tokens; there are some if `needs.calibration`, which the harness sees to, and none otherwise.
             out: Folder that receives `config.json` and safetensors; no tokenizer, no pickle.
 
         Raises:

@@ -18,7 +18,7 @@ class Dense(Method):
     citation = Citation("Uncompressed model", year=2017)
     reference = "transformers:AutoModelForCausalLM"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Link the files of the source, or copy them across file systems: the artefact is the same bytes."""
         link_source(dense, out)
         return Claim(format=HUGGINGFACE)

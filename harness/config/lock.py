@@ -24,9 +24,9 @@ from functools import cache
 from pathlib import Path
 
 from slimbench.harness.config import engines
-from slimbench.harness.config.parse import locate
 from slimbench.harness.config.schema import ConfigError, EngineConfig, RunConfig
 from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.config.targets import locate
 from slimbench.harness.schema.identity import Stage
 from slimbench.methods.base import format_of
 from slimbench.util import sources, syntax

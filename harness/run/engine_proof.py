@@ -58,7 +58,7 @@ def _artefacts(format_: str, scratch: Path) -> Iterator[Path]:
             return
         out = scratch / f"artefact-{index}"
         out.mkdir()
-        claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else None, out)
+        claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else Calibration.none(), out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         yield out
 

@@ -79,7 +79,7 @@ def check(name: str) -> dict[str, Any]:
         out.mkdir()
         began = time.perf_counter()
         dense = DenseModel(source, source, "bfloat16", "cpu", shape)
-        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else None, out)
+        claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else Calibration.none(), out)
         seconds = time.perf_counter() - began
         files = artefact.files(out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))

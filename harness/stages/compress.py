@@ -75,7 +75,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 original=source,
                 format=claim.format if claim else HUGGINGFACE,
             )
-            made = method.compress(dense, tokens, out)
+            made = method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
             step_seconds[step.name] = time.perf_counter() - step_began

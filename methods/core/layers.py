@@ -35,14 +35,14 @@ def check_groups(layers: dict[str, nn.Linear], group_size: int | None) -> None:
             raise Unsupported(f"group_size {group_size} does not divide the {layer.in_features} inputs of {name}")
 
 
-def check_calibration(calibration: Calibration | None, shape: ModelShape) -> Calibration:
+def check_calibration(calibration: Calibration, shape: ModelShape) -> Calibration:
     """The calibration tokens, if there are enough of them for second moments of the inputs, and they are those of the model.
 
     Raises:
         ValueError: There are none, or some are outside the vocabulary.
         Unsupported: There are fewer tokens than a hidden state has features.
     """
-    if calibration is None or not calibration.ids.numel():
+    if not calibration.ids.numel():
         raise ValueError("calibration holds no tokens")
     tokens = calibration.ids.numel()
     if tokens < shape.hidden_size:

@@ -33,7 +33,7 @@ class StoresDense(_Test):
     name = "stores-dense"
     simulated: bool = False
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.kernels.rounding import round_to_grid
 
         model = dense.load()
@@ -50,7 +50,7 @@ class BrokenMask(_Test):
     name = "broken-mask"
     layers: int = 1
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         claim = Magnitude(pattern="2:4").compress(dense, calibration, out)
         model = dataclasses.replace(dense, path=out).load()
         for layer in list(block_linears(model).values())[: self.layers]:
@@ -68,7 +68,7 @@ class FineTune(_Test):
 
     masked: bool = False
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model = dense.load()
         trained = 0
         for layer in block_linears(model).values():
@@ -86,8 +86,7 @@ class Calibrated(_Test):
     name = "calibrated"
     needs = Needs(calibration=True)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        assert calibration is not None
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         save_dense(dense.load(), out)
         return Claim(HUGGINGFACE, details={"ids": calibration.ids.tolist()})
 
@@ -101,7 +100,7 @@ class Cut(_Test):
     parameters: int = 0
     layers: int = 0
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model: Any = dense.load()
         remove_blocks(model, [model.config.num_hidden_layers - 1])
         save_dense(model, out)
@@ -116,7 +115,7 @@ class SmallCache(_Test):
 
     share: float = 0.5
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model: Any = dense.load()
         save_dense(model, out)
         numbers = 2 * dense.shape.num_layers * dense.shape.num_kv_heads * dense.shape.head_dim
@@ -129,7 +128,7 @@ class Lazy(_Test):
 
     name = "lazy"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         save_dense(dense.load(), out)
         return Claim(HUGGINGFACE, work=Work(blocks=dense.shape.num_layers / 2))
 
@@ -141,7 +140,7 @@ class WeightOnly(_Test):
     name = "weight-only"
     produces = "packed"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         claim = RTN(bits=8, group_size=None).compress(dense, calibration, out)
         return dataclasses.replace(claim, activation_bits=8)
 

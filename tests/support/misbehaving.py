@@ -23,7 +23,7 @@ class Misbehaving(Method):
 
     how: Literal["hang", "allocate", "raise", "exit", "abort", "kill", "unsupported", "full", "nothing"] = "raise"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         (out / "half").write_bytes(b"half a file")
         if self.how == "hang":
             time.sleep(600)

@@ -33,6 +33,6 @@ class Inventory(Method):
     citation = Citation("none", 2024)
     reference = "paper"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         shutil.copytree(dense.path, out, dirs_exist_ok=True)
         return Claim(self.produces, details={"second_names": second_names(), "stages": "slimbench.harness.stages.compress" in sys.modules})

@@ -54,10 +54,10 @@ class ShortGPT(Method):
         """How many of that many blocks are removed."""
         return self.blocks or max(1, round(self.fraction * blocks))
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.surgery import counts, remove_blocks
 
-        if calibration is None or not calibration.ids.numel():
+        if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model = dense.load()
         before = model.num_parameters()

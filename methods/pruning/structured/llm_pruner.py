@@ -72,11 +72,11 @@ class LLMPruner(Method):
         removed = min(int(self.ratio * len(scores) + 0.5), len(scores) - 1)
         return scores.argsort(stable=True)[removed:].sort().values
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.surgery import cache_bytes_per_token, counts
         from slimbench.methods.formats.structure import blocks_of
 
-        if calibration is None or not calibration.ids.numel():
+        if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model = dense.load()
         before = model.num_parameters()

@@ -66,7 +66,7 @@ class SliceGPT(Method):
         kept = int((1 - self.slicing) * size + 1e-9)
         return kept - kept % self.multiple if kept < size else size
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.layers import check_calibration
         from slimbench.methods.core.surgery import counts
 

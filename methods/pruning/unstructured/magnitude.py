@@ -35,7 +35,7 @@ class Magnitude(Sparse, Method):
     )
     reference = "torch:nn.utils.prune"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from torch.nn.utils import prune
 
         model = dense.load()

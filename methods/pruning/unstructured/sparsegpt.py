@@ -36,8 +36,7 @@ class SparseGPT(Sparse, SecondOrder, Method):
         super().__post_init__()
         _llmcompressor.check_block_size(self.block_size, parse_pattern(self.pattern)[1] if self.pattern else 1)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        assert calibration is not None
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         claim, report = _library.prune(dense, self.modifier(), calibration, self.sparsity, self.pattern, out)
         return replace(claim, details={"failed_inverses": report.failed_inverses})
 

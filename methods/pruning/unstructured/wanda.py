@@ -35,8 +35,7 @@ class Wanda(Sparse, Method):
     reference = "llmcompressor:modifiers.pruning.WandaPruningModifier"
     needs = Needs(calibration=True, extra="pruning", modules=("llmcompressor",))
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        assert calibration is not None
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         claim, _ = _library.prune(dense, self.modifier(), calibration, self.sparsity, self.pattern, out)
         return claim
 

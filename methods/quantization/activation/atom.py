@@ -50,13 +50,12 @@ class Atom(Grouped, SecondOrder, Method):
         if self.outliers >= min(shape.hidden_size, shape.intermediate_size):
             raise Unsupported(f"{self.outliers} outlier channels leave none of {min(shape.hidden_size, shape.intermediate_size)} inputs")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe
         from slimbench.methods.formats import runtime
         from slimbench.methods.quantization.solvers.blockwise import quantize_blocks
         from slimbench.methods.quantization.solvers.formats import Part, solve
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         seen = _observe.of_model(model, calibration.ids)

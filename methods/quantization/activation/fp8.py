@@ -32,7 +32,7 @@ class FP8Weight(Method):
     reference = "torch:float8_e4m3fn"
     produces = "packed"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         return self._save(dense, None, out)
 
     def _save(self, dense: DenseModel, activation_bits: Literal[8] | None, out: Path) -> Claim:
@@ -51,7 +51,7 @@ class FP8Dynamic(FP8Weight):
     accepts = DENSE
     reference = "torch:_scaled_mm"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         return self._save(dense, 8, out)
 
 
@@ -64,11 +64,10 @@ class FP8Static(Method):
     produces = "runtime"
     needs = Needs(calibration=True)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe
         from slimbench.methods.formats import runtime
 
-        assert calibration is not None
         model = dense.load()
         grid = runtime.ActivationGrid("e4m3", granularity="tensor")
         seen = _observe.of_model(model, calibration.ids, dense.progress)

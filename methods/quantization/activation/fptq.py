@@ -53,11 +53,10 @@ class FPTQ(Grouped, Method):
         if not 0 <= self.low <= self.high:
             raise ValueError(f"low must be between 0 and high {self.high}, not {self.low}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime
         from slimbench.methods.kernels.rounding import round_layers
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)

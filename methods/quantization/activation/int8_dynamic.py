@@ -24,7 +24,7 @@ class Int8Dynamic(Method):
     reference = "torch:_int_mm"
     produces = "packed"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
         model = dense.load()

@@ -40,7 +40,7 @@ class Microscaling(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_MX_BLOCK)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import runtime
 
         model = dense.load()
@@ -70,11 +70,10 @@ class NVFP4(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_NV_BLOCK)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe
         from slimbench.methods.formats import runtime
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, _NV_BLOCK)

@@ -39,14 +39,13 @@ class OliVe(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(2)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core.statistics import samples
         from slimbench.methods.core.walk import walk
         from slimbench.methods.formats import runtime
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, 2)

@@ -49,12 +49,11 @@ class OutlierSuppressionPlus(Method):
         if self.thresholds < 1:
             raise ValueError(f"thresholds must be positive, not {self.thresholds}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime
         from slimbench.methods.kernels.rounding import round_layers
         from slimbench.methods.quantization.grids.simulated import round_weights
 
-        assert calibration is not None
         model = dense.load()
         layers, grid = block_linears(model), runtime.ActivationGrid("int", self.bits)
         shifts = suppress(model, calibration, grid, self.thresholds, dense)

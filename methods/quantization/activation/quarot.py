@@ -49,7 +49,7 @@ class QuaRotRTN(Grouped, Method):
         if not 0 < self.activation_clip <= 1:
             raise ValueError(f"activation_clip must be above 0 and at most 1, not {self.activation_clip}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.formats import packed, runtime
@@ -71,7 +71,7 @@ class QuaRotRTN(Grouped, Method):
             details=details,
         )
 
-    def _quantizer(self, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Quantizer:
+    def _quantizer(self, grid: Grid, calibration: Calibration, dense: DenseModel) -> Quantizer:
         from slimbench.methods.quantization.solvers import rotated as _rotated
 
         return _rotated.to_nearest(grid)
@@ -90,11 +90,10 @@ class QuaRot(SecondOrder, QuaRotRTN):
 
     act_order: bool = False
 
-    def _quantizer(self, grid: Grid, calibration: Calibration | None, dense: DenseModel) -> Quantizer:
+    def _quantizer(self, grid: Grid, calibration: Calibration, dense: DenseModel) -> Quantizer:
         from slimbench.methods.core.second_order import Solver
         from slimbench.methods.quantization.solvers import rotated as _rotated
 
-        assert calibration is not None
         return _rotated.by_gptq(grid, Solver(self.act_order, self.dampening), calibration.ids, dense)
 
 

@@ -49,13 +49,12 @@ class RPTQ(Grouped, SecondOrder, Method):
         if self.clusters < 1:
             raise ValueError(f"clusters must be positive, not {self.clusters}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe
         from slimbench.methods.core.second_order import Solver, quantize
         from slimbench.methods.formats import packed, runtime
         from slimbench.methods.quantization.solvers.blockwise import quantize_blocks
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)

@@ -40,7 +40,7 @@ class RTNActivation(Grouped, Method):
             if group_size:
                 shape.check_group(group_size)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime
 
         model = dense.load()

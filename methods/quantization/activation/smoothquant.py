@@ -46,10 +46,9 @@ class SmoothQuant(Method):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
-        assert calibration is not None
         model = dense.load()
         smooth(model, calibration, self.alpha, dense)
         packed.save(model, round_layers(block_linears(model), packed.Grid(8, None, activation_bits=8)), out)
@@ -67,10 +66,9 @@ class SmoothQuantStatic(SmoothQuant):
     name = "smoothquant-static"
     produces = "runtime"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime
 
-        assert calibration is not None
         model = dense.load()
         largest = smooth(model, calibration, self.alpha, dense)
         grid = runtime.ActivationGrid("int", 8, "tensor")

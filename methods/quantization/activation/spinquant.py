@@ -64,7 +64,7 @@ class SpinQuantRTN(LoopSettings, Grouped, Method):
 
         return CayleySGD(parameters, self.learning_rate)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.rotation import fold_gains
         from slimbench.methods.core.training import cut, objective, train
         from slimbench.methods.formats import packed, runtime
@@ -72,7 +72,6 @@ class SpinQuantRTN(LoopSettings, Grouped, Method):
         from slimbench.methods.quantization.solvers import rotated as _rotated
         from slimbench.methods.quantization.solvers.learned_rotation import Rotations
 
-        assert calibration is not None
         model = _qat.load_float32(dense)
         check_groups(block_linears(model), self.group_size)
         fold_gains(model)

@@ -40,7 +40,7 @@ class ZeroQuant(Method):
         if self.groups < 1:
             raise ValueError(f"groups must be positive, not {self.groups}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
         model = dense.load()
@@ -66,7 +66,7 @@ class ZeroQuantMixed(ZeroQuant):
     name = "zeroquant-mixed"
     produces = "runtime"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed, runtime
 
         model = dense.load()

@@ -36,12 +36,11 @@ class ZeroQuantFP(Grouped, SecondOrder, Method):
     group_size: Literal[32, 64, 128, 256] = 64
     scales: Literal["free", "power-of-two"] = "free"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import runtime
         from slimbench.methods.quantization.solvers.blockwise import quantize_blocks
         from slimbench.methods.quantization.solvers.formats import Part, solve
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)

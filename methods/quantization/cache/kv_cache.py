@@ -25,7 +25,7 @@ class _KVCache(Method):
     def check(self, shape: ModelShape) -> None:
         self.policy().check(shape)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         return Claim(self.produces, details=_kv_policy.save(self.policy(), dense, out))
 
 

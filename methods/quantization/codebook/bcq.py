@@ -55,7 +55,7 @@ class BCQ(Grouped, Method):
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, not {self.rounds}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         signs = torch.tensor([-1.0, 1.0], dtype=getattr(torch, dense.dtype)).view(1, 1, 2, 1)

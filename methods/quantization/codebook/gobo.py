@@ -40,7 +40,7 @@ class GOBO(Method):
     bits: Literal[2, 3, 4] = 3
     log_density: float = -4.0
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         details: dict[str, float] = {"outliers": 0}
         sizes = []
 

@@ -51,7 +51,7 @@ class KMeans(Method):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         return compress_layers(dense, out, self._encode, self.bits, details={"table": self.table})
 
     def _encode(self, _: str, weight: Tensor) -> CodebookWeight:

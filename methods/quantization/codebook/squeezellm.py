@@ -51,8 +51,7 @@ class SqueezeLLM(Method):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        assert calibration is not None
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model = dense.load()
         fisher = fisher_diagonal(model, calibration.ids)
         details = {"outliers": self.outliers, "sensitive": self.sensitive}

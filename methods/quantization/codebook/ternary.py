@@ -44,14 +44,13 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
     steps: int = 30
     learning_rate: float = 5e-4
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.kernels.grid import Grid
         from slimbench.methods.quantization.grids.trained_layers import RoundedLinear
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         grid, dtype = Grid(2, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
         layers = _qat.put_in(model, self.group_size, lambda layer: RoundedLinear(layer, grid, dtype, absmean))

@@ -63,7 +63,7 @@ class VPTQ(SecondOrder, Method):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import codebook
         from slimbench.methods.quantization.solvers.blockwise import quantize_blocks
 

@@ -58,7 +58,7 @@ class GGUF(Method):
 
     kind: Literal["f16", "q8_0", "q4_0", "q4_k_m", "q2_k"] = "q4_0"
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import gguf as _gguf
 
         wanted, file = _FILE_TYPES[self.kind], out / _gguf.MODEL

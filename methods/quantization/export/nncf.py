@@ -37,7 +37,7 @@ class NNCF(Grouped, Method):
         if self.bits == 8 and self.group_size is not None:
             raise ValueError(f"8 bits have one scale a row: group_size must be null, not {self.group_size}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import nncf
         import openvino
 

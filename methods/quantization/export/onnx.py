@@ -28,7 +28,7 @@ class _ONNX(Method):
     def claim(self) -> Claim:
         """What the artefact holds."""
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import onnx as _onnx
 
         with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:

@@ -52,7 +52,7 @@ class Reconstructing(Grouped, Method):
         """Whether the grid is centred on zero."""
         return bool(getattr(self, "symmetric", False))
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Learn block by block and write the codes packed.
 
         Raises:
@@ -62,7 +62,6 @@ class Reconstructing(Grouped, Method):
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.solvers.reconstruction import Reconstruction
 
-        assert calibration is not None
         if dense.dtype == "float16":
             raise Unsupported("gradients vanish in float16; load the model in bfloat16 or float32")
         model = dense.load()

@@ -57,7 +57,7 @@ class LLMQAT(TrainingSettings, Grouped, Method):
         if not 0 <= self.greedy_tokens < self.length:
             raise ValueError(f"greedy_tokens must be in [0, {self.length}), not {self.greedy_tokens}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core import text as _self_text

@@ -59,7 +59,7 @@ class LoftQ(TrainingSettings, Grouped, Method):
         if self.rank > (least := min(shape.hidden_size, shape.num_kv_heads * shape.head_dim)):
             raise Unsupported(f"rank {self.rank} is more than the {least} outputs of the narrowest layer")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core.layers import block_linears, check_groups
@@ -67,7 +67,6 @@ class LoftQ(TrainingSettings, Grouped, Method):
         from slimbench.methods.quantization.solvers import lora as _lora
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         grid, dtype = packed.Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
         layers = block_linears(model)

@@ -43,14 +43,13 @@ class PEQA(TrainingSettings, Grouped, Method):
     symmetric: bool = False
     learning_rate: float = 5e-5
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.kernels.grid import Grid
         from slimbench.methods.quantization.grids.trained_layers import ScaledLinear
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
         layers = _qat.put_in(

@@ -41,7 +41,7 @@ class QALoRA(Adapters, TrainingSettings, Grouped, Method):
     group_size: Literal[32, 64, 128, 256] = 32
     learning_rate: float = 2e-4
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.kernels.grid import Grid
@@ -49,7 +49,6 @@ class QALoRA(Adapters, TrainingSettings, Grouped, Method):
         from slimbench.methods.quantization.grids.trained_layers import PooledAdapterLinear
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
         generator = torch.Generator().manual_seed(self.seed + dense.seed)
         model = _qat.load_float32(dense)

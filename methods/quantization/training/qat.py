@@ -41,7 +41,7 @@ class TorchAOQAT(TrainingSettings, Grouped, Method):
     steps: int = 30
     learning_rate: float = 5e-5
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Prepare, train, convert.
 
         Raises:
@@ -53,7 +53,6 @@ class TorchAOQAT(TrainingSettings, Grouped, Method):
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         model: Any = _qat.load_float32(dense)
         names = block_linears(model)
         check_groups(names, self.group_size)

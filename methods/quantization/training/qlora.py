@@ -37,14 +37,13 @@ class QLoRA(Adapters, TrainingSettings, Method):
     double_quant: bool = True
     learning_rate: float = 2e-4
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import adapters
         from slimbench.methods.quantization.solvers import lora as _lora
         from slimbench.methods.quantization.solvers import qat as _qat
 
-        assert calibration is not None
         base = NF4(double_quant=self.double_quant)
-        claim = base.compress(dense, None, out)
+        claim = base.compress(dense, Calibration.none(), out)
         model = _qat.load_float32(dense)
         _take_weights(model, out, dense.device)
         made, done = _lora.fit(model, self, self.rank, self.alpha, calibration.ids, dense)

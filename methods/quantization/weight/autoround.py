@@ -59,7 +59,7 @@ class SignRound(Grouped, Method):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {self.batch_size}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Tune in memory and write the codes packed.
 
         Raises:
@@ -67,7 +67,6 @@ class SignRound(Grouped, Method):
         """
         from slimbench.methods.formats import packed
 
-        assert calibration is not None
         model = dense.load()
         names = list(block_linears(model))
         check_groups(block_linears(model), self.group_size)

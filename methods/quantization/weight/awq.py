@@ -50,7 +50,7 @@ class AWQ(Grouped, Method):
         if self.candidates < 3:
             raise ValueError(f"candidates must be at least 3, not {self.candidates}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Scale and round in memory and write the codes packed.
 
         Raises:
@@ -58,7 +58,6 @@ class AWQ(Grouped, Method):
         """
         from slimbench.methods.formats import packed
 
-        assert calibration is not None
         model = dense.load()
         layers = block_linears(model)
         check_groups(layers, self.group_size)

@@ -37,7 +37,7 @@ class _BitsAndBytes(Method):
     def claim(self) -> Claim:
         """What the artefact holds."""
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model = dense.load(quantization_config=self.config(dense), device_map=dense.device)
         check_experts(model)
         model.save_pretrained(out)

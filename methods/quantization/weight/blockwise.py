@@ -43,7 +43,7 @@ class Blockwise8Bit(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(self.block_size)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
         from slimbench.methods.formats.codebook import CodebookWeight

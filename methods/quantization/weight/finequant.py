@@ -49,7 +49,7 @@ class FineQuant(Method):
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative, not {self.alpha}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
         model = dense.load()

@@ -47,7 +47,7 @@ class GPTAQ(Grouped, SecondOrder, Method):
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, not {self.strength}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.second_order import quantize
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.solvers.blockwise import quantize_blocks

@@ -62,7 +62,7 @@ class GPTQ(Grouped, SecondOrder, Method):
         if self.asymmetric and self.bits != 2:
             raise ValueError(f"asymmetric goes with 2 bits, not {self.bits}: offsets of finer grids do not fit the model's dtype")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Quantize in memory and write the codes packed.
 
         Raises:

@@ -46,7 +46,7 @@ class HQQ(Grouped, Method):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] = 64
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Quantize one layer after the other.
 
         Raises:

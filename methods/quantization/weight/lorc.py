@@ -52,7 +52,7 @@ class LoRC(Grouped, Method):
         if self.rank > shape.hidden_size:
             raise Unsupported(f"rank {self.rank} is more than the {shape.hidden_size} features of a hidden state")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
         model = dense.load()

@@ -53,7 +53,7 @@ class MixedPrecision(Grouped, SecondOrder, Method):
         if not min(BITS) <= self.average_bits <= max(BITS):
             raise ValueError(f"average_bits must be between {min(BITS)} and {max(BITS)}, not {self.average_bits:g}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.solvers.blockwise import Tally
 

@@ -31,7 +31,7 @@ class MoFQ(Grouped, Method):
     citation = Citation("MoFQ", year=2023, arxiv="2305.12356")
     produces = FORMAT
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.quantization.grids import levels as _levels

@@ -50,7 +50,7 @@ class OWQ(Grouped, SecondOrder, Method):
         if not 0 < self.column_fraction <= 0.5:
             raise ValueError(f"column_fraction must be above 0 and at most 0.5, not {self.column_fraction}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.second_order import Solver, quantize
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.solvers.blockwise import Tally, quantize_blocks

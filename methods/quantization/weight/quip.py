@@ -46,7 +46,7 @@ class QuIP(Grouped, SecondOrder, Method):
     rescale: bool = True
     seed: int = 0
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.formats import packed, runtime

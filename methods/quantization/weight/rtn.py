@@ -32,7 +32,7 @@ class RTN(Grouped, Method):
     symmetric: bool = True
     head_bits: Literal[4, 8] | None = None
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
 
         model = dense.load()

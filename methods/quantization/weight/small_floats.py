@@ -33,7 +33,7 @@ class MXFP4(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_MX_BLOCK)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.formats.codebook import CodebookWeight
@@ -66,7 +66,7 @@ class NVFP4(Method):
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_NV_BLOCK)
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.formats.codebook import CodebookWeight

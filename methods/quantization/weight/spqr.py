@@ -47,7 +47,7 @@ class SpQR(Grouped, SecondOrder, Method):
         if not 0 < self.outlier_fraction <= 0.1:
             raise ValueError(f"outlier_fraction must be above 0 and at most 0.1, not {self.outlier_fraction}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
         from slimbench.methods.quantization.grids.outliers import quantize
         from slimbench.methods.quantization.solvers.blockwise import Tally, quantize_blocks

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from slimbench.harness.config.parse import locate
 from slimbench.harness.config.registry import entries
+from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
 from slimbench.harness.run.proof import _engine_for
 from slimbench.harness.store import artefact
