@@ -90,7 +90,7 @@ def test_the_whole_way_counts(edit: Edit, file: str, old: str, new: str, label: 
 def test_words_and_form_do_not_count(tree: Path, edit: Edit) -> None:
     edit(RTN, '"""Round-to-nearest, weight only.', '"""Other words.')
     edit(RTN, "model = dense.load()", "model = (\n            dense.load()  # a comment\n        )")
-    edit(RTN, "def check(self, shape: ModelShape) -> None:", 'def check(self, shape: "ModelShape"):\n        """Words."""')
+    edit(RTN, "calibration: Calibration, out: Path) -> Claim:", 'calibration: "Calibration", out: Path):\n        """Words."""')
     edit("methods/core/layers.py", "raise ValueError(", "raise ValueError('other words: ' + ")
     edit(GPTQ, "arxiv=", "year=2023, arxiv=".replace("year=2023, ", ""))
     assert lock.problems() == []
