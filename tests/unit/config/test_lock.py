@@ -106,8 +106,8 @@ def test_a_reason_or_a_version_settles_it(tree: Path, edit: Edit, monkeypatch: p
     assert lock.update(["method rtn"], same="the model is in\nevaluation mode anyway") == ["method rtn"]
     after = lock.read()["method rtn"]
     assert lock.problems() == []
-    assert (after.same, after.origin) == (((before.code, "the model is in evaluation mode anyway"),), before.code)
-    assert lock._canonical(after, after.code) == before.code, "old artefacts and records stand"
+    assert (after.same, after.origin) == ((*before.same, (before.code, "the model is in evaluation mode anyway")), before.origin)
+    assert lock._canonical(after, after.code) == before.origin, "old artefacts and records stand"
     edit(RTN, "model.eval()", "model.train()")
     assert labels(lock.problems()) == {"method rtn"}
     from slimbench.methods.quantization.weight.rtn import RTN as Method
