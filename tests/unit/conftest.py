@@ -80,5 +80,6 @@ def overrides(tiny: Path, text: Path) -> list[str]:
         "speed.budget_s=1",
         "speed.max_repeats=6",
         "device=cpu",
+        "device.compress=cpu",
         "device.threads=1",
     ]

@@ -88,7 +88,7 @@ def test_every_shipped_method_is_sound(name: str) -> None:
     method = build_method(shipped_step(name))
     assert (method.family and ":" in method.reference) or method.reference == "paper"
     assert 1950 < method.citation.year < 2100 and method.produces
-    assert all(covered.startswith(("quantization/", "pruning/")) for covered in method.citation.covers)
+    assert all(covered.startswith(("quantization/", "pruning/", "peft/")) for covered in method.citation.covers)
     if method.needs.modules or (method.needs.calibration and method.reference != "paper"):
         assert method.needs.extra
     with pytest.raises(dataclasses.FrozenInstanceError):
