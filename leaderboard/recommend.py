@@ -124,9 +124,10 @@ def recommend(
         ConfigError: No cell of that model, suite, device or engine has a result.
     """
     ordered = oldest_first(records)
-    board = rows(ordered)
+    board = [row for row in rows(ordered) if not row.foreign]
     if model not in (models := sorted({row.model for row in board})):
-        raise ConfigError(f"no record of model '{model}'{nearest(model, models)}")
+        foreign = " of this folder; `slimbench records adopt` takes foreign ones for one's own" if any(r.foreign for r in ordered) else ""
+        raise ConfigError(f"no record of model '{model}'{foreign}{nearest(model, models)}")
     kept = [row for row in board if row.model == model]
     for field, wanted in (("suite", suite), ("device", device), ("engine", engine)):
         known = sorted({getattr(row, field) for row in kept})

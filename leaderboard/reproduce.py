@@ -120,7 +120,7 @@ def lines(found: Paper, records: Sequence[Record], planned: Mapping[tuple[str, s
         records: Records of a results folder.
         planned: Cells of the paper's sweep, by model and pipeline.
     """
-    ordered = oldest_first(records)
+    ordered = oldest_first(record for record in records if not record.foreign)
     index = Index(ordered)
     reasons = {row.keys.quality: row.reason for row in rows(ordered) if row.reason}
     wanted = [(model, pipeline) for model, values in found.values.items() for pipeline in values]

@@ -86,8 +86,9 @@ def _answer(error: Exception) -> tuple[str, int]:
     if isinstance(error, ConfigError | DataError):
         return str(error), 2
     from slimbench.harness.store.store import StoreError
+    from slimbench.util.parallel import ProcessKilled
 
-    if isinstance(error, StoreError):
+    if isinstance(error, StoreError | ProcessKilled):
         return str(error), 1
     return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
 

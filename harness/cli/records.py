@@ -68,6 +68,21 @@ def migrate(results: Results = Path("runs")) -> None:
     raise typer.Exit(1 if done.left else 0)
 
 
+@app.command("adopt")
+def adopt(
+    pattern: Annotated[str, typer.Argument(help="Paths of records in the folder, such as 'smollm2-135m/*'; all by default.")] = "*",
+    results: Results = Path("runs"),
+) -> None:
+    """Take records that were copied or imported from another results folder for one's own: they count, and replace nothing until then."""
+    folder = results_folder(results)
+    from slimbench.harness.store.store import Store
+
+    store = Store(folder)
+    count = store.adopt(pattern)
+    left = sum(record.foreign for record in store.scan()[0])
+    print(f"{count} records adopted" + (f", {left} are still foreign" if left else ""))
+
+
 @app.command("export")
 def export(
     to: Annotated[Path, typer.Option(help="A file X.parquet or X.csv, or the folder of a data set.")],

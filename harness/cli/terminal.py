@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from slimbench.util.text import one_line
+from slimbench.util.text import csv_text, one_line
 
 FORMATS = ("terminal", "md", "csv", "json")
 
@@ -54,7 +54,7 @@ def print_table(format: str, columns: dict[str, str], rows: Sequence[dict[str, A
     elif format == "csv":
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else list(columns), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
+        writer.writerows({key: csv_text(_text(value)) for key, value in row.items()} for row in rows)
     elif format == "md":
         lines = [list(columns.values()), ["---"] * len(columns), *([_text(row[key]) or "–" for key in columns] for row in rows)]
         print("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines))
@@ -120,6 +120,9 @@ def read_records(results: Path) -> list[Any]:
         raise ConfigError(f"no records in '{results}'" + (f"; {first}" if first else ""))
     if first:
         print(f"warning: {one_line(first)}", file=sys.stderr)
+    if foreign := sum(record.foreign for record in records):
+        what = f"{foreign} of {len(records)} records are foreign, made in another results folder"
+        print(f"note: {what}; `slimbench records adopt --results {results}` takes them for one's own", file=sys.stderr)
     return records
 
 

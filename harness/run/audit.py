@@ -96,20 +96,22 @@ def audit(
     from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.run.runner import Runner
 
-    planned = [plan(record, trusted) for record in draw(results, sample, seed, stages)]
-    repeats = [item for item in planned if isinstance(item, Repeat)]
-    verdicts = [item for item in planned if isinstance(item, Verdict)]
-    for repeat in repeats:
-        console.print(f"runs again: {repeat.cell.label}, {repeat.record.stage}: {_sources(repeat.cell)}", soft_wrap=True)
-    if not repeats:
-        return verdicts
-    shown = make_plan(r.cell for r in repeats).only({task_name(r.cell.identity, r.record.stage) for r in repeats})
-    with _surroundings(trusted, use_cache) as folder, ProgressDisplay(shown, Store(folder), console, timings=Store(results)) as display:
-        runner = Runner(Store(folder), display)
-        try:
-            return verdicts + [compare(r.record, _again(runner, r)) for r in repeats]
-        finally:
-            runner.close()
+    drawn = draw(results, sample, seed, stages)
+    with _surroundings(trusted, use_cache) as folder:
+        planned = [plan(record, trusted) for record in drawn]
+        verdicts = [item for item in planned if isinstance(item, Verdict)]
+        repeats = [item for item in planned if isinstance(item, Repeat)]
+        for repeat in repeats:
+            console.print(f"runs again: {repeat.cell.label}, {repeat.record.stage}: {_sources(repeat.cell)}", soft_wrap=True)
+        if not repeats:
+            return verdicts
+        shown = make_plan(r.cell for r in repeats).only({task_name(r.cell.identity, r.record.stage) for r in repeats})
+        with ProgressDisplay(shown, Store(folder), console, timings=Store(results)) as display:
+            runner = Runner(Store(folder), display)
+            try:
+                return verdicts + [compare(r.record, _again(runner, r)) for r in repeats]
+            finally:
+                runner.close()
 
 
 def _again(runner: Runner, repeat: Repeat) -> Record:

@@ -19,6 +19,8 @@ from slimbench.harness.schema.speed import SpeedResult
 from slimbench.util.text import one_line
 
 SCHEMA_VERSION = 6
+NAMED_KEYS = 6
+"""The first schema whose keys hash names, not import paths."""
 
 
 class Failure(Schema):
@@ -63,6 +65,8 @@ class Record(Schema):
 
     Attributes:
         code: Hash of the code behind each method, engine, format and protocol that ran, by kind and name (`identity.lock`).
+        origin: Id of the results folder in which it was written.
+        foreign: It lies in a folder of another id. Known where it was read from a folder; no part of the file.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -84,6 +88,8 @@ class Record(Schema):
     code: dict[str, str] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
     imported: Imported | None = None
+    origin: str | None = None
+    foreign: bool = Field(default=False, exclude=True)
 
     @model_validator(mode="after")
     def _measured_here(self) -> Record:

@@ -10,9 +10,8 @@ from statistics import fmean
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.quality import QualityResult
-from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.record import NAMED_KEYS, Record
 from slimbench.harness.schema.speed import SpeedResult
-from slimbench.harness.store.migrate import NAMED_KEYS
 from slimbench.harness.store.store import Store, read
 from slimbench.methods.base import Claim
 

@@ -15,8 +15,8 @@ from typing import Any
 from slimbench.harness.schema import legacy_keys
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.legacy_keys import METHOD_VERSION, LegacyError
-from slimbench.harness.schema.record import SCHEMA_VERSION, Record
-from slimbench.harness.store import shared
+from slimbench.harness.schema.record import NAMED_KEYS, SCHEMA_VERSION, Record
+from slimbench.harness.store import origin, shared
 from slimbench.harness.store.decode import decode
 from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part
 from slimbench.harness.store.store import Store, parse, read, write
@@ -24,8 +24,6 @@ from slimbench.util.text import slug
 
 _ENGINE_VERSION = _DIVERGENCE_VERSION = _ZEROSHOT_VERSION = _SPEED_VERSION = 1
 _PERPLEXITY_VERSION = "{}-1"
-NAMED_KEYS = 6
-"""The first schema whose keys hash names."""
 
 
 @dataclass
@@ -49,7 +47,11 @@ def migrate(store: Store) -> Migration:
     Raises:
         OSError: The folder cannot be written; run again, it goes on.
     """
-    result, old = Migration(), {}
+    result, old, unfinished = Migration(), {}, store.root / origin.FOLDER / "migrating"
+    if not origin.ids(store.root):
+        store.claim()
+        unfinished.touch()
+    own = store.claim() if unfinished.exists() else None
     for path in store.files():
         name = path.relative_to(store.root).as_posix()
         try:
@@ -68,6 +70,7 @@ def migrate(store: Store) -> Migration:
         if isinstance(record, str):
             result.left[name] = record
             continue
+        record.origin = own  # what lay in a folder before it had an id is its own; what was copied beside others is not
         target = store.path(record.cell, record.stage, record.hardware)
         place = target.relative_to(store.root).as_posix()
         if target.exists() and read(target) != record:
@@ -76,6 +79,7 @@ def migrate(store: Store) -> Migration:
             write(target, record)
             (store.root / name).unlink()
             result.moved[name] = place
+    unfinished.unlink(missing_ok=True)
     return result
 
 

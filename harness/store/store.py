@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ from pydantic_core import to_json
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
-from slimbench.harness.schema.record import Record
-from slimbench.harness.store import shared
+from slimbench.harness.schema.record import NAMED_KEYS, Record
+from slimbench.harness.store import origin, shared
 from slimbench.harness.store.decode import decode
 from slimbench.util.files import write_atomically
 from slimbench.util.text import one_line, slug
@@ -60,27 +61,75 @@ class Store:
         return self.root / slug(cell.model) / slug(cell.pipeline) / name
 
     def get(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Record | None:
-        """The record of a stage on some hardware, or None. A file that cannot be read counts as absent."""
+        """The folder's own record of a stage on some hardware, or None. A file that cannot be believed counts as absent."""
         path = self.path(cell, stage, hardware)
-        record = read(path) if path.exists() else None
-        return record if isinstance(record, Record) else None
+        record = self._believed(path, read(path), origin.ids(self.root)) if path.exists() else None
+        return record if isinstance(record, Record) and not record.foreign else None
 
     def elsewhere(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> list[Record]:
         """The records of a stage on all other hardware, the newest first."""
         own = self.path(cell, stage, hardware)
         paths = own.parent.glob(f"{stage.value}-{slug(cell.keys.of(stage))}-*.json")
-        records = [record for path in paths if path != own and isinstance(record := read(path), Record)]
+        ids = origin.ids(self.root)
+        found = [self._believed(path, read(path), ids) for path in paths if path != own]
+        records = [record for record in found if isinstance(record, Record) and not record.foreign]
         return sorted(records, key=lambda record: (record.started, record.hardware.fingerprint), reverse=True)
 
     def put(self, record: Record) -> Path:
-        """Write a record, replacing one of the same key. A file of its name that cannot be read is moved aside and kept.
+        """Write a record as the folder's own, replacing one of the same key. What cannot be read under its name is moved aside and kept.
+
+        Args:
+            record: Its `origin` becomes the id of the folder.
 
         Raises:
-            StoreError: The folder is not writable or the disk is full; nothing was changed.
+            StoreError: The folder is not writable or the disk is full, and nothing was changed; or it has several ids.
         """
+        record.origin, record.foreign = self.claim(), False
+        return self._put(record)
+
+    def receive(self, record: Record) -> Path:
+        """Write a record that was made elsewhere; it stays foreign until it is adopted. Errors as of `put`."""
+        own = self.claim()
+        record.origin, record.foreign = None if record.origin == own else record.origin, True
+        return self._put(record)
+
+    def adopt(self, pattern: str = "*") -> int:
+        """Make foreign records the folder's own, and return how many.
+
+        Args:
+            pattern: Of paths in the folder, such as `smollm2-135m/*`.
+
+        Raises:
+            StoreError: The folder is not writable.
+        """
+        try:
+            own = origin.renew(self.root)
+            foreign = [record for record in self.scan()[0] if record.foreign]
+            paths = {self.path(record.cell, record.stage, record.hardware): record for record in foreign}
+            chosen = {path: record for path, record in paths.items() if fnmatch(path.relative_to(self.root).as_posix(), pattern)}
+            for path, record in chosen.items():
+                write(path, record.model_copy(update={"origin": own}))
+        except OSError as error:
+            raise StoreError(f"cannot write into {self.root}: {error.strerror or error}") from error
+        return len(chosen)
+
+    def claim(self) -> str:
+        """The id of the folder, made if it has none.
+
+        Raises:
+            StoreError: The folder is not writable, or it has several ids as one folder was copied onto another.
+        """
+        if len(origin.ids(self.root)) > 1:
+            raise StoreError(f"{self.root} is two results folders in one: `slimbench records adopt --results {self.root}` makes it one")
+        try:
+            return origin.make(self.root)
+        except OSError as error:
+            raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
+
+    def _put(self, record: Record) -> Path:
         path = self.path(record.cell, record.stage, record.hardware)
         try:
-            if path.exists() and not isinstance(read(path), Record):
+            if path.exists() and not isinstance(self._believed(path, read(path), []), Record):
                 path.replace(path.with_suffix(".json.unreadable"))
             write(path, record)
         except OSError as error:
@@ -101,6 +150,7 @@ class Store:
 
         folder = self.root / ".locks"
         lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}-{hardware.fingerprint}.lock")
+        self.claim()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=-1 if wait else 0, poll_interval=0.5)
@@ -126,13 +176,32 @@ class Store:
         """
         records: list[Record] = []
         unreadable: list[Unreadable] = []
+        own = origin.ids(self.root)
         for path in self.files():
-            record = (reader or read)(path)
+            record = self._believed(path, (reader or read)(path), own)
             if isinstance(record, Record):
                 records.append(record)
             else:
                 unreadable.append(Unreadable(one_line(path.relative_to(self.root).as_posix()), record))
         return records, unreadable
+
+    def _believed(self, path: Path, record: Record | str, ids: list[str]) -> Record | str:
+        """A record whose path, key and cell agree, with whether it is foreign; else one line that says what differs.
+
+        Args:
+            ids: Those of the folder. Where it has none, what has no origin is its own: it is from before there were ids.
+        """
+        if isinstance(record, str):
+            return record
+        if record.key != (key := record.cell.keys.of(record.stage)):
+            return one_line(f"not to be believed: its key is {record.key}, its cell says {key}")
+        place = self.path(record.cell, record.stage, record.hardware)
+        if record.schema_version < NAMED_KEYS:
+            place = place.with_name(f"{record.stage.value}-{slug(record.key)}.json")
+        if path.with_name(path.name.removesuffix(".unreadable")) != place:
+            return one_line(f"not to be believed: it belongs at {place.relative_to(self.root).as_posix()}")
+        record.foreign = [record.origin] != ids if ids else record.origin is not None
+        return record
 
 
 def write(path: Path, record: Record) -> None:

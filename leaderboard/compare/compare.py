@@ -220,18 +220,23 @@ def _with_others(firsts: Sequence[Row], seconds: Sequence[Row]) -> list[tuple[Ro
 
 def _named(board: Sequence[Row], name: str) -> list[Row]:
     """The rows of a label, or of a pipeline with its lowest seeds; if there are none, those with a key that begins like it."""
-    found = _lowest_seeds([row for row in board if name in (row.pipeline, row.label)])
+    found = _own_first(_lowest_seeds([row for row in board if name in (row.pipeline, row.label)]))
     if not found and len(name) >= _SHORTEST_KEY:
-        found = [row for row in board if any(key.startswith(name) for key in row.keys.model_dump().values())]
+        found = _own_first([row for row in board if any(key.startswith(name) for key in row.keys.model_dump().values())])
     if not found:
         raise ConfigError(f"no cell '{name}' among the records{nearest(name, {row.label for row in board})}")
     return found
 
 
+def _own_first(found: list[Row]) -> list[Row]:
+    """The rows of one's own; foreign ones only where there are no others."""
+    return [row for row in found if not row.foreign] or found
+
+
 def _lowest_seeds(found: Sequence[Row]) -> list[Row]:
     first: dict[Any, Row] = {}
     for row in sorted(found, key=lambda row: (row.seed, row.calibration_seed or 0)):
-        first.setdefault((row.table_key, row.engine_label, row.calibration_text), row)
+        first.setdefault((row.foreign, row.table_key, row.engine_label, row.calibration_text), row)
     return list(first.values())
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.exchange import dataset, lm_eval, optimum_benchmark, parquet
 from slimbench.leaderboard.exchange.foreign import Named, Source, Unreadable
 
+Task = tuple[Stage, str, str]
 AUTO = "auto"
 PARQUET = ("parquet", "hf")
 _READERS = {lm_eval.TOOL: lm_eval, optimum_benchmark.TOOL: optimum_benchmark}
@@ -51,26 +53,49 @@ def add(sources: Iterable[Path], store: Store, format: str = AUTO, named: Named 
     Raises:
         StoreError: The results folder cannot be written.
     """
+    there = {_task(record): record for record in store.scan()[0]}
     for source in sources:
         found = list(_files(source, format))
         if not found:
             yield Report(str(source), Outcome.UNREADABLE, reason="no file of a known kind below it")
         for path in found:
             for read in _read(path, format, named):
-                yield _store(path, read, store, replace)
+                yield _store(path, read, store, there, replace)
 
 
-def _store(path: Path, read: Record | str, store: Store, replace: bool) -> Report:
+def _store(path: Path, read: Record | str, store: Store, there: dict[Task, Record], replace: bool) -> Report:
     if isinstance(read, str):
         return Report(str(path), Outcome.UNREADABLE, reason=read)
-    there = store.get(read.cell, read.stage, read.hardware)
-    if there == read:
+    known = there.get(_task(read))
+    if known and _content(known) == _content(read):
         return Report(str(path), Outcome.THERE, read)
-    if there and not replace:
-        origin = f" (of {there.imported.file})" if there.imported else ""
-        return Report(str(path), Outcome.OTHER, read, f"the cell has another record{origin}; give another --pipeline, or --replace it")
-    store.put(read)
+    if known and (reason := _obstacle(known, read, replace)):
+        return Report(str(path), Outcome.OTHER, read, reason)
+    if read.foreign:
+        store.receive(read)
+    else:
+        store.put(read)
+    there[_task(read)] = read
     return Report(str(path), Outcome.IMPORTED, read)
+
+
+def _obstacle(known: Record, read: Record, replace: bool) -> str:
+    """Why a record cannot stand beside or in place of one of the same stage, key and hardware; empty where it can."""
+    if (known.cell.model, known.cell.pipeline) != (read.cell.model, read.cell.pipeline):
+        return f"its key is that of {known.cell.model} · {known.cell.pipeline}"
+    if not (known.foreign or known.imported):
+        return "you measured the cell yourself"
+    origin = f" (of {known.imported.file})" if known.imported else ""
+    return "" if replace else f"the cell has another record{origin}; give another --pipeline, or --replace it"
+
+
+def _task(record: Record) -> Task:
+    return record.stage, record.key, record.hardware.fingerprint
+
+
+def _content(record: Record) -> Record:
+    """A record without where it was written."""
+    return record.model_copy(update={"origin": None, "foreign": False})
 
 
 def _files(source: Path, format: str) -> Iterator[Path]:
@@ -113,7 +138,9 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _whole(read: Record | str) -> Record | str:
-    """A record whose key is that of its cell: by that the board finds it."""
-    if isinstance(read, Record) and read.key != read.cell.keys.of(read.stage):
+    """A record of another results folder, whose key is that of its cell: by that the board finds it."""
+    if isinstance(read, str):
+        return read
+    if read.key != read.cell.keys.of(read.stage):
         return "not a record: its key is not that of its cell"
-    return read
+    return read.model_copy(update={"foreign": True})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 from slimbench.harness.schema.identity import Keys, Stage
 from slimbench.harness.schema.record import Record
@@ -10,18 +11,38 @@ from slimbench.leaderboard.rows.row import Row
 
 
 def oldest_first(records: Iterable[Record]) -> list[Record]:
-    return sorted(records, key=lambda r: (r.started, r.stage, r.key, r.status, r.wall_seconds or 0, r.command))
+    """The records, the one that counts last: foreign ones first, and before the others those whose time is unknown or still to come."""
+    now = datetime.now(UTC)
+    return sorted(
+        records,
+        key=lambda r: (not r.foreign, _past(r.started, now), r.stage, r.key, r.status, r.wall_seconds or 0, r.command, r.cell.model),
+    )
+
+
+def _past(started: str, now: datetime) -> str:
+    """The time that a record states; nothing where it states none that has been."""
+    try:
+        time = datetime.fromisoformat(started)
+    except ValueError:
+        return ""
+    return started if (time if time.tzinfo else time.replace(tzinfo=UTC)) <= now else ""
 
 
 class Index:
-    """The newest record of each stage, task key and hardware.
+    """The newest record of each stage, task key and hardware; one of the folder's own before any foreign one.
 
     Args:
-        ordered: Records, the oldest first.
+        ordered: Records, as `oldest_first` puts them.
+
+    Attributes:
+        own: The folder's own records alone: a row of these shows nothing foreign.
     """
 
     def __init__(self, ordered: Iterable[Record] = ()) -> None:
         self._records: dict[tuple[Stage, str], dict[str, Record]] = {}
+        ordered = list(ordered)
+        own = [record for record in ordered if not record.foreign]
+        self.own = Index(own) if len(own) < len(ordered) else self
         for record in ordered:
             of_key = self._records.setdefault((record.stage, record.key), {})
             of_key.pop(record.hardware.fingerprint, None)
@@ -42,13 +63,15 @@ class Index:
 
     def reference(self, record: Record) -> Record | None:
         """The same stage of the reference on the same hardware; for results that were recorded before hardware was told apart, on any."""
+        if not record.foreign and self.own is not self:
+            return self.own.reference(record)
         key = record.cell.reference.of(record.stage)
         same = self.on(record.hardware.fingerprint, record.stage, key)
         return self.newest(record.stage, key) if same is None and record.stage is Stage.QUALITY and record.cell.former_keys else same
 
     def of_row(self, row: Row, stage: Stage) -> Record | None:
         """The record of a stage that a row shows."""
-        return self.of(stage, row.keys, row.fingerprint)
+        return (self if row.foreign else self.own).of(stage, row.keys, row.fingerprint)
 
 
 def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str, str], Record]:
@@ -66,7 +89,8 @@ def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str, str], Record]:
         for record in records:
             if (fingerprint := record.hardware.fingerprint) in machines:
                 place = (*triple, fingerprint)
-                if place not in bearers or "(" not in record.cell.pipeline or "(" in bearers[place].cell.pipeline:
+                known = bearers.get(place)
+                if known is None or known.foreign > record.foreign or "(" not in record.cell.pipeline or "(" in known.cell.pipeline:
                     bearers[place] = record
     return bearers
 

@@ -81,7 +81,10 @@ def _by_table(
 ) -> dict[int, int]:
     """The rank of each row by its position, for the rows that have one."""
     tables: dict[tuple[str, ...], dict[int, tuple[Any, Values]]] = defaultdict(dict)
+    own = {row.table_key for row, _ in board if not row.foreign}
     for index, (row, quality) in enumerate(board):
+        if row.foreign and row.table_key in own:
+            continue  # it has no rank beside one's own
         if quality and (found := samples(quality)):
             tables[row.table_key][index] = found
     return dict(pair for table in tables.values() for pair in _ranks_of(table, rank))

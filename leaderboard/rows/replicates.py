@@ -42,7 +42,7 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
 def _but_for_seeds(row: Row, record: Record) -> str:
     """Everything that defines the quality of a row except its seeds."""
     pipeline = record.config.get("pipeline") or record.cell.steps
-    words = [row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, record.config.get("model")]
+    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, record.config.get("model")]
     return json.dumps(words, sort_keys=True, default=str)
 
 
@@ -66,9 +66,9 @@ def _with_spread(group: Sequence[Row]) -> list[Row]:
 
 def _told_apart(board: Iterable[Row], tell: Callable[[Row], str | None]) -> list[Row]:
     """The rows; those that have one name and differ in `tell` with that before their seeds."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    groups: dict[tuple[bool | str, ...], list[Row]] = defaultdict(list)
     for row in board:
-        groups[*row.quality_key, row.label, row.engine_label].append(row)
+        groups[row.foreign, *row.quality_key, row.label, row.engine_label].append(row)
     return [
         row.model_copy(update={"replicate": " · ".join(filter(None, (tell(row), row.replicate)))}) if len(told) > 1 else row
         for group in groups.values()

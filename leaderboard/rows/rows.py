@@ -42,9 +42,9 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """
     ordered = oldest_first(records)
     index = Index(ordered)
-    texts = _texts(ordered)
+    texts = {foreign: _texts([r for r in ordered if foreign or not r.foreign]) for foreign in (False, True)}
     bearers = list(cells(ordered).values())
-    made = mapped(lambda bearer: _row(bearer, index, texts), bearers)
+    made = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
     board = ranked([(row, _finished_quality(row, index)) for row, bearer in zip(made, bearers, strict=True)])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
 
@@ -52,7 +52,17 @@ def rows(records: Iterable[Record]) -> list[Row]:
 def _order(row: Row) -> tuple[Any, ...]:
     empty = row.perplexity is None and row.decode_tokens_per_s is None
     value = math.inf if row.perplexity is None else row.perplexity
-    return (*row.table_key, empty, not row.is_reference, value, row.pipeline, row.engine, *row.keys.model_dump().values(), row.fingerprint)
+    return (
+        *row.table_key,
+        row.foreign,
+        empty,
+        not row.is_reference,
+        value,
+        row.pipeline,
+        row.engine,
+        *row.keys.model_dump().values(),
+        row.fingerprint,
+    )
 
 
 def _finished_quality(row: Row, index: Index) -> QualityResult | None:
@@ -86,6 +96,8 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     imported = measured.imported
     if imported:
         flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
+    if bearer.foreign:
+        flags.insert(0, "foreign: recorded in another results folder; `slimbench records adopt` takes it for one's own")
     identity = Identity(
         model=cell.model,
         pipeline=cell.pipeline,
@@ -107,6 +119,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         fingerprint=here,
         seed=cell.seed,
         flags=list(dict.fromkeys(flags)),
+        foreign=bearer.foreign,
         imported=imported.label if imported else None,
         reason=reason,
         is_reference=is_reference,

@@ -54,7 +54,7 @@ def line(board: Board, row: Row) -> Line:
         about=shorten(" · ".join(about), LONGEST_NAME),
         family=colour(row),
         fronts=board.fronts.get(row.place, ()),
-        labels=["simulated"] if simulated(row) else [],
+        labels=["simulated"] * simulated(row) + ["foreign"] * row.foreign,
         remarks=[shorten(text, LONGEST_REMARK) for text in remarks(row)],
     )
 

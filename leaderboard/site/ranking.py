@@ -22,7 +22,7 @@ EXTRA = (
 ALL = (*COLUMNS, *EXTRA)
 _HIDDEN = {"kl_mean", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
-_REFERENCE, _SIMULATED, _SMALLEST, _FASTEST = 1, 2, 4, 8
+_REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
 _MEMORY = decimal(1, 1e-6)
 
 
@@ -82,7 +82,7 @@ def _column(column: Column) -> dict[str, Any]:
 
 def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
     fronts = board.fronts.get(row.place, ())
-    marks = _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
+    marks = _FOREIGN * row.foreign | _REFERENCE * row.is_reference | _SIMULATED * simulated(row)
     marks |= _SMALLEST * (SMALLEST in fronts) | _FASTEST * (FASTEST in fronts)
     return [
         names.cell_id(row),

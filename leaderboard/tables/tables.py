@@ -77,10 +77,13 @@ def titles(found: Sequence[Table]) -> list[str]:
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
     """The rows that no other beats in perplexity and in `axis` at once: fewest bytes, or most tokens per second.
 
-    Only rows that ended well take part. Sorted from the lowest perplexity on.
+    Only rows that ended well take part, foreign ones only where there are no others. Sorted from the lowest perplexity on.
     """
     sign = -1 if axis == "decode_tokens_per_s" else 1
-    points = [(row.perplexity, sign * getattr(row, axis), row) for row in table if _competes(row, axis)]
+    foreign_too = all(row.foreign for row in table)
+    points = [
+        (row.perplexity, sign * getattr(row, axis), row) for row in table if _competes(row, axis) and (foreign_too or not row.foreign)
+    ]
     front: list[Row] = []
     best = float("inf")
     for _, cost, row in sorted(points, key=lambda p: p[:2]):

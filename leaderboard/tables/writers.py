@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 from slimbench.leaderboard.tables.columns import COLUMNS, LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
 from slimbench.leaderboard.tables.tables import Table, tables
+from slimbench.util.text import csv_text
 
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -27,9 +28,6 @@ _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 def to_json(board: Sequence[Row]) -> str:
     """A JSON array with one object for each row; its keys are the fields of `Row`. Null for unknown, never NaN."""
     return pydantic_core.to_json(board, indent=1, inf_nan_mode="null").decode() + "\n"
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the beginning of a formula
 
 
 def to_csv(board: Sequence[Row]) -> str:
@@ -50,7 +48,7 @@ def csv_value(value: Any) -> Any:
         value = value.model_dump()
     if isinstance(value, (dict, list)):
         return _AS_JSON(value)
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return csv_text(value) if isinstance(value, str) else value
 
 
 def to_markdown(board: Sequence[Row]) -> str:

@@ -82,6 +82,7 @@ def log(
     Returns:
         The runs that were written, and whether they went to the server.
     """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it calls home of itself, offline too
     import wandb
 
     settings: dict[str, Any] = {"console": "off", "silent": True, "disable_git": True, "save_code": False, "host": "-"}
@@ -153,7 +154,9 @@ def _run(row: Row, bearer: Record, index: Index) -> Run:
         name=f"{row.pipeline} · {row.engine}"[:_LONGEST],
         group=f"{row.model} · {family}"[:_LONGEST],
         job_type=family[:64],
-        tags=[tag[:64] for tag in dict.fromkeys((row.model, row.engine, row.device, row.suite, row.status)) if tag],
+        tags=[
+            tag[:64] for tag in dict.fromkeys((row.model, row.engine, row.device, row.suite, row.status, "foreign" * row.foreign)) if tag
+        ],
         config=clean(_config(row, bearer)),
         summary={name: value for name, value in measured.items() if value is not None} | {"flags": "; ".join(row.flags)},
         tables=_clean_tables(_tables(row, found)),

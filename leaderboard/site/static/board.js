@@ -4,7 +4,7 @@
   const { columns, sets, texts, rows } = window.BOARD;
   const text = (index) => (index === null ? "" : texts[index]);
   const WIDTH = 17;
-  const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8 };
+  const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8, foreign: 16 };
 
   const bucket = (bounds, names) => (value) => (value === null ? "unknown" : names[bounds.findIndex((bound) => value <= bound)] ?? names.at(-1));
   const BITS = ["up to 2.5", "2.5 to 3.5", "3.5 to 5", "5 to 7", "7 to 9", "above 9"];

@@ -54,7 +54,7 @@
 
   const advise = (kept, set) => {
     const box = document.getElementById("advice");
-    const candidates = kept.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null);
+    const candidates = kept.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null && !(row.marks & MARKS.foreign));
     spread(candidates);
     box.replaceChildren();
     if (!candidates.length) { box.append(element("p", {}, "No finished cell in view to choose from.")); return; }

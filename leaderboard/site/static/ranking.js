@@ -19,6 +19,7 @@
     if (row.marks & MARKS.speed) box.append(" ", tag("front: speed", "front", `${FRONT} more tokens per second`));
     if (row.marks & MARKS.simulated) box.append(" ", tag("simulated", "label"));
     if (row.source && !(state.group && sets.length > 1)) box.append(" ", tag(`source ${row.source}`, "label"));
+    if (row.marks & MARKS.foreign) box.append(" ", tag("foreign", "label"));
     if (row.marks & MARKS.reference) box.append(" ", tag("reference"));
     box.append(element("span", { className: "about" }, element("i", { className: `dot ${row.colour}` }), [row.family, row.engine, row.kernel].filter(Boolean).join(" · ")));
     return box;

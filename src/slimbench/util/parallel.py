@@ -8,10 +8,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class ProcessKilled(Exception):
+    """A process that worked was killed from outside. The message is one line."""
+
 
 FEWEST = 400
 """Below so many items processes cost more than they save."""
@@ -27,6 +34,9 @@ def mapped(function: Callable[[T], R], items: Sequence[T], fewest: int = FEWEST,
 
     Args:
         together: Items that a process takes at a time; by default a small part of its share.
+
+    Raises:
+        ProcessKilled: One of the processes was killed.
     """
     global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -36,8 +46,13 @@ def mapped(function: Callable[[T], R], items: Sequence[T], fewest: int = FEWEST,
     _work = function, items
     gc.freeze()
     try:
-        with multiprocessing.get_context("fork").Pool(min(cores, 8), _leave_interrupts) as pool:
-            yield from pool.imap(_run, range(len(items)), chunksize=together or max(1, len(items) // (32 * cores)))
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(cores, 8), mp_context=fork, initializer=_leave_interrupts) as pool:
+            yield from pool.map(_run, range(len(items)), chunksize=together or max(1, len(items) // (32 * cores)))
+    except BrokenProcessPool as error:
+        raise ProcessKilled(
+            "a process that worked on the records was killed, for want of memory perhaps; nothing is lost, try again"
+        ) from error
     finally:
         gc.unfreeze()
         _work = None

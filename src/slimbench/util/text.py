@@ -42,6 +42,11 @@ def plain(text: str) -> str:
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", _SEQUENCE.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
+def csv_text(text: str) -> str:
+    """A text that no spreadsheet runs as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
 def one_line(text: str) -> str:
     """A text as one line that any terminal shows as it is."""
     return " ".join(plain(text).split())

@@ -19,6 +19,7 @@ from slimbench.harness.run.cell import make_cell
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import SCHEMA_VERSION, Record
 from slimbench.harness.store import migrate as migrating
+from slimbench.harness.store import origin
 from slimbench.harness.store.migrate import migrate
 from slimbench.harness.store.store import Store, dump, read
 from slimbench.leaderboard.rows.rows import rows
@@ -69,7 +70,10 @@ def save(root: Path, data: dict[str, Any]) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    """Every file but the id of the folder, which is `own` in the others."""
+    own = next(iter(origin.ids(root)), "none").encode()
+    paths = [path for path in root.rglob("*") if path.is_file() and path.parent.name != origin.FOLDER]
+    return {path.relative_to(root).as_posix(): path.read_bytes().replace(own, b"own") for path in paths}
 
 
 def numbers(value: Any) -> Iterator[str]:
