@@ -22,7 +22,7 @@ demo: setup
 
 test: setup
 	$(BIN)/slimbench assets fetch
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit tests/chaos
 	$(BIN)/python -m pytest -n 0 tests/integration
 
 unit: setup
