@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,35 @@ from slimbench.util.hashing import hash_file
 from slimbench.util.text import nearest
 
 ASSET_PREFIX = "asset:"
+_SHIPPED, _SHIPPED_NAMES = f"asset:{bigbench.ASSET}", "bb_"
 _HEADLINE = ("acc_norm", "acc", "exact_match")
 
 
-def resolve(include_path: str | None) -> Path | None:
-    """The folder of task YAMLs for lm-eval's `include_path`, made if it is an asset; None for lm-eval's own tasks.
+def folders(include_path: Sequence[str], tasks: Sequence[str]) -> list[Path]:
+    """The folders of task YAMLs that lm-eval must read for some tasks, beside its own.
+
+    Args:
+        include_path: Folders of one's own. The shipped tasks, `asset:bigbench`, are always beside them.
+        tasks: Names of tasks and groups.
 
     Raises:
-        DataError: There is no such folder or asset.
+        DataError: There is no such folder or task, or two of the folders define one.
     """
-    if include_path is None:
-        return None
-    if include_path.startswith(ASSET_PREFIX):
-        _check_asset(include_path)
-        return bigbench.task_folder()
-    return _folder(include_path)
+    homes = _homes(include_path, tasks).values()
+    return [bigbench.task_folder() if place == _SHIPPED else _folder(place) for place in _places(include_path) if place in homes]
 
 
-def check(include_path: str | None, tasks: list[str]) -> None:
-    """Raise `DataError` if a task is not defined below `include_path`. lm-eval's own tasks (None) are left to lm-eval."""
-    if include_path is None:
-        return
-    known = _known(include_path)
-    for task in tasks:
-        if task not in known:
-            raise DataError(f"no task '{task}' in {include_path}{nearest(task, known)}")
+def of_lm_eval(include_path: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The tasks that neither one's own folders nor slimbench define: those of lm-eval, whose data lies on the hub."""
+    return [task for task, home in _homes(include_path, tasks).items() if home is None]
 
 
-def fingerprint(include_path: str | None, tasks: list[str]) -> str:
+def check(include_path: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raise `DataError` if a task is defined neither below `include_path` nor by slimbench or lm-eval, or twice."""
+    _homes(include_path, tasks)
+
+
+def fingerprint(include_path: Sequence[str], tasks: Sequence[str]) -> str:
     """16 hex digits that identify the definitions of tasks and their local data; needs no fetch.
 
     lm-eval's own tasks are identified by name: their versions stand in the record.
@@ -51,15 +54,45 @@ def fingerprint(include_path: str | None, tasks: list[str]) -> str:
     Raises:
         DataError: An unknown folder, asset or task.
     """
-    check(include_path, tasks)
-    if include_path is None:
-        identity: list[Any] = sorted(tasks)
-    elif include_path.startswith(ASSET_PREFIX):
-        identity = [bigbench.fingerprint(task) for task in sorted(tasks)]
-    else:
-        files = _definitions(_folder(include_path))
-        identity = [_identity(task, files) for task in sorted(tasks)]
+    homes = _homes(include_path, tasks)
+    files = {home: _definitions(_folder(home)) for home in homes.values() if home not in (None, _SHIPPED)}
+    identity = [
+        task if home is None else bigbench.fingerprint(task) if home == _SHIPPED else _identity(task, files[home])
+        for task, home in sorted(homes.items())
+    ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _places(include_path: Sequence[str]) -> list[str]:
+    """Where tasks are looked for: one's own folders, then the shipped ones."""
+    return list(dict.fromkeys([*include_path, _SHIPPED]))
+
+
+def _homes(include_path: Sequence[str], tasks: Sequence[str]) -> dict[str, str | None]:
+    """Where each task is defined; None: by lm-eval, which is only asked where a name could be a mistaken one of a folder."""
+    known = {place: _known(place) for place in _places(include_path)}
+    homes: dict[str, str | None] = {}
+    for task in tasks:
+        found = [place for place, names in known.items() if task in names]
+        if len(found) > 1:
+            raise DataError(f"task '{task}' is defined twice: in {found[0]} and in {found[1]}")
+        mistaken = task.startswith(_SHIPPED_NAMES) or (set(include_path) - {_SHIPPED} and not _in_lm_eval(task))
+        if not found and mistaken:
+            raise DataError(f"no task '{task}' in {', '.join(known)}{nearest(task, {n for names in known.values() for n in names})}")
+        homes[task] = found[0] if found else None
+    return homes
+
+
+def _in_lm_eval(task: str) -> bool:
+    """Whether lm-eval defines a task, by its files: the library takes seconds to import."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.origin:
+        return False
+    files = list((Path(spec.origin).parent / "tasks").rglob("*.yaml"))
+    if any(file.stem.lstrip("_") == task for file in files):
+        return True
+    stated = re.compile(rf"^(task|group|tag): *[\"']?{re.escape(task)}[\"']? *$", re.MULTILINE)
+    return any(stated.search(file.read_text(encoding="utf-8", errors="replace")) for file in files)
 
 
 def groups() -> dict[str, str]:
@@ -92,11 +125,11 @@ def _folder(include_path: str) -> Path:
     return folder
 
 
-def _known(include_path: str) -> list[str]:
-    if include_path.startswith(ASSET_PREFIX):
-        _check_asset(include_path)
+def _known(place: str) -> list[str]:
+    if place.startswith(ASSET_PREFIX):
+        _check_asset(place)
         return list(bigbench.definitions())
-    return list(_definitions(_folder(include_path)))
+    return list(_definitions(_folder(place)))
 
 
 class _Loader(yaml.SafeLoader):

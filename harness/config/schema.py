@@ -39,6 +39,7 @@ def _as_list(value: Any) -> Any:
 
 
 Uris = Annotated[list[str], BeforeValidator(_as_list)]
+Folders = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _as_list(value))]
 
 
 class ModelConfig(_Strict):
@@ -135,7 +136,7 @@ class SuiteConfig(_Strict):
         add_bos: Put the beginning-of-sequence token before each window.
         divergence: Compare the next-token distributions with the reference's on the same tokens.
         top_k: Tokens of the reference's distribution that are kept for it one by one.
-        include_path: Folder of lm-eval task YAMLs, or `asset:NAME` for generated ones; None for lm-eval's own.
+        include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
         num_fewshot: Examples before each question.
@@ -152,7 +153,7 @@ class SuiteConfig(_Strict):
     add_bos: bool = False
     divergence: bool = True
     top_k: int = Field(default=1024, ge=1)
-    include_path: str | None = None
+    include_path: Folders = []
     tasks: Uris = []
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int = Field(default=0, ge=0)

@@ -103,8 +103,8 @@ def package(path: Path, group: str) -> str:
     return group.replace("/", ".")
 
 
-def shipped_method(name: str) -> dict[str, Any]:
-    """The settings (and `_target_`) of a method: what `conf/method/NAME.yaml` says, and the defaults of its class.
+def shipped_target(name: str) -> str:
+    """The dotted path of the class of a method; nothing is imported.
 
     Raises:
         ConfigError: There is no such method, or its file names no class.
@@ -112,4 +112,13 @@ def shipped_method(name: str) -> dict[str, Any]:
     found = choice("method", name)
     if "_target_" not in found:
         raise ConfigError(f"method/{name}.yaml has no '_target_', the dotted path of its class")
-    return complete(found)
+    return str(found["_target_"])
+
+
+def shipped_method(name: str) -> dict[str, Any]:
+    """The settings (and `_target_`) of a method: what `conf/method/NAME.yaml` says, and the defaults of its class.
+
+    Raises:
+        ConfigError: There is no such method, or its file names no class.
+    """
+    return complete(choice("method", name) | {"_target_": shipped_target(name)})

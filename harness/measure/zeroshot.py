@@ -157,8 +157,9 @@ def measure(
         A result for each task, and the number of tokens that went through the model, padding included.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folder = zeroshot.resolve(suite.include_path)
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    folders = [str(folder) for folder in zeroshot.folders(suite.include_path, suite.tasks)]
+    own = bool(zeroshot.of_lm_eval(suite.include_path, suite.tasks))
+    manager = TaskManager(include_path=[*folders], include_defaults=own)
     lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress)
     out = simple_evaluate(
         model=lm,

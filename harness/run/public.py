@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _FILE = re.compile(r"file:[^,\[\]{}'\"]*/")
-_TASKS = re.compile(r"^(\+*suite\.include_path=['\"]?)(?!asset:).*/")
+_TASKS = re.compile(r"^(\+*suite\.include_path=)(.*)$")
+_PATH = re.compile(r"(?<![^\[,'\"])(?!asset:)[^\[\],'\"]*/")
 
 
 def config(value: Any) -> Any:
@@ -27,15 +28,16 @@ def config(value: Any) -> Any:
 def overrides(given: Iterable[str]) -> list[str]:
     """Overrides of the command line with names in place of paths; where results go is no part of a cell."""
     kept = (word for word in given if not word.lstrip("+").startswith("results="))
-    return [_TASKS.sub(r"\1", _FILE.sub("file:", word)) for word in kept]
+    return [_TASKS.sub(lambda found: found[1] + _PATH.sub("", found[2]), _FILE.sub("file:", word)) for word in kept]
 
 
 def folders(value: Any) -> Iterator[str]:
     """The folders in which the local files of a configuration lie: what no message of it may name."""
     if isinstance(value, dict):
         include = value.get("include_path")
-        if isinstance(include, str) and not include.startswith("asset:"):
-            yield str(Path(include).expanduser().parent)
+        for place in include if isinstance(include, list) else [include]:
+            if isinstance(place, str) and not place.startswith("asset:"):
+                yield str(Path(place).expanduser().parent)
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from folders(part)
     if isinstance(value, str) and value.startswith("file:"):
@@ -43,4 +45,6 @@ def folders(value: Any) -> Iterator[str]:
 
 
 def _folder(include_path: Any) -> Any:
+    if isinstance(include_path, list):
+        return [_folder(place) for place in include_path]
     return Path(include_path).name if isinstance(include_path, str) and not include_path.startswith("asset:") else include_path

@@ -19,6 +19,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure, Record
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
+from slimbench.tasks import zeroshot
 
 _MEMORY_SHARE = 0.95
 
@@ -176,4 +177,4 @@ def is_offline(cell: Cell) -> bool:
     """Whether nothing of the cell lies on the hub."""
     config = cell.config
     sources = [config.model.source, *config.suite.corpus, config.calibration.source]
-    return not any(s.startswith("hf:") for s in sources) and (config.suite.include_path is not None or not config.suite.tasks)
+    return not any(s.startswith("hf:") for s in sources) and not zeroshot.of_lm_eval(config.suite.include_path, config.suite.tasks)

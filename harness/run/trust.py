@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.config.sources import choice, shipped_method
+from slimbench.harness.config.sources import choice, shipped_target
 from slimbench.tasks import corpora
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -53,13 +53,13 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
 def _shipped(step: Any) -> dict[str, Any]:
     """A step with the class that this installation has for a method of its name."""
     name = str(_section({"step": step}, "step").get("name"))
-    return {"name": name, "target": shipped_method(name)["_target_"], "settings": _section(step, "settings")}
+    return {"name": name, "target": shipped_target(name), "settings": _section(step, "settings")}
 
 
 def _distrusted(config: dict[str, Any]) -> Iterator[str]:
     """Why a configuration needs trust, one line for each reason."""
     model, suite, text = (_section(config, name) for name in ("model", "suite", "calibration"))
-    source, include = str(model.get("source")), suite.get("include_path")
+    source = str(model.get("source"))
     if model.get("trust_remote_code"):
         yield "model.trust_remote_code: it would run code that the checkpoint brings along"
     kind, _, rest = source.partition(":")
@@ -67,8 +67,9 @@ def _distrusted(config: dict[str, Any]) -> Iterator[str]:
         yield f"model.source={source}: neither a packaged asset nor a model of the hub"
     if (revision := model.get("revision")) is not None and not _REVISION.fullmatch(str(revision)):
         yield f"model.revision={revision}: no commit, tag or branch"
-    if include is not None and not str(include).startswith("asset:"):
-        yield f"suite.include_path={include}: its tasks could bring code along"
+    for place in _list(suite.get("include_path")):
+        if place is not None and not str(place).startswith("asset:"):
+            yield f"suite.include_path={place}: its tasks could bring code along"
     for spec in (*_list(suite.get("corpus")), text.get("source")):
         if not _is_public(spec):
             yield f"text '{spec}': neither a packaged corpus nor a data set of the hub"

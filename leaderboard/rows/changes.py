@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.schema import ConfigError, SuiteConfig
 from slimbench.harness.config.sources import choice
 
 _APART = ("name", "batch_tokens")
@@ -36,16 +36,18 @@ def changes(section: Mapping[str, Any]) -> str | None:
 
 @cache
 def _shipped(name: str) -> dict[str, Any]:
-    """The suite of that name; empty where there is none."""
+    """The suite of that name, all its settings; empty where there is none."""
     try:
-        return choice("suite", name)
+        return SuiteConfig.defaults() | choice("suite", name)
     except ConfigError:
         return {}
 
 
 def _placeless(name: str, value: Any) -> Any:
     """The value of a setting without where its file lies."""
-    if name == "corpus" and isinstance(value, list):
+    if name == "include_path" and isinstance(value, list) and len(value) < 2:
+        return _placeless(name, value[0] if value else None)  # as it was written when there could be but one
+    if name in ("corpus", "include_path") and isinstance(value, list):
         return [_placeless(name, spec) for spec in value]
     return "file:" if _is_place(name, value) else value
 
@@ -59,7 +61,7 @@ def _is_place(name: str, value: Any) -> bool:
 
 def _listed(value: Any) -> Any:
     """A choice of one thing may be written without a list."""
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _written(name: str, value: Any) -> str:

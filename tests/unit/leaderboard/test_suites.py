@@ -41,6 +41,8 @@ def _with(spec: Spec, **suite: Any) -> list[Record]:
         ({"name": "../../quick", "windows": 4}, None),
         ({"name": "mine", "windows": 4}, None),
         ({"limit": None}, "limit=null"),
+        ({"num_fewshot": 5, "chunk": 64, "include_path": ["asset:bigbench"]}, "num_fewshot=5"),
+        ({"include_path": ["/home/me/tasks", "asset:bigbench"]}, "include_path=[file:tasks,asset:bigbench]"),
     ],
 )
 def test_a_suite_is_named_by_what_differs_from_the_shipped_one(suite: dict[str, Any], text: str | None) -> None:

@@ -105,23 +105,26 @@ def test_packages_are_those_of_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_a_configuration_names_files_without_their_folder() -> None:
     given: dict[str, Any] = {
         "model": {"source": "file:/home/alice/models/tiny/", "name": "tiny"},
-        "suite": {"corpus": ["wikitext2", "file:~/texts/a.txt"], "include_path": "/home/alice/tasks"},
+        "suite": {"corpus": ["wikitext2", "file:~/texts/a.txt"], "include_path": ["/home/alice/tasks", "asset:bigbench"]},
         "calibration": {"source": "file:b.txt"},
     }
     assert public.config(given) == {
         "model": {"source": "file:tiny", "name": "tiny"},
-        "suite": {"corpus": ["wikitext2", "file:a.txt"], "include_path": "tasks"},
+        "suite": {"corpus": ["wikitext2", "file:a.txt"], "include_path": ["tasks", "asset:bigbench"]},
         "calibration": {"source": "file:b.txt"},
     }
     assert public.config({"include_path": "asset:bigbench"}) == {"include_path": "asset:bigbench"}
+    assert public.config({"include_path": "/home/alice/tasks"}) == {"include_path": "tasks"}
     assert set(public.folders(given)) == {"/home/alice/models", str(Path.home() / "texts"), "/home/alice", "."}
     words = ["model.source=file:/home/alice/models/tiny", "+suite.corpus=[wikitext2,'file:/home/alice/a b/a.txt',file:c.txt]"]
     words += ["suite.include_path=/home/alice/tasks", "results=/home/alice/runs", "suite.include_path=asset:a/b"]
+    words += ["suite.include_path=[/home/alice/tasks,'~/my tasks/b',asset:a/b,c]"]
     assert public.overrides(words) == [
         "model.source=file:tiny",
         "+suite.corpus=[wikitext2,'file:a.txt',file:c.txt]",
         "suite.include_path=tasks",
         "suite.include_path=asset:a/b",
+        "suite.include_path=[tasks,'b',asset:a/b,c]",
     ]
 
 

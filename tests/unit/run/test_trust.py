@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         {"attn_implementation": "a"},
         {"x": "a/b"},
     ),
-    "suite.include_path": ("/tmp/tasks", "file:/tmp/tasks", "tasks"),
+    "suite.include_path": ("/tmp/tasks", "file:/tmp/tasks", "tasks", ["asset:bigbench", "/tmp/tasks"]),
     "suite.corpus": (["file:/etc/passwd"], ["wikitext2", "hf:text:/etc/passwd:train:text"], ["hf:a/b:../../c/d:train:text"], "file:x", [3]),
     "suite.tasks": (["/tmp/task.yaml"], ["../task"], "a/b"),
     "calibration.source": ("file:calibration.txt", "hf:json:/home/x.json:train:text", None),

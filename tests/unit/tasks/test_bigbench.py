@@ -88,19 +88,19 @@ def test_groups_and_metrics_of_shipped_tasks():
 
 
 def test_check_names_the_nearest_task():
-    zeroshot.check("asset:bigbench", ["bb_social_iqa"])
-    zeroshot.check(None, ["anything"])
+    zeroshot.check(["asset:bigbench"], ["bb_social_iqa"])
+    zeroshot.check([], ["anything"])
     with pytest.raises(DataError, match=r"no task 'bb_social'.*did you mean 'bb_social_iqa'"):
-        zeroshot.check("asset:bigbench", ["bb_social"])
+        zeroshot.check(["asset:bigbench"], ["bb_social"])
     with pytest.raises(DataError, match="'bigbenc' holds no zero-shot tasks; did you mean 'bigbench'"):
-        zeroshot.check("asset:bigbenc", [])
+        zeroshot.check(["asset:bigbenc"], [])
 
 
 def test_shipped_fingerprint_covers_exactly_the_chosen_tasks():
-    one, other = (zeroshot.fingerprint("asset:bigbench", [task]) for task in ("bb_social_iqa", "bb_physics"))
-    both = zeroshot.fingerprint("asset:bigbench", ["bb_social_iqa", "bb_physics"])
-    assert len({one, other, both, zeroshot.fingerprint(None, ["piqa"])}) == 4
-    assert both == zeroshot.fingerprint("asset:bigbench", ["bb_physics", "bb_social_iqa"])
+    one, other = (zeroshot.fingerprint(["asset:bigbench"], [task]) for task in ("bb_social_iqa", "bb_physics"))
+    both = zeroshot.fingerprint(["asset:bigbench"], ["bb_social_iqa", "bb_physics"])
+    assert len({one, other, both, zeroshot.fingerprint([], ["piqa"])}) == 4
+    assert both == zeroshot.fingerprint(["asset:bigbench"], ["bb_physics", "bb_social_iqa"])
 
 
 @pytest.fixture
@@ -120,35 +120,53 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_user_folder_is_checked(folder):
-    assert zeroshot.resolve(str(folder)) == folder and zeroshot.resolve(None) is None
-    zeroshot.check(str(folder), ["riddle", "puzzles"])
+    assert zeroshot.folders([str(folder)], ["riddle"]) == [folder] and zeroshot.folders([], ["piqa"]) == []
+    zeroshot.check([str(folder)], ["riddle", "puzzles"])
     with pytest.raises(DataError, match=r"no task 'ridle'.*did you mean 'riddle'"):
-        zeroshot.check(str(folder), ["ridle"])
+        zeroshot.check([str(folder)], ["ridle"])
     with pytest.raises(DataError, match=r"there is no task folder .*; did you mean 'mine'"):
-        zeroshot.resolve(str(folder.with_name("mne")))
+        zeroshot.folders([str(folder.with_name("mne"))], ["riddle"])
     (folder / "bad.yaml").write_text("task: [\n")
     with pytest.raises(DataError, match=r"bad\.yaml is no valid YAML") as error:
-        zeroshot.check(str(folder), ["riddle"])
+        zeroshot.check([str(folder)], ["riddle"])
     assert "\n" not in str(error.value)
+
+
+def test_own_shipped_and_lm_evals_tasks_stand_in_one_suite(folder, monkeypatch):
+    monkeypatch.setattr(bigbench, "task_folder", lambda: Path("shipped"))
+    tasks = ["riddle", "bb_social_iqa", "piqa"]
+    zeroshot.check([str(folder)], tasks)
+    assert zeroshot.folders([str(folder)], tasks) == [folder, Path("shipped")]
+    assert zeroshot.of_lm_eval([str(folder)], tasks) == ["piqa"] and zeroshot.of_lm_eval([], ["bb_social_iqa"]) == []
+    assert zeroshot.fingerprint([str(folder)], ["bb_social_iqa"]) == zeroshot.fingerprint([], ["bb_social_iqa"])
+    assert zeroshot.fingerprint([str(folder)], ["piqa"]) == zeroshot.fingerprint([], ["piqa"])
+    with pytest.raises(DataError, match=r"no task 'bb_social_ika'.*did you mean 'bb_social_iqa'"):
+        zeroshot.check([str(folder)], ["riddle", "bb_social_ika"])
+    with pytest.raises(DataError, match=r"no task 'piqqa'"):
+        zeroshot.check([str(folder)], ["piqqa"])
+    (folder / "again.yaml").write_text("task: bb_social_iqa\n")
+    with pytest.raises(DataError, match="task 'bb_social_iqa' is defined twice"):
+        zeroshot.check([str(folder)], ["bb_social_iqa"])
+    assert zeroshot.folders([str(folder)], ["riddle"]) == [folder]
 
 
 @pytest.mark.parametrize("task", ["riddle", "puzzles"])
 @pytest.mark.parametrize("changed", ["rows.jsonl", "utils.py", "shared.yaml", "riddle.yaml"])
 def test_fingerprint_of_a_user_task_follows_every_file_it_names(folder, task, changed):
-    before = zeroshot.fingerprint(str(folder), [task])
+    before = zeroshot.fingerprint([str(folder)], [task])
     (folder / "unrelated.yaml").write_text("task: unrelated\n")
-    assert zeroshot.fingerprint(str(folder), [task]) == before
+    assert zeroshot.fingerprint([str(folder)], [task]) == before
     with (folder / changed).open("a") as file:
         file.write("# more\n")
-    assert zeroshot.fingerprint(str(folder), [task]) != before
+    assert zeroshot.fingerprint([str(folder)], [task]) != before
 
 
 def test_fingerprint_of_a_user_task_survives_a_move(folder, tmp_path):
-    before = zeroshot.fingerprint(str(folder), ["riddle"])
+    before = zeroshot.fingerprint([str(folder)], ["riddle"])
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     (moved / "riddle.yaml").write_text((folder / "riddle.yaml").read_text().replace(str(folder), str(moved)))
-    assert zeroshot.fingerprint(str(moved), ["riddle"]) == before
+    assert zeroshot.fingerprint([str(moved)], ["riddle"]) == before
 
 
 @pytest.mark.parametrize("file", sorted((CONF_DIR / "suite").glob("*.yaml")), ids=lambda file: file.stem)
