@@ -22,12 +22,16 @@ _HOOKS = ("auto_map", "attn_implementation", "experts_implementation", "quantiza
 """Fields of a `config.json` that make transformers import code: of the checkpoint, or kernels of the hub."""
 
 
+_MEASURED = ("model", "suite", "speed", "device", "calibration", "seed", "stages")
+"""Sections that say what is measured; the others say where and by whom, which is the auditor's choice."""
+
+
 class Distrusted(Exception):
     """A record asks for what only a trusted record gets. The message is one line."""
 
 
 def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
-    """What a record says was run, as this installation runs it: nothing is imported, read or fetched.
+    """What a record says was run, as this installation runs it: nothing but shipped methods is imported, nothing read or fetched.
 
     Args:
         config: The `config` of a record.
@@ -46,8 +50,7 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
         "engine": choice("engine", str(_section(config, "engine").get("name"))),
         "limits": {},
     }
-    asked = {name: value for name, value in config.items() if name not in ("results", "tracking", "on_existing")}
-    return RunConfig.model_validate(asked | own)
+    return RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own)
 
 
 def _shipped(step: Any) -> dict[str, Any]:
