@@ -22,7 +22,7 @@ from slimbench.harness.run.cell import Cell, hardware_of
 from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.hardware import HardwareIdentity
-from slimbench.harness.schema.identity import CellIdentity, Stage
+from slimbench.harness.schema.identity import CellIdentity, Keys, Stage
 from slimbench.harness.schema.record import SCHEMA_VERSION
 from slimbench.harness.stages import models
 from slimbench.harness.store.store import StoreError
@@ -144,39 +144,37 @@ def make_plan(cells: Iterable[Cell]) -> Plan:
 
     A cell that no engine could measure here is not compressed for it, and a cell that cannot be compressed needs no reference.
     """
-    planned: dict[str, PlannedCell] = {}
+    planned: list[PlannedCell] = []
     tasks: dict[str, Task] = {}
+    places: dict[tuple[str, ...], int] = {}
+    references: set[tuple[str, ...]] = set()
 
-    def add(cell: Cell, asked: bool) -> None:
-        key = cell.identity.keys.model_dump_json()
-        index = list(planned).index(key) if key in planned else len(planned)
-        own = _tasks(cell, index)
-        for task in own:
-            tasks.setdefault(task.name, task)
-        stages = [task.stage for task in own]
-        if key in planned:
-            before = planned[key]
-            stages = [stage for stage in Stage if stage in (*before.stages, *stages)]
-            planned[key] = before.model_copy(update={"asked": before.asked or asked, "stages": stages})
+    def add(cell: Cell, refusals: dict[Stage, str], asked: bool) -> None:
+        index = places.setdefault(_place(cell.identity.keys), len(planned))
+        if index == len(planned):
+            overrides = [o for o in cell.overrides if not o.startswith("results=")]
+            planned.append(PlannedCell(config=cell.config, identity=cell.identity, overrides=overrides, stages=[*refusals], asked=asked))
         else:
-            planned[key] = PlannedCell(
-                config=cell.config,
-                identity=cell.identity,
-                overrides=[o for o in cell.overrides if not o.startswith("results=")],
-                stages=stages,
-                asked=asked,
-            )
+            before = planned[index]
+            stages = [stage for stage in Stage if stage in before.stages or stage in refusals]
+            planned[index] = before.model_copy(update={"asked": before.asked or asked, "stages": stages})
+        for stage, refusal in refusals.items():
+            task = _task(cell, index, stage, refusal)
+            tasks.setdefault(task.name, task)
 
     for cell in cells:
-        if not cell.config.is_reference and not all(task.refusal for task in _tasks(cell, 0)):
-            add(cell.reference(), asked=False)
-        add(cell, asked=True)
+        refusals, reference = _refusals(cell), (*_place(cell.identity.reference), *cell.config.stages)
+        if not cell.config.is_reference and reference not in references and not all(refusals.values()):
+            references.add(reference)
+            compared_with = cell.reference()
+            add(compared_with, _refusals(compared_with), asked=False)
+        add(cell, refusals, asked=True)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     return Plan(
         created=created,
         versions=Versions(),
-        launcher=next(iter(planned.values())).config.launcher,
-        cells=list(planned.values()),
+        launcher=planned[0].config.launcher,
+        cells=planned,
         tasks=list(tasks.values()),
     )
 
@@ -210,15 +208,20 @@ def read(path: Path) -> Plan:
         raise ConfigError(f"{path} is no plan of slimbench {__version__}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
-def _tasks(cell: Cell, index: int) -> list[Task]:
-    """The stages of a cell that make sense: none after a compression that is refused, no compression for what cannot be measured."""
-    compress, *measured = cell.stages()
-    refusals = {stage: obstacle(cell, stage) or "" for stage in (compress, *measured)}
-    if refusals[compress]:
-        return [_task(cell, index, compress, refusals[compress])]
-    if measured and all(refusals[stage] for stage in measured):
-        return [_task(cell, index, stage, refusals[stage]) for stage in measured]
-    return [_task(cell, index, stage, refusals[stage]) for stage in (compress, *measured)]
+def _refusals(cell: Cell) -> dict[Stage, str]:
+    """The stages of a cell that make sense, each with why it cannot run here, empty where it can.
+
+    None comes after a compression that is refused, and what cannot be measured needs no compression.
+    """
+    refusals = {stage: obstacle(cell, stage) or "" for stage in cell.stages()}
+    if refusals[Stage.COMPRESS]:
+        return {Stage.COMPRESS: refusals[Stage.COMPRESS]}
+    measured: dict[Stage, str] = {stage: refusal for stage, refusal in refusals.items() if stage != Stage.COMPRESS}
+    return measured if measured and all(measured.values()) else refusals
+
+
+def _place(keys: Keys) -> tuple[str, ...]:
+    return keys.compress, keys.quality, keys.speed
 
 
 def _task(cell: Cell, index: int, stage: Stage, refusal: str) -> Task:

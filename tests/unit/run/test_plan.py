@@ -113,3 +113,20 @@ def test_the_ledger_of_a_written_plan_needs_no_method(overrides: list[str], tmp_
     path.write_text(json.dumps(content))
     ledger = Ledger(plans.read(path), Store(tmp_path))
     assert ledger.counts()[State.OPEN] == 6
+
+
+def test_planning_reads_no_record_that_it_does_not_ask_for(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A results folder may hold ten thousand records: those of the planned tasks are looked up by name, and nothing is listed."""
+    from rich.console import Console
+
+    from slimbench.harness.run.planning.progress import ProgressDisplay
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the folder was listed")
+
+    monkeypatch.setattr(Store, "scan", refuse)
+    monkeypatch.setattr(Store, "files", refuse)
+    plan = sweep.plan([*overrides, f"results={tmp_path}", "method=rtn-4bit,rtn-8bit,nf4", "seed=0,1"], several=True)
+    assert len(plan.cells) == 8
+    outlook(Ledger(plan, Store(tmp_path)))
+    ProgressDisplay(plan, Store(tmp_path), Console(quiet=True))
