@@ -22,8 +22,13 @@ def identity(folder: Path) -> str:
         ConfigError: There is no model in the folder, or it cannot be read.
     """
     if not (folder / "config.json").is_file():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir() and p.name != folder.name] if folder.parent.is_dir() else []
         raise ConfigError(f"model.source: no config.json in {folder}{nearest(folder.name, siblings)}")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.source: no safetensors in {folder}, and nothing else is loaded; "
+            "convert it with AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+        )
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix not in _UNREAD)
     try:
         return digest(dict(zip((file.name for file in files), checksums.sha256s(files), strict=True)))

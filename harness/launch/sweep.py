@@ -11,7 +11,7 @@ from slimbench.harness.config import compose
 from slimbench.harness.config.schema import ConfigError
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.planning import plan as plans
-from slimbench.harness.run.planning.obstacles import require_extras
+from slimbench.harness.run.planning.obstacles import require_extras, require_sense
 from slimbench.harness.store.store import Store
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def plan(overrides: Sequence[str], several: bool) -> Plan:
     cells = [make_cell(config, tuple(job)) for job, config in jobs]
     for cell in cells:
         require_extras(cell)
+        require_sense(cell)
     _require_writable(Path(cells[0].config.results))
     return plans.make_plan(cells)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from slimbench.harness.config.schema import ModelConfig
+from slimbench.harness.config.schema import ConfigError, ModelConfig
 from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.tasks import assets, gguf
 from slimbench.util import checksums
@@ -37,7 +37,16 @@ def prepare(model: ModelConfig, on_phase: Callable[[str], None]) -> Path:
 
 
 def shape_of(folder: Path) -> ModelShape:
-    return ModelShape.from_config(json.loads((folder / "config.json").read_text()))
+    """The shape of the model in a folder.
+
+    Raises:
+        ConfigError: Its config.json does not describe a decoder.
+    """
+    file = folder / "config.json"
+    try:
+        return ModelShape.from_config(json.loads(file.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.source: {file} does not describe a decoder with its sizes ({error})") from error
 
 
 def known_shape(model: ModelConfig) -> ModelShape | None:

@@ -23,6 +23,13 @@ def require_extras(cell: Cell) -> None:
             raise ConfigError(f"method '{step.name}' needs {', '.join(missing)}: pip install {extra}")
 
 
+def require_sense(cell: Cell) -> None:
+    """Raise `ConfigError` if quality alone is asked of random weights."""
+    name, wanted = cell.config.model.name, cell.config.stages
+    if cell.config.model.is_random and wanted == ["quality"]:
+        raise ConfigError(f"stages=[quality]: {name} has random weights, for speed and memory only; give stages=[speed]")
+
+
 def obstacle(cell: Cell, stage: Stage) -> str | None:
     """Why a stage of the cell cannot run on this machine, in one line; None where nothing is in its way."""
     return _lacking(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))

@@ -405,10 +405,12 @@ def test_the_commands(tmp_path: Path) -> None:
     assert slimbench("import", DENSE, "--results", root).returncode == 0
     done = slimbench("export", "--results", root, "--to", tmp_path / "x.parquet")
     assert done.returncode == 0 and (tmp_path / "x.parquet").is_file()
+    assert slimbench("export", "--results", root, "--to", tmp_path / "x.csv").returncode == 0 and (tmp_path / "x.csv").is_file()
     assert slimbench("export", "--results", root, "--to", tmp_path / "set").returncode == 0 and (tmp_path / "set" / "README.md").is_file()
     for wrong in (
         ("import", DENSE, "--results", root, "--format", "lm-evl"),
         ("import", tmp_path / "x.parquet", "--results", root, "--format", "parquet", "--model", "a"),
+        ("export", "--results", root, "--to", tmp_path / "x.xlsx"),
         ("export", "--results", root, "--to", tmp_path / "set", "--format", "parquet"),
         ("export", "--results", tmp_path / "none", "--to", tmp_path / "set"),
         ("export", "--results", root, "--to", tmp_path / "set", "--license", "a: b"),

@@ -1,13 +1,22 @@
-"""What the server does before it forks."""
+"""What the server does before it forks, and how runner and server part from what a stage leaves behind."""
 
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from slimbench.harness.run import server
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.run import server, worker
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.store.store import Store
+from tests.unit.run.test_runner import Listener
 
 
 def test_with_a_card_only_torch_is_loaded_before_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +35,67 @@ def test_a_server_that_has_initialised_cuda_refuses_to_fork(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA was initialised"):
         server._preload()
+
+
+@pytest.mark.parametrize(("how", "status"), [("end", Status.OK), ("hang", Status.TIMEOUT)])
+def test_a_daemon_that_a_stage_leaves_takes_neither_its_result_nor_its_limit_and_is_ended(
+    overrides: list[str], tmp_path: Path, how: str, status: Status
+) -> None:
+    target = "+method.leaving._target_=tests.support.leaving.Leaving"
+    file = tmp_path / "pid"
+    mine = [*overrides, "~method.dense", target, f"+method.leaving.pid_file={file}", f"+method.leaving.how={how}"]
+    this = make_cell(resolve([*mine, f"limits.wall_s={60 if how == 'end' else 15}", "stages=[]"]))
+    runner = Runner(Store(tmp_path / "results"), Listener())
+    began = time.monotonic()
+    try:
+        record = runner.attempt(this, Stage.COMPRESS)
+    finally:
+        runner.close()
+    assert record and record.status is status and time.monotonic() - began < 100
+    assert not psutil.pid_exists(int(file.read_text())), "what a stage has started ends with it"
+
+
+def test_what_has_come_to_its_end_counts_whatever_happened_afterwards() -> None:
+    last = {"event": "end", "status": Status.OK, "phase": "x", "result": {}}
+    judged = server._judge((Status.TIMEOUT, "late"), last, 9, False)
+    assert judged == {"status": Status.OK, "phase": "x", "result": {}}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"slimbench": "0.0.9", "record_schema": 4, "lock": "a"}', "is slimbench 0.0.9, record_schema 4, lock a, this is slimbench"),
+        ("Usage: python", "is another program, this is slimbench"),
+        ("[1]", "is another program"),
+    ],
+)
+def test_a_worker_of_another_version_is_one_line_and_an_outcome(line: str, expected: str, tmp_path: Path) -> None:
+    python = tmp_path / "other" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho '{line}'\ncat > /dev/null\n")
+    python.chmod(0o755)
+    client = worker.Worker(str(python))
+    outcome = client.run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
+    assert outcome.status is Status.FAILED and outcome.failure and not outcome.failure.interrupted
+    assert outcome.failure.message.startswith("the worker of other ") and expected in outcome.failure.message
+    assert "\n" not in outcome.failure.message
+
+
+@pytest.mark.parametrize("script", ["exit 3", "echo; exit 0", None])
+def test_a_server_that_does_not_come_up_is_an_interrupted_outcome_never_an_exception(script: str | None, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    outcome = worker.Worker(str(python)).run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
+    assert outcome.status is Status.FAILED and outcome.failure
+
+
+def test_half_a_line_of_a_server_that_was_killed_is_an_interrupted_outcome(tmp_path: Path) -> None:
+    import json
+
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(worker.own_version())}'\nread line\nprintf '{{\"event\": \"ex'\n")
+    python.chmod(0o755)
+    outcome = worker.Worker(str(python)).run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
+    assert outcome.status is Status.FAILED and outcome.failure and outcome.failure.interrupted
