@@ -1,11 +1,11 @@
-# make setup · demo · test · lint · lock · board · pictures
+# make setup · demo · test · test-full · lint · lock · board · pictures
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS ?= quantization,pruning,engines,dev
 
-.PHONY: setup demo test unit integration lint lock board pictures readme clean
+.PHONY: setup demo test test-full unit contract integration lint lock board pictures readme clean
 
 setup: $(STAMP)
 
@@ -23,10 +23,18 @@ demo: setup
 test: setup
 	$(BIN)/slimbench assets fetch
 	$(BIN)/python -m pytest tests/unit tests/chaos
+	$(BIN)/python -m pytest tests/contract
 	$(BIN)/python -m pytest -n 0 tests/integration
+
+# What `make test` leaves out: what a smaller test of it proves too, or what takes minutes.
+test-full: test
+	$(BIN)/python -m pytest -n 0 -m full tests/unit tests/chaos tests/contract tests/integration
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit
+
+contract: setup
+	$(BIN)/python -m pytest tests/contract
 
 integration: setup
 	$(BIN)/python -m pytest -n 0 tests/integration

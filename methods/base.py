@@ -347,6 +347,7 @@ class Method(Settings, ABC):
         accepts: Formats that it can follow in a pipeline: `DENSE` if it asks `DenseModel.load` for the weights and takes each layer as
             it is, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
+        draws: Something in it is random, so that its artefact depends on the seed of the cell.
     """
 
     name: ClassVar[str]
@@ -357,6 +358,7 @@ class Method(Settings, ABC):
     needs: ClassVar[Needs] = Needs()
     accepts: ClassVar[tuple[str, ...]] = (HUGGINGFACE,)
     produces: ClassVar[str] = HUGGINGFACE
+    draws: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

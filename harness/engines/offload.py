@@ -22,6 +22,7 @@ import torch
 from slimbench.harness.engines import transformers
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact as artefacts
+from slimbench.methods.formats import huggingface
 from slimbench.util.compat.transformers import keys_left_in_place
 
 _FILE = "weights.safetensors"
@@ -35,19 +36,10 @@ def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) 
     """
     if device != "cpu":
         return transformers.load_pretrained(folder, "cpu", trust_remote_code)
-    from transformers import AutoModelForCausalLM
-
     with ExitStack() as stack:
-        module = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            device_map={"": "disk"},
-            offload_folder=_scratch(stack),
-        )
+        module = huggingface.load(folder, trust_remote_code=trust_remote_code, device_map={"": "disk"}, offload_folder=_scratch(stack))
         weakref.finalize(module, stack.pop_all().close)
-    return module.eval()
+    return module
 
 
 def move_away(module: Any, device: torch.device, to_disk: bool) -> None:

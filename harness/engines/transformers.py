@@ -12,18 +12,12 @@ from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.methods.formats import huggingface
 
 _CHUNK = 64
 
 
-def load_pretrained(folder: Path, device: str, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Load a folder that `from_pretrained` understands, quantized by an integrated library or not; safetensors only."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, device_map=device
-    )
-    return model.eval()
+load_pretrained = huggingface.load
 
 
 class TransformersModel(LoadedModel):

@@ -77,10 +77,11 @@ def _judge(model: LoadedModel) -> str:
     apart = _apart_through_the_cache(model, ids, whole)
     if apart is not None and apart > bound:
         return f"FAILED: through the cache, logits differ by {apart:.3g}"
-    step, tokens = model.prefill(ids, room=_STEPS), []
-    for _ in range(_STEPS):
-        tokens.append(step.token.cpu())
+    step = model.prefill(ids, room=_STEPS)
+    tokens = [step.token.cpu()]
+    while len(tokens) < _STEPS:
         step = model.decode_step(step)
+        tokens.append(step.token.cpu())
     chosen = torch.cat(tokens, dim=1)
     scores = model.logits(torch.cat([ids, chosen], dim=1), start=_WINDOW - 1)[:, :-1].float().cpu()
     if (scores.amax(-1) - scores.gather(2, chosen.unsqueeze(-1))[..., 0] > bound).any():

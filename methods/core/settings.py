@@ -71,6 +71,8 @@ class Adapters(Method):
         alpha: The adapters are scaled by alpha / rank.
     """
 
+    draws = True
+
     rank: int = 16
     alpha: float = 16.0
 

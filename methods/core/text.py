@@ -26,7 +26,7 @@ def generate(dense: DenseModel, count: int, length: int, greedy: int, batch_size
     """
     import torch
 
-    from slimbench.methods.core import checkpoints as _checkpoints
+    from slimbench.util import checkpoints as _checkpoints
 
     identity = _identity(dense, count, length, greedy, batch_size, seed, temperature) if dense.checkpoints else ""
     kept = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None

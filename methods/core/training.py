@@ -48,6 +48,8 @@ class LoopSettings(Settings, ABC):
         seed: Of the order of the text and of initial values.
     """
 
+    draws = True
+
     steps: int = 40
     batch_size: int = 4
     length: int = 128
@@ -239,7 +241,7 @@ def _keep(
 ) -> None:
     import torch
 
-    from slimbench.methods.core import checkpoints as _checkpoints
+    from slimbench.util import checkpoints as _checkpoints
 
     assert dense.checkpoints is not None
     tensors: dict[str, Tensor] = {f"parameter/{name}": value for name, value in parameters.items()}
@@ -254,7 +256,7 @@ def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parame
     """Put a checkpoint back and return the losses of its steps; without one, nothing changes and there are none."""
     import torch
 
-    from slimbench.methods.core import checkpoints as _checkpoints
+    from slimbench.util import checkpoints as _checkpoints
 
     found = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None
     if found is None:

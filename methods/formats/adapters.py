@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.storage import WEIGHTS
 from slimbench.methods.kernels.grid import LowRank
 
@@ -56,14 +57,11 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     """
     from bitsandbytes.nn import Linear4bit
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     schema = json.loads((folder / DESCRIPTION).read_text())["schema"]
     if schema > SCHEMA:
         raise ValueError(f"adapters schema {schema} is newer than {SCHEMA}; update slimbench")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, device_map=device
-    )
+    model = huggingface.load(folder, device, trust_remote_code)
     adapted = type("AdaptedLinear4bit", (Adapted, Linear4bit), {})
     tensors = load_file(folder / TENSORS, device=device)
     for name in sorted({key.rpartition(".")[0] for key in tensors}):

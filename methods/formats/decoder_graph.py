@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from slimbench.methods.base import Unsupported
+from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.structure import check_experts
 
 INPUTS = ("ids", "positions", "keys", "keep")
@@ -75,12 +76,10 @@ def read_dense(folder: Path, trust_remote_code: bool = False) -> Decoder:
         methods.base.Unsupported: Its layers are more than full attention, it has experts in one tensor, or it cannot give logits of
             chosen positions.
     """
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    model = huggingface.load(folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
     check_experts(model)
     name = type(model).__name__
     others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer}

@@ -6,12 +6,31 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DenseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False, **more: Any) -> Any:
+    """Load a folder that `from_pretrained` understands, quantized by an integrated library or not, in evaluation mode; safetensors only.
+
+    Args:
+        more: For `from_pretrained`, in place of what it is told otherwise.
+
+    Raises:
+        ValueError: Tensors are missing; the library would take random numbers for them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = {"dtype": "auto", "device_map": device, "trust_remote_code": trust_remote_code} | more
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **settings)
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder.name} does not fit its config: missing {missing[:3]}")
+    return model.eval()
 
 
 def save_dense(model: PreTrainedModel, out: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
+from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.huggingface import link_source
 from slimbench.methods.formats.kv_scheme import Scheme
 
@@ -115,14 +116,9 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> dict[str, Any]:
 
 def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """Load the model in evaluation mode and leave on it, as `new_cache`, what makes an empty cache."""
-    from transformers import AutoModelForCausalLM
-
-    policy = read(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, device_map=device
-    )
+    policy, model = read(folder), huggingface.load(folder, device, trust_remote_code)
     model.new_cache = _maker(policy, model.config)
-    return model.eval()
+    return model
 
 
 def read(folder: Path) -> Policy:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.formats import packed
+from slimbench.methods.formats import huggingface, packed
 from slimbench.methods.kernels.grid import QuantizedWeight
 from slimbench.methods.kernels.numbers import ActivationGrid, fake_quantize, hadamard
 
@@ -205,7 +205,6 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
         ValueError: The schema is newer than this program, or tensors are left over.
     """
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     described = json.loads((folder / DESCRIPTION).read_text())
     if described["schema"] > SCHEMA:
@@ -215,9 +214,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     if described["base"] == "packed":
         model = packed.load(folder, device, trust_remote_code)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, device_map=device
-        )
+        model = huggingface.load(folder, device, trust_remote_code)
         for key in [key for key in tensors if key.endswith(".bias")]:
             model.get_submodule(key.removesuffix(".bias")).bias = nn.Parameter(tensors.pop(key), requires_grad=False)
     plans: dict[str, InputPlan] = {}

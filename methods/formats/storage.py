@@ -81,7 +81,11 @@ def load(
             parts = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == name}
             keys -= set(parts.values())
             assert build is not None
-            model.set_submodule(name, build(name, {leaf: file.get_tensor(key) for leaf, key in parts.items()}))
+            layer = build(name, {leaf: file.get_tensor(key) for leaf, key in parts.items()})
+            shapes = [(module.out_features, module.in_features) for module in (layer, model.get_submodule(name))]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{folder.name} does not fit its config: {name} is {list(shapes[0])} in place of {list(shapes[1])}")
+            model.set_submodule(name, layer)
         head = model.get_output_embeddings()
         in_parts = any(model.get_submodule(name) is head for name in names)
         if in_parts and embedding is not None:

@@ -23,7 +23,7 @@ IDS = tiny.tokens(samples=BATCH, length=96).ids
     ("method", "module", "arguments"),
     [
         (KVHqq(residual_length=64), "hqq", {"backend": "hqq", "axis_key": 1, "axis_value": 1}),
-        (KVQuanto(residual_length=64), "optimum.quanto", {"backend": "quanto"}),
+        pytest.param(KVQuanto(residual_length=64), "optimum.quanto", {"backend": "quanto"}, marks=pytest.mark.full),
     ],
     ids=["hqq", "quanto"],
 )

@@ -21,7 +21,6 @@ from tests.support.paths import SLIMBENCH
 
 METHODS = "method=dense,rtn-4bit,rtn-8bit,magnitude,int8-dynamic"
 CELLS = 5
-KILLS = 14
 
 
 def start(overrides: list[str], results: Path, cache: Path, **options: object) -> subprocess.Popen[str]:
@@ -45,13 +44,14 @@ def numbers(results: Path) -> dict[str, list[float]]:
     return {r.cell.pipeline: r.quality.perplexity[0].window_nll for r in records if r.quality}
 
 
-def test_killed_at_random_moments_it_goes_on_where_it_stopped(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(14, marks=pytest.mark.full)])
+def test_killed_at_random_moments_it_goes_on_where_it_stopped(kills: int, overrides: list[str], tmp_path: Path) -> None:
     cache, calm, stormy = tmp_path / "cache", tmp_path / "calm", tmp_path / "stormy"
     finish(start(overrides, calm, cache))
     shutil.rmtree(cache / "artefacts")
     dice = random.Random(20260101)
     kept: set[str] = set()
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start(overrides, stormy, cache)
         time.sleep(dice.uniform(1, 14))
         family = [psutil.Process(process.pid)]

@@ -38,6 +38,7 @@ class QuaRotRTN(Grouped, Method):
     name = "quarot-rtn"
     citation = Citation("QuaRot", year=2024, arxiv="2404.00456", covers=("quantization/quarot-spinquant",))
     produces = "runtime"
+    draws = True
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

@@ -38,6 +38,7 @@ class RPTQ(Grouped, SecondOrder, Method):
     citation = Citation("RPTQ", year=2023, arxiv="2304.01089", covers=("quantization/rptq",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    draws = True
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

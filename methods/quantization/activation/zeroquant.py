@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -39,6 +39,11 @@ class ZeroQuant(Method):
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise ValueError(f"groups must be positive, not {self.groups}")
+
+    def check(self, shape: ModelShape) -> None:
+        for outputs in (shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim):
+            if outputs % self.groups:
+                raise Unsupported(f"{self.groups} groups do not divide the {outputs} outputs of a layer")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed

@@ -50,6 +50,7 @@ class VPTQ(SecondOrder, Method):
     citation = Citation("VPTQ", year=2024, arxiv="2409.17066", covers=("quantization/vptq",))
     needs = Needs(calibration=True)
     produces = FORMAT
+    draws = True
 
     vector: Literal[2, 4, 8] = 4
     index_bits: Literal[4, 6, 8, 10, 12] = 8

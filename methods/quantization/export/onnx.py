@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 
 _LARGE = 1 << 30  # bytes from which constants lie beside the graph: one file of it holds less than 2 GiB
 
@@ -99,6 +99,8 @@ class MatMulNBits(_ONNX):
             onnx.load(source), bits=4, block_size=self.group_size, is_symmetric=self.symmetric, accuracy_level=level
         )
         work.process()
+        if left := sum(node.op_type == "Gemm" for node in work.model.model.graph.node):
+            raise Unsupported(f"{left} products with a bias are of a kind that the library leaves in float32")
         work.model.save_model_to_file(str(out), _size(source) > _LARGE)
 
     def claim(self) -> Claim:

@@ -31,6 +31,7 @@ class Reconstructing(Grouped, Method):
 
     needs = Needs(calibration=True, training=True)
     produces = "packed"
+    draws = True
     scope: ClassVar[Literal["block", "layer", "dense block"]] = "block"
 
     bits: Literal[2, 3, 4] = 4

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.core import checkpoints as _checkpoints
 from slimbench.methods.core.walk import Block, walk
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight
 from slimbench.methods.quantization.solvers.learned import LearnedLinear
+from slimbench.util import checkpoints as _checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.settings import Adapters
 from slimbench.methods.core.training import TrainingSettings
+from slimbench.methods.formats import huggingface
 from slimbench.methods.quantization.weight.bitsandbytes import NF4
 
 if TYPE_CHECKING:
@@ -55,11 +56,10 @@ class QLoRA(Adapters, TrainingSettings, Method):
 def _take_weights(model: PreTrainedModel, folder: Path, device: str) -> None:
     """Give the linear layers of the blocks the numbers of an NF4 artefact, dequantized by bitsandbytes before any forward pass."""
     from bitsandbytes.functional import dequantize_4bit
-    from transformers import AutoModelForCausalLM
 
     from slimbench.methods.core.layers import block_linears
 
-    quantized: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, device_map=device)
+    quantized = huggingface.load(folder, device)
     for name, layer in block_linears(model).items():
         weight = quantized.get_submodule(name).weight
         layer.weight.data.copy_(dequantize_4bit(weight.data, weight.quant_state))

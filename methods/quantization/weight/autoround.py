@@ -46,6 +46,7 @@ class SignRound(Grouped, Method):
     reference = "auto_round:AutoRound"
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("auto_round",))
     produces = "packed"
+    draws = True
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64

@@ -42,6 +42,7 @@ class MixedPrecision(Grouped, SecondOrder, Method):
     citation = Citation("Mixed precision by sensitivity (HAWQ-V3)", year=2020, arxiv="2011.10680")
     needs = Needs(calibration=True)
     produces = "packed"
+    draws = True
 
     average_bits: float = 4.0
     group_size: Literal[32, 64, 128, 256] = 64

@@ -40,6 +40,7 @@ class QuIP(Grouped, SecondOrder, Method):
     citation = Citation("QuIP", year=2023, arxiv="2307.13304", covers=("quantization/quip",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    draws = True
 
     bits: Literal[2, 3, 4] = 2
     group_size: Literal[32, 64, 128, 256] | None = None

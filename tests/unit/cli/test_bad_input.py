@@ -198,17 +198,6 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return tiny.dense_model(folder)
 
 
-@pytest.mark.parametrize("name", [item.name for item in entries() if not (item.method.needs.modules or item.method.needs.environment)])
-def test_a_method_refuses_other_layers_in_one_line_or_can_do_them(name: str, gpt2: DenseModel, tmp_path: Path) -> None:
-    method = entry(name).method
-    try:
-        claim = method.compress(gpt2, tiny.tokens() if method.needs.calibration else None, tmp_path)
-    except Unsupported as error:
-        assert "GPT2" in str(error) and "\n" not in str(error)
-    else:
-        assert claim.format == method.produces and (claim.bits is None or claim.bits == 16)  # nothing inside the blocks was rounded
-
-
 def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str], tiny: Path, gpt2: DenseModel, tmp_path: Path) -> None:
     import shutil
 

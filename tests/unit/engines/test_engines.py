@@ -75,15 +75,6 @@ def test_an_engine_that_cannot_run_is_an_unsupported_record(
         assert record.failure and record.failure.message == reason
 
 
-def test_the_reference_engine_proves_itself_in_each_format_that_can_be_made(tmp_path: Path) -> None:
-    engine = catalogue.get("transformers")
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    dense, packed = (proof.prove(engine, name, tmp_path / at) for name, at in (("huggingface", "one"), ("packed", "two")))
-    assert (dense.verdict, dense.kernel) == ("passed", "linear")
-    assert packed.verdict == "passed" and packed.kernel == "slimbench::packed_mm"
-
-
 def test_a_proof_finds_an_engine_whose_cache_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimbench.harness.engines.transformers import TransformersModel
 

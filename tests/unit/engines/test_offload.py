@@ -21,7 +21,6 @@ from slimbench.harness.engines import offload
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
 from slimbench.harness.measure import memory
 from slimbench.harness.measure.offloaded import brought_in
-from slimbench.harness.run import engine_proof as proof
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.evidence import Evidence
@@ -186,11 +185,3 @@ def test_a_cell_says_what_lay_elsewhere(overrides: list[str], tmp_path: Path) ->
     (row,) = rows(found)
     assert row.offloaded_bytes == speed.speed.evidence.offloaded_bytes > 100 * (row.weight_bytes or 0) > 0
     assert row.weight_bytes == speed.speed.memory.weight_bytes and row.kernel == "linear" and row.effective_bits == 32
-
-
-def test_the_engine_proves_itself(tmp_path: Path) -> None:
-    engine = catalogue.get("offload")
-    for format_, kernel in (("huggingface", "linear"), ("packed", "slimbench::packed_mm")):
-        (tmp_path / format_).mkdir()
-        proved = proof.prove(engine, format_, tmp_path / format_)
-        assert (proved.verdict, proved.kernel) == ("passed", kernel)

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.sources import shipped
 from slimbench.harness.measure.claims import flags
 from slimbench.harness.measure.evidence import collect
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
+from slimbench.methods.base import Claim, DenseModel, Method
 from tests.support import tiny
 from tests.unit.methods.test_methods import shipped_step
 
@@ -35,19 +34,6 @@ def evidence(dense: DenseModel) -> tuple[Any, Evidence]:
     model: Any = dense.load()
     with torch.inference_mode():
         return model, collect(model, lambda: model(torch.zeros(1, 1, dtype=torch.int64)))
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in shipped("method") if n not in (*PRUNED_BY_LIBRARY, *KEEPS_WEIGHTS) and not n.startswith(("kv-", "gguf-"))]
-)
-def test_a_method_that_sees_linear_layers_alone_refuses_them(name: str, dense: DenseModel, tmp_path: Path) -> None:
-    method = build_method(shipped_step(name))
-    if method.needs.missing_modules():
-        pytest.skip(f"{name} needs {', '.join(method.needs.missing_modules())}")
-    method.check(dense.shape)
-    with pytest.raises(Unsupported, match=r"4 experts in one tensor|is not built like Llama's"):
-        method.compress(dense, CALIBRATION, tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", PRUNED_BY_LIBRARY)

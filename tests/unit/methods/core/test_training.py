@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel
-from slimbench.methods.core import checkpoints as _checkpoints
 from slimbench.methods.core.training import Trained, TrainingSettings, batch, cut, objective, soft_cross_entropy, train
+from slimbench.util import checkpoints as _checkpoints
 from tests.support import tiny
 
 SETTINGS = TrainingSettings(steps=7, batch_size=3, length=16, learning_rate=1e-3, checkpoint_every=2, loss="nll")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -338,27 +337,6 @@ def test_own_text_is_kept_and_goes_on_where_it_stopped(dense: DenseModel, tmp_pa
     assert torch.equal(_self_text.generate(kept, **settings), want) and seen == [6, 8]
     _self_text.generate(kept, **settings | {"seed": 1})
     assert seen == [6, 8, 3, 6, 8]
-
-
-@pytest.mark.parametrize("make", [lambda: PEQA(group_size=32, **SHORT), lambda: TernaryQAT(**SHORT), lambda: LoftQ(group_size=32, **SHORT)])
-def test_a_killed_method_resumes_to_the_same_artefact(make: Callable[[], Method], dense: DenseModel, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(done: float, total: float) -> None:
-        if (done, total) == (25, 30):
-            raise Killed
-
-    compress(make(), dense, tmp_path / "whole")
-    interrupted = dataclasses.replace(dense, checkpoints=tmp_path / "kept", progress=kill)
-    with pytest.raises(Killed):
-        compress(make(), interrupted, tmp_path / "killed")
-    seen: list[float] = []
-    watched = dataclasses.replace(interrupted, progress=lambda done, total: seen.append(done) if total == 30 else None)
-    compress(make(), watched, tmp_path / "resumed")
-    assert seen == [21, 22, 23, 24, 25, 26, 27, 28, 29, 30]
-    for made in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "resumed" / made.name).read_bytes() == made.read_bytes(), made.name
 
 
 def test_training_on_the_text_itself(dense: DenseModel, tmp_path: Path) -> None:

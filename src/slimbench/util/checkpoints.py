@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def save(folder: Path, name: str, identity: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -1,0 +1,95 @@
+"""Every shipped method class once, with settings by which it takes seconds on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config import engines
+from slimbench.harness.config.registry import entries
+from slimbench.harness.config.schema import EngineConfig
+from slimbench.harness.config.targets import locate
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Claim, DenseModel, Method
+from tests.support import tiny
+
+CALIBRATION = tiny.tokens(samples=8, length=32)
+TRAINED = {"steps": 21, "batch_size": 2, "length": 16}
+CHEAP: dict[str, dict[str, Any]] = {
+    "adaround": {"steps": 3},
+    "awq": {"candidates": 4},
+    "bcq": {"rounds": 2},
+    "flexround": {"steps": 3},
+    "kmeans": {"steps": 5},
+    "llm-qat": TRAINED | {"sequences": 4, "generation_batch": 4},
+    "loftq": TRAINED,
+    "mixed-precision": {"average_bits": 4.0},
+    "omniquant": {"steps": 3},
+    "peqa": TRAINED,
+    "qa-lora": TRAINED,
+    "qlora": TRAINED,
+    "signround": {"iterations": 12, "batch_size": 2},
+    "spinquant": TRAINED,
+    "spinquant-rtn": TRAINED,
+    "squeezellm": {"steps": 5},
+    "ternary-qat": TRAINED,
+    "torchao-qat": TRAINED,
+    "vptq": {"index_bits": 6, "steps": 5},
+    "zeroquant-lkd": {"steps": 3},
+}
+"""By a method's name: what it is asked to do less of."""
+
+
+@cache
+def classes() -> dict[str, Method]:
+    """One method of each class, by its name."""
+    found: dict[str, Method] = {}
+    for entry in entries():
+        found.setdefault(entry.method.name, entry.method)
+    return {name: replace(method, **CHEAP.get(name, {})) for name, method in sorted(found.items())}
+
+
+SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is first used"}
+NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in classes()]
+
+
+def runnable(name: str) -> Method:
+    """The method, unless something is missing that it needs."""
+    method = classes()[name]
+    if missing := method.needs.missing_modules():
+        pytest.skip(f"{name} needs {', '.join(missing)}")
+    return method
+
+
+@dataclass(frozen=True)
+class Made:
+    """The artefact of a method."""
+
+    method: Method
+    folder: Path
+    claim: Claim
+
+    def load(self) -> LoadedModel:
+        """The artefact through the first engine that can run here."""
+        able = [engine for engine in engines.catalogue() if self.method.produces in engine.loaders]
+        here = [engine for engine in able if not engine.environment and engines.missing(engine) is None]
+        if not here:
+            pytest.skip(f"no engine that loads {self.method.produces} runs here: {', '.join(engine.name for engine in able)}")
+        return opened(here[0], self.folder)
+
+
+def opened(engine: EngineConfig, folder: Path) -> LoadedModel:
+    return locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+
+
+def make(method: Method, dense: DenseModel, out: Path) -> Made:
+    out.mkdir(parents=True)
+    method.check(dense.shape)
+    claim = method.compress(dense, CALIBRATION if method.needs.calibration else None, out)
+    artefact.write_manifest(out, artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim))
+    return Made(method, out, claim)

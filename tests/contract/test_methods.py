@@ -1,0 +1,161 @@
+"""What every shipped method class promises, whatever it computes: facts, claim, artefact, seed, resumption, refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config.meaning import meanings
+from slimbench.harness.measure import claims
+from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.store import artefact
+from slimbench.methods.base import DenseModel, ModelShape, Unsupported
+from slimbench.util import checkpoints
+from tests.contract.shipped import CALIBRATION, NAMES, Made, classes, make, runnable
+from tests.support import tiny
+
+DEQUANTIZED = "fell back to dequantize + dense matmul in 14 of 14 layers"
+FLAGS = {
+    "bitsandbytes": {"claims 4 bits, stores 4.3", "claims 4 bits, stores 4.5"},  # the tables of its scales weigh on a tiny model
+    "codebook": {DEQUANTIZED},
+    "fp8-dynamic": {DEQUANTIZED, "claims 8-bit activations, computes in bfloat16"},
+    "fp8-weight": {DEQUANTIZED},
+}
+"""By format or name: what a processor cannot do, and the evidence therefore says."""
+FINISHED_AT_ONCE = {"signround": "its library learns a block in one go"}
+"""Methods that train and keep nothing to resume from."""
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request: pytest.FixtureRequest, dense: DenseModel, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The artefact of one method, which the tests of this module share."""
+    return make(runnable(request.param), dense, tmp_path_factory.mktemp(request.param) / "artefact")
+
+
+def content(made: Made) -> dict[str, str]:
+    """SHA-256 of each file of an artefact, but for OpenVINO's graph, whose nodes are numbered on through a process."""
+    return {file.name: file.sha256 for file in artefact.files(made.folder) if file.name != "openvino_model.xml"}
+
+
+def differences(made: Made, model: LoadedModel) -> set[str]:
+    """What the evidence says against the claim, less what holds of every tiny model on a processor."""
+    flags = set(claims.check(model, made.claim, artefact.disk_bytes(made.folder)).flags)
+    expected = FLAGS.get(made.claim.format, set()) | FLAGS.get(made.method.name, set())
+    simulated = {"simulated: rounded numbers in dense storage"} if made.claim.simulated else set()
+    assert simulated <= flags
+    return {flag for flag in flags - expected - simulated if not flag.startswith("a slower kernel ran")}
+
+
+def test_modules_import_no_heavy_library() -> None:
+    modules = sorted({type(method).__module__ for method in classes().values()})
+    heavy = ("torch", "transformers", "llmcompressor", "bitsandbytes")
+    code = f"import sys, {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is_and_what_its_settings_mean(name: str) -> None:
+    method = classes()[name]
+    family = type(method).__module__.split(".")[2]
+    assert method.family == family or family == "dense"
+    assert method.reference == "paper" or re.fullmatch(r"[\w.]+:[\w.]+", method.reference)
+    assert method.citation.title and 1950 < method.citation.year < 2100 and method.produces
+    assert method.citation.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", method.citation.arxiv)
+    assert all(re.fullmatch(r"[a-z]+/[a-z0-9-]+", covered) for covered in method.citation.covers)
+    if method.needs.modules:
+        assert method.needs.extra or method.needs.environment, "how to install what it needs"
+    assert {field.name for field in dataclasses.fields(method)} <= set(meanings(type(method))) and type(method).__doc__
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.extra_field = 1  # type: ignore[attr-defined]
+
+
+def test_the_loaded_artefact_keeps_what_is_claimed(made: Made) -> None:
+    model = made.load()
+    assert made.claim.format == made.method.produces
+    assert differences(made, model) == set()
+    assert torch.isfinite(model.logits(CALIBRATION.ids[:2])).all()
+
+
+def test_an_artefact_loads_the_same_twice(made: Made) -> None:
+    before = content(made)
+    first, second = (made.load().logits(CALIBRATION.ids[:2]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert content(made) == before, "loading writes nothing"
+
+
+def test_the_seed_of_a_cell_reaches_what_it_draws(made: Made, dense: DenseModel, tmp_path: Path) -> None:
+    other = content(make(made.method, replace(dense, seed=1), tmp_path / "other"))
+    if not made.method.draws:
+        assert other == content(made), "it says that it draws nothing"
+        return
+    assert other != content(made), "it says that it draws something"
+    assert content(make(made.method, dense, tmp_path / "again")) == content(made)
+
+
+@pytest.mark.parametrize("name", [name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE])
+def test_training_that_is_killed_goes_on_to_the_same_artefact(
+    name: str, dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        raise Killed
+
+    def watch(*arguments: Any) -> Any:
+        states.append(load(*arguments))
+        return states[-1]
+
+    method, save, load = runnable(name), checkpoints.save, checkpoints.load
+    states: list[Any] = []
+    kept = replace(dense, checkpoints=tmp_path / "kept")
+    monkeypatch.setattr(checkpoints, "save", save_and_die)
+    with pytest.raises(Killed):
+        make(method, kept, tmp_path / "killed")
+    monkeypatch.setattr(checkpoints, "save", save)
+    monkeypatch.setattr(checkpoints, "load", watch)
+    resumed = content(make(method, kept, tmp_path / "resumed"))
+    assert any(state is not None for state in states), "it began anew"
+    assert resumed == content(make(method, dense, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shape_that_does_not_fit_is_refused_before_work_or_compressed(name: str, odd: DenseModel, tmp_path: Path) -> None:
+    method = runnable(name)
+    try:
+        method.check(odd.shape)
+    except Unsupported as error:
+        assert re.search(r"\d", str(error)) and "\n" not in str(error)
+        return
+    make(method, odd, tmp_path / "artefact")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """Widths that no group, block or kernel divides."""
+    return tiny.save_model(tmp_path_factory.mktemp("odd"), hidden_size=72, intermediate_size=136, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_layers_are_refused_in_one_line_or_compressed_as_claimed(name: str, gpt2: DenseModel, tmp_path: Path) -> None:
+    try:
+        made = make(runnable(name), gpt2, tmp_path / "artefact")
+    except Unsupported as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert differences(made, made.load()) == set()
+
+
+def test_a_shape_names_what_would_fit() -> None:
+    shape = ModelShape("LlamaForCausalLM", 96, 192, 2, 2, 2, 256, True)
+    with pytest.raises(Unsupported, match=r"group_size 64 does not divide the input features 96; nearest that does: 32"):
+        shape.check_group(64)
