@@ -57,7 +57,7 @@ def family(name: str, settings: Sequence[tuple[str, float, float]], branch: str 
         pruned = branch == "pruning"
         spec = Spec(label, branch, loss=loss, bits=None if pruned else amount, sparsity=amount if pruned else 0.0, size=0.4)
         for record in records(spec):
-            record.cell.steps = [{"name": label, "target": f"methods.{branch}.{name.lower()}.{name}"}]
+            record.cell.steps = [{"name": label, "method": name}]
             yield record
 
 
@@ -337,10 +337,8 @@ def test_every_kind_has_a_reason_where_the_rows_do_not_allow_it() -> None:
 
 
 def test_quality_of_two_machines_stands_in_one_figure_and_speed_does_not() -> None:
-    here, there = [*records(Spec()), *records(Spec("rtn", "quantization", loss=1.4, bits=4.25))], []
-    for record in records(Spec("gptq", "quantization", loss=1.2, bits=4.25)):
-        record.provenance = record.provenance | {"hardware": record.provenance["hardware"] | {"cpu": "Another CPU"}}
-        there.append(record)
+    here = [*records(Spec()), *records(Spec("rtn", "quantization", loss=1.4, bits=4.25))]
+    there = records(Spec("gptq", "quantization", loss=1.2, bits=4.25, cpu="Another CPU"))
     made = rows([*here, *there])
     (quality,) = of(made, "perplexity-bits")
     assert {"rtn", "gptq", "dense"} <= set(words(quality).splitlines()) and "2 machines" in words(quality)

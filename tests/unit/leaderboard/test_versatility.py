@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
@@ -201,7 +202,7 @@ def test_a_result_has_one_name_on_every_machine() -> None:
     for record in there:
         record.cell.keys = record.cell.keys.model_copy(update={"speed": "f" * 16})
         record.key = record.cell.keys.of(record.stage)
-        record.provenance = record.provenance | {"hardware": record.provenance["hardware"] | {"cpu": "Another CPU"}}
+        record.hardware = identify(record.provenance["hardware"] | {"cpu": "Another CPU"}, "cpu")
         record.config["model"] = {"name": "tiny-135m", "written": "by an older version"}
     board = rows([*here, *there])
     assert sorted(row.label for row in board) == [f"gptq · calibration seed {seed}" for seed in (0, 0, 1)]

@@ -17,7 +17,9 @@ from slimbench.harness.measure import protocols
 from slimbench.harness.run import cell as cells
 from slimbench.harness.run import hub
 from slimbench.harness.run.cell import Cell, make_cell
-from slimbench.harness.run.planning.ledger import recorded, reusable
+from slimbench.harness.run.planning.ledger import Ledger, recorded, reusable
+from slimbench.harness.run.planning.outlook import outlook
+from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.hardware import Gpu, Hardware, HardwareIdentity, identify
 from slimbench.harness.schema.identity import Keys, Stage, Status
 from slimbench.harness.schema.record import Failure, Record
@@ -27,6 +29,7 @@ from slimbench.methods.quantization.weight import rtn
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
+from tests.unit.run.test_runner import Listener
 
 CARD = Gpu("Example GPU", 24 * 2**30, "550.1", "9.0")
 ELSEWHERE = HardwareIdentity(fingerprint="0badcafe", label="Example CPU · 96 threads · 512 GB")
@@ -56,7 +59,8 @@ def test_a_class_in_another_file_has_the_same_keys(overrides: list[str], tmp_pat
     here = cell(overrides, "method=rtn-4bit")
     there = cell(overrides, "method=rtn-4bit", "method.rtn-4bit._target_=elsewhere_entirely.RTN")
     assert sys.modules["elsewhere_entirely"].RTN is not RTN
-    assert there.identity == here.identity
+    ours, theirs = here.identity, there.identity
+    assert (theirs.keys, theirs.reference, theirs.steps) == (ours.keys, ours.reference, ours.steps)
 
 
 def test_an_engine_in_another_file_has_the_same_keys(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +183,7 @@ def test_records_of_other_hardware_count_only_where_any_will_do(overrides: list[
     assert [reusable(store, this, stage) for stage in Stage] == [None] * 3
     found = [reusable(store, whichever, stage) for stage in Stage]
     assert [record and record.hardware for record in found] == [ELSEWHERE, ELSEWHERE, None], "speed is of one machine"
-    (_, planned), (_, planned_any) = (plan(mine), plan([*mine, "device.hardware=any"]))
+    (_, planned), (_, planned_any) = (outlook(Ledger(plan(o, False), store)) for o in (mine, [*mine, "device.hardware=any"]))
     assert {*planned.stages.values()} == {"run"}
     assert planned_any.stages == {Stage.COMPRESS: "recorded ok", Stage.QUALITY: "recorded ok", Stage.SPEED: "run"}
     own = stored(store, this, Stage.QUALITY, this.hardware(Stage.QUALITY))
@@ -190,6 +194,18 @@ def test_a_failure_elsewhere_is_no_fact_here(overrides: list[str], tmp_path: Pat
     whichever, store = cell([*overrides, "device.hardware=any"]), Store(tmp_path)
     stored(store, whichever, Stage.COMPRESS, ELSEWHERE, status=Status.OOM, compress=None, failure=Failure(type="OOM", message="small"))
     assert recorded(store, whichever, Stage.COMPRESS) is None
+
+
+def test_a_reference_that_failed_elsewhere_is_tried_here(overrides: list[str], tmp_path: Path) -> None:
+    """Where the reference did not run, a candidate is measured without it: on the machine where that was."""
+    this, store = cell([*overrides, "method=rtn-4bit"]), Store(tmp_path)
+    reference, runner = this.reference(), Runner(Store(tmp_path), Listener())
+    bad = {"status": Status.OOM, "quality": None, "failure": Failure(type="OOM", message="small")}
+    stored(store, reference, Stage.QUALITY, ELSEWHERE, **bad)
+    assert runner._reference_key(this, Stage.QUALITY) == this.identity.reference.compress
+    stored(store, reference, Stage.QUALITY, reference.hardware(Stage.QUALITY), **bad)
+    assert runner._reference_key(this, Stage.QUALITY) is None
+    runner.close()
 
 
 def test_the_keys_of_a_hub_model_hold_the_commit_that_the_cache_knows(
