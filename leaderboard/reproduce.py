@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record

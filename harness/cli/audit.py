@@ -25,7 +25,7 @@ def audit(
     """Run a random sample of a results folder's records again and say which of them reproduce."""
     from rich.table import Table
 
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.harness.run import audit as audits
     from slimbench.harness.schema.identity import Stage
     from slimbench.util.text import nearest

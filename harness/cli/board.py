@@ -20,7 +20,7 @@ from slimbench.harness.cli.terminal import (
     results_folder,
     table_rows,
 )
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 app = typer.Typer(help="The leaderboard: build it, serve it, or print its table.", no_args_is_help=True)
 

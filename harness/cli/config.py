@@ -23,15 +23,15 @@ def config(
 ) -> None:
     """Each key of a configuration: its value, the override, file or class that it comes from, what it may be and what it means."""
     from slimbench.harness.config import origin
-    from slimbench.harness.config.overrides import check_given_once
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
+    from slimbench.harness.config.overrides import check_words
 
     check_choice("--format", format, FORMATS)
     overrides = [word for word in words or [] if "=" in word or word.startswith("~")]
     names = [word for word in words or [] if word not in overrides]
     if len(names) > 1:
         raise ConfigError(f"one key at a time, not {' and '.join(names)}")
-    check_given_once(overrides)
+    check_words(overrides)
     found = origin.keys(overrides, names[0] if names else None)
     rows = [{column: getattr(key, column) for column in _COLUMNS} for key in found]
     if format == "terminal" and len(rows) == 1:

@@ -80,7 +80,7 @@ def main() -> None:
 
 def _answer(error: Exception) -> tuple[str, int]:
     """What is said of an error, and the exit code."""
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.tasks.errors import DataError
 
     if isinstance(error, ConfigError | DataError):
@@ -98,6 +98,8 @@ def _as_override(words: list[str]) -> str:
     from slimbench.harness.config.schema import RunConfig
     from slimbench.harness.config.sources import groups
 
+    if "--cfg" in words or "--info" in words:
+        return "; `slimbench config` shows each key with its value, source and meaning"
     for word, following in itertools.pairwise([*words[1:], "…"]):
         key, _, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and key.split(".")[0] in {*groups(), *RunConfig.model_fields}:

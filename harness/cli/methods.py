@@ -90,8 +90,8 @@ def show(name: str) -> None:
 @app.command()
 def check(name: str) -> None:
     """Prove a method in seconds: compress a tiny random model, reload it, hold claim against evidence."""
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.harness.config.registry import entry
-    from slimbench.harness.config.schema import ConfigError
     from slimbench.harness.run.proof import check as prove
     from slimbench.methods.base import Unsupported
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 
 def recommend(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from slimbench.harness.cli.terminal import FORMATS, check_choice, print_table, results_folder
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 app = typer.Typer(help="Records: check, export as Parquet or a data set, import them or results of other tools.", no_args_is_help=True)
 

@@ -12,7 +12,7 @@ import typer
 
 from slimbench.harness.cli.exit_codes import ExitCode, of
 from slimbench.harness.cli.terminal import FORMATS, Overrides, check_choice, console, fail, print_table, table_rows
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimbench.harness.run.planning.ledger import Ledger
@@ -53,11 +53,12 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
     check_choice("--format", format, FORMATS)
     seconds = seconds_of(stop_after)
     from slimbench.harness.launch import sweep as sweeps
+
+    plan = sweeps.plan(overrides, several)
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.store.store import Store
 
-    plan = sweeps.plan(overrides, several)
     results = Path(plan.cells[0].config.results)
     store = Store(results)
     if plan_only:

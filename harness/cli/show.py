@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimbench.harness.cli.terminal import DEFAULT_RESULTS, Results, console, read_records
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.util.text import nearest
 
 

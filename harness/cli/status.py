@@ -10,7 +10,7 @@ import typer
 
 from slimbench.harness.cli.exit_codes import of
 from slimbench.harness.cli.terminal import console, print_table
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimbench.harness.run.planning.ledger import Ledger

@@ -31,7 +31,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def check_choice(option: str, name: str, choices: Sequence[str]) -> None:
     """Raise `ConfigError` with the nearest valid choice."""
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.util.text import nearest
 
     if name not in choices:
@@ -80,7 +80,7 @@ def _text(value: Any) -> str:
 
 def results_folder(results: Path) -> Path:
     """The folder, if it is one; `ConfigError` with a hint if not."""
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.util.text import nearest
 
     if not results.is_dir():
@@ -94,7 +94,7 @@ def output_folder(out: Path) -> Path:
     """The folder, made if it is not there; `ConfigError` before any work if nothing can be written into it."""
     import os
 
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -109,9 +109,9 @@ def read_records(results: Path) -> list[Any]:
     """The records of a results folder that can be read; a line on the standard error counts the others.
 
     Raises:
-        harness.config.schema.ConfigError: There is no such folder, or no record in it.
+        harness.config.errors.ConfigError: There is no such folder, or no record in it.
     """
-    from slimbench.harness.config.schema import ConfigError
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.harness.store.store import Store
 
     records, unreadable = Store(results_folder(results)).scan()
@@ -138,10 +138,10 @@ def complete(incomplete: str) -> list[str]:
     return [start + name for name in shipped(group) if name.startswith(last)]
 
 
-def _given_once(words: list[str] | None) -> list[str] | None:
-    from slimbench.harness.config.overrides import check_given_once
+def _checked(words: list[str] | None) -> list[str] | None:
+    from slimbench.harness.config.overrides import check_words
 
-    check_given_once(words or [])
+    check_words(words or [])
     return words
 
 
@@ -149,7 +149,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="What differs from the defaults, such as method=gptq method.gptq.bits=3 suite.limit=50.",
-        callback=_given_once,
+        callback=_checked,
         autocompletion=complete,
     ),
 ]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from slimbench.harness.cli.terminal import check_choice, fail, output_folder, read_records
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 app = typer.Typer(help="Weights & Biases: log the cells of a results folder, send offline runs, make the dashboard.", no_args_is_help=True)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.harness.config.overrides import apply, products, quoted, read
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.overrides import apply, check_names, products, quoted, read
 from slimbench.harness.config.parse import parse
-from slimbench.harness.config.schema import ConfigError, RunConfig
+from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sources import CONF_DIR, choice, choice_path, conf_dirs, groups, package, shipped
 from slimbench.harness.config.targets import complete
 from slimbench.util.text import nearest
@@ -231,11 +231,7 @@ def _check_names(override: Override) -> None:
         return
     if not isinstance(override.value(), str | list):
         raise ConfigError(f"{override.input_line}: the name of a choice is needed")
-    for name in _names(override):
-        if name not in (offered := shipped(group)):
-            own = group == "model" and Path(name).expanduser().is_dir()
-            hint = f"; for a folder of your own: model=custom model.name=NAME model.source=file:{name}" if own else nearest(name, offered)
-            raise ConfigError(f"no {group} '{name}'{hint}")
+    check_names(group, _names(override))
 
 
 def _is_plain(override: Override) -> bool:

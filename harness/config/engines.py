@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from slimbench.harness.config import environments
-from slimbench.harness.config.schema import ConfigError, EngineConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.sources import choice, shipped
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.util.files import cache_dir
 from slimbench.util.text import nearest
 

@@ -24,7 +24,8 @@ from functools import cache
 from pathlib import Path
 
 from slimbench.harness.config import engines
-from slimbench.harness.config.schema import ConfigError, EngineConfig, RunConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import EngineConfig, RunConfig
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import locate
 from slimbench.harness.schema.identity import Stage

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from slimbench.harness.config import compose
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.meaning import choices, meanings
 from slimbench.harness.config.overrides import read
-from slimbench.harness.config.schema import CalibrationConfig, ConfigError, RunConfig
+from slimbench.harness.config.schema import CalibrationConfig, RunConfig
 from slimbench.harness.config.sources import CONF_DIR, choice_path, conf_dirs, groups, package, shipped
 from slimbench.harness.config.targets import locate
 from slimbench.util.text import nearest

@@ -6,9 +6,10 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import groups, shipped
 from slimbench.util.text import nearest
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_CHOICE = re.compile(r"(\w+)=\[?([\w.+/-]+(?:,[\w.+/-]+)*)\]?")
 _NESTED = re.compile(r"[^=]*=\s*[\[{]")
 
 _COMING = ("slurm", "ray")  # launchers for clusters
@@ -50,21 +52,38 @@ def read(texts: Sequence[str], loader: Any = None) -> list[Override]:
     return overrides
 
 
-def check_given_once(texts: Sequence[str]) -> None:
-    """Raise `ConfigError` if a key stands twice on a command line: which of the two is meant is not known."""
+def check_words(texts: Sequence[str]) -> None:
+    """Raise `ConfigError` for what is wrong with a command line before Hydra is imported: no override, no choice, or one given twice."""
     given: dict[str, str] = {}
     for text in texts:
+        _require_value(text)
+        if (named := _CHOICE.fullmatch(text)) and named[1] in groups():
+            check_names(named[1], named[2].split(","))
         key = text.partition("=")[0].strip().lstrip("+~")
         if key in given:
             raise ConfigError(f"'{key}' is given twice: {given[key]} and {text}")
         given[key] = text
 
 
+def check_names(group: str, names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless each is a choice of a group."""
+    offered = shipped(group)
+    for name in names:
+        if name not in offered:
+            own = group == "model" and Path(name).expanduser().is_dir()
+            hint = f"; for a folder of your own: model=custom model.name=NAME model.source=file:{name}" if own else nearest(name, offered)
+            raise ConfigError(f"no {group} '{name}'{hint}")
+
+
+def _require_value(text: str) -> None:
+    if "=" not in text and not text.startswith("~"):
+        raise ConfigError(f"'{text}' is no KEY=VALUE{_choice_named(text)}")
+
+
 def _read(parser: Any, text: str) -> Override:
     from hydra.errors import HydraException
 
-    if "=" not in text and not text.startswith("~"):
-        raise ConfigError(f"'{text}' is no KEY=VALUE{_choice_named(text)}")
+    _require_value(text)
     try:
         return parser.parse_overrides([text])[0]
     except HydraException as error:

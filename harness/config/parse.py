@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method

@@ -61,7 +61,7 @@ def entry(name: str) -> Entry:
     """A method by the name of its YAML.
 
     Raises:
-        harness.config.schema.ConfigError: There is none of that name.
+        harness.config.errors.ConfigError: There is none of that name.
     """
     settings = shipped_method(name)
     target = settings.pop("_target_")

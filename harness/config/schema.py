@@ -13,10 +13,6 @@ from slimbench.util.text import nearest
 OnExisting = Literal["keep", "failed", "stale", "all"]
 
 
-class ConfigError(Exception):
-    """The user's configuration is wrong. The message is one line and says what would be right."""
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

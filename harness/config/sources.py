@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.targets import complete
 from slimbench.util.text import nearest
 

@@ -7,7 +7,7 @@ import functools
 import importlib
 from typing import Any
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 
 def locate(dotted: str) -> Any:

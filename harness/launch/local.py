@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimbench.harness.config import compose
-from slimbench.harness.config.schema import ConfigError
-from slimbench.harness.run.cell import make_cell
-from slimbench.harness.run.planning import plan as plans
-from slimbench.harness.run.planning.obstacles import require_extras, require_sense
-from slimbench.harness.store.store import Store
+from slimbench.harness.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from slimbench.harness.run.planning.ledger import Ledger
@@ -27,12 +23,16 @@ def plan(overrides: Sequence[str], several: bool) -> Plan:
         ConfigError: The first mistake in any of them, or a results folder that cannot be written.
     """
     jobs = compose.jobs(overrides) if several else [(list(overrides), compose.resolve(overrides))]
+    from slimbench.harness.run.cell import make_cell
+    from slimbench.harness.run.planning.obstacles import require_extras, require_sense
+    from slimbench.harness.run.planning.plan import make_plan
+
     cells = [make_cell(config, tuple(job)) for job, config in jobs]
     for cell in cells:
         require_extras(cell)
         require_sense(cell)
     _require_writable(Path(cells[0].config.results))
-    return plans.make_plan(cells)
+    return make_plan(cells)
 
 
 def launch(
@@ -52,7 +52,9 @@ def launch(
         StoreError: The results folder cannot be written.
     """
     from slimbench.harness.launch.local import LocalLauncher
+    from slimbench.harness.run.planning import plan as plans
     from slimbench.harness.run.planning.ledger import Ledger
+    from slimbench.harness.store.store import Store
 
     plan, store = plans.read(plans.write(plan, results)), Store(results)
     LocalLauncher(listener, plan.launcher.slots, seconds, on_done).launch(plan, store)

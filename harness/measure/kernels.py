@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import CONF_DIR
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.hardware import available_cores, available_memory, hardware

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.run import trust
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.schema.compress import CompressResult

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimbench.harness.config import engines
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method, describe
-from slimbench.harness.config.schema import ConfigError, RunConfig, StepConfig
+from slimbench.harness.config.schema import RunConfig, StepConfig
 from slimbench.harness.config.sources import shipped_method
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub, identity, public

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config import engines, local_model
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ConfigError, ModelConfig, RunConfig, SuiteConfig
+from slimbench.harness.config.schema import ModelConfig, RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
 from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part

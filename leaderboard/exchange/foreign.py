@@ -185,8 +185,8 @@ def _keys(setting: Setting, model: str, pipeline: str) -> Keys:
 
 def _family(names: Sequence[str]) -> str:
     """The families of the methods that slimbench knows; `imported` where it does not know one of them."""
+    from slimbench.harness.config.errors import ConfigError
     from slimbench.harness.config.registry import entry
-    from slimbench.harness.config.schema import ConfigError
 
     families = []
     for name in names:

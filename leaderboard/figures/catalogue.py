@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.leaderboard.figures.bars import flips, memory
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
-from slimbench.harness.config.schema import ConfigError, SuiteConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import SuiteConfig
 from slimbench.harness.config.sources import choice
 
 _APART = ("name", "batch_tokens")

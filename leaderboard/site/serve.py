@@ -6,7 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.leaderboard.site.build import BoardError
 
 HOST = "127.0.0.1"
@@ -28,7 +28,7 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
         port: 0 takes any that is free.
 
     Raises:
-        harness.config.schema.ConfigError: There is no board in the folder.
+        harness.config.errors.ConfigError: There is no board in the folder.
         BoardError: The port is taken.
     """
     if not (folder / "index.html").is_file():

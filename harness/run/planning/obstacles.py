@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimbench.harness.config import engines, environments
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure.hardware import available_memory, hardware
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.schema.identity import Stage

@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from slimbench import __version__
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.lock import LOCK
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ConfigError, LauncherConfig, RunConfig
+from slimbench.harness.config.schema import LauncherConfig, RunConfig
 from slimbench.harness.run.cell import Cell, hardware_of
 from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.schema.base import Schema

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.compose import jobs, resolve
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries, entry
-from slimbench.harness.config.schema import ConfigError, ModelConfig
+from slimbench.harness.config.schema import ModelConfig
 from slimbench.harness.config.sources import CONF_DIR
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.planning.plan import make_plan
@@ -94,6 +95,8 @@ def test_a_setting_of_some_methods_of_a_sweep_is_no_setting_of_the_others() -> N
         ("sweep method=gptq +method=awq", "'method' is given twice"),
         ("sweep method=rtn-4bit,gptq method.gptq.bits=3,4", "belongs to gptq only"),
         ("sweep --plan method=dense hydra/launcher=x", "give launcher=NAME"),
+        ("run --cfg job", "`slimbench config` shows each key"),
+        ("sweep model=opt-125m,opt-125mm method=dense", "did you mean 'opt-125m'?"),
         ("rnu", "No such command 'rnu'. Did you mean 'run'?"),
     ],
 )

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from slimbench.harness.config import compose
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.overrides import products, read
-from slimbench.harness.config.schema import ConfigError, RunConfig
+from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sources import CONF_DIR, read_yaml, shipped, shipped_method
 
 LISTS = 200

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slimbench.harness.config.compose import jobs, resolve
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.run.cell import make_cell, step_label
 

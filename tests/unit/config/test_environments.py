@@ -6,7 +6,7 @@ import pytest
 
 from slimbench.harness.config import environments
 from slimbench.harness.config.environments import Environment
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 
 
 def test_known_environments_pin_what_they_install() -> None:

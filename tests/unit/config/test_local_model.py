@@ -10,7 +10,7 @@ import pytest
 
 from slimbench.harness.config import local_model
 from slimbench.harness.config.compose import jobs
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.run.cell import make_cell
 from slimbench.util import checksums
 

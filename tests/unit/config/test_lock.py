@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slimbench.harness.config import lock
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.util import sources, syntax
 
 RTN, GPTQ = "methods/quantization/weight/rtn.py", "methods/quantization/weight/gptq.py"

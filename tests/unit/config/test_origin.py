@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.compose import composed, resolve
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.origin import Key, keys
-from slimbench.harness.config.schema import ConfigError, RunConfig
+from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sources import CONF_DIR, shipped
 from tests.unit.cli.test_cli import slimbench
 

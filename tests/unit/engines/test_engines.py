@@ -9,7 +9,8 @@ import torch
 
 from slimbench.harness.config import engines as catalogue
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import ConfigError, EngineConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.engines import semi_structured
 from slimbench.harness.run import engine_proof as proof
 from slimbench.harness.run.cell import make_cell

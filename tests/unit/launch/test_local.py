@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch.local import LocalLauncher
 from slimbench.harness.measure import hardware as machine
 from slimbench.harness.run.cell import Cell

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import shipped
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.coverage import Answer, Notes, Status, System

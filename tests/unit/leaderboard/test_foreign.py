@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store

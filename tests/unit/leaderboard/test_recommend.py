@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimbench.harness.cli.main import app
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import LEVEL, holm
 from slimbench.harness.store.store import Store

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimbench.harness.cli.main import app
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch import sweep
 from slimbench.harness.run import hub
 from slimbench.harness.schema.identity import Stage

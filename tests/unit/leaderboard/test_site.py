@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable, read

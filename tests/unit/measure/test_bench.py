@@ -11,7 +11,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from rich.console import Console
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure import kernels as bench
 from slimbench.leaderboard.figures import kernels
 

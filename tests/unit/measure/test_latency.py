@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import ConfigError, SpeedConfig, SpeedPoint
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import SpeedConfig, SpeedPoint
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
 from slimbench.harness.measure.latency import Instruments, Throttled, first_call, half_widths, measure_point, order, precise
 from slimbench.harness.measure.loaded import LoadedModel, Step

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimbench.harness.config.compose import jobs
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ConfigError, StepConfig
+from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import choice, choice_path, shipped, shipped_method
 from slimbench.harness.config.targets import complete
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config import engines
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ConfigError, StepConfig
+from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import locate
 from slimbench.harness.schema import legacy_keys

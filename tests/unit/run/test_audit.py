@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.run.audit import Outcome, Repeat, Verdict, audit, compare, draw, plan
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch.sweep import plan
 from slimbench.harness.measure import protocols
 from slimbench.harness.run import cell as cells

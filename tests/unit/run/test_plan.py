@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch import sweep
 from slimbench.harness.run.planning import plan as plans
 from slimbench.harness.run.planning.ledger import Ledger, State

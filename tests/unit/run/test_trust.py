@@ -12,7 +12,7 @@ import pytest
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.engines import get
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import shipped_method
 from slimbench.harness.run.trust import Distrusted, configuration
 from tests.support.paths import ROOT

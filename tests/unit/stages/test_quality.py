@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure import divergence
 from slimbench.harness.measure.perplexity import Diverged
 from slimbench.harness.measure.zeroshot import EngineLM

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ConfigError
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.formats import packed
 from slimbench.methods.kernels.grid import Grid
