@@ -13,7 +13,7 @@ import typer
 
 from slimbench.harness.cli.exit_codes import ExitCode, of
 from slimbench.harness.cli.run import run, seconds_of, sweep
-from slimbench.harness.config.schema import ConfigError
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch import sweep as sweeps
 from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.store.store import Store
