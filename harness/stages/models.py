@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from slimbench.harness.config.schema import ConfigError, ModelConfig
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import ModelConfig
 from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.tasks import assets, gguf
 from slimbench.util import checksums
