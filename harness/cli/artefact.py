@@ -63,6 +63,6 @@ def _artefact(overrides: list[str] | None) -> tuple[Cell, Path]:
 
     cell = make_cell(compose.resolve(overrides or []), tuple(overrides or []))
     key = cell.identity.keys.compress
-    if not artefact.exists(key):
-        fail(f"no artefact of {cell.label} in the cache; make it with: {cell.command}", 1)
+    if problem := artefact.fault(key):
+        fail(f"no artefact of {cell.label} to ship: {problem}; make it with: {cell.command}", 1)
     return cell, artefact.location(key)

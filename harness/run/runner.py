@@ -7,17 +7,16 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from slimbench.harness.config import environments
+from slimbench.harness.config import environments, lock
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import available_cores, available_memory
-from slimbench.harness.run import provenance, public
+from slimbench.harness.run import provenance, public, reuse
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import PLAN, recorded, reusable
 from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure, Record
-from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from slimbench.tasks import zeroshot
 
@@ -77,12 +76,18 @@ class Runner:
                 return None
             record = reusable(self.store, cell, stage, self.since)
             if record is None:
+                before = recorded(self.store, cell, stage)
+                if changed := reuse.changed_code(before, cell.config) if before else []:
+                    self.listener.note(
+                        f"{cell.label}: {stage} again, the code of {' and '.join(changed)} has changed since it was recorded"
+                    )
                 return self._execute(cell, stage)
         self.listener.stage_ended(cell, stage, record, reused=True)
         return record
 
     def _execute(self, cell: Cell, stage: Stage) -> Record:
         self.listener.stage_started(cell, stage)
+        code = lock.fingerprints(cell.config, stage)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         outcome = self._outcome(cell, stage)
         record = Record(
@@ -98,6 +103,7 @@ class Runner:
             failure=outcome.failure,
             config=public.config(cell.recorded_config()),
             command=cell.command,
+            code=code,
             provenance=provenance.of_machine(cell.config.seed, cell.config.device.threads or available_cores())
             | _environment_facts(cell, stage)
             | (outcome.provenance or provenance.of_process()),
@@ -146,20 +152,33 @@ class Runner:
         return self._workers.setdefault(key, Worker(*key, card=self.card))
 
     def _artefacts_ready(self, cell: Cell, stage: Stage) -> Outcome | None:
-        """Make artefacts again that are recorded but no longer (or not on this machine) in the cache."""
+        """Make artefacts again that are not in the cache as they were recorded: gone, damaged, or made by other code."""
         if stage is Stage.COMPRESS:
             return None
         alone = cell.config.is_reference or self._reference_key(cell, stage) is None
-        wanted = [cell] if alone else [cell, cell.reference()]
-        for part in wanted:
-            if artefact.exists(part.identity.keys.compress):
-                continue
-            self.listener.note(f"{part.label}: making the artefact again, it is not in the cache")
-            with self.store.lock(part.identity, Stage.COMPRESS, part.hardware(Stage.COMPRESS), wait=True):
-                outcome = Outcome(Status.OK, "", 0.0) if artefact.exists(part.identity.keys.compress) else self._work(part, Stage.COMPRESS)
-            if outcome.status is not Status.OK:
-                return outcome
-        return None
+        parts = [cell] if alone else [cell, cell.reference()]
+        return next((outcome for part in parts if (outcome := self._artefact_ready(part)) is not None), None)
+
+    def _artefact_ready(self, cell: Cell) -> Outcome | None:
+        """Make an artefact again if need be; what came of it where it still cannot be used.
+
+        Two artefacts of one key on one machine must be the same bytes, or a row would mix what was measured on both.
+        """
+        key, hardware = cell.identity.keys.compress, cell.hardware(Stage.COMPRESS)
+        record = self.store.get(cell.identity, Stage.COMPRESS, hardware)
+        if (fault := reuse.artefact_fault(key, cell.config, record)) is None:
+            return None
+        self.listener.note(f"{cell.label}: making the artefact again, {fault}")
+        with self.store.lock(cell.identity, Stage.COMPRESS, hardware, wait=True):
+            if reuse.artefact_fault(key, cell.config, record):
+                outcome = self._work(cell, Stage.COMPRESS)
+                if outcome.status is not Status.OK:
+                    return outcome
+        if (difference := reuse.other_bytes(key, record)) is None:
+            return None
+        versions = "+".join(f"{method.name} {method.version}" for method in cell.methods)
+        message = f"other bytes under one version of {versions}: {difference}; on_existing=all measures everything again"
+        return Outcome(Status.FAILED, PLAN, 0.0, failure=Failure(type="OtherBytes", message=message))
 
 
 def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:

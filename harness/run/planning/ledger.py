@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from slimbench.harness.config import environments
 from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.run import provenance
+from slimbench.harness.run import provenance, reuse
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task, task_name
 from slimbench.harness.schema.identity import Stage, Status
@@ -134,7 +134,7 @@ def stands(record: Record, config: RunConfig, since: str) -> bool:
     if (record.failure and record.failure.interrupted) or record.phase == PLAN:
         return False
     redo = {"keep": False, "failed": record.status not in _FINAL, "stale": is_stale(record), "all": True}[config.on_existing]
-    return not redo
+    return not redo and not reuse.changed_code(record, config)
 
 
 def is_stale(record: Record) -> bool:

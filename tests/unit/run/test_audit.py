@@ -14,6 +14,7 @@ from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
+from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from tests.support.running import run
 from tests.unit.run.test_runner import Listener
@@ -46,6 +47,17 @@ def test_what_was_measured_here_reproduces(folder: Path) -> None:
     assert outcomes[Stage.COMPRESS] is Outcome.EQUAL
     assert outcomes[Stage.QUALITY] is Outcome.EQUAL
     assert outcomes[Stage.SPEED] in (Outcome.WITHIN, Outcome.DIFFERS), "a busy machine may be slower by chance"
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_damaged_artefact_in_the_cache_is_not_what_is_measured(folder: Path, use_cache: bool) -> None:
+    (record,) = (r for r in Store(folder).scan()[0] if r.stage is Stage.COMPRESS)
+    weights = artefact.location(record.key) / "model.safetensors"
+    good = weights.read_bytes()
+    weights.unlink()  # a dense artefact links to its source
+    weights.write_bytes(good[:-8192] + bytes(8192))
+    (verdict,) = audit(folder, 10, 0, [Stage.QUALITY], SILENT, trusted=True, use_cache=use_cache)
+    assert verdict.outcome is Outcome.EQUAL
 
 
 def test_a_sample_is_drawn_by_its_seed(folder: Path) -> None:
