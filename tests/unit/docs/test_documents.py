@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 
+from slimbench.harness.cli.exit_codes import ExitCode
 from slimbench.harness.cli.main import app
 from slimbench.harness.config import compose
 from slimbench.harness.store.store import Store
@@ -75,6 +76,11 @@ def test_every_block_is_marked_and_at_most_a_third_is_only_parsed() -> None:
     assert [block.name for block in every if block.mark not in MARKS] == []
     counts = Counter(block.mark for block in every)
     assert counts["parse"] <= len(every) / 3 and counts["run"] >= 5
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    text = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| (\d+) \| ([^|]+) \|$", text, re.MULTILINE)) == {str(int(code)): code.meaning for code in ExitCode}
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.name)
