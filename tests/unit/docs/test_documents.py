@@ -30,6 +30,15 @@ def board() -> list[Row]:
     return rows(Store(ROOT / "results").scan()[0])
 
 
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choices of a reader who has followed CONTRIBUTING."""
+    (yaml,) = re.findall(r"```yaml\n(.+?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "toy.yaml").write_text(yaml)
+    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path))
+
+
 def test_the_readme_is_read_in_two_minutes() -> None:
     assert (ROOT / "README.md").stat().st_size <= 9_000
 
@@ -84,7 +93,7 @@ def test_exit_codes_are_those_of_the_program() -> None:
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block.name)
-def test_commands_and_options_exist(block: Block) -> None:
+def test_commands_and_options_exist(block: Block, newcomer: None) -> None:
     """Each command of each block is parsed by the command line itself; nothing is invoked."""
     for words in block.commands():
         if words[0] == "make":
