@@ -103,15 +103,22 @@ class Notes:
 
     Attributes:
         engines: System → the engines that are what it is.
+        models: System → the models of `conf/model/` that are what it is.
         approximated: System → the method or engine that comes near, and what differs.
         missing: System → why no method does it.
         defaults: Branch or number of a section → why no method does what it has left.
     """
 
     engines: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    models: dict[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
     approximated: dict[str, tuple[str, str]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def things(self) -> dict[str, tuple[str, ...]]:
+        """System → the engines or models that are what it is."""
+        return self.engines | self.models
 
 
 def systems() -> list[System]:
@@ -123,7 +130,8 @@ def systems() -> list[System]:
 def notes() -> Notes:
     raw = read_yaml(METHODS_DIR / "coverage.yaml")
     near = {id_: (note["by"], note["how"]) for id_, note in raw["approximated"].items()}
-    return Notes({id_: tuple(names) for id_, names in raw["engines"].items()}, near, raw["missing"], raw["defaults"])
+    engines, models = ({id_: tuple(names) for id_, names in (raw[kind] or {}).items()} for kind in ("engines", "models"))
+    return Notes(engines, near, raw["missing"], raw["defaults"], models=models)
 
 
 def registered() -> dict[str, tuple[str, ...]]:
@@ -141,7 +149,7 @@ def answers(found: Sequence[System], covers: dict[str, tuple[str, ...]], said: N
         covers: Name of each method → the systems that it covers.
         said: What is noted about the others.
     """
-    covering: dict[str, list[str]] = defaultdict(list, {id_: list(names) for id_, names in said.engines.items()})
+    covering: dict[str, list[str]] = defaultdict(list, {id_: list(names) for id_, names in said.things.items()})
     for name, ids in covers.items():
         for id_ in ids:
             covering[id_].append(name)
@@ -190,22 +198,25 @@ def total(name: str, rows: Sequence[Answer]) -> Total:
     return Total(name, len(rows), *counts)
 
 
-def problems(found: Sequence[System], covers: dict[str, tuple[str, ...]], engines: Sequence[str], said: Notes) -> list[str]:
+def problems(
+    found: Sequence[System], covers: dict[str, tuple[str, ...]], engines: Sequence[str], said: Notes, models: Sequence[str] = ()
+) -> list[str]:
     """What is wrong with the answers, each in one line: unknown ids and names, contradictions, systems without an answer."""
     ids, covered = {system.id for system in found}, {id_ for claimed in covers.values() for id_ in claimed}
     sections = {key for system in found for key in (system.branch, system.number)}
-    noted = [*said.engines, *said.approximated, *said.missing]
+    noted = [*said.engines, *said.models, *said.approximated, *said.missing]
     partly = {id_ for id_, (by, _) in said.approximated.items() if id_ in covers.get(by, ())}
     claimed = [(name, id_) for name, claims in covers.items() for id_ in claims]
-    by_engine = {name for names in said.engines.values() for name in names}
+    by_engine, by_model = ({name for names in kind.values() for name in names} for kind in (said.engines, said.models))
     near = [(id_, by) for id_, (by, _) in said.approximated.items()]
-    open_ = [system for system in found if system.id not in covered | set(said.engines) | set(said.approximated)]
+    open_ = [system for system in found if system.id not in covered | set(said.things) | set(said.approximated)]
     return [
         *(f"method '{name}' covers '{id_}', which is no system{nearest(id_, ids)}" for name, id_ in claimed if id_ not in ids),
         *(f"'{id_}' is noted, but is no system{nearest(id_, ids)}" for id_ in noted if id_ not in ids),
         *(f"'{id_}' is noted as not covered, but a method covers it" for id_ in noted if id_ in covered - partly),
         *(f"'{id_}' has two answers" for id_ in sorted(set(noted)) if noted.count(id_) > 1),
         *(f"'{name}' is no engine{nearest(name, engines)}" for name in sorted(by_engine) if name not in engines),
+        *(f"'{name}' is no model{nearest(name, models)}" for name in sorted(by_model) if name not in models),
         *(f"'{id_}' is approximated by '{by}'{nearest(by, covers)}" for id_, by in near if by not in {*covers, *engines}),
         *(f"a reason is given for '{key}', which is no section" for key in said.defaults if key not in sections),
         *(f"'{system.id}' has no answer" for system in open_ if not _reason(system, said)),

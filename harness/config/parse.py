@@ -114,6 +114,8 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"results={config.results} is no folder")
     if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
+    if config.model.track != "causal-lm":
+        raise ConfigError(f"model.track={config.model.track}: no suite measures it yet; choose causal-lm")
     steps = [(step.name, build_method(step)) for step in config.pipeline]
     _check_order(steps)
     for name, method in steps:

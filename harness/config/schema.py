@@ -45,6 +45,7 @@ class ModelConfig(_Strict):
         name: How records and board call it.
         source: `asset:NAME`, `hf:ORG/NAME`, `file:FOLDER` or `random`.
         revision: Commit, tag or branch of a hub model.
+        track: What kind of model it is, and so what is measured: `causal-lm` or `encoder`.
         dtype: Storage and compute dtype of the dense weights.
         parameters: Number of parameters where it is known beforehand; lets a run that cannot fit be refused early.
         source_precision: Precision of the source if it is not full, such as `q4_1`; the board shows it.
@@ -55,6 +56,7 @@ class ModelConfig(_Strict):
     name: str = Field(min_length=1, max_length=100)
     source: str
     revision: str | None = None
+    track: Literal["causal-lm", "encoder"] = "causal-lm"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     parameters: int | None = Field(default=None, gt=0)
     source_precision: str | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,8 +26,49 @@ class Step:
     state: Any
 
 
-class LoadedModel(ABC):
-    """An artefact in memory, ready to be measured.
+@runtime_checkable
+class Scores(Protocol):
+    """It gives the logits of every position of a text."""
+
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """It writes a text after a prompt."""
+
+    def generate(self, ids: torch.Tensor, max_new: int, stop: Collection[int] = ()) -> list[list[int]]: ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """It turns texts into vectors."""
+
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: ...
+
+
+class Loaded(ABC):
+    """An artefact in memory, whatever it can do: that is told by `Scores`, `Generates` and `Encodes`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has finished; nothing to do where execution is synchronous."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what runs at other shapes left in memory, as far as it can be made anew; steps of earlier runs end here."""
+
+    @abstractmethod
+    def evidence(self) -> Evidence:
+        """What was loaded: layers, bytes, bits, zeros, operators."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model lives."""
+
+
+class LoadedModel(Loaded):
+    """A causal language model in memory, ready to be measured: it scores and it generates.
 
     Attributes:
         vocab_size: Width of the logits.
@@ -70,28 +111,25 @@ class LoadedModel(ABC):
         """Process one token of each sequence through the cache and choose the next one."""
 
     @abstractmethod
-    def synchronize(self) -> None:
-        """Wait until the device has finished; nothing to do where execution is synchronous."""
-
-    @abstractmethod
     def cache_bytes(self, state: Any) -> int | None:
         """Bytes of a KV cache, None where the engine does not show it."""
 
-    def forget(self) -> None:  # noqa: B027
-        """Let go of what runs at other shapes left in memory, as far as it can be made anew; steps of earlier runs end here."""
-
-    @abstractmethod
-    def evidence(self) -> Evidence:
-        """What was loaded: layers, bytes, bits, zeros, operators."""
+    def generate(self, ids: torch.Tensor, max_new: int, stop: Collection[int] = ()) -> list[list[int]]:
+        """The greedy continuation of each prompt [B, T]: at most `max_new` tokens, up to and with the first that is in `stop`."""
+        step = self.prefill(ids, max_new)
+        written: list[list[int]] = [[] for _ in ids]
+        for last in range(max_new - 1, -1, -1):
+            for text, token in zip(written, step.token[:, 0].tolist(), strict=True):
+                if not (text and text[-1] in stop):
+                    text.append(token)
+            if not last or all(text[-1] in stop for text in written):
+                break
+            step = self.decode_step(step)
+        return written
 
     def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
         return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the model lives."""
 
 
 def label_logprobs(logits: torch.Tensor, labels: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimbench.harness.schema.base import Schema
+from slimbench.harness.schema.work import TeachingFacts
 from slimbench.methods.base import Claim
 
 
@@ -65,6 +66,7 @@ class CompressResult(Schema):
         device_seconds: Wall time × accelerators used; None where the pipeline ran on the CPU.
         peak_device_bytes: Peak of the accelerator's allocator; None on the CPU, whose peak is the record's.
         calibration_tokens: Tokens handed to the methods as calibration.
+        teaching: The text that a teacher wrote for it, None without one.
         reused_steps: Steps whose artefact another cell had left; what they took then is counted here too.
         training_tokens: Tokens of all gradient steps, as the methods claim them.
         trained_parameters: Parameters updated by gradient descent, as the methods claim them.
@@ -82,6 +84,7 @@ class CompressResult(Schema):
     cpu_seconds: float | None = None
     device_seconds: float | None = None
     peak_device_bytes: int | None = None
+    teaching: TeachingFacts | None = None
     reused_steps: list[str] = []
     calibration_tokens: int = 0
     calibration: CalibrationFacts | None = None

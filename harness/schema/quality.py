@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.work import GenerationResult, WorkResult
 
 
 class DivergenceResult(Schema):
@@ -143,6 +144,8 @@ class QualityResult(Schema):
     """Quality of one artefact. The first perplexity result is the headline.
 
     Attributes:
+        work: What ran for a token, where that differs from token to token.
+        generation: What it wrote, where it was asked to.
         forward_tokens: Tokens that went through the model, padding included; 0 where they were not counted.
         seconds: Wall time of each part, by name.
         flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.
@@ -151,6 +154,8 @@ class QualityResult(Schema):
     perplexity: list[PerplexityResult] = []
     documents: list[DocumentResult] = []
     zeroshot: list[ZeroshotResult] = []
+    work: WorkResult | None = None
+    generation: GenerationResult | None = None
     evidence: Evidence | None = None
     load_seconds: float | None = None
     forward_tokens: int = 0

@@ -52,6 +52,8 @@ NAMES = [item.name for item in entries()]
         (["method=gptq", "method.gptq=3"], "method.gptq: 3 is no mapping of settings"),
         (["suite.corpus=[]", "suite.tasks=[]"], "the stage quality measures nothing"),
         (["results="], "results: "),
+        (["model.track=encoder"], "model.track=encoder: no suite measures it yet; choose causal-lm"),
+        (["model.track=encodr"], "model.track: 'encodr' is no valid choice; did you mean 'encoder'?"),
         (["suite.corpus=file:/no/ü.txt"], "put its value into quotes: \"suite.corpus='file:/no/ü.txt'\""),
         (["gptq"], "'gptq' is no KEY=VALUE; did you mean 'method=gptq'?"),
         (["gtpq"], "'gtpq' is no KEY=VALUE; did you mean 'method=gptq'?"),

@@ -39,7 +39,7 @@ def test_the_survey_has_its_329_systems() -> None:
 
 
 def test_every_system_has_one_answer_and_every_answer_names_what_exists() -> None:
-    assert coverage.problems(coverage.systems(), coverage.registered(), shipped("engine"), coverage.notes()) == []
+    assert coverage.problems(coverage.systems(), coverage.registered(), shipped("engine"), coverage.notes(), shipped("model")) == []
 
 
 def test_every_quantization_system_has_an_answer_of_its_own() -> None:
@@ -83,12 +83,14 @@ def test_a_method_may_stand_for_a_part_of_a_system() -> None:
         (COVERS, Notes(approximated={"pruning/b": ("two", "x")}, missing={"pruning/b": "x"}), "'pruning/b' has two answers"),
         (COVERS, Notes(approximated={"pruning/b": ("tow", "x")}), "'pruning/b' is approximated by 'tow'; did you mean 'two'?"),
         (COVERS, Notes(engines={"pruning/b": ("trnsformers",)}), "'trnsformers' is no engine; did you mean 'transformers'?"),
+        (COVERS, Notes(models={"pruning/b": ("smollm-135m",)}), "'smollm-135m' is no model; did you mean 'smollm2-135m'?"),
+        (COVERS, Notes(models={"pruning/z": ("smollm2-135m",)}), "'pruning/z' is noted, but is no system"),
         (COVERS, Notes(defaults={"2.3": "x"}), "a reason is given for '2.3', which is no section"),
         (COVERS, Notes(defaults={"2.1": "x", "peft": "x"}), "'pruning/c' has no answer"),
     ],
 )
 def test_contradictions_are_found(covers: dict[str, tuple[str, ...]], notes: Notes, fault: str) -> None:
-    assert any(line.startswith(fault) for line in coverage.problems(FOUND, covers, ["transformers"], notes))
+    assert any(line.startswith(fault) for line in coverage.problems(FOUND, covers, ["transformers"], notes, ["smollm2-135m"]))
 
 
 def test_a_section_is_a_branch_or_a_number() -> None:
@@ -109,3 +111,10 @@ def test_the_command_prints_the_same_rows_in_every_format() -> None:
     open_ = json.loads(slimbench("methods", "coverage", "--missing", "--format", "json").stdout)
     assert {row["status"] for row in open_} == {"missing"} and len(open_) < 329
     assert "| quantization | 86 |" in slimbench("methods", "coverage", "--summary", "--format", "md").stdout
+
+
+def test_a_model_covers_a_system() -> None:
+    said = Notes(models={"pruning/b": ("smollm2-135m",)}, defaults=NOTES.defaults)
+    answer = next(a for a in coverage.answers(FOUND, {}, said) if a.system.id == "pruning/b")
+    assert (answer.status, answer.methods) == (coverage.Status.COVERED, ("smollm2-135m",))
+    assert not any("'pruning/b'" in line for line in coverage.problems(FOUND, {}, ["transformers"], said, ["smollm2-135m"]))
