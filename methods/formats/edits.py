@@ -107,7 +107,7 @@ class RemoveBlock(Edit):
     def apply(self, model: Any) -> None:
         blocks = blocks_of(model)
         if self.module not in blocks or len(blocks) == 1:
-            raise Unsupported(f"{self.module} is no block that can be removed")
+            raise Unsupported(f"{type(model).__name__} has no block {self.module} that can be removed")
         if isinstance(blocks[self.module], ShortcutBlock):
             raise Unsupported(f"{self.module} stands between hidden states of different coordinates and cannot be left out")
         kept = [name != self.module for name in blocks]

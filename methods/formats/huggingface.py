@@ -62,6 +62,14 @@ def link_source(dense: DenseModel, out: Path) -> None:
             _link(file.resolve(), out / file.name)
 
 
+def link_files(folder: Path, out: Path) -> None:
+    """Link all files of an artefact but its manifest, or copy them across file systems."""
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "artefact.json":
+            (out / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            _link(file.resolve(), out / file.relative_to(folder))
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)

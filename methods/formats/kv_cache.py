@@ -1,44 +1,65 @@
-"""The artefact format `kv-cache`: an ordinary dense model, and in `generation.json` how its key-value cache is stored.
+"""Policies of the slot `cache`: how the keys and values of a model are stored while it generates (`methods.formats.policy`).
 
-`generation.json` names the schema and, under `kv_cache`, either the `keys`, `values` and `residual_length` of the own cache
-(`methods.formats.kv_quantized`), or the `backend` and settings of the one in transformers. The loader leaves on the model, as
-`new_cache`, what makes an empty cache; an engine that finds it there puts every token through such a cache, so that quality is measured
-with the policy in force.
+Installed, a policy leaves on the model, as `new_cache`, what makes an empty cache; an engine that finds it there puts every token through
+such a cache, so that quality is measured with the policy in force.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
-from slimbench.methods.formats import huggingface
-from slimbench.methods.formats.huggingface import link_source
 from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.policy import Policy, Scoring
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-FORMAT = "kv-cache"
-DESCRIPTION = "generation.json"
-SCHEMA = 1
 LENGTHS = tuple(2**power for power in range(10, 16))
 """Tokens at which the bytes of a cache are told: 1k to 32k."""
+_ALL = 1 << 30  # tokens that stay exact where all do
+
+
+class CachePolicy(Policy):
+    """A policy that makes the cache; `residual_length` of the newest tokens stay exact."""
+
+    slot = "cache"
+    residual_length: int
+
+    @property
+    def scoring(self) -> Scoring:
+        return "chunk" if self.residual_length else "exact"
+
+    def neutral(self) -> CachePolicy:
+        return replace(self, residual_length=_ALL)  # type: ignore[type-var]
+
+    @abstractmethod
+    def new(self, config: Any) -> Cache:
+        """An empty cache for a model of this config."""
+
+    def install(self, model: Any) -> None:
+        model.new_cache = lambda: self.new(model.config)
 
 
 @dataclass(frozen=True)
-class OwnCache:
+class OwnCache(CachePolicy):
     """The own cache: how keys and values are stored, and how many of the newest tokens stay exact."""
+
+    kind = "quantized"
 
     keys: Scheme
     values: Scheme
     residual_length: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("keys", "values"):
+            if isinstance(given := getattr(self, name), dict):
+                object.__setattr__(self, name, Scheme(**given))
         group = self.keys.group_size if self.keys.axis == "channel" else None
         if self.residual_length < 0:
             raise ValueError(f"residual_length must not be negative, not {self.residual_length}")
@@ -62,8 +83,10 @@ class OwnCache:
 
 
 @dataclass(frozen=True)
-class TransformersCache:
+class TransformersCache(CachePolicy):
     """The quantized cache of transformers; the fields are its arguments."""
+
+    kind = "transformers"
 
     backend: Literal["quanto", "hqq"]
     nbits: int
@@ -89,11 +112,8 @@ class TransformersCache:
         return cache
 
 
-Policy = OwnCache | TransformersCache
-
-
-def save(policy: Policy, dense: DenseModel, out: Path) -> dict[str, Any]:
-    """Write the model and the policy, and say what a cache of it takes.
+def facts(policy: CachePolicy, dense: DenseModel) -> dict[str, Any]:
+    """What a cache of a policy takes, with keys and values of a model.
 
     Returns:
         `cache_bytes` and `dense_cache_bytes`: bytes of one sequence by its number of tokens, and `cache_bits`: bits of a stored number at
@@ -102,38 +122,29 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> dict[str, Any]:
     Raises:
         Unsupported: Not every layer of the model attends to all tokens.
     """
+    heads = kv_heads(dense)
+    stored, exact = (cache_bytes(which, dense.shape.head_dim, heads, dense.dtype) for which in (policy, None))
+    bits = 8 * stored[str(LENGTHS[-1])] / (2 * sum(heads) * dense.shape.head_dim * LENGTHS[-1])
+    return {"cache_bytes": stored, "dense_cache_bytes": exact, "cache_bits": round(bits, 4)}
+
+
+def bytes_per_token(sizes: dict[str, int]) -> float:
+    """Bytes of a further token, once what stays exact is full."""
+    before, last = LENGTHS[-2:]
+    return (sizes[str(last)] - sizes[str(before)]) / (last - before)
+
+
+def kv_heads(dense: DenseModel) -> list[int]:
+    """Heads of keys and values of each layer that has an attention. Raises `Unsupported` as `full_attention_layers`."""
     from transformers import AutoConfig
 
+    from slimbench.methods.formats import edits, storage
+
     layers = full_attention_layers(AutoConfig.from_pretrained(dense.path))
-    link_source(dense, out)
-    description = {"format": "slimbench generation", "schema": SCHEMA, "kv_cache": asdict(policy)}
-    (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    quantized, exact = cache_bytes(policy, dense.shape, layers, dense.dtype), cache_bytes(None, dense.shape, layers, dense.dtype)
-    numbers = 2 * layers * dense.shape.num_kv_heads * dense.shape.head_dim * LENGTHS[-1]
-    bits = 8 * quantized[str(LENGTHS[-1])] / numbers
-    return {"cache_bytes": quantized, "dense_cache_bytes": exact, "cache_bits": round(bits, 4)}
-
-
-def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """Load the model in evaluation mode and leave on it, as `new_cache`, what makes an empty cache."""
-    policy, model = read(folder), huggingface.load(folder, device, trust_remote_code)
-    model.new_cache = _maker(policy, model.config)
-    return model
-
-
-def read(folder: Path) -> Policy:
-    """The policy of an artefact.
-
-    Raises:
-        ValueError: The schema is newer than this program.
-    """
-    described = json.loads((folder / DESCRIPTION).read_text())
-    if described["schema"] > SCHEMA:
-        raise ValueError(f"generation schema {described['schema']} is newer than {SCHEMA}; update slimbench")
-    cache = described["kv_cache"]
-    if "backend" in cache:
-        return TransformersCache(**cache)
-    return OwnCache(Scheme(**cache["keys"]), Scheme(**cache["values"]), cache["residual_length"])
+    if not (dense.path / edits.DESCRIPTION).is_file():
+        return [dense.shape.num_kv_heads] * layers
+    attentions = [module for module in storage.skeleton(dense.path).modules() if hasattr(module, "k_proj")]
+    return [attention.k_proj.out_features // dense.shape.head_dim for attention in attentions]
 
 
 def full_attention_layers(config: Any) -> int:
@@ -150,11 +161,12 @@ def full_attention_layers(config: Any) -> int:
     return len(kinds)
 
 
-def cache_bytes(policy: Policy | None, shape: ModelShape, layers: int, dtype: str) -> dict[str, int]:
-    """Bytes of the cache of one sequence by its number of tokens: one layer is filled with random keys and values and counted.
+def cache_bytes(policy: CachePolicy | None, head_dim: int, heads: Sequence[int], dtype: str) -> dict[str, int]:
+    """Bytes of the cache of one sequence by its number of tokens: a layer of each size is filled with random keys and values and counted.
 
     Args:
         policy: None: the cache of the uncompressed model.
+        heads: Of keys and values, layer by layer.
         dtype: Name of the torch dtype of keys and values.
     """
     import torch
@@ -164,15 +176,12 @@ def cache_bytes(policy: Policy | None, shape: ModelShape, layers: int, dtype: st
     from slimbench.methods.formats.kv_quantized import layer_bytes
 
     one = LlamaConfig(num_hidden_layers=1)
-    generator, found = torch.Generator().manual_seed(0), {}
+    generator, found = torch.Generator().manual_seed(0), dict.fromkeys(map(str, LENGTHS), 0)
     for length in LENGTHS:
-        cache = policy.new(one) if policy else DynamicCache(config=one)
-        size = (1, shape.num_kv_heads, length, shape.head_dim)
-        keys, values = (torch.randn(size, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
-        cache.update(keys, values, 0)
-        found[str(length)] = layers * layer_bytes(cache.layers[0])
+        for count, layers in Counter(heads).items():
+            cache = policy.new(one) if policy else DynamicCache(config=one)
+            size = (1, count, length, head_dim)
+            keys, values = (torch.randn(size, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+            cache.update(keys, values, 0)
+            found[str(length)] += layers * layer_bytes(cache.layers[0])
     return found
-
-
-def _maker(policy: Policy, config: Any) -> Callable[[], Cache]:
-    return lambda: policy.new(config)

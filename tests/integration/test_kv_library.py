@@ -33,7 +33,7 @@ def test_the_adapter_gives_what_the_library_gives(method: KVHqq | KVQuanto, modu
     (out := tmp_path / "out").mkdir()
     claim = method.compress(dense, None, out)
     artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
-    model = TransformersEngine({"kv-cache": "slimbench.methods.formats.kv_cache.load"}).load(out, "cpu")
+    model = TransformersEngine({"policy": "slimbench.methods.formats.policy.load"}).load(out, "cpu")
     plain = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.bfloat16).eval()
     cache = QuantizedCache(config=plain.config, nbits=4, q_group_size=32, residual_length=64, **arguments)
     with torch.inference_mode():

@@ -7,26 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
-from slimbench.methods.formats import kv_cache as _kv_policy
-from slimbench.methods.formats.kv_cache import OwnCache, Policy, TransformersCache
+from slimbench.methods.base import ANY_BASE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.kv_cache import CachePolicy, OwnCache, TransformersCache, bytes_per_token, facts
 from slimbench.methods.formats.kv_scheme import Scheme
 
 
 class _KVCache(Method):
-    """What all share: the source as it is, and a policy beside it."""
+    """What all share: the base as it is, and a policy beside it."""
 
-    produces = _kv_policy.FORMAT
+    accepts = ANY_BASE
+    produces = policies.FORMAT
 
     @abstractmethod
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         """How the cache is stored."""
 
     def check(self, shape: ModelShape) -> None:
         self.policy().check(shape)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        return Claim(self.produces, details=_kv_policy.save(self.policy(), dense, out))
+        policy = self.policy()
+        told = facts(policy, dense)
+        policies.save(policy, dense, out)
+        return Claim(self.produces, cache_bytes_per_token=bytes_per_token(told["cache_bytes"]), details=told)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class KVInt(_KVCache):
     group_size: Literal[32, 64, 128] | None = None
     symmetric: bool = True
 
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         scheme = Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         return OwnCache(scheme, scheme)
 
@@ -74,7 +78,7 @@ class KIVI(_KVCache):
     def __post_init__(self) -> None:
         self.policy()
 
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         keys = Scheme(bits=self.bits, axis="channel", group_size=self.group_size)
         return OwnCache(keys, Scheme(bits=self.bits, group_size=self.group_size), self.residual_length)
 
@@ -92,7 +96,7 @@ class KVFp8(_KVCache):
 
     scale: Literal["token", "none"] = "token"
 
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         scheme = Scheme(number="e4m3", scaled=self.scale == "token")
         return OwnCache(scheme, scheme)
 
@@ -127,7 +131,7 @@ class KVQuanto(_KVTransformers):
     group_size: Literal[32, 64, 128] = 32
     residual_length: int = 128
 
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         return TransformersCache("quanto", self.nbits, 0, 0, self.group_size, self.residual_length)
 
 
@@ -148,5 +152,5 @@ class KVHqq(_KVTransformers):
     group_size: Literal[32, 64, 128] = 32
     residual_length: int = 128
 
-    def policy(self) -> Policy:
+    def policy(self) -> CachePolicy:
         return TransformersCache("hqq", self.nbits, 1, 1, self.group_size, self.residual_length)

@@ -118,7 +118,7 @@ WRONG_ORDERS = [
     (["rtn-4bit", "sparsegpt"], "'sparsegpt' cannot follow 'rtn-4bit': it reads huggingface", "write method=[sparsegpt,rtn-4bit]"),
     (["gptq", "rtn-8bit"], "'rtn-8bit' cannot follow 'gptq'", "not packed; leave one of the two out"),
     (["magnitude", "gguf-q4_0", "shortgpt"], "'shortgpt' cannot follow 'gguf-q4_0'", "write method=[shortgpt,magnitude,gguf-q4_0]"),
-    (["kv-int8", "gptq"], "'gptq' cannot follow 'kv-int8'", "leave one of the two out"),
+    (["kv-int8", "gptq"], "'gptq' cannot follow 'kv-int8'", "write method=[gptq,kv-int8]"),
     (["kv-int8", "kv-fp8"], "'kv-fp8' cannot follow 'kv-int8'", "leave one of the two out"),
     (["llm-pruner", "onnx-int8"], "'onnx-int8' cannot follow 'llm-pruner': it reads huggingface, not", "leave one of the two out"),
 ]

@@ -282,7 +282,7 @@ def test_packed_layers_stand_on_an_edited_base(name: str, architecture: str, tmp
         ({"edit": "resize", "tensor": "model.nothing.weight", "shape": [3]}, "does not fit"),
         ({"edit": "factor", "module": "model.norm", "rank": 2}, "no nn.Linear"),
         ({"edit": "factor", "module": "lm_head", "rank": 2, "extra": 1}, "does not fit"),
-        ({"edit": "remove-block", "module": "model.layers.9"}, "is no block"),
+        ({"edit": "remove-block", "module": "model.layers.9"}, "has no block"),
         ({"edit": "remove-part", "module": "model.layers.0", "part": "soul"}, "has no soul"),
     ],
 )

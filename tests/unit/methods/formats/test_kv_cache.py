@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,11 +23,16 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
-from slimbench.methods.formats import kv_cache as _kv_policy
-from slimbench.methods.formats.kv_cache import FORMAT, LENGTHS
+from slimbench.methods.core import surgery
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.huggingface import save_dense
+from slimbench.methods.formats.kv_cache import LENGTHS
 from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache, quantize
 from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.policy import FORMAT
 from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVHqq, KVInt
+from slimbench.methods.quantization.codebook.kmeans import KMeans
+from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import running, tiny
 from tests.unit.run.test_runner import Listener, cell
 
@@ -248,7 +255,7 @@ def run(method: Method, dense: DenseModel, out: Path) -> Claim:
 def loaded(method: Method, dense: DenseModel, out: Path) -> TransformersModel:
     claim = run(method, dense, out)
     artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
-    model = TransformersEngine({FORMAT: "slimbench.methods.formats.kv_cache.load"}).load(out, "cpu")
+    model = TransformersEngine({FORMAT: "slimbench.methods.formats.policy.load"}).load(out, "cpu")
     assert isinstance(model, TransformersModel)
     return model
 
@@ -327,14 +334,65 @@ def test_a_dense_model_is_left_as_it_is(dense: DenseModel, tmp_path: Path) -> No
 
 def test_the_artefact_is_the_source_and_a_policy(dense: DenseModel, tmp_path: Path) -> None:
     run(KIVI(), dense, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "policy.json"]
     assert (tmp_path / "model.safetensors").read_bytes() == (dense.path / "model.safetensors").read_bytes()
-    assert _kv_policy.read(tmp_path) == KIVI().policy()
-    (tmp_path / "generation.json").write_text(json.dumps({"schema": 1, "kv_cache": asdict(KVHqq().policy())}))
-    assert _kv_policy.read(tmp_path) == KVHqq().policy()
+    assert policies.read(tmp_path) == ([KIVI().policy()], "huggingface")
+    described = json.loads((tmp_path / "policy.json").read_text())
+    assert (described["scoring"], described["max_batch"], described["slots"]["cache"]["kind"]) == ("chunk", None, "quantized")
+    (tmp_path / "policy.json").write_text(json.dumps(described | {"schema": 99}))
+    with pytest.raises(ValueError, match="schema 99 is newer"):
+        policies.read(tmp_path)
+    (tmp_path / "policy.json").write_text(json.dumps(described | {"slots": {"draft": {"kind": "os.system"}}}))
+    with pytest.raises(ValueError, match=r"no policy 'os.system' for the slot 'draft'"):
+        policies.read(tmp_path)
+
+
+def test_a_cache_of_the_time_before_policies_is_read(tmp_path: Path) -> None:
+    for policy in (KVHqq().policy(), KVInt().policy()):
+        (tmp_path / "generation.json").write_text(json.dumps({"schema": 1, "kv_cache": asdict(policy)}))
+        assert policies.read(tmp_path) == ([policy], "huggingface")
     (tmp_path / "generation.json").write_text(json.dumps({"schema": 99}))
     with pytest.raises(ValueError, match="schema 99 is newer"):
-        _kv_policy.read(tmp_path)
+        policies.read(tmp_path)
+
+
+@pytest.mark.parametrize("method", [KVInt(), KVInt(bits=2, group_size=32), KVFp8(), KIVI()], ids=lambda m: repr(m))
+def test_the_neutral_setting_reproduces_the_base(method: Any, dense: DenseModel, tmp_path: Path) -> None:
+    policies.save(method.policy().neutral(), dense, tmp_path)
+    model = TransformersModel(policies.load(tmp_path), "cpu")
+    torch.testing.assert_close(model.logits(IDS), dense.load()(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert (method.policy().scoring, method.policy().neutral().scoring) == ("chunk" if isinstance(method, KIVI) else "exact", "chunk")
+
+
+@pytest.mark.parametrize("base", ["edited", "packed", "codebook"])
+def test_a_policy_sits_on_any_base(base: str, dense: DenseModel, tmp_path: Path) -> None:
+    """The base's own numbers with a neutral cache, its files untouched, its claim joined with that of the cache."""
+    from slimbench.harness.measure import claims
+
+    for folder in ("base", "out", "neutral"):
+        (tmp_path / folder).mkdir()
+    claim: Claim
+    if base == "edited":
+        model = dense.load()
+        surgery.remove_part(model, "model.layers.0", "attention")
+        save_dense(model, tmp_path / "base")
+        claim = Claim("edited", **surgery.counts(model))
+    else:
+        maker: Method = RTN(bits=8, group_size=None) if base == "packed" else KMeans(bits=4)
+        claim = maker.compress(dense, tiny.tokens(), tmp_path / "base")
+    on = dataclasses.replace(dense, path=tmp_path / "base", format=base)
+    joined = claim.then(KVInt().compress(on, tiny.tokens(), tmp_path / "out"))
+    assert (joined.format, joined.bits) == ("policy", claim.bits)
+    artefact.write_manifest(tmp_path / "out", artefact.Manifest(key="k", model="tiny", pipeline=[], claim=joined))
+    loaded = TransformersEngine({FORMAT: "slimbench.methods.formats.policy.load"}).load(tmp_path / "out", "cpu")
+    found = claims.check(loaded, joined, artefact.disk_bytes(tmp_path / "out"))
+    assert not [flag for flag in found.flags if "fell back" not in flag]
+    heads = LAYERS - (base == "edited")
+    assert joined.cache_bytes_per_token == found.cache_bytes_per_token == 2 * heads * (HEAD_DIM + 4)
+    policies.save(KVInt().policy().neutral(), on, tmp_path / "neutral")
+    plain = TransformersModel(importlib.import_module(f"slimbench.methods.formats.{base}").load(tmp_path / "base"), "cpu")
+    got = TransformersModel(policies.load(tmp_path / "neutral"), "cpu")
+    torch.testing.assert_close(got.logits(IDS), plain.logits(IDS), rtol=1e-3, atol=1e-3)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(dense: DenseModel, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""The artefact format `policy`: any base, and beside it what it asks the engine to do while it runs.
+
+The folder holds the files of the base as they are, and `policy.json`:
+
+    {"format": "slimbench policy", "schema": 1, "base": FORMAT, "slots": {SLOT: {"kind": KIND, …}}, "scoring": SCORING, "max_batch": N}
+
+A slot is a part of the run that a policy decides on: `attention`, `cache`, `depth`, `experts`, `draft`, `route`; each is filled once. Its
+other fields are the settings of the kind. The kinds that there are:
+
+    cache   quantized      keys and values in few bits (`methods.formats.kv_cache.OwnCache`)
+            transformers   the quantized cache of transformers (`TransformersCache`)
+
+`scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
+`chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
+largest batch, null without a limit. The base is what the loader of its format makes; the policy is then installed on that module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape
+from slimbench.methods.formats.huggingface import link_files, link_source
+
+FORMAT = "policy"
+DESCRIPTION = "policy.json"
+SCHEMA = 1
+Slot = Literal["attention", "cache", "depth", "experts", "draft", "route"]
+Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
+
+_FORMATS = "slimbench.methods.formats"
+_KINDS = {
+    ("cache", "quantized"): f"{_FORMATS}.kv_cache.OwnCache",
+    ("cache", "transformers"): f"{_FORMATS}.kv_cache.TransformersCache",
+}
+_FORMER = "generation.json"
+"""What stood in the place of `policy.json` when a cache was the only policy."""
+
+
+class Policy(ABC):
+    """What one slot does; a frozen dataclass whose fields are its settings.
+
+    Class attributes:
+        slot: The part of the run that it decides on.
+        kind: Its name among those of the slot.
+    """
+
+    slot: ClassVar[Slot]
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def scoring(self) -> Scoring:
+        """By which passes a text may be scored with it in force."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """The largest batch that it runs with; None without a limit."""
+        return None
+
+    @abstractmethod
+    def neutral(self) -> Policy:
+        """The setting at which the base is reproduced."""
+
+    @abstractmethod
+    def check(self, shape: ModelShape) -> None:
+        """Raise `Unsupported`, in one line, if it does not fit a model."""
+
+    @abstractmethod
+    def install(self, model: Any) -> None:
+        """Put it in force on a loaded module."""
+
+
+def save(policy: Policy, dense: DenseModel, out: Path) -> None:
+    """Write the base as it is, and the policy beside it."""
+    if dense.format == HUGGINGFACE:
+        link_source(dense, out)
+    else:
+        link_files(dense.path, out)
+    described = {
+        "format": f"slimbench {FORMAT}",
+        "schema": SCHEMA,
+        "base": dense.format,
+        "slots": {policy.slot: {"kind": policy.kind} | asdict(policy)},  # type: ignore[call-overload]
+        "scoring": policy.scoring,
+        "max_batch": policy.max_batch,
+    }
+    (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """Load the base in evaluation mode and put the policy in force.
+
+    Raises:
+        ValueError: The schema is newer than this program, or it knows no such slot, kind or base.
+    """
+    policies, base = read(folder)
+    model = _load_base(folder, base, device, trust_remote_code)
+    for policy in policies:
+        policy.install(model)
+    return model
+
+
+def read(folder: Path) -> tuple[list[Policy], str]:
+    """The policies of an artefact, and the format of its base. Errors as of `load`."""
+    if not (folder / DESCRIPTION).is_file() and (folder / _FORMER).is_file():
+        return _former(json.loads((folder / _FORMER).read_text()))
+    described = json.loads((folder / DESCRIPTION).read_text())
+    if described["schema"] > SCHEMA:
+        raise ValueError(f"{FORMAT} schema {described['schema']} is newer than {SCHEMA}; update slimbench")
+    return [_policy(slot, **settings) for slot, settings in described["slots"].items()], described["base"]
+
+
+def _policy(slot: str, kind: str, **settings: Any) -> Policy:
+    path = _KINDS.get((slot, kind))
+    if path is None:
+        raise ValueError(f"there is no policy '{kind}' for the slot '{slot}'")
+    module, _, name = path.rpartition(".")
+    policy: Policy = getattr(importlib.import_module(module), name)(**settings)
+    return policy
+
+
+def _former(described: dict[str, Any]) -> tuple[list[Policy], str]:
+    if described["schema"] > 1:
+        raise ValueError(f"generation schema {described['schema']} is newer than 1; update slimbench")
+    settings = described["kv_cache"]
+    return [_policy("cache", "transformers" if "backend" in settings else "quantized", **settings)], HUGGINGFACE
+
+
+def _load_base(folder: Path, base: str, device: str, trust_remote_code: bool) -> Any:
+    if base not in ANY_BASE:
+        raise ValueError(f"a policy does not sit on the format '{base}'")
+    module = HUGGINGFACE if base == "bitsandbytes" else base
+    return importlib.import_module(f"{_FORMATS}.{module}").load(folder, device, trust_remote_code)
