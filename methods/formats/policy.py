@@ -38,8 +38,6 @@ _KINDS = {
     ("cache", "quantized"): f"{_FORMATS}.kv_cache.OwnCache",
     ("cache", "transformers"): f"{_FORMATS}.kv_cache.TransformersCache",
 }
-_FORMER = "generation.json"
-"""What stood in the place of `policy.json` when a cache was the only policy."""
 
 
 class Policy(ABC):
@@ -108,8 +106,6 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
 
 def read(folder: Path) -> tuple[list[Policy], str]:
     """The policies of an artefact, and the format of its base. Errors as of `load`."""
-    if not (folder / DESCRIPTION).is_file() and (folder / _FORMER).is_file():
-        return _former(json.loads((folder / _FORMER).read_text()))
     described = json.loads((folder / DESCRIPTION).read_text())
     if described["schema"] > SCHEMA:
         raise ValueError(f"{FORMAT} schema {described['schema']} is newer than {SCHEMA}; update slimbench")
@@ -123,13 +119,6 @@ def _policy(slot: str, kind: str, **settings: Any) -> Policy:
     module, _, name = path.rpartition(".")
     policy: Policy = getattr(importlib.import_module(module), name)(**settings)
     return policy
-
-
-def _former(described: dict[str, Any]) -> tuple[list[Policy], str]:
-    if described["schema"] > 1:
-        raise ValueError(f"generation schema {described['schema']} is newer than 1; update slimbench")
-    settings = described["kv_cache"]
-    return [_policy("cache", "transformers" if "backend" in settings else "quantized", **settings)], HUGGINGFACE
 
 
 def _load_base(folder: Path, base: str, device: str, trust_remote_code: bool) -> Any:

@@ -11,7 +11,7 @@ from tests.contract.shipped import classes, make, runnable
 
 REACH = {"wanda", "sparsegpt"}
 KEEP = {"dense", "shortgpt", "gguf"}
-REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP and method.produces != "kv-cache"]
+REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP and method.produces != "policy"]
 
 
 @pytest.mark.parametrize("name", REFUSE)

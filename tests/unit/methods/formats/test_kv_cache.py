@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from slimbench.methods.formats.kv_cache import LENGTHS
 from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache, quantize
 from slimbench.methods.formats.kv_scheme import Scheme
 from slimbench.methods.formats.policy import FORMAT
-from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVHqq, KVInt
+from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVInt
 from slimbench.methods.quantization.codebook.kmeans import KMeans
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import running, tiny
@@ -344,15 +343,6 @@ def test_the_artefact_is_the_source_and_a_policy(dense: DenseModel, tmp_path: Pa
         policies.read(tmp_path)
     (tmp_path / "policy.json").write_text(json.dumps(described | {"slots": {"draft": {"kind": "os.system"}}}))
     with pytest.raises(ValueError, match=r"no policy 'os.system' for the slot 'draft'"):
-        policies.read(tmp_path)
-
-
-def test_a_cache_of_the_time_before_policies_is_read(tmp_path: Path) -> None:
-    for policy in (KVHqq().policy(), KVInt().policy()):
-        (tmp_path / "generation.json").write_text(json.dumps({"schema": 1, "kv_cache": asdict(policy)}))
-        assert policies.read(tmp_path) == ([policy], "huggingface")
-    (tmp_path / "generation.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(ValueError, match="schema 99 is newer"):
         policies.read(tmp_path)
 
 
