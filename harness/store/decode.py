@@ -7,6 +7,7 @@ each of those ends.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import from_json
@@ -18,16 +19,31 @@ _SUSPECT = re.compile(
     re.IGNORECASE,
 )
 """What no JSON without a text to clean holds: of files without it, which are nearly all, no text is looked at."""
+_LONG_NUMBER = re.compile(rb"\d\.?e\+?\d{3,}[,\s\]}]|\d{100,}[,\s\]}]", re.IGNORECASE)
+LARGEST = 1e150
+"""No measurement gives a larger number, and the square of a larger one is infinite."""
 
 
 def decode(content: bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: It is no JSON, or holds half of a surrogate pair.
+        ValueError: It is no JSON, or holds half of a surrogate pair or a number above `LARGEST`.
     """
     data = from_json(content)
+    if _LONG_NUMBER.search(content) and (number := next(_too_large(data), None)) is not None:
+        raise ValueError(
+            f"it holds {number:.3g}, which no measurement gives" if isinstance(number, float) else "it holds an endless number"
+        )
     return _plain(data) if _SUSPECT.search(content) else data
+
+
+def _too_large(value: Any) -> Iterator[float | int]:
+    """The numbers of a value that are too large."""
+    if isinstance(value, float | int) and abs(value) > LARGEST:
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _too_large(part)
 
 
 def _plain(value: Any) -> Any:
