@@ -45,7 +45,7 @@ def engines_check(names: Annotated[list[str] | None, typer.Argument(help="Engine
     from rich.table import Table
 
     from slimbench.harness.config import engines
-    from slimbench.harness.run.engines import check
+    from slimbench.harness.run.proofs.engines import check
 
     chosen = [engines.get(name) for name in names or [engine.name for engine in engines.catalogue()]]
     table = Table("engine", "format", "kernel", "verdict", box=None, header_style="bold")

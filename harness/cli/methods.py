@@ -92,7 +92,7 @@ def check(name: str) -> None:
     """Prove a method in seconds: compress a tiny random model, reload it, hold claim against evidence."""
     from slimbench.harness.config.errors import ConfigError
     from slimbench.harness.config.registry import entry
-    from slimbench.harness.run.proof import check as prove
+    from slimbench.harness.run.proofs.method import check as prove
     from slimbench.methods.base import Unsupported
 
     item = entry(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slimbench.harness.config import engines
-from slimbench.harness.run.engine_proof import prove
+from slimbench.harness.run.proofs.engine import prove
 
 COMPILED_SOONER = ("huggingface", "packed")
 KERNELS = {"huggingface": "linear", "packed": "slimbench::packed_mm"}

@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from slimbench.harness.run.proof import tiny_model
+    from slimbench.harness.run.proofs.method import tiny_model
 
     folder = tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama", dtype="float32")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -12,9 +12,9 @@ from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.engines import semi_structured
-from slimbench.harness.run import engine_proof as proof
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.planning.ledger import PLAN
+from slimbench.harness.run.proofs import engine as proof
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.store.store import Store

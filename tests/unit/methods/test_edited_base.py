@@ -12,7 +12,7 @@ import torch
 from slimbench.harness.config.registry import entries
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
-from slimbench.harness.run.proof import _engine_for
+from slimbench.harness.run.proofs.method import _engine_for
 from slimbench.harness.store import artefact
 from slimbench.methods.base import EDITED, Claim, DenseModel, Method
 from slimbench.methods.core import surgery

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from slimbench.harness.config.schema import ModelConfig
-from slimbench.harness.run.proof import TINY
+from slimbench.harness.run.proofs.method import TINY
 from slimbench.harness.stages import models
 from slimbench.tasks import gguf
 

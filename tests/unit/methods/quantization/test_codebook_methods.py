@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimbench.harness.config.registry import entry
 from slimbench.harness.config.sources import shipped
-from slimbench.harness.run.proof import check
+from slimbench.harness.run.proofs.method import check
 from slimbench.methods.base import Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.second_order import Moments

@@ -37,7 +37,7 @@ def check(engine: EngineConfig) -> Iterator[Checked]:
         yield Checked("–", None, f"unsupported: {reason}")
         return
     python = str(environments.get(engine.environment).python) if engine.environment else sys.executable
-    command = [python, "-P", "-m", "slimbench.harness.run.engine_proof", engine.name]
+    command = [python, "-P", "-m", "slimbench.harness.run.proofs.engine", engine.name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""`python -P -m slimbench.harness.run.engine_proof ENGINE`: one engine on a tiny model, every format; one JSON line each."""
+"""`python -P -m slimbench.harness.run.proofs.engine ENGINE`: one engine on a tiny model, every format; one JSON line each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from slimbench.harness.config.registry import Entry, entries
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
-from slimbench.harness.run.engines import Checked, to_line
-from slimbench.harness.run.proof import tiny_model
+from slimbench.harness.run.proofs.engines import Checked, to_line
+from slimbench.harness.run.proofs.method import tiny_model
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
