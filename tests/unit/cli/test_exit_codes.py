@@ -147,4 +147,5 @@ def test_an_interrupted_sweep_leaves_no_process(overrides: list[str], tmp_path: 
     assert process.wait(30) == ExitCode.INTERRUPTED
     assert process.stderr and "goes on where it stopped" in process.stderr.read()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    assert not Store(tmp_path).scan()[0], "a stage that is cut off leaves no record"
+    cut_off = [record for record in Store(tmp_path).scan()[0] if record.cell.pipeline.startswith("bad")]
+    assert cut_off == [], "a stage that is cut off leaves no record; the reference before it may have one"

@@ -34,9 +34,10 @@ def test_each_file_counts(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes() + b" ")
     changed = local_model.identity(folder)
     (folder / name).unlink()
-    if name == "config.json":
-        with pytest.raises(ConfigError, match=r"no config\.json"):
+    if name in ("config.json", "model.safetensors"):
+        with pytest.raises(ConfigError, match=r"no config\.json|no safetensors"):
             local_model.identity(folder)
+        assert before != changed
     else:
         assert len({before, changed, local_model.identity(folder)}) == 3
 

@@ -54,7 +54,10 @@ def test_what_is_missing_is_said_with_the_command(facts: dict[str, object], reas
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"loaders": {"gguf": "x"}}, "engine transformers does not load format huggingface; it loads gguf"),
+        (
+            {"loaders": {"gguf": "slimbench.methods.formats.gguf.existing"}},
+            "engine transformers does not load format huggingface; it loads gguf",
+        ),
         ({"devices": ["cuda"]}, "engine transformers runs on cuda, not on cpu"),
         ({"modules": ["no_such_module"]}, "engine transformers needs no_such_module: pip install no_such_module"),
         ({"environment": "llamacpp"}, "engine transformers needs its environment: slimbench env make llamacpp"),

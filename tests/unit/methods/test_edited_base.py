@@ -29,7 +29,7 @@ NO_KERNEL = "fell back to dequantize + dense matmul"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseModel, Claim]:
     """Three blocks: one of fewer heads and channels, one without attention and with a factor pair."""
-    folder, model = tmp_path_factory.mktemp("base"), make("llama", torch.bfloat16)
+    folder, model = tmp_path_factory.mktemp("base"), make("llama", torch.bfloat16, head_dim=32)
     cut_heads(model)
     cut_channels(model)
     surgery.remove_part(model, "model.layers.2", "attention")

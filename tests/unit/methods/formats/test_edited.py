@@ -24,11 +24,11 @@ from tests.support import tiny
 IDS = tiny.tokens(2, 24, seed=3).ids
 
 
-def make(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(architecture: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A tiny random model of three blocks: grouped queries and a tied head, biases, or experts."""
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
-    shape = tiny.SHAPE | {"num_hidden_layers": 3}
+    shape = tiny.SHAPE | {"num_hidden_layers": 3} | more
     torch.manual_seed(5)
     made: dict[str, Callable[[], Any]] = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
