@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,12 @@ def test_the_split_adds_up(model: TransformersModel) -> None:
     assert split.device_used_bytes is split.reserved_bytes is split.device_process_bytes is None
 
 
+def _give_back_free_memory() -> None:
+    """What earlier tests let go of goes back to the system, or a run that takes it again seems to need less."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled model takes its steps as they are, so that no compiler's memory is measured."""
@@ -50,7 +58,11 @@ def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_
     compiled = CompiledModel(save_model(tmp_path, num_hidden_layers=8).load(), "cpu")
     point = SpeedPoint(batch=16, prompt=1500, new_tokens=2)
     compiled.prefill(prompts(compiled, point), room=point.new_tokens)
-    eager, kept = (measure(model, point, 0) for model in (TransformersModel(compiled.module, "cpu"), compiled))
+    splits = []
+    for model in (TransformersModel(compiled.module, "cpu"), compiled):
+        _give_back_free_memory()
+        splits.append(measure(model, point, 0))
+    eager, kept = splits
     assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
     assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.4 * eager.activation_bytes
     assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.2)
