@@ -117,9 +117,10 @@ def test_what_goes_wrong_in_a_slot_ends_the_launch(overrides: list[str], tmp_pat
     def fill_the_disk(*_: Any) -> None:
         raise StoreError("no space")
 
+    before = set(threading.enumerate())
     with pytest.raises(StoreError, match="no space"):
         LocalLauncher(Listener(), runner=rehearsal(fill_the_disk)).launch(plan_of(overrides, "dense"), Store(tmp_path))
-    assert threading.active_count() == 1 or all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate())
+    assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
 
 
 def cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
