@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.core.settings import Adapters
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -23,13 +24,8 @@ _SPARSE = 0.01  # share of zeros from which on a layer was pruned
 
 
 @dataclass(frozen=True)
-class LoRA(TrainingSettings, Method):
-    """Adapters on all linear layers of the blocks, merged; a pruned weight is refused, since its zeros would be filled.
-
-    Attributes:
-        rank: Of the adapters.
-        alpha: Their product is scaled by alpha / rank.
-    """
+class LoRA(Adapters, TrainingSettings, Method):
+    """Adapters on all linear layers of the blocks, merged; a pruned weight is refused, since its zeros would be filled."""
 
     name: ClassVar[str] = "lora"
     accepts: ClassVar[tuple[str, ...]] = DENSE
@@ -39,14 +35,6 @@ class LoRA(TrainingSettings, Method):
     needs: ClassVar[Needs] = Needs(calibration=True, training=True, extra="peft", modules=("peft",))
 
     rank: int = 8
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, not {self.alpha}")
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         import torch
