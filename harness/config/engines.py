@@ -11,6 +11,7 @@ from slimbench.harness.config import environments
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.sources import choice, shipped
+from slimbench.methods.base import Unsupported
 
 
 def catalogue() -> list[EngineConfig]:
@@ -35,6 +36,19 @@ def missing(engine: EngineConfig) -> str | None:
     absent = [name for name in engine.modules if importlib.util.find_spec(name) is None]
     extra = f"'slimbench[{engine.extra}]'" if engine.extra else " ".join(absent)
     return f"needs {', '.join(absent)}: pip install {extra}" if absent else None
+
+
+def able(format_: str) -> EngineConfig:
+    """The first engine that loads a format and can run here, in this environment.
+
+    Raises:
+        methods.base.Unsupported: There is none.
+    """
+    loading = [engine for engine in catalogue() if format_ in engine.loaders]
+    for engine in loading:
+        if not engine.environment and missing(engine) is None:
+            return engine
+    raise Unsupported("; ".join(f"{e.name} {missing(e)}" for e in loading) or f"no engine loads format {format_}")
 
 
 @cache

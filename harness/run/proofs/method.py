@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.config import engines
 from slimbench.harness.config.registry import entry
-from slimbench.harness.config.schema import EngineConfig
 
 TINY = {
     "model_type": "llama",
@@ -29,22 +29,6 @@ def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:
 
     generate(ModelConfig(name="tiny", source="random", dtype=dtype, shape=TINY), folder)  # type: ignore[arg-type]
     return folder
-
-
-def _engine_for(format_: str) -> EngineConfig:
-    """The first engine that loads a format and can run here.
-
-    Raises:
-        methods.base.Unsupported: There is none.
-    """
-    from slimbench.harness.config import engines
-    from slimbench.methods.base import Unsupported
-
-    able = [engine for engine in engines.catalogue() if format_ in engine.loaders]
-    for engine in able:
-        if not engine.environment and engines.missing(engine) is None:
-            return engine
-    raise Unsupported("; ".join(f"{e.name} {engines.missing(e)}" for e in able) or f"no engine loads format {format_}")
 
 
 def check(name: str) -> dict[str, Any]:
@@ -69,7 +53,7 @@ def check(name: str) -> dict[str, Any]:
     method = entry(name).method
     if method.needs.environment:
         raise Unsupported(f"it runs in the environment {method.needs.environment}: slimbench engines check tries the formats of an engine")
-    engine = _engine_for(method.produces)
+    engine = engines.able(method.produces)
     with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
         source = tiny_model(Path(scratch) / "dense")
         shape = shape_of(source)

@@ -32,6 +32,15 @@ def test_the_reference_engine_comes_first_and_each_engine_validates() -> None:
     assert all("huggingface" in engine.loaders for engine in found)
 
 
+def test_the_first_engine_that_can_run_here_loads_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert catalogue.able("huggingface").name == catalogue.able("packed").name == "transformers"
+    with pytest.raises(Unsupported, match="no engine loads format glyphs"):
+        catalogue.able("glyphs")
+    monkeypatch.setattr(catalogue, "missing", lambda engine: f"needs {engine.name}s")
+    with pytest.raises(Unsupported, match="onnxruntime needs onnxruntimes"):
+        catalogue.able("onnx")
+
+
 def test_an_unknown_engine_is_one_line_with_the_nearest_choice() -> None:
     with pytest.raises(ConfigError, match="did you mean 'compiled'"):
         catalogue.get("compild")

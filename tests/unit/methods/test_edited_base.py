@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from slimbench.harness.config import engines
 from slimbench.harness.config.registry import entries
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
-from slimbench.harness.run.proofs.method import _engine_for
 from slimbench.harness.store import artefact
 from slimbench.methods.base import EDITED, Claim, DenseModel, Method
 from slimbench.methods.core import surgery
@@ -54,7 +54,7 @@ def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseMode
     claim = before.then(method.compress(dense, tiny.tokens(16, 32) if method.needs.calibration else None, tmp_path))
     assert claim.format == method.produces_after(EDITED)
     artefact.write_manifest(tmp_path, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
-    engine: Any = _engine_for(claim.format)
+    engine: Any = engines.able(claim.format)
     model = locate(engine.target)(loaders=engine.loaders).load(tmp_path, "cpu")
     found = claims.check(model, claim, artefact.disk_bytes(tmp_path))
     fewer = 1 if name == "ShortGPT" else 0
