@@ -11,6 +11,7 @@ from torch import Tensor
 from slimbench.methods.base import DenseModel
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.training import Trained, TrainingSettings, cut, objective, train
+from slimbench.methods.kernels.grid import LowRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,3 +78,8 @@ def train_adapters(
     made = {name: (parameters[f"{name}.lora_A"].detach(), scaling * parameters[f"{name}.lora_B"].detach()) for name in names}
     adapted.unload()
     return made, done
+
+
+def stored(made: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, LowRank]:
+    """Factors by layer as they lie beside a quantized weight, rounded to a dtype."""
+    return {name: LowRank(*(part.to(dtype).contiguous() for part in factors)) for name, factors in made.items()}

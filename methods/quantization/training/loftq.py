@@ -63,8 +63,8 @@ class LoftQ(TrainingSettings, Grouped, Method):
         import torch
 
         from slimbench.methods.core.layers import block_linears, check_groups
+        from slimbench.methods.core.low_rank import stored, train_adapters
         from slimbench.methods.formats import packed
-        from slimbench.methods.quantization.solvers import lora as _lora
         from slimbench.methods.quantization.solvers import qat as _qat
 
         grid, dtype = packed.Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
@@ -73,11 +73,12 @@ class LoftQ(TrainingSettings, Grouped, Method):
         check_groups(layers, self.group_size)
         weights, initial = {}, {}
         for index, (name, layer) in enumerate(layers.items()):
-            weights[name], *factors = decompose(layer.weight.detach(), grid, self.rank, self.iterations, dtype)
-            initial[name] = (factors[0], factors[1])
+            weights[name], *start = decompose(layer.weight.detach(), grid, self.rank, self.iterations, dtype)
+            initial[name] = (start[0], start[1])
             layer.weight.copy_(weights[name].dequantize())
             dense.progress(index + 1, len(layers))
-        made, done = _lora.fit(model, self, self.rank, float(self.rank), calibration.ids, dense, initial)
+        factors, done = train_adapters(model, self, self.rank, float(self.rank), calibration.ids, dense, initial)
+        made = stored(factors, dtype)
         whole = {name: replace(weight, low_rank=made[name]) for name, weight in weights.items()}
         _qat.save_weights(model, whole.items(), dense, out)
         details = {"symmetric": True, "rank": self.rank, "stored_bits": stored_bits(whole.values())}

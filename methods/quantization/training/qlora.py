@@ -39,15 +39,18 @@ class QLoRA(Adapters, TrainingSettings, Method):
     learning_rate: float = 2e-4
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        import torch
+
+        from slimbench.methods.core.low_rank import stored, train_adapters
         from slimbench.methods.formats import adapters
-        from slimbench.methods.quantization.solvers import lora as _lora
         from slimbench.methods.quantization.solvers import qat as _qat
 
         base = NF4(double_quant=self.double_quant)
         claim = base.compress(dense, Calibration.none(), out)
         model = _qat.load_float32(dense)
         _take_weights(model, out, dense.device)
-        made, done = _lora.fit(model, self, self.rank, self.alpha, calibration.ids, dense)
+        factors, done = train_adapters(model, self, self.rank, self.alpha, calibration.ids, dense)
+        made = stored(factors, getattr(torch, dense.dtype))
         adapters.save(out, made)
         details = claim.details | {"rank": self.rank, "stored_bits": adapters.stored_bits(out, made)}
         return done.added_to(replace(claim, format=self.produces, details=details))
