@@ -7,7 +7,8 @@ code behind an entry moves and its version does not, unless the lock says that t
       was 9c1b07aa51d2e0f3 same: a helper moved to core.second_order
 
 What counts as the code behind an entry is what its class or functions reach (see `util.syntax`): of a method and a format all of
-`methods` but the contract in `base.py`; of an engine also its loaders and the engines' own modules; of a protocol the
+`methods` but the contract in `base.py`; of an engine also the engines' own modules, and its loaders that convert: a loader is the
+format's where it lies in the module of that format, else the engine's, whose version stands in keys; of a protocol the
 measurements and their statistics. Whatever is reached in `util` counts. The configuration, the store, the stages and the schema do
 not: they decide what is run and written down, not what comes out.
 
@@ -221,18 +222,23 @@ def _is_shipped(target: str) -> bool:
 
 
 def _engine_code(engine: EngineConfig) -> tuple[str, ...]:
-    """The class of an engine and its own loaders; those of the formats are entries of their own."""
-    own = [loader for loader in engine.loaders.values() if not loader.startswith("slimbench.methods.")]
+    """The class of an engine and its own loaders."""
+    own = [loader for format_, loader in engine.loaders.items() if not _is_the_format_s(loader, format_)]
     return engine.target, *dict.fromkeys(own)
 
 
 @cache
 def _format_code(format_: str) -> tuple[str, ...]:
     """What writes a format and what loads it in any shipped engine; empty for a format that slimbench does not define."""
-    loaders = {engine.loaders[format_] for engine in engines.catalogue() if format_ in engine.loaders and _is_shipped(engine.target)}
+    shipped_engines = [engine for engine in engines.catalogue() if _is_shipped(engine.target)]
+    loaders = {engine.loaders[format_] for engine in shipped_engines if _is_the_format_s(engine.loaders.get(format_, ""), format_)}
     writer = f"{_format_module(format_)}.save"
-    found = {loader for loader in loaders if loader.startswith("slimbench.methods.")} | ({writer} if sources.defines(writer) else set())
-    return tuple(sorted(found))
+    return tuple(sorted(loaders | ({writer} if sources.defines(writer) else set())))
+
+
+def _is_the_format_s(loader: str, format_: str) -> bool:
+    """It loads the format as it lies there; other loaders make something else of it."""
+    return loader.rpartition(".")[0] == _format_module(format_)
 
 
 def _format_module(format_: str) -> str:

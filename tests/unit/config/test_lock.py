@@ -87,6 +87,19 @@ def test_the_whole_way_counts(edit: Edit, file: str, old: str, new: str, label: 
     assert label in labels(lock.problems())
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "engine"),
+    [
+        ("methods/formats/gguf.py", "1 - share", "2 - share", "llamacpp"),
+        ("methods/formats/compressed_tensors.py", "layer.codes.short() - grid.mid", "layer.codes.short() + grid.mid", "vllm"),
+        ("methods/formats/openvino.py", "compress_to_fp16=True", "compress_to_fp16=False", "openvino"),
+    ],
+)
+def test_a_conversion_is_the_engine_s_whose_version_stands_in_keys(edit: Edit, file: str, old: str, new: str, engine: str) -> None:
+    edit(file, old, new)
+    assert f"engine {engine}" in labels(lock.problems())
+
+
 def test_words_and_form_do_not_count(tree: Path, edit: Edit) -> None:
     edit(RTN, '"""Round-to-nearest, weight only.', '"""Other words.')
     edit(RTN, "model = dense.load()", "model = (\n            dense.load()  # a comment\n        )")
