@@ -11,7 +11,7 @@ from slimbench.util.files import atomic_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1  # raise it when other weights, configuration or tokenizer come out of the same file
+VERSION = 1  # raise it when other weights, configuration or tokenizer come out of the same file; it stands in the keys of their model
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 
 

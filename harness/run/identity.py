@@ -13,7 +13,7 @@ from slimbench.harness.config.schema import ModelConfig, RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
 from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part
-from slimbench.tasks import assets, calibration, corpora, zeroshot
+from slimbench.tasks import assets, calibration, corpora, gguf, zeroshot
 from slimbench.util.text import nearest
 
 
@@ -58,15 +58,15 @@ def calibration_fingerprint(config: RunConfig) -> str:
 
 def _model(model: ModelConfig) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
-    content = None
+    content = converter = None
     if kind == "asset":
         if rest not in assets.catalogue():
             raise ConfigError(f"model.source: no asset '{rest}'{nearest(rest, assets.catalogue())}")
-        content = assets.catalogue()[rest].fingerprint
+        content, converter = assets.catalogue()[rest].fingerprint, gguf.VERSION
     elif kind == "file":
         content = local_model.identity(Path(rest).expanduser())
     elif kind not in ("hf", "random"):
         raise ConfigError(f"model.source '{model.source}' is none of asset:NAME, hf:ORG/NAME, file:FOLDER, random")
     elif kind == "random" and not model.shape:
         raise ConfigError("model.source=random needs model.shape, the fields of its config.json")
-    return model_part(model.source, content, model.revision, model.dtype, model.shape, model.trust_remote_code)
+    return model_part(model.source, content, model.revision, model.dtype, model.shape, model.trust_remote_code, converter)

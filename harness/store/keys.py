@@ -66,7 +66,13 @@ def present(**parts: Any) -> dict[str, Any]:
 
 
 def model_part(
-    source: str, content: str | None, revision: str | None, dtype: str, shape: Mapping[str, Any] | None, code: bool = False
+    source: str,
+    content: str | None,
+    revision: str | None,
+    dtype: str,
+    shape: Mapping[str, Any] | None,
+    code: bool = False,
+    converter: int | None = None,
 ) -> dict[str, Any]:
     """What a dense source is.
 
@@ -74,9 +80,10 @@ def model_part(
         content: Hash of an asset or a local folder, which then stands for its name and place.
         revision: The commit of a hub model.
         code: Python code of the checkpoint runs.
+        converter: Version of what makes weights of an asset; the first is left out, as it was before there were others.
     """
     what = {"content": content} if content else {"source": source, "revision": revision}
-    return present(**what, dtype=dtype, shape=shape, code=code or None)
+    return present(**what, dtype=dtype, shape=shape, code=code or None, converter=converter if converter != 1 else None)
 
 
 def suite_part(settings: Mapping[str, Any], corpora: Sequence[str], tasks: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from slimbench.harness.store.store import Store
 from slimbench.methods.base import Needs
 from slimbench.methods.quantization.weight import rtn
 from slimbench.methods.quantization.weight.rtn import RTN
+from slimbench.tasks import gguf
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
 from tests.unit.run.test_runner import Listener
@@ -95,6 +96,15 @@ def test_another_version_of_a_method_or_protocol_has_other_keys(overrides: list[
             assert {s for s in Keys.model_fields if getattr(now, s) != getattr(before.keys, s)} == {stage}, name
     monkeypatch.setattr(protocols, "ZEROSHOT", 2)
     assert cell(overrides, "method=rtn-4bit").identity == before, "a suite without tasks does not ask for them"
+
+
+def test_another_version_of_the_converter_is_another_model(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asset = ["model=custom", "model.name=smollm2", "model.source=asset:smollm2-135m"]
+    drawn, before = cell(overrides).identity, cell(overrides, *asset).identity
+    monkeypatch.setattr(gguf, "VERSION", gguf.VERSION + 1)
+    after = cell(overrides, *asset).identity
+    assert not {*after.keys.model_dump().values()} & {*before.keys.model_dump().values()} and after.reference != before.reference
+    assert cell(overrides).identity == drawn, "what no converter makes does not ask for it"
 
 
 def test_any_machine_plans_the_same_keys(overrides: list[str], machine: Callable[..., None]) -> None:
