@@ -1,6 +1,6 @@
 """`python -P -m slimbench.leaderboard.tables.readme RESULTS FILE…`: the tables of README and docs, written from the records of reference.
 
-A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A test holds the files against the records.
+No foreign row stands in them. A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A test holds the files against the records.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def filled(text: str, board: Sequence[Row]) -> str:
 
 
 def _is_shown(row: Row, suite: str) -> bool:
-    return row.model == _MODEL and row.suite == suite and row.speed == "quick" and _PROCESSOR in row.hardware
+    return not row.foreign and row.model == _MODEL and row.suite == suite and row.speed == "quick" and _PROCESSOR in row.hardware
 
 
 def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:

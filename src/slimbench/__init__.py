@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 def load(results: str | Path = "runs") -> pd.DataFrame:
     """The table of a results folder: one row for each cell, with the columns of `slimbench board table --format json`.
 
+    Rows of records that another results folder made are there too: column `foreign` is true for them.
+
     Args:
         results: Folder of records.
 

@@ -18,7 +18,7 @@ from slimbench.harness.config import compose
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.tables.readme import filled
+from slimbench.leaderboard.tables.readme import TABLES, filled
 from tests.support.documents import FILES, MARKS, Block, blocks
 from tests.support.paths import ROOT
 
@@ -48,6 +48,12 @@ def test_tables_are_those_of_the_records(file: Path, board: list[Row]) -> None:
     text = file.read_text(encoding="utf-8")
     assert filled(text, board) == text, "run `make readme`"
     assert file.name != "README.md" or text.count(": begin -->") == 2
+
+
+def test_a_foreign_row_stands_in_no_table(board: list[Row]) -> None:
+    text = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in TABLES)
+    wonders = [row.model_copy(update={"foreign": True, "perplexity": 1.0, "decode_tokens_per_second": 1e6}) for row in board]
+    assert filled(text, board + wonders) == filled(text, wonders + board) == filled(text, board)
 
 
 def test_what_the_readme_says_it_found_is_found(board: list[Row]) -> None:

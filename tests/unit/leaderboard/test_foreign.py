@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.ranking import data
+from slimbench.leaderboard.tables.frame import load
 from slimbench.leaderboard.tables.tables import pareto, tables
 from slimbench.leaderboard.tables.writers import to_csv, to_markdown
 from tests.support.board_records import Spec, records
@@ -73,6 +75,22 @@ def test_a_foreign_row_is_marked_and_stands_behind_one_s_own() -> None:
     assert last not in pareto(board, "weight_bytes") and pareto([last], "weight_bytes") == [last]
     assert len(tables(board)) == 1 and '"foreign"' not in to_csv(board)
     assert '["foreign' in (text := data(Board(board))) or "foreign: recorded" in text
+
+
+def test_a_table_for_programs_says_which_rows_are_foreign(tmp_path: Path) -> None:
+    mine, theirs = Store(tmp_path / "mine"), Store(tmp_path / "theirs")
+    for store, spec in ((mine, DENSE), (mine, GPTQ), (theirs, Spec("awq", "quantization", loss=1.2, bits=4.25))):
+        for record in records(spec):
+            store.put(record)
+    for path in (tmp_path / "theirs").glob("*/*/*.json"):
+        copy = tmp_path / "mine" / path.relative_to(tmp_path / "theirs")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    shutil.copytree(tmp_path / "theirs" / "shared", tmp_path / "mine" / "shared", dirs_exist_ok=True)
+    frame = load(tmp_path / "mine")
+    assert frame["foreign"].dtype == bool
+    assert dict(zip(frame["pipeline"], frame["foreign"], strict=True)) == {"dense": False, "gptq": False, "awq": True}
+    assert not load(tmp_path / "theirs")["foreign"].any()
 
 
 def test_foreign_rows_alone_are_ranked_among_themselves() -> None:
