@@ -25,7 +25,7 @@ from slimbench.tasks.errors import AssetError
 from slimbench.util import checksums
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
-from slimbench.util.text import nearest
+from slimbench.util.text import closest, nearest
 
 CATALOGUE = Path(__file__).with_name("assets.yaml")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -254,7 +254,7 @@ def _local(asset: Asset) -> Path:
     file = Path(asset.location).expanduser().absolute()
     if not file.exists():
         siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise AssetError(f"there is no {file}{nearest(file.name, siblings)}")
+        raise AssetError(f"there is no {file}{closest(file.name, siblings)}")
     if asset.sha256 and checksums.sha256(file) != asset.sha256:
         raise AssetError(f"{file} is not the pinned file (SHA-256 differs)")
     return file

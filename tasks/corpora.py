@@ -19,7 +19,7 @@ import yaml
 from slimbench.tasks import assets
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import hash_file
-from slimbench.util.text import nearest
+from slimbench.util.text import closest, nearest
 
 __all__ = ["Corpus", "DataError", "NamedCorpus", "catalogue", "fingerprint", "load"]
 
@@ -136,7 +136,7 @@ def _files(spec: str) -> list[Path]:
         return files
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"there is no file {path}{nearest(path.name, siblings)}")
+        raise DataError(f"there is no file {path}{closest(path.name, siblings)}")
     return [path]
 
 

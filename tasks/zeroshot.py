@@ -15,7 +15,7 @@ import yaml
 from slimbench.tasks import bigbench
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import hash_file
-from slimbench.util.text import nearest
+from slimbench.util.text import closest, nearest
 
 ASSET_PREFIX = "asset:"
 _SHIPPED, _SHIPPED_NAMES = f"asset:{bigbench.ASSET}", "bb_"
@@ -121,7 +121,7 @@ def _folder(include_path: str) -> Path:
     folder = Path(include_path).expanduser().absolute()
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
-        raise DataError(f"there is no task folder {folder}{nearest(folder.name, siblings)}")
+        raise DataError(f"there is no task folder {folder}{closest(folder.name, siblings)}")
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from slimbench.harness.cli.terminal import FORMATS, check_choice, fail, print_table, read_records
+from slimbench.harness.cli.terminal import FORMATS, check_choice, fail, libraries_silenced, print_table, read_records
 
 app = typer.Typer(help="The compression methods: list, show, prove on a tiny model, hold against the survey.", no_args_is_help=True)
 
@@ -101,10 +101,13 @@ def check(name: str) -> None:
         install = f"'slimbench[{extra}]'" if extra else " ".join(item.missing)
         raise ConfigError(f"method '{name}' needs {', '.join(item.missing)}: pip install {install}")
     try:
-        facts = prove(name)
+        with libraries_silenced():
+            facts = prove(name)
     except Unsupported as error:
         fail(f"{name} does not run here: {error}", 1)
-    for key, value in facts.items():
+    claim = {key: value for key, value in (facts["claim"] | facts["claim"]["details"]).items() if value and key != "details"}
+    told = facts | {"claim": ", ".join(f"{key} {value}" for key, value in claim.items()), "flags": "; ".join(facts["flags"]) or "none"}
+    for key, value in told.items():
         print(f"{key:<15} {value}")
     good = facts["finite"] and not [flag for flag in facts["flags"] if flag.startswith("claims")]
     print(f"{name}: {'passed' if good else 'FAILED'}")

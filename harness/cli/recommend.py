@@ -61,8 +61,8 @@ def _bytes(option: str, text: str | None) -> int | None:
         size: Any = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         size = 0
-    if size <= 0:
-        raise ConfigError(f"{option} {text} is no size; give it as 300MB, 4GB or 4GiB")
+    if size <= 0 or text.strip()[-1].isdigit():
+        raise ConfigError(f"{option} {text} is no size with its unit; give it as 300MB, 4GB or 4GiB")
     return int(size)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,6 +30,26 @@ def fail(message: str, code: int) -> NoReturn:
     """End with one line on the standard error."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """Keep from the standard error what libraries write to it, compiled ones included, unless an error ends the block."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as heard:
+        own = os.dup(2)
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            heard.seek(0)
+            os.write(own, heard.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
 
 
 def check_choice(option: str, name: str, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from slimbench.harness.config.errors import ConfigError
 from slimbench.util import checksums
 from slimbench.util.hashing import digest
-from slimbench.util.text import nearest
+from slimbench.util.text import closest
 
 _UNREAD = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".md"}  # no pickles, no other library's weights, no prose
 
@@ -23,7 +23,7 @@ def identity(folder: Path) -> str:
     """
     if not (folder / "config.json").is_file():
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir() and p.name != folder.name] if folder.parent.is_dir() else []
-        raise ConfigError(f"model.source: no config.json in {folder}{nearest(folder.name, siblings)}")
+        raise ConfigError(f"model.source: no config.json in {folder}{closest(folder.name, siblings)}")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"model.source: no safetensors in {folder}, and nothing else is loaded; "

@@ -47,8 +47,6 @@ def read(texts: Sequence[str], loader: Any = None) -> list[Override]:
         if override.is_hydra_override():
             instead = "; give launcher=NAME" if override.key_or_group == "hydra/launcher" else ""
             raise ConfigError(f"{override.input_line}: Hydra only composes here, its own settings have no effect{instead}")
-        if override.key_or_group == "launcher" and override.value() in _COMING:
-            raise ConfigError(f"launcher={override.value()} is not there yet; launcher=local runs stages on this machine")
     return overrides
 
 
@@ -69,6 +67,8 @@ def check_names(group: str, names: Sequence[str]) -> None:
     """Raise `ConfigError` unless each is a choice of a group."""
     offered = shipped(group)
     for name in names:
+        if group == "launcher" and name in _COMING:
+            raise ConfigError(f"launcher={name} is not there yet; launcher=local runs stages on this machine")
         if name not in offered:
             own = group == "model" and Path(name).expanduser().is_dir()
             hint = f"; for a folder of your own: model=custom model.name=NAME model.source=file:{name}" if own else nearest(name, offered)

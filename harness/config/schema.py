@@ -298,7 +298,7 @@ class CalibrationConfig(_Strict):
     source: str
     samples: int = Field(ge=1)
     length: int = Field(ge=8)
-    seed: int
+    seed: int = Field(ge=0)
 
 
 class RunConfig(_Strict):
@@ -332,7 +332,7 @@ class RunConfig(_Strict):
     calibration: CalibrationConfig
     limits: LimitsConfig = LimitsConfig()
     launcher: LauncherConfig = LauncherConfig()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     tracking: Literal["wandb"] | None = None
     results: str = Field(default="runs", min_length=1)

@@ -8,13 +8,23 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 
+_MOST_LISTED = 24
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the list of choices, for the end of a message."""
+    """`; did you mean 'x'?`, or the choices, for the end of a message; of many choices those that come nearest."""
     known = sorted(set(choices), key=_by_number)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if hint := closest(word, known):
+        return hint
+    if len(known) > _MOST_LISTED:
+        return f"; of {len(known)} choices the nearest are {', '.join(difflib.get_close_matches(word, known, n=6, cutoff=0))}"
     return f"; choices: {', '.join(known)}" if known else ""
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no choice is like the word."""
+    close = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _by_number(word: str) -> list[tuple[int, str]]:

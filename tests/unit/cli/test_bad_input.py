@@ -68,6 +68,8 @@ NAMES = [item.name for item in entries()]
         ),
         (["hydra/launcher=submitit_slurm"], "give launcher=NAME"),
         (["hydra.run.dir=x"], "Hydra only composes here"),
+        (["seed=-1"], "seed: input should be greater than or equal to 0"),
+        (["calibration_seed=-1"], "calibration_seed: input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], expected: str) -> None:
@@ -97,6 +99,7 @@ def test_a_setting_of_some_methods_of_a_sweep_is_no_setting_of_the_others() -> N
         ("sweep method=gptq +method=awq", "'method' is given twice"),
         ("sweep method=rtn-4bit,gptq method.gptq.bits=3,4", "belongs to gptq only"),
         ("sweep --plan method=dense hydra/launcher=x", "give launcher=NAME"),
+        ("run launcher=slurm", "launcher=slurm is not there yet; launcher=local runs stages on this machine"),
         ("run --cfg job", "`slimbench config` shows each key"),
         ("sweep model=opt-125m,opt-125mm method=dense", "did you mean 'opt-125m'?"),
         ("rnu", "No such command 'rnu'. Did you mean 'run'?"),

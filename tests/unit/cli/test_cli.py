@@ -37,6 +37,7 @@ def slimbench(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         (("board", "build", "--results", RESULTS, "--out", "/dev/null"), "cannot write to '/dev/null'"),
         (("bench", "kernels", "--out", "/dev/null/x"), "cannot write to '/dev/null/x'"),
         (("recommend", "--memory", "0"), "--memory 0 is no size"),
+        (("recommend", "--memory", "120"), "--memory 120 is no size with its unit; give it as 300MB"),
         (("recommend", "--min-speed", "inf"), "--min-speed inf is no number to reach"),
         (("run", "results=/dev/null"), "results=/dev/null is no folder"),
         (("run", "model=custom", "model.name=x", "model.source=file:/no/such/folder"), "no config.json"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 
 import pytest
 
+from slimbench.harness.cli.terminal import libraries_silenced
 from slimbench.harness.config.registry import entries
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.leaderboard.rows.outcomes import outcomes
@@ -82,3 +84,19 @@ def test_show_names_engines_and_the_systems_that_are_covered() -> None:
     text = slimbench("methods", "show", "gptq").stdout
     assert "engines     transformers, compiled" in text and "covers      GPTQ / OPTQ" in text and "comes near  OBQ: " in text
     assert "  group_size = 64" in text and "  observer = null" in text and "method.gptq.SETTING=VALUE" in text
+
+
+def test_a_proof_says_what_was_claimed_and_nothing_of_what_libraries_say() -> None:
+    done = slimbench("methods", "check", "rtn-4bit")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "claim           format packed, bits 4, group_size 64, symmetric True" in done.stdout and "rtn-4bit: passed" in done.stdout
+
+
+def test_what_libraries_say_is_shown_where_an_error_follows(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), libraries_silenced():
+        os.write(2, b"a hint of the library\n")
+        raise RuntimeError
+    with libraries_silenced():
+        os.write(2, b"noise\n")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a hint of the library\nafter\n"

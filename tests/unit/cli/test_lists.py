@@ -86,3 +86,8 @@ def test_the_schema_in_the_documentation_is_that_of_today() -> None:
 def test_choices_are_in_the_order_of_numbers() -> None:
     assert nearest("zzzz", ["128", "256", "32"]) == "; choices: 32, 128, 256"
     assert nearest("?", ["rtn-16bit", "rtn-4bit", "awq"]) == "; choices: awq, rtn-4bit, rtn-16bit"
+
+
+def test_of_many_choices_the_nearest_are_named() -> None:
+    hint = nearest("zzz", [f"rtn-{bits}bit" for bits in range(200)])
+    assert hint.startswith("; of 200 choices the nearest are rtn-") and hint.count(",") == 5
