@@ -1,6 +1,7 @@
 """`python -P -m slimbench.leaderboard.tables.readme RESULTS FILE…`: the tables of README and docs, written from the records of reference.
 
-No foreign row stands in them. A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A test holds the files against the records.
+No foreign row stands in them. A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A test holds the files against the
+records.
 """
 
 from __future__ import annotations

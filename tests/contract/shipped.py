@@ -15,7 +15,7 @@ from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim, DenseModel, Method
+from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from tests.support import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
@@ -76,11 +76,11 @@ class Made:
 
     def load(self) -> LoadedModel:
         """The artefact through the first engine that can run here."""
-        able = [engine for engine in engines.catalogue() if self.method.produces in engine.loaders]
-        here = [engine for engine in able if not engine.environment and engines.missing(engine) is None]
-        if not here:
-            pytest.skip(f"no engine that loads {self.method.produces} runs here: {', '.join(engine.name for engine in able)}")
-        return opened(here[0], self.folder)
+        try:
+            engine = engines.able(self.method.produces)
+        except Unsupported as missing:
+            pytest.skip(str(missing))
+        return opened(engine, self.folder)
 
 
 def opened(engine: EngineConfig, folder: Path) -> LoadedModel:
