@@ -13,6 +13,7 @@ What its interface does not let the harness do:
 from __future__ import annotations
 
 import queue
+import re
 import struct
 import tempfile
 import threading
@@ -33,6 +34,7 @@ from slimbench.methods.base import Unsupported
 
 _DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # in the order of the file format's codes
 _EMBEDDING, _HEAD = "decoder/embeddings/weight", "decoder/projection/weight"
+_BLOCK = re.compile(r"decoder/layer_(\d+)/")
 _NONE: list[int] = []  # end tokens: the count is fixed
 
 
@@ -163,7 +165,8 @@ class CTranslate2Model(LoadedModel):
         return None
 
     def evidence(self) -> Evidence:
-        return evidence_of(self._weights)
+        blocks = {found[1] for weight in self._weights if (found := _BLOCK.match(weight.name))}
+        return evidence_of(self._weights, len(blocks))
 
     def _stop(self) -> None:
         if self._running:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
@@ -40,7 +41,8 @@ def read(file: Path, resident_bytes: int | None = None) -> Evidence:
             second copy of it, in an order of blocks that suits the product.
     """
     groups: dict[tuple[str, str], list[_Matrix]] = defaultdict(list)
-    for tensor in GGUFReader(file).tensors:
+    reader = GGUFReader(file)
+    for tensor in reader.tensors:
         kind = GGMLQuantizationType(tensor.tensor_type)
         groups[_role(tensor), kind.name].append(_Matrix(_role(tensor), kind, tensor))
     layers = [_layer(matrices) for matrices in groups.values()]
@@ -52,11 +54,17 @@ def read(file: Path, resident_bytes: int | None = None) -> Evidence:
     return Evidence(
         weight_bytes=sum(layer.bytes for layer in layers),
         parameters=parameters,
+        blocks=_header(reader, f"{_header(reader, 'general.architecture')}.block_count"),
         effective_bits=8 * sum(layer.bytes for layer in linear) / weights if weights else None,
         sparsity=sum((layer.zeros or 0.0) * layer.parameters for layer in linear) / weights if weights else None,
         layers=layers,
         kernel="llama.cpp " + " + ".join(name for name, count in by_type.most_common() if count >= _LEADING * weights),
     )
+
+
+def _header(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    return field and field.contents()
 
 
 def _copied_head(groups: dict[tuple[str, str], list[_Matrix]], file_bytes: int, resident_bytes: int | None) -> list[LayerEvidence]:

@@ -119,8 +119,12 @@ class Weight:
     expanded: bool = False
 
 
-def evidence_of(weights: list[Weight]) -> Evidence:
-    """The evidence of a graph: its weights by operator and role, and what they are multiplied with in a step."""
+def evidence_of(weights: list[Weight], blocks: int | None = None) -> Evidence:
+    """The evidence of a graph: its weights by operator and role, and what they are multiplied with in a step.
+
+    Args:
+        blocks: Decoder blocks that it has; None where the engine does not show them.
+    """
     groups: dict[tuple[str, str], list[Weight]] = defaultdict(list)
     for weight in weights:
         groups[weight.layer, weight.role].append(weight)
@@ -129,6 +133,7 @@ def evidence_of(weights: list[Weight]) -> Evidence:
     return Evidence(
         weight_bytes=sum(w.dtypes.total() for w in weights),
         parameters=sum(w.parameters for w in weights),
+        blocks=blocks,
         effective_bits=8 * sum(w.dtypes.total() for w in linear) / parameters if parameters else None,
         sparsity=_zeros(linear),
         layers=[_class(layer, role, members) for (layer, role), members in groups.items()],

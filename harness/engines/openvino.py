@@ -69,7 +69,7 @@ class OpenVINOModel(GraphModel):
                 packed = primitive.rpartition(" ")[2] in _PACKED and group > 0
                 weight.operator = f"openvino {primitive}" + (f" × int8 inputs in groups of {group}" if packed else "")
                 weight.compute = "int8" if packed else _DTYPES[self._precision.get_type_name()]
-        return evidence_of(weights)
+        return evidence_of(weights, blocks=len(self.graph.get_sinks()) // 2)  # each keeps its keys and its values
 
 
 def _executed(compiled: Any) -> dict[str, str]:

@@ -21,6 +21,7 @@ from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Unsupported
 from slimbench.methods.dense import Dense
 from slimbench.methods.formats.decoder_graph import read_dense
+from slimbench.methods.pruning.depth.shortgpt import ShortGPT
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from tests.support import tiny
 
@@ -164,6 +165,17 @@ def test_dense_evidence(engine: str, made: Callable[..., Path]) -> None:
     assert layers["linear"].parameters == 73728 and layers["embedding"].parameters == 256 * 64
     assert layers["linear"].compute == {"float32": 14} and layers["linear"].zeros == 0
     assert found.weight_bytes == sum(layer.bytes for layer in found.layers)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_blocks_that_are_gone_are_counted(engine: str, tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense", "float32", num_hidden_layers=4)
+    (folder := tmp_path / "artefact").mkdir()
+    claim = ShortGPT(blocks=1).compress(dense, tiny.tokens(), folder)
+    artefact.write_manifest(folder, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=claim))
+    found = load.__wrapped__(engine, folder).evidence()
+    assert claim.layers == found.blocks == 3
+    assert flags(Claim("huggingface", layers=2), found) == ["claims 2 layers, runs 3"]
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])

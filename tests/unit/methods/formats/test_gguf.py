@@ -14,12 +14,14 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from slimbench.harness.engines import gguf_evidence
+from slimbench.harness.measure.claims import flags
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.formats import gguf as _gguf
 from slimbench.methods.formats import gguf_blocks as _gguf_blocks
 from slimbench.methods.formats import packed
 from slimbench.methods.kernels.grid import Outliers, QuantizedWeight
 from slimbench.methods.kernels.rounding import round_to_grid
+from slimbench.methods.pruning.depth.shortgpt import ShortGPT
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.export.gguf import _types
 from slimbench.methods.quantization.weight.rtn import RTN
@@ -238,3 +240,11 @@ def test_types_are_counted_inside_and_outside_the_blocks(tmp_path: Path) -> None
     artefact = made(RTN(head_bits=8), tiny.save_model(tmp_path / "dense"), tmp_path / "packed")
     file = _gguf.from_packed(artefact, tmp_path)
     assert _types(file, True) == {"Q4_0": 14} and _types(file, False) == {"Q8_0": 1}
+
+
+def test_blocks_that_are_gone_are_counted(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense", num_hidden_layers=4)
+    (folder := tmp_path / "artefact").mkdir()
+    claim = ShortGPT(blocks=1).compress(dense, tiny.tokens(), folder)
+    found = gguf_evidence.read(_gguf.from_huggingface(folder, tmp_path))
+    assert claim.layers == found.blocks == 3 and flags(claim, found) == []
