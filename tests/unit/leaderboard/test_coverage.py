@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.registry import entries
 from slimbench.harness.config.sources import shipped
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.coverage import Answer, Notes, Status, System
+from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
 
+MATHEMATICS = ("tests/unit/methods/*/**/test_*.py", "tests/integration/test_*.py")
+"""Where tests hold what a method computes, beside the contract suite, which holds what all promise."""
 FOUND = [
     System("pruning/a", "2.1 First", "A", "2020", "survey"),
     System("pruning/b", "2.1 First", "B", "2021", "survey"),
@@ -40,6 +46,20 @@ def test_the_survey_has_its_329_systems() -> None:
 
 def test_every_system_has_one_answer_and_every_answer_names_what_exists() -> None:
     assert coverage.problems(coverage.systems(), coverage.registered(), shipped("engine"), coverage.notes(), shipped("model")) == []
+
+
+def test_what_a_method_covers_is_held_by_a_test_of_that_method() -> None:
+    classes = [type(entry.method) for entry in entries()]
+    claimed = {(id_, f"{cls.__module__}.{cls.__name__}") for cls in classes for id_ in cls.citation.covers}
+    tested = {name for pattern in MATHEMATICS for file in ROOT.glob(pattern) for name in imported(file)}
+    assert len(claimed) > 50 and "slimbench.methods.dense.Dense" in tested
+    assert [f"{id_}: no test imports {name}" for id_, name in sorted(claimed) if name not in tested] == []
+
+
+def imported(file: Path) -> set[str]:
+    """The dotted paths that a file takes from other modules by name."""
+    found = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    return {f"{node.module}.{alias.name}" for node in found for alias in node.names}
 
 
 def test_every_quantization_system_has_an_answer_of_its_own() -> None:
