@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from hashlib import sha256
 
-
 _MOST_LISTED = 24
 
 
