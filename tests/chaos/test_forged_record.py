@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,13 +22,18 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.trust import Distrusted, configuration
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, dump, parse, write
 from slimbench.leaderboard.exchange import parquet
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
+from tests.unit.conftest import text, tiny
+
+__all__ = ["text", "tiny"]
 
 MODULE = "forged_canary"
 WORDS = (
@@ -46,11 +53,16 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J[/INST]=cmd()"
 
 @dataclass(frozen=True)
 class Trap:
-    """Where forged code would show: a folder for it, the file that it would write, the socket that it would call."""
+    """Where forged code would show: a folder for it, the file that it would write, the socket that it would call.
+
+    Attributes:
+        checkpoint: A model and tokenizer without code.
+    """
 
     folder: Path
     canary: Path
     listener: socket.socket
+    checkpoint: Path
 
     @property
     def code(self) -> str:
@@ -80,9 +92,10 @@ class Trap:
 
 
 @pytest.fixture
-def trap(tmp_path: Path) -> Iterator[Trap]:
+def trap(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trap]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # while records are forged
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        made = Trap(tmp_path / "forged", tmp_path / "canary", listener)
+        made = Trap(tmp_path / "forged", tmp_path / "canary", listener, tiny)
         made.folder.mkdir()
         (made.folder / f"{MODULE}.py").write_text(made.code)
         yield made
@@ -95,10 +108,13 @@ def honest() -> Cell:
 
 
 def forge(cell: Cell, config: dict[str, Any], model: str) -> list[Record]:
-    """Records of good numbers for a cell, with a forged configuration."""
+    """Records of good numbers for a cell, with a forged configuration and the keys of that, where it has any."""
+    keys = cell.identity.keys
+    with contextlib.suppress(Distrusted, ConfigError, ValueError):
+        keys = make_cell(configuration(config, trusted=True)).identity.keys
     made = []
     for record in records(Spec(cell.identity.pipeline, "quantization", loss=1.1, bits=4.25)):
-        identity = cell.identity.model_copy(update={"model": model})
+        identity = cell.identity.model_copy(update={"model": model, "keys": keys})
         changes = {"cell": identity, "key": identity.keys.of(record.stage), "config": config, "command": cell.command}
         made.append(record.model_copy(update=changes | {"hardware": cell.hardware(record.stage), "foreign": False}))
     return made
@@ -114,10 +130,12 @@ def changed(config: dict[str, Any], **sections: Any) -> dict[str, Any]:
 def remote_model(trap: Trap) -> Path:
     """A checkpoint that brings code along."""
     folder = trap.folder / "model"
-    folder.mkdir(exist_ok=True)
-    classes = '{"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Tokenizer", null]}'
-    (folder / "config.json").write_text(f'{{"model_type": "forged", "auto_map": {classes}}}')
-    (folder / "code.py").write_text(trap.code)
+    if not folder.exists():
+        shutil.copytree(trap.checkpoint, folder)
+        classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
+        for file in (folder / "config.json", folder / "tokenizer_config.json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": classes}))
+        (folder / "code.py").write_text(trap.code)
     return folder
 
 
@@ -138,7 +156,12 @@ def forgeries(cell: Cell, trap: Trap) -> dict[str, dict[str, Any]]:
         "remote-code": changed(own, model={"source": "hf:forged/model", "trust_remote_code": True, "shape": None}),
         "hub-model": changed(own, model={"source": "hf:forged/model", "shape": None}),
         "hub-text": changed(own, suite={"corpus": ["hf:forged/text:default:test:text"]}, stages=["quality"]),
-        "tasks": changed(own, suite={"include_path": str(task_folder(trap)), "tasks": ["forged"]}, stages=["quality"]),
+        "tasks": changed(
+            own,
+            model={"source": f"file:{trap.checkpoint}", "shape": None},
+            suite={"include_path": [str(task_folder(trap))], "tasks": ["forged"]},
+            stages=["quality"],
+        ),
         "file": changed(own, suite={"corpus": ["file:/etc/passwd"]}, calibration={"source": "file:/etc/passwd"}),
         "method": changed(own, pipeline=[step | target], reference={"name": "dense", "settings": {}} | target),
         "method-name": changed(own, pipeline=[{"name": f"{MODULE}.Method", "settings": {}} | target]),
@@ -212,8 +235,8 @@ def test_no_command_runs_reads_or_calls_what_a_record_names(trap: Trap, results:
         name = " ".join(command[:2])
         answers[name] = done
         assert "unexpected" not in done.stderr and "Traceback" not in done.stderr, (command, done.stderr)
-        for text in (done.stdout, done.stderr):
-            assert "\x07" not in text and "\x1b" not in text and "\x9b" not in text, (command, text)
+        for said in (done.stdout, done.stderr):
+            assert "\x07" not in said and "\x1b" not in said and "\x9b" not in said, (command, said)
         assert "root:x:0" not in done.stdout + done.stderr
     assert {path: path.read_bytes() for path in Store(results).files()} == before, "and none changed a record"
     audit = answers["audit --results"]
@@ -259,6 +282,21 @@ def test_the_trap_would_have_caught_it(trap: Trap) -> None:
     assert done.returncode == 0 and trap.canary.exists()
     with pytest.raises(AssertionError, match="forged code ran"):
         trap.assert_untouched()
+
+
+@pytest.mark.parametrize("how", ["local-code", pytest.param("tasks", marks=pytest.mark.full)])
+def test_nothing_but_trust_stands_between_a_record_and_its_code(trap: Trap, honest: Cell, text: Path, tmp_path: Path, how: str) -> None:
+    """The forgery is good enough to run: an audit that trusts it does so, one that does not leaves the canary alone."""
+    config = changed(forgeries(honest, trap)[how], suite={"corpus": [f"file:{text}"], "seqlen": 64, "windows": 2}, stages=["quality"])
+    store = Store(tmp_path / "runs")
+    for record in forge(honest, config, "forged"):
+        store.put(record)
+    audit = ["audit", "--results", str(store.root), "--stage", "quality"]
+    refused = run(trap, audit, tmp_path)
+    trap.assert_untouched(refused)
+    assert refused.returncode == 1 and "1 refused" in refused.stdout
+    trusted = run(trap, [*audit, "--trust"], tmp_path)
+    assert trap.canary.exists(), (trusted.stdout, trusted.stderr)
 
 
 def test_a_foreign_key_takes_no_row(results: Path) -> None:

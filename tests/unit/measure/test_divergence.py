@@ -93,3 +93,15 @@ def test_of_two_writers_one_wins(logits: tuple[torch.Tensor, ...]) -> None:
     late.close()
     assert divergence.exists(key)
     assert not late.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["logp", "index", "tail", "label", "first", "exact"])
+def test_distributions_with_other_bytes_than_written_are_not_there(logits: tuple[torch.Tensor, ...], name: str) -> None:
+    reference, _, labels = logits
+    key = recorded(reference, labels, 8)
+    file = divergence.location(key) / f"{name}.npy"
+    good = file.read_bytes()
+    file.write_bytes(good[:-4] + bytes(byte ^ 1 for byte in good[-4:]))
+    assert not divergence.exists(key)
+    file.write_bytes(good)
+    assert divergence.exists(key)

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from slimbench.harness.config import lock
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.run.cell import make_cell
+from slimbench.harness.run.planning.ledger import reusable
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
 from slimbench.util import syntax
+from tests.support.board_records import Spec, records
+from tests.support.paths import ROOT
 from tests.support.running import run
 from tests.unit.run.test_runner import Listener
 
@@ -124,7 +128,7 @@ def test_another_algorithm_under_the_same_command_is_measured_and_the_old_number
     assert [r.started for r in again.values()] == [r.started for r in first.values()], "words are not code"
     bench.write(METHOD.replace(".round()", ".floor()"))
     second, said = bench.run()
-    assert "compress again, the code of method toy has changed since" in said[0]
+    assert [line for line in said if "compress again, the code of method toy has changed since" in line]
     assert nll(second) != nll(first)
     assert all(second[stage].code["method toy"] != first[stage].code["method toy"] for stage in second)
     files = [[f.sha256 for f in r[Stage.COMPRESS].compress.files] for r in (first, second)]  # type: ignore[union-attr]
@@ -142,6 +146,28 @@ def test_another_algorithm_under_the_same_command_is_measured_and_the_old_number
     assert nll(third) == nll(second), "an artefact that another run left in the cache by other code is not measured"
 
 
+@pytest.mark.parametrize("part", ["engine", "loader"])
+def test_an_engine_and_a_loader_of_one_s_own_count_by_their_code(modules: Path, tmp_path: Path, overrides: list[str], part: str) -> None:
+    """Its name and version are all that a key holds of an engine; of its loaders a key holds nothing."""
+    own = {"engine": modules / f"{part}_own_engine.py", "loader": modules / f"{part}_own_loader.py"}
+    own["engine"].write_text((ROOT / "harness" / "engines" / "transformers.py").read_text())
+    own["loader"].write_text("def load(folder, device='cpu', trust_remote_code=False):\n    return 1\n")
+    named = [f"engine._target_={own['engine'].stem}.TransformersEngine", f"engine.loaders.huggingface={own['loader'].stem}.load"]
+    cell, store = make_cell(resolve([*overrides, *named])), Store(tmp_path)
+    for record in records(Spec()):
+        hardware = cell.hardware(record.stage)
+        facts = {"cell": cell.identity, "key": cell.identity.keys.of(record.stage), "hardware": hardware}
+        store.put(record.model_copy(update=facts | {"code": lock.fingerprints(cell.config, record.stage)}))
+    assert all(reusable(store, cell, stage) for stage in Stage)
+    old, new = {"engine": ("_CHUNK = ", "_CHUNK = 1 + "), "loader": ("return 1", "return 2")}[part]
+    text = own[part].read_text()
+    assert old in text
+    own[part].write_text(text.replace(old, new))
+    now = make_cell(resolve([*overrides, *named]))
+    assert now.identity == cell.identity
+    assert [bool(reusable(store, now, stage)) for stage in Stage] == [True, False, False], "compression runs no engine"
+
+
 def test_an_artefact_with_other_bytes_than_published_is_made_again(bench: Bench) -> None:
     first, _ = bench.run()
     weights = artefact.location(first[Stage.COMPRESS].key) / "model.safetensors"
@@ -150,7 +176,7 @@ def test_an_artefact_with_other_bytes_than_published_is_made_again(bench: Bench)
     weights.write_bytes(good[:-8192] + bytes(8192))
     bench.forget_quality()
     second, said = bench.run()
-    assert "making the artefact again, model.safetensors has other bytes" in said[0]
+    assert [line for line in said if "making the artefact again, model.safetensors has other bytes" in line]
     assert nll(second) == nll(first)
     assert weights.read_bytes() == good
 

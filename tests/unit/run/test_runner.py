@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slimbench.harness.config import environments
 from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.environments import Environment
+from slimbench.harness.run import provenance
 from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.planning.ledger import is_stale
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
@@ -208,6 +213,38 @@ def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
         written = record.model_dump_json()
         assert not [folder for folder in (tiny.parent, text.parent, Path.home()) if str(folder) in written]
         assert record.config["model"]["source"] == f"file:{tiny.name}" and f"model.source=file:{tiny.name}" in record.command
+
+
+def test_a_stage_in_an_environment_of_its_own_tells_that_one(
+    runner: Runner, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its packages, those that a requirement brought along too, beside the variables; and staleness is judged by them."""
+    own = Environment("own", "", ["asked-for==0.1"], overlay=True)
+    monkeypatch.setattr(environments, "catalogue", lambda: {own.name: own})
+    packages = own.folder / "lib" / "python3" / "site-packages"
+    install(packages, "brought-along", "0.2")
+    own.python.parent.mkdir()
+    own.python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
+    own.python.chmod(0o755)
+    (own.folder / ".ready").touch()
+    this = cell(overrides, "engine.environment=own", "stages=[quality]")
+    compress, quality = run(runner, this)
+    assert quality.status is Status.OK, quality.failure
+    facts = quality.provenance
+    assert facts["environment"] == {"name": "own", "requirements": ["asked-for==0.1"]}
+    assert facts["variables"]["OMP_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"]
+    assert facts["packages"]["brought-along"] == "0.2" and "brought-along" not in compress.provenance["packages"]
+    assert not is_stale(quality) and not is_stale(compress)
+    install(packages, "torch", "0.0.1")
+    provenance._versions.cache_clear()
+    assert is_stale(quality) and not is_stale(compress)
+
+
+def install(packages: Path, name: str, version: str) -> None:
+    """What pip leaves of a distribution without files."""
+    info = packages / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def test_a_longer_pipeline_goes_on_from_the_artefact_of_a_shorter_one(runner: Runner, overrides: list[str]) -> None:
