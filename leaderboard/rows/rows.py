@@ -93,6 +93,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
+    flags += _compressed_elsewhere(compress, measured)
     imported = measured.imported
     if imported:
         flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
@@ -148,6 +149,12 @@ def _grid_of_the_source(precision: str | None, compress: Record | None, loss: fl
         return []
     grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
     return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
+
+
+def _compressed_elsewhere(compress: Record | None, measured: Record) -> list[str]:
+    """A flag where compression ran on another machine, device or number of threads than the row is of: its times are of that."""
+    there, here = compress.hardware.label if compress else "", measured.hardware.label
+    return [f"compressed on {there}: the times of compression are of that"] if there and here and there != here else []
 
 
 def _expected(bearer: Record, simulated: bool) -> list[Stage]:

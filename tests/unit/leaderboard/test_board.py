@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from slimbench.harness.schema.hardware import identify
+from slimbench.harness.schema.hardware import Gpu, Hardware, identify
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable
@@ -248,6 +248,19 @@ def test_a_compression_that_shared_the_machine_is_flagged() -> None:
         if record.compress and record.cell.pipeline == "gptq":
             record.compress.flags.append(shared)
     assert shared in row_of(made, "gptq").flags
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cuda", None), ("cpu", 1)])
+def test_a_compression_on_another_card_or_with_other_threads_than_the_row_is_of_is_flagged(device: str, threads: int | None) -> None:
+    made = board()
+    assert not [flag for row in rows(made) for flag in row.flags if flag.startswith("compressed on")]
+    machine = Hardware("Example CPU 9000", ["avx2", "fma"], 2, 8 * 2**30, [Gpu("Example GPU", 24 * 2**30, "550.1", "9.0")])
+    for record in made:
+        if record.compress and record.cell.pipeline == "gptq":
+            record.config["device"] = {"compress": device}
+            record.hardware = there = machine.identity(device, threads=threads)
+    flagged = [(row.pipeline, flag) for row in rows(made) for flag in row.flags if flag.startswith("compressed on")]
+    assert flagged == [("gptq", f"compressed on {there.label}: the times of compression are of that")]
 
 
 def test_a_simulated_artefact_has_no_speed_figure() -> None:
