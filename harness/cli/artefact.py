@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import Overrides, fail, output_folder
+from slimbench.harness.cli.terminal import Overrides, fail, libraries_silenced, output_folder
 
 if TYPE_CHECKING:
     from slimbench.harness.run.cell import Cell
@@ -23,8 +24,10 @@ def path(overrides: Overrides = None) -> None:
 
     _, folder = _artefact(overrides)
     print(folder)
-    forms = ", ".join(targets(read_manifest(folder).claim.format))
-    typer.echo(f"python: slimbench.load_model({str(folder)!r}); other programs: slimbench artefact export --format {forms}", err=True)
+    first, *others = targets(read_manifest(folder).claim.format)
+    command = shlex.join(["slimbench", "artefact", "export", *(overrides or []), "--format", first, "--to", "FOLDER"])
+    instead = f" (or {', '.join(others)})" if others else ""
+    typer.echo(f"python: slimbench.load_model({str(folder)!r})\nother programs: {command}{instead}", err=True)
 
 
 @app.command()
@@ -48,7 +51,8 @@ def export(
     source = models.prepare(cell.config.model, lambda phase: None)
     try:
         to.mkdir(parents=True, exist_ok=True)
-        written = exports.export(folder, stored, source, target, to)
+        with libraries_silenced():
+            written = exports.export(folder, stored, source, target, to)
     except Unsupported as error:
         fail(str(error), 2)
     print(written)

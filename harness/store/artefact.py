@@ -67,18 +67,23 @@ def fault(key: str) -> str | None:
 
     Sizes and times are looked at each time; a file is hashed where one of them moved.
     """
-    folder = location(key)
     if not exists(key):
         return "it is not in the cache"
+    folder = location(key)
+    if problem := damage(folder):
+        return problem
+    own = {file.name for file in read_manifest(folder).files}
+    strange = next((name for path in _content(folder) if (name := path.relative_to(folder).as_posix()) not in own), None)
+    return f"{strange} does not belong to it" if strange else None
+
+
+def damage(folder: Path) -> str | None:
+    """Where the files of an artefact's folder are not those of its manifest, in a few words, or None; other files may lie beside them."""
     try:
-        manifest = read_manifest(folder)
+        files = read_manifest(folder).files
     except (OSError, ValueError):
         return "its manifest cannot be read"
-    if not manifest.files:
-        return "it has no hashes"
-    expected = {file.name: str(file.sha256) for file in manifest.files}
-    strange = [path.relative_to(folder).as_posix() for path in _content(folder) if path.relative_to(folder).as_posix() not in expected]
-    return f"{strange[0]} does not belong to it" if strange else checksums.fault(folder, expected)
+    return checksums.fault(folder, {file.name: str(file.sha256) for file in files}) if files else "it has no hashes"
 
 
 def opened(key: str) -> Path:

@@ -89,4 +89,5 @@ def _gguf(bare: Path, tokenizer: Path, out: Path) -> Path:
 def _copy_tokenizer(source: Path, out: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+            if not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)

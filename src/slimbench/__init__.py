@@ -36,10 +36,14 @@ def load_model(folder: str | Path, device: str = "cpu") -> nn.Module:
         device: `cpu`, or `cuda:0` and the like.
 
     Raises:
+        slimbench.harness.store.artefact.Damaged: Its files are not those that were written.
         slimbench.methods.base.Unsupported: The engine does not load the artefact's format.
     """
     from slimbench.harness.config import engines
     from slimbench.harness.config.targets import locate
+    from slimbench.harness.store import artefact
 
+    if problem := artefact.damage(Path(folder)):
+        raise artefact.Damaged(f"the artefact is not to be used: {problem}")
     engine = engines.get("transformers")
     return locate(engine.target)(loaders=engine.loaders).load(Path(folder), device).module

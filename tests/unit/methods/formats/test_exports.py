@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 
 import slimbench
-from slimbench.harness.store.artefact import MANIFEST
+from slimbench.harness.store import artefact
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
 from slimbench.methods.formats.exports import LOADS, WRITERS, export, targets
 from slimbench.methods.formats.gguf_tokenizer import splitting_rule
@@ -24,7 +24,7 @@ def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
     shape = ModelShape.from_config(json.loads((tiny / "config.json").read_text()))
     claim = RTN(bits=4, group_size=32).compress(DenseModel(tiny, tiny, "float32", "cpu", shape), None, out)
-    (out / MANIFEST).write_text(json.dumps({"key": "k", "model": "tiny", "pipeline": [], "claim": {"format": claim.format}}))
+    artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim, files=artefact.files(out)))
     return out
 
 
@@ -40,6 +40,11 @@ def test_slimbench_loads_what_it_exports(packed: Path, tiny: Path, tmp_path: Pat
     with torch.inference_mode():
         assert torch.equal(slimbench.load_model(tmp_path)(ids).logits, slimbench.load_model(packed)(ids).logits)
     assert (tmp_path / "tokenizer.json").is_file()
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(artefact.Damaged, match=r"not to be used: .*model\.safetensors"):
+        slimbench.load_model(tmp_path)
 
 
 def test_compressed_tensors_load_in_transformers_with_their_tokenizer(packed: Path, tiny: Path, tmp_path: Path) -> None:
