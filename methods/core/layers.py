@@ -9,7 +9,7 @@ from slimbench.methods.base import Calibration, ModelShape, Unsupported
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-from slimbench.methods.formats.structure import check_experts
+from slimbench.methods.formats.architecture.structure import check_experts
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.core.equivalent import Link, links
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.kernels.numbers import hadamard, largest_power_of_two
 
 _WRITING = ("o_proj", "down_proj")

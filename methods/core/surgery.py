@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.formats.edits import AddBias, Factor, RemoveBlock, RemovePart, Resize, Shortcuts, Vocabulary, apply
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.edits import AddBias, Factor, RemoveBlock, RemovePart, Resize, Shortcuts, Vocabulary, apply
+from slimbench.methods.formats.architecture.structure import blocks_of
 
 
 @torch.no_grad()

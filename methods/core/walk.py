@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ import torch
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
-from slimbench.methods.formats.structure import check_experts
+from slimbench.methods.formats.architecture.structure import check_experts
 
 INPUTS = ("ids", "positions", "keys", "keep")
 LOGITS = "logits"

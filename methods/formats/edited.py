@@ -5,7 +5,7 @@ The folder holds the `config.json` of the source, `model.safetensors` with the t
     {"format": "slimbench edited", "schema": 1, "edits": [{"edit": NAME, …}, …]}
 
 The loader makes the source's model without data, makes the edits in their order, and fills it. No code is read: an edit is one of
-these, and its module one of `methods.formats.edited_modules`. Full names of modules and tensors are those before the edit.
+these, and its module one of `methods.formats.architecture.modules`. Full names of modules and tensors are those before the edit.
 
     resize        tensor, shape                       a parameter of another size; what a module says of its sizes and heads follows
     bias          module                              a linear layer gets a bias
@@ -35,8 +35,9 @@ import torch
 from torch import nn
 
 from slimbench.methods.base import EDITED, ModelShape
-from slimbench.methods.formats import edits, storage
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats import storage
+from slimbench.methods.formats.architecture import edits
+from slimbench.methods.formats.architecture.structure import blocks_of
 
 FORMAT = EDITED
 SCHEMA = edits.SCHEMA

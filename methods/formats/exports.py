@@ -78,7 +78,7 @@ def export(artefact: Path, format_: str, tokenizer: Path, target: str, out: Path
 
 
 def _gguf(bare: Path, tokenizer: Path, out: Path) -> Path:
-    from slimbench.methods.formats.gguf_tokenizer import add_tokenizer
+    from slimbench.methods.formats.gguf.tokenizer import add_tokenizer
 
     whole = out / "whole.gguf"
     add_tokenizer(bare, tokenizer, whole)

@@ -41,7 +41,7 @@ def save_dense(model: PreTrainedModel, out: Path) -> None:
     from transformers import PreTrainedModel as Plain
 
     from slimbench.methods.formats import storage
-    from slimbench.methods.formats.edits import edits_of
+    from slimbench.methods.formats.architecture.edits import edits_of
 
     if edits_of(model):
         storage.save(model, (), {}, out)

@@ -7,7 +7,7 @@ The folder holds the files of the base as they are, and `policy.json`:
 A slot is a part of the run that a policy decides on: `attention`, `cache`, `depth`, `experts`, `draft`, `route`; each is filled once. Its
 other fields are the settings of the kind. The kinds that there are:
 
-    cache   quantized      keys and values in few bits (`methods.formats.kv_cache.OwnCache`)
+    cache   quantized      keys and values in few bits (`methods.formats.kv.cache.OwnCache`)
             transformers   the quantized cache of transformers (`TransformersCache`)
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
@@ -35,8 +35,8 @@ Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
 
 _FORMATS = "slimbench.methods.formats"
 _KINDS = {
-    ("cache", "quantized"): f"{_FORMATS}.kv_cache.OwnCache",
-    ("cache", "transformers"): f"{_FORMATS}.kv_cache.TransformersCache",
+    ("cache", "quantized"): f"{_FORMATS}.kv.cache.OwnCache",
+    ("cache", "transformers"): f"{_FORMATS}.kv.cache.TransformersCache",
 }
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from slimbench.methods.formats.edits import config_of, describe_edits, replay
+from slimbench.methods.formats.architecture.edits import config_of, describe_edits, replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

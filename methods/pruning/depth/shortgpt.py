@@ -85,7 +85,7 @@ def block_influence(model: Any, ids: Tensor, progress: Callable[[float, float], 
     """
     import torch
 
-    from slimbench.methods.formats.structure import blocks_of
+    from slimbench.methods.formats.architecture.structure import blocks_of
 
     blocks = blocks_of(model)
     similarity = [0.0] * len(blocks)

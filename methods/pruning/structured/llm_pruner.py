@@ -74,7 +74,7 @@ class LLMPruner(Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.surgery import cache_bytes_per_token, counts
-        from slimbench.methods.formats.structure import blocks_of
+        from slimbench.methods.formats.architecture.structure import blocks_of
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")

@@ -106,7 +106,7 @@ def rotated(model: Any, seed: int) -> dict[str, int]:
     """
     from slimbench.methods.core.equivalent import links
     from slimbench.methods.core.rotation import orthogonal, rotate, transform_inputs, transform_outputs
-    from slimbench.methods.formats.structure import blocks_of
+    from slimbench.methods.formats.architecture.structure import blocks_of
     from slimbench.methods.kernels.numbers import largest_power_of_two
 
     rotate(model, orthogonal(model.config.hidden_size, seed))

@@ -9,8 +9,8 @@ from typing import Literal
 
 from slimbench.methods.base import ANY_BASE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.formats import policy as policies
-from slimbench.methods.formats.kv_cache import CachePolicy, OwnCache, TransformersCache, bytes_per_token, facts
-from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.kv.cache import CachePolicy, OwnCache, TransformersCache, bytes_per_token, facts
+from slimbench.methods.formats.kv.scheme import Scheme
 
 
 class _KVCache(Method):

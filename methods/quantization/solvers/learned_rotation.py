@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.core.equivalent import Link, links
 from slimbench.methods.core.rotation import by_heads, orthogonal, rotate, rotate_heads, transform_inputs
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.kernels.numbers import ActivationGrid, fake_quantize, hadamard, largest_power_of_two
 from slimbench.methods.quantization.grids.trained_layers import straight_through
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
-from slimbench.methods.formats.structure import check_experts
+from slimbench.methods.formats.architecture.structure import check_experts
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

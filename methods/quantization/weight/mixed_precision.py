@@ -74,7 +74,7 @@ class MixedPrecision(Grouped, SecondOrder, Method):
     def choose(self, model: PreTrainedModel, calibration: Calibration, seed: int) -> dict[str, Grid]:
         """The grid of each layer by its full name."""
         from slimbench.methods.core.allocate import allocate, divergences
-        from slimbench.methods.formats.structure import blocks_of
+        from slimbench.methods.formats.architecture.structure import blocks_of
         from slimbench.methods.kernels.grid import Grid
 
         blocks = tuple(f"{name}." for name in blocks_of(model))

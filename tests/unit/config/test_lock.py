@@ -90,7 +90,7 @@ def test_the_whole_way_counts(edit: Edit, file: str, old: str, new: str, label: 
 @pytest.mark.parametrize(
     ("file", "old", "new", "engine"),
     [
-        ("methods/formats/gguf.py", "1 - share", "2 - share", "llamacpp"),
+        ("methods/formats/gguf/__init__.py", "1 - share", "2 - share", "llamacpp"),
         ("methods/formats/compressed_tensors.py", "layer.codes.short() - grid.mid", "layer.codes.short() + grid.mid", "vllm"),
         ("methods/formats/openvino.py", "compress_to_fp16=True", "compress_to_fp16=False", "openvino"),
     ],

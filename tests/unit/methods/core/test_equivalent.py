@@ -15,7 +15,7 @@ from slimbench.methods.core.equivalent import check_norm, links
 from slimbench.methods.core.rotation import orthogonal
 from slimbench.methods.core.walk import walk
 from slimbench.methods.formats import runtime
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.quantization.activation.quarot import rotated
 from tests.support import tiny
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from slimbench.methods.core.walk import walk
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 from tests.support import tiny
 
 

@@ -16,7 +16,7 @@ from slimbench.harness.stages.models import shape_of
 from slimbench.methods.base import Unsupported
 from slimbench.methods.core import surgery
 from slimbench.methods.formats import edited, packed
-from slimbench.methods.formats.edits import Insert, apply, edits_of
+from slimbench.methods.formats.architecture.edits import Insert, apply, edits_of
 from slimbench.methods.formats.huggingface import save_dense
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import tiny

@@ -13,7 +13,7 @@ import slimbench
 from slimbench.harness.store import artefact
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
 from slimbench.methods.formats.exports import LOADS, WRITERS, export, targets
-from slimbench.methods.formats.gguf_tokenizer import splitting_rule
+from slimbench.methods.formats.gguf.tokenizer import splitting_rule
 from slimbench.methods.quantization.weight.rtn import RTN
 
 TEXT = "The 12th sentence, it's said: naïve!"

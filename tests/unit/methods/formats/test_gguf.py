@@ -17,8 +17,8 @@ from slimbench.harness.engines import gguf_evidence
 from slimbench.harness.measure.claims import flags
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.formats import gguf as _gguf
-from slimbench.methods.formats import gguf_blocks as _gguf_blocks
 from slimbench.methods.formats import packed
+from slimbench.methods.formats.gguf import blocks
 from slimbench.methods.kernels.grid import Outliers, QuantizedWeight
 from slimbench.methods.kernels.rounding import round_to_grid
 from slimbench.methods.pruning.depth.shortgpt import ShortGPT
@@ -147,29 +147,29 @@ def test_weights_apart_from_the_grid_are_unsupported() -> None:
     apart = Outliers(torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
     weight = round_to_grid(torch.randn(2, 64), packed.Grid(4, 64))
     with pytest.raises(Unsupported, match="kept apart"):
-        _gguf_blocks.encode("x", QuantizedWeight(weight.grid, weight.codes, weight.scales, None, apart))
+        blocks.encode("x", QuantizedWeight(weight.grid, weight.codes, weight.scales, None, apart))
 
 
 def test_other_numbers_than_integers_are_unsupported() -> None:
     with pytest.raises(Unsupported, match="there is none of e4m3 numbers"):
-        _gguf_blocks.block_type("x", packed.Grid(8, None, None, "e4m3"), 64, symmetric=True, outliers=False)
+        blocks.block_type("x", packed.Grid(8, None, None, "e4m3"), 64, symmetric=True, outliers=False)
 
 
 def test_rows_that_are_no_whole_blocks_are_unsupported() -> None:
     with pytest.raises(Unsupported, match="groups of 48 inputs do not consist of blocks of 32"):
-        _gguf_blocks.encode("x", round_to_grid(torch.randn(2, 48), packed.Grid(8, None)))
+        blocks.encode("x", round_to_grid(torch.randn(2, 48), packed.Grid(8, None)))
 
 
 @pytest.mark.parametrize("size", [1e8, 1e-7])
 def test_scales_beyond_float16_are_unsupported(size: float) -> None:
     weight = round_to_grid((torch.randn(4, 64) * size).bfloat16(), packed.Grid(8, None))
     with pytest.raises(Unsupported, match="float16 does not hold its scales"):
-        _gguf_blocks.encode("x", weight)
+        blocks.encode("x", weight)
 
 
 def test_float32_scales_are_rounded_to_float16_at_most() -> None:
     weight = round_to_grid(torch.randn(8, 64), packed.Grid(4, 32))
-    found = dequantize(_gguf_blocks.encode("x", weight), _gguf_blocks.block_type("x", weight.grid, 64, True, False))
+    found = dequantize(blocks.encode("x", weight), blocks.block_type("x", weight.grid, 64, True, False))
     np.testing.assert_allclose(found, weight.dequantize().numpy(), rtol=2**-11)
     assert not np.array_equal(found, weight.dequantize().numpy())
 

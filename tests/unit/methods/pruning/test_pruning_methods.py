@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.rotation import untie
 from slimbench.methods.formats import edited
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.pruning.depth.shortgpt import ShortGPT, block_influence
 from slimbench.methods.pruning.structured.llm_pruner import LLMPruner, importance
 from slimbench.methods.pruning.structured.slicegpt import SliceGPT, components

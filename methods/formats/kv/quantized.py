@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache
 
-from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.kv.scheme import Scheme
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight, unpack
 from slimbench.methods.kernels.rounding import round_to_grid
 from slimbench.util.compat.transformers import quantized_states

@@ -25,9 +25,9 @@ from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupp
 from slimbench.methods.core import surgery
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.formats.kv_cache import LENGTHS
-from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache, quantize
-from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.kv.cache import LENGTHS
+from slimbench.methods.formats.kv.quantized import QuantizedLayer, StoredCache, quantize
+from slimbench.methods.formats.kv.scheme import Scheme
 from slimbench.methods.formats.policy import FORMAT
 from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVInt
 from slimbench.methods.quantization.codebook.kmeans import KMeans

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from slimbench.methods.base import EDITED, Unsupported
-from slimbench.methods.formats.edited_modules import (
+from slimbench.methods.formats.architecture.modules import (
     Bottleneck,
     Extended,
     FactorPair,
@@ -28,7 +28,7 @@ from slimbench.methods.formats.edited_modules import (
     ShortcutBlock,
     mix,
 )
-from slimbench.methods.formats.structure import blocks_of
+from slimbench.methods.formats.architecture.structure import blocks_of
 
 SCHEMA = 1
 DESCRIPTION = f"{EDITED}.json"

@@ -1,7 +1,7 @@
 """Llama models as GGUF files: a folder of safetensors, dense or `packed`, becomes one file that llama.cpp loads.
 
 Each of the functions named in a config takes the folder of an artefact and a folder for what it writes, and returns the file.
-Dense matrices become float16 (float32 where they were), vectors float32, packed matrices the blocks of `_gguf_blocks`. From bfloat16
+Dense matrices become float16 (float32 where they were), vectors float32, packed matrices the blocks of `gguf.blocks`. From bfloat16
 to float16 nothing changes but weights below 2^-17, which go to the next multiple of 2^-24. The file has no tokenizer: whoever runs
 it brings token ids along.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
 
 from slimbench.methods.base import Unsupported
-from slimbench.methods.formats.gguf_blocks import block_type, encode, floats
+from slimbench.methods.formats.gguf.blocks import block_type, encode, floats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

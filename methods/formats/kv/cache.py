@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
-from slimbench.methods.formats.kv_scheme import Scheme
+from slimbench.methods.formats.kv.scheme import Scheme
 from slimbench.methods.formats.policy import Policy, Scoring
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class OwnCache(CachePolicy):
             raise Unsupported(f"the head dimension {shape.head_dim} is not a multiple of 8")
 
     def new(self, config: Any) -> Cache:
-        from slimbench.methods.formats.kv_quantized import QuantizedLayer, StoredCache
+        from slimbench.methods.formats.kv.quantized import QuantizedLayer, StoredCache
 
         layers = full_attention_layers(config)
         cache = StoredCache([QuantizedLayer(self.keys, self.values, self.residual_length) for _ in range(layers)])
@@ -104,7 +104,7 @@ class TransformersCache(CachePolicy):
             raise Unsupported(f"group_size {self.q_group_size} does not divide the head dimension {shape.head_dim}")
 
     def new(self, config: Any) -> Cache:
-        from slimbench.methods.formats.kv_quantized import LibraryCache
+        from slimbench.methods.formats.kv.quantized import LibraryCache
 
         full_attention_layers(config)
         cache = LibraryCache(config=config, **asdict(self))
@@ -138,7 +138,8 @@ def kv_heads(dense: DenseModel) -> list[int]:
     """Heads of keys and values of each layer that has an attention. Raises `Unsupported` as `full_attention_layers`."""
     from transformers import AutoConfig
 
-    from slimbench.methods.formats import edits, storage
+    from slimbench.methods.formats import storage
+    from slimbench.methods.formats.architecture import edits
 
     layers = full_attention_layers(AutoConfig.from_pretrained(dense.path))
     if not (dense.path / edits.DESCRIPTION).is_file():
@@ -173,7 +174,7 @@ def cache_bytes(policy: CachePolicy | None, head_dim: int, heads: Sequence[int],
     from transformers import LlamaConfig
     from transformers.cache_utils import DynamicCache
 
-    from slimbench.methods.formats.kv_quantized import layer_bytes
+    from slimbench.methods.formats.kv.quantized import layer_bytes
 
     one = LlamaConfig(num_hidden_layers=1)
     generator, found = torch.Generator().manual_seed(0), dict.fromkeys(map(str, LENGTHS), 0)
