@@ -64,3 +64,26 @@ def test_damaged_tokens_are_made_again(tmp_path: Path) -> None:
     file = next((cache_dir() / "tokens").glob("*/*.npy"))
     np.save(file, np.zeros(len(good), dtype=np.int32))
     assert streams(text, tokenizer()) == [good]
+
+
+def test_a_tokenizer_without_a_compiled_part_is_known_by_all_its_files() -> None:
+    class Slow:
+        """Of one vocabulary, whatever its rules."""
+
+        is_fast = False
+
+        def __init__(self, rules: str) -> None:
+            self.rules = rules
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+        def __len__(self) -> int:
+            return 1
+
+        def save_pretrained(self, folder: str) -> list[str]:
+            (file := Path(folder) / "merges.txt").write_text(self.rules)
+            return [str(file)]
+
+    one, same, other = (perplexity.tokenizer_identity(Slow(rules)) for rules in ("a b", "a b", "b a"))
+    assert one == same != other

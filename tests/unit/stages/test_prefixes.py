@@ -100,3 +100,21 @@ def test_an_intermediate_artefact_is_one_like_any_other(overrides: list[str]) ->
     folder: Path = artefact.location(cell.prefix_key(1))
     manifest = artefact.read_manifest(folder)
     assert manifest.key == folder.name and manifest.claim.format == "huggingface" and len(manifest.pipeline) == 1
+
+
+@pytest.mark.parametrize(("what", "seed"), [("other code", 7), ("other bytes", 8)])
+def test_a_shorter_artefact_of_other_code_or_bytes_is_not_gone_on_from(
+    overrides: list[str], calls: list[str], what: str, seed: int
+) -> None:
+    cell = cell_of(overrides, MAGNITUDE, RTN4, seed=seed)
+    first = run(cell)
+    folder = artefact.location(cell.prefix_key(1))
+    if what == "other code":
+        manifest = artefact.read_manifest(folder)
+        artefact.write_manifest(folder, manifest.model_copy(update={"code": dict.fromkeys(manifest.code, "0" * 16)}))
+    else:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4096] + bytes(4096))
+    again = run(cell)
+    assert again.reused_steps == [] and calls == ["Magnitude", "RTN"] * 2
+    assert [file.sha256 for file in again.files] == [file.sha256 for file in first.files]
