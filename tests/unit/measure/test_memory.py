@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from slimbench.harness.measure.capacity import largest_batch
 from slimbench.harness.measure.latency import prompts
 from slimbench.harness.measure.loaded import Step
 from slimbench.harness.measure.memory import measure, peak_of
+from slimbench.harness.schema.speed import MemoryResult
 from tests.support.tiny import save_model
 from tests.unit.measure.test_latency import Clock, Simulated
 
@@ -41,31 +42,31 @@ def test_the_split_adds_up(model: TransformersModel) -> None:
     assert split.device_used_bytes is split.reserved_bytes is split.device_process_bytes is None
 
 
-def _give_back_free_memory() -> None:
-    """What earlier tests let go of goes back to the system, or a run that takes it again seems to need less."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled model takes its steps as they are, so that no compiler's memory is measured."""
     monkeypatch.setattr(CompiledModel, "_compiled_step", lambda self: self._next)
 
 
-@pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
-def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path, uncompiled: None) -> None:
-    compiled = CompiledModel(save_model(tmp_path, num_hidden_layers=8).load(), "cpu")
-    point = SpeedPoint(batch=16, prompt=1500, new_tokens=2)
+def _eager_and_compiled(folder: Path) -> list[MemoryResult]:
+    CompiledModel._compiled_step = lambda self: self._next  # type: ignore[method-assign]
+    compiled = CompiledModel(save_model(folder, num_hidden_layers=24).load(), "cpu")
+    point = SpeedPoint(batch=4, prompt=1000, new_tokens=2)
     compiled.prefill(prompts(compiled, point), room=point.new_tokens)
     splits = []
     for model in (TransformersModel(compiled.module, "cpu"), compiled):
-        _give_back_free_memory()
+        memory._give_back()
         splits.append(measure(model, point, 0))
-    eager, kept = splits
+    return splits
+
+
+@pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
+def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # as a stage: what earlier tests let go of would hide needs
+        eager, kept = fresh.submit(_eager_and_compiled, tmp_path).result()
     assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
-    assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.4 * eager.activation_bytes
-    assert kept.activation_bytes == pytest.approx(eager.activation_bytes, rel=0.2)
+    assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.7 * eager.activation_bytes, "taken off twice, little would be left"
+    assert 0.5 < kept.activation_bytes / eager.activation_bytes < 1.3
 
 
 def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path, uncompiled: None) -> None:
