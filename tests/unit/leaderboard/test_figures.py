@@ -394,7 +394,7 @@ def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
 
 
 def test_the_command_writes_figures_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from slimbench.harness.cli.figures import figures as command
+    from slimbench.harness.cli.board.figures import figures as command
 
     for record in board():
         Store(tmp_path / "results").put(record)

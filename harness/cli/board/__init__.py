@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.figures import figures
-from slimbench.harness.cli.serve import serve
+from slimbench.harness.cli.board import figures, serve
 from slimbench.harness.cli.terminal import (
     DEFAULT_RESULTS,
     FORMATS,
@@ -70,5 +69,5 @@ def board_table(
         print(forms[format](rows).rstrip())
 
 
-app.command("figures")(figures)
-app.command()(serve)
+app.command("figures")(figures.figures)
+app.command("serve")(serve.serve)
