@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,12 @@ def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return results
 
 
-def test_what_was_measured_here_reproduces(folder: Path) -> None:
-    verdicts = audit(folder, 10, 0, list(Stage), SILENT, trusted=True)
+def test_what_was_measured_here_reproduces_and_is_told_before_it_runs(folder: Path, tiny: Path, text: Path) -> None:
+    told = Console(width=80, file=io.StringIO(), record=True)
+    verdicts = audit(folder, 10, 0, list(Stage), told, trusted=True)
+    lines = [line for line in told.export_text().splitlines() if line.startswith("runs again: tiny · dense, ")]
+    sources = f"file:{tiny.name}, file:{text.name}, engine transformers, at most 7200 s"
+    assert lines == [f"runs again: tiny · dense, {stage.value}: {sources}" for stage in sorted(Stage)]
     outcomes = {v.record.stage: v.outcome for v in verdicts}
     assert outcomes[Stage.COMPRESS] is Outcome.EQUAL
     assert outcomes[Stage.QUALITY] is Outcome.EQUAL
