@@ -84,7 +84,7 @@ def parse(raw: dict[str, Any]) -> RunConfig:
 
 
 def _step(name: str, settings: Any) -> dict[str, Any]:
-    if name == "_target_":
+    if name == "_target_":  # through an experiment, which Hydra composes as a whole
         raise ConfigError("the file of a method needs `# @package method.NAME` as its first line")
     if not isinstance(settings, dict) or "_target_" not in settings:
         if name in shipped("method"):

@@ -76,7 +76,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
     """The contents of the YAML behind a choice of a group.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or the file of a method does not say where its settings stand.
     """
     path = choice_path(group, name)
     try:
@@ -85,6 +85,8 @@ def choice(group: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no settings")
+    if group == "method" and package(path, group) == group:
+        raise ConfigError(f"{path}: the first line must be `# @package method.{name}`")
     return found
 
 

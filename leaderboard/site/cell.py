@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.clean import clean
@@ -68,6 +68,7 @@ def render(board: Board, row: Row, line: Line) -> str:
             if (value := column.value(row)) != EMPTY
         ],
         command=shorten(row.command, _LONGEST_TEXT),
+        export=shorten(_export(row, records), _LONGEST_TEXT),
         details=[
             (name, f"{text} (of {plural(_ranked(table.rows), 'cell')} in this set)" if name == "Rank" else text)
             for name, text in details(row)
@@ -77,6 +78,14 @@ def render(board: Board, row: Row, line: Line) -> str:
         evidence=list(_evidence(records)),
         provenance=list(_provenance(records)),
     )
+
+
+def _export(row: Row, records: Mapping[Stage, Record]) -> str:
+    """The command that writes the artefact of a row for other programs; empty where there is none to ship."""
+    made, named = records.get(Stage.COMPRESS), row.command.removeprefix("slimbench run ")
+    if made is None or made.status is not Status.OK or made.simulated or row.is_reference or row.foreign or named == row.command:
+        return ""
+    return f"slimbench artefact export {named} --to FOLDER"
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:

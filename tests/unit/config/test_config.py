@@ -8,6 +8,7 @@ import pytest
 
 from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.registry import entry
 from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.run.cell import make_cell, step_label
 
@@ -173,7 +174,7 @@ def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: P
     (own / "method" / "gptq.yaml").unlink()
     for content, reason in (
         ("", "holds no settings"),
-        ("bits: 3\n", "no '_target_'"),
+        ("# @package method.bad\nbits: 3\n", "no '_target_'"),
         ("bits: [3\n", "is no YAML"),
         ("3\n", "holds no settings"),
     ):
@@ -181,8 +182,9 @@ def test_a_folder_of_ones_own_offers_choices_beside_the_shipped_ones(tmp_path: P
         with pytest.raises(ConfigError, match=reason):
             shipped_method("bad")
     (own / "method" / "bad.yaml").write_text("_target_: slimbench.methods.dense.Dense\n")
-    with pytest.raises(ConfigError, match=r"# @package method\.NAME"):
-        resolve(["method=bad"])
+    for ask in (lambda: resolve(["method=bad"]), lambda: jobs(["method=bad,dense"]), lambda: entry("bad")):
+        with pytest.raises(ConfigError, match=r"method/bad\.yaml: the first line must be `# @package method\.bad`"):
+            ask()
     monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="SLIMBENCH_CONF: no folder"):
         resolve(["method=dense"])

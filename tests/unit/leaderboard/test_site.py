@@ -174,6 +174,8 @@ def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:
             assert column.value(row) in pages_[name].text and column.interval(row) in pages_[name].text, (name, column.key)
     cell = pages_[names.cell(row)].text
     assert row.command in cell and row.keys.quality in cell and "0123456789abcdef" in cell and EVIDENCE_TITLE in cell
+    assert f"slimbench artefact export {row.command.removeprefix('slimbench run ')} --to FOLDER" in cell
+    assert "artefact export" not in pages_[names.cell(row_of(records_, "dense"))].text
     for task in row.task_accuracy:
         assert task in cell
     facts = pages_[names.method("gptq")].text
