@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,4 +45,5 @@ class Misbehaving(Method):
             raise OSError(28, "No space left on device")
         elif self.how == "nothing":
             return Claim(format="huggingface")
-        raise RuntimeError("library\nfailed")
+        print(f"reading {dense.path}", file=sys.stderr)
+        raise RuntimeError(f"library\nfailed on {dense.path}")

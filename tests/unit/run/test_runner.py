@@ -203,15 +203,21 @@ def test_a_worker_knows_slimbench_by_one_name(runner: Runner, overrides: list[st
 def test_a_record_tells_the_process_that_ran_it_and_no_folder_of_its_owner(
     runner: Runner, overrides: list[str], tiny: Path, text: Path, how: str
 ) -> None:
-    (failed,) = run(runner, bad(overrides, how))
-    (compress, *_) = run(runner, cell(overrides, "method=dense", "stages=[quality]"))
+    results = f"results={runner.store.root}"
+    (failed,) = run(runner, bad(overrides, how, results))
+    if how == "raise":
+        assert failed.failure and failed.failure.traceback and failed.failure.stderr_tail
+        assert failed.failure.message.endswith(f"failed on …/{tiny.name}") and f"failed on …/{tiny.name}" in failed.failure.traceback
+        assert f"reading …/{tiny.name}" in failed.failure.stderr_tail
+    (compress, *_) = run(runner, cell(overrides, "method=dense", "stages=[quality]", results))
     for record in (failed, compress):
         facts = record.provenance
         assert facts["packages"]["torch"] and facts["variables"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
         assert facts["variables"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "set for the worker alone"
         assert facts["hardware"] and facts["threads"] == 1 and "environment" not in facts
         written = record.model_dump_json()
-        assert not [folder for folder in (tiny.parent, text.parent, Path.home()) if str(folder) in written]
+        assert not [folder for folder in (tiny.parent, text.parent, runner.store.root, Path.home()) if str(folder) in written]
+        assert "results" not in record.config and "results=" not in record.command
         assert record.config["model"]["source"] == f"file:{tiny.name}" and f"model.source=file:{tiny.name}" in record.command
 
 
