@@ -22,8 +22,8 @@ demo: setup
 
 test: setup
 	$(BIN)/slimbench assets fetch
-	$(BIN)/python -m pytest tests/unit tests/chaos
-	$(BIN)/python -m pytest tests/contract
+	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/contract tests/chaos
 	$(BIN)/python -m pytest -n 0 tests/integration
 
 # What `make test` leaves out: what a smaller test of it proves too, or what takes minutes.
@@ -34,7 +34,7 @@ unit: setup
 	$(BIN)/python -m pytest tests/unit
 
 contract: setup
-	$(BIN)/python -m pytest tests/contract
+	$(BIN)/python -m pytest tests/contract tests/chaos
 
 integration: setup
 	$(BIN)/python -m pytest -n 0 tests/integration
