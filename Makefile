@@ -23,18 +23,18 @@ demo: setup
 test: setup
 	$(BIN)/slimbench assets fetch
 	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest tests/contract tests/chaos
+	$(BIN)/python -m pytest tests/contract tests/cells tests/chaos
 	$(BIN)/python -m pytest -n 0 tests/integration
 
 # What `make test` leaves out: what a smaller test of it proves too, or what takes minutes.
 test-full: test
-	$(BIN)/python -m pytest -n 0 -m full tests/unit tests/chaos tests/contract tests/integration
+	$(BIN)/python -m pytest -n 0 -m full tests/unit tests/contract tests/cells tests/chaos tests/integration
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit
 
 contract: setup
-	$(BIN)/python -m pytest tests/contract tests/chaos
+	$(BIN)/python -m pytest tests/contract tests/cells tests/chaos
 
 integration: setup
 	$(BIN)/python -m pytest -n 0 tests/integration

@@ -21,7 +21,6 @@ from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.store import artefact
 from slimbench.tasks import corpora
 from slimbench.tasks import zeroshot as task_files
-from tests.support.running import run
 
 WINDOWS = 4
 TASK = "bb_general_knowledge"
@@ -152,7 +151,7 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, 
     from slimbench.harness.run.runner import Runner
     from slimbench.harness.schema.identity import Stage
     from slimbench.harness.store.store import Store
-    from tests.unit.run.test_runner import Listener
+    from tests.support.running import Listener, run
 
     short = ["suite.windows=2", "suite.tasks=[]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu"]
     cell = make_cell(resolve([*short, "method=rtn-4bit"]), (*short, "method=rtn-4bit"))

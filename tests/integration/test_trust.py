@@ -13,8 +13,7 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
-from tests.support.running import run
-from tests.unit.run.test_runner import Listener
+from tests.support.running import Listener, run
 
 SHORT = [
     "suite.windows=2",

@@ -1,12 +1,61 @@
-"""A cell through all its stages, in the test's own process and on one worker."""
+"""A runner with a listener that remembers, and a cell of the tiny model through all its stages on one worker."""
 
 from __future__ import annotations
 
-from slimbench.harness.run.cell import Cell
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.run.planning.ledger import Ledger, recorded
 from slimbench.harness.run.planning.plan import make_plan
 from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+
+
+class Listener:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, Stage]] = []
+        self.reused: list[tuple[str, Stage]] = []
+        self.phases: list[str] = []
+
+    def stage_started(self, cell: Cell, stage: Stage) -> None:
+        pass
+
+    def stage_event(self, cell: Cell, stage: Stage, event: dict[str, Any]) -> None:
+        if event["event"] == "phase":
+            self.phases.append(event["name"])
+
+    def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None:
+        (self.reused if reused else self.ran).append((cell.identity.pipeline, stage))
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[Runner]:
+    """One runner, and so one worker, for all tests of a process: starting it imports torch."""
+    runner = Runner(Store(Path("unused")), Listener())
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def runner(shared: Runner, tmp_path: Path) -> Runner:
+    shared.store, shared.listener = Store(tmp_path / "results"), Listener()
+    return shared
+
+
+def cell(overrides: list[str], *more: str) -> Cell:
+    return make_cell(resolve([*overrides, *more]), (*overrides, *more))
 
 
 def run(runner: Runner, cell: Cell) -> list[Record]:

@@ -23,11 +23,10 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stages import models
 from slimbench.harness.store.store import Store
-from slimbench.methods.base import DenseModel, ModelShape, Unsupported
+from slimbench.methods.base import ModelShape, Unsupported
 from tests.support import tiny
-from tests.support.running import run
+from tests.support.running import Listener, run
 from tests.unit.cli.test_cli import HEAVY, slimbench
-from tests.unit.run.test_runner import Listener
 
 ODD = ModelShape("LlamaForCausalLM", 72, 136, 2, 4, 2, 256, True)  # no group of 16 or more divides these widths
 PACKAGED = ModelShape("LlamaForCausalLM", 576, 1536, 30, 9, 3, 49152, True)
@@ -195,41 +194,12 @@ def test_a_refused_step_of_a_pipeline_refuses_the_cell(overrides: list[str], tmp
     assert "group_size 64" in plan.tasks[0].refusal
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
-    """A model whose blocks have no `nn.Linear`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("gpt2")
-    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=64, n_layer=1, n_head=2, n_inner=128, dtype="bfloat16")
-    GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
-    return tiny.dense_model(folder)
-
-
-def test_a_model_of_other_layers_is_a_record(runner: Runner, overrides: list[str], tiny: Path, gpt2: DenseModel, tmp_path: Path) -> None:
-    import shutil
-
-    model = shutil.copytree(gpt2.path, tmp_path / "gpt2")
-    for file in tiny.glob("token*"):
-        shutil.copy(file, model)
-    records = records_of(runner, odd_overrides(overrides, model), "method=rtn-4bit", "method.rtn-4bit.group_size=32", "stages=[]")
-    assert [(r.stage, r.status) for r in records] == [(Stage.COMPRESS, Status.UNSUPPORTED)]
-    assert records[0].failure and "GPT2LMHeadModel has no nn.Linear layers" in records[0].failure.message
-
-
 @pytest.mark.parametrize(("content", "expected"), [(b"", "holds no text"), (b" \n", "holds no text"), (b"a\xff", "no UTF-8 text")])
 def test_a_file_without_text_is_refused_before_anything_runs(overrides: list[str], tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "text").write_bytes(content)
     for wanted in (f"calibration=file:{tmp_path / 'text'}", f"suite.corpus=file:{tmp_path / 'text'}"):
         with pytest.raises(ConfigError, match=expected):
             make_cell(resolve([*overrides, "method=sparsegpt", wanted]))
-
-
-def test_too_little_calibration_text_is_a_failed_record(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("Too little.")
-    (record,) = records_of(runner, overrides, "method=sparsegpt", f"calibration=file:{tmp_path / 'text'}", "stages=[]")
-    assert (record.status, record.phase) == (Status.FAILED, "calibration data")
-    assert record.failure and "fewer than calibration_samples=128" in record.failure.message and "\n" not in record.failure.message
 
 
 @pytest.mark.parametrize("tied", [True, False])

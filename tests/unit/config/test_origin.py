@@ -80,11 +80,13 @@ def test_a_file_of_ones_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found("suite=mine")["suite.corpus"].source == f"{tmp_path}/suite/mine.yaml:3"
 
 
-def test_the_settings_of_every_method_are_told_although_it_is_not_chosen() -> None:
-    for name in shipped("method"):
-        for key in keys([], f"method.{name}"):
-            assert key.key.startswith(f"method.{name}.") and key.meaning and key.source
-            assert key.values or key.key.endswith("_target_"), key
+def test_the_settings_of_every_method_are_told() -> None:
+    names = shipped("method")
+    told = keys([f"method=[{','.join(names)}]"], "method")
+    assert [key.key for key in keys([], "method.gptq")] == [key.key for key in told if key.key.startswith("method.gptq.")], "chosen or not"
+    assert {f"{name}._target_" for name in names} <= {key.key.removeprefix("method.") for key in told}
+    for key in told[1:]:
+        assert key.meaning and key.source and (key.values or key.key.endswith("_target_")), key
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables import engines
 from slimbench.methods.base import Unsupported
 from tests.support.board_records import Spec, records
-from tests.support.running import run
-from tests.unit.run.test_runner import Listener
+from tests.support.running import Listener, run
 
 
 def test_the_reference_engine_comes_first_and_each_engine_validates() -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from slimbench.harness.config import engines as catalogue
-from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.config.targets import locate
@@ -21,17 +20,10 @@ from slimbench.harness.engines import offload
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
 from slimbench.harness.measure import memory
 from slimbench.harness.measure.offloaded import brought_in
-from slimbench.harness.run.cell import make_cell
-from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.harness.schema.identity import Status
 from slimbench.harness.store import artefact
-from slimbench.harness.store.store import Store
-from slimbench.leaderboard.rows.rows import rows
 from tests.support import tiny
-from tests.support.running import run
 from tests.unit.methods.test_methods import shipped_step
-from tests.unit.run.test_runner import Listener
 
 IDS = tiny.tokens(2, 40).ids
 MB = 2**20
@@ -170,18 +162,3 @@ def test_the_memory_measurement_shows_what_is_saved(make: Make) -> None:
     eager = load("transformers", folder)
     memory._generate(eager, point)
     assert memory.measure(eager, point, 0).process_bytes > split.process_bytes + 40 * MB  # type: ignore[operator]
-
-
-def test_a_cell_says_what_lay_elsewhere(overrides: list[str], tmp_path: Path) -> None:
-    wanted = [*overrides, "engine=offload"]
-    runner = Runner(Store(tmp_path), Listener())
-    try:
-        _, quality, speed = found = run(runner, make_cell(resolve(wanted), tuple(wanted)))
-    finally:
-        runner.close()
-    assert [record.status for record in found] == [Status.OK] * 3
-    assert quality.quality and quality.quality.evidence and speed.speed and speed.speed.evidence
-    assert quality.quality.evidence == speed.speed.evidence
-    (row,) = rows(found)
-    assert row.offloaded_bytes == speed.speed.evidence.offloaded_bytes > 100 * (row.weight_bytes or 0) > 0
-    assert row.weight_bytes == speed.speed.memory.weight_bytes and row.kernel == "linear" and row.effective_bits == 32

@@ -22,7 +22,7 @@ from slimbench.harness.schema.hardware import Gpu
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure
 from slimbench.harness.store.store import Store, StoreError
-from tests.unit.run.test_runner import Listener, cell
+from tests.support.running import Listener, cell
 
 
 class Rehearsal(Runner):

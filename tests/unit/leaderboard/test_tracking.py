@@ -113,5 +113,5 @@ def test_a_tracker_that_fails_stops_nothing(
         raise OSError("no room")
 
     monkeypatch.setattr(tracking, "log", refuse)
-    assert exit_code([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[quality]"]) == 0
+    assert exit_code([*overrides, f"results={tmp_path}", "tracking=wandb", "stages=[]"]) == 0
     assert "not logged to W&B: no room" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from slimbench.methods.quantization.weight.rtn import RTN
 from slimbench.tasks import gguf
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
-from tests.unit.run.test_runner import Listener
+from tests.support.running import Listener
 
 CARD = Gpu("Example GPU", 24 * 2**30, "550.1", "9.0")
 ELSEWHERE = HardwareIdentity(fingerprint="0badcafe", label="Example CPU · 96 threads · 512 GB")

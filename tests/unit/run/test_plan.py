@@ -16,8 +16,7 @@ from slimbench.harness.run.planning.plan import Plan, make_plan
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.store.store import Store
-from tests.support.running import run
-from tests.unit.run.test_runner import cell, runner, shared  # noqa: F401
+from tests.support.running import cell, run, runner, shared  # noqa: F401
 
 
 def stages(plan: Plan) -> list[tuple[str, Stage]]:

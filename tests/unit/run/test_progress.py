@@ -16,7 +16,7 @@ from slimbench.harness.run.planning.progress import ProgressDisplay
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store.store import Store, dump
 from tests.support.board_records import Spec, records
-from tests.unit.run.test_runner import cell
+from tests.support.running import cell
 
 
 def put(store: Store, overrides: list[str], name: str, seconds: float) -> None:

@@ -16,11 +16,7 @@ from torch import Tensor
 from slimbench.harness.config.registry import entry
 from slimbench.harness.config.sources import shipped
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
-from slimbench.harness.run.runner import Runner
-from slimbench.harness.schema.identity import Stage, Status
-from slimbench.harness.schema.record import Record
 from slimbench.harness.store import artefact
-from slimbench.harness.store.store import Store
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
 from slimbench.methods.core import surgery
 from slimbench.methods.formats import policy as policies
@@ -32,8 +28,7 @@ from slimbench.methods.formats.policy import FORMAT
 from slimbench.methods.quantization.cache.kv_cache import KIVI, KVFp8, KVInt
 from slimbench.methods.quantization.codebook.kmeans import KMeans
 from slimbench.methods.quantization.weight.rtn import RTN
-from tests.support import running, tiny
-from tests.unit.run.test_runner import Listener, cell
+from tests.support import tiny
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 HEAD_DIM, LAYERS = 32, 2
@@ -407,48 +402,3 @@ def test_layers_that_see_only_a_window_are_unsupported(dense: DenseModel, tmp_pa
     MistralForCausalLM(MistralConfig(**(tiny.SHAPE | HEADS), sliding_window=16)).save_pretrained(tmp_path / "mistral")
     with pytest.raises(Unsupported, match="this model has sliding_attention"):
         run(KVInt(), tiny.dense_model(tmp_path / "mistral", "float32"), tmp_path / "out")
-
-
-# ---------------------------------------------------------------------------------------------------------------------- whole cells
-
-
-@pytest.fixture(scope="module")
-def records(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Stage], Record]:
-    """Cells of the tiny model, alone and after pruning."""
-    runner = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
-    grid = "speed.grid=[{batch: 2, prompt: 8, new_tokens: 4}]"
-    wanted = (["method=kv-int4"], ["method=[magnitude,kv-int8]"], ["method=kv-kivi-2bit", "method.kv-kivi-2bit.residual_length=32"])
-    for methods in wanted:
-        running.run(runner, cell(overrides, *methods, grid, "suite.protocols=[window,incremental]", "suite.chunk=32"))
-    found = {(r.cell.pipeline, r.stage): r for r in runner.store.scan()[0]}
-    runner.close()
-    return found
-
-
-def test_every_stage_runs_through_the_cache(records: dict[tuple[str, Stage], Record]) -> None:
-    assert all(record.status is Status.OK for record in records.values()), [r.failure for r in records.values() if r.failure]
-    pipelines = {pipeline for pipeline, _ in records}
-    assert len(pipelines) == 4 and "dense" in pipelines
-    dense = records["dense", Stage.QUALITY].quality
-    for pipeline in pipelines - {"dense"}:
-        quality, speed = records[pipeline, Stage.QUALITY].quality, records[pipeline, Stage.SPEED].speed
-        assert dense and quality and speed
-        window, incremental = quality.perplexity
-        assert window.window_nll != dense.perplexity[0].window_nll
-        assert window.perplexity == pytest.approx(dense.perplexity[0].perplexity, rel=0.02)
-        assert window.divergence and window.divergence.kl_mean > 0
-        assert incremental.window_nll == pytest.approx(window.window_nll, abs=2e-5)
-        assert not quality.evidence.flags
-
-
-def test_the_speed_stage_records_the_bytes_of_the_cache(records: dict[tuple[str, Stage], Record]) -> None:
-    heads, width, layers = 2, 32, 2
-
-    def taken(pipeline: str) -> tuple[int | None, int | None]:
-        speed = records[pipeline, Stage.SPEED].speed
-        assert speed
-        return speed.memory.kv_cache_bytes, speed.points[0].kv_cache_bytes
-
-    tokens = [2 * 2 * layers * heads * length for length in (8 + 3, 8 + 2)]
-    assert taken("dense") == tuple(width * 4 * n for n in tokens)
-    assert taken("kv-int4") == tuple((width // 2 + 8) * n for n in tokens)

@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from slimbench.harness.config import environments
-from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.environments import Environment
 from slimbench.harness.run import provenance
-from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import is_stale
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
-from slimbench.harness.schema.record import Record
 from slimbench.harness.store import artefact
-from slimbench.harness.store.store import Store
-from tests.support.running import run
+from tests.support.running import Listener, cell, run
 
 BAD = "tests.support.misbehaving.Misbehaving"
 INVENTORY = "tests.support.modules.Inventory"
-
-
-class Listener:
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.ran: list[tuple[str, Stage]] = []
-        self.reused: list[tuple[str, Stage]] = []
-        self.phases: list[str] = []
-
-    def stage_started(self, cell: Cell, stage: Stage) -> None:
-        pass
-
-    def stage_event(self, cell: Cell, stage: Stage, event: dict[str, Any]) -> None:
-        if event["event"] == "phase":
-            self.phases.append(event["name"])
-
-    def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None:
-        (self.reused if reused else self.ran).append((cell.identity.pipeline, stage))
-
-    def note(self, text: str) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Runner]:
-    """One runner, and so one worker, for the module: starting it imports torch."""
-    runner = Runner(Store(Path("unused")), Listener())
-    yield runner
-    runner.close()
-
-
-@pytest.fixture
-def runner(shared: Runner, tmp_path: Path) -> Runner:
-    shared.store, shared.listener = Store(tmp_path / "results"), Listener()
-    return shared
-
-
-def cell(overrides: list[str], *more: str) -> Cell:
-    return make_cell(resolve([*overrides, *more]), (*overrides, *more))
 
 
 def bad(overrides: list[str], how: str, *more: str) -> Cell:

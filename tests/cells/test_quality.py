@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure import divergence
 from slimbench.harness.measure.perplexity import Diverged
 from slimbench.harness.measure.zeroshot import EngineLM
-from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from tests.support.running import run
-from tests.unit.run.test_runner import Listener
+from tests.support.running import Listener, cell, run
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """One runner and one results folder: what a test measured, the next one reuses."""
-    made = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
-    yield made
-    made.close()
+def results(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One results folder: what a test measured, the next one reuses."""
+    return Store(tmp_path_factory.mktemp("results"))
 
 
-def cell(overrides: list[str], *more: str) -> Cell:
-    return make_cell(resolve([*overrides, *more]), (*overrides, *more))
+@pytest.fixture
+def runner(shared: Runner, results: Store) -> Runner:
+    shared.store, shared.listener = results, Listener()
+    return shared
 
 
 def quality(runner: Runner, cell: Cell) -> QualityResult:

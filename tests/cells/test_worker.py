@@ -15,8 +15,6 @@ from slimbench.harness.run import server, worker
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
-from slimbench.harness.store.store import Store
-from tests.unit.run.test_runner import Listener
 
 
 def test_with_a_card_only_torch_is_loaded_before_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,18 +37,14 @@ def test_a_server_that_has_initialised_cuda_refuses_to_fork(monkeypatch: pytest.
 
 @pytest.mark.parametrize(("how", "status"), [("end", Status.OK), ("hang", Status.TIMEOUT)])
 def test_a_daemon_that_a_stage_leaves_takes_neither_its_result_nor_its_limit_and_is_ended(
-    overrides: list[str], tmp_path: Path, how: str, status: Status
+    runner: Runner, overrides: list[str], tmp_path: Path, how: str, status: Status
 ) -> None:
     target = "+method.leaving._target_=tests.support.leaving.Leaving"
     file = tmp_path / "pid"
     mine = [*overrides, "~method.dense", target, f"+method.leaving.pid_file={file}", f"+method.leaving.how={how}"]
-    this = make_cell(resolve([*mine, f"limits.wall_s={60 if how == 'end' else 15}", "stages=[]"]))
-    runner = Runner(Store(tmp_path / "results"), Listener())
+    this = make_cell(resolve([*mine, f"limits.wall_s={60 if how == 'end' else 10}", "stages=[]"]))
     began = time.monotonic()
-    try:
-        record = runner.attempt(this, Stage.COMPRESS)
-    finally:
-        runner.close()
+    record = runner.attempt(this, Stage.COMPRESS)
     assert record and record.status is status and time.monotonic() - began < 100
     assert not psutil.pid_exists(int(file.read_text())), "what a stage has started ends with it"
 

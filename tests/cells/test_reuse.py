@@ -22,8 +22,7 @@ from slimbench.harness.store.store import Store
 from slimbench.util import syntax
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
-from tests.support.running import run
-from tests.unit.run.test_runner import Listener
+from tests.support.running import Listener, run
 
 METHOD = '''
 from dataclasses import dataclass
