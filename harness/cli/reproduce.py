@@ -46,7 +46,7 @@ def reproduce(
     wanted = [f"experiment=paper/{name}", f"results={quoted(str(results))}", *(overrides or [])]
     asked = sweeps.plan(wanted, several=True)
     cells = outlook(Ledger(asked, Store(results)))
-    planned = {_named(c): papers.Planned(c.cell.identity.keys.quality, _obstacle(c)) for c in cells}
+    planned = {_named(c): papers.Planned(c.cell.identity.keys.quality, c.reason) for c in cells}
     if plan:
         _print_plan(found, cells, planned)
         return
@@ -72,14 +72,6 @@ def _run(plan: Plan, results: Path) -> None:
 
 def _named(planned: Outlook) -> tuple[str, str]:
     return planned.cell.identity.model, planned.cell.identity.pipeline
-
-
-def _obstacle(planned: Outlook) -> str:
-    from slimbench.harness.run import hub
-
-    if not planned.is_to_run:
-        return planned.reason
-    return planned.reason or hub.unavailable(planned.cell.config) or ""
 
 
 def _records(results: Path) -> list[Record]:

@@ -126,4 +126,4 @@ def _print_plan(ledger: Ledger, format: str) -> None:
     if format == "terminal":
         counts = Counter(what.partition(" ")[0] for cell in cells for what in cell.stages.values())
         todo = ", ".join(f"{counts[kind]} {text}" for kind, text in (("run", "to run"), ("recorded", "recorded"), ("cannot", "cannot run")))
-        print(f"{len(cells)} cells, references included; stages: {todo}")
+        print(f"{len(cells)} cell{'s' if len(cells) > 1 else ''}, references included; stages: {todo}")

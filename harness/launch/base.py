@@ -15,6 +15,14 @@ class Launcher(Protocol):
     skipped, and what another process is doing is left to it.
     """
 
+    @staticmethod
+    def check(plan: Plan) -> None:
+        """Look at a plan before it is written.
+
+        Raises:
+            harness.config.errors.ConfigError: The launcher cannot run it as it is told to.
+        """
+
     def launch(self, plan: Plan, store: Store) -> None:
         """Return when nothing is left to do, or when the launcher was told to stop at a stage boundary.
 

@@ -22,10 +22,9 @@ _LOOK_AGAIN_S = 1.0
 
 @dataclass
 class LocalLauncher:
-    """Runs a plan in worker slots, a thread and a worker process each.
+    """Runs a plan in worker slots, a thread and a worker process each. More slots than one need as many cards.
 
     Attributes:
-        slots: Stages at a time; more than one needs as many cards.
         listener: Who is told what happens.
         seconds: No stage is started after these; None for no limit.
         on_done: Called in the launching thread for each cell that was asked for when all its stages have ended.
@@ -33,10 +32,14 @@ class LocalLauncher:
     """
 
     listener: Listener
-    slots: int = 1
     seconds: float | None = None
     on_done: Callable[[PlannedCell], None] = lambda cell: None
     runner: Callable[..., Runner] = field(default=Runner)
+
+    @staticmethod
+    def check(plan: Plan) -> None:
+        """Raise `ConfigError` if there are fewer cards than slots."""
+        _cards(plan)
 
     def launch(self, plan: Plan, store: Store) -> None:
         """As of `Launcher.launch`.
@@ -44,7 +47,7 @@ class LocalLauncher:
         Raises:
             ConfigError: There are fewer cards than slots.
         """
-        cards = self._cards(plan)
+        cards = _cards(plan)
         runners = [self.runner(store, self.listener, plan.created, card) for card in cards]
         work = _Work(plan, store, self.listener, len(runners), self.seconds)
         threads = [threading.Thread(target=work.drain, args=(runner, index == 0)) for index, runner in enumerate(runners)]
@@ -62,18 +65,6 @@ class LocalLauncher:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-
-    def _cards(self, plan: Plan) -> list[int | None]:
-        if self.slots == 1:
-            return [None]
-        first = min((cell.config.device.index for cell in plan.cells if cell.config.device.name == "cuda"), default=None)
-        if first is None:
-            raise ConfigError(f"launcher.slots={self.slots}: stages on a CPU would disturb each other's times; give launcher.slots=1")
-        if (cards := len(hardware().gpus)) < first + self.slots:
-            raise ConfigError(
-                f"launcher.slots={self.slots}: this machine has {cards} CUDA cards, of which device.index={first} is the first"
-            )
-        return list(range(first, first + self.slots))
 
 
 class _Work:
@@ -154,3 +145,15 @@ class _Work:
                 self._told.add(index)
                 if cell.asked:
                     self.events.put(cell)
+
+
+def _cards(plan: Plan) -> list[int | None]:
+    """The card of each slot; None leaves it to the cell."""
+    if (slots := plan.launcher.slots) == 1:
+        return [None]
+    first = min((cell.config.device.index for cell in plan.cells if cell.config.device.name == "cuda"), default=None)
+    if first is None:
+        raise ConfigError(f"launcher.slots={slots}: stages on a CPU would disturb each other's times; give launcher.slots=1")
+    if (cards := len(hardware().gpus)) < first + slots:
+        raise ConfigError(f"launcher.slots={slots}: this machine has {cards} CUDA cards, of which device.index={first} is the first")
+    return list(range(first, first + slots))

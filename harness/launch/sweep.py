@@ -11,6 +11,7 @@ from slimbench.harness.config import compose
 from slimbench.harness.config.errors import ConfigError
 
 if TYPE_CHECKING:
+    from slimbench.harness.launch.local import LocalLauncher
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.run.planning.plan import Plan, PlannedCell
     from slimbench.harness.run.runner import Listener
@@ -20,7 +21,7 @@ def plan(overrides: Sequence[str], several: bool) -> Plan:
     """The plan of the cell that the overrides name, or of each cell of a sweep. Every one is validated; nothing is run or written.
 
     Raises:
-        ConfigError: The first mistake in any of them, or a results folder that cannot be written.
+        ConfigError: The first mistake in any of them, what the launcher lacks, or a results folder that cannot be written.
     """
     jobs = compose.jobs(overrides) if several else [(list(overrides), compose.resolve(overrides))]
     from slimbench.harness.run.cell import make_cell
@@ -32,7 +33,9 @@ def plan(overrides: Sequence[str], several: bool) -> Plan:
         require_extras(cell)
         require_sense(cell)
     _require_writable(Path(cells[0].config.results))
-    return make_plan(cells)
+    found = make_plan(cells)
+    _launcher(found.launcher.name).check(found)
+    return found
 
 
 def launch(
@@ -51,14 +54,20 @@ def launch(
     Raises:
         StoreError: The results folder cannot be written.
     """
-    from slimbench.harness.launch.local import LocalLauncher
     from slimbench.harness.run.planning import plan as plans
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.store.store import Store
 
     plan, store = plans.read(plans.write(plan, results)), Store(results)
-    LocalLauncher(listener, plan.launcher.slots, seconds, on_done).launch(plan, store)
+    _launcher(plan.launcher.name)(listener, seconds, on_done).launch(plan, store)
     return Ledger(plan, store)
+
+
+def _launcher(name: str) -> type[LocalLauncher]:
+    """The launcher of a name."""
+    from slimbench.harness.launch.local import LocalLauncher
+
+    return {"local": LocalLauncher}[name]
 
 
 def _require_writable(results: Path) -> None:

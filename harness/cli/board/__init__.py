@@ -30,14 +30,12 @@ def board_build(
     out: Annotated[Path, typer.Option(help="Folder of the board.")] = Path("board"),
     figures: Annotated[bool, typer.Option(help="Draw every figure that the records allow, on boards of few tables.")] = True,
 ) -> None:
-    """Write page, tables and plots from the records; print the table and where to look."""
+    """Write page, tables and plots from the records; print where to look."""
     folder = results_folder(results)
     output_folder(out)
     from slimbench.leaderboard.site import build
-    from slimbench.leaderboard.tables import writers
 
     written = build.build(folder, out, figures)
-    console().print(writers.to_terminal(table_rows(results)))
     print(f"board: {next(p for p in written if p.name == 'index.html')}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from slimbench.harness.run.hub import unavailable
 from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.run.planning.plan import PlannedCell
 from slimbench.harness.schema.identity import Stage
@@ -34,8 +35,9 @@ def _of(cell: PlannedCell, ledger: Ledger) -> Outlook:
     reasons: list[str] = []
     for task in ledger.plan.of(cell):
         if (ending := ledger.ending(task)) is None:
-            stages[task.stage] = CANNOT_RUN if task.refusal else RUN
-            reasons.append(task.refusal)
+            refusal = task.refusal or unavailable(cell.config) or ""
+            stages[task.stage] = CANNOT_RUN if refusal else RUN
+            reasons.append(refusal)
         elif ending.status is not None:
             stages[task.stage] = f"recorded {ending.status.value}"
             reasons.append(ending.reason)

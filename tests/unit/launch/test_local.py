@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.schema import LauncherConfig
+from slimbench.harness.launch import sweep
 from slimbench.harness.launch.local import LocalLauncher
 from slimbench.harness.measure import hardware as machine
 from slimbench.harness.run.cell import Cell
@@ -51,6 +53,10 @@ def plan_of(overrides: list[str], *names: str) -> Plan:
     return measured_only(make_plan([cell(overrides, f"method={name}") for name in names]))
 
 
+def in_slots(plan: Plan, slots: int) -> Plan:
+    return plan.model_copy(update={"launcher": LauncherConfig(slots=slots)})
+
+
 def test_each_task_runs_once_and_a_reference_before_what_is_compared_with_it(overrides: list[str], tmp_path: Path) -> None:
     plan, runner, finished = plan_of(overrides, "rtn-4bit", "rtn-8bit"), rehearsal(), []
     LocalLauncher(Listener(), on_done=lambda cell: finished.append(cell.identity.pipeline), runner=runner).launch(plan, Store(tmp_path))
@@ -70,7 +76,7 @@ def test_each_slot_has_a_card_of_its_own_and_slots_run_at_the_same_time(
     plan = plan_of([*mine, "device=cuda", "device.index=1"], "dense", "rtn-4bit", "rtn-8bit")
     both = threading.Barrier(2, timeout=20)
     runner = rehearsal(lambda cell, stage, card: both.wait() if cell.identity.pipeline == "dense" else None)
-    LocalLauncher(Listener(), slots=2, runner=runner).launch(plan, Store(tmp_path))
+    LocalLauncher(Listener(), runner=runner).launch(in_slots(plan, 2), Store(tmp_path))
     assert {card for *_, card, _, _ in runner.log} == {1, 2}
     began = {(name, stage): began for name, stage, _, began, _ in runner.log}
     ended = {(name, stage): ended for name, stage, _, _, ended in runner.log}
@@ -78,12 +84,15 @@ def test_each_slot_has_a_card_of_its_own_and_slots_run_at_the_same_time(
         for stage in (Stage.QUALITY, Stage.SPEED):
             assert began[name, stage] >= ended["dense", stage], "the other slot waits for the reference"
     with pytest.raises(ConfigError, match="3 CUDA cards"):
-        LocalLauncher(Listener(), slots=3, runner=runner).launch(plan, Store(tmp_path))
+        LocalLauncher.check(in_slots(plan, 3))
 
 
 def test_slots_on_a_cpu_are_refused(overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disturb each other"):
-        LocalLauncher(Listener(), slots=2, runner=rehearsal()).launch(plan_of(overrides, "dense"), Store(tmp_path))
+        LocalLauncher(Listener(), runner=rehearsal()).launch(in_slots(plan_of(overrides, "dense"), 2), Store(tmp_path))
+    with pytest.raises(ConfigError, match="disturb each other"):
+        sweep.plan([*overrides, "launcher.slots=2", f"results={tmp_path / 'new'}"], several=False)
+    assert not (tmp_path / "new").exists(), "refused before a plan is written"
 
 
 def test_what_another_process_holds_is_left_to_it_while_other_work_is_there(overrides: list[str], tmp_path: Path) -> None:

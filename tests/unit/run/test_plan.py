@@ -9,6 +9,7 @@ import pytest
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch import sweep
+from slimbench.harness.run import hub
 from slimbench.harness.run.planning import plan as plans
 from slimbench.harness.run.planning.ledger import Ledger, State
 from slimbench.harness.run.planning.outlook import outlook
@@ -129,3 +130,13 @@ def test_planning_reads_no_record_that_it_does_not_ask_for(overrides: list[str],
     assert len(plan.cells) == 8
     outlook(Ledger(plan, Store(tmp_path)))
     ProgressDisplay(plan, Store(tmp_path), Console(quiet=True))
+
+
+def test_a_plan_says_that_the_hub_cannot_be_reached(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [o for o in overrides if not o.startswith("model")]
+    plan = sweep.plan([*mine, "model=opt-125m", "method=rtn-4bit", f"results={tmp_path}"], several=False)
+    for reachable, word in ((False, "cannot run"), (True, "run")):
+        monkeypatch.setattr(hub, "reachable", lambda reachable=reachable: reachable)
+        told = outlook(Ledger(plan, Store(tmp_path)))
+        assert {what for cell in told for what in cell.stages.values()} == {word}
+        assert {cell.reason for cell in told} == {"" if reachable else "the hub cannot be reached for model opt-125m"}
