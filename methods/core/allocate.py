@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimbench.methods.core.losses import cross_entropy
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.rounding import fit_groups, nearest_codes
 
@@ -69,7 +70,7 @@ def divergences(
             with torch.enable_grad():
                 logits = model(inputs_embeds=embedded, use_cache=False).logits.float().flatten(0, -2)
                 drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+                cross_entropy(logits, drawn, "sum").backward()
             if progress:
                 progress(done + 1, len(batches))
     finally:

@@ -201,7 +201,8 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
         teacher: For distillation; None: the model that the pipeline began with.
     """
     import torch
-    from torch.nn.functional import cross_entropy
+
+    from slimbench.methods.core.losses import next_token, soft_cross_entropy
 
     bfloat16 = dense.dtype == "bfloat16"
     if settings.loss == "distillation" and teacher is None:
@@ -211,19 +212,12 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
         with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):
             logits = student(input_ids=ids, use_cache=False).logits
         if settings.loss == "nll":
-            return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            return next_token(logits, ids)
         with torch.no_grad():
             wanted = teacher(input_ids=ids, use_cache=False).logits
         return soft_cross_entropy(logits, wanted)
 
     return loss
-
-
-def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """−Σ p_teacher log p_student of logits [..., vocabulary], averaged over positions, in float32."""
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits.flatten(0, -2).float(), teacher.flatten(0, -2).float().softmax(-1))
 
 
 def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:

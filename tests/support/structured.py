@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from slimbench.methods.base import DENSE, EDITED, Calibration, Citation, Claim, DenseModel, Method
-from slimbench.methods.core import surgery
+from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats.huggingface import save_dense
 
 

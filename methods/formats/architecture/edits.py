@@ -1,7 +1,7 @@
 """Edits of an architecture: each changes a model in place, and can be written down and made again on a model without data.
 
 `apply` makes an edit and notes it on the model, in `model.edits`; `describe_edits` and `replay` write and read the notes. What becomes of
-the numbers is the affair of who edits (`methods.core.surgery`): an edit leaves new tensors empty.
+the numbers is the affair of who edits (`methods.core.architecture.surgery`): an edit leaves new tensors empty.
 """
 
 from __future__ import annotations

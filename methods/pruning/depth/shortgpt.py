@@ -55,7 +55,7 @@ class ShortGPT(Method):
         return self.blocks or max(1, round(self.fraction * blocks))
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.surgery import counts, remove_blocks
+        from slimbench.methods.core.architecture.surgery import counts, remove_blocks
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")

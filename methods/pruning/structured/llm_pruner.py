@@ -73,7 +73,7 @@ class LLMPruner(Method):
         return scores.argsort(stable=True)[removed:].sort().values
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.surgery import cache_bytes_per_token, counts
+        from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
         from slimbench.methods.formats.architecture.structure import blocks_of
 
         if not calibration.ids.numel():
@@ -121,7 +121,7 @@ class Structures:
 
     def cut(self, model: Any, chosen: Tensor) -> None:
         """Leave only some structures, in place."""
-        from slimbench.methods.core.surgery import keep, name_of
+        from slimbench.methods.core.architecture.surgery import keep, name_of
 
         for layer in self.makes:
             keep(model, f"{name_of(model, layer)}.weight", chosen, self.count, 0)
@@ -136,7 +136,7 @@ def structures(block: Any, config: Any) -> list[Structures]:
     Raises:
         Unsupported: The block is not built like Llama's.
     """
-    from slimbench.methods.core.equivalent import check_block
+    from slimbench.methods.core.architecture.equivalent import check_block
 
     attention, mlp = check_block(block)
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -157,14 +157,15 @@ def importance(
     """
     import torch
 
+    from slimbench.methods.core.losses import next_token
+
     model.requires_grad_(False)
     for layer in layers:
         layer.weight.requires_grad_(True)
     first = {layer: torch.zeros_like(layer.weight, dtype=torch.float32, requires_grad=False) for layer in layers}
     second = {layer: torch.zeros_like(total) for layer, total in first.items()} if order == 2 else {}
-    for done, sample in enumerate(ids.to(model.device)):
-        logits = model(sample.unsqueeze(0), use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), sample[1:])
+    for done, sample in enumerate(ids.to(model.device).split(1)):
+        loss = next_token(model(sample, use_cache=False).logits, sample)
         for layer, gradient in zip(layers, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
             change = layer.weight.detach().float() * gradient.float()
             first[layer] += change / len(ids)

@@ -67,8 +67,8 @@ class SliceGPT(Method):
         return kept - kept % self.multiple if kept < size else size
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.architecture.surgery import counts
         from slimbench.methods.core.layers import check_calibration
-        from slimbench.methods.core.surgery import counts
 
         tokens = check_calibration(calibration, dense.shape)
         model = dense.load()
@@ -98,8 +98,8 @@ def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, f
     """
     import torch
 
-    from slimbench.methods.core.rotation import fold_gains
-    from slimbench.methods.core.surgery import add_shortcuts, name_of, put
+    from slimbench.methods.core.architecture.rotation import fold_gains
+    from slimbench.methods.core.architecture.surgery import add_shortcuts, name_of, put
     from slimbench.methods.core.walk import walk
 
     shares = []
@@ -155,7 +155,7 @@ def _check_shortcuts(model: Any, ids: Tensor) -> None:
     """Raise `Unsupported` if a block does more on its residual connections than to add, by what one does with shortcuts of identity."""
     import torch
 
-    from slimbench.methods.core.surgery import add_shortcuts
+    from slimbench.methods.core.architecture.surgery import add_shortcuts
     from slimbench.methods.core.walk import walk
 
     block = next(walk(model, ids))
@@ -168,7 +168,7 @@ def _check_shortcuts(model: Any, ids: Tensor) -> None:
 
 def _read(model: Any, name: str, coordinates: Tensor) -> None:
     """Let a weight [out, n], or an embedding's [rows, n], take hidden states of k coordinates [n, k]."""
-    from slimbench.methods.core.surgery import put
+    from slimbench.methods.core.architecture.surgery import put
 
     weight = model.get_submodule(name).weight
     put(model, f"{name}.weight", (weight.double() @ coordinates).to(weight.dtype))
@@ -176,7 +176,7 @@ def _read(model: Any, name: str, coordinates: Tensor) -> None:
 
 def _write(model: Any, name: str, coordinates: Tensor) -> None:
     """Let a layer [n, in] give hidden states of k coordinates [n, k]."""
-    from slimbench.methods.core.surgery import put
+    from slimbench.methods.core.architecture.surgery import put
 
     layer = model.get_submodule(name)
     put(model, f"{name}.weight", (coordinates.T @ layer.weight.double()).to(layer.weight.dtype))

@@ -68,7 +68,7 @@ class FPTQ(Grouped, Method):
 
     def plans(self, model: Any, calibration: Calibration, dense: DenseModel) -> dict[str, InputPlan]:
         """Equalise the channels of a model in place where that is due, and say how the inputs of each layer are rounded."""
-        from slimbench.methods.core.equivalent import links
+        from slimbench.methods.core.architecture.equivalent import links
         from slimbench.methods.core.statistics import inputs
         from slimbench.methods.core.walk import walk
         from slimbench.methods.formats import runtime

@@ -24,7 +24,7 @@ from slimbench.methods.core.layers import block_linears
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimbench.methods.core.equivalent import Link
+    from slimbench.methods.core.architecture.equivalent import Link
     from slimbench.methods.formats.runtime import ActivationGrid
 
 
@@ -76,7 +76,7 @@ def suppress(model: Any, calibration: Calibration, grid: ActivationGrid, thresho
     """
     import torch
 
-    from slimbench.methods.core.equivalent import add_bias, links
+    from slimbench.methods.core.architecture.equivalent import add_bias, links
     from slimbench.methods.core.statistics import inputs, samples
     from slimbench.methods.core.walk import walk
     from slimbench.methods.formats import runtime

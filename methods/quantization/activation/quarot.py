@@ -1,6 +1,6 @@
 """QuaRot: rotate the model so that its activations have no outliers, then quantize weights and activations to four bits.
 
-Hidden states are rotated by an orthogonal matrix that lies in the weights (`methods.core.rotation`), in two steps: gains of
+Hidden states are rotated by an orthogonal matrix that lies in the weights (`methods.core.architecture.rotation`), in two steps: gains of
 norms are folded away, then the residual stream is rotated. The inputs of the down projection go through a Hadamard transform while
 the model runs, in the widest blocks whose size is a power of two that divides them; so do those of the output projection, and where
 such a block is not wider than a head, its transform lies in the value projection instead. Inputs are rounded symmetrically by token,
@@ -104,8 +104,8 @@ def rotated(model: Any, seed: int) -> dict[str, int]:
     Returns:
         The layers whose inputs must go through a Hadamard transform while the model runs, with the size of its blocks.
     """
-    from slimbench.methods.core.equivalent import links
-    from slimbench.methods.core.rotation import orthogonal, rotate, transform_inputs, transform_outputs
+    from slimbench.methods.core.architecture.equivalent import links
+    from slimbench.methods.core.architecture.rotation import orthogonal, rotate, transform_inputs, transform_outputs
     from slimbench.methods.formats.architecture.structure import blocks_of
     from slimbench.methods.kernels.numbers import largest_power_of_two
 

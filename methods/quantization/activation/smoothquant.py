@@ -85,7 +85,7 @@ def smooth(model: PreTrainedModel, calibration: Calibration, alpha: float, dense
     """
     import torch
 
-    from slimbench.methods.core.equivalent import links
+    from slimbench.methods.core.architecture.equivalent import links
     from slimbench.methods.core.statistics import inputs
     from slimbench.methods.core.walk import walk
 

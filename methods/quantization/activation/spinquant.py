@@ -65,7 +65,7 @@ class SpinQuantRTN(LoopSettings, Grouped, Method):
         return CayleySGD(parameters, self.learning_rate)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.rotation import fold_gains
+        from slimbench.methods.core.architecture.rotation import fold_gains
         from slimbench.methods.core.training import cut, objective, train
         from slimbench.methods.formats import packed, runtime
         from slimbench.methods.quantization.solvers import qat as _qat

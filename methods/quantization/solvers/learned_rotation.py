@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.core.equivalent import Link, links
-from slimbench.methods.core.rotation import by_heads, orthogonal, rotate, rotate_heads, transform_inputs
+from slimbench.methods.core.architecture.equivalent import Link, links
+from slimbench.methods.core.architecture.rotation import by_heads, orthogonal, rotate, rotate_heads, transform_inputs
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.kernels.numbers import ActivationGrid, fake_quantize, hadamard, largest_power_of_two
 from slimbench.methods.quantization.grids.trained_layers import straight_through
@@ -62,7 +62,7 @@ class Rotations:
         """Let a model compute for a while what the rotated one does with rounded inputs, with gradients for the rotations.
 
         Args:
-            model: Its norms have no gains (`methods.core.rotation.fold_gains`).
+            model: Its norms have no gains (`methods.core.architecture.rotation.fold_gains`).
             grid: How the inputs of the layers of the blocks are rounded.
         """
         hooks = [self._hook(name, link, grid) for name, block in blocks_of(model).items() for link in links(model, name, block)]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import DenseModel
+from slimbench.methods.core.architecture.rotation import set_dtype
 from slimbench.methods.core.layers import block_linears
-from slimbench.methods.core.rotation import set_dtype
 from slimbench.methods.core.second_order import Solver, quantize
 from slimbench.methods.formats import runtime
 from slimbench.methods.kernels.rounding import round_to_grid

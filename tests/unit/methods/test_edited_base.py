@@ -15,7 +15,7 @@ from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
 from slimbench.harness.store import artefact
 from slimbench.methods.base import EDITED, Claim, DenseModel, Method
-from slimbench.methods.core import surgery
+from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
 from tests.support import tiny

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel
-from slimbench.methods.core.training import Trained, TrainingSettings, batch, cut, objective, soft_cross_entropy, train
+from slimbench.methods.core.training import Trained, TrainingSettings, batch, cut, objective, train
 from slimbench.util import checkpoints as _checkpoints
 from tests.support import tiny
 
@@ -178,13 +178,6 @@ def test_a_loss_that_explodes_is_an_error(dense: DenseModel) -> None:
     w = nn.Parameter(torch.ones(1))
     with pytest.raises(RuntimeError, match="the loss is nan in step 1 of 7"):
         train(SETTINGS, {"w": w}, lambda ids: (w * float("nan")).sum(), windows(), dense)
-
-
-def test_soft_cross_entropy_is_least_for_the_teacher() -> None:
-    teacher, other = torch.randn(2, 3, 11, dtype=torch.float64), torch.randn(2, 3, 11, dtype=torch.float64)
-    want = -(teacher.softmax(-1) * other.log_softmax(-1)).sum(-1).mean()
-    assert float(soft_cross_entropy(other, teacher)) == pytest.approx(float(want), rel=1e-5)
-    assert soft_cross_entropy(teacher, teacher) < soft_cross_entropy(other, teacher)
 
 
 @pytest.mark.parametrize(

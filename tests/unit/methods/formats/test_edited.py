@@ -14,7 +14,7 @@ from torch import Tensor
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.stages.models import shape_of
 from slimbench.methods.base import Unsupported
-from slimbench.methods.core import surgery
+from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited, packed
 from slimbench.methods.formats.architecture.edits import Insert, apply, edits_of
 from slimbench.methods.formats.huggingface import save_dense

@@ -70,7 +70,8 @@ def test_zeros_are_not_filled(dense: DenseModel, tmp_path: Path) -> None:
 
 def test_the_teacher_is_the_model_that_the_pipeline_began_with(dense: DenseModel, tmp_path: Path) -> None:
     """Against itself a model has nothing to recover; against the original its loss is what that one tells."""
-    from slimbench.methods.core.training import batch, cut, soft_cross_entropy
+    from slimbench.methods.core.losses import soft_cross_entropy
+    from slimbench.methods.core.training import batch, cut
 
     other = tiny.save_model(tmp_path / "other", "float32", seed=9)
     method, lost = LoRA(**SHORT), []

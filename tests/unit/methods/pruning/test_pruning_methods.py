@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel, Unsupported
-from slimbench.methods.core.rotation import untie
+from slimbench.methods.core.architecture.rotation import untie
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.pruning.depth.shortgpt import ShortGPT, block_influence

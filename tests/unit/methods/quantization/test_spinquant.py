@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Claim, DenseModel, Unsupported
+from slimbench.methods.core.architecture.rotation import by_heads, fold_gains, orthogonal
 from slimbench.methods.core.layers import block_linears
-from slimbench.methods.core.rotation import by_heads, fold_gains, orthogonal
 from slimbench.methods.formats import packed, runtime
 from slimbench.methods.quantization.activation.spinquant import SpinQuant, SpinQuantRTN
 from slimbench.methods.quantization.solvers.cayley import CayleySGD, skew, turned
 from slimbench.methods.quantization.solvers.learned_rotation import Rotations
 from tests.support import tiny
-from tests.unit.methods.core.test_equivalent import logits, randomized
+from tests.unit.methods.core.architecture.test_equivalent import logits, randomized
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
 GRID = runtime.ActivationGrid("int", 4, symmetric=False)

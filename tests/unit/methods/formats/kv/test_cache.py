@@ -18,7 +18,7 @@ from slimbench.harness.config.sources import shipped
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
-from slimbench.methods.core import surgery
+from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.huggingface import save_dense
 from slimbench.methods.formats.kv.cache import LENGTHS

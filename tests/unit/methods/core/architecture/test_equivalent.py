@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.core import statistics as _observe
-from slimbench.methods.core.equivalent import check_norm, links
-from slimbench.methods.core.rotation import orthogonal
+from slimbench.methods.core.architecture.equivalent import check_norm, links
+from slimbench.methods.core.architecture.rotation import orthogonal
 from slimbench.methods.core.walk import walk
 from slimbench.methods.formats import runtime
 from slimbench.methods.formats.architecture.structure import blocks_of

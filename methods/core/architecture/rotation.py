@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
-from slimbench.methods.core.equivalent import Link, links
+from slimbench.methods.core.architecture.equivalent import Link, links
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.kernels.numbers import hadamard, largest_power_of_two
 

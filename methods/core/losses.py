@@ -1,0 +1,48 @@
+"""What training, gradients and sensitivities are of: cross entropies of predictions, in nats a token, computed in float32.
+
+    cross entropy           −log p(y)               of the token y that is there
+    soft cross entropy      −Σ_v q(v) log p(v)      of a teacher's distribution q: KL(q ‖ p) plus the entropy of q, which is fixed
+
+p is the softmax of the logits z over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """−log p(y) over all positions, a scalar.
+
+    Args:
+        logits: z [..., vocabulary].
+        tokens: y [...], int64.
+    """
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits.flatten(0, -2).float(), tokens.flatten(), reduction=reduction)
+
+
+def next_token(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross entropy of a text with what is predicted of each token by those before it, a scalar.
+
+    Args:
+        logits: z [sequences, length, vocabulary]; those of the last position predict nothing that is there.
+        ids: The text, int64 [sequences, length].
+    """
+    return cross_entropy(logits[:, :-1], ids[:, 1:])
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    """−Σ_v q(v) log p(v), averaged over positions, a scalar.
+
+    Args:
+        logits: Of the student, [..., vocabulary].
+        teacher: Its logits, of the same shape: q is their softmax.
+    """
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits.flatten(0, -2).float(), teacher.flatten(0, -2).float().softmax(-1))
