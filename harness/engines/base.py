@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from slimbench.harness.config.targets import locate
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.store.artefact import read_manifest
 from slimbench.methods.base import Unsupported
 
@@ -29,7 +29,7 @@ class Engine(ABC):
     def __init__(self, loaders: dict[str, str]) -> None:
         self.loaders = loaders
 
-    def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> LoadedModel:
+    def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         """Load an artefact from disk.
 
         Raises:
@@ -41,5 +41,5 @@ class Engine(ABC):
         return self.open(artefact, locate(self.loaders[format_]), device, trust_remote_code)
 
     @abstractmethod
-    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
+    def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> Loaded:
         """Load an artefact with the loader of its format."""

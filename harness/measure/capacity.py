@@ -8,14 +8,14 @@ import torch
 
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.latency import prompts
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.measure.memory import peak_of, resident_bytes
 from slimbench.harness.schema.speed import LargestBatch
 
 _SHARE = 0.9
 
 
-def largest_batch(model: LoadedModel, point: SpeedPoint, cap: int, memory_bytes: int, budget_s: float) -> LargestBatch:
+def largest_batch(model: Generates, point: SpeedPoint, cap: int, memory_bytes: int, budget_s: float) -> LargestBatch:
     """Run one prefill and one decode step with 1, 2, 4, … sequences of the prompt of a point.
 
     On CUDA memory ends where the allocator says so. A CPU has no such end that a process would survive, so the next peak is
@@ -63,7 +63,7 @@ def _result(seen: list[tuple[int, int]], limited_by: str) -> LargestBatch:
     return LargestBatch(batch=seen[-1][0], limited_by=limited_by, bytes_per_sequence=growth)  # type: ignore[arg-type]
 
 
-def _taken(model: LoadedModel, point: SpeedPoint) -> int:
+def _taken(model: Generates, point: SpeedPoint) -> int:
     """Bytes that a prefill and a decode step take above what is in use before them: what else is let go meanwhile is no part of it."""
 
     def work() -> tuple[Step, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Generates, Loaded
 from slimbench.harness.measure.zeros import holds
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 from slimbench.methods.base import Claim
@@ -17,20 +17,20 @@ _DENSE_BITS = 16
 _SLACK = 1.02
 
 
-def check(model: LoadedModel, claim: Claim, disk_bytes: int) -> Evidence:
+def check(model: Loaded, claim: Claim, disk_bytes: int) -> Evidence:
     """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it.
 
     Args:
         disk_bytes: Size of the artefact's files.
     """
     found = model.evidence()
-    if claim.cache_bytes_per_token is not None:
+    if claim.cache_bytes_per_token is not None and isinstance(model, Generates):
         found.cache_bytes_per_token = cache_bytes_per_token(model)
     found.flags = flags(claim, found, disk_bytes)
     return found
 
 
-def cache_bytes_per_token(model: LoadedModel) -> float | None:
+def cache_bytes_per_token(model: Generates) -> float | None:
     """Bytes that a further token takes in the key-value cache of one sequence, between half and the whole of at most 512 tokens.
 
     Both lengths are powers of two, so that what a cache stores in groups of tokens has been stored. None where the engine does not show

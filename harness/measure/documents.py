@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from slimbench.harness.config.schema import Pass
 from slimbench.harness.measure import protocols
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import DocumentResult
@@ -26,7 +26,7 @@ _TASK = "documents"
 
 
 def measure(
-    model: LoadedModel, tokenizer: Any, wanted: Pass, batch_tokens: int, on_progress: Callable[[int, int], None]
+    model: Scores, tokenizer: Any, wanted: Pass, batch_tokens: int, on_progress: Callable[[int, int], None]
 ) -> tuple[DocumentResult, int]:
     """Score documents, each from its first token on.
 

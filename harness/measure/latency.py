@@ -22,7 +22,7 @@ import torch
 
 from slimbench.harness.config.schema import SpeedConfig, SpeedPoint
 from slimbench.harness.measure import energy, gpu
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.machine import CacheFlush, MachineProbe
 from slimbench.harness.measure.timer import Timer, timer
 from slimbench.harness.schema.speed import EnergyResult, GpuState, Samples, SpeedPointResult
@@ -74,7 +74,7 @@ class Run:
     state: GpuState | None = None
 
 
-def first_call(model: LoadedModel, point: SpeedPoint) -> float:
+def first_call(model: Generates, point: SpeedPoint) -> float:
     """Milliseconds of a prefill and a decode step at a point that the model has not run before: compilation, autotuning, repacking."""
     clock, ids = timer(model.device), prompts(model, point)
     model.synchronize()
@@ -84,8 +84,8 @@ def first_call(model: LoadedModel, point: SpeedPoint) -> float:
 
 
 def measure_point(
-    candidate: LoadedModel,
-    reference: LoadedModel | None,
+    candidate: Generates,
+    reference: Generates | None,
     point: SpeedPoint,
     config: SpeedConfig,
     instruments: Instruments,
@@ -175,7 +175,7 @@ class _Taken:
             raise Throttled(f"the card was throttled in all {self.dropped} repeats: {', '.join(reasons)}")
 
 
-def run_once(model: LoadedModel, ids: torch.Tensor, new_tokens: int, instruments: Instruments) -> Run:
+def run_once(model: Generates, ids: torch.Tensor, new_tokens: int, instruments: Instruments) -> Run:
     """One run. Cache flush, energy counter and NVML are read outside the timed regions."""
     clock, meter = instruments.timer, instruments.meter
     if instruments.flush:
@@ -229,12 +229,12 @@ def _relative(middle: float, low: float, high: float) -> float:
     return max(high - middle, middle - low) / middle
 
 
-def prompts(model: LoadedModel, point: SpeedPoint) -> torch.Tensor:
+def prompts(model: Generates, point: SpeedPoint) -> torch.Tensor:
     """Random token ids, int64 [batch, prompt], the same for every model of one vocabulary."""
     return torch.randint(0, model.vocab_size, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
 
 
-def _cache_halfway(model: LoadedModel, point: SpeedPoint) -> int | None:
+def _cache_halfway(model: Generates, point: SpeedPoint) -> int | None:
     step = model.prefill(prompts(model, point), room=point.new_tokens)
     for _ in range(point.new_tokens // 2):
         step = model.decode_step(step)

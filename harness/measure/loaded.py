@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Self
 
 import torch
 
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.methods.base import Unsupported
 
 _PIECE_BYTES = (1 << 23, 1 << 28)  # of float32 logits, on a CPU and elsewhere
 
@@ -26,29 +27,16 @@ class Step:
     state: Any
 
 
-@runtime_checkable
-class Scores(Protocol):
-    """It gives the logits of every position of a text."""
-
-    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class Generates(Protocol):
-    """It writes a text after a prompt."""
-
-    def generate(self, ids: torch.Tensor, max_new: int, stop: Collection[int] = ()) -> list[list[int]]: ...
-
-
-@runtime_checkable
-class Encodes(Protocol):
-    """It turns texts into vectors."""
-
-    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: ...
-
-
 class Loaded(ABC):
-    """An artefact in memory, whatever it can do: that is told by `Scores`, `Generates` and `Encodes`."""
+    """An artefact in memory. What it can do is told by the capabilities among its bases: `Scores`, `Generates`, `Encodes`.
+
+    Attributes:
+        vocab_size: Token ids that it knows; the width of its logits.
+        max_length: Positions that the model was made for.
+    """
+
+    vocab_size: int
+    max_length: int
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -67,18 +55,27 @@ class Loaded(ABC):
         """Where the model lives."""
 
 
-class LoadedModel(Loaded):
-    """A causal language model in memory, ready to be measured: it scores and it generates.
+class Capability(Loaded):
+    """Base of what a measurement can ask for; `ability` says it in a word or two."""
 
-    Attributes:
-        vocab_size: Width of the logits.
-        max_length: Positions that the model was made for.
-        keeps_cache: The memory of a run's KV cache stays with the model for later runs.
-    """
+    ability: ClassVar[str]
 
-    vocab_size: int
-    max_length: int
-    keeps_cache = False
+    @classmethod
+    def of(cls, model: Loaded) -> Self:
+        """A loaded artefact as one that can do this.
+
+        Raises:
+            methods.base.Unsupported: It cannot.
+        """
+        if not isinstance(model, cls):
+            raise Unsupported(f"this engine does not {cls.ability}")
+        return model
+
+
+class Scores(Capability):
+    """It gives the logits of every position of a text."""
+
+    ability = "score tokens"
 
     @abstractmethod
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -96,6 +93,21 @@ class LoadedModel(Loaded):
         Returns:
             Next-token logits [B, T, V] in the model's dtype, and the state that holds these tokens too.
         """
+
+    def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
+        return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()
+
+
+class Generates(Capability):
+    """It writes a text after a prompt, greedily, token by token.
+
+    Attributes:
+        keeps_cache: The memory of a run's KV cache stays with the model for later runs.
+    """
+
+    ability = "generate"
+    keeps_cache = False
 
     @abstractmethod
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
@@ -127,9 +139,24 @@ class LoadedModel(Loaded):
             step = self.decode_step(step)
         return written
 
-    def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
-        return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()
+
+class Encodes(Capability):
+    """It turns texts into vectors."""
+
+    ability = "encode texts"
+
+    @abstractmethod
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A vector for each text, [B, D].
+
+        Args:
+            ids: Token ids, int64 [B, T].
+            mask: 1 for the tokens of a text, 0 for padding, int64 [B, T].
+        """
+
+
+class LoadedModel(Scores, Generates):
+    """A causal language model in memory: it scores and it generates."""
 
 
 def label_logprobs(logits: torch.Tensor, labels: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.gpu import Monitor
 from slimbench.harness.measure.latency import prompts
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.schema.speed import MemoryResult
 
 _T = TypeVar("_T")
@@ -33,7 +33,7 @@ class Peak(Generic[_T]):
     result: _T
 
 
-def measure(model: LoadedModel, point: SpeedPoint, weight_bytes: int, card: Monitor | None = None) -> MemoryResult:
+def measure(model: Generates, point: SpeedPoint, weight_bytes: int, card: Monitor | None = None) -> MemoryResult:
     """Split the memory of one steady run; call it while nothing but the candidate is loaded, after its first call at the point.
 
     Args:
@@ -90,7 +90,7 @@ def resident_bytes() -> int:
     return total
 
 
-def _generate(model: LoadedModel, point: SpeedPoint) -> Step:
+def _generate(model: Generates, point: SpeedPoint) -> Step:
     step = model.prefill(prompts(model, point), room=point.new_tokens)
     for _ in range(point.new_tokens - 1):
         step = model.decode_step(step)

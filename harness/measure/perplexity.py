@@ -21,7 +21,7 @@ import torch
 
 from slimbench.harness.config.schema import Pass, SuiteConfig
 from slimbench.harness.measure import protocols
-from slimbench.harness.measure.loaded import LoadedModel, Observer, label_logprobs
+from slimbench.harness.measure.loaded import Observer, Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
@@ -73,7 +73,7 @@ class Windows:
         """Labels of each window."""
         return self.ids.shape[1] - self.first
 
-    def logits(self, model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: Scores, ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, labels, V] of the positions that predict the labels."""
         if self.wanted.protocol == "incremental":
             parts, state = [], None
@@ -84,7 +84,7 @@ class Windows:
         return model.logits(ids, self.first - 1)[:, :-1]
 
 
-def measure(model: LoadedModel, windows: Windows, on_progress: OnProgress, observe: Observer | None = None) -> PerplexityResult:
+def measure(model: Scores, windows: Windows, on_progress: OnProgress, observe: Observer | None = None) -> PerplexityResult:
     """Score the windows of a pass.
 
     Args:

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 
 from slimbench.harness.config.schema import SuiteConfig
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.measure.perplexity import Diverged
 from slimbench.harness.schema.quality import ZeroshotItems, ZeroshotResult
 from slimbench.tasks import zeroshot
@@ -32,7 +32,7 @@ class EngineLM(TemplateLM):
     are filled by length up to `batch_tokens`. Log-softmax in float32. A likelihood that is not finite is `Diverged`.
     """
 
-    def __init__(self, model: LoadedModel, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
+    def __init__(self, model: Scores, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.on_progress = batch_tokens, on_progress
@@ -125,7 +125,8 @@ class EngineLM(TemplateLM):
         return texts
 
     def _generate(self, prompt: list[int], stops: list[str], limit: int) -> str:
-        step, produced, text = self.model.prefill(torch.tensor([prompt]), room=limit), [], ""
+        model = Generates.of(self.model)
+        step, produced, text = model.prefill(torch.tensor([prompt]), room=limit), [], ""
         for _ in range(limit):
             token = int(step.token)
             if token == self.eot_token_id:
@@ -134,7 +135,7 @@ class EngineLM(TemplateLM):
             text = self.tokenizer.decode(produced)
             if any(stop in text for stop in stops):
                 break
-            step = self.model.decode_step(step)
+            step = model.decode_step(step)
         self.forward_tokens += len(prompt) + len(produced)
         for stop in stops:
             text = text.split(stop)[0]
@@ -142,7 +143,7 @@ class EngineLM(TemplateLM):
 
 
 def measure(
-    model: LoadedModel,
+    model: Scores,
     tokenizer: Any,
     suite: SuiteConfig,
     on_progress: Callable[[int, int], None],

@@ -10,7 +10,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration
@@ -25,7 +25,7 @@ class Reporter(Protocol):
     def progress(self, done: float, total: float) -> None: ...
 
 
-def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artefact") -> tuple[LoadedModel, float]:
+def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artefact") -> tuple[Loaded, float]:
     """An artefact in memory on the cell's engine and device, and the seconds that loading took.
 
     Raises:
@@ -36,11 +36,11 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
     device = f"cuda:{config.device.index}" if config.device.name == "cuda" else "cpu"
     folder = artefact.opened(key)
     began = time.perf_counter()
-    model = engine.load(folder, device, config.model.trust_remote_code)
+    model: Loaded = engine.load(folder, device, config.model.trust_remote_code)
     return model, time.perf_counter() - began
 
 
-def evidence_of(model: LoadedModel, key: str) -> Evidence:
+def evidence_of(model: Loaded, key: str) -> Evidence:
     """What was loaded, held against what the artefact's manifest claims."""
     folder = artefact.location(key)
     return claims.check(model, artefact.read_manifest(folder).claim, artefact.disk_bytes(folder))

@@ -7,7 +7,7 @@ import importlib.metadata
 
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import divergence, perplexity
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.perplexity import Windows
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.stages.common import Reporter, load
@@ -35,12 +35,12 @@ class Distributions:
         absent = [w for w in windows if not divergence.exists(self._key(w))]
         if not absent:
             return
-        model, _ = load(self.config, self.reference_key, self.report, "load reference")
+        model = Scores.of(load(self.config, self.reference_key, self.report, "load reference")[0])
         for part in absent:
             self.report.phase(f"reference distributions {part.wanted.corpus}")
             self._record(model, part)
 
-    def measure(self, model: LoadedModel, windows: Windows) -> PerplexityResult:
+    def measure(self, model: Scores, windows: Windows) -> PerplexityResult:
         """Score a model; of the reference, keep the distributions, of another model, the distance from them."""
         if self.wanted and self.is_reference:
             return self._record(model, windows)
@@ -51,7 +51,7 @@ class Distributions:
         measured.divergence = comparison.result(len(windows.ids))
         return measured
 
-    def _record(self, model: LoadedModel, windows: Windows) -> PerplexityResult:
+    def _record(self, model: Scores, windows: Windows) -> PerplexityResult:
         positions = len(windows.ids) * windows.labels
         recorder = divergence.Recorder(self._key(windows), positions, self.config.suite.top_k, model.vocab_size)
         try:

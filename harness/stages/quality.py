@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import documents, perplexity, zeroshot
+from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
@@ -26,6 +27,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
 
     Raises:
         harness.measure.perplexity.Diverged: The artefact is worse than chance.
+        methods.base.Unsupported: The engine does not score tokens.
     """
     suite = config.suite
     source = models.prepare(config.model, report.phase)
@@ -33,7 +35,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol != "document"]
     distributions = Distributions(config, key, reference_key, report)
     distributions.prepare(windows)
-    model, load_seconds = load(config, key, report)
+    loaded, load_seconds = load(config, key, report)
+    model = Scores.of(loaded)
     result = QualityResult(evidence=evidence_of(model, key), load_seconds=load_seconds, forward_tokens=0)
     calibration = calibration_of(config, source, report)
     seen = calibration.ids.numpy() if calibration else None

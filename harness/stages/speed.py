@@ -8,7 +8,7 @@ from collections.abc import Callable
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
 from slimbench.harness.measure.hardware import available_memory
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.schema.speed import LargestBatch, SpeedResult
 from slimbench.harness.stages.common import Reporter, evidence_of, load
 
@@ -17,9 +17,12 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     """Measure prefill, decode, energy and memory of an artefact, interleaved with the reference on the same engine.
 
     The reference is interleaved with itself (A/A): what differs then is the machine.
+
+    Raises:
+        methods.base.Unsupported: The engine does not generate.
     """
     protocol, is_reference = config.speed, key == reference_key
-    model, _ = load(config, key, report)
+    model = Generates.of(load(config, key, report)[0])
     report.phase("first call")
     first_calls = [latency.first_call(model, protocol.grid[0])]
     found = evidence_of(model, key)
@@ -28,7 +31,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     largest = _largest_batch(model, config, report) if protocol.largest_batch else None
     report.phase("first calls")
     first_calls += [latency.first_call(model, point) for point in protocol.grid[1:]]
-    reference = model if is_reference else load(config, reference_key, report, "load reference")[0] if reference_key else None
+    reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache)
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     disturbances: list[list[str]] = []
@@ -47,7 +50,11 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     return result
 
 
-def _largest_batch(model: LoadedModel, config: RunConfig, report: Reporter) -> LargestBatch:
+def _reference(config: RunConfig, key: str, report: Reporter) -> Generates:
+    return Generates.of(load(config, key, report, "load reference")[0])
+
+
+def _largest_batch(model: Generates, config: RunConfig, report: Reporter) -> LargestBatch:
     report.phase("largest batch")
     protocol, limit = config.speed, config.limits.memory_gb
     memory_bytes = int(limit * 1e9) if limit else available_memory()

@@ -14,7 +14,7 @@ from slimbench.harness.config.engines import get
 from slimbench.harness.config.registry import Entry, entries
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.targets import locate
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.loaded import Generates, Loaded, Scores
 from slimbench.harness.run.proofs.engines import Checked, to_line
 from slimbench.harness.run.proofs.method import tiny_model
 from slimbench.harness.stages import models
@@ -68,7 +68,8 @@ def _first_to_try(entry: Entry) -> tuple[Any, ...]:
     return entry.name != "dense", entry.method.needs.calibration, "bits" not in settings, -settings.get("activation_bits", 0), entry.name
 
 
-def _judge(model: LoadedModel) -> str:
+def _judge(loaded: Loaded) -> str:
+    model, writer = Scores.of(loaded), Generates.of(loaded)
     ids = torch.randint(0, model.vocab_size, (2, _WINDOW), generator=torch.Generator().manual_seed(1))
     whole = model.logits(ids).float().cpu()
     if not torch.isfinite(whole).all():
@@ -77,10 +78,10 @@ def _judge(model: LoadedModel) -> str:
     apart = _apart_through_the_cache(model, ids, whole)
     if apart is not None and apart > bound:
         return f"FAILED: through the cache, logits differ by {apart:.3g}"
-    step = model.prefill(ids, room=_STEPS)
+    step = writer.prefill(ids, room=_STEPS)
     tokens = [step.token.cpu()]
     while len(tokens) < _STEPS:
-        step = model.decode_step(step)
+        step = writer.decode_step(step)
         tokens.append(step.token.cpu())
     chosen = torch.cat(tokens, dim=1)
     scores = model.logits(torch.cat([ids, chosen], dim=1), start=_WINDOW - 1)[:, :-1].float().cpu()
@@ -89,7 +90,7 @@ def _judge(model: LoadedModel) -> str:
     return "passed" if apart is not None else "passed, but tokens cannot go through its cache in pieces"
 
 
-def _apart_through_the_cache(model: LoadedModel, ids: torch.Tensor, whole: torch.Tensor) -> float | None:
+def _apart_through_the_cache(model: Scores, ids: torch.Tensor, whole: torch.Tensor) -> float | None:
     """Largest difference to whole windows where tokens go through the cache in pieces; None where an engine does not allow that."""
     state, pieces = None, []
     try:

@@ -9,6 +9,7 @@ import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.loaded import Encodes, Generates, Loaded, Scores
+from slimbench.methods.base import Unsupported
 from tests.support import tiny
 
 PROMPTS = tiny.tokens(3, 8, seed=4).ids
@@ -22,7 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TransformersModel:
 
 def test_a_language_model_scores_and_generates_and_encodes_nothing(model: TransformersModel) -> None:
     assert isinstance(model, Loaded) and isinstance(model, Scores) and isinstance(model, Generates)
-    assert not isinstance(model, Encodes)
+    assert Scores.of(model) is Generates.of(model) is model
+    with pytest.raises(Unsupported, match="this engine does not encode texts"):
+        Encodes.of(model)
 
 
 def test_greedy_texts_are_those_of_whole_passes(model: TransformersModel) -> None:

@@ -1,0 +1,88 @@
+"""A stage asks for what it needs of an engine: one that lacks it ends in one line, as unsupported, and is measured where it has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
+from slimbench.harness.measure.loaded import Generates, Loaded, Scores, Step
+from slimbench.harness.measure.zeroshot import EngineLM
+from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.stages import compress, quality, speed
+from slimbench.methods.base import Unsupported
+from tests.support import tiny
+from tests.unit.measure.test_lies import Silent
+
+
+class Partial(Loaded):
+    """A model of transformers behind a part of what it can do."""
+
+    def __init__(self, whole: TransformersModel) -> None:
+        self.whole, self.vocab_size, self.max_length = whole, whole.vocab_size, whole.max_length
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    def synchronize(self) -> None: ...
+
+    def evidence(self) -> Evidence:
+        return self.whole.evidence()
+
+
+class OnlyScores(Partial, Scores):
+    def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        return self.whole.logits(ids, start)
+
+    def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+        return self.whole.extend(ids, state)
+
+
+class OnlyGenerates(Partial, Generates):
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        return self.whole.prefill(ids, room)
+
+    def decode_step(self, step: Step) -> Step:
+        return self.whole.decode_step(step)
+
+    def cache_bytes(self, state: Any) -> int | None:
+        return self.whole.cache_bytes(state)
+
+
+@pytest.fixture(scope="module")
+def cell(overrides: list[str]) -> tuple[Any, str]:
+    """A dense cell that is compressed, and the key of its artefact."""
+    config, key = resolve(overrides), "ca9ab111"
+    compress.run(config, key, Silent())
+    return config, key
+
+
+@pytest.mark.parametrize(
+    ("partial", "able", "unable", "line"),
+    [
+        (OnlyScores, quality, speed, "this engine does not generate"),
+        (OnlyGenerates, speed, quality, "this engine does not score tokens"),
+    ],
+)
+def test_an_engine_that_can_do_one_thing(
+    cell: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, partial: Any, able: Any, unable: Any, line: str
+) -> None:
+    whole = TransformersEngine.open
+    monkeypatch.setattr(TransformersEngine, "open", lambda *arguments: partial(whole(*arguments)))
+    config, key = cell
+    result = able.run(config, key, key, Silent())
+    assert result.perplexity if able is quality else result.points
+    with pytest.raises(Unsupported) as refusal:
+        unable.run(config, key, key, Silent())
+    assert str(refusal.value) == line
+
+
+def test_an_engine_that_does_not_generate_answers_no_task_that_asks_for_a_text(tmp_path: Path) -> None:
+    model = OnlyScores(TransformersModel(tiny.save_model(tmp_path).load(), "cpu"))
+    with pytest.raises(Unsupported, match="this engine does not generate"):
+        EngineLM(model, None, 64, lambda done, total: None)._generate([3, 4], [], 2)
