@@ -24,13 +24,15 @@ class TransformersModel(LoadedModel):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
-    too, in pieces of the cache's `chunk` tokens: what the cache does to the numbers is seen by every protocol.
+    too, in pieces of the cache's `chunk` tokens: what the cache does to the numbers is seen by every protocol. `scoring` and `max_batch` of
+    the module are those of its policy.
     """
 
     def __init__(self, module: Any, device: str) -> None:
         self.module = module
         self._new_cache: Callable[[], Any] = getattr(module, "new_cache", None) or _library_default
         self._device = torch.device(device)
+        self.scoring, self.max_batch = getattr(module, "scoring", "exact"), getattr(module, "max_batch", None)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
         if head := module.get_output_embeddings():

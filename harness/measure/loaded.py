@@ -11,6 +11,7 @@ import torch
 
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
+from slimbench.methods.formats.policy import Scoring
 
 _PIECE_BYTES = (1 << 23, 1 << 28)  # of float32 logits, on a CPU and elsewhere
 
@@ -33,10 +34,16 @@ class Loaded(ABC):
     Attributes:
         vocab_size: Token ids that it knows; the width of its logits.
         max_length: Positions that the model was made for.
+        max_batch: Sequences that its policy runs at once at most; None without a limit.
     """
 
     vocab_size: int
     max_length: int
+    max_batch: int | None = None
+
+    def batch(self, wanted: int) -> int:
+        """So many sequences, or as many of them as run at once."""
+        return min(wanted, self.max_batch or wanted)
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -73,9 +80,19 @@ class Capability(Loaded):
 
 
 class Scores(Capability):
-    """It gives the logits of every position of a text."""
+    """It gives the logits of every position of a text.
+
+    Attributes:
+        scoring: By which passes its policy allows a text to be scored.
+    """
 
     ability = "score tokens"
+    scoring: Scoring = "exact"
+
+    def check_scoring(self, *passes: Scoring) -> None:
+        """Raise `Unsupported` unless its policy allows one of these."""
+        if self.scoring not in passes:
+            raise Unsupported(f"this protocol scores texts by {' or '.join(passes)}; the policy allows {self.scoring}")
 
     @abstractmethod
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:

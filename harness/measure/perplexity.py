@@ -74,13 +74,19 @@ class Windows:
         return self.ids.shape[1] - self.first
 
     def logits(self, model: Scores, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, labels, V] of the positions that predict the labels."""
+        """Logits [B, labels, V] of the positions that predict the labels.
+
+        Raises:
+            methods.base.Unsupported: The policy of the model does not allow that.
+        """
         if self.wanted.protocol == "incremental":
+            model.check_scoring("exact", "chunk", "step")
             parts, state = [], None
-            for chunk in ids[:, :-1].split(self.chunk, 1):
+            for chunk in ids[:, :-1].split(1 if model.scoring == "step" else self.chunk, 1):
                 logits, state = model.extend(chunk, state)
                 parts.append(logits)
             return torch.cat(parts, 1)
+        model.check_scoring("exact", "chunk")
         return model.logits(ids, self.first - 1)[:, :-1]
 
 
@@ -97,7 +103,7 @@ def measure(model: Scores, windows: Windows, on_progress: OnProgress, observe: O
     ids, wanted = windows.ids, windows.wanted
     nll: list[float] = []
     on_progress(0, len(ids))
-    for part in ids.split(max(1, _BATCH_TOKENS // wanted.seqlen)):
+    for part in ids.split(model.batch(max(1, _BATCH_TOKENS // wanted.seqlen))):
         logprobs = label_logprobs(windows.logits(model, part), part[:, windows.first :], observe)
         nll += (-logprobs.double().mean(1)).tolist()
         if not all(map(math.isfinite, nll)):

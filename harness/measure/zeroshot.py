@@ -29,7 +29,8 @@ class EngineLM(TemplateLM):
     """lm-eval's model interface on top of an engine.
 
     Requests that share all input tokens (the one-token answers of a multiple choice) share one forward pass; batches
-    are filled by length up to `batch_tokens`. Log-softmax in float32. A likelihood that is not finite is `Diverged`.
+    are filled by length up to `batch_tokens` and to what the model runs at once. Log-softmax in float32. A likelihood that is
+    not finite is `Diverged`.
     """
 
     def __init__(self, model: Scores, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
@@ -58,6 +59,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        self.model.check_scoring("exact", "chunk")
         by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             by_input[tuple((context + continuation)[-(self.model.max_length + 1) :][:-1])].append(index)
@@ -92,8 +94,9 @@ class EngineLM(TemplateLM):
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         batches: list[list[tuple[int, ...]]] = []
+        most = self.model.batch(self.batch_tokens)
         for ids in inputs:
-            if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= self.batch_tokens:
+            if batches and len(batches[-1]) < most and (len(batches[-1]) + 1) * len(batches[-1][0]) <= self.batch_tokens:
                 batches[-1].append(ids)
             else:
                 batches.append([ids])

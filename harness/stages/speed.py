@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.schema import RunConfig, SpeedPoint
 from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
 from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.schema.speed import LargestBatch, SpeedResult
 from slimbench.harness.stages.common import Reporter, evidence_of, load
+from slimbench.methods.base import Unsupported
 
 
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> SpeedResult:
@@ -19,25 +20,26 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     The reference is interleaved with itself (A/A): what differs then is the machine.
 
     Raises:
-        methods.base.Unsupported: The engine does not generate.
+        methods.base.Unsupported: The engine does not generate, or its policy does not run the batch of the headline.
     """
     protocol, is_reference = config.speed, key == reference_key
     model = Generates.of(load(config, key, report)[0])
+    grid = _grid(protocol.grid, model)
     report.phase("first call")
-    first_calls = [latency.first_call(model, protocol.grid[0])]
+    first_calls = [latency.first_call(model, grid[0])]
     found = evidence_of(model, key)
     report.phase("memory")
-    split = memory.measure(model, protocol.grid[0], found.weight_bytes, gpu.monitor(model.device))
+    split = memory.measure(model, grid[0], found.weight_bytes, gpu.monitor(model.device))
     largest = _largest_batch(model, config, report) if protocol.largest_batch else None
     report.phase("first calls")
-    first_calls += [latency.first_call(model, point) for point in protocol.grid[1:]]
+    first_calls += [latency.first_call(model, point) for point in grid[1:]]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache)
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     disturbances: list[list[str]] = []
-    for index, (point, first) in enumerate(zip(protocol.grid, first_calls, strict=True)):
+    for index, (point, first) in enumerate(zip(grid, first_calls, strict=True)):
         report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}")
-        share, watch = _Share(report.progress, index, len(protocol.grid)), machine.LoadWatch(instruments.card)
+        share, watch = _Share(report.progress, index, len(grid)), machine.LoadWatch(instruments.card)
         measured = latency.measure_point(model, reference, point, protocol, instruments, share, first)
         measured.load, seen = watch.read()
         result.points.append(measured)
@@ -45,9 +47,20 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
+    beyond = [point for point in protocol.grid if point not in grid]
+    limit = f"the policy runs at most {model.max_batch} at once"
+    result.flags += [f"unsupported: {point.batch}×{point.prompt}+{point.new_tokens}, {limit}" for point in beyond]
     if reference is None:
         result.flags.append("no speed-up: the reference did not run here")
     return result
+
+
+def _grid(grid: list[SpeedPoint], model: Generates) -> list[SpeedPoint]:
+    """The points whose batch runs at once; the headline must be one of them."""
+    able = [point for point in grid if model.batch(point.batch) == point.batch]
+    if grid[0] not in able:
+        raise Unsupported(f"the policy runs at most {model.max_batch} sequences at once, the headline has {grid[0].batch}")
+    return able
 
 
 def _reference(config: RunConfig, key: str, report: Reporter) -> Generates:
@@ -58,7 +71,7 @@ def _largest_batch(model: Generates, config: RunConfig, report: Reporter) -> Lar
     report.phase("largest batch")
     protocol, limit = config.speed, config.limits.memory_gb
     memory_bytes = int(limit * 1e9) if limit else available_memory()
-    return capacity.largest_batch(model, protocol.grid[0], protocol.largest_batch or 1, memory_bytes, protocol.budget_s)
+    return capacity.largest_batch(model, protocol.grid[0], model.batch(protocol.largest_batch or 1), memory_bytes, protocol.budget_s)
 
 
 class _Share:

@@ -12,7 +12,8 @@ other fields are the settings of the kind. The kinds that there are:
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
 `chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
-largest batch, null without a limit. The base is what the loader of its format makes; the policy is then installed on that module.
+largest batch, null without a limit. The base is what the loader of its format makes; the policy is then installed on that module, which
+holds `scoring` and `max_batch` from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape
 from slimbench.methods.formats.huggingface import link_files, link_source
@@ -32,6 +33,7 @@ DESCRIPTION = "policy.json"
 SCHEMA = 1
 Slot = Literal["attention", "cache", "depth", "experts", "draft", "route"]
 Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
+"""From the least to the most that a policy asks: of several, that of the strictest holds."""
 
 _FORMATS = "slimbench.methods.formats"
 _KINDS = {
@@ -101,6 +103,8 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     model = _load_base(folder, base, device, trust_remote_code)
     for policy in policies:
         policy.install(model)
+    model.scoring = max((policy.scoring for policy in policies), key=get_args(Scoring).index)
+    model.max_batch = min((policy.max_batch for policy in policies if policy.max_batch), default=None)
     return model
 
 

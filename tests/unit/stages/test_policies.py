@@ -1,0 +1,152 @@
+"""What a policy says of itself is kept to: how its texts are scored, and how many sequences run at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.zeroshot import EngineLM
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.stages import compress, quality, speed
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.policy import Policy, Scoring
+from slimbench.methods.quantization.cache.kv_cache import KVInt
+from tests.support import tiny
+from tests.unit.measure.test_lies import Silent, step_overrides
+
+CALLS: list[tuple[int, int]] = []
+"""Batch and length of each call of the module under a `Planted` policy."""
+
+
+@dataclass(frozen=True)
+class Planted(Policy):
+    """Changes nothing, and sees every call."""
+
+    slot, kind = "attention", "planted"
+
+    scoring: Scoring = "exact"
+    max_batch: int | None = None
+
+    def neutral(self) -> Policy:
+        return self
+
+    def check(self, shape: Any) -> None: ...
+
+    def install(self, model: Any) -> None:
+        def forward(input_ids: Any, **settings: Any) -> Any:
+            CALLS.append(tuple(input_ids.shape))
+            return inner(input_ids, **settings)
+
+        inner, model.forward = model.forward, forward
+
+
+@dataclass(frozen=True)
+class Under(Method):
+    """A dense model under a `Planted` policy."""
+
+    name, family, produces = "under", "test", "policy"
+    citation = Citation("none", 2024)
+
+    scoring: str = "exact"
+    max_batch: int | None = None
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        policies.save(Planted(self.scoring, self.max_batch), dense, out)  # type: ignore[arg-type]
+        return Claim("policy")
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(policies._KINDS, ("attention", "planted"), f"{__name__}.Planted")
+
+
+def run(overrides: list[str], stage: Any, settings: str, *more: str) -> Any:
+    """The result of a stage under a policy; what its calls were is in `CALLS`."""
+    key = f"under-{settings}".replace("=", "-").replace(",", "-")
+    config = resolve([*overrides, *step_overrides([f"{__name__}.Under({settings})"]), *more])
+    compress.run(config, key, Silent())
+    CALLS.clear()
+    return stage.run(config, key, None, Silent())
+
+
+@pytest.mark.parametrize("scoring", ["exact", "chunk"])
+def test_whole_windows_are_scored_where_the_policy_allows_it(overrides: list[str], scoring: str) -> None:
+    measured: QualityResult = run(overrides, quality, f"scoring={scoring}")
+    assert len(measured.perplexity) == 1
+    assert max(CALLS) == (6, 64), "all windows in one pass"
+
+
+@pytest.mark.parametrize("scoring", ["step", "suffix", "none"])
+def test_whole_windows_are_refused_where_the_policy_does_not(overrides: list[str], scoring: str) -> None:
+    with pytest.raises(Unsupported) as refusal:
+        run(overrides, quality, f"scoring={scoring}")
+    assert str(refusal.value) == f"this protocol scores texts by exact or chunk; the policy allows {scoring}"
+    assert all(length < 64 for _, length in CALLS), "nothing was scored"
+
+
+def test_step_by_step_a_window_goes_through_the_cache_token_by_token(overrides: list[str]) -> None:
+    through = "suite.protocols=[incremental]"
+    exact = run(overrides, quality, "scoring=exact", through)
+    assert max(length for _, length in CALLS) > 8
+    step = run(overrides, quality, "scoring=step", through)
+    assert {length for _, length in CALLS} == {1, 8}, "eight are the prompt of the evidence"
+    assert CALLS.count((6, 1)) == 63
+    assert step.perplexity[0].perplexity == pytest.approx(exact.perplexity[0].perplexity, rel=1e-4)
+    with pytest.raises(Unsupported, match="by exact or chunk or step; the policy allows suffix"):
+        run(overrides, quality, "scoring=suffix", through)
+
+
+def test_batches_of_windows_are_cut(overrides: list[str]) -> None:
+    whole = run(overrides, quality, "max_batch=null")
+    cut = run(overrides, quality, "max_batch=4")
+    assert [call for call in CALLS if call[1] == 64] == [(4, 64), (2, 64)]
+    assert cut.perplexity[0].window_nll == pytest.approx(whole.perplexity[0].window_nll, rel=1e-5)
+
+
+def test_batches_of_tasks_are_cut_and_refused(tmp_path: Path) -> None:
+    def answers(scoring: str, max_batch: int | None) -> list[tuple[float, bool]]:
+        out = tmp_path / f"{scoring}-{max_batch}"
+        out.mkdir()
+        policies.save(Planted(scoring, max_batch), dense, out)  # type: ignore[arg-type]
+        model = TransformersModel(policies.load(out), "cpu")
+        CALLS.clear()
+        return EngineLM(model, None, 1024, lambda done, total: None)._loglikelihood_tokens(requests)
+
+    dense = tiny.save_model(tmp_path / "dense", "float32")
+    requests: list[Any] = [(None, [3, index], [5, 7]) for index in range(10, 17)]
+    whole = answers("exact", None)
+    assert CALLS == [(7, 3)]
+    cut = answers("chunk", 3)
+    assert CALLS == [(3, 3), (3, 3), (1, 3)]
+    assert [score for score, _ in cut] == pytest.approx([score for score, _ in whole], rel=1e-5)
+    with pytest.raises(Unsupported, match="the policy allows step"):
+        answers("step", None)
+
+
+def test_points_of_larger_batches_are_unsupported(overrides: list[str]) -> None:
+    def grid(*batches: int) -> str:
+        return f"speed.grid=[{', '.join(f'{{batch: {batch}, prompt: 8, new_tokens: 4}}' for batch in batches)}]"
+
+    measured = run(overrides, speed, "max_batch=2", grid(1, 4, 2), "speed.largest_batch=8", "speed.budget_s=60")
+    assert [point.batch for point in measured.points] == [1, 2]
+    assert "unsupported: 4×8+4, the policy runs at most 2 at once" in measured.flags
+    assert measured.largest_batch.batch == 2 == max(batch for batch, _ in CALLS)
+    with pytest.raises(Unsupported, match="runs at most 2 sequences at once, the headline has 4"):
+        run(overrides, speed, "max_batch=2", grid(4, 1))
+
+
+def test_the_strictest_of_several_policies_holds(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense")
+    policies.save(Planted("step", 4), dense, tmp_path)
+    described = json.loads((tmp_path / "policy.json").read_text())
+    described["slots"]["cache"] = {"kind": "quantized"} | asdict(KVInt().policy())
+    (tmp_path / "policy.json").write_text(json.dumps(described))
+    model = TransformersModel(policies.load(tmp_path), "cpu")
+    assert (model.scoring, model.max_batch, KVInt().policy().scoring) == ("step", 4, "exact")
