@@ -5,12 +5,12 @@ For inputs x = source(…) of layers with weight W and bias b, with a scale s an
     W x + b  =  (W diag(s)) ((x - z) / s)  +  (b + W z)
 
 and (x - z) / s is what the source gives when its own gain or rows are divided by s and its bias is lessened by z. In a block of a
-Llama-like decoder these are the sources:
+decoder like Llama or OPT these are the sources:
 
     norm     gain of the norm before query, key and value, and of the one before gate and up; a shift needs a norm with a bias
     value    value -> output projection: attention weights sum to one, so channels pass with scale and shift; with grouped queries
              one value channel stands for several inputs, which then share their scale and shift
-    up       up -> down projection: the product with the gate passes a scale, but no shift
+    up       up -> down projection: the product with the gate passes a scale, but no shift; OPT has an activation there, and no such link
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
+from slimbench.methods.core.architecture.anatomy import block_of
 
 Kind = Literal["norm", "value", "up"]
 KINDS: tuple[Kind, ...] = ("norm", "value", "up")
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 @dataclass(frozen=True)
@@ -103,43 +102,23 @@ def links(model: Any, name: str, block: Any, kinds: Sequence[Kind] = KINDS) -> l
         name: Full name of the block in the model.
 
     Raises:
-        Unsupported: The block is not built like Llama's.
+        Unsupported: The block has no such links, or is built differently from those of Llama and OPT.
     """
-    attention, mlp = check_block(block)
-    here: dict[str, Any] = {f"{name}.self_attn.{part}": getattr(attention, part) for part in ("q_proj", "k_proj", "v_proj")}
-    feed: dict[str, Any] = {f"{name}.mlp.{part}": getattr(mlp, part) for part in ("gate_proj", "up_proj")}
-    value, output = attention.v_proj, attention.o_proj
-    width = getattr(attention, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    repeats, rest = divmod(output.in_features, value.out_features)
-    if rest or value.out_features % width:
-        raise Unsupported(f"{value.out_features} outputs of the value projection are no heads of {output.in_features} inputs")
+    parts = block_of(model, name, block)
+    attention, mlp = parts.attention, parts.mlp
+    if "norm" in kinds:
+        for norm in parts.norms:
+            check_norm(norm)
+    if "up" in kinds and mlp.gate is None:
+        raise Unsupported(f"a scale does not pass the activation between {parts.name_of(mlp.up)} and {parts.name_of(mlp.down)}")
+    here, feed = parts.named(attention.q, attention.k, attention.v), parts.named(*mlp.makes)
     found = [
-        Link("norm", block.input_layernorm, here),
-        Link("value", value, {f"{name}.self_attn.o_proj": output}, (repeats, width)),
-        Link("norm", block.post_attention_layernorm, feed),
-        Link("up", mlp.up_proj, {f"{name}.mlp.down_proj": mlp.down_proj}),
+        Link("norm", parts.norms[0], here),
+        Link("value", attention.v, parts.named(attention.out), (attention.repeats, attention.head_dim)),
+        Link("norm", parts.norms[1], feed),
+        Link("up", mlp.up, parts.named(mlp.down)),
     ]
     return [link for link in found if link.kind in kinds]
-
-
-def check_block(block: Any) -> tuple[Any, Any]:
-    """The attention and the MLP of a block that is built like Llama's.
-
-    Raises:
-        Unsupported: It is not.
-    """
-    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    norms = [getattr(block, norm, None) for norm in ("input_layernorm", "post_attention_layernorm")]
-    kind = type(block).__name__
-    if attention is None or mlp is None or None in norms or hasattr(block, "pre_feedforward_layernorm"):
-        raise Unsupported(f"{kind} has no norm before attention and none before the MLP as Llama has")
-    for owner, wanted, known in ((attention, ("q_proj", "k_proj", "v_proj", "o_proj"), _ATTENTION), (mlp, ("gate_proj", "up_proj"), _MLP)):
-        children = dict(owner.named_children())
-        if not {*wanted} <= {part for part, layer in children.items() if type(layer) is nn.Linear} or not children.keys() <= known:
-            raise Unsupported(f"{type(owner).__name__} of {kind} is not built like Llama's: {', '.join(children)}")
-    for norm in norms:
-        check_norm(norm)
-    return attention, mlp
 
 
 @torch.no_grad()

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
+from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.equivalent import Link, links
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.kernels.numbers import hadamard, largest_power_of_two
-
-_WRITING = ("o_proj", "down_proj")
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
@@ -54,12 +53,11 @@ def rotate(model: Any, rotation: Tensor) -> None:
     for link in norms:
         for layer in link.layers.values():
             _set(layer.weight, layer.weight.double() @ rotation)
-    for block in blocks_of(model).values():
-        for name, layer in block.named_modules():
-            if name.endswith(_WRITING) and isinstance(layer, nn.Linear):
-                _set(layer.weight, rotation.T @ layer.weight.double())
-                if layer.bias is not None:
-                    _set(layer.bias, layer.bias.double() @ rotation)
+    for block in anatomy(model):
+        for layer in (block.attention.out, block.mlp.down):
+            _set(layer.weight, rotation.T @ layer.weight.double())
+            if layer.bias is not None:
+                _set(layer.bias, layer.bias.double() @ rotation)
 
 
 @torch.no_grad()

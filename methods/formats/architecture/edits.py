@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from slimbench.methods.base import EDITED, Unsupported
+from slimbench.methods.formats.architecture.layout import LLAMA, layout_of
 from slimbench.methods.formats.architecture.modules import (
     Bottleneck,
     Extended,
@@ -180,7 +181,7 @@ class Shortcuts(Edit):
 
     def apply(self, model: Any) -> None:
         block: Any = model.get_submodule(self.module)
-        if not all(hasattr(block, part) for part in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")):
+        if layout_of(block).parts != LLAMA.parts:
             raise Unsupported(f"{type(block).__name__} has no residual connections as Llama has")
         some = next(block.parameters())
         for part, (outputs, inputs) in (("attention_shortcut", self.attention), ("mlp_shortcut", self.mlp)):
@@ -327,25 +328,15 @@ def _number_caches(model: Any) -> None:
 
 
 def _parts(block: Any, part: str) -> tuple[str, tuple[str, ...]]:
-    """Names of the norm before a part of a block and of the layers that make it.
+    """Names of the norm before a part of a block and of the modules that make it.
 
     Raises:
         Unsupported: The block is built like none that is known here, or the part is gone already.
     """
-    for known, (norm, layers) in _PARTS:
-        missing = not all(isinstance(getattr(block, name, None), nn.Module) for name in (norm, *layers))
-        if known != part or missing or hasattr(block, "pre_feedforward_layernorm") or getattr(block, "do_layer_norm_before", True) is False:
-            continue
-        if isinstance(getattr(block, layers[-1]), NoAttention | Nothing):
-            raise Unsupported(f"the {part} is gone already")
-        return norm, layers
-    raise Unsupported(f"{type(block).__name__} has no {part} behind a norm of its own")
-
-
-_PARTS: tuple[tuple[str, tuple[str, tuple[str, ...]]], ...] = (
-    ("attention", ("input_layernorm", ("self_attn",))),
-    ("mlp", ("post_attention_layernorm", ("mlp",))),
-    ("attention", ("self_attn_layer_norm", ("self_attn",))),
-    ("mlp", ("final_layer_norm", ("fc1", "fc2"))),
-)
-"""Parts of a block: the norm before it, the layers one after the other. Llama and Mixtral first, then OPT."""
+    layout = layout_of(block)
+    parts = {"attention": (layout.norms[0], (layout.attention,)), "mlp": (layout.norms[1], layout.mlp)}
+    if part not in parts:
+        raise Unsupported(f"{type(block).__name__} has no {part} behind a norm of its own")
+    if isinstance(getattr(block, parts[part][1][-1]), NoAttention | Nothing):
+        raise Unsupported(f"the {part} is gone already")
+    return parts[part]

@@ -1,9 +1,11 @@
 """LLM-Pruner: structures that hang together go together, those first whose removal changes the loss least.
 
-In a Llama-like block these weights depend on each other and make one structure:
+In a block like those of Llama and OPT these weights depend on each other and make one structure:
 
-    channel     a row of gate and of up, and the column of down that reads their product
+    channel     a row of up, and of gate if there is one, and the column of down that reads what they make
     heads       a key and a value head with the query heads that share them, and the columns of the output projection that read these
+
+The biases of rows go with them; for the importance of a structure they do not count.
 
 What a weight w does for the loss L over the calibration text is estimated by its Taylor series around w, with the diagonal of the
 Hessian replaced by that of the Fisher information:
@@ -27,6 +29,8 @@ from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from slimbench.methods.core.architecture.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,15 @@ class LLMPruner(Method):
         return scores.argsort(stable=True)[removed:].sort().values
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.architecture.anatomy import anatomy
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
-        from slimbench.methods.formats.architecture.structure import blocks_of
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model = dense.load()
         before = model.num_parameters()
-        blocks = list(blocks_of(model).values())
-        chosen = [structures(blocks[index], model.config) for index in self.pruned(len(blocks))]
+        blocks = anatomy(model)
+        chosen = [structures(blocks[index]) for index in self.pruned(len(blocks))]
         layers = [layer for kinds in chosen for kind in kinds for layer in (*kind.makes, kind.reads)]
         scores = importance(model, layers, calibration.ids, self.order, dense.progress)
         kept = {"channels": 0, "head_groups": 0}
@@ -130,19 +134,18 @@ class Structures:
         keep(model, f"{name_of(model, self.reads)}.weight", chosen, self.count, 1)
 
 
-def structures(block: Any, config: Any) -> list[Structures]:
+def structures(block: Block) -> list[Structures]:
     """The kinds of coupled structures of a block.
 
     Raises:
-        Unsupported: The block is not built like Llama's.
+        Unsupported: A norm couples all heads, or there are experts.
     """
-    from slimbench.methods.core.architecture.equivalent import check_block
-
-    attention, mlp = check_block(block)
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    attention, mlp = block.attention, block.mlp
+    if attention.joined:
+        raise Unsupported(f"{type(block.module).__name__} has a norm over all heads together, which change if one goes")
     return [
-        Structures("head_groups", groups, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
-        Structures("channels", mlp.down_proj.in_features, (mlp.gate_proj, mlp.up_proj), mlp.down_proj),
+        Structures("head_groups", attention.groups, (attention.q, attention.k, attention.v), attention.out),
+        Structures("channels", mlp.down.in_features, mlp.makes, mlp.down),
     ]
 
 

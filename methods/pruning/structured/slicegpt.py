@@ -98,6 +98,7 @@ def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, f
     """
     import torch
 
+    from slimbench.methods.core.architecture.anatomy import anatomy
     from slimbench.methods.core.architecture.rotation import fold_gains
     from slimbench.methods.core.architecture.surgery import add_shortcuts, name_of, put
     from slimbench.methods.core.walk import walk
@@ -116,22 +117,23 @@ def slice_model(model: Any, ids: Tensor, size: int, progress: Callable[[float, f
         coordinates = turn(embedding(batch.to(model.device)) for batch in ids.split(1))
         gain = torch.full((size,), math.sqrt(len(coordinates) / size), dtype=embedding.weight.dtype, device=model.device)
         _read(model, name_of(model, embedding), coordinates)
-        for block in walk(model, ids, progress):
+        for block, parts in zip(walk(model, ids, progress), anatomy(model), strict=True):
             module: Any = block.module
+            attention, mlp, norms = parts.attention, parts.mlp, [parts.name_of(norm) for norm in parts.norms]
             entering = coordinates
-            put(model, f"{block.name}.input_layernorm.weight", gain)
-            for layer in ("q_proj", "k_proj", "v_proj"):
-                _read(model, f"{block.name}.self_attn.{layer}", entering)
+            put(model, f"{norms[0]}.weight", gain)
+            for layer in parts.named(attention.q, attention.k, attention.v):
+                _read(model, layer, entering)
             add_shortcuts(model, block.name, entering.to(gain.dtype), entering.to(gain.dtype))
             between = turn(module.attend(states, **block.arguments[batch]) for batch, states in enumerate(block.inputs))
-            put(model, f"{block.name}.post_attention_layernorm.weight", gain)
-            _write(model, f"{block.name}.self_attn.o_proj", between)
-            for layer in ("gate_proj", "up_proj"):
-                _read(model, f"{block.name}.mlp.{layer}", between)
+            put(model, f"{norms[1]}.weight", gain)
+            _write(model, parts.name_of(attention.out), between)
+            for layer in parts.named(*mlp.makes):
+                _read(model, layer, between)
             past_attention = (between.T @ entering).to(gain.dtype)
             add_shortcuts(model, block.name, past_attention, between.to(gain.dtype))
             coordinates = turn(block.run(batch) for batch in range(len(block.inputs)))
-            _write(model, f"{block.name}.mlp.down_proj", coordinates)
+            _write(model, parts.name_of(mlp.down), coordinates)
             add_shortcuts(model, block.name, past_attention, (coordinates.T @ between).to(gain.dtype))
         put(model, f"{name_of(model, model.base_model.norm)}.weight", gain)
         _read(model, name_of(model, head), coordinates)

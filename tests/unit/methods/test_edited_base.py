@@ -19,7 +19,8 @@ from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
 from tests.support import tiny
-from tests.unit.methods.formats.test_edited import cut_channels, cut_heads, make
+from tests.support.architectures import make
+from tests.unit.methods.formats.test_edited import cut_channels, cut_heads
 
 FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::-1] if EDITED in item.method.accepts}
 SHORT = {"steps": 2, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4}

@@ -20,34 +20,9 @@ from slimbench.methods.formats.architecture.edits import Insert, apply, edits_of
 from slimbench.methods.formats.huggingface import save_dense
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import tiny
+from tests.support.architectures import make
 
 IDS = tiny.tokens(2, 24, seed=3).ids
-
-
-def make(architecture: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    """A tiny random model of three blocks: grouped queries and a tied head, biases, or experts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
-
-    shape = tiny.SHAPE | {"num_hidden_layers": 3} | more
-    torch.manual_seed(5)
-    made: dict[str, Callable[[], Any]] = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
-        "opt": lambda: OPTForCausalLM(
-            OPTConfig(
-                vocab_size=256, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4,
-                max_position_embeddings=256, word_embed_proj_dim=64,
-            )
-        ),
-        "mixtral": lambda: MixtralForCausalLM(
-            MixtralConfig(**(shape | {"tie_word_embeddings": False}), num_local_experts=4, num_experts_per_tok=2)
-        ),
-    }  # fmt: skip
-    model = made[architecture]().to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and gains that are not 0 and 1
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.config.dtype = dtype
-    return model
 
 
 def block(model: Any, index: int = 1) -> str:

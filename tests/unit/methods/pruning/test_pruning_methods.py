@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel, Unsupported
+from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.rotation import untie
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.pruning.depth.shortgpt import ShortGPT, block_influence
-from slimbench.methods.pruning.structured.llm_pruner import LLMPruner, importance
+from slimbench.methods.pruning.structured.llm_pruner import LLMPruner, importance, structures
 from slimbench.methods.pruning.structured.slicegpt import SliceGPT, components
 from tests.support import tiny
+from tests.support.architectures import make
 
 CALIBRATION = tiny.tokens(samples=6, length=48)
 
@@ -178,20 +180,80 @@ def test_pruned_heads_go_with_their_cache(deep: DenseModel, tmp_path: Path) -> N
         torch.testing.assert_close(stepped, model(ids, use_cache=False).logits[:, 30:], rtol=1e-4, atol=1e-4)
 
 
-def test_other_decoders_are_refused(tmp_path: Path) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
+def saved(model: Any, folder: Path) -> DenseModel:
+    folder.mkdir()
+    model.save_pretrained(folder)
+    return tiny.dense_model(folder, "float32")
 
-    shape = {
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    (source := tmp_path / "source").mkdir()
-    OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=32)).float().save_pretrained(source)
-    with pytest.raises(Unsupported, match="as Llama has"):
-        LLMPruner().compress(tiny.dense_model(source, "float32"), CALIBRATION, tmp_path)
+
+def test_llm_pruner_cuts_opt_with_its_biases(tmp_path: Path) -> None:
+    """The artefact equals the whole model in which nothing reads the structures that are gone."""
+    dense, ids = saved(make("opt"), tmp_path / "source"), CALIBRATION.ids
+    (out := tmp_path / "out").mkdir()
+    method = LLMPruner(keep_first=0.3, keep_last=0, ratio=0.3)
+    claim = method.compress(dense, CALIBRATION, out)
+    pruned, masked, whole = edited.load(out), dense.load(), dense.load()
+    kinds: tuple[tuple[tuple[str, ...], str, int, int], ...] = (
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj", 4, 1),
+        (("fc1",), "fc2", 128, 38),
+    )
+    for index in (1, 2):
+        name = f"model.decoder.layers.{index}"
+        for makes, reads, count, removed in kinds:
+            layers = [whole.get_submodule(f"{name}.{layer}") for layer in (*makes, reads)]
+            found = importance(whole, layers, ids, 1)
+            score = sum(found[layer].unflatten(0, (count, -1)).sum((1, 2)) for layer in layers[:-1])
+            score = score + found[layers[-1]].unflatten(1, (count, -1)).sum((0, 2))
+            gone, left = score.sort().indices[:removed], score.sort().indices[removed:].sort().values
+            masked.get_submodule(f"{name}.{reads}").weight.data.unflatten(1, (count, -1))[:, gone] = 0
+            for layer in makes:
+                bias = whole.get_submodule(f"{name}.{layer}").bias.unflatten(0, (count, -1))[left].flatten()
+                assert torch.equal(pruned.get_submodule(f"{name}.{layer}").bias, bias)
+    with torch.inference_mode():
+        got, want, before = (model(ids).logits for model in (pruned, masked, whole))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(want, before, atol=1e-2)
+    group, channel = 16 * (3 * 65 + 64), 2 * 64 + 1
+    assert claim.parameters == sum(p.numel() for p in pruned.parameters()) == whole.num_parameters() - 2 * (group + 38 * channel)
+    assert claim.layers == 3 and claim.cache_bytes_per_token == (64 + 2 * 48) * 2 * 4
+    assert claim.details["head_groups_left"] == [3, 4] and claim.details["channels_left"] == [90, 128]
+    assert {p.name for p in out.iterdir()} >= {"edited.json", "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "opt"])
+def test_a_second_cut_goes_by_the_heads_that_are_left(architecture: str, tmp_path: Path) -> None:
+    dense = saved(make(architecture, num_attention_heads=8), tmp_path / "source")
+    method, groups = LLMPruner(keep_first=0, keep_last=0, ratio=0.5), []
+    for step in ("one", "two"):
+        (out := tmp_path / step).mkdir()
+        method.compress(dense, CALIBRATION, out)
+        dense = tiny.dense_model(out, "float32", format="edited")
+        model = edited.load(out)
+        groups.append([block.attention.groups for block in anatomy(model)])
+        with torch.inference_mode():
+            assert bool(torch.isfinite(model(CALIBRATION.ids).logits).all())
+    assert groups == ([[4] * 3, [2] * 3] if architecture == "opt" else [[1] * 3, [1] * 3])
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "message"),
+    [
+        (LLMPruner(), "gpt2", "GPT2Block is not built like Llama, OPT or Mixtral"),
+        (LLMPruner(), "mixtral", "MixtralDecoderLayer has 4 experts in one tensor in the place of an MLP"),
+        (SliceGPT(), "opt", "OPTForCausalLM has no norm before its head"),
+        (SliceGPT(), "mixtral", "MixtralDecoderLayer has 4 experts in one tensor"),
+    ],
+)
+def test_other_decoders_are_refused(method: Any, architecture: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=message):
+        method.compress(saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
+
+
+def test_heads_that_share_a_norm_are_not_cut() -> None:
+    model = make("llama")
+    model.model.layers[0].self_attn.q_norm = nn.RMSNorm(64)
+    with pytest.raises(Unsupported, match="a norm over all heads together"):
+        structures(anatomy(model)[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -26,6 +26,7 @@ from slimbench.methods.quantization.activation.smoothquant import SmoothQuant, S
 from slimbench.methods.quantization.activation.zeroquant import ZeroQuant, ZeroQuantMixed
 from slimbench.methods.quantization.activation.zeroquant_fp import ZeroQuantFP
 from tests.support import tiny
+from tests.support.architectures import make
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 NORMED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -86,6 +87,19 @@ def test_smoothquant_multiplies_integers(dense: DenseModel, tmp_path: Path) -> N
     loaded = packed.load(tmp_path)
     assert {layer.kernel for layer in loaded.modules() if isinstance(layer, packed.PackedLinear)} == {"torch int_mm w8a8"}
     assert 0 < distance(loaded, dense) < 0.05
+
+
+def test_smoothquant_smooths_opt_whose_norms_have_biases(tmp_path: Path) -> None:
+    for folder in ("source", "out"):
+        (tmp_path / folder).mkdir()
+    make("opt").save_pretrained(tmp_path / "source")
+    dense = tiny.dense_model(tmp_path / "source", "float32")
+    model, layer = dense.load(), "model.decoder.layers.1.fc1"
+    smooth(model, tiny.tokens(16, 32), 0.5, dense)
+    torch.testing.assert_close(logits(model), logits(dense.load()), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(model.get_submodule(layer).weight, dense.load().get_submodule(layer).weight, rtol=0.05)
+    assert run(SmoothQuant(), dense, tmp_path / "out").activation_bits == 8
+    assert 0 < distance(packed.load(tmp_path / "out"), dense) < 0.05
 
 
 def test_static_smoothquant_has_one_scale_for_the_smoothed_inputs(dense: DenseModel, tmp_path: Path) -> None:

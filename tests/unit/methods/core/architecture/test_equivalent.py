@@ -18,6 +18,7 @@ from slimbench.methods.formats import runtime
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.quantization.activation.quarot import rotated
 from tests.support import tiny
+from tests.support.architectures import make
 
 
 def randomized(folder: Path, **shape: Any) -> Any:
@@ -87,17 +88,46 @@ def test_grouped_queries_share_the_scale_of_their_value_head(tmp_path: Path) -> 
     assert torch.equal(lowest[:, 1].flatten(), torch.cat((torch.arange(16.0), torch.arange(32.0, 48))))
 
 
-def test_blocks_that_are_not_llamas_are_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+@pytest.mark.parametrize("fold", ["scale", "shift"])
+def test_norms_and_values_of_opt_take_scales_and_shifts(fold: str) -> None:
+    model = make("opt")
+    want = logits(model)
+    for name, block in blocks_of(model).items():
+        found = links(model, name, block, ("norm", "value"))
+        assert [list(link.layers) for link in found] == [
+            [f"{name}.self_attn.{part}_proj" for part in "qkv"],
+            [f"{name}.self_attn.out_proj"],
+            [f"{name}.fc1"],
+        ]
+        for link in found:
+            if fold == "scale":
+                link.fold_scale(torch.linspace(0.5, 2, 64))
+            else:
+                link.fold_shift(torch.linspace(-1, 1, 64))
+        assert not torch.equal(block.fc1.weight if fold == "scale" else block.fc1.bias, _fresh(name, fold))
+    torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
 
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))
-    moe = Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, **small, **experts))
-    for model, message in ((gpt2, "GPT2Block has no norm"), (moe, "is not built like Llama's")):
-        name, block = next(iter(blocks_of(model).items()))
-        with pytest.raises(Unsupported, match=message):
-            links(model, name, block)
+
+def _fresh(name: str, fold: str) -> Tensor:
+    layer = make("opt").get_submodule(f"{name}.fc1")
+    return layer.weight if fold == "scale" else layer.bias
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("gpt2", "GPT2Block is not built like Llama, OPT or Mixtral"),
+        ("qwen2-moe", "it holds shared_expert"),
+        ("mixtral", "MixtralDecoderLayer has 4 experts in one tensor"),
+        ("opt", r"a scale does not pass the activation between .*\.fc1 and .*\.fc2"),
+        ("gemma", "GemmaRMSNorm are not proportional to its gain"),
+    ],
+)
+def test_blocks_without_such_links_are_refused(architecture: str, message: str) -> None:
+    model = make(architecture)
+    name, block = next(iter(blocks_of(model).items()))
+    with pytest.raises(Unsupported, match=message):
+        links(model, name, block)
 
 
 def test_norms_with_a_gain_of_one_plus_w_are_refused() -> None:
