@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.caches import with_kernels
+from tests.support.paths import SLIMBENCH
 from tests.unit.conftest import overrides, text, tiny
 
 __all__ = ["overrides", "text", "tiny"]
@@ -24,3 +29,36 @@ def smollm2() -> Path:
     from slimbench.harness.stages.models import prepare
 
     return prepare(resolve([]).model, lambda phase: None)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep of the tiny model from the command line: cells of each kind, one of them a pipeline.
+
+    Attributes:
+        overrides: What makes the model tiny.
+        undisturbed: Folder of its records where nothing came between; only to be read.
+    """
+
+    overrides: list[str]
+    undisturbed: Path
+
+    PIPELINES = ("dense", "rtn-4bit", "magnitude+rtn-8bit", "magnitude", "int8-dynamic")
+    STAGES = 3 * len(PIPELINES)
+
+    @property
+    def command(self) -> list[str]:
+        """All but where results go."""
+        return [*SLIMBENCH, "sweep", *self.overrides, "method=dense,rtn-4bit,[magnitude,rtn-8bit],magnitude,int8-dynamic"]
+
+
+@pytest.fixture(scope="session")
+def sweep(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A sweep that has been run once."""
+    folder = tmp_path_factory.mktemp("sweep")
+    made = Sweep(overrides, folder / "results")
+    environment = os.environ | {"SLIMBENCH_CACHE": str(with_kernels(folder / "cache")), "HF_HUB_OFFLINE": "1"}
+    command = [*made.command, f"results={made.undisturbed}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -17,77 +16,89 @@ import pytest
 
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
-from tests.support.paths import SLIMBENCH
-
-METHODS = "method=dense,rtn-4bit,rtn-8bit,magnitude,int8-dynamic"
-CELLS = 5
+from tests.integration.conftest import Sweep
+from tests.support.caches import with_kernels
 
 
-def start(overrides: list[str], results: Path, cache: Path, **options: object) -> subprocess.Popen[str]:
-    command = [*SLIMBENCH, "sweep", *overrides, METHODS, f"results={results}"]
+def start(sweep: Sweep, results: Path, cache: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"SLIMBENCH_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)  # type: ignore[call-overload]
+    return subprocess.Popen([*sweep.command, f"results={results}"], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return errors
 
 
 def numbers(results: Path) -> dict[str, list[float]]:
-    """Perplexity of each window by pipeline."""
+    """Perplexity of each window by pipeline, of a sweep that is whole."""
     records, unreadable = Store(results).scan()
     assert not unreadable
-    assert len(records) == 3 * CELLS
+    assert len(records) == Sweep.STAGES
     assert {r.status for r in records} == {Status.OK}
     return {r.cell.pipeline: r.quality.perplexity[0].window_nll for r in records if r.quality}
 
 
+def recorded(results: Path) -> set[str]:
+    return {path.name for path in results.glob("*/*/*.json")}
+
+
+def wait_for(process: subprocess.Popen[str], results: Path, records: int) -> None:
+    """Until so many records are there, or the process has ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and len(recorded(results)) < records:
+        assert time.monotonic() < deadline, "a sweep that does not get on"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(14, marks=pytest.mark.full)])
-def test_killed_at_random_moments_it_goes_on_where_it_stopped(kills: int, overrides: list[str], tmp_path: Path) -> None:
-    cache, calm, stormy = tmp_path / "cache", tmp_path / "calm", tmp_path / "stormy"
-    finish(start(overrides, calm, cache))
-    shutil.rmtree(cache / "artefacts")
+def test_killed_at_random_moments_it_goes_on_where_it_stopped(kills: int, sweep: Sweep, tmp_path: Path) -> None:
+    """Moments are drawn in records, so that they fall into the work however fast the machine is."""
+    cache, stormy = with_kernels(tmp_path / "cache"), tmp_path / "stormy"
     dice = random.Random(20260101)
     kept: set[str] = set()
+    cut = 0
     for _ in range(kills):
-        process = start(overrides, stormy, cache)
-        time.sleep(dice.uniform(1, 14))
-        family = [psutil.Process(process.pid)]
-        family += family[0].children(recursive=True)
-        victim = family[0] if dice.random() < 0.5 else dice.choice(family)
-        with_children = victim is not family[0]
+        process = start(sweep, stormy, cache)
+        wait_for(process, stormy, len(kept) + dice.randint(0, Sweep.STAGES // (kills + 1)))
+        time.sleep(dice.uniform(0, 1))
         try:
+            family = [psutil.Process(process.pid)]
+            family += family[0].children(recursive=True)
+            victim = family[0] if dice.random() < 0.5 else dice.choice(family)
             victim.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
-            continue
-        if with_children and process.poll() is None:
-            time.sleep(dice.uniform(0, 2))
-            process.kill()
-        process.wait(30)
-        now = {p.name for p in stormy.glob("*/*/*.json")}
+            pass
+        else:
+            cut += 1
+            if victim is not family[0] and process.poll() is None:
+                time.sleep(dice.uniform(0, 2))
+                process.kill()
+            _, alive = psutil.wait_procs(family, timeout=60)
+            assert not alive, "a killed sweep leaves no process behind"
+        process.wait(60)
+        now = recorded(stormy)
         assert kept <= now, "a record was lost"
         kept = now
-        _, alive = psutil.wait_procs(family, timeout=15)
-        assert not alive, "a killed sweep leaves no process behind"
         assert not list(stormy.glob("*/*/*.unreadable"))
         for path in stormy.glob("*/*/*.json"):
             json.loads(path.read_text())
-    finish(start(overrides, stormy, cache))
-    assert numbers(stormy) == numbers(calm)
+    assert cut >= kills // 2, "hardly a sweep was cut off"
+    finish(start(sweep, stormy, cache))
+    assert numbers(stormy) == numbers(sweep.undisturbed)
     assert not [p.name for p in (cache / "artefacts").iterdir() if p.name.startswith(".")], "half-made artefacts stayed"
     assert not list(stormy.glob("*/*/.*.tmp")), "half-written records stayed"
-    assert "recorded" in finish(start(overrides, stormy, cache))
+    assert "recorded" in finish(start(sweep, stormy, cache))
 
 
-def test_two_sweeps_at_once_share_the_work(overrides: list[str], tmp_path: Path) -> None:
-    cache, results = tmp_path / "cache", tmp_path / "results"
-    first, second = start(overrides, results, cache), start(overrides, results, cache)
+def test_two_sweeps_at_once_share_the_work(sweep: Sweep, tmp_path: Path) -> None:
+    cache, results = with_kernels(tmp_path / "cache"), tmp_path / "results"
+    first, second = start(sweep, results, cache), start(sweep, results, cache)
     reports = [finish(first), finish(second)]
-    numbers(results)
+    assert numbers(results) == numbers(sweep.undisturbed)
     ran = [line for report in reports for line in report.splitlines() if " ok " in line and "recorded" not in line]
-    assert len(ran) == 3 * CELLS, "each stage ran exactly once"
+    assert len(ran) == Sweep.STAGES, "each stage ran exactly once"
 
 
 @pytest.fixture
@@ -102,9 +113,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(overrides: list[str], small_disk: Path, tmp_path: Path) -> None:
-    process = start(overrides, small_disk, tmp_path / "cache")
-    _, errors = process.communicate(timeout=300)
+def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(sweep: Sweep, small_disk: Path, tmp_path: Path) -> None:
+    cache = with_kernels(tmp_path / "cache")
+    process = start(sweep, small_disk, cache)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "error: cannot write the record" in errors
     assert "No space left on device" in errors
@@ -113,5 +125,5 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(overrides: list[s
     assert records
     assert not unreadable
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    finish(start(overrides, small_disk, tmp_path / "cache"))
+    finish(start(sweep, small_disk, cache))
     numbers(small_disk)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slimbench.util.files import cache_dir
+from tests.support.caches import with_kernels
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores with each other
 
@@ -27,9 +27,7 @@ _import_triton_for_its_interpreter()
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """No test reads or fills the user's cache, but for compiled kernels; none asks the network."""
-    folder, kernels = tmp_path_factory.mktemp("cache"), cache_dir() / "kernels"
-    kernels.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels").symlink_to(kernels)
+    folder = with_kernels(tmp_path_factory.mktemp("cache"))
     patch = pytest.MonkeyPatch()
     patch.setenv("SLIMBENCH_CACHE", str(folder))
     patch.setenv("HF_HUB_OFFLINE", "1")
