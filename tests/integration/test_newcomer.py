@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.paths import ROOT, SLIMBENCH
 
-LIMIT_S = 30
+CPU_S = 30
 
 
 @pytest.fixture
@@ -33,14 +33,20 @@ def slimbench(environment: dict[str, str], folder: Path, *arguments: str) -> sub
     return subprocess.run([*SLIMBENCH, *arguments], capture_output=True, text=True, timeout=300, cwd=folder, env=environment, check=False)
 
 
+def children_cpu() -> float:
+    """Processor seconds of the processes that have ended: how long something takes, whatever else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_one_file_and_one_yaml_pass_the_check_in_seconds(newcomer: dict[str, str], tmp_path: Path) -> None:
-    began = time.perf_counter()
+    began = children_cpu()
     done = slimbench(newcomer, tmp_path, "methods", "check", "toy")
-    seconds = time.perf_counter() - began
+    seconds = children_cpu() - began
     assert done.returncode == 0, done.stderr
     assert "toy: passed" in done.stdout and "bits 4, simulated True" in done.stdout
-    print(f"{seconds:.1f} s")
-    assert seconds < LIMIT_S
+    print(f"{seconds:.1f} s of processor time")
+    assert seconds < CPU_S
 
 
 def test_it_is_listed_and_misspelt_like_any_other(newcomer: dict[str, str], tmp_path: Path) -> None:

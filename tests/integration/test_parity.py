@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,19 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import documents, perplexity, zeroshot
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.store import artefact
-from slimbench.tasks import corpora
-from slimbench.tasks import zeroshot as task_files
+from slimbench.tasks import bigbench, corpora
 
 WINDOWS = 4
 TASK = "bb_general_knowledge"
 ITEMS = 16
+
+
+@dataclass(frozen=True)
+class LmEval:
+    """Results by task, and each item of `TASK`."""
+
+    results: dict[str, dict[str, Any]]
+    samples: list[dict[str, Any]]
 
 
 def quiet(done: float, total: float) -> None:
@@ -63,7 +72,13 @@ def harness_perplexity(model: Any, tokenizer: Any, protocol: str = "window", win
     return perplexity.measure(TransformersModel(model, "cpu"), perplexity.Windows(tokenizer, wanted, suite()), quiet).perplexity
 
 
-def test_perplexity_equals_a_plain_loop(fp32: Any, tokenizer: Any) -> None:
+@pytest.fixture(scope="module")
+def exact(fp32: Any, tokenizer: Any) -> float:
+    """The harness's perplexity of whole windows in float32."""
+    return harness_perplexity(fp32, tokenizer)
+
+
+def test_perplexity_equals_a_plain_loop(fp32: Any, tokenizer: Any, exact: float) -> None:
     ids = tokenizer(corpora.load("bigbench-wikipedia").text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     count = len(ids) // 512
     losses = []
@@ -72,19 +87,18 @@ def test_perplexity_equals_a_plain_loop(fp32: Any, tokenizer: Any) -> None:
         with torch.no_grad():
             losses.append(fp32(window, labels=window).loss.item())
     plain = math.exp(sum(losses) / len(losses))
-    assert harness_perplexity(fp32, tokenizer) == pytest.approx(plain, rel=1e-4)
+    assert exact == pytest.approx(plain, rel=1e-4)
 
 
-def test_float32_and_bfloat16_agree(fp32: Any, bf16: Any, tokenizer: Any) -> None:
-    low, high = sorted([harness_perplexity(fp32, tokenizer), harness_perplexity(bf16, tokenizer)])
+def test_float32_and_bfloat16_agree(exact: float, bf16: Any, tokenizer: Any) -> None:
+    low, high = sorted([exact, harness_perplexity(bf16, tokenizer)])
     print(f"perplexity of {WINDOWS} windows: {low:.3f} and {high:.3f}")
     assert high / low < 1.005
     assert 8 < low < 40
 
 
-def test_the_cache_gives_the_same_perplexity_as_whole_windows(fp32: Any, tokenizer: Any) -> None:
-    whole, cached = (harness_perplexity(fp32, tokenizer, protocol) for protocol in ("window", "incremental"))
-    assert cached == pytest.approx(whole, rel=1e-4)
+def test_the_cache_gives_the_same_perplexity_as_whole_windows(fp32: Any, tokenizer: Any, exact: float) -> None:
+    assert harness_perplexity(fp32, tokenizer, "incremental") == pytest.approx(exact, rel=1e-4)
 
 
 def test_llamacpp_protocol_equals_llamacpp_on_the_same_file(bf16: Any, tokenizer: Any) -> None:
@@ -97,43 +111,53 @@ def test_llamacpp_protocol_equals_llamacpp_on_the_same_file(bf16: Any, tokenizer
     assert ours == pytest.approx(theirs["perplexity"], rel=5e-3)
 
 
-def test_document_perplexity_equals_the_lm_eval_command(smollm2: Path, fp32: Any, tokenizer: Any, tmp_path: Path) -> None:
-    articles = [article for article in corpora.load("bigbench-wikipedia").documents if 2000 < len(article) < 4000][:2]
-    for index, article in enumerate(articles):
-        (tmp_path / f"{index}.txt").write_text(article, encoding="utf-8")
-    wanted = Pass(f"file:{tmp_path}", "document", 512, None)
-    mine, _ = documents.measure(TransformersModel(fp32, "cpu"), tokenizer, wanted, 1024, quiet)
-    data = tmp_path / "articles.jsonl"
+@pytest.fixture(scope="module")
+def articles() -> list[str]:
+    return [article for article in corpora.load("bigbench-wikipedia").documents if 2000 < len(article) < 4000][:2]
+
+
+@pytest.fixture(scope="module")
+def lm_eval(smollm2: Path, articles: list[str], tmp_path_factory: pytest.TempPathFactory) -> LmEval:
+    """What the `lm_eval` command finds with its own model class, in float32: a task of the shipped folder, and one of articles."""
+    folder, shipped = tmp_path_factory.mktemp("lm_eval"), bigbench.task_folder()
+    data, task = folder / "articles.jsonl", folder / "articles.yaml"
     data.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles))
-    (tmp_path / "task.yaml").write_text(
+    task.write_text(
         f"task: articles\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]\n"
     )
-    theirs = lm_eval_results(smollm2, "articles", tmp_path, tmp_path / "out")
+    command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--tasks", TASK, str(task), "--include_path", str(shipped)]
+    command += ["--model_args", f"pretrained={smollm2},dtype=float32", "--device", "cpu", "--batch_size", "4"]
+    command += ["--limit", str(ITEMS), "--log_samples", "--output_path", str(folder / "out")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,), (samples,) = (folder / "out").rglob("results_*.json"), (folder / "out").rglob(f"samples_{TASK}_*.jsonl")
+    return LmEval(json.loads(results.read_text())["results"], [json.loads(line) for line in samples.read_text().splitlines()])
+
+
+def test_document_perplexity_equals_the_lm_eval_command(
+    fp32: Any, tokenizer: Any, articles: list[str], lm_eval: LmEval, tmp_path: Path
+) -> None:
+    for index, article in enumerate(articles):
+        (tmp_path / f"{index}.txt").write_text(article, encoding="utf-8")
+    wanted = Pass(f"file:{tmp_path}", "document", 512, None)
+    mine, _ = documents.measure(TransformersModel(fp32, "cpu"), tokenizer, wanted, 1024, quiet)
+    theirs = lm_eval.results["articles"]
     assert mine.word_perplexity == pytest.approx(theirs["word_perplexity,none"], rel=1e-4)
     assert mine.byte_perplexity == pytest.approx(theirs["byte_perplexity,none"], rel=1e-4)
     assert mine.bits_per_byte == pytest.approx(theirs["bits_per_byte,none"], rel=1e-4)
     assert mine.word_perplexity == pytest.approx(math.exp(sum(mine.nll) / sum(mine.words)))
 
 
-def lm_eval_results(model: Path, task: str, include: Path, out: Path, *options: str) -> dict[str, Any]:
-    """What the `lm_eval` command finds for a task with its own model class, in float32."""
-    command = [sys.executable, "-P", "-m", "lm_eval", "run", "--model", "hf", "--tasks", task, "--include_path", str(include)]
-    command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "4", "--output_path", str(out)]
-    subprocess.run([*command, *options], check=True, capture_output=True, timeout=600)
-    (results,) = out.rglob("results_*.json")
-    return json.loads(results.read_text())["results"][task]
-
-
-def test_zero_shot_equals_the_lm_eval_command(smollm2: Path, fp32: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_zero_shot_equals_the_lm_eval_command(fp32: Any, tokenizer: Any, lm_eval: LmEval) -> None:
     mine, _ = zeroshot.measure(TransformersModel(fp32, "cpu"), tokenizer, suite(tasks=[TASK], limit=ITEMS), quiet)
-    (folder,) = task_files.folders([], [TASK])
-    theirs = lm_eval_results(smollm2, TASK, folder, tmp_path, "--limit", str(ITEMS), "--log_samples")
+    theirs = lm_eval.results[TASK]
+    assert theirs.keys() >= {"acc,none", "acc_norm,none"}
     assert mine[0].accuracy == theirs[f"{mine[0].metric},none"]
     assert mine[0].stderr == pytest.approx(theirs[f"{mine[0].metric}_stderr,none"])
-    (samples,) = tmp_path.rglob("samples_*.jsonl")
-    lines = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda s: s["doc_id"])
+    lines = sorted(lm_eval.samples, key=lambda s: s["doc_id"])
     items = mine[0].items
     for id_, correct, choices, line in zip(items.ids, items.correct, items.loglikelihoods, lines, strict=True):
         assert (id_, correct) == (line["doc_id"], line[mine[0].metric])
@@ -149,18 +173,17 @@ def test_the_dense_model_is_what_it_should_be(smollm2: Path, bf16: Any) -> None:
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, Any]]:
     """The records of an rtn-4bit cell on the real model, measured as shortly as it goes."""
     from slimbench.harness.run.runner import Runner
-    from slimbench.harness.schema.identity import Stage
     from slimbench.harness.store.store import Store
     from tests.support.running import Listener, run
 
-    short = ["suite.windows=2", "suite.tasks=[]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu"]
+    short = ["stages=[speed]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu"]
     cell = make_cell(resolve([*short, "method=rtn-4bit"]), (*short, "method=rtn-4bit"))
     runner = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
     try:
         records = run(runner, cell)
     finally:
         runner.close()
-    return cell, {stage.value: record.result for stage, record in zip(Stage, records, strict=True)}
+    return cell, {record.stage.value: record.result for record in records}
 
 
 def test_a_four_bit_artefact_is_really_small_and_runs_packed(four_bit: tuple[Cell, dict[str, Any]]) -> None:

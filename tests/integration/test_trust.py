@@ -16,11 +16,10 @@ from slimbench.leaderboard.rows.rows import rows
 from tests.support.running import Listener, run
 
 SHORT = [
+    "stages=[quality]",
     "suite.windows=2",
     "suite.tasks=[bb_general_knowledge]",
     "suite.limit=8",
-    "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]",
-    "speed.budget_s=4",
     "device=cpu",
 ]
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
