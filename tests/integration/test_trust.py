@@ -50,7 +50,7 @@ def test_dense_against_dense_has_no_divergence_and_no_flip(runner: Runner) -> No
 
 
 def test_the_same_cell_twice_gives_identical_items(runner: Runner) -> None:
-    first, second = (quality(runner, "method=rtn-4bit", "on_existing=all") for _ in range(2))
+    first, second = quality(runner, "method=rtn-4bit"), quality(runner, "method=rtn-4bit", "on_existing=all")
     assert first.perplexity == second.perplexity
     assert first.zeroshot == second.zeroshot
     assert first.perplexity[0].divergence
