@@ -20,8 +20,11 @@ from slimbench.harness.config.schema import Pass, SuiteConfig
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import documents, perplexity, zeroshot
 from slimbench.harness.run.cell import Cell, make_cell
+from slimbench.harness.run.runner import Runner
 from slimbench.harness.store import artefact
+from slimbench.harness.store.store import Store
 from slimbench.tasks import bigbench, corpora
+from tests.support.running import Listener, run
 
 WINDOWS = 4
 TASK = "bb_general_knowledge"
@@ -170,20 +173,12 @@ def test_the_dense_model_is_what_it_should_be(smollm2: Path, bf16: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def four_bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, Any]]:
+def four_bit(shared: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, Any]]:
     """The records of an rtn-4bit cell on the real model, measured as shortly as it goes."""
-    from slimbench.harness.run.runner import Runner
-    from slimbench.harness.store.store import Store
-    from tests.support.running import Listener, run
-
-    short = ["stages=[speed]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu"]
-    cell = make_cell(resolve([*short, "method=rtn-4bit"]), (*short, "method=rtn-4bit"))
-    runner = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
-    try:
-        records = run(runner, cell)
-    finally:
-        runner.close()
-    return cell, {record.stage.value: record.result for record in records}
+    named = ("stages=[speed]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu", "method=rtn-4bit")
+    cell = make_cell(resolve(named), named)
+    shared.store, shared.listener = Store(tmp_path_factory.mktemp("results")), Listener()
+    return cell, {record.stage.value: record.result for record in run(shared, cell)}
 
 
 def test_a_four_bit_artefact_is_really_small_and_runs_packed(four_bit: tuple[Cell, dict[str, Any]]) -> None:

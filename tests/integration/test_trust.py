@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from slimbench.harness.config.compose import resolve
@@ -26,10 +24,9 @@ AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    made = Runner(Store(tmp_path_factory.mktemp("results")), Listener())
-    yield made
-    made.close()
+def runner(shared: Runner, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    shared.store, shared.listener = Store(tmp_path_factory.mktemp("results")), Listener()
+    return shared
 
 
 def quality(runner: Runner, *more: str) -> QualityResult:
