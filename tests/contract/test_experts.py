@@ -16,6 +16,6 @@ REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP
 
 @pytest.mark.parametrize("name", REFUSE)
 def test_a_method_that_sees_linear_layers_alone_refuses_them(name: str, experts: DenseModel, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=r"4 experts in one tensor|is not built like Llama's") as refusal:
+    with pytest.raises(Unsupported, match="4 experts in one tensor") as refusal:
         make(runnable(name), experts, tmp_path / "artefact")
     assert "\n" not in str(refusal.value) and not list(tmp_path.rglob("*.safetensors"))
