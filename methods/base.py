@@ -283,7 +283,7 @@ class Claim:
     Attributes:
         format: Artefact format; the engine's table says who loads it.
         bits: Bits of a compressed weight, before scales; None if weights keep their dtype.
-        group_size: Weights that share one scale; None for one scale a row.
+        group_size: Weights that share one scale, where layers differ the mean rounded down; None for one scale a row.
         sparsity: Fraction of zeros among the weights of the pruned layers, 0..1; None if nothing was pruned.
         pattern: `n:m` where the zeros follow a semi-structured pattern.
         activation_bits: Bits of the activations entering compressed layers; None if they keep their dtype.

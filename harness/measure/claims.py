@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from slimbench.harness.measure.loaded import Generates, Loaded
 from slimbench.harness.measure.zeros import holds
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
-from slimbench.methods.base import Claim
+from slimbench.methods.base import Claim, Needs
 
 _CACHE_TOKENS = 512
 _DENSE_BITS = 16
 _SLACK = 1.02
 
 
-def check(model: Loaded, claim: Claim, disk_bytes: int) -> Evidence:
-    """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it.
-
-    Args:
-        disk_bytes: Size of the artefact's files.
-    """
+def check(model: Loaded, claim: Claim, disk_bytes: int, needs: Sequence[Needs] = (), dense_parameters: int | None = None) -> Evidence:
+    """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it. Arguments as of `flags`."""
     found = model.evidence()
     if claim.cache_bytes_per_token is not None and isinstance(model, Generates):
         found.cache_bytes_per_token = cache_bytes_per_token(model)
-    found.flags = flags(claim, found, disk_bytes)
+    found.flags = flags(claim, found, disk_bytes, needs, dense_parameters)
     return found
 
 
@@ -43,18 +39,29 @@ def cache_bytes_per_token(model: Generates) -> float | None:
     return (sizes[1] - sizes[0]) / (whole - whole // 2)
 
 
-def flags(claim: Claim, evidence: Evidence, disk_bytes: int | None = None) -> list[str]:
+def flags(
+    claim: Claim,
+    evidence: Evidence,
+    disk_bytes: int | None = None,
+    needs: Sequence[Needs] = (),
+    dense_parameters: int | None = None,
+) -> list[str]:
     """One line for each point in which claim and evidence differ; stored bits count as more than claimed from 2 % on.
 
     Args:
         disk_bytes: Size of the artefact's files: tells an artefact that was never packed from one that the loader expanded.
+        needs: Of each method that made it; with none nothing is said of training.
+        dense_parameters: In the matrices of the model that it was made from; None where they are not known. Some engines make one of
+            equal norms or biases, so these do not count.
     """
     linear = [layer for layer in evidence.layers if layer.role == "linear"]
     return [
         *_storage_flags(claim, evidence, disk_bytes),
         *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
         *_compute_flags(claim, linear),
-        *_architecture_flags(claim, evidence),
+        *_grid_flags(claim, linear),
+        *_architecture_flags(claim, evidence, dense_parameters),
+        *(_training_flags(claim, needs) if needs else []),
         *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
         *(["simulated: rounded numbers in dense storage"] if claim.simulated else []),
     ]
@@ -122,9 +129,39 @@ def _compute_flags(claim: Claim, linear: list[LayerEvidence]) -> Iterator[str]:
         yield f"claims {bits}-bit activations, computes in {' and '.join(wider)}{where}"
 
 
-def _architecture_flags(claim: Claim, evidence: Evidence) -> Iterator[str]:
+def _grid_flags(claim: Claim, linear: list[LayerEvidence]) -> Iterator[str]:
+    """The mean number of weights that share a scale, where layers tell it."""
+    scales: Counter[int] = Counter()
+    for layer in linear:
+        for size, count in layer.scales.items():
+            if claim.group_size or not size.startswith("row"):
+                scales[int(size.split()[-1])] += count
+    if claim.bits is None or not scales:
+        return
+    mean = sum(size * count for size, count in scales.items()) / scales.total()
+    if int(mean) != claim.group_size:
+        yield f"claims {f'groups of {claim.group_size}' if claim.group_size else 'one scale a row'}, has groups of {mean:.4g}"
+
+
+def _training_flags(claim: Claim, needs: Sequence[Needs]) -> Iterator[str]:
+    """What no artefact shows is held against what the methods say that they need."""
+    trains = any(need.training for need in needs)
+    for what, count in (("training tokens", claim.training_tokens), ("trained parameters", claim.trained_parameters)):
+        if count and not trains:
+            yield f"claims {count:,} {what}, but no method says that it trains"
+        elif trains and not count:
+            yield f"trains, claims no {what}"
+    if claim.teacher and not trains:
+        yield f"claims to have learned from {claim.teacher}, but no method says that it trains"
+    if any(need.teacher for need in needs) and not claim.teacher:
+        yield "asks a teacher, claims none"
+
+
+def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int | None) -> Iterator[str]:
     if claim.parameters is not None and evidence.parameters != claim.parameters:
         yield f"claims {claim.parameters:,} parameters, has {evidence.parameters:,}"
+    elif claim.parameters is None and dense_parameters is not None and evidence.parameters < dense_parameters:
+        yield f"claims no cut, has {evidence.parameters:,} parameters, fewer than the {dense_parameters:,} in the matrices of its source"
     if claim.layers is not None and evidence.blocks is None:
         yield "layers cannot be counted in memory"
     elif claim.layers is not None and evidence.blocks != claim.layers:

@@ -23,6 +23,7 @@ from slimbench.util.compat.torch import attributes
 
 _NESTING = 3
 _DENSE_BITS = 16
+_ROW = "row of "
 _PRODUCTS = ("linear", "head")
 
 
@@ -249,8 +250,17 @@ def _class(name: str, role: str, layers: list[_Layer], step: operators.Step) -> 
         patterns={pattern: count for pattern, count in patterns.most_common() if pattern},
         compute=dict(Counter(run.dtype for run in runs if run.dtype)),
         operators=dict(Counter(operator for layer in layers if (operator := layer.operator(step)))),
+        scales=dict(sum((_scales(layer.module) for layer in layers), Counter())),
         fallback_layers=sum(layer.fell_back(step) for layer in layers),
     )
+
+
+def _scales(layer: Any) -> Counter[str]:
+    """Scales of a layer that tells how many a row has, by the weights that share one; nothing of others."""
+    groups, inputs = getattr(layer, "groups", None), getattr(layer, "in_features", None)
+    if not isinstance(groups, int) or not isinstance(inputs, int):
+        return Counter()
+    return Counter({f"{_ROW}{inputs}" if groups == 1 else str(inputs // groups): layer.out_features * groups})
 
 
 def _kernel(found: list[_Layer], step: operators.Step) -> str | None:

@@ -19,6 +19,7 @@ class LayerEvidence(Schema):
         patterns: Probed layers that have zeros, by their pattern.
         compute: Layers by the dtype in which they multiplied in one decode step.
         operators: Layers by the operators that multiplied; `unseen` where a kernel was called past torch's dispatcher.
+        scales: Scales by the weights that share one, `row of N` where all N of a row do; of layers that tell them.
         fallback_layers: Layers that hold a packed weight and expanded it to a dense one for the product.
     """
 
@@ -34,6 +35,7 @@ class LayerEvidence(Schema):
     patterns: dict[str, int] = {}
     compute: dict[str, int] = {}
     operators: dict[str, int] = {}
+    scales: dict[str, int] = {}
     fallback_layers: int = 0
 
 

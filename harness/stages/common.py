@@ -40,10 +40,11 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
     return model, time.perf_counter() - began
 
 
-def evidence_of(model: Loaded, key: str) -> Evidence:
-    """What was loaded, held against what the artefact's manifest claims."""
+def evidence_of(model: Loaded, config: RunConfig, key: str) -> Evidence:
+    """What was loaded, held against what the manifest of the cell's artefact claims."""
     folder = artefact.location(key)
-    return claims.check(model, artefact.read_manifest(folder).claim, artefact.disk_bytes(folder))
+    manifest, needs = artefact.read_manifest(folder), [build_method(step).needs for step in config.pipeline]
+    return claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters)
 
 
 def tokenizer_of(source: Path, config: RunConfig) -> Any:

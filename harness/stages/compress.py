@@ -39,6 +39,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     methods = [build_method(step) for step in config.pipeline]
     for method in methods:
         method.check(shape)
+    dense_parameters = models.matrix_parameters(source, config.model.trust_remote_code)
     tokens = calibration_of(config, source, report)
     names = [step.name for step in config.pipeline]
     unkept: list[str | None] = [None] * (len(methods) - 1)
@@ -90,6 +91,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                     code={label: code[label] for label in (f"method {m.name}" for m in methods[: index + 1])},
                     step_seconds=step_seconds,
                     spent=(before.spent if before else Spent()) + Spent(**cost.read()),
+                    dense_parameters=dense_parameters,
                 )
                 current = artefact.publish(out, manifest)
     load, disturbances = watch.read()

@@ -50,6 +50,15 @@ def shape_of(folder: Path) -> ModelShape:
         raise ConfigError(f"model.source: {file} does not describe a decoder with its sizes ({error})") from error
 
 
+def matrix_parameters(folder: Path, trust_remote_code: bool = False) -> int:
+    """Parameters in the matrices of the model in a folder, what is shared counted once; no weight is read."""
+    from slimbench.methods.formats import storage
+
+    model = storage.skeleton(folder, trust_remote_code)
+    model.tie_weights()  # what was made without data shares nothing yet
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+
+
 def known_shape(model: ModelConfig) -> ModelShape | None:
     """The shape of a model where it can be read without fetching or making anything, else None."""
     kind, _, rest = model.source.partition(":")

@@ -37,7 +37,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     distributions.prepare(windows)
     loaded, load_seconds = load(config, key, report)
     model = Scores.of(loaded)
-    result = QualityResult(evidence=evidence_of(model, key), load_seconds=load_seconds, forward_tokens=0)
+    result = QualityResult(evidence=evidence_of(model, config, key), load_seconds=load_seconds, forward_tokens=0)
     calibration = calibration_of(config, source, report)
     seen = calibration.ids.numpy() if calibration else None
     for part in windows:

@@ -27,7 +27,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     grid = _grid(protocol.grid, model)
     report.phase("first call")
     first_calls = [latency.first_call(model, grid[0])]
-    found = evidence_of(model, key)
+    found = evidence_of(model, config, key)
     report.phase("memory")
     split = memory.measure(model, grid[0], found.weight_bytes, gpu.monitor(model.device))
     largest = _largest_batch(model, config, report) if protocol.largest_batch else None

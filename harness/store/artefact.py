@@ -32,6 +32,7 @@ class Manifest(BaseModel):
         files: Its files with their hashes, as they were published.
         step_seconds: Wall time of each step.
         spent: What making it took, all steps together.
+        dense_parameters: In the matrices of the model that it was made from; None in what older versions made.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Manifest(BaseModel):
     files: list[ArtefactFile] = []
     step_seconds: dict[str, float] = {}
     spent: Spent = Spent()
+    dense_parameters: int | None = None
 
 
 class Damaged(Exception):

@@ -14,6 +14,7 @@ from slimbench.harness.config.registry import entries
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from tests.support import tiny
@@ -91,5 +92,7 @@ def make(method: Method, dense: DenseModel, out: Path) -> Made:
     out.mkdir(parents=True)
     method.check(dense.shape)
     claim = method.compress(dense, CALIBRATION if method.needs.calibration else None, out)
-    artefact.write_manifest(out, artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim))
+    dense_parameters = models.matrix_parameters(dense.path)
+    manifest = artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim, dense_parameters=dense_parameters)
+    artefact.write_manifest(out, manifest)
     return Made(method, out, claim)

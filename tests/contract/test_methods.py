@@ -47,7 +47,9 @@ def content(made: Made) -> dict[str, str]:
 
 def differences(made: Made, model: LoadedModel) -> set[str]:
     """What the evidence says against the claim, less what holds of every tiny model on a processor."""
-    flags = set(claims.check(model, made.claim, artefact.disk_bytes(made.folder)).flags)
+    manifest = artefact.read_manifest(made.folder)
+    found = claims.check(model, made.claim, artefact.disk_bytes(made.folder), [made.method.needs], manifest.dense_parameters)
+    flags = set(found.flags)
     expected = FLAGS.get(made.claim.format, set()) | FLAGS.get(made.method.name, set())
     simulated = {"simulated: rounded numbers in dense storage"} if made.claim.simulated else set()
     assert simulated <= flags

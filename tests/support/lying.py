@@ -61,12 +61,13 @@ class BrokenMask(_Test):
 
 @dataclass(frozen=True)
 class FineTune(_Test):
-    """Adds a little to every weight, as a step of gradient descent does; `masked` leaves zeros alone."""
+    """Adds a little to every weight, as a step of gradient descent does; `masked` leaves zeros alone, `silent` says nothing of it."""
 
     name = "fine-tune"
     needs = Needs(training=True)
 
     masked: bool = False
+    silent: bool = False
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model = dense.load()
@@ -76,7 +77,50 @@ class FineTune(_Test):
             layer.weight.data += step * (layer.weight != 0) if self.masked else step
             trained += layer.weight.numel()
         save_dense(model, out)
-        return Claim(HUGGINGFACE, training_tokens=1000, trained_parameters=trained)
+        return Claim(HUGGINGFACE) if self.silent else Claim(HUGGINGFACE, training_tokens=1000, trained_parameters=trained)
+
+
+@dataclass(frozen=True)
+class Boasts(_Test):
+    """Keeps the weights, and claims a training that it does not need; honest with zeros and no teacher."""
+
+    name = "boasts"
+
+    tokens: int = 0
+    parameters: int = 0
+    teacher: str | None = None
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        save_dense(dense.load(), out)
+        return Claim(HUGGINGFACE, training_tokens=self.tokens, trained_parameters=self.parameters, teacher=self.teacher)
+
+
+@dataclass(frozen=True)
+class Taught(FineTune):
+    """Asks a teacher, and names it if it is honest."""
+
+    name = "taught"
+    needs = Needs(training=True, teacher=True)
+
+    teacher: str | None = None
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        return dataclasses.replace(super().compress(dense, calibration, out), teacher=self.teacher)
+
+
+@dataclass(frozen=True)
+class OtherGroups(_Test):
+    """8-bit weights in groups of `stored`, and the claim of groups of `claimed`; None is a row."""
+
+    name = "other-groups"
+    produces = "packed"
+
+    stored: int | None = 32
+    claimed: int | None = 32
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        claim = RTN(bits=8, group_size=self.stored).compress(dense, calibration, out)
+        return dataclasses.replace(claim, group_size=self.claimed)
 
 
 @dataclass(frozen=True)
@@ -93,17 +137,23 @@ class Calibrated(_Test):
 
 @dataclass(frozen=True)
 class Cut(_Test):
-    """Leaves out the last block, and tells the counts of a model that is `parameters` and `layers` smaller or larger than it is."""
+    """Leaves out the last block, and tells the counts of a model that is `parameters` and `layers` smaller or larger than it is.
+
+    `silent` tells none.
+    """
 
     name = "cut"
 
     parameters: int = 0
     layers: int = 0
+    silent: bool = False
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         model: Any = dense.load()
         remove_blocks(model, [model.config.num_hidden_layers - 1])
         save_dense(model, out)
+        if self.silent:
+            return Claim(HUGGINGFACE)
         return Claim(HUGGINGFACE, parameters=model.num_parameters() + self.parameters, layers=model.config.num_hidden_layers + self.layers)
 
 

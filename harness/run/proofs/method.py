@@ -46,7 +46,7 @@ def check(name: str) -> dict[str, Any]:
 
     from slimbench.harness.config.targets import locate
     from slimbench.harness.measure import claims
-    from slimbench.harness.stages.models import shape_of
+    from slimbench.harness.stages.models import matrix_parameters, shape_of
     from slimbench.harness.store import artefact
     from slimbench.methods.base import Calibration, DenseModel, Unsupported
 
@@ -68,7 +68,7 @@ def check(name: str) -> dict[str, Any]:
         files = artefact.files(out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         model = locate(engine.target)(loaders=engine.loaders).load(out, "cpu")
-        found = claims.check(model, claim, artefact.disk_bytes(out))
+        found = claims.check(model, claim, artefact.disk_bytes(out), [method.needs], matrix_parameters(source))
         logits = model.logits(ids[:2])
         return {
             "seconds": seconds,

@@ -41,12 +41,19 @@ class Tally:
         stored_bits: Bits of everything that is stored: codes, scales, offsets, outliers.
         weights: Weights that these stand for.
         outliers: How many are kept beside their grid.
+        scales: How many scales they share.
     """
 
     code_bits: int = 0
     stored_bits: int = 0
     weights: int = 0
     outliers: int = 0
+    scales: int = 0
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale, the mean rounded down."""
+        return self.weights // self.scales
 
     def count(self, weights: Iterable[tuple[str, QuantizedWeight]]) -> Iterator[tuple[str, QuantizedWeight]]:
         """The same weights."""
@@ -54,6 +61,7 @@ class Tally:
             apart = weight.outliers
             self.weights += weight.codes.numel()
             self.code_bits += weight.grid.bits * weight.codes.numel()
+            self.scales += weight.scales.numel()
             self.outliers += 0 if apart is None else len(apart.values)
             kept = [weight.scales, weight.offsets, *(vars(apart).values() if apart else ())]
             self.stored_bits += weight.grid.bits * weight.codes.numel() + sum(8 * t.nbytes for t in kept if t is not None)

@@ -69,7 +69,7 @@ class MixedPrecision(Grouped, SecondOrder, Method):
             "layers_by_bits": {str(bits): count for bits, count in sorted(Counter(grid.bits for grid in grids.values()).items())},
         }
         bits = tally.code_bits / tally.weights
-        return Claim(self.produces, bits=bits, group_size=self.group_size, details=details | tally.details())
+        return Claim(self.produces, bits=bits, group_size=tally.group_size, details=details | tally.details())
 
     def choose(self, model: PreTrainedModel, calibration: Calibration, seed: int) -> dict[str, Grid]:
         """The grid of each layer by its full name."""

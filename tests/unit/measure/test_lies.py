@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from slimbench.harness.config import parse
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.evidence import Evidence
@@ -21,6 +22,7 @@ from tests.support import tiny
 
 LAYERS = 14
 BLOCK = 2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # parameters of a block: norms; query, output; key, value; MLP
+ROW = (BLOCK - 2 * 64) / (64 + 2 * 32 + 64 + 2 * 128 + 64)  # weights of a row on average
 NO_SPARSE_KERNEL = "2:4 mask without a sparse kernel"
 UNPACKED = "packed on disk, dense in memory: dequantized at load"
 
@@ -60,7 +62,7 @@ class Bench:
         config, key = resolve([*self.overrides, *more]), uuid.uuid4().hex
         made = compress.run(config, key, Silent())
         model, _ = common.load(config, key, Silent())
-        return made, common.evidence_of(model, key)
+        return made, common.evidence_of(model, config, key)
 
     def flags(self, *steps: str, **settings: Any) -> list[str]:
         return self.run(*steps, **settings)[1].flags
@@ -151,6 +153,55 @@ def test_parameters_that_a_later_step_is_silent_about(bench: Bench) -> None:
     made, found = bench.run("Cut", RTN4)
     assert found.flags == [] and (made.claim.layers, made.claim.bits, found.blocks) == (1, 4, 1)
     assert bench.flags("Cut(parameters=64)", RTN4) == [f"claims {found.parameters + 64:,} parameters, has {found.parameters:,}"]
+
+
+def test_a_cut_that_is_not_told(bench: Bench) -> None:
+    honest = bench.run("Cut")[1]
+    matrices = honest.parameters + BLOCK - 5 * 64  # five norms
+    flag = f"claims no cut, has {honest.parameters:,} parameters, fewer than the {matrices:,} in the matrices of its source"
+    assert honest.flags == []
+    assert bench.flags("Cut(silent=true)") == [flag]
+    assert bench.flags("Cut(silent=true)", RTN4) == [flag]
+    assert bench.flags("Cut", "Boasts") == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_is_whole(bench: Bench, tied: bool) -> None:
+    assert bench.flags("Boasts", tie_word_embeddings=tied, attention_bias=True) == []
+
+
+def test_training_that_no_method_does(bench: Bench) -> None:
+    assert bench.flags("Boasts(tokens=5000)") == ["claims 5,000 training tokens, but no method says that it trains"]
+    assert bench.flags("Boasts(parameters=64)") == ["claims 64 trained parameters, but no method says that it trains"]
+    assert bench.flags("Boasts(teacher=somebody)") == ["claims to have learned from somebody, but no method says that it trains"]
+    assert bench.flags("Boasts") == []
+
+
+def test_training_that_is_not_told(bench: Bench) -> None:
+    assert bench.flags("FineTune(silent=true)") == ["trains, claims no training tokens", "trains, claims no trained parameters"]
+    assert bench.flags("FineTune") == []
+
+
+def test_a_teacher_that_is_not_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parse, "_check", lambda config: None)  # nothing gives a teacher yet, so such a step is refused
+    assert bench.flags("Taught") == ["asks a teacher, claims none"]
+    assert bench.flags("Taught(teacher=somebody)") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "lie"),
+    [
+        ("stored=32,claimed=32", None),
+        ("stored=64,claimed=64", None),  # a whole row of most layers
+        ("stored=null,claimed=null", None),
+        ("stored=64,claimed=32", "claims groups of 32, has groups of 64"),
+        ("stored=null,claimed=32", f"claims groups of 32, has groups of {ROW:.4g}"),
+        ("stored=null,claimed=64", f"claims groups of 64, has groups of {ROW:.4g}"),
+        ("stored=32,claimed=null", "claims one scale a row, has groups of 32"),
+    ],
+)
+def test_groups_that_are_not_those_claimed(bench: Bench, settings: str, lie: str | None) -> None:
+    assert bench.flags(f"OtherGroups({settings})") == ([lie] if lie else [])
 
 
 def test_biases_are_parameters_too(bench: Bench) -> None:
