@@ -16,7 +16,7 @@ from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
+from slimbench.methods.base import Calibration, Claim, DenseModel, Method, Unsupported
 from tests.support import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
@@ -91,7 +91,7 @@ def opened(engine: EngineConfig, folder: Path) -> LoadedModel:
 def make(method: Method, dense: DenseModel, out: Path) -> Made:
     out.mkdir(parents=True)
     method.check(dense.shape)
-    claim = method.compress(dense, CALIBRATION if method.needs.calibration else None, out)
+    claim = method.compress(dense, CALIBRATION if method.needs.calibration else Calibration.none(), out)
     dense_parameters = models.matrix_parameters(dense.path)
     manifest = artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim, dense_parameters=dense_parameters)
     artefact.write_manifest(out, manifest)
