@@ -254,26 +254,6 @@ def accuracy_se(tasks: Sequence[Samples]) -> float:
     return math.sqrt(sum(variances)) / len(variances)
 
 
-def accuracy_interval(tasks: Sequence[Samples], level: float = 0.95) -> Estimate:
-    """Macro-average accuracy over tasks, with the normal interval of its standard error, cut to 0..1.
-
-    Args:
-        tasks: For each task the correctness of its items, 0..1, shape [items].
-        level: Confidence, 0..1.
-
-    Returns:
-        Accuracy, lower bound, upper bound; bounds are `nan` where the standard error is.
-
-    Raises:
-        ValueError: No task, a task without items, or a value that is not finite.
-
-    Source: `accuracy_se`; central limit theorem, so some thirty items a task are needed.
-    """
-    mean = float(np.mean([values.mean() for values in _tasks(tasks)]))
-    reach = normal_quantile(level) * accuracy_se(tasks)
-    return Estimate(mean, *UNDEFINED) if math.isnan(reach) else Estimate(mean, max(0.0, mean - reach), min(1.0, mean + reach))
-
-
 def accuracy_delta_interval(candidate: Sequence[Samples], reference: Sequence[Samples], level: float = 0.95) -> Estimate:
     """Difference of macro-average accuracy over shared items, each task weighs the same, with its interval.
 

@@ -71,10 +71,6 @@ class Moments:
             self.drift.mul_(self.tokens / total).addmm_((dense.float() - x).t(), x, alpha=2 / total)
         self.tokens = total
 
-    def output_error(self, difference: Tensor) -> Tensor:
-        """Mean over tokens of the squared change of each output, [out], for a change [out, in] of the weight."""
-        return 0.5 * ((difference @ self.hessian) * difference).sum(1)
-
 
 @dataclass(frozen=True)
 class Solver:
