@@ -10,6 +10,8 @@ import pytest
 from tests.support.modules import second_names
 from tests.support.paths import ROOT
 
+pytest_plugins = ["tests.support.fixtures"]
+
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 

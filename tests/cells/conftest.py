@@ -1,8 +1,7 @@
-"""The tiny model, its text and a cache of their own, as unit tests have them; one runner, and so one worker, for all."""
+"""Whole cells run as unit tests do: in a cache of their own, on few threads."""
 
 from __future__ import annotations
 
-from tests.support.running import runner, shared
-from tests.unit.conftest import cache, overrides, text, tiny
+from tests.unit.conftest import own_cache
 
-__all__ = ["cache", "overrides", "runner", "shared", "text", "tiny"]
+__all__ = ["own_cache"]

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.run.audit import Outcome, Repeat, Verdict, audit, compare, draw, plan
-from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store import artefact
 from slimbench.harness.store.store import Store
-from tests.support.running import Listener, run
+from tests.support.running import Listener, cell, run
 
 SILENT = Console(quiet=True)
 
@@ -31,13 +29,11 @@ def beside_the_files(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(shared: Runner, overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The records of a cell."""
     results = tmp_path_factory.mktemp("audited")
-    named = tuple(overrides)
-    runner = Runner(Store(results), Listener())
-    run(runner, make_cell(resolve(named), named))
-    runner.close()
+    shared.store, shared.listener = Store(results), Listener()
+    run(shared, cell(overrides))
     return results
 
 

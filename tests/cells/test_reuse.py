@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -96,28 +95,15 @@ def nll(records: dict[Stage, Record]) -> list[float]:
     return quality.perplexity[0].window_nll
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of modules that tests and workers import from."""
-    folder = tmp_path_factory.mktemp("modules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        patch.setattr(syntax, "_LOOK_S", -1.0)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def worker(modules: Path) -> Iterator[Runner]:
-    """One runner, and so one worker, for the module."""
-    runner = Runner(Store(Path("unused")), Listener())
-    yield runner
-    runner.close()
+@pytest.fixture(autouse=True)
+def looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source file is read again even if it was read a moment ago."""
+    monkeypatch.setattr(syntax, "_LOOK_S", -1.0)
 
 
 @pytest.fixture
-def bench(worker: Runner, modules: Path, tmp_path: Path, overrides: list[str]) -> Bench:
-    return Bench(worker, tmp_path, modules / f"{tmp_path.name.lower()}.py", overrides)
+def bench(shared: Runner, modules: Path, tmp_path: Path, overrides: list[str]) -> Bench:
+    return Bench(shared, tmp_path, modules / f"{tmp_path.name.lower()}.py", overrides)
 
 
 def test_another_algorithm_under_the_same_command_is_measured_and_the_old_number_is_not_shown(bench: Bench) -> None:

@@ -31,7 +31,6 @@ from slimbench.harness.store.store import Store, dump, parse, write
 from slimbench.leaderboard.exchange import parquet
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
-from tests.unit.conftest import text, tiny
 
 __all__ = ["text", "tiny"]
 

@@ -8,9 +8,9 @@ import pytest
 
 from slimbench.methods.base import DenseModel
 from tests.support import tiny
-from tests.unit.conftest import cache
+from tests.unit.conftest import own_cache
 
-__all__ = ["cache"]
+__all__ = ["own_cache"]
 
 
 @pytest.fixture(scope="session")

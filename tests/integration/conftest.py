@@ -11,10 +11,6 @@ import pytest
 
 from tests.support.caches import with_kernels
 from tests.support.paths import SLIMBENCH
-from tests.support.running import shared
-from tests.unit.conftest import overrides, text, tiny
-
-__all__ = ["overrides", "shared", "text", "tiny"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

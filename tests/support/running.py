@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,20 +39,6 @@ class Listener:
 
     def note(self, text: str) -> None:
         pass
-
-
-@pytest.fixture(scope="session")
-def shared() -> Iterator[Runner]:
-    """One runner, and so one worker, for all tests of a process: starting it imports torch."""
-    runner = Runner(Store(Path("unused")), Listener())
-    yield runner
-    runner.close()
-
-
-@pytest.fixture
-def runner(shared: Runner, tmp_path: Path) -> Runner:
-    shared.store, shared.listener = Store(tmp_path / "results"), Listener()
-    return shared
 
 
 def cell(overrides: list[str], *more: str) -> Cell:

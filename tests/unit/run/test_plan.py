@@ -17,7 +17,7 @@ from slimbench.harness.run.planning.plan import Plan, make_plan
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.store.store import Store
-from tests.support.running import cell, run, runner, shared  # noqa: F401
+from tests.support.running import cell, run
 
 
 def stages(plan: Plan) -> list[tuple[str, Stage]]:
@@ -65,7 +65,7 @@ def test_a_file_that_is_no_plan_is_one_line(tmp_path: Path, content: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runner: Runner, overrides: list[str]) -> None:  # noqa: F811
+def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runner: Runner, overrides: list[str]) -> None:
     folder = runner.store.root
     mine = [*overrides, f"results={folder}"]
     run(runner, cell(mine, "method=rtn-8bit", "stages=[quality]"))
@@ -88,7 +88,7 @@ def test_a_plan_says_what_is_recorded_and_what_would_run_and_writes_nothing(runn
 
 
 def test_what_a_failed_compression_leaves_is_needless_and_an_earlier_failure_is_known_as_such(
-    runner: Runner,  # noqa: F811
+    runner: Runner,
     overrides: list[str],
 ) -> None:
     this = cell(overrides, "~method.dense", "+method.bad._target_=tests.support.misbehaving.Misbehaving")

@@ -1,0 +1,97 @@
+"""Fixtures of all tests that ask for them, one of each for a session: a cache, a tiny model and its text, a runner with its worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.store.store import Store
+from tests.support.caches import with_kernels
+from tests.support.running import Listener
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, but for compiled kernels; what uses it asks no network."""
+    folder = with_kernels(tmp_path_factory.mktemp("cache"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SLIMBENCH_CACHE", str(folder))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Llama with random weights and a tokenizer of one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from slimbench.harness.run.proofs.method import tiny_model
+
+    folder = tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama", dtype="float32")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some thousand characters."""
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text(" ".join(f"The {i}th sentence of this text says {i * i} things." for i in range(200)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def overrides(tiny: Path, text: Path) -> list[str]:
+    """Overrides that make a cell of the tiny model: seconds on any machine."""
+    return [
+        "model=custom",
+        "model.name=tiny",
+        f"model.source=file:{tiny}",
+        "model.dtype=float32",
+        f"suite.corpus=file:{text}",
+        "suite.seqlen=64",
+        "suite.windows=6",
+        "suite.tasks=[]",
+        "suite.include_path=null",
+        "speed.grid=[{batch: 1, prompt: 8, new_tokens: 4}]",
+        "speed.budget_s=1",
+        "speed.max_repeats=6",
+        "device=cpu",
+        "device.compress=cpu",
+        "device.threads=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of modules that tests and workers import from."""
+    folder = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shared(modules: Path) -> Iterator[Runner]:
+    """One runner, and so one worker, for all tests of a process: starting it imports torch."""
+    runner = Runner(Store(Path("unused")), Listener())
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def runner(shared: Runner, tmp_path: Path) -> Runner:
+    shared.store, shared.listener = Store(tmp_path / "results"), Listener()
+    return shared
