@@ -126,6 +126,9 @@ class Broken:
     def __init__(self, value: float) -> None:
         self.value = value
 
+    def check_scoring(self, *passes: str) -> None:
+        """May be scored in any way."""
+
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
         found = torch.zeros(len(ids), ids.shape[1] - start, 11)
         return found.masked_fill(torch.arange(start, ids.shape[1])[:, None] >= 5, self.value)

@@ -32,8 +32,6 @@ from slimbench.leaderboard.exchange import parquet
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
 
-__all__ = ["text", "tiny"]
-
 MODULE = "forged_canary"
 WORDS = (
     *(

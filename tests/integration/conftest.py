@@ -12,6 +12,8 @@ import pytest
 from tests.support.caches import with_kernels
 from tests.support.paths import SLIMBENCH
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # other work may run beside them
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.run.cell import Cell, make_cell
@@ -16,7 +11,6 @@ from slimbench.harness.run.planning.plan import make_plan
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
-from slimbench.harness.store.store import Store
 
 
 class Listener:
