@@ -126,6 +126,9 @@ class Broken:
     def __init__(self, value: float) -> None:
         self.value = value
 
+    def batch(self, most: int) -> int:
+        return most
+
     def check_scoring(self, *passes: str) -> None:
         """May be scored in any way."""
 
