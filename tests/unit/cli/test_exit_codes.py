@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,31 +16,11 @@ from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.store.store import Store
 from tests.unit.cli.test_cli import slimbench
 
-BAD = ["~method.dense", "+method.bad._target_=tests.support.misbehaving.Misbehaving"]
-
 
 def exit_code(command: object, *overrides: str, **options: object) -> int:
     with pytest.raises(typer.Exit) as end:
         command([*overrides], **options)  # type: ignore[operator]
     return end.value.exit_code
-
-
-def test_a_run_that_failed_says_so_then_and_later(overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = [*overrides, *BAD, f"results={tmp_path}", "stages=[]"]
-    assert exit_code(run, *mine) == ExitCode.FAILED
-    first = capsys.readouterr().err
-    assert "library (misbehaving.py:" in first and "earlier" not in first, "the line that failed is named"
-    assert exit_code(run, *mine) == ExitCode.FAILED, "what is recorded counts, although nothing ran this time"
-    again = capsys.readouterr().err
-    assert "failed earlier (" in again and "; on_existing=failed runs it again" in again
-    shown = slimbench("show", "bad", "--results", str(tmp_path))
-    assert shown.returncode == 0 and "RuntimeError: library (misbehaving.py:" in shown.stdout and "Traceback" not in shown.stdout
-    assert "Traceback (most recent call last)" in slimbench("show", "bad", "--traceback", "--results", str(tmp_path)).stdout
-    state = slimbench("status", str(tmp_path), "--json")
-    (facts,) = json.loads(state.stdout)
-    assert (facts["failed"], facts["to run"], facts["exit code"]) == (1, 0, ExitCode.FAILED) and "library" in next(
-        iter(facts["failures"].values())
-    )
 
 
 def test_a_run_that_measured_nothing_has_a_code_of_its_own_and_compresses_nothing(
@@ -127,25 +104,3 @@ def test_a_results_folder_that_cannot_be_written_is_one_line_for_the_plan_too(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=r"cannot write into .*: permission denied"):
         sweeps.plan([*overrides, f"results={tmp_path / 'deep' / 'er'}"], several=True)
-
-
-def test_an_interrupted_sweep_leaves_no_process(overrides: list[str], tmp_path: Path) -> None:
-    import signal
-    import time
-
-    import psutil
-
-    command = [sys.executable, "-P", "-m", "slimbench", "run", *overrides, *BAD, "+method.bad.how=hang", f"results={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    family: list[psutil.Process] = []
-    deadline = time.monotonic() + 90
-    while len(family) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-        family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 2, "the server and the stage that hangs"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == ExitCode.INTERRUPTED
-    assert process.stderr and "goes on where it stopped" in process.stderr.read()
-    assert psutil.wait_procs(family, timeout=10)[1] == []
-    cut_off = [record for record in Store(tmp_path).scan()[0] if record.cell.pipeline.startswith("bad")]
-    assert cut_off == [], "a stage that is cut off leaves no record; the reference before it may have one"

@@ -18,6 +18,7 @@ from slimbench.methods.base import EDITED, Claim, DenseModel, Method
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
+from tests.contract.shipped import SLOW
 from tests.support import tiny
 from tests.support.architectures import make
 from tests.unit.methods.formats.test_edited import cut_channels, cut_heads
@@ -46,7 +47,7 @@ def brief(method: Method) -> Method:
     return dataclasses.replace(method, **changed)  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("name", FOLLOWERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (FOLLOWERS[name].name in SLOW)) for name in FOLLOWERS])
 def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseModel, Claim], tmp_path: Path) -> None:
     method, (dense, before) = brief(FOLLOWERS[name]), base
     if method.needs.missing_modules():
