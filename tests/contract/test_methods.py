@@ -22,6 +22,8 @@ from slimbench.util import checkpoints
 from tests.contract.shipped import CALIBRATION, NAMES, Made, classes, make, runnable
 from tests.support import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 DEQUANTIZED = "fell back to dequantize + dense matmul in 14 of 14 layers"
 FLAGS = {
     "bitsandbytes": {"claims 4 bits, stores 4.3", "claims 4 bits, stores 4.5"},  # the tables of its scales weigh on a tiny model

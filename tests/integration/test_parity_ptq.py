@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +137,11 @@ def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> Non
     assert errors["awq"] < 0.9 * errors["rtn"]
 
 
-@pytest.fixture(scope="module")
-def auto_round() -> Iterator[Any]:
-    """The library, whose many collections of garbage pass over what is imported by now: each took a second."""
-    library = pytest.importorskip("auto_round")
-    gc.freeze()
-    yield library
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True)])
-def test_signround_equals_auto_round(auto_round: Any, dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool) -> None:
+@pytest.mark.usefixtures("quick_collections")
+def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool) -> None:
     """The library's documented call leaves rounded weights in the model; symmetric ones are packed without any loss."""
+    auto_round = pytest.importorskip("auto_round")
 
     class Tokenizer:
         """The library asks for one, but reads tokens here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,16 @@ def overrides(tiny: Path, text: Path) -> list[str]:
         "device.compress=cpu",
         "device.threads=1",
     ]
+
+
+@pytest.fixture(scope="session")
+def quick_collections() -> Iterator[None]:
+    """auto-round collects garbage again and again; over all that is imported by now each collection took a second."""
+    with contextlib.suppress(ImportError):
+        import auto_round  # noqa: F401
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

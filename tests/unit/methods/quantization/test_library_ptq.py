@@ -62,6 +62,7 @@ def test_hqq_packs_a_float32_model(bits: int, tmp_path: Path) -> None:
     assert set(packed_weights(out)) == set(linear_weights(dense.path))
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_signround_counts_the_blocks_that_pruning_has_left(tmp_path: Path) -> None:
     pytest.importorskip("auto_round")
     source, short = tmp_path / "source", tmp_path / "short"
