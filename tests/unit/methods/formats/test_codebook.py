@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.methods.base import DenseModel
 from slimbench.methods.formats import codebook
@@ -177,14 +176,6 @@ def test_evidence_sees_the_bits_and_the_fallback(dense: DenseModel, tmp_path: Pa
     found = TransformersModel(codebook.load(tmp_path), "cpu").evidence()
     assert found.effective_bits == pytest.approx(bits, abs=1e-4)
     assert found.kernel and found.kernel.startswith("dequantize")
-
-
-def test_compiled_engine_runs_it(dense: DenseModel, tmp_path: Path) -> None:
-    write(dense, tmp_path)
-    ids = tiny.tokens(1, 16).ids
-    eager = TransformersModel(codebook.load(tmp_path), "cpu").logits(ids).float()
-    compiled = CompiledModel(codebook.load(tmp_path), "cpu").logits(ids).float()
-    assert (eager - compiled).abs().max() < 0.05 * eager.abs().max()
 
 
 def test_head_that_is_replaced_serves_the_tied_embedding(dense: DenseModel, tmp_path: Path) -> None:
