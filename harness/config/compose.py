@@ -33,7 +33,9 @@ def resolve(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: One line that says what is wrong and what would be right.
     """
-    return parse(composed(overrides)[0])
+    with _hydra() as loader:
+        given = _of_one_cell(overrides, loader)
+        return parse(_Composer([given]).compose(given))
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -43,10 +45,7 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[s
         ConfigError: A choice, key or value that does not exist.
     """
     with _hydra() as loader:
-        given = read(overrides, loader)
-        for override in given:
-            if override.is_sweep_override():
-                raise ConfigError(_several(override))
+        given = _of_one_cell(overrides, loader)
         composer = _Composer([given])
         config = composer.compose(given)
         return config, composer.chosen(given) | {"method": [name for name in config.get("method") or {} if name in shipped("method")]}
@@ -63,6 +62,15 @@ def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
         cells = list(products([*read(_swept_by_experiment(given), loader), *given]))
         composer = _Composer(cells)
         return [([str(o.input_line) for o in cell], parse(composer.compose(cell))) for cell in cells]
+
+
+def _of_one_cell(overrides: Sequence[str], loader: Any) -> list[Override]:
+    """The overrides of a single cell; several values of a key are refused."""
+    given = read(overrides, loader)
+    for override in given:
+        if override.is_sweep_override():
+            raise ConfigError(_several(override))
+    return given
 
 
 @contextmanager
