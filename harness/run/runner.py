@@ -17,7 +17,7 @@ from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure, Record
-from slimbench.harness.store.store import Store
+from slimbench.harness.store.store import Store, Superseded
 from slimbench.tasks import zeroshot
 
 _MEMORY_SHARE = 0.95
@@ -85,7 +85,7 @@ class Runner:
         self.listener.stage_ended(cell, stage, record, reused=True)
         return record
 
-    def _execute(self, cell: Cell, stage: Stage) -> Record:
+    def _execute(self, cell: Cell, stage: Stage) -> Record | None:
         self.listener.stage_started(cell, stage)
         code = lock.fingerprints(cell.config, stage)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
@@ -109,7 +109,11 @@ class Runner:
             | (outcome.provenance or provenance.of_process()),
             **{stage.value: outcome.result},  # type: ignore[arg-type]
         )
-        self.store.put(record)
+        try:
+            self.store.put(record)
+        except Superseded as error:
+            self.listener.note(f"{cell.label}: {error}; what was measured here is dropped")
+            return None
         self.listener.stage_ended(cell, stage, record, reused=False)
         return record
 

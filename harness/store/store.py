@@ -7,6 +7,7 @@ alike lies beside them once (`harness.store.shared`).
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,15 +23,25 @@ from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import NAMED_KEYS, Record
 from slimbench.harness.store import origin, shared
 from slimbench.harness.store.decode import decode
+from slimbench.util import locks
 from slimbench.util.files import write_atomically
+from slimbench.util.locks import PACE, Lock, Owner, Pace
 from slimbench.util.text import one_line, slug
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+LOCKS = ".locks"
+_LOCK_NAME = re.compile(r"[a-z]+-[^/]+-[^-/]+")
+
+
 class StoreError(Exception):
     """The results folder cannot be used; the message is one line."""
+
+
+class Superseded(Exception):
+    """A stage was suspended for so long that another process took it over: its record is that one's to make."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,12 @@ class Store:
 
     Args:
         root: The results folder; made when the first record is written.
+        pace: Of its locks.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, pace: Pace = PACE) -> None:
+        self.root, self.pace = root, pace
+        self._locks: dict[Path, Lock] = {}
 
     def path(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Path:
         name = f"{stage.value}-{slug(cell.keys.of(stage))}-{slug(hardware.fingerprint)}.json"
@@ -82,9 +95,16 @@ class Store:
             record: Its `origin` becomes the id of the folder.
 
         Raises:
+            Superseded: The lock of its stage was held by this store and taken over meanwhile; nothing was written.
             StoreError: The folder is not writable or the disk is full, and nothing was changed; or it has several ids.
         """
         record.origin, record.foreign = self.claim(), False
+        lock = self._locks.get(self._lock_path(record.cell, record.stage, record.hardware))
+        try:
+            if lock is not None and not lock.is_held():
+                raise Superseded(f"{record.stage} of {record.cell.model} was taken over by another process")
+        except OSError as error:
+            raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
         return self._put(record)
 
     def receive(self, record: Record) -> Path:
@@ -140,29 +160,37 @@ class Store:
     def lock(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity, wait: bool = False) -> Iterator[bool]:
         """Keep other sweeps on this folder from running the same stage on the same hardware at the same time.
 
-        The lock belongs to the process and vanishes with it, however it ends. Its value tells whether it was got: false where
+        The lock is taken over when its process is gone, however it ended. Its value tells whether it was got: false where
         another process holds it. With `wait` it is waited for; afterwards the caller should look for the record again.
 
         Raises:
             StoreError: The folder cannot be written.
         """
-        from filelock import FileLock, Timeout
-
-        folder = self.root / ".locks"
-        lock = FileLock(folder / f"{stage.value}-{cell.keys.of(stage)}-{hardware.fingerprint}.lock")
         self.claim()
+        path = self._lock_path(cell, stage, hardware)
+        lock = Lock(path, self.pace)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if wait else 0, poll_interval=0.5)
-        except Timeout:
-            yield False
-            return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = lock.acquire(wait)
         except OSError as error:
             raise StoreError(f"cannot use the results folder {self.root}: {error.strerror or error}") from error
+        if not mine:
+            yield False
+            return
+        self._locks[path] = lock
         try:
             yield True
         finally:
+            self._locks.pop(path, None)
             lock.release()
+
+    def holders(self) -> dict[str, Owner]:
+        """Who is at which task, by its name `<stage>-<key>`; those that are known to be gone are left out."""
+        owners = locks.owners(self.root / LOCKS)
+        return {name.rpartition("-")[0]: owner for name, owner in owners.items() if _LOCK_NAME.fullmatch(name)}
+
+    def _lock_path(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Path:
+        return self.root / LOCKS / f"{stage.value}-{slug(cell.keys.of(stage))}-{slug(hardware.fingerprint)}"
 
     def files(self) -> list[Path]:
         """Every file that should be a record, sorted."""

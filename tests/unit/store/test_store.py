@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import SCHEMA_VERSION, Record
-from slimbench.harness.store.store import Store, StoreError, dump, read
+from slimbench.harness.store.store import Store, StoreError, Superseded, dump, read
 from slimbench.leaderboard.rows.reading import lean
+from slimbench.util import processes
+from slimbench.util.locks import Pace
 from slimbench.util.text import slug
 from tests.support.board_records import Spec, compress_record, records
 
@@ -166,3 +169,22 @@ def test_a_second_process_is_told_and_may_wait_and_a_killed_one_frees_the_lock(t
     process.join()
     with store.lock(record.cell, Stage.COMPRESS, record.hardware) as mine:
         assert mine
+
+
+def test_a_stage_that_was_taken_over_meanwhile_writes_no_record(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = Pace(beat_s=60, gone_s=0.3, look_s=0.02)
+    first, second = Store(tmp_path, pace), Store(tmp_path, pace)
+    task = (record.cell, Stage.COMPRESS, record.hardware)
+    with ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "current", lambda: processes.Process("0123456789ab", 7, 7))
+            assert stack.enter_context(first.lock(*task))
+        with second.lock(*task, wait=True) as mine:
+            assert mine
+            with pytest.raises(Superseded):
+                first.put(record)
+            assert second.get(*task) is None
+            second.put(record)
+            assert second.holders()[f"compress-{record.key}"].pid == os.getpid()
+    assert second.holders() == {} and len(second.scan()[0]) == 1
+    first.put(record)
