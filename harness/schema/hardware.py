@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -67,11 +68,14 @@ class Hardware:
             card = self.gpus[index]
             facts: dict[str, Any] = {"card": card.name, "memory": _gib(card.memory_bytes), "capability": card.compute_capability}
             return HardwareIdentity(fingerprint=digest(facts)[:_DIGITS], label=card.name)
-        memory = _gib(self.memory_bytes)
-        facts = {"cpu": self.cpu, "flags": sorted(self.cpu_flags), "cores": self.cores, "memory": memory}
-        facts |= {"caches": self.caches} if self.caches else {}
-        label = f"{self.cpu} · {(self.cores if threads is None else threads) or 'unknown'} threads · {memory} GB"
-        return HardwareIdentity(fingerprint=digest(facts)[:_DIGITS], label=label)
+        label = f"{self.cpu} · {(self.cores if threads is None else threads) or 'unknown'} threads · {_gib(self.memory_bytes)} GB"
+        return HardwareIdentity(fingerprint=self._processor, label=label)
+
+    @functools.cached_property
+    def _processor(self) -> str:
+        """The fingerprint of the machine without its cards: a plan asks for it once a task."""
+        facts = {"cpu": self.cpu, "flags": sorted(self.cpu_flags), "cores": self.cores, "memory": _gib(self.memory_bytes)}
+        return digest(facts | ({"caches": self.caches} if self.caches else {}))[:_DIGITS]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

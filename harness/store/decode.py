@@ -19,7 +19,10 @@ _SUSPECT = re.compile(
     re.IGNORECASE,
 )
 """What no JSON without a text to clean holds: of files without it, which are nearly all, no text is looked at."""
-_LONG_NUMBER = re.compile(rb"\d\.?e\+?\d{3,}[,\s\]}]|\d{100,}[,\s\]}]", re.IGNORECASE)
+_HARMLESS = bytes(byte for byte in range(128) if byte not in b"\\\x7f")
+_SHAPE = bytes.maketrans(b"123456789E", b"000000000e")  # every digit becomes 0
+_LARGE_SHAPE = re.compile(rb"e\+?000+[,\s\]}]")
+_LONG_SHAPE = b"0" * 100
 LARGEST = 1e150
 """No measurement gives a larger number, and the square of a larger one is infinite."""
 
@@ -31,11 +34,23 @@ def decode(content: bytes) -> Any:
         ValueError: It is no JSON, or holds half of a surrogate pair or a number above `LARGEST`.
     """
     data = from_json(content)
-    if _LONG_NUMBER.search(content) and (number := next(_too_large(data), None)) is not None:
+    if _may_be_too_large(content) and (number := next(_too_large(data), None)) is not None:
         raise ValueError(
             f"it holds {number:.3g}, which no measurement gives" if isinstance(number, float) else "it holds an endless number"
         )
-    return _plain(data) if _SUSPECT.search(content) else data
+    return _plain(data) if _may_be_suspect(content) else data
+
+
+def _may_be_suspect(content: bytes) -> bool:
+    """Whether there may be a text to clean. Most files hold nothing but harmless bytes, which are passed over ten times as fast."""
+    rest = content.translate(None, _HARMLESS)
+    return bool(rest) and bool(_SUSPECT.search(content if b"\\" in rest else rest))
+
+
+def _may_be_too_large(content: bytes) -> bool:
+    """Whether there may be a number above `LARGEST`, told by the shape of the numbers: no number of most files is looked at."""
+    shape = content.translate(_SHAPE)
+    return _LONG_SHAPE in shape or bool(_LARGE_SHAPE.search(shape))
 
 
 def _too_large(value: Any) -> Iterator[float | int]:

@@ -8,6 +8,7 @@ then no record is its own until somebody says so.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -22,7 +23,18 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 def ids(root: Path) -> list[str]:
     """The ids of a folder: one, none before its first record, several after it was copied onto another."""
-    return sorted(path.stem for path in (root / FOLDER).glob("*.json") if _ID.fullmatch(path.stem))
+    folder = root / FOLDER
+    try:
+        status = folder.stat()
+    except OSError:
+        return []
+    return list(_listed(folder, status.st_ino, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(folder: Path, inode: int, changed: int) -> tuple[str, ...]:
+    """The ids in a folder that has not changed since it was listed: every record that is read asks for them."""
+    return tuple(sorted(path.stem for path in folder.glob("*.json") if _ID.fullmatch(path.stem)))
 
 
 def make(root: Path) -> str:

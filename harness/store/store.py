@@ -71,12 +71,12 @@ class Store:
 
     def path(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Path:
         name = f"{stage.value}-{slug(cell.keys.of(stage))}-{slug(hardware.fingerprint)}.json"
-        return self.root / slug(cell.model) / slug(cell.pipeline) / name
+        return self.root.joinpath(slug(cell.model), slug(cell.pipeline), name)
 
     def get(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Record | None:
         """The folder's own record of a stage on some hardware, or None. A file that cannot be believed counts as absent."""
         path = self.path(cell, stage, hardware)
-        record = self._believed(path, read(path), origin.ids(self.root)) if path.exists() else None
+        record = self._believed(path, read(path), origin.ids(self.root))
         return record if isinstance(record, Record) and not record.foreign else None
 
     def elsewhere(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> list[Record]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from slimbench.harness.config import environments
-from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.schema import OnExisting, RunConfig
 from slimbench.harness.run import provenance, reuse
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task, task_name
@@ -133,8 +133,14 @@ def stands(record: Record, config: RunConfig, since: str) -> bool:
         return True
     if (record.failure and record.failure.interrupted) or record.phase == PLAN:
         return False
-    redo = {"keep": False, "failed": record.status not in _FINAL, "stale": is_stale(record), "all": True}[config.on_existing]
-    return not redo and not reuse.changed_code(record, config)
+    return not _is_redone(record, config.on_existing) and not reuse.changed_code(record, config)
+
+
+def _is_redone(record: Record, on_existing: OnExisting) -> bool:
+    """Whether the stage of a record is run again because it was asked for."""
+    if on_existing == "stale":
+        return is_stale(record)
+    return on_existing == "all" or (on_existing == "failed" and record.status not in _FINAL)
 
 
 def is_stale(record: Record) -> bool:

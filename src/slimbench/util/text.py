@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from hashlib import sha256
@@ -34,6 +35,7 @@ def _by_number(word: str) -> list[tuple[int, str]]:
 _LONGEST_NAME = 80
 
 
+@functools.lru_cache(maxsize=4096)
 def slug(label: str) -> str:
     """A label as one safe path component; long labels keep a hash of what was cut."""
     name = re.sub(r"[^A-Za-z0-9+_=.,-]+", "-", label).strip(".-") or "unnamed"
