@@ -67,6 +67,7 @@ class Needs:
         modules: Import names that must be present.
         environment: Name in `slimbench env list` of the environment that compression runs in; None for the harness's own.
         hours: Hours that it takes on one accelerator for a model of a billion parameters, where that is more than one.
+        weights: It reads the weights of the model; false for what passes its files on as they are.
     """
 
     calibration: bool = False
@@ -78,6 +79,7 @@ class Needs:
     modules: tuple[str, ...] = ()
     environment: str | None = None
     hours: float | None = None
+    weights: bool = True
 
     def missing_modules(self) -> list[str]:
         """Import names that this Python cannot find; nothing is imported."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.formats.huggingface import link_source
 
 
@@ -17,6 +17,7 @@ class Dense(Method):
     family = "dense"
     citation = Citation("Uncompressed model", year=2017)
     reference = "transformers:AutoModelForCausalLM"
+    needs = Needs(weights=False)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Link the files of the source, or copy them across file systems: the artefact is the same bytes."""

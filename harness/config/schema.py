@@ -87,6 +87,8 @@ class EngineConfig(_Strict):
         modules: Import names that must be there.
         extra: Optional dependency group of slimbench that installs them.
         environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
+        memory: Where weights are while it runs: the whole `model` on the device, or one `layer` at a time. None where a library takes much
+            more than that: then no estimate of memory refuses a stage.
     """
 
     name: str
@@ -96,6 +98,7 @@ class EngineConfig(_Strict):
     modules: list[str] = []
     extra: str | None = None
     environment: str | None = None
+    memory: Literal["model", "layer"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

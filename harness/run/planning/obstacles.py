@@ -6,8 +6,9 @@ from pathlib import Path
 
 from slimbench.harness.config import engines, environments
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.measure.hardware import available_memory, hardware
+from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run.cell import Cell
+from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.methods.base import Unsupported, format_of
@@ -54,11 +55,7 @@ def _lacking(cell: Cell, stage: Stage) -> str | None:
         asked = config.device.name == "cuda" or not needing
         lacking = "device=cuda, but this machine has no CUDA card that torch can use"
         return lacking if asked else f"{needing} needs a CUDA card; this machine has none"
-    needed = models.weight_bytes(config.model)
-    room = machine.gpus[config.device.index].memory_bytes if device == "cuda" else available_memory()
-    if needed and needed > room:
-        return f"the weights of {config.model.name} need {needed / 1e9:.0f} GB, this machine has {room / 1e9:.0f} GB"
-    return None
+    return memory.shortage(config, cell.methods, stage)
 
 
 def _no_compression(cell: Cell) -> str | None:

@@ -20,6 +20,7 @@ from slimbench.harness.config.lock import LOCK
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import LauncherConfig, RunConfig
 from slimbench.harness.run.cell import Cell, hardware_of
+from slimbench.harness.run.planning import memory
 from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.hardware import HardwareIdentity
@@ -42,7 +43,7 @@ class TaskNeeds(_Frozen):
     """What a machine must have for a task.
 
     Attributes:
-        memory_bytes: Of the device: at least the dense weights; None where their number is not known.
+        memory_bytes: Of the device at the peak, as estimated (`memory.estimate`); None where the number of parameters is not known.
         environment: Name in `slimbench env list`; None for slimbench's own.
         modules: Import names that must be there.
         seconds: The wall-clock limit.
@@ -233,9 +234,10 @@ def _task(cell: Cell, index: int, stage: Stage, refusal: str) -> Task:
         if not config.is_reference:
             after += [f"{kind.value}-{reference.of(kind)}" for kind in (Stage.COMPRESS, stage)]
     modules = {name for method in cell.methods for name in method.needs.modules} if stage is Stage.COMPRESS else set(config.engine.modules)
+    need = memory.estimate(config, cell.methods, stage, models.known_shape(config.model))
     needs = TaskNeeds(
         device=config.device.compress if stage is Stage.COMPRESS else config.device.name,
-        memory_bytes=models.weight_bytes(config.model),
+        memory_bytes=need.bytes if need else None,
         environment=environment(cell, stage),
         modules=sorted(modules),
         seconds=config.limits.wall_s,

@@ -16,6 +16,7 @@ from slimbench.methods.formats.kv.scheme import Scheme
 class _KVCache(Method):
     """What all share: the base as it is, and a policy beside it."""
 
+    needs = Needs(weights=False)
     accepts = ANY_BASE
     produces = policies.FORMAT
 
@@ -125,7 +126,7 @@ class KVQuanto(_KVTransformers):
     """
 
     name = "kv-quanto"
-    needs = Needs(extra="quantization", modules=("optimum",))
+    needs = Needs(weights=False, extra="quantization", modules=("optimum",))
 
     nbits: Literal[2, 4] = 4
     group_size: Literal[32, 64, 128] = 32
@@ -146,7 +147,7 @@ class KVHqq(_KVTransformers):
     """
 
     name = "kv-hqq"
-    needs = Needs(extra="quantization", modules=("hqq",))
+    needs = Needs(weights=False, extra="quantization", modules=("hqq",))
 
     nbits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128] = 32
