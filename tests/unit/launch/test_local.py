@@ -137,9 +137,9 @@ def cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
     from slimbench.harness.launch import local
     from slimbench.harness.run import cell as cells
-    from slimbench.harness.run.planning import obstacles
+    from slimbench.harness.run.planning import memory, obstacles
 
     gpu = Gpu(name="card", memory_bytes=80 * 10**9, driver="1", compute_capability="9.0")
     own = replace(machine.hardware(), gpus=[gpu] * count)
-    for module in (local, cells, obstacles):
+    for module in (local, cells, memory, obstacles):
         monkeypatch.setattr(module, "hardware", lambda: own)
