@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from slimbench.harness.config import environments, lock
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import available_cores, available_memory
-from slimbench.harness.run import provenance, public, reuse
+from slimbench.harness.run import journal, provenance, public, reuse
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import PLAN, recorded, reusable
 from slimbench.harness.run.planning.obstacles import environment, obstacle
+from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Failure, Record
@@ -87,6 +88,7 @@ class Runner:
 
     def _execute(self, cell: Cell, stage: Stage) -> Record | None:
         self.listener.stage_started(cell, stage)
+        journal.note(task := task_name(cell.identity, stage))
         code = lock.fingerprints(cell.config, stage)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         outcome = self._outcome(cell, stage)
@@ -114,6 +116,7 @@ class Runner:
         except Superseded as error:
             self.listener.note(f"{cell.label}: {error}; what was measured here is dropped")
             return None
+        journal.note(task, record.status)
         self.listener.stage_ended(cell, stage, record, reused=False)
         return record
 
