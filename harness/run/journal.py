@@ -1,6 +1,7 @@
 """Starts and ends of stages, told in a file outside the results folder: what ran twice and was written over cannot be seen inside.
 
-`SLIMBENCH_JOURNAL=FILE` asks for it. A line is `<time> <host> <process id> <stage>-<key>`, and the status at its end once a record is written.
+`SLIMBENCH_JOURNAL=FILE` asks for it. A line is `<time> <host> <process id> <stage>-<key>`, with the status at its end
+where a record was written.
 """
 
 from __future__ import annotations

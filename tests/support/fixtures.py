@@ -14,6 +14,7 @@ from slimbench.harness.run.runner import Runner
 from slimbench.harness.store.store import Store
 from tests.support.caches import with_kernels
 from tests.support.running import Listener
+from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 
 @pytest.fixture(scope="session")
@@ -30,49 +31,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer Llama with random weights and a tokenizer of one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from slimbench.harness.run.proofs.method import tiny_model
-
-    folder = tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama", dtype="float32")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of some thousand characters."""
     file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text(" ".join(f"The {i}th sentence of this text says {i * i} things." for i in range(200)))
+    save_text(file)
     return file
 
 
 @pytest.fixture(scope="session")
 def overrides(tiny: Path, text: Path) -> list[str]:
     """Overrides that make a cell of the tiny model: seconds on any machine."""
-    return [
-        "model=custom",
-        "model.name=tiny",
-        f"model.source=file:{tiny}",
-        "model.dtype=float32",
-        f"suite.corpus=file:{text}",
-        "suite.seqlen=64",
-        "suite.windows=6",
-        "suite.tasks=[]",
-        "suite.include_path=null",
-        "speed.grid=[{batch: 1, prompt: 8, new_tokens: 4}]",
-        "speed.budget_s=1",
-        "speed.max_repeats=6",
-        "device=cpu",
-        "device.compress=cpu",
-        "device.threads=1",
-    ]
+    return tiny_overrides(tiny, text)
 
 
 @pytest.fixture(scope="session")

@@ -56,3 +56,46 @@ def tokens(samples: int = 4, length: int = 32, seed: int = 0) -> Calibration:
 
     generator = torch.Generator().manual_seed(seed)
     return Calibration(torch.randint(0, SHAPE["vocab_size"], (samples, length), generator=generator), fingerprint=f"random-{seed}")
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write a two-layer Llama with random weights and a tokenizer of one token a byte, from which cells can be run."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from slimbench.harness.run.proofs.method import tiny_model
+
+    tiny_model(folder, dtype="float32")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def save_text(file: Path) -> None:
+    """Write a text of some thousand characters."""
+    file.write_text(" ".join(f"The {i}th sentence of this text says {i * i} things." for i in range(200)))
+
+
+def tiny_overrides(model: Path, text: Path) -> list[str]:
+    """Overrides that make a cell of a tiny model: seconds on any machine."""
+    return [
+        "model=custom",
+        "model.name=tiny",
+        f"model.source=file:{model}",
+        "model.dtype=float32",
+        f"suite.corpus=file:{text}",
+        "suite.seqlen=64",
+        "suite.windows=6",
+        "suite.tasks=[]",
+        "suite.include_path=null",
+        "speed.grid=[{batch: 1, prompt: 8, new_tokens: 4}]",
+        "speed.budget_s=1",
+        "speed.max_repeats=6",
+        "device=cpu",
+        "device.compress=cpu",
+        "device.threads=1",
+    ]

@@ -1,0 +1,216 @@
+"""A campaign: cases are drawn from a seed, played, judged and told, until so many faults of each class have been thrown."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from tests.chaos import corruption, faults
+from tests.chaos.invariants import Breach, Calm, Outcome, of_end, of_launch
+from tests.chaos.scene import Fault, Scene
+from tests.chaos.shim import build
+from tests.support.caches import with_kernels
+from tests.support.tiny import save_text, save_tiny, tiny_overrides
+
+QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
+_LAUNCHES = 16  # of the command at most, until it ends with 0
+_MISSES = 3  # launches in a row in which nothing was thrown, after which what is left is not thrown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of faults.
+
+    Attributes:
+        draw: Draws one fault.
+        floor: Of 300 faults, at least so many.
+        together: Faults thrown into one sweep.
+        sweeps: The overrides of the sweeps that it is thrown into.
+        resumed: The sweep has been run to its end before, and its folders are copied.
+    """
+
+    draw: Callable[[random.Random], Fault]
+    floor: int
+    together: int = 5
+    sweeps: tuple[str, ...] = (QUALITY, SPEED)
+    resumed: bool = False
+
+
+KINDS = {
+    "signals": Kind(faults.signals, 50),
+    "descendants": Kind(faults.descendants, 15, 4, (QUALITY,)),
+    "storage": Kind(faults.storage, 60, 6),
+    "corruption": Kind(corruption.corruption, 30, 4, (QUALITY,), resumed=True),
+}
+
+
+@dataclass
+class Played:
+    """A case that has been played.
+
+    Attributes:
+        thrown: What was thrown, in order.
+        launches: Of the command in all.
+    """
+
+    kind: str
+    number: int
+    thrown: list[str]
+    breaches: list[Breach]
+    launches: int
+    seconds: float
+    codes: list[list[int | None]] = field(default_factory=list)
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return sorted({breach.outcome for breach in self.breaches}) or [Outcome.OK]
+
+    def line(self) -> str:
+        told = self.__dict__ | {"breaches": [[breach.outcome, breach.what] for breach in self.breaches]}
+        return json.dumps(told, ensure_ascii=False)
+
+    @classmethod
+    def read(cls, line: str) -> Played:
+        told = json.loads(line)
+        return cls(**told | {"breaches": [Breach(Outcome(outcome), what) for outcome, what in told["breaches"]]})
+
+
+class Campaign:
+    """A seeded campaign in a folder of its own.
+
+    Args:
+        folder: Calm sweeps, the folders of cases while they are played, those that broke something, and `faults.jsonl`.
+        seed: What is drawn depends on it, on the class and on the number of the case.
+        say: Told one line after each case.
+    """
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = print) -> None:
+        self.folder, self.seed, self.say = folder, seed, say
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "faults.jsonl"
+        self.shim = build(folder)
+        self.words = _model(folder)
+        self._calm: dict[str, Calm] = {}
+        self._turn = Lock()
+
+    def run(self, wanted: dict[str, int], jobs: int, resume: bool = False) -> list[Played]:
+        """Play cases until so many faults of each class have been thrown.
+
+        Args:
+            jobs: Cases at a time.
+            resume: Count what the folder's `faults.jsonl` tells of, and go on after it.
+        """
+        if not resume:
+            self.log.unlink(missing_ok=True)
+        played = [Played.read(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        began, before = time.monotonic(), sum(len(case.thrown) for case in played)
+        counts = {kind: sum(len(case.thrown) for case in played if case.kind == kind) for kind in wanted}
+        numbers = {kind: 1 + max((case.number for case in played if case.kind == kind), default=-1) for kind in wanted}
+        flying: dict[Future[Played], tuple[str, int]] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                expected = {kind: counts[kind] + sum(n for k, n in flying.values() if k == kind) for kind in wanted}
+                lacking = [kind for kind in wanted if expected[kind] < wanted[kind]]
+                if lacking and len(flying) < jobs:
+                    kind = min(lacking, key=lambda kind: expected[kind] / wanted[kind])
+                    size = min(KINDS[kind].together, wanted[kind] - expected[kind])
+                    flying[pool.submit(self.play, kind, numbers[kind], size)] = kind, size
+                    numbers[kind] += 1
+                    continue
+                if not flying:
+                    return played
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    kind, _ = flying.pop(future)
+                    case = future.result()
+                    played.append(case)
+                    counts[kind] += len(case.thrown)
+                    with self.log.open("a") as stream:
+                        stream.write(case.line() + "\n")
+                    self._tell(case, sum(counts.values()), sum(wanted.values()), began, before)
+
+    def _tell(self, case: Played, done: int, wanted: int, began: float, before: int) -> None:
+        spent = time.monotonic() - began
+        left = spent / max(done - before, 1) * max(wanted - done, 0)
+        outcome = ", ".join(case.outcomes)
+        self.say(
+            f"{done:3d}/{wanted} about {left / 60:.0f} min left  {case.kind} {case.number}: {outcome}  "
+            f"({len(case.thrown)} faults, {case.launches} launches, {case.seconds:.0f} s)"
+        )
+        if case.breaches:
+            self.say(f"      thrown: {'; '.join(case.thrown)}; exit codes {case.codes}")
+        for breach in case.breaches:
+            self.say(f"      {breach.outcome}: {breach.what}")
+
+    def play(self, kind: str, number: int, size: int) -> Played:
+        """Play one case: throw its faults, give the same command until it is done, and judge.
+
+        Args:
+            size: Faults to be thrown.
+        """
+        dice = random.Random(f"{self.seed}-{kind}-{number}")
+        words = dice.choice(KINDS[kind].sweeps)
+        calm = self.calm(words)
+        began, breaches, thrown, codes = time.monotonic(), [], [], []
+        root = self.folder / f"{kind}-{number}"
+        scene = Scene(root, self.shim, self._words(words), self._calm_folder(words) if KINDS[kind].resumed else None)
+        if not KINDS[kind].resumed:
+            with_kernels(scene.cache)
+        left = [KINDS[kind].draw(dice) for _ in range(size)]
+        misses, complete = 0, False
+        with scene.ended():
+            while left and misses < _MISSES and len(codes) < _LAUNCHES:
+                launch = scene.launch(left)
+                left = [fault for fault in left if fault not in launch.thrown]
+                thrown += launch.thrown
+                misses = 0 if launch.thrown else misses + 1
+                codes.append(launch.codes)
+                breaches += of_launch(scene, launch, calm, thrown)
+                if all(code == 0 for code in launch.codes):
+                    break  # all is recorded: what was not thrown has no moment any more
+            while len(codes) < _LAUNCHES and not complete:
+                launch = scene.launch([])
+                codes.append(launch.codes)
+                breaches += of_launch(scene, launch, calm, thrown)
+                complete = all(code == 0 for code in launch.codes)
+            breaches += of_end(scene, calm, complete)
+        if not breaches:
+            shutil.rmtree(root)
+        seconds = round(time.monotonic() - began, 1)
+        return Played(kind, number, [fault.what for fault in thrown], breaches, len(codes), seconds, codes)
+
+    def calm(self, words: str) -> Calm:
+        """What a sweep gives where nothing is thrown; run once."""
+        with self._turn:
+            if words not in self._calm:
+                folder = self._calm_folder(words)
+                if not (folder / "done").exists():
+                    scene = Scene(folder, self.shim, self._words(words))
+                    with_kernels(scene.cache)
+                    launch = scene.launch([])
+                    if launch.codes != [0]:
+                        raise RuntimeError(f"the calm sweep ended with {launch.codes}: {launch.said[0][-2000:]}")
+                    (folder / "done").touch()
+                self._calm[words] = Calm.of(folder / "results")
+            return self._calm[words]
+
+    def _calm_folder(self, words: str) -> Path:
+        return self.folder / f"calm-{random.Random(words).randrange(1 << 32):08x}"
+
+    def _words(self, words: str) -> list[str]:
+        return [*self.words, *words.split()]
+
+
+def _model(folder: Path) -> list[str]:
+    """Write the tiny model and its text unless they are there; the overrides that name them."""
+    model, corpus = folder / "model", folder / "text.txt"
+    if not corpus.exists():
+        save_tiny(model)
+        save_text(corpus)
+    return tiny_overrides(model, corpus)

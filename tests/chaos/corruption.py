@@ -1,0 +1,154 @@
+"""What lies in the folders of a finished sweep is damaged: records, their shared parts, artefacts, and whatever else is cached."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.scene import Fault, Scene
+
+_Damage = Callable[[Path, random.Random], None]
+
+
+def _flip(file: Path, dice: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+
+
+def _cut(file: Path, dice: random.Random) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: dice.randrange(1, len(content))])
+
+
+_BYTES: dict[str, _Damage] = {
+    "a bit flipped": _flip,
+    "cut short": _cut,
+    "of no length": lambda file, dice: file.write_bytes(b"") and None,
+    "zeroed": lambda file, dice: file.write_bytes(bytes(file.stat().st_size)) and None,
+    "removed": lambda file, dice: file.unlink(),
+}
+
+
+def _field(*path: str, value: Any) -> _Damage:
+    """Set a field of a record, whatever lies around it."""
+
+    def damage(file: Path, dice: random.Random) -> None:
+        content = json.loads(file.read_text())
+        place = content
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+        file.write_text(json.dumps(content))
+
+    return damage
+
+
+_FIELDS: dict[str, _Damage] = {
+    "a newer schema": _field("schema_version", value=999),
+    "no schema": _field("schema_version", value=None),
+    "another key": _field("key", value="0" * 16),
+    "another cell": _field("cell", "model", value="foreign"),
+    "another origin": _field("origin", value="f" * 16),
+    "a status of no kind": _field("status", value="splendid"),
+}
+
+
+def _records(scene: Scene) -> list[Path]:
+    return sorted(scene.results.glob("*/*/*.json"))
+
+
+def _spoil(scene: Scene, record: Path) -> None:
+    """The stage of this record has to run again."""
+    stage, key = record.name.split("-")[:2]
+    scene.spoilt.add(f"{stage}-{key}")
+
+
+def _of_record(name: str, damage: _Damage, seed: int) -> Fault:
+    def before(scene: Scene) -> bool:
+        dice = random.Random(seed)
+        if not (paths := [path for path in _records(scene) if not _is_spoilt(scene, path)]):
+            return False
+        path = dice.choice(paths)
+        damage(path, dice)
+        _spoil(scene, path)
+        return True
+
+    return Fault("corruption", f"record: {name}", before=before)
+
+
+def _is_spoilt(scene: Scene, record: Path) -> bool:
+    return "-".join(record.name.split("-")[:2]) in scene.spoilt
+
+
+def _swapped(seed: int) -> Fault:
+    """Two artefacts stand in each other's place."""
+
+    def before(scene: Scene) -> bool:
+        one, other = random.Random(seed).sample(sorted((scene.cache / "artefacts").iterdir()), 2)
+        aside = scene.root / "aside"
+        one.rename(aside)
+        other.rename(one)
+        aside.rename(other)
+        return _forget_one(scene, seed)
+
+    return Fault("corruption", "two artefacts swapped", before=before)
+
+
+def _copied(seed: int) -> Fault:
+    """A record lies a second time, under the name of another stage or cell."""
+
+    def before(scene: Scene) -> bool:
+        source, target = random.Random(seed).sample(_records(scene), 2)
+        if _is_spoilt(scene, source) or _is_spoilt(scene, target):
+            return False
+        shutil.copyfile(source, target)
+        _spoil(scene, target)
+        return True
+
+    return Fault("corruption", "record: that of another stage", before=before)
+
+
+def _of_cache(folder: str, name: str, damage: _Damage, seed: int) -> Fault:
+    """A cached file is damaged, and a measurement that reads it has to run again."""
+
+    def before(scene: Scene) -> bool:
+        dice = random.Random(seed)
+        files = [path for path in sorted((scene.cache / folder).rglob("*")) if path.is_file() and path.stat().st_size]
+        if not files:
+            return False
+        damage(dice.choice(files), dice)
+        return _forget_one(scene, seed)
+
+    return Fault("corruption", f"{folder}: {name}", before=before)
+
+
+def _forget_one(scene: Scene, seed: int) -> bool:
+    """Remove the record of a measurement, so that it runs again."""
+    paths = [path for path in _records(scene) if path.name.startswith("quality") and not _is_spoilt(scene, path)]
+    if paths:
+        path = random.Random(seed).choice(paths)
+        path.unlink()
+        _spoil(scene, path)
+    return True
+
+
+def corruption(dice: random.Random) -> Fault:
+    """Damage to a record, to an artefact, or to what is cached beside it."""
+    seed = dice.randrange(1 << 32)
+    what = dice.choice(
+        ["record", "record", "record", "field", "field", "artefacts", "artefacts", "reference", "tokens", "hashes", "swapped", "copied"]
+    )
+    if what == "swapped":
+        return _swapped(seed)
+    if what == "copied":
+        return _copied(seed)
+    if what == "field":
+        name = dice.choice(sorted(_FIELDS))
+        return _of_record(name, _FIELDS[name], seed)
+    name = dice.choice(sorted(_BYTES))
+    return _of_record(name, _BYTES[name], seed) if what == "record" else _of_cache(what, name, _BYTES[name], seed)

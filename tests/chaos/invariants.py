@@ -1,0 +1,233 @@
+"""What must hold whatever was thrown: of a launch as it ends, and of the folders once the same command has come to its end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import signal
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from slimbench.harness.schema.identity import Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store, Unreadable
+from slimbench.util.hashing import hash_file
+from tests.chaos.scene import Fault, Journal, Launch, Scene
+
+_GRACE_S = 10.0  # for processes to be gone after the end of a launch
+_TIMES = re.compile(r"(seconds|_s|_ms)$")
+_SEEN_S = 1.0  # until the campaign has certainly seen that a process is gone
+_CUT_OFF = ("transient",)
+
+
+class Outcome(StrEnum):
+    """What a fault did to a sweep."""
+
+    OK = "ok"
+    LOST = "lost"
+    DOUBLED = "doubled"
+    TORN = "torn"
+    FOREIGN = "foreign"
+    CHANGED = "changed"
+    ORPHAN = "orphan"
+    LEFTOVER = "leftover"
+    FACT = "fact"
+    EXIT = "exit"
+    HUNG = "hung"
+    INCOMPLETE = "incomplete"
+
+
+@dataclass(frozen=True)
+class Breach:
+    """An invariant that did not hold, and how that shows in one line."""
+
+    outcome: Outcome
+    what: str
+
+
+@dataclass(frozen=True)
+class Calm:
+    """What the same sweep gives where nothing is thrown: the numbers of each record by its path in the results folder.
+
+    Attributes:
+        tasks: Stage and key of each.
+    """
+
+    numbers: dict[str, Any]
+    tasks: frozenset[str]
+
+    @classmethod
+    def of(cls, results: Path) -> Calm:
+        """Raises `ValueError` if the sweep is not whole."""
+        records, unreadable = _scan(results)
+        if unreadable or not records or any(record.status is not Status.OK for record in records.values()):
+            raise ValueError(f"the calm sweep in {results} did not end well: {unreadable or [r.status for r in records.values()]}")
+        tasks = frozenset(f"{record.stage}-{record.key}" for record in records.values())
+        return cls({path: numbers(record) for path, record in records.items()}, tasks)
+
+
+def numbers(record: Record) -> Any:
+    """What a record says that no clock and no other load changes: claim and hashes, scores; of speed, which points were measured."""
+    if record.compress:
+        told = record.compress.model_dump(mode="json", include={"claim", "files", "disk_bytes"})
+    elif record.quality:
+        told = record.quality.model_dump(mode="json", exclude={"load", "evidence", "seconds", "load_seconds", "work"})
+    elif record.speed:
+        told = {"points": [[point.batch, point.prompt, point.new_tokens] for point in record.speed.points]}
+    else:
+        told = {}
+    return _timeless(told)
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _timeless(part) for name, part in value.items() if not _TIMES.search(name)}
+    return [_timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def _scan(results: Path) -> tuple[dict[str, Record], list[Unreadable]]:
+    records, unreadable = Store(results).scan() if results.exists() else ([], [])
+    store = Store(results)
+    return {str(store.path(r.cell, r.stage, r.hardware).relative_to(results)): r for r in records}, unreadable
+
+
+def of_launch(scene: Scene, launch: Launch, calm: Calm, faults: list[Fault]) -> list[Breach]:
+    """What did not hold as a launch ended.
+
+    Args:
+        faults: All that have been thrown into the case so far.
+    """
+    breaches = list(_orphans(scene, "after a launch"))
+    records, _ = _scan(scene.results)
+    for path, record in records.items():
+        if path in calm.numbers and record.status is not Status.OK and record.status not in _CUT_OFF:
+            message = record.failure.summary if record.failure else ""
+            breaches.append(Breach(Outcome.FACT, f"{path} was recorded as {record.status}: {message}"))
+    open_ = [path for path in calm.numbers if path not in records or records[path].status is not Status.OK]
+    for code, said in zip(launch.codes, launch.said, strict=True):
+        if code is None:
+            breaches.append(Breach(Outcome.HUNG, f"no end after {launch.seconds:.0f} s; {len(open_)} of {len(calm.numbers)} to do"))
+        elif why := _lie(code, said, open_, launch.thrown, calm):
+            breaches.append(Breach(Outcome.EXIT, why))
+    return breaches
+
+
+def _lie(code: int, said: str, open_: list[str], thrown: list[Fault], calm: Calm) -> str:
+    """Why an exit code, or what was said with it, is not true; empty where it is."""
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+    allowed = {number for fault in thrown for number in fault.codes}
+    if "Traceback" in said or "unexpected" in said:
+        return f"exit code {code} with an error that nobody expected: {last[:200]}"
+    if code in allowed:
+        return ""
+    if code == 0:
+        return f"exit code 0, but {len(open_)} of {len(calm.numbers)} stages are not done" if open_ else ""
+    if code == 75 and open_:
+        return ""
+    name = signal.Signals(-code).name if code < 0 else str(code)
+    return f"exit code {name} although it was not sent, with {len(open_)} of {len(calm.numbers)} to do: {last[:200]}"
+
+
+def of_end(scene: Scene, calm: Calm, complete: bool) -> list[Breach]:
+    """What does not hold once the same command was given until it ended with 0, or as often as it may be."""
+    breaches = [] if complete else [Breach(Outcome.INCOMPLETE, "the same command does not come to its end")]
+    breaches += [*_orphans(scene, "in the end"), *_leftovers(scene), *_doubled(scene)]
+    records, unreadable = _scan(scene.results)
+    breaches += [Breach(Outcome.TORN, f"{fault.path}: {fault.reason}") for fault in unreadable if not fault.path.endswith(".unreadable")]
+    for path, expected in calm.numbers.items():
+        if (record := records.pop(path, None)) is None:
+            breaches.append(Breach(Outcome.LOST, f"no {path}"))
+        elif record.foreign:
+            breaches.append(Breach(Outcome.FOREIGN, f"{path} is of another folder"))
+        elif record.status is not Status.OK:
+            breaches.append(Breach(Outcome.FACT, f"{path} stays {record.status}"))
+        elif (given := numbers(record)) != expected:
+            breaches.append(Breach(Outcome.CHANGED, f"{path}: {_difference(expected, given)}"))
+        elif record.compress:
+            breaches += _other_bytes(scene, record)
+    breaches += [Breach(Outcome.DOUBLED, f"{path} beside the record of the same stage") for path in records if not records[path].foreign]
+    return breaches
+
+
+def _difference(expected: Any, given: Any) -> str:
+    if isinstance(expected, dict) and isinstance(given, dict):
+        name = next((n for n in sorted(expected | given) if expected.get(n) != given.get(n)), "")
+        return f"{name}: {_difference(expected.get(name), given.get(name))}"
+    return f"{json.dumps(given)[:80]}, calm {json.dumps(expected)[:80]}"
+
+
+def _other_bytes(scene: Scene, record: Record) -> list[Breach]:
+    """Files of an artefact that are not those of its record."""
+    assert record.compress
+    folder = scene.cache / "artefacts" / record.key
+    if not folder.exists():  # a cache may be emptied; the next stage makes it again
+        return []
+    files = [(folder / file.name, file.sha256) for file in record.compress.files]
+    wrong = [path.name for path, sha256 in files if not path.is_file() or hash_file(path) != sha256]
+    return [Breach(Outcome.TORN, f"artefact {record.key}: {wrong[0]} is not what its record says")] if wrong else []
+
+
+def _orphans(scene: Scene, when: str) -> list[Breach]:
+    """What lives on some seconds after its launch; it is ended then, so that it is told once and disturbs nothing."""
+    deadline = time.monotonic() + _GRACE_S
+    while (alive := scene.processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = [Breach(Outcome.ORPHAN, f"{when} {process.pid} lives on: {' '.join(process.cmdline())[-80:]}") for process in alive]
+    for process in alive:
+        process.kill()
+    return found
+
+
+def _leftovers(scene: Scene) -> list[Breach]:
+    """Files that finished work does not need: half-written ones, staging folders, checkpoints, locks that name an owner."""
+    found = [path for path in scene.tmp.iterdir()]
+    found += [path for path in scene.results.rglob("*") if path.name.endswith(".tmp")]
+    found += [path for path in scene.results.glob("*/*/*.unreadable") if not scene.spoilt]
+    found += [path for path in scene.results.glob(".slimbench.*")]
+    found += [path for path in scene.cache.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+    found += list((scene.cache / "checkpoints").glob("*"))
+    found += [path for path in (scene.results / ".locks").glob("*") if path.is_file() and path.stat().st_size]
+    return [Breach(Outcome.LEFTOVER, str(path.relative_to(scene.root))) for path in found]
+
+
+def _doubled(scene: Scene) -> list[Breach]:
+    """Stages that ran at the same time, or again although their record stood, as the journals tell."""
+    return [Breach(Outcome.DOUBLED, what) for what in doubled(scene.journals, scene.spoilt)]
+
+
+def doubled(launches: list[list[Journal]], spoilt: set[str]) -> list[str]:
+    """What journals tell of stages that ran twice, in words. The clocks of one launch agree.
+
+    Args:
+        spoilt: Tasks whose record was damaged on purpose, so that they had to run again.
+    """
+    done: set[str] = set()
+    found = []
+    for launch in launches:
+        spans = sorted(span for number, journal in enumerate(launch) for span in _spans(number, journal))
+        for place, (began, _, task, process, _) in enumerate(spans):
+            earlier = [other for other in spans[:place] if other[2] == task]
+            if any(other[1] > began and other[3] != process for other in earlier):
+                found.append(f"{task} ran in two processes at the same time")
+            if task in done | {other[2] for other in earlier if other[4] == Status.OK and other[1] <= began} and task not in spoilt:
+                found.append(f"{task} ran again although its record stood")
+        done |= {span[2] for span in spans if span[4] == Status.OK}
+    return found
+
+
+def _spans(process: int, journal: Journal) -> list[tuple[float, float, str, int, str]]:
+    """Start, end, task, process and status of each run; one without a record ends with its process or the next run of the task."""
+    open_: dict[str, float] = {}
+    spans = []
+    for line in journal.lines:
+        time_, _, _, task, *status = line.split()
+        now = datetime.datetime.fromisoformat(time_).timestamp()
+        if task in open_:
+            spans.append((open_.pop(task), now, task, process, status[0] if status else ""))
+        if not status:
+            open_[task] = now
+    return [*spans, *((began, max(began, journal.ended - _SEEN_S), task, process, "") for task, began in open_.items())]

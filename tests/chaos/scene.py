@@ -1,0 +1,246 @@
+"""Where a case plays: a small sweep of the real command with folders of its own, which is launched, disturbed and launched again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.shim import Board, Rule
+from tests.support.paths import ROOT, SLIMBENCH
+
+MARK = "CHAOS_CASE"
+LAUNCH_S = 240.0  # a launch that has not ended by then hangs
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        kind: Its class, such as `signals`.
+        what: What is thrown where, in a few words; a line of the table.
+        rule: The call at which it is thrown; None where it is thrown before a launch.
+        act: What is done while the rule holds a process, whose id is given; None where the rule itself is the fault.
+        before: What is done before the launch; tells whether it could be done.
+        told: What a method of the tests says in the file `told` of the case once it has done what its environment asks for.
+        undo: What is done after the launch in which it was thrown.
+        environment: Variables of the launch in which it is thrown.
+        codes: Exit codes that are true with it, beside those that the records give.
+    """
+
+    kind: str
+    what: str
+    rule: Rule | None = None
+    act: Callable[[Scene, int], None] | None = None
+    before: Callable[[Scene], bool] | None = None
+    told: str = ""
+    undo: Callable[[Scene], None] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    codes: frozenset[int] = frozenset()
+
+
+@dataclass
+class Launch:
+    """How one launch ended: exit codes of its sweeps (None: it hung and was killed), what they said, and the faults that were thrown."""
+
+    codes: list[int | None]
+    said: list[str]
+    thrown: list[Fault]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What one process told of its stages, and when the campaign saw that it was gone, in seconds since the epoch."""
+
+    lines: list[str]
+    ended: float
+
+
+class Scene:
+    """The folders and processes of one case.
+
+    Args:
+        root: Folder of the case; made anew.
+        shim: The compiled shim; None leaves system calls alone.
+        words: Overrides of the sweep.
+        of: Folder of another scene from which results and cache are copied.
+    """
+
+    def __init__(self, root: Path, shim: Path | None, words: list[str], of: Path | None = None) -> None:
+        self.root, self.words, self._shim = root, words, shim
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        self.results, self.cache, self.tmp = (root / name for name in ("results", "cache", "tmp"))
+        if of:
+            shutil.copytree(of / "results", self.results)
+            shutil.copytree(of / "cache", self.cache, symlinks=True)
+        self.tmp.mkdir()
+        self.board = Board(root / "board")
+        self.main: list[subprocess.Popen[bytes]] = []
+        self.journals: list[list[Journal]] = []
+        self.spoilt: set[str] = set()
+        """Tasks, as `<stage>-<key>`, whose record a fault has damaged."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The sweep's variables: own cache and temporary folder, no network, one thread, and the mark by which its processes are known."""
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        own = {"SLIMBENCH_CACHE": str(self.cache), "TMPDIR": str(self.tmp), "COLUMNS": "200"}
+        own |= {MARK: str(self.root), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        own |= {"SLIMBENCH_CONF": str(Path(__file__).with_name("conf")), "CHAOS_TOLD": str(self.root / "told")}
+        shim = {"LD_PRELOAD": str(self._shim), "CHAOS_BOARD": str(self.root / "board")} if self._shim else {}
+        return {name: value for name, value in os.environ.items() if not name.startswith(("SLIMBENCH_", "HF_"))} | own | shim
+
+    def start(self, *more: str, environment: dict[str, str] | None = None, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Start the sweep in a session of its own; what it says goes into a file.
+
+        Args:
+            more: Overrides, after those of the scene. The last one of a key counts.
+            environment: Variables beside those of the scene.
+            wrapper: A command that starts it.
+        """
+        return self.command("sweep", *_last([*self.words, f"results={self.results}", *more]), environment=environment, wrapper=wrapper)
+
+    def command(self, *words: str, environment: dict[str, str] | None = None, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Start a command of slimbench, as `start` does."""
+        said = self.root / f"said-{len(self.main)}"
+        own = {"SLIMBENCH_JOURNAL": str(self._journal(len(self.main)))}
+        with said.open("wb") as stream:
+            process = subprocess.Popen(
+                [*wrapper, *SLIMBENCH, *words],
+                env=self.environment | own | (environment or {}),
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+                start_new_session=True,
+            )
+        self.main.append(process)
+        return process
+
+    def launch(self, faults: list[Fault], starts: Callable[[Scene], None] | None = None) -> Launch:
+        """Launch the sweep with faults armed, throw them as their moments come, and wait for its end.
+
+        Args:
+            starts: Starts the processes of the launch; one sweep unless it is given.
+        """
+        began = time.monotonic()
+        thrown = [fault for fault in faults if fault.before and fault.before(self)]
+        armed = [fault for fault in faults if fault.rule]
+        self.board.arm([fault.rule for fault in armed if fault.rule])
+        environment = {name: value for fault in faults for name, value in fault.environment.items()}
+        self.main = []
+        if starts:
+            starts(self)
+        else:
+            self.start(environment=environment)
+        hung, ended = False, {}
+        while any(process.poll() is None for process in self.main):
+            ended |= {n: time.time() for n, process in enumerate(self.main) if process.returncode is not None and n not in ended}
+            for number, pid in self.board.held().items():
+                if act := armed[number].act:
+                    with suppress(psutil.Error, ProcessLookupError):
+                        act(self, pid)
+                self.board.let_go(number)
+            if time.monotonic() - began > LAUNCH_S:
+                hung = True
+                for process in self.processes():
+                    process.kill()
+            time.sleep(_POLL_S)
+        thrown += [fault for number, fault in enumerate(armed) if self.board.fired(number)]
+        told = (self.root / "told").read_text().splitlines() if (self.root / "told").exists() else []
+        thrown += [fault for fault in faults if fault.told and fault.told in told]
+        self.board.arm([])
+        self.board.set_clock(0)
+        self.board.set_flock(True)
+        for fault in thrown:
+            if fault.undo:
+                fault.undo(self)
+        self._collect(ended)
+        said = [(self.root / f"said-{number}").read_text(errors="replace") for number in range(len(self.main))]
+        return Launch([None if hung else process.returncode for process in self.main], said, thrown, time.monotonic() - began)
+
+    def _journal(self, number: int) -> Path:
+        return self.root / f"journal-{len(self.journals)}-{number}"
+
+    def _collect(self, ended: dict[int, float]) -> None:
+        """Keep what the processes of a launch told of their stages."""
+        files = [self._journal(number) for number in range(len(self.main))]
+        lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
+        self.journals.append([Journal(told, ended.get(number, time.time())) for number, told in enumerate(lines)])
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that bears the mark of the case, whatever session or parent it has."""
+        mark, alive = f"{MARK}={self.root}\0".encode(), []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            with suppress(OSError, psutil.Error):
+                if mark in (folder / "environ").read_bytes() + b"\0":
+                    process = psutil.Process(int(folder.name))
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        alive.append(process)
+        return alive
+
+    def target(self, role: str) -> list[psutil.Process]:
+        """The processes of a role: main, server, child (the stage), grandchild (whatever a stage started), everything."""
+        alive = self.processes()
+        if role == "everything":
+            return alive
+        mains = {process.pid for process in self.main}
+        by_role: dict[str, list[psutil.Process]] = {"main": [], "server": [], "child": [], "grandchild": []}
+        servers = {p.pid for p in alive if p.ppid() in mains and "run.server" in " ".join(p.cmdline())}
+        for process in alive:
+            if process.pid in mains:
+                by_role["main"].append(process)
+            elif process.pid in servers:
+                by_role["server"].append(process)
+            elif process.ppid() in servers and os.getpgid(process.pid) == process.pid and os.getsid(process.pid) in servers:
+                by_role["child"].append(process)
+            else:
+                by_role["grandchild"].append(process)
+        return by_role[role]
+
+    def send(self, role: str, number: signal.Signals) -> None:
+        """Send a signal to all processes of a role, or to a process group: `stage group`, `main group`, `server session`."""
+        if role == "main group":
+            os.killpg(self.main[0].pid, number)
+        elif role == "stage group":
+            for child in self.target("child"):
+                os.killpg(child.pid, number)
+        elif role == "server session":
+            sessions = {process.pid for process in self.target("server")}
+            for process in self.processes():
+                with suppress(ProcessLookupError, psutil.Error):
+                    if os.getsid(process.pid) in sessions:
+                        process.send_signal(number)
+        else:
+            for process in self.target(role):
+                with suppress(psutil.Error):
+                    process.send_signal(number)
+
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """Whatever the case has started is gone afterwards."""
+        try:
+            yield
+        finally:
+            for process in self.processes():
+                with suppress(psutil.Error):
+                    process.kill()
+
+
+def _last(words: list[str]) -> list[str]:
+    """Overrides of which the last of each key counts."""
+    return list({word.partition("=")[0]: word for word in words}.values())
