@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
     FAILED = 1, "a stage failed, or a check did not pass; or the results folder cannot be written"
     USAGE = 2, "the command or its configuration is wrong; nothing was run"
     NOTHING_MEASURED = 3, "nothing failed, but nothing could be measured either: every cell is unsupported here"
-    STOPPED = 75, "stopped at a stage boundary with more to do; the same command goes on"
+    STOPPED = 75, "stopped, or the machine failed, with more to do; the same command goes on"
     INTERRUPTED = 130, "interrupted; the same command goes on"
 
 
@@ -33,6 +33,6 @@ def of(ledger: Ledger) -> ExitCode:
     counts = ledger.counts()
     if counts[State.FAILED]:
         return ExitCode.FAILED
-    if counts[State.OPEN]:
+    if counts[State.OPEN] or counts[State.TRANSIENT]:
         return ExitCode.STOPPED
     return ExitCode.DONE if ledger.has_measured() else ExitCode.NOTHING_MEASURED

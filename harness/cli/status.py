@@ -48,6 +48,7 @@ def _facts(ledger: Ledger) -> dict[str, Any]:
     from slimbench.harness.run.planning.progress import in_words
 
     plan, counts = ledger.plan, ledger.counts()
+    left = counts[State.OPEN] + counts[State.TRANSIENT]
     seconds = Estimates(ledger.store).total(plan, ledger.open())
     failures = {
         f"{plan.cells[task.cell].label} {task.stage}": ending.reason
@@ -60,11 +61,11 @@ def _facts(ledger: Ledger) -> dict[str, Any]:
         "cells": len(plan.cells),
         "tasks": len(plan.tasks),
         "done": counts[State.OK] + counts[State.NEEDLESS],
-        "to run": counts[State.OPEN],
+        "to run": left,
         "failed": counts[State.FAILED],
         "unsupported": counts[State.UNSUPPORTED],
-        "left": "" if not counts[State.OPEN] else in_words(seconds) if seconds is not None else "no estimate yet",
-        "seconds left": seconds if counts[State.OPEN] else 0,
+        "left": "" if not left else in_words(seconds) if seconds is not None else "no estimate yet",
+        "seconds left": seconds if left else 0,
         "exit code": int(of(ledger)),
         "failures": failures,
     }

@@ -264,15 +264,19 @@ class DeviceConfig(_Strict):
 
 
 class LimitsConfig(_Strict):
-    """Limits of one stage, at which it is ended.
+    """Limits of one stage, at which it is ended, and how often it is tried.
 
     Attributes:
         wall_s: Seconds on the clock.
         memory_gb: Resident memory in GB; None for 95 % of what the machine has.
+        retries: How often a stage that was cut off by the machine's fault is tried again within one run.
+        retry_pause_s: Seconds before the first of these, twice as many before the second, and so on.
     """
 
     wall_s: float = Field(default=7200.0, gt=0)
     memory_gb: float | None = Field(default=None, gt=0)
+    retries: int = Field(default=3, ge=0)
+    retry_pause_s: float = Field(default=10.0, ge=0)
 
 
 class LauncherConfig(_Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -15,6 +16,7 @@ from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task
 from slimbench.harness.run.runner import Listener, Runner
 from slimbench.harness.run.worker import Closed
+from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
 
 _LOOK_AGAIN_S = 1.0
@@ -77,7 +79,9 @@ class _Work:
         self.events: SimpleQueue[PlannedCell | BaseException | None] = SimpleQueue()
         self._turn = threading.Condition()
         self._running: set[str] = set()
-        self._held: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        self._held: set[str] = set()
+        self._attempts: Counter[str] = Counter()
         self._told: set[int] = set()
         self._stopped = False
 
@@ -115,14 +119,18 @@ class _Work:
                 if record is None:
                     if task.name not in self._held:
                         self.listener.note(f"{cell.label} {task.stage}: another process is at it; looked at again later")
-                    self._held[task.name] = time.monotonic()
+                    self._held.add(task.name)
+                    self._not_before[task.name] = time.monotonic() + _LOOK_AGAIN_S
+                elif record.status is Status.TRANSIENT:
+                    self._attempts[task.name] += 1
+                    self._not_before[task.name] = time.monotonic() + self._attempts[task.name] * cell.config.limits.retry_pause_s
                 self._turn.notify_all()
 
     def _next(self, takes_cpu: bool) -> Task | None:
         """The first task that is ready and nobody is at; None when there will be none."""
         with self._turn:
             while not self._stopped and time.monotonic() < self._deadline:
-                waiting = list(self.ledger.open())
+                waiting = self._within_reach()
                 self._tell()
                 if not waiting:
                     return None
@@ -133,10 +141,19 @@ class _Work:
                 self._turn.wait(_LOOK_AGAIN_S / 2)
             return None
 
+    def _within_reach(self) -> list[Task]:
+        """The open tasks, without those that were cut off as often as is allowed and what waits for them."""
+        left: set[str] = set()
+        for task in self.plan.tasks:
+            given_up = self._attempts[task.name] > self.plan.cells[task.cell].config.limits.retries
+            if self.ledger.ending(task) is None and (given_up or not left.isdisjoint(task.after)):
+                left.add(task.name)
+        return [task for task in self.ledger.open() if task.name not in left]
+
     def _is_free(self, task: Task, takes_cpu: bool) -> bool:
         if task.name in self._running or (task.needs.device == "cpu" and not takes_cpu):
             return False
-        return time.monotonic() - self._held.get(task.name, -_LOOK_AGAIN_S) >= _LOOK_AGAIN_S
+        return time.monotonic() >= self._not_before.get(task.name, 0.0)
 
     def _tell(self) -> None:
         """Put the cells whose tasks have all ended, each once."""

@@ -184,7 +184,7 @@ def compare(before: Record, after: Record) -> Verdict:
     """Hold the record of a repeated stage against the first one."""
     if after.status is not Status.OK:
         message = after.failure.summary if after.failure else ""
-        kind = Outcome.NOT_HERE if after.status is Status.UNSUPPORTED else Outcome.DIFFERS
+        kind = Outcome.NOT_HERE if after.status in (Status.UNSUPPORTED, Status.TRANSIENT) else Outcome.DIFFERS
         return Verdict(before, kind, f"now ends as {after.status}: {message}")
     try:
         return Verdict(before, *_JUDGES[before.stage](before.result, after.result))

@@ -17,7 +17,7 @@ from slimbench.harness.run.planning.obstacles import environment, obstacle
 from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
-from slimbench.harness.schema.record import Failure, Record
+from slimbench.harness.schema.record import Attempt, Failure, Record
 from slimbench.harness.store.store import Store, Superseded
 from slimbench.tasks import zeroshot
 
@@ -77,16 +77,16 @@ class Runner:
                 return None
             record = reusable(self.store, cell, stage, self.since)
             if record is None:
-                before = recorded(self.store, cell, stage)
+                before = self.store.get(cell.identity, stage, cell.hardware(stage))
                 if changed := reuse.changed_code(before, cell.config) if before else []:
                     self.listener.note(
                         f"{cell.label}: {stage} again, the code of {' and '.join(changed)} has changed since it was recorded"
                     )
-                return self._execute(cell, stage)
+                return self._execute(cell, stage, before.as_attempts() if before else [])
         self.listener.stage_ended(cell, stage, record, reused=True)
         return record
 
-    def _execute(self, cell: Cell, stage: Stage) -> Record | None:
+    def _execute(self, cell: Cell, stage: Stage, attempts: list[Attempt]) -> Record | None:
         self.listener.stage_started(cell, stage)
         journal.note(task := task_name(cell.identity, stage))
         code = lock.fingerprints(cell.config, stage)
@@ -100,7 +100,8 @@ class Runner:
             hardware=cell.hardware(stage),
             phase=outcome.phase,
             started=started,
-            wall_seconds=outcome.wall_seconds,
+            wall_seconds=outcome.wall_seconds + sum(attempt.seconds for attempt in attempts),
+            attempts=attempts,
             peak_memory_bytes=outcome.peak_memory_bytes,
             failure=outcome.failure,
             config=public.config(cell.recorded_config()),
@@ -143,10 +144,10 @@ class Runner:
         return config.model_copy(update={"device": config.device.model_copy(update={"threads": threads, "index": index})})
 
     def _reference_key(self, cell: Cell, stage: Stage) -> str | None:
-        """Compress key of the reference; None where it ended badly, so that a candidate that fits is measured without it."""
+        """Compress key of the reference; None where it ended badly for good, so that a candidate that fits is measured without it."""
         if not cell.config.is_reference:
             record = recorded(self.store, cell.reference(), stage)
-            if record is not None and record.status is not Status.OK:
+            if record is not None and record.status not in (Status.OK, Status.TRANSIENT):
                 return None
         return cell.identity.reference.compress
 

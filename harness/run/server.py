@@ -28,7 +28,7 @@ import psutil
 
 from slimbench.harness.run import provenance, public
 from slimbench.harness.run.worker import TAIL, Task, own_version
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
 
 _PRELOAD = (
     "transformers.models.auto.modeling_auto",
@@ -45,6 +45,8 @@ _PRELOAD = (
 _TALKATIVE = ("torchao", "torch.utils._pytree")  # warn at import of optional kernels and of deprecations that no user can mend
 _POLL_S = 0.2
 _GRACE_S = 5.0  # for a stage that has told its end to be gone
+_OF_THE_METHOD = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+"""Signals by which a process ends itself. All others come from outside; SIGBUS from a file that was cut short or a disk that is full."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -136,11 +138,15 @@ def _judge(verdict: tuple[Status, str] | None, last: dict[str, Any] | None, code
         status, message = verdict
         return {"status": status, "failure": {"type": status.name.title(), "message": message}}
     if os.WIFSIGNALED(code):
-        name = signal.Signals(os.WTERMSIG(code)).name
+        number = os.WTERMSIG(code)
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         if kernel_oom:
             return {"status": Status.OOM, "failure": {"type": "Oom", "message": "killed by the kernel: the machine ran out of memory"}}
-        outside = name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-        return {"status": Status.FAILED, "failure": {"type": name, "message": f"the process was ended by {name}", "interrupted": outside}}
+        failure = {"type": name, "message": f"the process was ended by {name}"}
+        if number in _OF_THE_METHOD:
+            return {"status": Status.FAILED, "failure": failure}
+        reason = Reason.DISK if number == signal.SIGBUS else Reason.INTERRUPTED
+        return {"status": Status.TRANSIENT, "failure": failure | {"reason": reason}}
     message = f"the process ended with exit code {os.waitstatus_to_exitcode(code)} and no result"
     return {"status": Status.FAILED, "failure": {"type": "NoResult", "message": message}}
 

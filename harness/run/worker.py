@@ -20,7 +20,7 @@ from typing import Any
 from slimbench import __version__
 from slimbench.harness.config.lock import LOCK
 from slimbench.harness.run import provenance, public
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import SCHEMA_VERSION, Failure
 from slimbench.util.hashing import hash_file
 
@@ -84,7 +84,7 @@ class Worker:
         Raises:
             Closed: `close` was called meanwhile.
         """
-        began, phase, failure = time.monotonic(), "start", None
+        began, phase, status, failure = time.monotonic(), "start", Status.TRANSIENT, None
         try:
             with tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
                 task.log = str(Path(folder) / "log")
@@ -98,16 +98,17 @@ class Worker:
                     phase = event["name"] if event["event"] == "phase" else phase
                     on_event(event)
         except OtherVersion as error:
-            failure = Failure(type="OtherVersion", message=str(error))
+            status, failure = Status.FAILED, Failure(type="OtherVersion", message=str(error))
         except BrokenPipeError:
             pass
         except (OSError, ValueError) as error:  # no interpreter, no room for the log, half a line of a server that was killed
-            failure = Failure(type=type(error).__name__, message=str(error), interrupted=True)
+            failure = Failure(type=type(error).__name__, message=str(error), reason=Reason.MACHINE)
         code = self._end()
         if self._closed:
             raise Closed
-        failure = failure or Failure(type="WorkerDied", message=f"the worker process ended (exit code {code})", interrupted=True)
-        return Outcome(Status.FAILED, phase, time.monotonic() - began, failure=failure)
+        died = Failure(type="WorkerDied", message=f"the worker process ended (exit code {code})", reason=Reason.INTERRUPTED)
+        failure = failure or died
+        return Outcome(status, phase, time.monotonic() - began, failure=failure)
 
     def close(self) -> None:
         """End the server and whatever it runs, for good; from any thread."""

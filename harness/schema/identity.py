@@ -15,7 +15,10 @@ class Stage(StrEnum):
 
 
 class Status(StrEnum):
-    """How a stage ended. Everything but `ok` stays on the board as a row of its own."""
+    """How a stage ended. `transient`: the machine's fault or somebody's wish, so it is run again and says nothing about a method.
+
+    Everything else but `ok` stays on the board as a row of its own.
+    """
 
     OK = "ok"
     FAILED = "failed"
@@ -23,6 +26,27 @@ class Status(StrEnum):
     TIMEOUT = "timeout"
     UNSUPPORTED = "unsupported"
     DIVERGED = "diverged"
+    TRANSIENT = "transient"
+
+
+class Reason(StrEnum):
+    """Whose fault a transient failure is.
+
+    Attributes:
+        INTERRUPTED: A signal from outside: a person, a scheduler, the kernel.
+        DISK: A file system that is full, over quota, stale, read-only or broken.
+        NETWORK: A host that does not answer.
+        HUB: A hub that answers with an error of its own, or asks to wait.
+        CARD: A card that fell out or whose memory is broken.
+        MACHINE: Anything else that the machine lacked: an interpreter, a file handle, half of an answer.
+    """
+
+    INTERRUPTED = "interrupted"
+    DISK = "disk"
+    NETWORK = "network"
+    HUB = "hub"
+    CARD = "card"
+    MACHINE = "machine"
 
 
 class Keys(Schema):

@@ -33,6 +33,8 @@ def migrate(data: dict[str, Any]) -> dict[str, Any]:
         data.get("config", {}).pop("results", None)  # a folder of the machine that measured
     if version < 6:
         _paths_of_schema_5(data)
+    if version < 7:
+        _interruptions_of_schema_6(data)
     return data
 
 
@@ -95,6 +97,14 @@ def _paths_of_schema_5(data: dict[str, Any]) -> None:
     threads = provenance.get("threads")
     place = identify(provenance.get("hardware"), str(cell.get("device")), device.get("index") or 0, threads or 0)
     data.setdefault("hardware", place.model_dump())
+
+
+def _interruptions_of_schema_6(data: dict[str, Any]) -> None:
+    """Tell a stage that was ended from outside from one that failed."""
+    failure = data.get("failure")
+    if isinstance(failure, dict) and failure.pop("interrupted", False):
+        failure["reason"] = "interrupted"
+        data["status"] = "transient"
 
 
 def _named(step: dict[str, Any]) -> dict[str, Any]:

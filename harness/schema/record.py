@@ -13,29 +13,41 @@ from pydantic import Field, model_validator
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.hardware import HardwareIdentity
-from slimbench.harness.schema.identity import CellIdentity, Stage, Status
+from slimbench.harness.schema.identity import CellIdentity, Reason, Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.util.text import one_line
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 NAMED_KEYS = 6
 """The first schema whose keys hash names, not import paths."""
 
 
 class Failure(Schema):
-    """Why a stage did not end in `ok`; `interrupted` if the process was killed from outside, and so is to be run again."""
+    """Why a stage did not end in `ok`; `reason` where it is transient, and so is to be run again."""
 
     type: str
     message: str
     traceback: str = ""
     stderr_tail: str = ""
-    interrupted: bool = False
+    reason: Reason | None = None
 
     @property
     def summary(self) -> str:
         """The first line of the message; the type where there is none."""
         return one_line(next(iter(self.message.strip().splitlines()), self.type))
+
+
+class Attempt(Schema):
+    """An attempt at a stage that was cut off, and after which it was run again.
+
+    Attributes:
+        seconds: On the clock.
+    """
+
+    started: str
+    seconds: float
+    reason: Reason
 
 
 class Imported(Schema):
@@ -66,6 +78,8 @@ class Record(Schema):
     Attributes:
         code: Hash of the code behind each method, engine, format and protocol that ran, by kind and name (`identity.lock`).
         origin: Id of the results folder in which it was written.
+        wall_seconds: Seconds on the clock, those of `attempts` included.
+        attempts: Earlier attempts at the stage that were cut off, oldest first.
         foreign: It lies in a folder of another id. Known where it was read from a folder; no part of the file.
     """
 
@@ -78,6 +92,7 @@ class Record(Schema):
     phase: str = ""
     started: str
     wall_seconds: float | None = None
+    attempts: list[Attempt] = []
     peak_memory_bytes: int | None = None
     compress: CompressResult | None = None
     quality: QualityResult | None = None
@@ -103,6 +118,14 @@ class Record(Schema):
             if missing := [name for name, value in measured.items() if value is None]:
                 raise ValueError(f"no {missing[0]}, and the record is not imported")
         return self
+
+    def as_attempts(self) -> list[Attempt]:
+        """The attempts at its stage so far, its own as the last, if it is transient; none otherwise."""
+        if self.status is not Status.TRANSIENT:
+            return []
+        seconds = (self.wall_seconds or 0.0) - sum(attempt.seconds for attempt in self.attempts)
+        reason = self.failure.reason if self.failure and self.failure.reason else Reason.MACHINE
+        return [*self.attempts, Attempt(started=self.started, seconds=max(seconds, 0.0), reason=reason)]
 
     @property
     def simulated(self) -> bool:

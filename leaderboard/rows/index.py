@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from slimbench.harness.schema.identity import Keys, Stage
+from slimbench.harness.schema.identity import Keys, Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows.row import Row
 
 
 def oldest_first(records: Iterable[Record]) -> list[Record]:
-    """The records, the one that counts last: foreign ones first, and before the others those whose time is unknown or still to come."""
+    """The records, the one that counts last: foreign ones first, and before the others those whose time is unknown or still to come.
+
+    A transient record is left out: nothing was measured, and the stage is run again.
+    """
     now = datetime.now(UTC)
     return sorted(
-        records,
+        (record for record in records if record.status is not Status.TRANSIENT),
         key=lambda r: (not r.foreign, _past(r.started, now), r.stage, r.key, r.status, r.wall_seconds or 0, r.command, r.cell.model),
     )
 

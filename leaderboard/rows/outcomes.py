@@ -17,7 +17,8 @@ def outcomes(records: Iterable[Record]) -> dict[str, dict[str, str]]:
     """
     found: dict[tuple[str, str], dict[Stage, list[Status]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if len(record.cell.steps) == 1 and record.imported is None and not record.foreign:
+        measured = record.imported is None and record.status is not Status.TRANSIENT
+        if len(record.cell.steps) == 1 and measured and not record.foreign:
             found[record.cell.steps[0]["name"], record.cell.model][record.stage].append(record.status)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for (name, model), stages in found.items():

@@ -14,7 +14,7 @@ from slimbench.harness.run import provenance
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import is_stale
 from slimbench.harness.run.runner import Runner
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.store import artefact
 from tests.support.running import Listener, cell, run
 
@@ -84,7 +84,6 @@ def test_quality_is_the_same_number_each_time(runner: Runner, overrides: list[st
         ("unsupported", (), Status.UNSUPPORTED, "not on this machine"),
         ("hang", ("limits.wall_s=5",), Status.TIMEOUT, "limits.wall_s"),
         ("allocate", ("limits.memory_gb=1.5",), Status.OOM, "exceeded the limit of 1.5 GB"),
-        ("full", (), Status.FAILED, "No space left on device"),
     ],
 )
 def test_each_way_to_fail_is_one_record_and_leaves_no_half_artefact(
@@ -105,10 +104,13 @@ def test_a_killed_worker_is_recorded_and_run_again_by_the_same_command(runner: R
     this = bad(overrides, "kill")
     (record,) = run(runner, this)
     assert record.failure is not None
-    assert (record.status, record.failure.type, record.failure.interrupted) == (Status.FAILED, "SIGKILL", True)
+    assert (record.status, record.failure.type, record.failure.reason) == (Status.TRANSIENT, "SIGKILL", Reason.INTERRUPTED)
     runner.listener = listener = Listener()
     run(runner, this)
     assert ("bad", Stage.COMPRESS) in listener.ran
+    (again,) = run(runner, this)
+    assert len(again.attempts) == 2 and again.attempts[0].started == record.started
+    assert again.wall_seconds > sum(attempt.seconds for attempt in again.attempts) > record.wall_seconds
 
 
 def test_an_artefact_that_cannot_be_loaded_is_a_failed_record_of_the_stage_that_tried(runner: Runner, overrides: list[str]) -> None:

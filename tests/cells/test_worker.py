@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,10 @@ from slimbench.harness.config.compose import resolve
 from slimbench.harness.run import server, worker
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
+
+OUTSIDE = ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU", "QUIT", "ALRM", "KILL")
+OWN = ("SEGV", "ABRT", "FPE", "ILL")
 
 
 def test_with_a_card_only_torch_is_loaded_before_the_fork(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +60,29 @@ def test_what_has_come_to_its_end_counts_whatever_happened_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "status", "reason"),
+    [
+        *(
+            (getattr(signal, f"SIG{name}"), Status.TRANSIENT, Reason.INTERRUPTED)
+            for name in ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU", "QUIT", "ALRM", "KILL"]
+        ),
+        (signal.SIGRTMIN + 1, Status.TRANSIENT, Reason.INTERRUPTED),
+        (signal.SIGBUS, Status.TRANSIENT, Reason.DISK),
+        *((getattr(signal, f"SIG{name}"), Status.FAILED, None) for name in OWN),
+    ],
+)
+def test_a_signal_from_outside_is_no_fact_about_a_method_and_a_crash_of_its_own_is(
+    number: int, status: Status, reason: Reason | None
+) -> None:
+    judged = server._judge(None, None, number, False)
+    assert judged["status"] is status and judged["failure"].get("reason") is reason
+
+
+@pytest.mark.parametrize(
     ("line", "expected"),
     [
         ('{"slimbench": "0.0.9", "record_schema": 4, "lock": "a"}', "is slimbench 0.0.9, record_schema 4, lock a, this is slimbench"),
+        ("", "is another program, this is slimbench"),
         ("Usage: python", "is another program, this is slimbench"),
         ("[1]", "is another program"),
     ],
@@ -70,26 +94,28 @@ def test_a_worker_of_another_version_is_one_line_and_an_outcome(line: str, expec
     python.chmod(0o755)
     client = worker.Worker(str(python))
     outcome = client.run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
-    assert outcome.status is Status.FAILED and outcome.failure and not outcome.failure.interrupted
+    assert outcome.status is Status.FAILED and outcome.failure and outcome.failure.reason is None
     assert outcome.failure.message.startswith("the worker of other ") and expected in outcome.failure.message
     assert "\n" not in outcome.failure.message
 
 
-@pytest.mark.parametrize("script", ["exit 3", "echo; exit 0", None])
-def test_a_server_that_does_not_come_up_is_an_interrupted_outcome_never_an_exception(script: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "reason"), [("exit 3", Reason.INTERRUPTED), (None, Reason.MACHINE)])
+def test_a_server_that_does_not_come_up_is_a_transient_outcome_never_an_exception(
+    script: str | None, reason: Reason, tmp_path: Path
+) -> None:
     python = tmp_path / "python"
     if script:
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     outcome = worker.Worker(str(python)).run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
-    assert outcome.status is Status.FAILED and outcome.failure
+    assert outcome.status is Status.TRANSIENT and outcome.failure and outcome.failure.reason is reason
 
 
-def test_half_a_line_of_a_server_that_was_killed_is_an_interrupted_outcome(tmp_path: Path) -> None:
+def test_half_a_line_of_a_server_that_was_killed_is_a_transient_outcome(tmp_path: Path) -> None:
     import json
 
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho '{json.dumps(worker.own_version())}'\nread line\nprintf '{{\"event\": \"ex'\n")
     python.chmod(0o755)
     outcome = worker.Worker(str(python)).run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
-    assert outcome.status is Status.FAILED and outcome.failure and outcome.failure.interrupted
+    assert outcome.status is Status.TRANSIENT and outcome.failure and outcome.failure.reason is Reason.MACHINE

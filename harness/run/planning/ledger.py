@@ -20,13 +20,14 @@ _FINAL = (Status.OK, Status.UNSUPPORTED)
 
 
 class State(StrEnum):
-    """Where a task stands."""
+    """Where a task stands. `transient`: open, and the last attempt was cut off."""
 
     OK = "ok"
     FAILED = "failed"
     UNSUPPORTED = "unsupported"
     NEEDLESS = "needless"
     OPEN = "open"
+    TRANSIENT = "transient"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Ledger:
         return self._endings.get(task.name)
 
     def state(self, task: Task) -> State:
-        ending = self.ending(task)
-        return ending.state if ending else State.OPEN
+        if ending := self.ending(task):
+            return ending.state
+        record = recorded(self.store, self.plan.cells[task.cell], task.stage)
+        return State.TRANSIENT if record is not None and record.status is Status.TRANSIENT else State.OPEN
 
     def is_ready(self, task: Task) -> bool:
         """Whether all that must come before has ended."""
@@ -129,9 +132,11 @@ def _eligible(store: Store, cell: Cell | PlannedCell, stage: Stage) -> Iterator[
 
 def stands(record: Record, config: RunConfig, since: str) -> bool:
     """Whether a record makes running its stage needless: it was made since then, or stands under the cell's `on_existing`."""
+    if record.status is Status.TRANSIENT:
+        return False
     if since and record.started >= since:
         return True
-    if (record.failure and record.failure.interrupted) or record.phase == PLAN:
+    if record.phase == PLAN:
         return False
     return not _is_redone(record, config.on_existing) and not reuse.changed_code(record, config)
 

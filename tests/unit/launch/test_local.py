@@ -10,37 +10,42 @@ from typing import Any
 
 import pytest
 
+from slimbench.harness.cli.exit_codes import ExitCode, of
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import LauncherConfig
 from slimbench.harness.launch import sweep
 from slimbench.harness.launch.local import LocalLauncher
 from slimbench.harness.measure import hardware as machine
 from slimbench.harness.run.cell import Cell
-from slimbench.harness.run.planning.ledger import Ledger, State
+from slimbench.harness.run.planning.ledger import Ledger, State, recorded
 from slimbench.harness.run.planning.plan import Plan, make_plan
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.run.worker import Outcome
 from slimbench.harness.schema.hardware import Gpu
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import Failure
 from slimbench.harness.store.store import Store, StoreError
 from tests.support.running import Listener, cell
 
 
 class Rehearsal(Runner):
-    """A runner whose stages end at once, or as `act` says."""
+    """A runner whose stages end at once as `unsupported`, or as `act` says."""
 
-    act: Callable[[Cell, Stage, int | None], None] = staticmethod(lambda cell, stage, card: None)  # type: ignore[assignment]
+    act: Callable[[Cell, Stage, int | None], Outcome | None] = staticmethod(lambda cell, stage, card: None)  # type: ignore[assignment]
     log: list[tuple[str, Stage, int | None, float, float]]
 
     def _outcome(self, cell: Cell, stage: Stage) -> Outcome:
         began = time.monotonic()
-        self.act(cell, stage, self.card)
+        outcome = self.act(cell, stage, self.card)
         self.log.append((cell.identity.pipeline, stage, self.card, began, time.monotonic()))
-        return Outcome(Status.UNSUPPORTED, "test", 0.0, failure=Failure(type="Test", message="stood in for"))
+        return (
+            outcome
+            if isinstance(outcome, Outcome)
+            else Outcome(Status.UNSUPPORTED, "test", 0.0, failure=Failure(type="Test", message="stood in for"))
+        )
 
 
-def rehearsal(act: Callable[..., None] = lambda cell, stage, card: None) -> type[Rehearsal]:
+def rehearsal(act: Callable[..., Outcome | None] = lambda cell, stage, card: None) -> type[Rehearsal]:
     return type("R", (Rehearsal,), {"act": staticmethod(act), "log": []})
 
 
@@ -130,6 +135,42 @@ def test_what_goes_wrong_in_a_slot_ends_the_launch(overrides: list[str], tmp_pat
     with pytest.raises(StoreError, match="no space"):
         LocalLauncher(Listener(), runner=rehearsal(fill_the_disk)).launch(plan_of(overrides, "dense"), Store(tmp_path))
     assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+
+
+def cut_off(times: int) -> Callable[..., Outcome | None]:
+    """The quality of the reference is cut off by a full disk so many times."""
+    left = iter(range(times))
+
+    def act(cell: Cell, stage: Stage, card: int | None) -> Outcome | None:
+        if (cell.identity.pipeline, stage) != ("dense", Stage.QUALITY) or next(left, None) is None:
+            return None
+        return Outcome(Status.TRANSIENT, "test", 1.0, failure=Failure(type="OSError", message="full", reason=Reason.DISK))
+
+    return act
+
+
+def test_a_reference_that_was_cut_off_is_made_again_before_what_is_compared_with_it(overrides: list[str], tmp_path: Path) -> None:
+    plan, runner, store = plan_of([*overrides, "limits.retry_pause_s=0.1"], "rtn-4bit"), rehearsal(cut_off(2)), Store(tmp_path)
+    LocalLauncher(Listener(), runner=runner).launch(plan, store)
+    order = [name for name, stage, *_ in runner.log if stage is Stage.QUALITY]
+    assert order == ["dense", "dense", "dense", "rtn-4bit"]
+    assert [s for name, s, *_ in runner.log if name == "dense"].index(Stage.SPEED) == 1, "other work goes on meanwhile"
+    record = recorded(store, plan.cells[0], Stage.QUALITY)
+    assert record and [attempt.reason for attempt in record.attempts] == [Reason.DISK] * 2 and record.wall_seconds == 2.0
+    assert of(Ledger(plan, store)) is ExitCode.NOTHING_MEASURED
+
+
+def test_what_is_cut_off_again_and_again_is_left_with_what_waits_for_it(overrides: list[str], tmp_path: Path) -> None:
+    mine = [*overrides, "limits.retries=2", "limits.retry_pause_s=0.01"]
+    plan, runner, store = plan_of(mine, "rtn-4bit"), rehearsal(cut_off(9)), Store(tmp_path)
+    LocalLauncher(Listener(), runner=runner).launch(plan, store)
+    ran = [(name, stage) for name, stage, *_ in runner.log]
+    assert ran.count(("dense", Stage.QUALITY)) == 3 and ("rtn-4bit", Stage.QUALITY) not in ran
+    assert ("rtn-4bit", Stage.SPEED) in ran, "what does not wait for it runs"
+    ledger = Ledger(plan, store)
+    assert ledger.counts()[State.TRANSIENT] == 1 and ledger.counts()[State.OPEN] == 1 and of(ledger) is ExitCode.STOPPED
+    LocalLauncher(Listener(), runner=runner).launch(plan, store)
+    assert len(runner.log) == len(ran) + 3, "the next run tries as often again"
 
 
 def cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
