@@ -44,7 +44,7 @@ def run(runner: Runner, cell: Cell) -> list[Record]:
     plan = make_plan([cell])
     ledger, runner.since = Ledger(plan, runner.store), plan.created
     for task in plan.tasks:
-        if ledger.ending(task) is None:
+        if ledger.ending(task) is None and ledger.is_ready(task):
             runner.attempt(plan.cells[task.cell].cell, task.stage)
     mine = next(planned for planned in plan.cells if planned.identity == cell.identity)
     return [record for task in plan.of(mine) if (record := recorded(runner.store, mine, task.stage))]
