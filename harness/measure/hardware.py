@@ -7,6 +7,8 @@ import importlib.util
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +62,40 @@ def cuda_cards() -> list[Gpu]:
     """The CUDA cards that this process may see, in the order of torch; none where torch lacks CUDA or the driver is not there."""
     if not _torch_has_cuda():
         return []
+    with _nvml() as (pynvml, handles):
+        return [
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(h),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
+                driver=pynvml.nvmlSystemGetDriverVersion(),
+                compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(h))),
+            )
+            for h in handles
+        ]
+
+
+@functools.cache
+def card_names() -> list[str]:
+    """The UUIDs of the cards of `cuda_cards`, in the same order. They name a card on this machine, and stand in no record."""
+    if not _torch_has_cuda():
+        return []
+    with _nvml() as (pynvml, handles):
+        return [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+
+
+@contextmanager
+def _nvml() -> Iterator[tuple[Any, list[Any]]]:
+    """The driver's library and its handles of the visible cards; no card where there is no driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        yield pynvml, []
+        return
     try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(h),
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(h).total),
-                driver=driver,
-                compute_capability=".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(h))),
-            )
-            for h in _visible(handles, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        ]
+        yield pynvml, _visible(handles, os.environ.get("CUDA_VISIBLE_DEVICES"))
     finally:
         pynvml.nvmlShutdown()
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from slimbench.harness.config import environments, lock
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import available_cores, available_memory
-from slimbench.harness.run import journal, provenance, public, reuse
+from slimbench.harness.run import journal, provenance, public, reuse, turns
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import PLAN, recorded, reusable
 from slimbench.harness.run.planning.obstacles import environment, obstacle
@@ -136,7 +136,15 @@ class Runner:
             wall_s=cell.config.limits.wall_s,
             memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
         )
-        return self._worker(cell, stage).run(task, lambda event: self.listener.stage_event(cell, stage, event))
+
+        def tell(event: dict[str, Any]) -> None:
+            self.listener.stage_event(cell, stage, event)
+
+        def wait(text: str) -> None:
+            tell({"event": "phase", "name": text})
+
+        with turns.turn(turns.places(cell.config, stage), task.wall_s, wait, lambda: self._closed) as fault:
+            return turns.marked(self._worker(cell, stage).run(task, tell), stage, fault)
 
     def _seen_by_the_worker(self, config: RunConfig, threads: int) -> RunConfig:
         """The configuration with its threads, in a process that sees no other card than this runner's."""

@@ -19,11 +19,12 @@ from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the tests' own, but for compiled kernels; what uses it asks no network."""
+    """A cache of the tests' own, but for compiled kernels; what uses it asks no network, and waits for no stage of another test run."""
     folder = with_kernels(tmp_path_factory.mktemp("cache"))
     patch = pytest.MonkeyPatch()
     patch.setenv("SLIMBENCH_CACHE", str(folder))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("SLIMBENCH_TURNS", str(tmp_path_factory.mktemp("turns")))
     yield folder
     patch.undo()
 
