@@ -20,8 +20,9 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from slimbench.tasks import hub
 from slimbench.tasks.archive import check_member, unpack
-from slimbench.tasks.errors import AssetError
+from slimbench.tasks.errors import AssetError, DataError, HubError
 from slimbench.util import checksums
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
@@ -132,7 +133,7 @@ def is_present(name: str) -> bool:
     if asset.scheme == "file":
         return Path(asset.location).expanduser().exists()
     if asset.scheme == "hf":
-        return _cached_snapshot(asset) is not None
+        return _cached_snapshot(*_hub_address(asset)) is not None
     return all((_folder(asset) / member).is_file() for member in asset.members)
 
 
@@ -261,23 +262,28 @@ def _local(asset: Asset) -> Path:
 
 
 def fetch_hub(repository: str, revision: str | None = None) -> Path:
-    """Download a hub model into the hub client's own cache, or find it there. Pickled weights are never downloaded.
+    """Download a hub model into the hub client's own cache, or find it there: what a commit names is not asked for again.
+
+    Pickled weights are never downloaded.
 
     Args:
         repository: `ORG/NAME`.
         revision: Commit, tag or branch; None for the main branch.
 
     Raises:
+        HubError: The hub or the way to it failed, again and again.
         AssetError: It cannot be had, or has no safetensors.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    what = f"{repository} from the hub"
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise AssetError(f"cannot fetch {repository} from the hub: {reason}; check its name, your connection and HF_TOKEN") from error
+        folder = _cached_snapshot(repository, revision) if hub.is_commit(revision) else None
+        folder = folder or Path(hub.patiently(what, lambda: snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES)))
+    except HubError:
+        raise
+    except DataError as error:
+        raise AssetError(f"{error}; check its name, your connection and HF_TOKEN") from error
     if not any(folder.rglob("*.safetensors")):
         raise AssetError(f"{repository} has no safetensors at revision {revision or 'main'}; give a revision that has, such as refs/pr/1")
     return folder
@@ -288,11 +294,11 @@ def _hub_address(asset: Asset) -> tuple[str, str | None]:
     return repository, revision or None
 
 
-def _cached_snapshot(asset: Asset) -> Path | None:
+def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the hub client's cache, if all its files are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repository, revision = _hub_address(asset)
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):

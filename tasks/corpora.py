@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from slimbench.tasks import assets
+from slimbench.tasks import assets, hub
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import closest, nearest
@@ -195,15 +195,8 @@ def _parse(spec: str) -> dict[str, str | None]:
 def _hub_documents(spec: str) -> list[str]:
     """The rows of one text field. Empty rows are kept: the papers' protocols join them too."""
     part = _parse(spec)
-    from datasets import load_dataset
-
-    config, split, column = part["config"] or None, str(part["split"]), str(part["field"])
-    kwargs = {"data_files": {split.partition("[")[0]: config}} if config and "/" in config else {"name": config}
-    try:
-        rows = load_dataset(part["path"], split=split, revision=part["revision"], **kwargs)
-    except Exception as error:  # the library raises many kinds, for network, name, configuration and split
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise DataError(f"cannot load '{spec}': {reason}") from error
+    column = str(part["field"])
+    rows = hub.rows(str(part["path"]), part["config"] or None, str(part["split"]), part["revision"])
     if column not in rows.column_names:
         raise DataError(f"'{spec}' has no field '{column}'{nearest(column, rows.column_names)}")
     return [str(row) for row in rows[column]]

@@ -9,3 +9,7 @@ class DataError(Exception):
 
 class AssetError(DataError):
     """An asset is unknown, or could not be fetched whole."""
+
+
+class HubError(AssetError):
+    """The hub or the way to it failed, not what was asked of it: the same may succeed later."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from pathlib import Path
 
 from slimbench.harness.config.schema import RunConfig
-from slimbench.tasks import assets
+from slimbench.tasks import assets, hub
 
 _TIMEOUT_S = 5.0
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def unavailable(config: RunConfig) -> str | None:
@@ -57,10 +55,10 @@ def commit_of(repository: str, revision: str | None) -> str | None:
     from huggingface_hub import constants
 
     name = revision or "main"
-    if _COMMIT.fullmatch(name):
+    if hub.is_commit(name):
         return name
     ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / name
-    if ref.is_file() and _COMMIT.fullmatch(commit := ref.read_text().strip()):
+    if ref.is_file() and hub.is_commit(commit := ref.read_text().strip()):
         return commit
     if not reachable():
         return None

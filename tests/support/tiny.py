@@ -60,19 +60,24 @@ def tokens(samples: int = 4, length: int = 32, seed: int = 0) -> Calibration:
 
 def save_tiny(folder: Path) -> Path:
     """Write a two-layer Llama with random weights and a tokenizer of one token a byte, from which cells can be run."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from slimbench.harness.run.proofs.method import tiny_model
 
     tiny_model(folder, dtype="float32")
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token a byte, and one for the end of a text, into the folder of a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return folder
 
 
 def save_text(file: Path) -> None:
