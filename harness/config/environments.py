@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from slimbench.harness.config.errors import ConfigError
+from slimbench.util import locks
 from slimbench.util.files import cache_dir
 from slimbench.util.text import nearest
 
@@ -80,11 +81,8 @@ def make(name: str) -> Path:
     Raises:
         ConfigError: There is none of that name, or pip could not install it.
     """
-    from filelock import FileLock
-
     wanted = get(name)
-    wanted.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{wanted.folder}.lock"):
+    with locks.held(wanted.folder):
         if not wanted.is_made:
             pip = [str(wanted.python), "-P", "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
             _run(name, [sys.executable, "-P", "-m", "venv", "--clear", str(wanted.folder)])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import queue
 import re
 import struct
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.measure.zeros import zeros
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
+from slimbench.util import files
 
 _DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # in the order of the file format's codes
 _EMBEDDING, _HEAD = "decoder/embeddings/weight", "decoder/projection/weight"
@@ -184,7 +184,7 @@ class CTranslate2Engine(Engine):
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        with tempfile.TemporaryDirectory(prefix="slimbench-ctranslate2-") as scratch:
+        with files.scratch("ctranslate2") as scratch:
             return CTranslate2Model(loader(artefact, Path(scratch), trust_remote_code), read_config(artefact))
 
 

@@ -6,7 +6,6 @@ A dense artefact is exported when it is loaded (nothing is kept).
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from slimbench.harness.engines.graph import Array, Cached, GraphModel, Weight, e
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.measure.zeros import Zeros, zeros
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.util import files
 
 _PRODUCTS = {  # node of a graph → what the optimiser may make of it, and the dtype of the product
     "MatMul": (("MatMul", "FusedMatMul", "Gemm"), "float32"),
@@ -84,7 +84,7 @@ class ONNXRuntimeEngine(Engine):
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:
+        with files.scratch("onnx") as scratch:
             graph = loader(artefact, Path(scratch), trust_remote_code)
             return ONNXRuntimeModel(graph, read_config(artefact), Path(scratch))
 

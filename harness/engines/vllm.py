@@ -12,7 +12,6 @@ The cache is reserved when the model is loaded: what `cache_bytes` tells is the 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.measure.zeros import zeros
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
+from slimbench.util import files
 
 _LONGEST = 32_768
 _CPU_CACHE_BYTES = 2 << 30
@@ -93,7 +93,7 @@ class VllmModel(LoadedModel):
         config = read_config(artefact)
         self.vocab_size = config["vocab_size"]
         self.max_length = min(config.get("max_position_embeddings", 2048), _LONGEST)
-        self._scratch = tempfile.TemporaryDirectory(prefix="slimbench-vllm-")
+        self._scratch = files.scratch("vllm")
         self._checkpoint = loader(artefact, Path(self._scratch.name))
         self._device = torch.device(device)
         self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from slimbench.harness.measure.loaded import Observer, Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
-from slimbench.util import checksums
+from slimbench.util import checksums, files
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest, hash_file
 
@@ -155,7 +154,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
         whole |= {"truncation": None, "padding": None}  # what the last call left behind
         library = "tokenizers"
     else:
-        with tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
+        with files.scratch("tokenizer") as folder:
             whole = {Path(file).name: hash_file(Path(file)) for file in tokenizer.save_pretrained(folder) if Path(file).is_file()}
         library = "transformers"
     version = importlib.metadata.version(library)

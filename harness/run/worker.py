@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from slimbench.harness.config.lock import LOCK
 from slimbench.harness.run import provenance, public
 from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import SCHEMA_VERSION, Failure
+from slimbench.util import files
 from slimbench.util.hashing import hash_file
 
 TAIL = 4000  # characters of a message, a traceback or a log that a record keeps
@@ -86,7 +86,7 @@ class Worker:
         """
         began, phase, status, failure = time.monotonic(), "start", Status.TRANSIENT, None
         try:
-            with tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
+            with files.scratch("worker") as folder:
                 task.log = str(Path(folder) / "log")
                 server = self._started()
                 assert server.stdin is not None

@@ -10,7 +10,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import ModelConfig
 from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.tasks import assets, gguf
-from slimbench.util import checksums
+from slimbench.util import checksums, locks
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest
 from slimbench.util.text import slug
@@ -86,11 +86,8 @@ def weight_bytes(model: ModelConfig) -> int | None:
 
 def _cached(model: ModelConfig, make: Callable[[Path], None], on_phase: Callable[[str], None]) -> Path:
     """The folder of a converted or generated model; made again where its files are not the bytes that were written."""
-    from filelock import FileLock
-
     folder = _folder(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locks.held(folder):
         if checksums.seal_fault(folder) is not None:
             on_phase("prepare model")
             with checksums.sealed_folder(folder) as unfinished:

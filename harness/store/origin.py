@@ -17,6 +17,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from slimbench.util import processes
+
 FOLDER = ".slimbench"
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -46,7 +48,7 @@ def make(root: Path) -> str:
     if known := ids(root):
         return known[0]
     new = secrets.token_hex(8)
-    staging = root / f"{FOLDER}.{new}"
+    staging = root / f"{FOLDER}.{processes.current().stamp()}"
     staging.mkdir(parents=True)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (staging / f"{new}.json").write_text(json.dumps({"made": made}) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slimbench.harness.store.decode import decode
+from slimbench.util.files import may_pass, read_patiently
 
 FOLDER = "shared"
 REFERENCE = "$shared"
@@ -57,6 +58,7 @@ def join(data: Any, folder: Path | None) -> Any:
 
     Raises:
         ValueError: A part is not there, or is not what its name says. The message is one line.
+        OSError: It cannot be read at present.
     """
     for _, holder, key, _ in _places(data):
         if REFERENCE in holder[key]:
@@ -96,13 +98,15 @@ def _part(name: Any, folder: Path | None) -> dict[str, Any]:
         status = path.stat()
         return dict(_checked(path, name, status.st_mtime_ns, status.st_size))
     except OSError as error:
+        if may_pass(error):
+            raise
         raise ValueError(f"its shared part {FOLDER}/{name}.json cannot be read: {error.strerror or error}") from error
 
 
 @lru_cache(maxsize=256)
 def _checked(path: Path, name: str, changed: int, size: int) -> dict[str, Any]:
     """The content of a part, if that is what its name says. Read again when its file has changed."""
-    content = path.read_bytes()
+    content = read_patiently(path)
     if not name.endswith(f"-{_hash(content)}"):
         raise ValueError(f"its shared part {FOLDER}/{name}.json is not what its name says")
     value = decode(content)

@@ -7,6 +7,8 @@ alike lies beside them once (`harness.store.shared`).
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +22,11 @@ from pydantic_core import to_json
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
-from slimbench.harness.schema.record import NAMED_KEYS, Record
+from slimbench.harness.schema.record import NAMED_KEYS, SCHEMA_VERSION, Record
 from slimbench.harness.store import origin, shared
 from slimbench.harness.store.decode import decode
 from slimbench.util import locks
-from slimbench.util.files import write_atomically
+from slimbench.util.files import read_patiently, write_atomically
 from slimbench.util.locks import PACE, Lock, Owner, Pace
 from slimbench.util.text import one_line, slug
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 LOCKS = ".locks"
+UNREADABLE = ".unreadable"
 _LOCK_NAME = re.compile(r"[a-z]+-[^/]+-[^-/]+")
 
 
@@ -74,10 +77,27 @@ class Store:
         return self.root.joinpath(slug(cell.model), slug(cell.pipeline), name)
 
     def get(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Record | None:
-        """The folder's own record of a stage on some hardware, or None. A file that cannot be believed counts as absent."""
+        """The folder's own record of a stage on some hardware, or None. A file that cannot be believed counts as absent.
+
+        Raises:
+            StoreError: There is one that this program must not take for absent: of a newer version, or not readable at present.
+        """
         path = self.path(cell, stage, hardware)
-        record = self._believed(path, read(path), origin.ids(self.root))
+        record = self._believed(path, self._present(path), origin.ids(self.root))
         return record if isinstance(record, Record) and not record.foreign else None
+
+    def _present(self, path: Path) -> Record | str:
+        """As `read`. Errors as of `get`."""
+        try:
+            content = read_patiently(path)
+            record = parse(content, shared.folder_of(path))
+        except FileNotFoundError:
+            return "absent"
+        except OSError as error:
+            raise StoreError(f"cannot read the record {path}: {error.strerror or error}") from error
+        if isinstance(record, str) and _is_newer(content):
+            raise StoreError(f"the record {path} is of a newer version of slimbench; update this one, or give another --results")
+        return record
 
     def elsewhere(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> list[Record]:
         """The records of a stage on all other hardware, the newest first."""
@@ -149,8 +169,8 @@ class Store:
     def _put(self, record: Record) -> Path:
         path = self.path(record.cell, record.stage, record.hardware)
         try:
-            if path.exists() and not isinstance(self._believed(path, read(path), []), Record):
-                path.replace(path.with_suffix(".json.unreadable"))
+            if isinstance(self._believed(path, self._present(path), []), str):
+                _set_aside(path)
             write(path, record)
         except OSError as error:
             raise StoreError(f"cannot write the record {path}: {error.strerror or error}") from error
@@ -194,7 +214,9 @@ class Store:
 
     def files(self) -> list[Path]:
         """Every file that should be a record, sorted."""
-        return sorted(path for path in self.root.glob("*/*/*") if path.name.endswith((".json", ".json.unreadable")))
+        endings = (".json", f".json{UNREADABLE}")
+        found = (path for path in self.root.glob("*/*/*") if path.name.endswith(endings))
+        return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(self.root).parts))
 
     def scan(self, reader: Callable[[Path], Record | str] | None = None) -> tuple[list[Record], list[Unreadable]]:
         """Every record of the folder, sorted by path, and every file that should be one and is not.
@@ -207,6 +229,8 @@ class Store:
         own = origin.ids(self.root)
         for path in self.files():
             record = self._believed(path, (reader or read)(path), own)
+            if isinstance(record, Record) and path.suffix == UNREADABLE:
+                record = "set aside when it could not be read, which it can now: rename it to take it"
             if isinstance(record, Record):
                 records.append(record)
             else:
@@ -226,7 +250,7 @@ class Store:
         place = self.path(record.cell, record.stage, record.hardware)
         if record.schema_version < NAMED_KEYS:
             place = place.with_name(f"{record.stage.value}-{slug(record.key)}.json")
-        if path.with_name(path.name.removesuffix(".unreadable")) != place:
+        if path.with_name(path.name.removesuffix(UNREADABLE)) != place:
             return one_line(f"not to be believed: it belongs at {place.relative_to(self.root).as_posix()}")
         record.foreign = [record.origin] != ids if ids else record.origin is not None
         return record
@@ -246,10 +270,31 @@ def write(path: Path, record: Record) -> None:
     write_atomically(path, to_json(data, indent=1, inf_nan_mode="null") + b"\n")
 
 
+def _set_aside(path: Path) -> None:
+    """Keep a file that cannot be believed under a name that no other has, if there is one."""
+    for number in itertools.count(1):
+        name = f"{path.stem}{f'.{number}' * (number > 1)}.json{UNREADABLE}"
+        try:
+            os.link(path, path.with_name(name))
+        except FileExistsError:
+            continue
+        except FileNotFoundError:
+            return
+        path.unlink()
+        return
+
+
+def _is_newer(content: bytes) -> bool:
+    try:
+        return int(decode(content)["schema_version"]) > SCHEMA_VERSION
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return False
+
+
 def read(path: Path) -> Record | str:
     """The record in a file, or one line that says why there is none."""
     try:
-        return parse(path.read_bytes(), shared.folder_of(path))
+        return parse(read_patiently(path), shared.folder_of(path))
     except OSError as error:
         return f"not a record: {error.strerror or error}"
 
@@ -259,6 +304,9 @@ def parse(content: bytes, parts: Path | None = None) -> Record | str:
 
     Args:
         parts: Folder of what it shares with other records; None where it has to be whole.
+
+    Raises:
+        OSError: A shared part is there and cannot be read at present.
     """
     try:
         return Record.model_validate(migrate(shared.join(decode(content), parts)))

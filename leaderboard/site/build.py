@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.site import FOLDERS, Files, last, parts
 from slimbench.leaderboard.tables import engines
 from slimbench.leaderboard.tables.writers import to_csv, to_json, to_markdown
+from slimbench.util.files import write_atomically
 from slimbench.util.parallel import mapped
 
 
@@ -124,18 +124,7 @@ def _placed(out: Path, files: Files) -> Files:
 
 def _place(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all. It can be made again, so it is not forced to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_atomically(path, content, durable=False)
 
 
 def _sweep(out: Path, written: set[Path]) -> None:

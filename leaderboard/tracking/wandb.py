@@ -20,6 +20,8 @@ from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.util import locks
+from slimbench.util.files import write_atomically
 from slimbench.util.hashing import short_hash
 
 Mode = Literal["auto", "online", "offline"]
@@ -89,7 +91,7 @@ def log(
     settings |= {"x_disable_meta": True, "x_disable_stats": True}
     online = mode == "online" or (mode == "auto" and logged_in())
     state_file = folder / "wandb" / _STATE
-    state: dict[str, str] = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    state = _logged(state_file)
     place = f"{entity or ''}/{project}"
     written = []
     for run in runs(records):
@@ -117,14 +119,28 @@ def log(
                 json.dump(run.artefact, file, indent=1)
             handle.log_artifact(made)
         handle.finish()
-        state[f"{place}/{run.id}"] = run.digest
-        state_file.write_text(json.dumps(state, indent=1))
+        _note(state_file, f"{place}/{run.id}", run.digest)
         written.append(run)
         if progress:
             progress(run)
     if written:
         wandb.teardown()  # offline files are whole only when W&B's own process has ended
     return written, online
+
+
+def _logged(state_file: Path) -> dict[str, str]:
+    """The digest of each run that was logged, by its place; none where the file is torn: then all is logged again."""
+    try:
+        state = json.loads(state_file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {place: str(digest) for place, digest in state.items()} if isinstance(state, dict) else {}
+
+
+def _note(state_file: Path, place: str, digest: str) -> None:
+    """Add a run to what was logged; several nodes may log from one folder."""
+    with locks.held(state_file):
+        write_atomically(state_file, json.dumps(_logged(state_file) | {place: digest}, indent=1).encode())
 
 
 def offline_runs(folder: Path) -> list[Path]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.packed_layers import HEAD, Layer, PackedModel
+from slimbench.util import files
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ def load(artefact: Path, device: str, trust_remote_code: bool = False) -> nn.Mod
     import torch
     from gptqmodel import GPTQModel
 
-    with tempfile.TemporaryDirectory(prefix="slimbench-gptq-") as folder:
+    with files.scratch("gptq") as folder:
         write(artefact, Path(folder))
         try:
             module = GPTQModel.load(folder, device=device, trust_remote_code=trust_remote_code).model.eval()

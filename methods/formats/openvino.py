@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slimbench.methods.formats import decoder_graph as _decoder
+from slimbench.util import files
 
 IR = "openvino_model.xml"
 """The graph of an artefact of format `openvino`; its constants lie beside it in `openvino_model.bin`."""
@@ -21,7 +21,7 @@ def load_dense(folder: Path, device: str = "cpu", trust_remote_code: bool = Fals
     import openvino
 
     exact = convert(folder, trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="slimbench-openvino-") as scratch:
+    with files.scratch("openvino") as scratch:
         openvino.save_model(exact, Path(scratch) / IR, compress_to_fp16=True)
         graph = _read(Path(scratch))
     _restore(graph, exact)

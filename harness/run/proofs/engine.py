@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from slimbench.harness.run.proofs.method import tiny_model
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
+from slimbench.util import files
 
 _TOLERANCE = 0.05  # of the largest logit: bfloat16 in another order
 _WINDOW, _CHUNK, _STEPS = 24, 7, 6
@@ -105,7 +105,7 @@ def _apart_through_the_cache(model: Scores, ids: torch.Tensor, whole: torch.Tens
 def main() -> None:
     engine = get(sys.argv[1])
     for format_ in engine.loaders:
-        with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+        with files.scratch("check") as scratch:
             print(to_line(prove(engine, format_, Path(scratch))), flush=True)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.registry import entry
+from slimbench.util import files
 
 TINY = {
     "model_type": "llama",
@@ -54,7 +54,7 @@ def check(name: str) -> dict[str, Any]:
     if method.needs.environment:
         raise Unsupported(f"it runs in the environment {method.needs.environment}: slimbench engines check tries the formats of an engine")
     engine = engines.able(method.produces)
-    with tempfile.TemporaryDirectory(prefix="slimbench-check-") as scratch:
+    with files.scratch("check") as scratch:
         source = tiny_model(Path(scratch) / "dense")
         shape = shape_of(source)
         method.check(shape)
@@ -65,7 +65,7 @@ def check(name: str) -> dict[str, Any]:
         dense = DenseModel(source, source, "bfloat16", "cpu", shape)
         claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else Calibration.none(), out)
         seconds = time.perf_counter() - began
-        files = artefact.files(out)
+        stored = artefact.files(out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         model = locate(engine.target)(loaders=engine.loaders).load(out, "cpu")
         found = claims.check(model, claim, artefact.disk_bytes(out), [method.needs], matrix_parameters(source))
@@ -73,7 +73,7 @@ def check(name: str) -> dict[str, Any]:
         return {
             "seconds": seconds,
             "claim": claim.to_dict(),
-            "disk_bytes": sum(f.bytes for f in files),
+            "disk_bytes": sum(f.bytes for f in stored),
             "weight_bytes": found.weight_bytes,
             "effective_bits": found.effective_bits,
             "sparsity": found.sparsity,

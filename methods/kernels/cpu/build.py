@@ -9,13 +9,12 @@ import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from slimbench.util.files import cache_dir
+from slimbench.util import locks
+from slimbench.util.files import atomic_file, cache_dir
 
 SOURCE = Path(__file__).with_name("packed_mm.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-DAT_PARALLEL_OPENMP=1")
@@ -30,7 +29,7 @@ def missing() -> str | None:
     """Why the operator cannot be had here, in one line; None once it is compiled, or found in the cache, and registered."""
     try:
         library = _library()
-        with FileLock(f"{library}.lock"):
+        with locks.held(library):
             if not library.is_file():
                 _compile(library)
         torch.ops.load_library(library)
@@ -92,11 +91,9 @@ def _compile(library: Path) -> None:
     includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     links = [argument for path in library_paths() for argument in (f"-L{path}", f"-Wl,-rpath,{path}")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        out = Path(folder) / library.name
+    with atomic_file(library) as out:
         command = [compiler(), *FLAGS, abi, *includes, str(SOURCE), "-o", str(out), *links, "-ltorch", "-ltorch_cpu", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
             raise NotBuilt(f"{compiler()} could not build the CPU kernel: {errors[0].strip()}")
-        os.replace(out, library)

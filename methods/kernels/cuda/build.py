@@ -8,14 +8,12 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from slimbench.methods.kernels.cpu.build import NotBuilt, compiler
-from slimbench.util.files import cache_dir
+from slimbench.util import locks
+from slimbench.util.files import atomic_file, cache_dir
 
 SOURCE = Path(__file__).with_name("w4a16_decode.cu")
 HEADERS = tuple(sorted(SOURCE.parent.glob("*.cuh")))
@@ -34,12 +32,10 @@ def library() -> ctypes.CDLL:
         NotBuilt: No CUDA compiler, or it fails.
     """
     path = _path()
-    with FileLock(f"{path}.lock"):
+    with locks.held(path):
         if not path.is_file():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder) / path.name
+            with atomic_file(path) as made:
                 _run([nvcc(), *_FLAGS, *_targets(), str(SOURCE), "-o", str(made)])
-                os.replace(made, path)
     return load(path)
 
 

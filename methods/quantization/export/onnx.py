@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.util import files
 
 _LARGE = 1 << 30  # bytes from which constants lie beside the graph: one file of it holds less than 2 GiB
 
@@ -31,7 +31,7 @@ class _ONNX(Method):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import onnx as _onnx
 
-        with tempfile.TemporaryDirectory(prefix="slimbench-onnx-") as scratch:
+        with files.scratch("onnx") as scratch:
             self.quantize(_onnx.export(dense.path, Path(scratch)), out / _onnx.GRAPH)
         shutil.copyfile(dense.path / "config.json", out / "config.json")
         return self.claim()

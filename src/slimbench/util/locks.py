@@ -267,10 +267,9 @@ def _is_gone(claim: _Claim, pace: Pace) -> bool:
 
     A live process that this kernel knows is never gone. A waiter that did not look for a while, as it was suspended itself, begins anew.
     """
-    this = processes.current()
-    if claim.process == this:
+    if claim.process == processes.current():
         return claim.token not in _in_use
-    if claim.process is not None and claim.process.space and claim.process.space == this.space:
+    if claim.process is not None and claim.process.is_known():
         return claim.process.is_gone()
     now = time.monotonic()
     with _watching:

@@ -33,7 +33,7 @@ class Process:
 
     def is_gone(self) -> bool:
         """Whether it has ended, as far as this process can prove it: never for one of another node or namespace."""
-        if not self.space or self.space != current().space:
+        if not self.is_known():
             return False
         try:
             os.kill(self.pid, 0)
@@ -43,6 +43,10 @@ class Process:
             pass
         found = _status(str(self.pid))
         return found is not None and (found.has_ended or found.start != self.start)
+
+    def is_known(self) -> bool:
+        """Whether this process can tell if that one has ended."""
+        return bool(self.space) and self.space == current().space
 
     def stamp(self) -> str:
         """Part of a file's name by which `of_name` knows the process; different each time."""

@@ -16,6 +16,7 @@ import pytest
 
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import SCHEMA_VERSION, Record
+from slimbench.harness.store.shared import _checked as checked
 from slimbench.harness.store.store import Store, StoreError, Superseded, dump, read
 from slimbench.leaderboard.rows.reading import lean
 from slimbench.util import processes
@@ -188,3 +189,61 @@ def test_a_stage_that_was_taken_over_meanwhile_writes_no_record(tmp_path: Path, 
             assert second.holders()[f"compress-{record.key}"].pid == os.getpid()
     assert second.holders() == {} and len(second.scan()[0]) == 1
     first.put(record)
+
+
+def test_a_record_of_a_newer_version_is_an_error_and_stays(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    path = store.put(record.model_copy(update={"schema_version": SCHEMA_VERSION + 1}))
+    before = path.read_bytes()
+    for use in (lambda: store.get(record.cell, Stage.COMPRESS, record.hardware), lambda: store.put(record)):
+        with pytest.raises(StoreError, match="newer version of slimbench") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_server_that_does_not_answer_costs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    record = records(Spec())[0]
+    store = Store(tmp_path)
+    path = store.put(record)
+    before, read_bytes = path.read_bytes(), Path.read_bytes
+
+    def stale(file: Path) -> bytes:
+        if file == path if not shared else file.parent.name == "shared":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_bytes(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        patch.setattr(time, "sleep", lambda _: None)
+        checked.cache_clear()
+        for use in (lambda: store.get(record.cell, Stage.COMPRESS, record.hardware), lambda: store.put(record)):
+            with pytest.raises(StoreError, match="Stale file handle"):
+                use()
+        assert [fault.path for fault in store.scan()[1]] == [path.relative_to(tmp_path).as_posix()]
+    assert path.read_bytes() == before and store.get(record.cell, Stage.COMPRESS, record.hardware) == record
+
+
+def test_what_was_set_aside_is_never_replaced_and_never_counts(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    path = store.put(record)
+    for content in ("first", "second", path.read_text()[:-9]):
+        path.write_text(content)
+        store.put(record)
+    aside = sorted(path.parent.glob("*.unreadable"))
+    assert [file.read_text()[:6] for file in aside][:2] == ["second", path.read_text()[:6]] and len(aside) == 3
+    (path.parent / f"{path.name}.unreadable").write_bytes(path.read_bytes())
+    found, unreadable = store.scan()
+    assert found == [record] and len(unreadable) == 3
+    assert any("rename it to take it" in fault.reason for fault in unreadable)
+
+
+def test_hidden_files_are_no_records(tmp_path: Path, record: Record) -> None:
+    store = Store(tmp_path)
+    path = store.put(record)
+    for name in (f".{path.name}", ".locks/x/y.json", ".hydra/a/b.json"):
+        file = path.parent / name if "/" not in name else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(path.read_bytes())
+    assert store.scan() == ([record], [])
