@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from tests.chaos import corruption, faults
+from tests.chaos import concurrency, corruption, faults, surroundings
 from tests.chaos.invariants import Breach, Calm, Outcome, of_end, of_launch
 from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import build
@@ -29,14 +30,14 @@ class Kind:
     """A class of faults.
 
     Attributes:
-        draw: Draws one fault.
+        draw: Draws one fault for a sweep of these words.
         floor: Of 300 faults, at least so many.
         together: Faults thrown into one sweep.
-        sweeps: The overrides of the sweeps that it is thrown into.
+        sweeps: The overrides of the sweeps that it is thrown into, one of them at a time.
         resumed: The sweep has been run to its end before, and its folders are copied.
     """
 
-    draw: Callable[[random.Random], Fault]
+    draw: Callable[[random.Random, str], Fault]
     floor: int
     together: int = 5
     sweeps: tuple[str, ...] = (QUALITY, SPEED)
@@ -48,6 +49,9 @@ KINDS = {
     "descendants": Kind(faults.descendants, 15, 4, (QUALITY,)),
     "storage": Kind(faults.storage, 60, 6),
     "corruption": Kind(corruption.corruption, 30, 4, (QUALITY,), resumed=True),
+    "concurrency": Kind(concurrency.concurrency, 30, 3, (QUALITY,)),
+    "time": Kind(surroundings.clock, 10, 3, (f"{QUALITY} limits.wall_s={surroundings.WALL_S}",)),
+    "memory": Kind(surroundings.memory, 10, 2, (f"{QUALITY} limits.memory_gb={surroundings.MEMORY_GB}",)),
 }
 
 
@@ -91,7 +95,7 @@ class Campaign:
         say: Told one line after each case.
     """
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = partial(print, flush=True)) -> None:
         self.folder, self.seed, self.say = folder, seed, say
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "faults.jsonl"
@@ -108,7 +112,7 @@ class Campaign:
             resume: Count what the folder's `faults.jsonl` tells of, and go on after it.
         """
         if not resume:
-            self.log.unlink(missing_ok=True)
+            self._begin()
         played = [Played.read(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
         began, before = time.monotonic(), sum(len(case.thrown) for case in played)
         counts = {kind: sum(len(case.thrown) for case in played if case.kind == kind) for kind in wanted}
@@ -134,6 +138,14 @@ class Campaign:
                     with self.log.open("a") as stream:
                         stream.write(case.line() + "\n")
                     self._tell(case, sum(counts.values()), sum(wanted.values()), began, before)
+
+    def _begin(self) -> None:
+        """Remove what a campaign before has left in the folder, but for the model."""
+        self.log.unlink(missing_ok=True)
+        self._calm.clear()
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name.partition("-")[0] in ("calm", *KINDS):
+                shutil.rmtree(path)
 
     def _tell(self, case: Played, done: int, wanted: int, began: float, before: int) -> None:
         spent = time.monotonic() - began
@@ -162,7 +174,7 @@ class Campaign:
         scene = Scene(root, self.shim, self._words(words), self._calm_folder(words) if KINDS[kind].resumed else None)
         if not KINDS[kind].resumed:
             with_kernels(scene.cache)
-        left = [KINDS[kind].draw(dice) for _ in range(size)]
+        left = [KINDS[kind].draw(dice, words) for _ in range(size)]
         misses, complete = 0, False
         with scene.ended():
             while left and misses < _MISSES and len(codes) < _LAUNCHES:

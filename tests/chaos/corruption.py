@@ -137,7 +137,7 @@ def _forget_one(scene: Scene, seed: int) -> bool:
     return True
 
 
-def corruption(dice: random.Random) -> Fault:
+def corruption(dice: random.Random, words: str) -> Fault:
     """Damage to a record, to an artefact, or to what is cached beside it."""
     seed = dice.randrange(1 << 32)
     what = dice.choice(

@@ -8,48 +8,17 @@ import time
 from signal import Signals
 
 from tests.chaos.brood import KINDS, NAP
+from tests.chaos.moments import moment
 from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import Call, Depth, Program, Rule
 
-_PHASES = {
-    "prepare model": "compress: prepare model",
-    "compress": "compress: method",
-    "write artefact": "compress: write artefact",
-    "load": "load",
-    "perplexity": "quality: perplexity",
-    "first call": "speed: first call",
-    "memory": "speed: memory",
-    "speed 1": "speed: a point",
-}
 _SENT = ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "XCPU", "ALRM", "KILL", "STOP"]
 _STOPPING = {"TERM", "HUP", "USR1", "USR2"}  # to which the command answers by stopping in order
 
 
-def _moment(dice: random.Random) -> tuple[str, Rule]:
-    """Where the processes of a sweep are held: in a phase of a stage, inside `put` or `publish`, while the server imports."""
-    places = {
-        f"in {shown}": Rule(Call.WRITE, text=f'"event": "phase", "name": "{name}', programs=Program.SERVER, depths=Depth.CHILD)
-        for name, shown in _PHASES.items()
-    }
-    places |= {
-        "in put, before the file": Rule(Call.OPEN_WRITE, "*/results/*/*/.*.tmp", programs=Program.MAIN),
-        "in put, before the rename": Rule(Call.RENAME, "*/results/*/*/*.json", programs=Program.MAIN),
-        "in publish, before the rename": Rule(Call.RENAME, "*/cache/artefacts/*", programs=Program.SERVER, depths=Depth.CHILD),
-        "in publish, writing the manifest": Rule(Call.OPEN_WRITE, "*/artefact.json", programs=Program.SERVER, depths=Depth.CHILD),
-        "in the last line of a stage": Rule(Call.WRITE, text='"event": "end"', programs=Program.SERVER, depths=Depth.CHILD),
-        "in the server's answer": Rule(Call.WRITE, text='"event": "exit"', programs=Program.SERVER, depths=Depth.ITSELF),
-        "in the preload": Rule(Call.OPEN_READ, "*/transformers/*.py*", programs=Program.SERVER, depths=Depth.ITSELF, skip=200),
-        "taking a lock": Rule(Call.OPEN_WRITE, "*/.locks/*", programs=Program.MAIN),
-    }
-    name = dice.choice(sorted(places))
-    rule = places[name]
-    skip = rule.skip or dice.randrange(3)
-    return name, Rule(rule.calls, rule.path, rule.text, rule.programs, rule.depths, skip=skip)
-
-
-def signals(dice: random.Random) -> Fault:
+def signals(dice: random.Random, words: str) -> Fault:
     """A signal to a process, a group or a session, at a moment of a stage."""
-    place, rule = _moment(dice)
+    place, rule = moment(dice, words)
     number = dice.choice(_SENT)
     role = dice.choice(["main", "server", "child", "child", "grandchild", "stage group", "main group", "server session", "everything"])
     if place in ("in the preload", "taking a lock", "in put, before the file", "in put, before the rename"):
@@ -71,7 +40,7 @@ def signals(dice: random.Random) -> Fault:
     return Fault("signals", what, rule, act, environment=environment, codes=frozenset(codes))
 
 
-def descendants(dice: random.Random) -> Fault:
+def descendants(dice: random.Random, words: str) -> Fault:
     """A process that a method leaves behind: in whose session, deaf to what, holding what."""
     kind = dice.choice(["forked", "deaf", "group", "session", "daemon", "spawned", "detached", "shell", "stopped", "nested"])
     return Fault("descendants", f"a process left behind: {kind}", told=kind, environment={KINDS: kind})
@@ -95,7 +64,7 @@ _PLACES: dict[str, tuple[str, Program, Depth]] = {
 _CALLS = {"open": Call.OPEN_WRITE, "write": Call.WRITE, "rename": Call.RENAME, "fsync": Call.FSYNC, "mkdir": Call.MKDIR}
 
 
-def storage(dice: random.Random) -> Fault:
+def storage(dice: random.Random, words: str) -> Fault:
     """A system call on one of the folders fails, once or from then on, or writes half."""
     place = dice.choice(sorted(_PLACES))
     path, programs, depths = _PLACES[place]
@@ -105,7 +74,7 @@ def storage(dice: random.Random) -> Fault:
     calls = Call.OPEN_READ if call == "open to read" else _CALLS[call]
     half = call == "write" and dice.random() < 0.2
     times = dice.choice([1, 1, 3, None])
-    rule = Rule(calls, path, "", programs, depths, getattr(errno, error), half, dice.randrange(3), times)
+    rule = Rule(calls, path, "", programs, depths, getattr(errno, error), half, dice.choice([0, 0, 1, 2]), times)
     length = {1: "once", 3: "three times", None: "from then on"}[times]
     what = f"{'short write' if half else error} in {place}, at {call}, {length}"
     codes = frozenset({1} if place.startswith(("results", "temporary")) else ())

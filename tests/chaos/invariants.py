@@ -101,27 +101,31 @@ def of_launch(scene: Scene, launch: Launch, calm: Calm, faults: list[Fault]) -> 
     Args:
         faults: All that have been thrown into the case so far.
     """
-    breaches = list(_orphans(scene, "after a launch"))
-    records, _ = _scan(scene.results)
-    for path, record in records.items():
-        if path in calm.numbers and record.status is not Status.OK and record.status not in _CUT_OFF:
-            message = record.failure.summary if record.failure else ""
-            breaches.append(Breach(Outcome.FACT, f"{path} was recorded as {record.status}: {message}"))
-    open_ = [path for path in calm.numbers if path not in records or records[path].status is not Status.OK]
+    breaches, open_ = list(_orphans(scene, "after a launch")), []
+    for place in scene.places:
+        records, _ = _scan(place)
+        for path, record in records.items():
+            if path in calm.numbers and record.status is not Status.OK and record.status not in _CUT_OFF:
+                message = record.failure.summary if record.failure else ""
+                breaches.append(Breach(Outcome.FACT, f"{path} was recorded as {record.status}: {message}"))
+        open_ += [path for path in calm.numbers if path not in records or records[path].status is not Status.OK]
     for code, said in zip(launch.codes, launch.said, strict=True):
         if code is None:
             breaches.append(Breach(Outcome.HUNG, f"no end after {launch.seconds:.0f} s; {len(open_)} of {len(calm.numbers)} to do"))
         elif why := _lie(code, said, open_, launch.thrown, calm):
             breaches.append(Breach(Outcome.EXIT, why))
+    for words, code, said in launch.others:
+        if code or "Traceback" in said:
+            breaches.append(Breach(Outcome.EXIT, f"{words} ended with {code}: {_last_line(said)}"))
     return breaches
 
 
 def _lie(code: int, said: str, open_: list[str], thrown: list[Fault], calm: Calm) -> str:
     """Why an exit code, or what was said with it, is not true; empty where it is."""
-    last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+    last = _last_line(said)
     allowed = {number for fault in thrown for number in fault.codes}
     if "Traceback" in said or "unexpected" in said:
-        return f"exit code {code} with an error that nobody expected: {last[:200]}"
+        return f"exit code {code} with an error that nobody expected: {last}"
     if code in allowed:
         return ""
     if code == 0:
@@ -129,15 +133,26 @@ def _lie(code: int, said: str, open_: list[str], thrown: list[Fault], calm: Calm
     if code == 75 and open_:
         return ""
     name = signal.Signals(-code).name if code < 0 else str(code)
-    return f"exit code {name} although it was not sent, with {len(open_)} of {len(calm.numbers)} to do: {last[:200]}"
+    return f"exit code {name} although it was not sent, with {len(open_)} of {len(calm.numbers)} to do: {last}"
+
+
+def _last_line(said: str) -> str:
+    return next((line.strip()[:200] for line in reversed(said.splitlines()) if line.strip()), "")
 
 
 def of_end(scene: Scene, calm: Calm, complete: bool) -> list[Breach]:
     """What does not hold once the same command was given until it ended with 0, or as often as it may be."""
     breaches = [] if complete else [Breach(Outcome.INCOMPLETE, "the same command does not come to its end")]
     breaches += [*_orphans(scene, "in the end"), *_leftovers(scene), *_doubled(scene)]
-    records, unreadable = _scan(scene.results)
-    breaches += [Breach(Outcome.TORN, f"{fault.path}: {fault.reason}") for fault in unreadable if not fault.path.endswith(".unreadable")]
+    for place in scene.places:
+        breaches += _of_records(scene, place, calm)
+    return breaches
+
+
+def _of_records(scene: Scene, results: Path, calm: Calm) -> list[Breach]:
+    """Where the records of a folder are not those of the calm sweep."""
+    records, unreadable = _scan(results)
+    breaches = [Breach(Outcome.TORN, f"{fault.path}: {fault.reason}") for fault in unreadable if not fault.path.endswith(".unreadable")]
     for path, expected in calm.numbers.items():
         if (record := records.pop(path, None)) is None:
             breaches.append(Breach(Outcome.LOST, f"no {path}"))
@@ -149,8 +164,9 @@ def of_end(scene: Scene, calm: Calm, complete: bool) -> list[Breach]:
             breaches.append(Breach(Outcome.CHANGED, f"{path}: {_difference(expected, given)}"))
         elif record.compress:
             breaches += _other_bytes(scene, record)
-    breaches += [Breach(Outcome.DOUBLED, f"{path} beside the record of the same stage") for path in records if not records[path].foreign]
-    return breaches
+    return breaches + [
+        Breach(Outcome.DOUBLED, f"{path} beside the record of the same stage") for path in records if not records[path].foreign
+    ]
 
 
 def _difference(expected: Any, given: Any) -> str:
@@ -185,17 +201,19 @@ def _orphans(scene: Scene, when: str) -> list[Breach]:
 def _leftovers(scene: Scene) -> list[Breach]:
     """Files that finished work does not need: half-written ones, staging folders, checkpoints, locks that name an owner."""
     found = [path for path in scene.tmp.iterdir()]
-    found += [path for path in scene.results.rglob("*") if path.name.endswith(".tmp")]
-    found += [path for path in scene.results.glob("*/*/*.unreadable") if not scene.spoilt]
-    found += [path for path in scene.results.glob(".slimbench.*")]
+    for place in scene.places:
+        found += [path for path in place.rglob("*") if path.name.endswith(".tmp")]
+        found += [path for path in place.glob("*/*/*.unreadable") if not scene.spoilt]
+        found += [*place.glob(".slimbench.*"), *(place / ".locks").glob("*")]
     found += [path for path in scene.cache.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
     found += list((scene.cache / "checkpoints").glob("*"))
-    found += [path for path in (scene.results / ".locks").glob("*") if path.is_file() and path.stat().st_size]
     return [Breach(Outcome.LEFTOVER, str(path.relative_to(scene.root))) for path in found]
 
 
 def _doubled(scene: Scene) -> list[Breach]:
     """Stages that ran at the same time, or again although their record stood, as the journals tell."""
+    if len(scene.places) > 1:  # each folder has records of its own of one stage
+        return []
     return [Breach(Outcome.DOUBLED, what) for what in doubled(scene.journals, scene.spoilt)]
 
 

@@ -32,6 +32,7 @@ class Fault:
         rule: The call at which it is thrown; None where it is thrown before a launch.
         act: What is done while the rule holds a process, whose id is given; None where the rule itself is the fault.
         before: What is done before the launch; tells whether it could be done.
+        beside: What is started beside the sweep.
         told: What a method of the tests says in the file `told` of the case once it has done what its environment asks for.
         undo: What is done after the launch in which it was thrown.
         environment: Variables of the launch in which it is thrown.
@@ -43,6 +44,7 @@ class Fault:
     rule: Rule | None = None
     act: Callable[[Scene, int], None] | None = None
     before: Callable[[Scene], bool] | None = None
+    beside: Callable[[Scene], object] | None = None
     told: str = ""
     undo: Callable[[Scene], None] | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,12 +53,19 @@ class Fault:
 
 @dataclass
 class Launch:
-    """How one launch ended: exit codes of its sweeps (None: it hung and was killed), what they said, and the faults that were thrown."""
+    """How one launch ended.
+
+    Attributes:
+        codes: Exit code of each sweep; None where it hung and was killed.
+        said: By each sweep on standard error.
+        others: Of other commands: what they are, exit code, what they said.
+    """
 
     codes: list[int | None]
     said: list[str]
     thrown: list[Fault]
     seconds: float
+    others: list[tuple[str, int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,8 @@ class Scene:
         self.tmp.mkdir()
         self.board = Board(root / "board")
         self.main: list[subprocess.Popen[bytes]] = []
+        self.places = [self.results]
+        """Results folders that have to be whole in the end."""
         self.journals: list[list[Journal]] = []
         self.spoilt: set[str] = set()
         """Tasks, as `<stage>-<key>`, whose record a fault has damaged."""
@@ -129,22 +140,20 @@ class Scene:
         self.main.append(process)
         return process
 
-    def launch(self, faults: list[Fault], starts: Callable[[Scene], None] | None = None) -> Launch:
-        """Launch the sweep with faults armed, throw them as their moments come, and wait for its end.
-
-        Args:
-            starts: Starts the processes of the launch; one sweep unless it is given.
-        """
+    def launch(self, faults: list[Fault]) -> Launch:
+        """Launch the sweep with faults armed, throw them as their moments come, and wait until all that was started has ended."""
         began = time.monotonic()
         thrown = [fault for fault in faults if fault.before and fault.before(self)]
         armed = [fault for fault in faults if fault.rule]
         self.board.arm([fault.rule for fault in armed if fault.rule])
         environment = {name: value for fault in faults for name, value in fault.environment.items()}
         self.main = []
-        if starts:
-            starts(self)
-        else:
-            self.start(environment=environment)
+        for place in self.places:
+            self.start(f"results={place}", environment=environment)
+        for fault in faults:
+            if fault.beside:
+                fault.beside(self)
+                thrown.append(fault)
         hung, ended = False, {}
         while any(process.poll() is None for process in self.main):
             ended |= {n: time.time() for n, process in enumerate(self.main) if process.returncode is not None and n not in ended}
@@ -169,7 +178,10 @@ class Scene:
                 fault.undo(self)
         self._collect(ended)
         said = [(self.root / f"said-{number}").read_text(errors="replace") for number in range(len(self.main))]
-        return Launch([None if hung else process.returncode for process in self.main], said, thrown, time.monotonic() - began)
+        sweeps = [number for number, process in enumerate(self.main) if "sweep" in _words(process)]
+        codes = [None if hung else self.main[number].returncode for number in sweeps]
+        others = [(_words(p), p.returncode, said[number]) for number, p in enumerate(self.main) if number not in sweeps]
+        return Launch(codes, [said[number] for number in sweeps], thrown, time.monotonic() - began, others)
 
     def _journal(self, number: int) -> Path:
         return self.root / f"journal-{len(self.journals)}-{number}"
@@ -239,6 +251,12 @@ class Scene:
             for process in self.processes():
                 with suppress(psutil.Error):
                     process.kill()
+
+
+def _words(process: subprocess.Popen[bytes]) -> str:
+    """What slimbench was asked for by a process."""
+    words = [str(word) for word in process.args]  # type: ignore[union-attr]
+    return " ".join(words[words.index("slimbench") + 1 :][:3])
 
 
 def _last(words: list[str]) -> list[str]:
