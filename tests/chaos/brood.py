@@ -36,13 +36,12 @@ class Brood(Method):
         kinds = [kind for kind in os.environ.get(KINDS, "").split(",") if kind]
         for kind in kinds:
             _KINDS[kind]()
+            _tell(kind)
         model = dense.load()
         with torch.no_grad():
             for layer in block_linears(model).values():
                 layer.weight.mul_(0.99)
         time.sleep(float(os.environ.get(NAP, 0)))
-        for kind in kinds:
-            _tell(kind)
         save_dense(model, out)
         return Claim(self.produces)
 

@@ -21,7 +21,8 @@ from tests.support.caches import with_kernels
 from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
-_LAUNCHES = 16  # of the command at most, until it ends with 0
+_LAUNCHES = 16  # in which faults are thrown into one case, at most
+_FINISHING = 4  # launches of the undisturbed command after them, at most
 _MISSES = 3  # launches in a row in which nothing was thrown, after which what is left is not thrown
 
 
@@ -186,16 +187,17 @@ class Campaign:
                 breaches += of_launch(scene, launch, calm, thrown)
                 if all(code == 0 for code in launch.codes):
                     break  # all is recorded: what was not thrown has no moment any more
-            while len(codes) < _LAUNCHES and not complete:
+            for _ in range(_FINISHING):
                 launch = scene.launch([])
                 codes.append(launch.codes)
                 breaches += of_launch(scene, launch, calm, thrown)
-                complete = all(code == 0 for code in launch.codes)
+                if complete := all(code == 0 for code in launch.codes):
+                    break
             breaches += of_end(scene, calm, complete)
         if not breaches:
             shutil.rmtree(root)
         seconds = round(time.monotonic() - began, 1)
-        return Played(kind, number, [fault.what for fault in thrown], breaches, len(codes), seconds, codes)
+        return Played(kind, number, [fault.what for fault in thrown], list(dict.fromkeys(breaches)), len(codes), seconds, codes)
 
     def calm(self, words: str) -> Calm:
         """What a sweep gives where nothing is thrown; run once."""
