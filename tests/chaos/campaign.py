@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -87,6 +86,10 @@ class Played:
         return cls(**told | {"breaches": [Breach(Outcome(outcome), what) for outcome, what in told["breaches"]]})
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 class Campaign:
     """A seeded campaign in a folder of its own.
 
@@ -96,7 +99,7 @@ class Campaign:
         say: Told one line after each case.
     """
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = partial(print, flush=True)) -> None:
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = _print) -> None:
         self.folder, self.seed, self.say = folder, seed, say
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "faults.jsonl"
