@@ -24,6 +24,7 @@ from slimbench.harness.cli.run import run, sweep
 from slimbench.harness.cli.show import show
 from slimbench.harness.cli.status import status
 from slimbench.harness.cli.terminal import fail
+from slimbench.harness.cli.worker import worker
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, status, show, config, audit, compare, recommend, reproduce, doctor, lock):
+for command in (run, sweep, worker, status, show, config, audit, compare, recommend, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

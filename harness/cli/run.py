@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,13 +12,12 @@ import typer
 from slimbench.harness.cli.exit_codes import ExitCode, of
 from slimbench.harness.cli.terminal import FORMATS, Overrides, check_choice, console, fail, print_table, table_rows
 from slimbench.harness.config.errors import ConfigError
+from slimbench.util import durations
 
 if TYPE_CHECKING:
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.run.planning.plan import PlannedCell
     from slimbench.harness.store.store import Store
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Print what would be run and what is recorded already, and run nothing.")]
 Format = Annotated[str, typer.Option("--format", help=f"Of the plan: {', '.join(FORMATS)}.")]
@@ -41,12 +39,10 @@ def sweep(overrides: Overrides = None, plan: PlanOnly = False, format: Format = 
 
 def seconds_of(text: str | None) -> float | None:
     """The seconds of a duration such as `30s`, `150m` or `2h`."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if not match:
-        raise ConfigError(f"--stop-after {text} is no duration; give it as 30s, 150m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
+    try:
+        return None if text is None else durations.seconds(text)
+    except ValueError as error:
+        raise ConfigError(f"--stop-after: {error}") from error
 
 
 def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None) -> None:

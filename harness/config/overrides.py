@@ -21,8 +21,6 @@ _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _CHOICE = re.compile(r"(\w+)=\[?([\w.+/-]+(?:,[\w.+/-]+)*)\]?")
 _NESTED = re.compile(r"[^=]*=\s*[\[{]")
 
-_COMING = ("slurm", "ray")  # launchers for clusters
-
 
 def quoted(value: str) -> str:
     """A value as Hydra reads it whatever its letters."""
@@ -67,8 +65,6 @@ def check_names(group: str, names: Sequence[str]) -> None:
     """Raise `ConfigError` unless each is a choice of a group."""
     offered = shipped(group)
     for name in names:
-        if group == "launcher" and name in _COMING:
-            raise ConfigError(f"launcher={name} is not there yet; launcher=local runs stages on this machine")
         if name not in offered:
             own = group == "model" and Path(name).expanduser().is_dir()
             hint = f"; for a folder of your own: model=custom model.name=NAME model.source=file:{name}" if own else nearest(name, offered)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from slimbench.util import durations
 from slimbench.util.text import nearest
 
 OnExisting = Literal["keep", "failed", "stale", "all"]
@@ -279,17 +280,64 @@ class LimitsConfig(_Strict):
     retry_pause_s: float = Field(default=10.0, ge=0)
 
 
+Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value) / 60 if isinstance(value, str) else value), Field(gt=0)]
+
+
+class SizeConfig(_Strict):
+    """What a job asks for whose model has dense weights of at most `weights_gb` GB; the rest as of the launcher."""
+
+    weights_gb: float = Field(gt=0)
+    cards: int = Field(default=0, ge=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+    time: Minutes | None = None
+
+
 class LauncherConfig(_Strict):
     """Who brings stages to where they run.
 
     Attributes:
-        name: `local`: this machine.
+        name: `local`: this machine; `slurm`: job arrays; `ray`: tasks of a Ray cluster.
         slots: Stages at a time, each on a CUDA card of its own from `device.index` on; one on a CPU, where they would disturb each
             other's times.
+        partition: Of SLURM, where it is not the cluster's default; `account`, `qos` and `constraint` likewise.
+        account: Who pays.
+        qos: Quality of service.
+        constraint: Features that a node must have, such as `a100`. Speed is compared on equal hardware only.
+        cards: CUDA cards of a job whose stage runs on one; 0 for stages on CPUs. `device=auto` follows it.
+        cpus: CPU cores of a job; None leaves it to the cluster.
+        memory_gb: Main memory of a job in GB; None leaves it to the cluster.
+        time: Time limit of a job, in minutes or as `4h`; None for `limits.wall_s` and some minutes more. A stage that is cut off by it
+            goes on in the next job.
+        sizes: Cards, memory and time by the size of the model, in place of those above: the first entry that is large enough counts.
+        array: Jobs at a time; None for no limit.
+        logs: Folder of the jobs' logs; None for one beside the plan.
+        extra: Further options of sbatch, such as `{reservation: NAME}`.
     """
 
-    name: Literal["local"] = "local"
+    name: Literal["local", "slurm", "ray"] = "local"
     slots: int = Field(default=1, ge=1)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cards: int = Field(default=0, ge=0)
+    cpus: int | None = Field(default=None, ge=1)
+    memory_gb: float | None = Field(default=None, gt=0)
+    time: Minutes | None = None
+    sizes: list[SizeConfig] = []
+    array: int | None = Field(default=None, ge=1)
+    logs: str | None = Field(default=None, min_length=1)
+    extra: dict[str, str | int | float | bool] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether stages run on the machine that plans them."""
+        return self.name == "local"
+
+    @property
+    def has_cards(self) -> bool:
+        """Whether jobs get CUDA cards."""
+        return any(size.cards for size in self.sizes) or self.cards > 0
 
 
 class CalibrationConfig(_Strict):

@@ -34,7 +34,10 @@ def plan(overrides: Sequence[str], several: bool) -> Plan:
         require_sense(cell)
     _require_writable(Path(cells[0].config.results))
     found = make_plan(cells)
-    _launcher(found.launcher.name).check(found)
+    if found.launcher.is_local:
+        _launcher(found.launcher.name).check(found)
+    else:
+        _require_own_code(found)
     return found
 
 
@@ -58,7 +61,10 @@ def launch(
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.store.store import Store
 
-    plan, store = plans.read(plans.write(plan, results)), Store(results)
+    path, store = plans.write(plan, results), Store(results)
+    if not plan.launcher.is_local:
+        raise ConfigError(f"launcher={plan.launcher.name} does not submit yet; `slimbench worker {path}` runs the plan where it is started")
+    plan = plans.read(path)
     _launcher(plan.launcher.name)(listener, seconds, on_done).launch(plan, store)
     return Ledger(plan, store)
 
@@ -68,6 +74,17 @@ def _launcher(name: str) -> type[LocalLauncher]:
     from slimbench.harness.launch.local import LocalLauncher
 
     return {"local": LocalLauncher}[name]
+
+
+def _require_own_code(plan: Plan) -> None:
+    """Raise `ConfigError` unless other machines find what a plan names: methods and engines by their names, in the folders of choices."""
+    from slimbench.harness.run.trust import Distrusted, require_own_code
+
+    for cell in plan.cells:
+        try:
+            require_own_code(cell.config, trusted=True)
+        except Distrusted as error:
+            raise ConfigError(f"{error}; a choice of your own goes into a folder that SLIMBENCH_CONF names") from error
 
 
 def _require_writable(results: Path) -> None:

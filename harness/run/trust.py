@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.schema import EngineConfig, RunConfig
 from slimbench.harness.config.sources import choice, shipped_target
 from slimbench.tasks import corpora
 
@@ -53,6 +53,25 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
     return RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own)
 
 
+def require_own_code(config: RunConfig, trusted: bool) -> None:
+    """Hold the configuration of a plan that lies in a file against this installation, whose classes and loaders alone are run.
+
+    Args:
+        trusted: Allow what the user has asked for by name: code of the checkpoint, and folders of tasks.
+
+    Raises:
+        Distrusted: It names other code than the methods and the engine of its names, or needs trust and has none.
+        ConfigError: It names a method or engine that this installation does not have.
+    """
+    for step in (*config.pipeline, config.reference):
+        if step.target != (own := shipped_target(step.name)):
+            raise Distrusted(f"method '{step.name}' is {own} here, not {step.target}")
+    if config.engine != EngineConfig.model_validate(choice("engine", config.engine.name)):
+        raise Distrusted(f"engine '{config.engine.name}' is not what conf/engine/{config.engine.name}.yaml says")
+    if not trusted and (reason := next(_bringing_code(config.model_dump(include={"model", "suite"})), None)):
+        raise Distrusted(reason)
+
+
 def _shipped(step: Any) -> dict[str, Any]:
     """A step with the class that this installation has for a method of its name."""
     name = str(_section({"step": step}, "step").get("name"))
@@ -63,22 +82,28 @@ def _distrusted(config: dict[str, Any]) -> Iterator[str]:
     """Why a configuration needs trust, one line for each reason."""
     model, suite, text = (_section(config, name) for name in ("model", "suite", "calibration"))
     source = str(model.get("source"))
-    if model.get("trust_remote_code"):
-        yield "model.trust_remote_code: it would run code that the checkpoint brings along"
+    yield from _bringing_code(config)
     kind, _, rest = source.partition(":")
     if kind not in ("asset", "random") and not (kind == "hf" and _HUB_NAME.fullmatch(rest)):
         yield f"model.source={source}: neither a packaged asset nor a model of the hub"
     if (revision := model.get("revision")) is not None and not _REVISION.fullmatch(str(revision)):
         yield f"model.revision={revision}: no commit, tag or branch"
-    for place in _list(suite.get("include_path")):
-        if place is not None and not str(place).startswith("asset:"):
-            yield f"suite.include_path={place}: its tasks could bring code along"
     for spec in (*_list(suite.get("corpus")), text.get("source")):
         if not _is_public(spec):
             yield f"text '{spec}': neither a packaged corpus nor a data set of the hub"
     words = [*_list(suite.get("tasks")), *(_section(step, "settings") for step in _list(config.get("pipeline")))]
     if strange := next((text for text in _texts([words, model.get("shape")]) if not _WORD.fullmatch(text)), None):
         yield f"'{strange}': no plain word, it could be a path or an address"
+
+
+def _bringing_code(config: dict[str, Any]) -> Iterator[str]:
+    """What of a configuration could bring code along with models and tasks, one line for each."""
+    model, suite = _section(config, "model"), _section(config, "suite")
+    if model.get("trust_remote_code"):
+        yield "model.trust_remote_code: it would run code that the checkpoint brings along"
+    for place in _list(suite.get("include_path")):
+        if place is not None and not str(place).startswith("asset:"):
+            yield f"suite.include_path={place}: its tasks could bring code along"
     if hook := next((key for key in _keys(model.get("shape")) if key.startswith("_") or key in _HOOKS), None):
         yield f"model.shape.{hook}: it could bring code along"
 

@@ -122,11 +122,16 @@ def recorded(store: Store, cell: Cell | PlannedCell, stage: Stage) -> Record | N
 
 
 def _eligible(store: Store, cell: Cell | PlannedCell, stage: Stage) -> Iterator[Record]:
-    """That of this hardware first; where any will do, compression and quality that ended well on other hardware."""
+    """That of this hardware first; where any will do, compression and quality that ended well on other hardware.
+
+    Where a cluster runs the stages, who asks may have other hardware than its nodes: there all of them count.
+    """
     hardware = cell.hardware(stage)
     if record := store.get(cell.identity, stage, hardware):
         yield record
-    if cell.config.device.hardware == "any" and stage is not Stage.SPEED:
+    if not cell.config.launcher.is_local:
+        yield from store.elsewhere(cell.identity, stage, hardware)
+    elif cell.config.device.hardware == "any" and stage is not Stage.SPEED:
         yield from (other for other in store.elsewhere(cell.identity, stage, hardware) if other.status is Status.OK)
 
 

@@ -33,7 +33,12 @@ def require_sense(cell: Cell) -> None:
 
 def obstacle(cell: Cell, stage: Stage) -> str | None:
     """Why a stage of the cell cannot run on this machine, in one line; None where nothing is in its way."""
-    return _lacking(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))
+    return _misplaced(cell, stage) or _lacking(cell, stage) or impossible(cell, stage) or _uninstalled(cell, stage)
+
+
+def impossible(cell: Cell, stage: Stage) -> str | None:
+    """Why a stage of the cell cannot run on any machine, in one line; None where a machine may be there that can."""
+    return _misplaced(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))
 
 
 def environment(cell: Cell, stage: Stage) -> str | None:
@@ -43,13 +48,18 @@ def environment(cell: Cell, stage: Stage) -> str | None:
     return next((method.needs.environment for method in cell.methods if method.needs.environment), None)
 
 
+def _misplaced(cell: Cell, stage: Stage) -> str | None:
+    """A method that does not run where it is told to."""
+    config = cell.config
+    only = [(s.name, m.needs.device) for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device]
+    other = [(name, device) for name, device in only if device != config.device.compress] if stage is Stage.COMPRESS else []
+    return f"{other[0][0]} runs on {other[0][1]} only, and device.compress is {config.device.compress}" if other else None
+
+
 def _lacking(cell: Cell, stage: Stage) -> str | None:
-    """What this machine lacks for a stage, whatever runs it."""
+    """What this machine lacks for a stage: a card or memory."""
     machine, config = hardware(), cell.config
     device = config.device.compress if stage is Stage.COMPRESS else config.device.name
-    only = [(s.name, m.needs.device) for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device not in (None, device)]
-    if stage is Stage.COMPRESS and only:
-        return f"{only[0][0]} runs on {only[0][1]} only, and device.compress is {device}"
     if device == "cuda" and not machine.gpus:
         needing = next((s.name for s, m in zip(config.pipeline, cell.methods, strict=True) if m.needs.device == "cuda"), None)
         asked = config.device.name == "cuda" or not needing
@@ -58,10 +68,17 @@ def _lacking(cell: Cell, stage: Stage) -> str | None:
     return memory.shortage(config, cell.methods, stage)
 
 
+def _uninstalled(cell: Cell, stage: Stage) -> str | None:
+    """An engine's modules or a stage's environment that are not on this machine."""
+    if stage is not Stage.COMPRESS:
+        reason = engines.missing(cell.config.engine)
+        return f"engine {cell.config.engine.name} {reason}" if reason else None
+    name = environment(cell, stage)
+    made = name is None or environments.get(name).is_made
+    return None if made else f"{cell.identity.pipeline} needs its environment: slimbench env make {name}"
+
+
 def _no_compression(cell: Cell) -> str | None:
-    name = environment(cell, Stage.COMPRESS)
-    if name and not environments.get(name).is_made:
-        return f"{cell.identity.pipeline} needs its environment: slimbench env make {name}"
     shape = models.known_shape(cell.config.model)
     for method in cell.methods if shape else ():
         try:
@@ -78,8 +95,7 @@ def _no_engine(cell: Cell) -> str | None:
         return f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}"
     if device not in engine.devices:
         return f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}"
-    reason = engines.missing(engine)
-    return f"engine {engine.name} {reason}" if reason else None
+    return None
 
 
 def _no_text(cell: Cell, stage: Stage) -> str | None:

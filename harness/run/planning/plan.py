@@ -21,7 +21,8 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import LauncherConfig, RunConfig
 from slimbench.harness.run.cell import Cell, hardware_of
 from slimbench.harness.run.planning import memory
-from slimbench.harness.run.planning.obstacles import environment, obstacle
+from slimbench.harness.run.planning.obstacles import environment, impossible, obstacle
+from slimbench.harness.run.trust import Distrusted, require_own_code
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage
@@ -63,7 +64,7 @@ class Task(_Frozen):
         name: Stage and content key: equal names are equal work.
         cell: Index into the plan's cells; the first of those that share the work.
         after: Names of the tasks that must have ended before.
-        refusal: Why it cannot run on the machine that planned it; its record then says so and nothing is started.
+        refusal: Why it cannot run on the machine that planned it, or on any; its record then says so and nothing is started.
     """
 
     name: str
@@ -144,7 +145,7 @@ class Plan(_Frozen):
 def make_plan(cells: Iterable[Cell]) -> Plan:
     """The plan of some cells: each reference once and before what is compared with it, each stage that cells share once.
 
-    A cell that no engine could measure here is not compressed for it, and a cell that cannot be compressed needs no reference.
+    A cell that no engine could measure is not compressed for it, and a cell that cannot be compressed needs no reference.
     """
     planned: list[PlannedCell] = []
     tasks: dict[str, Task] = {}
@@ -210,12 +211,32 @@ def read(path: Path) -> Plan:
         raise ConfigError(f"{path} is no plan of slimbench {__version__}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
-def _refusals(cell: Cell) -> dict[Stage, str]:
-    """The stages of a cell that make sense, each with why it cannot run here, empty where it can.
+def read_safely(path: Path, trusted: bool) -> Plan:
+    """The plan in a file that may be another's, held against this installation: no class or loader that only the file names is imported.
 
-    None comes after a compression that is refused, and what cannot be measured needs no compression.
+    Args:
+        trusted: Allow code that its models and folders of tasks bring along, which is run with them.
+
+    Raises:
+        ConfigError: It cannot be read, is none, names other code than this installation has, or asks for trust that it has not.
     """
-    refusals = {stage: obstacle(cell, stage) or "" for stage in cell.stages()}
+    plan = read(path)
+    try:
+        for cell in plan.cells:
+            require_own_code(cell.config, trusted)
+    except Distrusted as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return plan
+
+
+def _refusals(cell: Cell) -> dict[Stage, str]:
+    """The stages of a cell that make sense, each with why it cannot run where it is to run, empty where it can.
+
+    None comes after a compression that is refused, and what cannot be measured needs no compression. What the machine that plans lacks
+    counts only where it also runs the stages.
+    """
+    reason = obstacle if cell.config.launcher.is_local else impossible
+    refusals = {stage: reason(cell, stage) or "" for stage in cell.stages()}
     if refusals[Stage.COMPRESS]:
         return {Stage.COMPRESS: refusals[Stage.COMPRESS]}
     measured: dict[Stage, str] = {stage: refusal for stage, refusal in refusals.items() if stage != Stage.COMPRESS}

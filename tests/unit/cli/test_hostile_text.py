@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from slimbench.harness.config.schema import DeviceConfig
+from slimbench.harness.config.schema import DeviceConfig, LauncherConfig
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task, TaskNeeds, task_name
 from slimbench.harness.run.planning.progress import ProgressDisplay
 from slimbench.harness.schema.identity import Stage, Status
@@ -29,7 +29,7 @@ def test_a_failure_of_any_text_is_one_line_of_progress(message: str, tmp_path: P
     failed = record.model_copy(update={"status": Status.FAILED, "failure": Failure(type="RuntimeError", message=message)})
     cell: Any = SimpleNamespace(identity=record.cell, label="tiny · [/INST]", stages=lambda: [Stage.COMPRESS])
     out = io.StringIO()
-    config = SimpleNamespace(device=DeviceConfig(name="cpu", compress="cpu"))
+    config = SimpleNamespace(device=DeviceConfig(name="cpu", compress="cpu"), launcher=LauncherConfig())
     planned = PlannedCell.model_construct(config=config, identity=record.cell, overrides=[], stages=[Stage.COMPRESS], asked=True)
     needs = TaskNeeds(device="cpu", memory_bytes=None, environment=None, modules=[], seconds=1)
     task = Task(name=task_name(record.cell, Stage.COMPRESS), cell=0, stage=Stage.COMPRESS, after=[], needs=needs)
