@@ -297,8 +297,7 @@ class LauncherConfig(_Strict):
 
     Attributes:
         name: `local`: this machine; `slurm`: job arrays; `ray`: tasks of a Ray cluster.
-        slots: Stages at a time, each on a CUDA card of its own from `device.index` on; one on a CPU, where they would disturb each
-            other's times.
+        slots: Stages at a time, each on a CUDA card of its own from `device.index` on; one on a CPU, where they would disturb another.
         partition: Of SLURM, where it is not the cluster's default; `account`, `qos` and `constraint` likewise.
         account: Who pays.
         qos: Quality of service.
@@ -306,11 +305,9 @@ class LauncherConfig(_Strict):
         cards: CUDA cards of a job whose stage runs on one; 0 for stages on CPUs. `device=auto` follows it.
         cpus: CPU cores of a job; None leaves it to the cluster.
         memory_gb: Main memory of a job in GB; None leaves it to the cluster.
-        time: Time limit of a job, in minutes or as `4h`; None for `limits.wall_s` and some minutes more. A stage that is cut off by it
-            goes on in the next job.
+        time: Limit of a job, in minutes or as `4h`; None for `limits.wall_s` and some minutes. What it cuts off goes on in the next job.
         sizes: Cards, memory and time by the size of the model, in place of those above: the first entry that is large enough counts.
         array: Jobs at a time; None for no limit.
-        logs: Folder of the jobs' logs; None for one beside the plan.
         extra: Further options of sbatch, such as `{reservation: NAME}`.
     """
 
@@ -326,18 +323,12 @@ class LauncherConfig(_Strict):
     time: Minutes | None = None
     sizes: list[SizeConfig] = []
     array: int | None = Field(default=None, ge=1)
-    logs: str | None = Field(default=None, min_length=1)
     extra: dict[str, str | int | float | bool] = {}
 
     @property
     def is_local(self) -> bool:
         """Whether stages run on the machine that plans them."""
         return self.name == "local"
-
-    @property
-    def has_cards(self) -> bool:
-        """Whether jobs get CUDA cards."""
-        return any(size.cards for size in self.sizes) or self.cards > 0
 
 
 class CalibrationConfig(_Strict):

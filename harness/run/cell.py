@@ -123,7 +123,7 @@ def step_label(step: StepConfig) -> str:
 def _resolve_device(config: RunConfig) -> RunConfig:
     """The configuration with `device.name` resolved: by what jobs ask for where stages run elsewhere, else by what this machine has."""
     machine, device, launcher = hardware(), config.device, config.launcher
-    has_cards = bool(machine.gpus) if launcher.is_local else launcher.has_cards
+    has_cards = bool(machine.gpus) if launcher.is_local else any((launcher.cards, *(size.cards for size in launcher.sizes)))
     name = device.name if device.name != "auto" else ("cuda" if has_cards else "cpu")
     if launcher.is_local and name == "cuda" and machine.gpus and device.index >= len(machine.gpus):
         raise ConfigError(f"device.index={device.index}: this machine has {len(machine.gpus)} CUDA cards, numbered from 0")
