@@ -52,7 +52,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     device: Any = config.device.compress
     cost, watch = Cost(device), machine.LoadWatch(gpu.monitor(torch.device(device)))
     with artefact.staging(key) as folder:
-        current = artefact.location(before.key) if before else source
+        current = artefact.object_of(before.key) if before else source
         for index, (step, method) in list(enumerate(zip(config.pipeline, methods, strict=True)))[len(reused) :]:
             report.phase(f"compress {step.name}")
             out = folder / f"step-{index}"

@@ -1,23 +1,30 @@
-"""The artefact folder: a compressed model on disk with a manifest, content-addressed and written atomically."""
+"""Artefacts: compressed models on disk, each published once under the SHA-256 of what it is, and never changed.
+
+    CACHE/objects/<SHA-256 of the manifest, which holds those of the files>/    the files, read-only, and the manifest
+    CACHE/artefacts/<compress key>                                             a symbolic link to it, replaced in one step
+
+So two that publish under one key never fail and never show a moment without an artefact, and who has opened one reads it to the end. Older
+versions kept the folder itself under its key; it is read as before.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from pydantic import BaseModel
 
 from slimbench.harness.schema.compress import ArtefactFile, Spent
+from slimbench.harness.store import scratch
 from slimbench.methods.base import Claim
 from slimbench.util import checksums
-from slimbench.util.files import cache_dir, replace_folder
+from slimbench.util.files import beside, cache_dir, point, remove, replace_folder, set_modes, sweep, write_atomically
 from slimbench.util.hashing import hash_file
+from slimbench.util.text import one_line
 
 MANIFEST = "artefact.json"
 
@@ -51,8 +58,22 @@ class Damaged(Exception):
 
 
 def location(key: str) -> Path:
-    """Where the artefact of a compress key lies."""
+    """Where the artefact of a compress key is found."""
     return cache_dir() / "artefacts" / key
+
+
+def objects() -> Path:
+    """Where the files of all artefacts lie."""
+    return cache_dir() / "objects"
+
+
+def object_of(key: str) -> Path:
+    """The folder that the key of an artefact stands for now; it never changes."""
+    try:
+        name = Path(os.readlink(location(key))).name
+    except OSError:  # a folder of an older version
+        return location(key)
+    return objects() / name
 
 
 def checkpoints(key: str, step: int) -> Path:
@@ -71,10 +92,13 @@ def fault(key: str) -> str | None:
     """
     if not exists(key):
         return "it is not in the cache"
-    folder = location(key)
+    folder = object_of(key)
     if problem := damage(folder):
         return problem
-    own = {file.name for file in read_manifest(folder).files}
+    manifest = read_manifest(folder)
+    if manifest.key != key:
+        return f"it is that of another key, {one_line(manifest.key)[:80]}"
+    own = {file.name for file in manifest.files}
     strange = next((name for path in _content(folder) if (name := path.relative_to(folder).as_posix()) not in own), None)
     return f"{strange} does not belong to it" if strange else None
 
@@ -89,19 +113,29 @@ def damage(folder: Path) -> str | None:
 
 
 def opened(key: str) -> Path:
-    """The folder of an artefact that is about to be loaded.
+    """The folder of an artefact that is about to be loaded: a copy on this node where `$SLIMBENCH_SCRATCH` asks for one.
 
     Raises:
         Damaged: Its files are not those that were published.
     """
     if problem := fault(key):
         raise Damaged(f"the artefact is not to be used: {problem}")
-    return location(key)
+    folder = object_of(key)
+    with suppress(OSError):  # of another user, or a cache that cannot be written
+        os.utime(folder)
+    return scratch.copy_of(folder, {file.name: str(file.sha256) for file in read_manifest(folder).files}, MANIFEST)
+
+
+def discard(key: str) -> None:
+    """Remove an artefact."""
+    folder = object_of(key)
+    remove(location(key))
+    remove(folder)
 
 
 def unlike(key: str, recorded: Iterable[ArtefactFile]) -> str | None:
     """Where the files of an artefact and those of its compress record differ, in a few words, or None; without hashes nothing is said."""
-    here = {file.name: file.sha256 for file in read_manifest(location(key)).files}
+    here = {file.name: file.sha256 for file in read_manifest(object_of(key)).files}
     there = {file.name: file.sha256 for file in recorded}
     if None in there.values() or here == there:
         return None
@@ -131,15 +165,11 @@ def _content(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def staging(key: str) -> Iterator[Path]:
-    """An empty folder that is thrown away, whatever happens; `publish` moves what was made in it into place.
-
-    Its name tells host and process, so that what a killed process left behind is recognised and removed.
-    """
-    root = cache_dir() / "artefacts"
+    """An empty folder that is thrown away, whatever happens; `publish` moves what was made in it into place."""
+    root = location(key).parent
     root.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    folder = root / f".{key}.{socket.gethostname()}.{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    sweep(root)
+    folder = beside(location(key))
     folder.mkdir()
     try:
         yield folder
@@ -148,23 +178,29 @@ def staging(key: str) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    write_atomically(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
 
 
 def publish(folder: Path, manifest: Manifest) -> Path:
-    """Hash the files, write the manifest and move the folder to its place, replacing an older artefact of the same key."""
+    """Hash the files, write the manifest and move the folder to its place; what the key stood for before stays for who reads it."""
     manifest = manifest.model_copy(update={"files": files(folder)})
     write_manifest(folder, manifest)
-    target = location(manifest.key)
-    replace_folder(folder, target)
+    set_modes(folder, 0o444)
+    target = objects() / hash_file(folder / MANIFEST)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if damage(target):
+        replace_folder(folder, target)
     for file in manifest.files:
         checksums.remember(target / file.name, str(file.sha256))
+    link, old = location(manifest.key), beside(location(manifest.key))
+    if link.is_dir() and not link.is_symlink():
+        os.replace(link, old)
+    point(link, f"../{objects().name}/{target.name}")
+    remove(old)
     return target
 
 
-def _sweep(root: Path) -> None:
-    """Remove what dead processes of this host left behind."""
-    for path in root.glob(".*"):
-        name, _, tail = path.name.rpartition(".")
-        if ".old-" in path.name or (tail.isdigit() and name.endswith("." + socket.gethostname()) and not psutil.pid_exists(int(tail))):
-            shutil.rmtree(path, ignore_errors=True)
+def unnamed() -> list[Path]:
+    """Objects that no key stands for."""
+    named = {object_of(path.name) for path in (cache_dir() / "artefacts").glob("[!.]*")}
+    return sorted(path for path in objects().glob("*") if path not in named)

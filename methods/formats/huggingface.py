@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DenseModel
+from slimbench.util.files import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +54,7 @@ def save_dense(model: PreTrainedModel, out: Path) -> None:
 
 
 def link_source(dense: DenseModel, out: Path) -> None:
-    """Link config and weights, or copy them across file systems; only a source stored in another dtype is converted to the model's."""
+    """Link config and weights, or copy them; only a source stored in another dtype is converted to the model's."""
     config = json.loads((dense.path / "config.json").read_text())
     files = [dense.path / "config.json", *dense.path.glob("*.safetensors"), *dense.path.glob("*.safetensors.index.json")]
     if config.get("dtype", config.get("torch_dtype")) != dense.dtype or len(files) == 1:
@@ -63,7 +65,7 @@ def link_source(dense: DenseModel, out: Path) -> None:
 
 
 def link_files(folder: Path, out: Path) -> None:
-    """Link all files of an artefact but its manifest, or copy them across file systems."""
+    """Link all files of an artefact but its manifest, or copy them."""
     for file in folder.rglob("*"):
         if file.is_file() and file.name != "artefact.json":
             (out / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,11 @@ def link_files(folder: Path, out: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """Give a file of a cache a second name, as nobody changes it in place; copy one of the user's, and across file systems."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if any(source.is_relative_to(cache.resolve()) for cache in (cache_dir(), Path(HF_HUB_CACHE))):
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

@@ -123,11 +123,9 @@ def test_an_artefact_that_cannot_be_loaded_is_a_failed_record_of_the_stage_that_
 
 
 def test_an_artefact_lost_from_the_cache_is_made_again(runner: Runner, overrides: list[str]) -> None:
-    import shutil
-
     this = cell(overrides, "method=rtn-8bit")
     run(runner, this)
-    shutil.rmtree(artefact.location(this.identity.keys.compress))
+    artefact.discard(this.identity.keys.compress)
     runner.store.path(this.identity, Stage.QUALITY, this.hardware(Stage.QUALITY)).unlink()
     records = run(runner, this)
     assert [r.status for r in records] == [Status.OK] * 3

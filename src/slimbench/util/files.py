@@ -67,7 +67,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
 @contextmanager
 def atomic_file(target: Path, durable: bool = True) -> Iterator[Path]:
     """A name beside `target` for a file that takes its place when the block ends well, and vanishes when it does not."""
-    temporary = _beside(target, ".tmp")
+    temporary = beside(target, ".tmp")
     try:
         try:
             temporary.touch()
@@ -89,7 +89,7 @@ def atomic_file(target: Path, durable: bool = True) -> Iterator[Path]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(target, "")
+    temporary = beside(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -108,7 +108,8 @@ def set_modes(folder: Path, files: int = 0o666) -> None:
     rights = stat.S_IMODE(folder.stat().st_mode)
     for entry in folder.rglob("*"):
         if not entry.is_symlink():
-            entry.chmod(rights if entry.is_dir() else rights & files)
+            with suppress(PermissionError):  # a second name of a file of another user, who chose its rights
+                entry.chmod(rights if entry.is_dir() else rights & files)
 
 
 def replace_folder(folder: Path, target: Path) -> None:
@@ -121,11 +122,23 @@ def replace_folder(folder: Path, target: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        old = _beside(target, ".old")
+        old = beside(target, ".old")
         with suppress(FileNotFoundError):
             os.replace(target, old)
         shutil.rmtree(old, ignore_errors=True)
     _sync(target.parent)
+
+
+def point(link: Path, target: str) -> None:
+    """Let a symbolic link name a target, in one step and durably, whatever it named before."""
+    new = beside(link, ".tmp")
+    new.symlink_to(target)
+    try:
+        os.replace(new, link)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync(link.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -190,8 +203,8 @@ def _rests(path: Path) -> bool:
     return time.time() - max(entry.lstat().st_mtime for entry in entries(path)) > _DAY_S
 
 
-def _beside(target: Path, ending: str) -> Path:
-    """A new hidden name beside a path that tells whose it is."""
+def beside(target: Path, ending: str = "") -> Path:
+    """A new hidden name beside a path that tells whose it is: what a killed process leaves there is swept."""
     return target.with_name(f".{target.name[:_LONGEST_NAME]}.{processes.current().stamp()}{ending}")
 
 
