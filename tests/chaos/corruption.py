@@ -141,7 +141,7 @@ def corruption(dice: random.Random, words: str) -> Fault:
     """Damage to a record, to an artefact, or to what is cached beside it."""
     seed = dice.randrange(1 << 32)
     what = dice.choice(
-        ["record", "record", "record", "field", "field", "artefacts", "artefacts", "reference", "tokens", "hashes", "swapped", "copied"]
+        ["record", "record", "record", "field", "field", "objects", "objects", "reference", "tokens", "hashes", "swapped", "copied"]
     )
     if what == "swapped":
         return _swapped(seed)
