@@ -8,8 +8,10 @@ on some positions whose whole distribution is kept.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from numpy.lib.format import open_memmap
 
 from slimbench.harness.schema.quality import DivergenceResult
+from slimbench.harness.store.partial import pack, unpack
 from slimbench.util import checksums
 from slimbench.util.files import cache_dir, replace_folder
 
@@ -43,12 +46,13 @@ class Recorder:
         positions: Positions that will be seen.
         top_k: Tokens kept one by one.
         vocabulary: Width of the logits.
+        folder: Where an earlier attempt may have begun to write; None: in a new one.
     """
 
-    def __init__(self, key: str, positions: int, top_k: int, vocabulary: int) -> None:
+    def __init__(self, key: str, positions: int, top_k: int, vocabulary: int, folder: Path | None = None) -> None:
         self.key, self.seen, self.top_k = key, 0, min(top_k, vocabulary)
-        self.folder = location(f".{key}.{uuid.uuid4().hex}")
-        self.folder.mkdir(parents=True)
+        self.folder = folder or location(f".{key}.{uuid.uuid4().hex}")
+        self.folder.mkdir(parents=True, exist_ok=True)
         index_dtype = np.uint16 if vocabulary <= 1 << 16 else np.int32
         self.logp = self._array("logp", np.float32, (positions, self.top_k))
         self.index = self._array("index", index_dtype, (positions, self.top_k))
@@ -59,7 +63,12 @@ class Recorder:
         self.exact = self._array("exact", np.float32, (len(self.exact_at), vocabulary))
 
     def _array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-        return open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        file = self.folder / f"{name}.npy"
+        with suppress(OSError, ValueError):  # there is none, or a torn one
+            begun = open_memmap(file, mode="r+")
+            if begun.dtype == dtype and begun.shape == shape:
+                return begun
+        return open_memmap(file, mode="w+", dtype=dtype, shape=shape)
 
     def __call__(self, scores: torch.Tensor, norm: torch.Tensor, label: torch.Tensor) -> None:
         rows = slice(self.seen, self.seen + len(scores))
@@ -72,11 +81,33 @@ class Recorder:
             self.exact[row] = (scores[at - rows.start] - norm[at - rows.start]).cpu().numpy()
         self.seen = rows.stop
 
+    def since(self, first: int) -> dict[str, Any]:
+        return {"rows": [first, self.seen], "sha256": self._sha256(slice(first, self.seen))}
+
+    def restore(self, kept: dict[str, Any]) -> bool:
+        """They are in the files, or the machine went down before they came there."""
+        rows = slice(*kept["rows"])
+        if rows.start != self.seen or rows.stop > len(self.tail) or self._sha256(rows) != kept["sha256"]:
+            return False
+        self.seen = rows.stop
+        return True
+
+    def _sha256(self, rows: slice) -> str:
+        digest = hashlib.sha256()
+        for array in (self.logp, self.index, self.tail, self.label, self.first):
+            digest.update(array[rows].tobytes())
+        for row, _ in _within(self.exact_at, rows):
+            digest.update(self.exact[row].tobytes())
+        return digest.hexdigest()
+
     def close(self) -> None:
         """Move the finished files into place; which of two writers comes last does not matter, for both wrote the same."""
+        if not self.folder.exists() and exists(self.key):  # another process took this stage over, and came to its end
+            return
         for array in (self.logp, self.index, self.tail, self.label, self.first, self.exact):
             array.flush()
         checksums.write_seal(self.folder, {"top_k": self.top_k, "positions": self.seen})
+        location(self.key).parent.mkdir(parents=True, exist_ok=True)
         replace_folder(self.folder, location(self.key))
 
     def discard(self) -> None:
@@ -114,6 +145,21 @@ class Comparison:
             whole = torch.from_numpy(self.exact[row].copy()).to(device)
             self.exact_kl[row] = float((whole.exp() * (whole - (scores[at - rows.start] - norm[at - rows.start]))).sum())
         self.seen = rows.stop
+
+    def since(self, first: int) -> dict[str, Any]:
+        parts = {name: pack(getattr(self, name)[first : self.seen]) for name in ("kl", "agree", "delta")}
+        exact = [row for row, _ in _within(self.exact_at, slice(first, self.seen))]
+        return {"rows": [first, self.seen], "exact": pack(self.exact_kl[exact]), **parts}
+
+    def restore(self, kept: dict[str, Any]) -> bool:
+        rows = slice(*kept["rows"])
+        if rows.start != self.seen:
+            return False
+        for name in ("kl", "agree", "delta"):
+            getattr(self, name)[rows] = unpack(kept[name])
+        self.exact_kl[[row for row, _ in _within(self.exact_at, rows)]] = unpack(kept["exact"])
+        self.seen = rows.stop
+        return True
 
     def result(self, windows: int) -> DivergenceResult:
         """What was seen, in so many equally long windows."""

@@ -19,6 +19,7 @@ from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import DocumentResult
+from slimbench.harness.store.partial import Part
 from slimbench.tasks import corpora
 from slimbench.util.files import cache_dir
 
@@ -26,9 +27,12 @@ _TASK = "documents"
 
 
 def measure(
-    model: Scores, tokenizer: Any, wanted: Pass, batch_tokens: int, on_progress: Callable[[int, int], None]
+    model: Scores, tokenizer: Any, wanted: Pass, batch_tokens: int, on_progress: Callable[[int, int], None], part: Part | None = None
 ) -> tuple[DocumentResult, int]:
     """Score documents, each from its first token on.
+
+    Args:
+        part: Keeps what is scored (see `EngineLM`).
 
     Returns:
         The result, and the number of tokens that went through the model, padding included.
@@ -39,7 +43,7 @@ def measure(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     corpus = corpora.load(wanted.corpus)
     texts = evenly([d for d in corpus.documents if d.strip()], wanted.limit)
-    lm = EngineLM(model, tokenizer, batch_tokens, on_progress)
+    lm = EngineLM(model, tokenizer, batch_tokens, on_progress, part)
     out = simple_evaluate(
         model=lm,
         tasks=[task(_written(wanted.corpus, texts))],

@@ -12,16 +12,18 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from slimbench.harness.config.schema import Pass, SuiteConfig
 from slimbench.harness.measure import protocols
-from slimbench.harness.measure.loaded import Observer, Scores, label_logprobs
+from slimbench.harness.measure.loaded import Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.harness.store.partial import Part
 from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
 from slimbench.util import checksums, files
@@ -36,6 +38,20 @@ OnProgress = Callable[[int, int], None]
 
 class Diverged(Exception):
     """The model gives no finite likelihood: the artefact is broken, and no number is recorded."""
+
+
+class Watcher(Protocol):
+    """An observer of `label_logprobs` whose share in a batch of windows can be kept and put back."""
+
+    seen: int
+
+    def __call__(self, scores: torch.Tensor, norm: torch.Tensor, label: torch.Tensor) -> None: ...
+
+    def since(self, first: int) -> dict[str, Any]:
+        """What it has of the positions from `first` on, as JSON."""
+
+    def restore(self, kept: dict[str, Any]) -> bool:
+        """Put that back, as if the positions had been seen; false where that cannot be done, and nothing changes."""
 
 
 class Windows:
@@ -89,22 +105,33 @@ class Windows:
         return model.logits(ids, self.first - 1)[:, :-1]
 
 
-def measure(model: Scores, windows: Windows, on_progress: OnProgress, observe: Observer | None = None) -> PerplexityResult:
+def measure(
+    model: Scores, windows: Windows, on_progress: OnProgress, watcher: Watcher | None = None, part: Part | None = None
+) -> PerplexityResult:
     """Score the windows of a pass.
 
     Args:
         on_progress: Called with windows done and windows in all.
-        observe: Sees the distributions at every label (see `harness.measure.divergence`).
+        watcher: Sees the distributions at every label (see `harness.measure.divergence`).
+        part: Keeps each batch; what it has of an earlier attempt is not scored again.
 
     Raises:
         Diverged: A likelihood is NaN or infinite.
     """
-    ids, wanted = windows.ids, windows.wanted
+    ids, wanted, part = windows.ids, windows.wanted, part or Part()
     nll: list[float] = []
+
+    def score(batch: torch.Tensor) -> dict[str, Any]:
+        first = watcher.seen if watcher else 0
+        logprobs = label_logprobs(windows.logits(model, batch), batch[:, windows.first :], watcher)
+        return {"nll": (-logprobs.double().mean(1)).tolist(), "seen": watcher.since(first) if watcher else None}
+
+    def accept(kept: dict[str, Any]) -> bool:
+        return watcher.restore(kept["seen"]) if watcher else True
+
     on_progress(0, len(ids))
-    for part in ids.split(model.batch(max(1, _BATCH_TOKENS // wanted.seqlen))):
-        logprobs = label_logprobs(windows.logits(model, part), part[:, windows.first :], observe)
-        nll += (-logprobs.double().mean(1)).tolist()
+    for batch in ids.split(model.batch(max(1, _BATCH_TOKENS // wanted.seqlen))):
+        nll += part.once(batch.numpy().tobytes(), len(batch), partial(score, batch), accept)["nll"]
         if not all(map(math.isfinite, nll)):
             raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")
         on_progress(len(nll), len(ids))

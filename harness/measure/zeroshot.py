@@ -7,6 +7,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from slimbench.harness.config.schema import SuiteConfig
 from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.measure.perplexity import Diverged
 from slimbench.harness.schema.quality import ZeroshotItems, ZeroshotResult
+from slimbench.harness.store.partial import Part
 from slimbench.tasks import zeroshot
 from slimbench.tasks.overlap import overlap
 
@@ -31,12 +33,18 @@ class EngineLM(TemplateLM):
     Requests that share all input tokens (the one-token answers of a multiple choice) share one forward pass; batches
     are filled by length up to `batch_tokens` and to what the model runs at once. Log-softmax in float32. A likelihood that is
     not finite is `Diverged`.
+
+    Args:
+        part: Keeps the answers of each batch and each text; what it has of an earlier attempt is not asked again.
     """
 
-    def __init__(self, model: Scores, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, model: Scores, tokenizer: Any, batch_tokens: int, on_progress: Callable[[int, int], None], part: Part | None = None
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.on_progress = batch_tokens, on_progress
+        self.part = part or Part()
         self.forward_tokens = 0
 
     @property
@@ -67,20 +75,26 @@ class EngineLM(TemplateLM):
         done = 0
         self.on_progress(0, len(requests))
         for batch in self._batches(sorted(by_input, key=lambda ids: (-len(ids), ids))):
-            longest = max(1, *(len(requests[i][2]) for ids in batch for i in by_input[ids]))
-            width = len(batch[0])
-            start = max(0, min(len(ids) for ids in batch) - longest)
-            padded = torch.zeros(len(batch), width, dtype=torch.int64)
-            for row, ids in enumerate(batch):
-                padded[row, : len(ids)] = torch.tensor(ids)
-            logits = self.model.logits(padded, start)
-            self.forward_tokens += padded.numel()
-            for row, ids in enumerate(batch):
-                for index in by_input[ids]:
-                    answers[index] = self._score(logits[row], len(ids) - start, requests[index][2])
-                    done += 1
+            asked = [index for ids in batch for index in by_input[ids]]
+            wanted = [[requests[index][2] for index in by_input[ids]] for ids in batch]
+            given = self.part.once([batch, wanted], len(asked), partial(self._answers, batch, wanted))
+            for index, (score, greedy) in zip(asked, given, strict=True):
+                answers[index] = score, greedy
+            self.forward_tokens += len(batch) * len(batch[0])
+            done += len(asked)
             self.on_progress(done, len(requests))
         return answers
+
+    def _answers(self, batch: list[tuple[int, ...]], wanted: list[list[list[int]]]) -> list[tuple[float, bool]]:
+        """The score of each continuation of each input of a batch, in their order; the longest input comes first."""
+        longest = max(1, *(len(continuation) for continuations in wanted for continuation in continuations))
+        start = max(0, min(len(ids) for ids in batch) - longest)
+        padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
+        for row, ids in enumerate(batch):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        logits = self.model.logits(padded, start)
+        rows = zip(logits, batch, wanted, strict=True)
+        return [self._score(row, len(ids) - start, continuation) for row, ids, several in rows for continuation in several]
 
     @staticmethod
     def _score(logits: torch.Tensor, end: int, continuation: list[int]) -> tuple[float, bool]:
@@ -123,11 +137,14 @@ class EngineLM(TemplateLM):
             stops = [options["until"]] if isinstance(options.get("until"), str) else list(options.get("until", []))
             limit = int(options.get("max_gen_toks", 256))
             prompt = self.tok_encode(context)[-max(1, self.model.max_length - limit) :]
-            texts.append(self._generate(prompt, stops, limit))
+            text, tokens = self.part.once([prompt, stops, limit], 1, partial(self._generate, prompt, stops, limit))
+            self.forward_tokens += tokens
+            texts.append(text)
             self.on_progress(len(texts), len(requests))
         return texts
 
-    def _generate(self, prompt: list[int], stops: list[str], limit: int) -> str:
+    def _generate(self, prompt: list[int], stops: list[str], limit: int) -> tuple[str, int]:
+        """The text that follows a prompt, and the number of tokens that went through the model."""
         model = Generates.of(self.model)
         step, produced, text = model.prefill(torch.tensor([prompt]), room=limit), [], ""
         for _ in range(limit):
@@ -139,10 +156,9 @@ class EngineLM(TemplateLM):
             if any(stop in text for stop in stops):
                 break
             step = model.decode_step(step)
-        self.forward_tokens += len(prompt) + len(produced)
         for stop in stops:
             text = text.split(stop)[0]
-        return text
+        return text, len(prompt) + len(produced)
 
 
 def measure(
@@ -151,11 +167,13 @@ def measure(
     suite: SuiteConfig,
     on_progress: Callable[[int, int], None],
     calibration: NDArray[np.integer[Any]] | None = None,
+    part: Part | None = None,
 ) -> tuple[list[ZeroshotResult], int]:
     """Run the zero-shot tasks of a suite.
 
     Args:
         calibration: The cell's calibration tokens [samples, length], to be looked for in the questions.
+        part: Keeps answers (see `EngineLM`).
 
     Returns:
         A result for each task, and the number of tokens that went through the model, padding included.
@@ -164,7 +182,7 @@ def measure(
     folders = [str(folder) for folder in zeroshot.folders(suite.include_path, suite.tasks)]
     own = bool(zeroshot.of_lm_eval(suite.include_path, suite.tasks))
     manager = TaskManager(include_path=[*folders], include_defaults=own)
-    lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress)
+    lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress, part)
     out = simple_evaluate(
         model=lm,
         tasks=list(suite.tasks),

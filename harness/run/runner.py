@@ -18,6 +18,7 @@ from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Attempt, Failure, Record
+from slimbench.harness.store import partial
 from slimbench.harness.store.store import Store, Superseded
 from slimbench.tasks import zeroshot
 
@@ -118,6 +119,8 @@ class Runner:
             self.listener.note(f"{cell.label}: {error}; what was measured here is dropped")
             return None
         journal.note(task, record.status)
+        if record.status is not Status.TRANSIENT:
+            partial.discard(self._partial(cell, stage)["partial"])
         self.listener.stage_ended(cell, stage, record, reused=False)
         return record
 
@@ -131,7 +134,7 @@ class Runner:
         task = Task(
             stage=stage,
             config=self._seen_by_the_worker(cell.config, threads).model_dump(mode="json", by_alias=True),
-            keys=cell.identity.keys.model_dump() | {"prefixes": _prefix_keys(cell, stage)},
+            keys=cell.identity.keys.model_dump() | {"prefixes": _prefix_keys(cell, stage)} | self._partial(cell, stage),
             reference_key=self._reference_key(cell, stage),
             wall_s=cell.config.limits.wall_s,
             memory_bytes=int(limit * 1e9 if limit else _MEMORY_SHARE * available_memory()),
@@ -145,6 +148,11 @@ class Runner:
 
         with turns.turn(turns.places(cell.config, stage), task.wall_s, wait, lambda: self._closed) as fault:
             return turns.marked(self._worker(cell, stage).run(task, tell), stage, fault)
+
+    def _partial(self, cell: Cell, stage: Stage) -> dict[str, str]:
+        """What the worker needs to know to keep a stage's work, and to go on with that of earlier attempts."""
+        name = f"{stage}-{cell.identity.keys.of(stage)}-{cell.hardware(stage).fingerprint}-{self.store.claim()}"
+        return {"partial": name, "since": self.since if cell.config.on_existing == "all" else ""}
 
     def _seen_by_the_worker(self, config: RunConfig, threads: int) -> RunConfig:
         """The configuration with its threads, in a process that sees no other card than this runner's."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from slimbench.harness.config import lock
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
 from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration
 from slimbench.tasks import calibration as calibration_sets
+
+_PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "lm_eval")
 
 
 class Reporter(Protocol):
@@ -38,6 +44,25 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
     began = time.perf_counter()
     model: Loaded = engine.load(folder, device, config.model.trust_remote_code)
     return model, time.perf_counter() - began
+
+
+def identity(stage: Stage, config: RunConfig, key: str, reference_key: str | None) -> dict[str, Any]:
+    """What the results of a measurement depend on beside their input: what its journal holds under another identity is not used."""
+    parts = {part: artefact.read_manifest(artefact.location(part)).files for part in (key, reference_key) if part and artefact.exists(part)}
+    used = ("model", "engine", "device", "suite") if stage is Stage.QUALITY else ("model", "engine", "device", "speed", "limits")
+    return {
+        "artefacts": {part: {file.name: file.sha256 for file in files} for part, files in parts.items()},
+        "code": lock.fingerprints(config, stage),
+        "versions": {package: importlib.metadata.version(package) for package in [*_PACKAGES, *_packages(config.engine.modules)]},
+        "config": config.model_dump(mode="json", include=set(used), exclude={"device": {"index", "hardware"}}),
+        "seed": config.seed,
+    }
+
+
+def _packages(modules: Sequence[str]) -> list[str]:
+    """The installed packages that have these import names; looking for them takes a second."""
+    installed = importlib.metadata.packages_distributions() if modules else {}
+    return [package for module in modules for package in installed.get(module, ())]
 
 
 def evidence_of(model: Loaded, config: RunConfig, key: str) -> Evidence:

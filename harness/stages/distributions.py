@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import shutil
 
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure import divergence, perplexity
@@ -11,6 +12,7 @@ from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.perplexity import Windows
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.stages.common import Reporter, load
+from slimbench.harness.store.partial import Journal, Part
 from slimbench.tasks import corpora
 from slimbench.util.hashing import digest
 
@@ -18,8 +20,8 @@ from slimbench.util.hashing import digest
 class Distributions:
     """The reference's next-token distributions: written while the reference is scored, read while others are."""
 
-    def __init__(self, config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> None:
-        self.config, self.reference_key, self.report = config, reference_key, report
+    def __init__(self, config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal) -> None:
+        self.config, self.reference_key, self.report, self.journal = config, reference_key, report, journal
         self.is_reference = key == reference_key
         self.wanted = config.suite.divergence
 
@@ -37,28 +39,32 @@ class Distributions:
             return
         model = Scores.of(load(self.config, self.reference_key, self.report, "load reference")[0])
         for part in absent:
-            self.report.phase(f"reference distributions {part.wanted.corpus}")
-            self._record(model, part)
+            self.report.phase(name := f"reference distributions {part.wanted.corpus}")
+            self._record(model, part, self.journal.part(f"{name} {self._key(part)}", "windows of the reference"))
 
-    def measure(self, model: Scores, windows: Windows) -> PerplexityResult:
+    def measure(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
         """Score a model; of the reference, keep the distributions, of another model, the distance from them."""
         if self.wanted and self.is_reference:
-            return self._record(model, windows)
+            return self._record(model, windows, part)
         if not self.wanted or self.missing:
-            return perplexity.measure(model, windows, self.report.progress)
+            return perplexity.measure(model, windows, self.report.progress, part=part)
         comparison = divergence.Comparison(self._key(windows))
-        measured = perplexity.measure(model, windows, self.report.progress, comparison)
+        measured = perplexity.measure(model, windows, self.report.progress, comparison, part)
         measured.divergence = comparison.result(len(windows.ids))
         return measured
 
-    def _record(self, model: Scores, windows: Windows) -> PerplexityResult:
-        positions = len(windows.ids) * windows.labels
-        recorder = divergence.Recorder(self._key(windows), positions, self.config.suite.top_k, model.vocab_size)
+    def _record(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
+        key, positions = self._key(windows), len(windows.ids) * windows.labels
+        folder = self.journal.folder / f"distributions-{key}" if self.journal.folder else None
+        if folder and not folder.exists() and self.journal.interruptions and divergence.exists(key):
+            shutil.copytree(divergence.location(key), folder)  # an earlier attempt had come to the end of this part
+        recorder = divergence.Recorder(key, positions, self.config.suite.top_k, model.vocab_size, folder)
         try:
-            measured = perplexity.measure(model, windows, self.report.progress, recorder)
+            measured = perplexity.measure(model, windows, self.report.progress, recorder, part)
             recorder.close()
         except BaseException:
-            recorder.discard()
+            if folder is None:
+                recorder.discard()
             raise
         return measured
 

@@ -13,27 +13,29 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
+from slimbench.harness.store.partial import Journal, Part
 from slimbench.tasks.overlap import overlap
 
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
-def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> QualityResult:
+def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> QualityResult:
     """Measure an artefact under every protocol of the suite.
 
     Args:
         key: Compress key of the artefact.
         reference_key: That of the reference; None where the reference did not run.
+        journal: Keeps what is scored, and has what earlier attempts scored.
 
     Raises:
         harness.measure.perplexity.Diverged: The artefact is worse than chance.
         methods.base.Unsupported: The engine does not score tokens.
     """
-    suite = config.suite
+    suite, journal = config.suite, journal or Journal()
     source = models.prepare(config.model, report.phase)
     tokenizer = tokenizer_of(source, config)
     windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol != "document"]
-    distributions = Distributions(config, key, reference_key, report)
+    distributions = Distributions(config, key, reference_key, report, journal)
     distributions.prepare(windows)
     loaded, load_seconds = load(config, key, report)
     model = Scores.of(loaded)
@@ -41,8 +43,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     calibration = calibration_of(config, source, report)
     seen = calibration.ids.numpy() if calibration else None
     for part in windows:
-        with _timed(result, report, f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"):
-            measured = distributions.measure(model, part)
+        name = f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
+        with _timed(result, report, journal, name, "windows") as kept:
+            measured = distributions.measure(model, part, kept)
         if not result.perplexity and measured.perplexity > model.vocab_size:
             raise perplexity.Diverged(
                 f"perplexity {measured.perplexity:.3g} exceeds the vocabulary size {model.vocab_size}: worse than chance"
@@ -51,26 +54,27 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
-        with _timed(result, report, f"{wanted.corpus} document"):
-            scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress)
+        with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
+            scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress, kept)
         result.documents.append(scored)
         result.forward_tokens += tokens
     if suite.tasks:
-        with _timed(result, report, "zero-shot"):
-            result.zeroshot, tokens = zeroshot.measure(model, tokenizer, suite, report.progress, seen)
+        with _timed(result, report, journal, "zero-shot", "answers") as kept:
+            result.zeroshot, tokens = zeroshot.measure(model, tokenizer, suite, report.progress, seen, kept)
         result.forward_tokens += tokens
-    result.flags = _flags(result, distributions)
+    result.flags = [*_flags(result, distributions), *journal.remarks()]
     return result
 
 
 @contextmanager
-def _timed(result: QualityResult, report: Reporter, part: str) -> Iterator[None]:
-    """Report a part as a phase, and keep its wall time."""
+def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str, unit: str) -> Iterator[Part]:
+    """Report a part as a phase, and keep its wall time, in earlier attempts too."""
     name = perplexity.public_name(part)
     report.phase(name)
     began = time.perf_counter()
-    yield
-    result.seconds[name] = time.perf_counter() - began
+    kept = journal.part(name, unit)
+    yield kept
+    result.seconds[name] = time.perf_counter() - began + kept.seconds
 
 
 def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
