@@ -48,6 +48,7 @@ def seconds_of(text: str | None) -> float | None:
 def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None) -> None:
     check_choice("--format", format, FORMATS)
     seconds = seconds_of(stop_after)
+    from slimbench.harness.launch import signals
     from slimbench.harness.launch import sweep as sweeps
 
     plan = sweeps.plan(overrides, several)
@@ -63,8 +64,10 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
     told, asked = console(stderr=True), [cell for cell in plan.cells if cell.asked]
     try:
         told.print(f"{len(asked)} cell{'s' * (len(asked) > 1)} → {results}/")
-        with ProgressDisplay(plan, store, told) as display:
+        with signals.raised(), ProgressDisplay(plan, store, told) as display:
             ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store))
+    except signals.Stopped as stopped:
+        fail(f"stopped by {stopped.name}; the same command goes on where it stopped", ExitCode.STOPPED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
     _print_rows(ledger, results)

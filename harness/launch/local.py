@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.launch.signals import Stopped
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task
@@ -20,6 +21,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
 
 _LOOK_AGAIN_S = 1.0
+_STOP_S = 20.0  # for what runs to be recorded
 
 
 @dataclass
@@ -46,8 +48,11 @@ class LocalLauncher:
     def launch(self, plan: Plan, store: Store) -> None:
         """As of `Launcher.launch`.
 
+        At a signal (`harness.launch.signals`) or Ctrl+C what runs is ended and recorded.
+
         Raises:
             ConfigError: There are fewer cards than slots.
+            Stopped: At a signal, when all slots have ended.
         """
         cards = _cards(plan)
         runners = [self.runner(store, self.listener, plan.created, card) for card in cards]
@@ -60,6 +65,14 @@ class LocalLauncher:
                 if isinstance(event, BaseException):
                     raise event
                 self.on_done(event)
+        except (Stopped, KeyboardInterrupt):
+            work.stop()
+            for runner in runners:
+                runner.interrupt()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join(_STOP_S)
+            raise
         finally:
             work.stop()
             for runner in runners:

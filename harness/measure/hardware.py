@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from slimbench.harness.measure import cgroups
 from slimbench.harness.schema.hardware import Gpu, Hardware
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -23,15 +25,25 @@ _KINDS = {"Data": "d", "Instruction": "i"}
 @functools.cache
 def hardware() -> Hardware:
     cpu, flags = _cpu()
-    return Hardware(cpu, flags, available_cores(), available_memory(), cuda_cards(), cpu_caches())
+    return Hardware(cpu, flags, available_cores(), machine_memory(), cuda_cards(), cpu_caches())
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: by its affinity, its control groups' share of time, and what a SLURM job has asked for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if quota := cgroups.processor_quota():
+        cores = min(cores, max(1, round(quota)))
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 def available_memory() -> int:
-    """Bytes of RAM that this process may use: the machine's, or less where a cgroup limits it."""
+    """Bytes of RAM that this process may use: the machine's, or less where a control group limits it."""
+    return min(psutil.virtual_memory().total, cgroups.memory_limit() or sys.maxsize)
+
+
+def machine_memory() -> int:
+    """Bytes of RAM of the machine, or of the container that stands for one: what a job asked for is no property of its hardware."""
     total = psutil.virtual_memory().total
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -39,6 +51,17 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory, in this process's own control group where that tells; 0 where nothing does."""
+    if (own := cgroups.oom_kills()) is not None:
+        return own
+    try:
+        fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        return int(fields.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def cpu_caches() -> dict[str, int]:

@@ -18,8 +18,8 @@ from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Attempt, Failure, Record
-from slimbench.harness.store import partial
-from slimbench.harness.store.store import Store, Superseded
+from slimbench.harness.store import partial, spool
+from slimbench.harness.store.store import Store, StoreError, Superseded
 from slimbench.tasks import zeroshot
 
 _MEMORY_SHARE = 0.95
@@ -53,7 +53,16 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._workers: dict[tuple[str, bool], Worker] = {}
-        self._closed = False
+        self._closed = self._interrupted = False
+
+    def interrupt(self) -> None:
+        """End the stage that runs within seconds, and begin no other; from any thread or signal handler.
+
+        Its record is `transient`, and `attempt` returns it.
+        """
+        self._interrupted = True
+        for worker in list(self._workers.values()):
+            worker.interrupt()
 
     def close(self) -> None:
         """End whatever runs, from any thread; a stage that is cut off so leaves no record."""
@@ -68,7 +77,7 @@ class Runner:
 
         Raises:
             harness.store.store.StoreError: The results folder cannot be written.
-            harness.run.worker.Closed: `close` was called meanwhile.
+            harness.run.worker.Closed: `interrupt` or `close` was called before anything began, or `close` meanwhile.
         """
         if self.card is not None:
             device = cell.config.device.model_copy(update={"index": self.card})
@@ -76,6 +85,8 @@ class Runner:
         with self.store.lock(cell.identity, stage, cell.hardware(stage)) as mine:
             if not mine:
                 return None
+            if kept := spool.deliver(self.store, cell.identity, stage, cell.hardware(stage)):
+                self.listener.note(f"{cell.label}: {stage} was measured at {kept.started}, when its record could not be written; now it is")
             record = reusable(self.store, cell, stage, self.since)
             if record is None:
                 before = self.store.get(cell.identity, stage, cell.hardware(stage))
@@ -118,6 +129,9 @@ class Runner:
         except Superseded as error:
             self.listener.note(f"{cell.label}: {error}; what was measured here is dropped")
             return None
+        except StoreError as error:
+            where = spool.keep(self.store, record) if record.status is not Status.TRANSIENT else None
+            raise StoreError(f"{error}; it is kept in {where} until the next run" if where else str(error)) from error
         journal.note(task, record.status)
         if record.status is not Status.TRANSIENT:
             partial.discard(self._partial(cell, stage)["partial"])
@@ -146,7 +160,7 @@ class Runner:
         def wait(text: str) -> None:
             tell({"event": "phase", "name": text})
 
-        with turns.turn(turns.places(cell.config, stage), task.wall_s, wait, lambda: self._closed) as fault:
+        with turns.turn(turns.places(cell.config, stage), task.wall_s, wait, lambda: self._closed or self._interrupted) as fault:
             return turns.marked(self._worker(cell, stage).run(task, tell), stage, fault)
 
     def _partial(self, cell: Cell, stage: Stage) -> dict[str, str]:
@@ -171,9 +185,10 @@ class Runner:
         name = environment(cell, stage)
         python = str(environments.get(name).python) if name else sys.executable
         key = (python, is_offline(cell))
-        if self._closed:
+        worker = self._workers.setdefault(key, Worker(*key, card=self.card))
+        if self._closed or self._interrupted:
             raise Closed
-        return self._workers.setdefault(key, Worker(*key, card=self.card))
+        return worker
 
     def _artefacts_ready(self, cell: Cell, stage: Stage) -> Outcome | None:
         """Make artefacts again that are not in the cache as they were recorded: gone, damaged, or made by other code."""

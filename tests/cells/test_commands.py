@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from slimbench.harness.cli.exit_codes import ExitCode
@@ -40,23 +35,6 @@ def test_a_run_that_failed_says_so_then_and_later(overrides: list[str], tmp_path
     assert (facts["failed"], facts["to run"], facts["exit code"]) == (1, 0, ExitCode.FAILED) and "library" in next(
         iter(facts["failures"].values())
     )
-
-
-def test_an_interrupted_sweep_leaves_no_process(overrides: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "slimbench", "run", *overrides, *BAD, "+method.bad.how=hang", f"results={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    family: list[psutil.Process] = []
-    deadline = time.monotonic() + 90
-    while len(family) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-        family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 2, "the server and the stage that hangs"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == ExitCode.INTERRUPTED
-    assert process.stderr and "goes on where it stopped" in process.stderr.read()
-    assert psutil.wait_procs(family, timeout=10)[1] == []
-    cut_off = [record for record in Store(tmp_path).scan()[0] if record.cell.pipeline.startswith("bad")]
-    assert cut_off == [], "a stage that is cut off leaves no record; the reference before it may have one"
 
 
 def test_a_cell_is_logged_when_it_is_done(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

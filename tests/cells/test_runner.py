@@ -83,6 +83,7 @@ def test_quality_is_the_same_number_each_time(runner: Runner, overrides: list[st
         ("abort", (), Status.FAILED, "SIGABRT"),
         ("unsupported", (), Status.UNSUPPORTED, "not on this machine"),
         ("hang", ("limits.wall_s=5",), Status.TIMEOUT, "limits.wall_s"),
+        ("share", ("limits.memory_gb=1.6",), Status.FAILED, "library"),
         ("allocate", ("limits.memory_gb=1.5",), Status.OOM, "exceeded the limit of 1.5 GB"),
     ],
 )
@@ -98,6 +99,31 @@ def test_each_way_to_fail_is_one_record_and_leaves_no_half_artefact(
     assert record.peak_memory_bytes
     assert not artefact.exists(this.identity.keys.compress)
     assert run(runner, this)[0].started == record.started, "a failure stays recorded until asked for"
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("full", Status.TRANSIENT, Reason.DISK),
+        ("quota", Status.TRANSIENT, Reason.DISK),
+        ("broken", Status.TRANSIENT, Reason.DISK),
+        ("stale", Status.TRANSIENT, Reason.DISK),
+        ("safetensors", Status.TRANSIENT, Reason.DISK),
+        ("handles", Status.TRANSIENT, Reason.MACHINE),
+        ("nobody", Status.TRANSIENT, Reason.NETWORK),
+        ("busy", Status.TRANSIENT, Reason.HUB),
+        ("offline", Status.TRANSIENT, Reason.HUB),
+        ("card", Status.TRANSIENT, Reason.CARD),
+        ("card memory", Status.OOM, None),
+        ("missing", Status.FAILED, None),
+        ("not found", Status.FAILED, None),
+    ],
+)
+def test_what_the_machine_did_is_told_from_what_the_method_did(
+    runner: Runner, overrides: list[str], how: str, status: Status, reason: Reason | None
+) -> None:
+    (record,) = run(runner, bad(overrides, f"'{how}'", "stages=[]"))
+    assert record.failure and (record.status, record.failure.reason) == (status, reason), record.failure
 
 
 def test_a_killed_worker_is_recorded_and_run_again_by_the_same_command(runner: Runner, overrides: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def test_a_daemon_that_a_stage_leaves_takes_neither_its_result_nor_its_limit_and
 
 def test_what_has_come_to_its_end_counts_whatever_happened_afterwards() -> None:
     last = {"event": "end", "status": Status.OK, "phase": "x", "result": {}}
-    judged = server._judge((Status.TIMEOUT, "late"), last, 9, False)
+    judged = server._judge({"status": Status.TIMEOUT, "failure": {"type": "Timeout", "message": "late"}}, last, 9, False)
     assert judged == {"status": Status.OK, "phase": "x", "result": {}}
 
 
@@ -111,9 +113,77 @@ def test_a_server_that_does_not_come_up_is_a_transient_outcome_never_an_exceptio
     assert outcome.status is Status.TRANSIENT and outcome.failure and outcome.failure.reason is reason
 
 
-def test_half_a_line_of_a_server_that_was_killed_is_a_transient_outcome(tmp_path: Path) -> None:
-    import json
+@pytest.mark.parametrize(
+    ("lines", "seconds", "type", "reason"),
+    [
+        ("read line\nsleep 600", 2, "Late", Reason.MACHINE),
+        ("sleep 600", 2, "Late", Reason.MACHINE),
+        ("read line\necho gibberish", 60, "JSONDecodeError", Reason.MACHINE),
+        ("read line\necho '{}'", 60, "ValueError", Reason.MACHINE),
+    ],
+)
+def test_a_server_that_hangs_or_babbles_before_the_stage_began_is_the_machines_fault(
+    lines: str, seconds: float, type: str, reason: Reason, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(worker.own_version())}'\n{lines}\n")
+    python.chmod(0o755)
+    began, client = time.monotonic(), worker.Worker(str(python))
+    outcome = client.run(worker.Task(Stage.COMPRESS, {}, {}, None, seconds, 10**9), lambda event: None)
+    assert (outcome.status, outcome.failure and outcome.failure.type) == (Status.TRANSIENT, type) and time.monotonic() - began < 60
+    assert outcome.failure and outcome.failure.reason is reason
+    assert not any(client._mark.items() <= environ(process).items() for process in psutil.process_iter()), "nothing is left of it"
 
+
+def environ(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except psutil.Error:
+        return {}
+
+
+def test_a_folder_without_room_for_the_log_is_the_disks_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker.files, "scratch", full)
+    outcome = worker.Worker().run(worker.Task(Stage.COMPRESS, {}, {}, None, 60, 10**9), lambda event: None)
+    assert outcome.status is Status.TRANSIENT and outcome.failure and outcome.failure.reason is Reason.DISK
+
+
+def test_suspension_is_no_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.2, 0.4, 900.4, 900.6, 901.0])
+    monkeypatch.setattr(server.time, "monotonic", lambda: next(now))
+    clock = server._Clock()
+    for is_suspended in (False, False, False, False, True):
+        clock.tick(is_suspended)
+    assert (round(clock.seconds, 6), round(clock.suspended, 6)) == (0.6, 900.4)
+
+
+def test_a_tree_that_was_suspended_goes_on_where_it_was(runner: Runner, overrides: list[str], tmp_path: Path) -> None:
+    file, records = tmp_path / "pid", []
+    target = "+method.bad._target_=tests.support.misbehaving.Misbehaving"
+    mine = ["~method.dense", target, "+method.bad.how=flush", f"+method.bad.file={file}"]
+    this = make_cell(resolve([*overrides, *mine, "limits.wall_s=8", "stages=[]"]))
+    thread = threading.Thread(target=lambda: records.append(runner.attempt(this, Stage.COMPRESS)))
+    thread.start()
+    while not (file.exists() and file.read_text()):
+        time.sleep(0.05)
+    began, child = time.monotonic(), psutil.Process(int(file.read_text()))
+    tree = [psutil.Process(child.ppid()), child]
+    for process in tree:
+        process.suspend()
+    time.sleep(9)
+    for process in tree:
+        process.resume()
+    time.sleep(1)
+    assert thread.is_alive(), "nine seconds of suspension do not exceed a limit of eight"
+    thread.join(60)
+    elapsed, (record,) = time.monotonic() - began, records
+    assert record.status is Status.TIMEOUT and record.wall_seconds < elapsed
+
+
+def test_half_a_line_of_a_server_that_was_killed_is_a_transient_outcome(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho '{json.dumps(worker.own_version())}'\nread line\nprintf '{{\"event\": \"ex'\n")
     python.chmod(0o755)

@@ -21,7 +21,7 @@ from slimbench.harness.store.store import Store
 from slimbench.util.text import one_line
 
 HEARTBEAT_S = 30.0
-_COLOURS = {Status.OK: "green", Status.UNSUPPORTED: "yellow"}
+_COLOURS = {Status.OK: "green", Status.UNSUPPORTED: "yellow", Status.TRANSIENT: "yellow"}
 
 
 @dataclass

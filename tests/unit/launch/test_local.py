@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from slimbench.harness.run.runner import Runner
 from slimbench.harness.run.worker import Outcome
 from slimbench.harness.schema.hardware import Gpu
 from slimbench.harness.schema.identity import Reason, Stage, Status
-from slimbench.harness.schema.record import Failure
+from slimbench.harness.schema.record import Failure, Record
+from slimbench.harness.store import store as stores
 from slimbench.harness.store.store import Store, StoreError
 from tests.support.running import Listener, cell
 
@@ -158,6 +160,31 @@ def test_a_reference_that_was_cut_off_is_made_again_before_what_is_compared_with
     record = recorded(store, plan.cells[0], Stage.QUALITY)
     assert record and [attempt.reason for attempt in record.attempts] == [Reason.DISK] * 2 and record.wall_seconds == 2.0
     assert of(Ledger(plan, store)) is ExitCode.NOTHING_MEASURED
+
+
+def test_a_result_that_found_no_room_is_put_by_the_next_run_and_not_measured_again(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, runner, store = plan_of(overrides, "dense"), rehearsal(measured), Store(tmp_path)
+
+    def full(path: Path, record: Record) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"No space left on device; it is kept in .* until the next run"):
+        patch.setattr(stores, "write", full)
+        LocalLauncher(Listener(), runner=runner).launch(plan, store)
+    assert len(runner.log) == 1 and not store.files()
+    LocalLauncher(Listener(), runner=runner).launch(make_again(plan), store)
+    assert len(runner.log) == 2 and Ledger(plan, store).counts()[State.FAILED] == 2
+
+
+def measured(cell: Cell, stage: Stage, card: int | None) -> Outcome:
+    return Outcome(Status.FAILED, "test", 1.0, failure=Failure(type="Test", message="a fact"))
+
+
+def make_again(plan: Plan) -> Plan:
+    """The same plan, of a later command."""
+    return plan.model_copy(update={"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")})
 
 
 def test_what_is_cut_off_again_and_again_is_left_with_what_waits_for_it(overrides: list[str], tmp_path: Path) -> None:
