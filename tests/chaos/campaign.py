@@ -6,8 +6,9 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -17,6 +18,7 @@ from tests.chaos.invariants import Breach, Calm, Outcome, of_end, of_launch
 from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import build
 from tests.support.caches import with_kernels
+from tests.support.hub_server import HubServer
 from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
@@ -35,6 +37,7 @@ class Kind:
         together: Faults thrown into one sweep.
         sweeps: The overrides of the sweeps that it is thrown into, one of them at a time.
         resumed: The sweep has been run to its end before, and its folders are copied.
+        hub: The model lies on a hub, which is on this machine.
     """
 
     draw: Callable[[random.Random, str], Fault]
@@ -42,6 +45,7 @@ class Kind:
     together: int = 5
     sweeps: tuple[str, ...] = (QUALITY, SPEED)
     resumed: bool = False
+    hub: bool = False
 
 
 KINDS = {
@@ -51,6 +55,7 @@ KINDS = {
     "corruption": Kind(corruption.corruption, 30, 4, (QUALITY,), resumed=True),
     "concurrency": Kind(concurrency.concurrency, 30, 3, (QUALITY,)),
     "time": Kind(surroundings.clock, 10, 3, (f"{QUALITY} limits.wall_s={surroundings.WALL_S}",)),
+    "network": Kind(surroundings.network, 15, 3, (f"{QUALITY} model.source=hf:{surroundings.HUB_MODEL} model.revision=main",), hub=True),
     "memory": Kind(surroundings.memory, 10, 2, (f"{QUALITY} limits.memory_gb={surroundings.MEMORY_GB}",)),
 }
 
@@ -172,15 +177,12 @@ class Campaign:
         """
         dice = random.Random(f"{self.seed}-{kind}-{number}")
         words = dice.choice(KINDS[kind].sweeps)
-        calm = self.calm(words)
+        calm = self.calm(words, KINDS[kind].hub)
         began, breaches, thrown, codes = time.monotonic(), [], [], []
         root = self.folder / f"{kind}-{number}"
-        scene = Scene(root, self.shim, self._words(words), self._calm_folder(words) if KINDS[kind].resumed else None)
-        if not KINDS[kind].resumed:
-            with_kernels(scene.cache)
         left = [KINDS[kind].draw(dice, words) for _ in range(size)]
         misses, complete = 0, False
-        with scene.ended():
+        with self._scene(root, words, KINDS[kind].hub, self._calm_folder(words) if KINDS[kind].resumed else None) as scene:
             while left and misses < _MISSES and len(codes) < _LAUNCHES:
                 launch = scene.launch(left)
                 left = [fault for fault in left if fault not in launch.thrown]
@@ -202,15 +204,27 @@ class Campaign:
         seconds = round(time.monotonic() - began, 1)
         return Played(kind, number, [fault.what for fault in thrown], list(dict.fromkeys(breaches)), len(codes), seconds, codes)
 
-    def calm(self, words: str) -> Calm:
-        """What a sweep gives where nothing is thrown; run once."""
+    @contextmanager
+    def _scene(self, root: Path, words: str, hub: bool, of: Path | None = None) -> Iterator[Scene]:
+        """A scene with a cache that is empty but for kernels, or a copy of another's folders, whose processes are gone afterwards."""
+        with HubServer() if hub else nullcontext() as server:
+            if server:
+                server.add("models", surroundings.HUB_MODEL, self.folder / "model")
+            scene = Scene(root, self.shim, [*self.words, *words.split()], of, server)
+            if of is None:
+                with_kernels(scene.cache)
+            with scene.ended():
+                yield scene
+
+    def calm(self, words: str, hub: bool = False) -> Calm:
+        """What a sweep gives where nothing is thrown; run once, as limits change nothing of it."""
+        words = _unlimited(words)
         with self._turn:
             if words not in self._calm:
                 folder = self._calm_folder(words)
                 if not (folder / "done").exists():
-                    scene = Scene(folder, self.shim, self._words(words))
-                    with_kernels(scene.cache)
-                    launch = scene.launch([])
+                    with self._scene(folder, words, hub) as scene:
+                        launch = scene.launch([])
                     if launch.codes != [0]:
                         raise RuntimeError(f"the calm sweep ended with {launch.codes}: {launch.said[0][-2000:]}")
                     (folder / "done").touch()
@@ -218,10 +232,11 @@ class Campaign:
             return self._calm[words]
 
     def _calm_folder(self, words: str) -> Path:
-        return self.folder / f"calm-{random.Random(words).randrange(1 << 32):08x}"
+        return self.folder / f"calm-{random.Random(_unlimited(words)).randrange(1 << 32):08x}"
 
-    def _words(self, words: str) -> list[str]:
-        return [*self.words, *words.split()]
+
+def _unlimited(words: str) -> str:
+    return " ".join(word for word in words.split() if not word.startswith("limits."))
 
 
 def _model(folder: Path) -> list[str]:

@@ -43,7 +43,7 @@ def signals(dice: random.Random, words: str) -> Fault:
 def descendants(dice: random.Random, words: str) -> Fault:
     """A process that a method leaves behind: in whose session, deaf to what, holding what."""
     kind = dice.choice(["forked", "deaf", "group", "session", "daemon", "spawned", "detached", "shell", "stopped", "nested"])
-    return Fault("descendants", f"a process left behind: {kind}", told=kind, environment={KINDS: kind})
+    return Fault("descendants", f"a process left behind: {kind}", happened=lambda scene: scene.told(kind), environment={KINDS: kind})
 
 
 _ERRORS = ["ENOSPC", "EDQUOT", "EIO", "ESTALE", "EROFS", "EACCES", "EMFILE"]

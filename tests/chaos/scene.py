@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.shim import Board, Rule
+from tests.support.hub_server import HubServer
 from tests.support.paths import ROOT, SLIMBENCH
 
 MARK = "CHAOS_CASE"
@@ -31,9 +32,9 @@ class Fault:
         what: What is thrown where, in a few words; a line of the table.
         rule: The call at which it is thrown; None where it is thrown before a launch.
         act: What is done while the rule holds a process, whose id is given; None where the rule itself is the fault.
-        before: What is done before the launch; tells whether it could be done.
+        before: What is done before each launch until it is thrown; tells whether that was the fault itself.
         beside: What is started beside the sweep.
-        told: What a method of the tests says in the file `told` of the case once it has done what its environment asks for.
+        happened: Whether it was thrown, asked after the launch, where neither a rule nor `before` knows.
         undo: What is done after the launch in which it was thrown.
         environment: Variables of the launch in which it is thrown.
         codes: Exit codes that are true with it, beside those that the records give.
@@ -45,7 +46,7 @@ class Fault:
     act: Callable[[Scene, int], None] | None = None
     before: Callable[[Scene], bool] | None = None
     beside: Callable[[Scene], object] | None = None
-    told: str = ""
+    happened: Callable[[Scene], bool] = lambda scene: False
     undo: Callable[[Scene], None] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     codes: frozenset[int] = frozenset()
@@ -84,10 +85,11 @@ class Scene:
         shim: The compiled shim; None leaves system calls alone.
         words: Overrides of the sweep.
         of: Folder of another scene from which results and cache are copied.
+        hub: A hub on this machine; None where nothing may ask one.
     """
 
-    def __init__(self, root: Path, shim: Path | None, words: list[str], of: Path | None = None) -> None:
-        self.root, self.words, self._shim = root, words, shim
+    def __init__(self, root: Path, shim: Path | None, words: list[str], of: Path | None = None, hub: HubServer | None = None) -> None:
+        self.root, self.words, self._shim, self.hub = root, words, shim, hub
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         self.results, self.cache, self.tmp = (root / name for name in ("results", "cache", "tmp"))
@@ -108,7 +110,8 @@ class Scene:
         """The sweep's variables: own cache and temporary folder, no network, one thread, and the mark by which its processes are known."""
         path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         own = {"SLIMBENCH_CACHE": str(self.cache), "TMPDIR": str(self.tmp), "COLUMNS": "200"}
-        own |= {MARK: str(self.root), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        own |= {MARK: str(self.root), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HOME": str(self.root / "hub")}
+        own |= {"HF_ENDPOINT": self.hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "3"} if self.hub else {"HF_HUB_OFFLINE": "1"}
         own |= {"SLIMBENCH_CONF": str(Path(__file__).with_name("conf")), "CHAOS_TOLD": str(self.root / "told")}
         shim = {"LD_PRELOAD": str(self._shim), "CHAOS_BOARD": str(self.root / "board")} if self._shim else {}
         return {name: value for name, value in os.environ.items() if not name.startswith(("SLIMBENCH_", "HF_"))} | own | shim
@@ -168,8 +171,7 @@ class Scene:
                     process.kill()
             time.sleep(_POLL_S)
         thrown += [fault for number, fault in enumerate(armed) if self.board.fired(number)]
-        told = (self.root / "told").read_text().splitlines() if (self.root / "told").exists() else []
-        thrown += [fault for fault in faults if fault.told and fault.told in told]
+        thrown += [fault for fault in faults if fault not in thrown and fault.happened(self)]
         self.board.arm([])
         self.board.set_clock(0)
         self.board.set_flock(True)
@@ -191,6 +193,11 @@ class Scene:
         files = [self._journal(number) for number in range(len(self.main))]
         lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
         self.journals.append([Journal(told, ended.get(number, time.time())) for number, told in enumerate(lines)])
+
+    def told(self, what: str) -> bool:
+        """Whether a method of the tests has said that it did what its environment asked for."""
+        file = self.root / "told"
+        return file.exists() and what in file.read_text().splitlines()
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that bears the mark of the case, whatever session or parent it has."""

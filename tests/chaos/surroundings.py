@@ -1,21 +1,26 @@
-"""What surrounds a sweep goes wrong: the clock of the machine, its memory."""
+"""What surrounds a sweep goes wrong: the clock of the machine, its memory, the hub and the way to it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 
 from tests.chaos.brood import KINDS, NAP
 from tests.chaos.moments import moment
 from tests.chaos.scene import Fault, Scene
+from tests.chaos.shim import Call, Rule
+from tests.support import hub_server
 
 WALL_S = 9
+HUB_MODEL = "chaos/tiny"
 MEMORY_GB = 1.2
 _YEAR_S = 365 * 86400
 _JUMPS = {"a year on": _YEAR_S, "a year back": -_YEAR_S, "a minute on": 60, "an hour back": -3600, "to 1980": -46 * _YEAR_S}
@@ -41,7 +46,10 @@ def memory(dice: random.Random, words: str) -> Fault:
     """Shared pages that would be too much if they were counted for each process; a kill while the kernel kills others for memory."""
     if dice.random() < 0.4:
         return Fault(
-            "memory", f"five processes share 200 MB under limits.memory_gb={MEMORY_GB}", told="sharing", environment={KINDS: "sharing"}
+            "memory",
+            f"five processes share 200 MB under limits.memory_gb={MEMORY_GB}",
+            happened=lambda scene: scene.told("sharing"),
+            environment={KINDS: "sharing"},
         )
     place, rule = moment(dice, words, stages_only=True)
     role = dice.choice(["child", "child", "server", "main"])
@@ -69,3 +77,63 @@ def oom_elsewhere(name: str) -> bool:
     finally:
         with suppress(OSError):
             group.rmdir()
+
+
+_AT_THE_HUB = {
+    "the connection reset in the weights": hub_server.Fault("/large/*", "reset", after=300_000),
+    "the weights cut off": hub_server.Fault("/large/*", "cut", after=500_000),
+    "silence in the weights": hub_server.Fault("/large/*", "stall", after=200_000, seconds=30),
+    "429 for the weights": hub_server.Fault("*/model.safetensors", status=429, headers={"Retry-After": "1"}),
+    "503 for the weights, again and again": hub_server.Fault("/large/*", status=503, times=12),
+    "503 for the repository": hub_server.Fault("/api/models/*", status=503, times=2),
+    "429 for the repository": hub_server.Fault("/api/models/*", status=429, headers={"Retry-After": "1"}),
+    "500 for the tokenizer": hub_server.Fault("*/tokenizer*", status=500, times=3),
+    "503 for config.json": hub_server.Fault("*/config.json", status=503, times=12),
+}
+_ON_THE_WAY = {
+    "no answer of DNS": Rule(Call.LOOKUP, error=errno.EAGAIN),
+    "connection refused": Rule(Call.CONNECT, error=errno.ECONNREFUSED),
+    "no network": Rule(Call.CONNECT, error=errno.ENETUNREACH),
+    "connection timed out": Rule(Call.CONNECT, error=errno.ETIMEDOUT),
+}
+
+
+def network(dice: random.Random, words: str) -> Fault:
+    """The hub refuses, falls silent or breaks off; the way to it is gone; `main` moves between two cells."""
+    if dice.random() < 0.1:
+        place, rule = moment(dice, words, stages_only=True)
+        return Fault("network", f"main moves, {place}", rule, _move_main, undo=_move_back)
+    if dice.random() < 0.6:
+        name = dice.choice(sorted(_AT_THE_HUB))
+        fault = replace(_AT_THE_HUB[name])
+        times = fault.times
+
+        def before(scene: Scene) -> bool:
+            assert scene.hub
+            if fault not in scene.hub.faults:
+                scene.hub.faults.append(fault)
+            return False
+
+        def undo(scene: Scene) -> None:
+            fault.times = 0
+
+        return Fault("network", name, before=before, happened=lambda scene: fault.times < times, undo=undo, codes=frozenset({2, 75}))
+    name, often = dice.choice(sorted(_ON_THE_WAY)), dice.choice([1, 3, None])
+    length = {1: "once", 3: "three times", None: "from then on"}[often]
+    rule = replace(_ON_THE_WAY[name], times=often, skip=dice.choice([0, 0, 2]))
+    return Fault("network", f"{name}, {length}", rule, codes=frozenset({2, 75}))
+
+
+def _move_main(scene: Scene, pid: int) -> None:
+    """The branch names another commit from now on."""
+    assert scene.hub
+    other = scene.root / "moved"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    scene.hub.add("models", HUB_MODEL, other)
+
+
+def _move_back(scene: Scene) -> None:
+    assert scene.hub
+    repository = scene.hub.repositories["models", HUB_MODEL]
+    repository.refs["main"] = next(iter(repository.commits))
