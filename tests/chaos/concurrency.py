@@ -44,7 +44,7 @@ _SWEEPS: dict[str, Callable[[Scene], None]] = {
     "a sweep into other results": _other_results,
 }
 _MEANWHILE: dict[str, Callable[[Scene], object]] = {
-    "the cache removed": lambda scene: shutil.rmtree(scene.cache / "artefacts", ignore_errors=True),
+    "the artefacts removed": lambda scene: shutil.rmtree(scene.cache / "objects", ignore_errors=True),
     "all of the cache removed": lambda scene: [
         shutil.rmtree(path, ignore_errors=True) for path in scene.cache.iterdir() if path.is_dir() and not path.is_symlink()
     ],

@@ -121,7 +121,10 @@ def _of_cache(folder: str, name: str, damage: _Damage, seed: int) -> Fault:
         files = [path for path in sorted((scene.cache / folder).rglob("*")) if path.is_file() and path.stat().st_size]
         if not files:
             return False
-        damage(dice.choice(files), dice)
+        file = dice.choice(files)
+        file.parent.chmod(0o755)
+        file.chmod(0o644)
+        damage(file, dice)
         return _forget_one(scene, seed)
 
     return Fault("corruption", f"{folder}: {name}", before=before)

@@ -53,6 +53,7 @@ _PLACES: dict[str, tuple[str, Program, Depth]] = {
     "results/plans": ("*/results/plans/*", Program.MAIN, Depth.ITSELF),
     "results/shared": ("*/results/shared/*", Program.MAIN, Depth.ITSELF),
     "artefacts": ("*/cache/artefacts/*", Program.SERVER, Depth.CHILD),
+    "objects": ("*/cache/objects/*", Program.SERVER, Depth.CHILD),
     "models": ("*/cache/models/*", Program.SERVER, Depth.CHILD),
     "tokens": ("*/cache/tokens/*", Program.SERVER, Depth.CHILD),
     "reference": ("*/cache/reference/*", Program.SERVER, Depth.CHILD),

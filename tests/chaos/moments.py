@@ -31,10 +31,11 @@ def moment(dice: random.Random, words: str, stages_only: bool = False) -> tuple[
         if "speed" in words or not shown.startswith("speed")
     }
     places |= {
-        "in put, before the file": Rule(Call.OPEN_WRITE, "*/results/*/*/.*.tmp", programs=Program.MAIN),
+        "in put, before the file": Rule(Call.OPEN_WRITE, "*/results/*/*/.*", programs=Program.MAIN),
         "in put, before the rename": Rule(Call.RENAME, "*/results/*/*/*.json", programs=Program.MAIN),
-        "in publish, before the rename": Rule(Call.RENAME, "*/cache/artefacts/*", programs=Program.SERVER, depths=Depth.CHILD),
-        "in publish, writing the manifest": Rule(Call.OPEN_WRITE, "*/artefact.json", programs=Program.SERVER, depths=Depth.CHILD),
+        "in publish, before the rename": Rule(Call.RENAME, "*/cache/objects/*", programs=Program.SERVER, depths=Depth.CHILD),
+        "in publish, before the link": Rule(Call.RENAME, "*/cache/artefacts/*", programs=Program.SERVER, depths=Depth.CHILD),
+        "in publish, writing the manifest": Rule(Call.OPEN_WRITE, "*/.artefact.json.*", programs=Program.SERVER, depths=Depth.CHILD),
         "in the last line of a stage": Rule(Call.WRITE, text='"event": "end"', programs=Program.SERVER, depths=Depth.CHILD),
         "in the server's answer": Rule(Call.WRITE, text='"event": "exit"', programs=Program.SERVER, depths=Depth.ITSELF),
         "in the preload": Rule(Call.OPEN_READ, "*/transformers/*.py*", programs=Program.SERVER, depths=Depth.ITSELF, skip=200),
