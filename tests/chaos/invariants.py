@@ -75,7 +75,7 @@ def numbers(record: Record) -> Any:
     if record.compress:
         told = record.compress.model_dump(mode="json", include={"claim", "files", "disk_bytes"})
     elif record.quality:
-        told = record.quality.model_dump(mode="json", exclude={"load", "evidence", "seconds", "load_seconds", "work"})
+        told = record.quality.model_dump(mode="json", exclude={"load", "evidence", "seconds", "load_seconds", "work", "flags"})
     elif record.speed:
         told = {"points": [[point.batch, point.prompt, point.new_tokens] for point in record.speed.points]}
     else:

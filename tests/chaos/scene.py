@@ -97,6 +97,7 @@ class Scene:
             shutil.copytree(of / "results", self.results)
             shutil.copytree(of / "cache", self.cache, symlinks=True)
         self.tmp.mkdir()
+        (root / "turns").mkdir()
         self.board = Board(root / "board")
         self.main: list[subprocess.Popen[bytes]] = []
         self.places = [self.results]
