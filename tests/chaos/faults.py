@@ -59,6 +59,7 @@ _PLACES: dict[str, tuple[str, Program, Depth]] = {
     "reference": ("*/cache/reference/*", Program.SERVER, Depth.CHILD),
     "hashes": ("*/cache/hashes/*", Program.SERVER, Depth.CHILD),
     "checkpoints": ("*/cache/checkpoints/*", Program.SERVER, Depth.CHILD),
+    "partial": ("*/cache/partial/*", Program.SERVER, Depth.CHILD),
     "temporary folder": ("*/tmp/slimbench-*", Program.ANY, Depth.ANY),
     "the model read": ("*/model/*", Program.SERVER, Depth.CHILD),
 }

@@ -206,7 +206,7 @@ def _leftovers(scene: Scene) -> list[Breach]:
         found += [path for path in place.glob("*/*/*.unreadable") if not scene.spoilt]
         found += [*place.glob(".slimbench.*"), *(place / ".locks").glob("*")]
     found += [path for path in scene.cache.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
-    found += list((scene.cache / "checkpoints").glob("*"))
+    found += [*(scene.cache / "checkpoints").glob("*"), *(scene.cache / "partial").glob("*")]
     return [Breach(Outcome.LEFTOVER, str(path.relative_to(scene.root))) for path in found]
 
 

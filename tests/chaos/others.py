@@ -30,7 +30,7 @@ from tests.support.paths import ROOT, SLIMBENCH
 from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 _LIMIT_S = 900
-_ITEMS = 60
+_ITEMS = 25
 _BATCHES = (1, 2, 3)
 _TASK = """task: {name}
 dataset_path: json
@@ -191,7 +191,7 @@ def slimbench(folder: Path, model: Path, text: Path) -> Tool:
 
 
 def lm_eval(folder: Path, model: Path, cached: bool) -> Tool:
-    """Two tasks of sixty items with two choices each: 240 requests, and one file of results."""
+    """Two tasks of 25 items with two choices each: 100 requests, and one file of results."""
     from importlib.metadata import version
 
     tasks, out = folder / "tasks", folder / "out"
