@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -129,12 +130,12 @@ def _named(spec: str) -> NamedCorpus:
 
 def _files(spec: str) -> list[Path]:
     path = Path(spec.removeprefix("file:")).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # false for what cannot be a path at all
         files = sorted(path.glob("*.txt"))
         if not files:
             raise DataError(f"folder {path} has no .txt file")
         return files
-    if not path.is_file():
+    if not os.path.isfile(path):
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"there is no file {path}{closest(path.name, siblings)}")
     return [path]

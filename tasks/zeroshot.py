@@ -153,7 +153,7 @@ def _definitions(folder: Path) -> dict[str, Path]:
 def _read(file: Path) -> Any:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -153,7 +153,10 @@ def import_(
     from slimbench.leaderboard.exchange.importing import Outcome, add
 
     counts = dict.fromkeys(Outcome, 0)
-    for report in add(sources, Store(results), format, Named(model, pipeline), replace):
+    reports = list(add(sources, Store(results), format, Named(model, pipeline), replace))
+    if [report.outcome for report in reports] == [Outcome.UNREADABLE]:
+        raise ConfigError(reports[0].line)
+    for report in reports:
         counts[report.outcome] += 1
         print(report.line)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "nothing to import")

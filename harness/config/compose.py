@@ -7,6 +7,7 @@ as they stand.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ class _Composer:
     def _is_choice(self, override: Override) -> bool:
         key = override.key_or_group
         if key not in self._groups:
-            self._groups[key] = any((folder / key).is_dir() for folder in conf_dirs())
+            self._groups[key] = any(os.path.isdir(folder / key) for folder in conf_dirs())  # whatever its letters and length
         return self._groups[key] and not isinstance(override.value(), dict)
 
     def _is_plain(self, override: Override) -> bool:

@@ -41,6 +41,8 @@ def choices(annotation: Any) -> str:
     """The values that a type allows, in words: `2, 3, 4 or 8`, `any integer`, and `null` where None is one of them."""
     if annotation is type(None):
         return "null"
+    if typing.get_origin(annotation) is typing.Annotated:
+        return choices(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return _joined([_plain(value) for value in typing.get_args(annotation)])
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):

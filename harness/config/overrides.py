@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import groups, shipped
-from slimbench.util.text import nearest
+from slimbench.util.text import nearest, plain
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _CHOICE = re.compile(r"(\w+)=\[?([\w.+/-]+(?:,[\w.+/-]+)*)\]?")
+_DEEPEST = 16
 _NESTED = re.compile(r"[^=]*=\s*[\[{]")
 
 
@@ -52,6 +53,8 @@ def check_words(texts: Sequence[str]) -> None:
     """Raise `ConfigError` for what is wrong with a command line before Hydra is imported: no override, no choice, or one given twice."""
     given: dict[str, str] = {}
     for text in texts:
+        if plain(text) != text or "\n" in text or "\t" in text:
+            raise ConfigError(f"'{text}' holds what no terminal shows")
         _require_value(text)
         if (named := _CHOICE.fullmatch(text)) and named[1] in groups():
             check_names(named[1], named[2].split(","))
@@ -77,20 +80,25 @@ def _require_value(text: str) -> None:
 
 
 def _read(parser: Any, text: str) -> Override:
-    from hydra.errors import HydraException
-
     _require_value(text)
+    if _depth(text) > _DEEPEST:
+        raise ConfigError(f"cannot read the override '{text}': its brackets stand more than {_DEEPEST} deep")
     try:
         return parser.parse_overrides([text])[0]
-    except HydraException as error:
+    except Exception as error:  # functions of its grammar, such as shuffle(), raise what their arguments lead to
         key, _, value = text.partition("=")
         try:
             if _NESTED.match(text):
                 raise error
             parser.parse_override(f"{key}={quoted(value)}")
-        except HydraException:
+        except Exception:
             raise ConfigError(f"cannot read the override '{text}': {_first_line(error)}") from error
         raise ConfigError(f"cannot read the override '{text}'; put its value into quotes: \"{key}={quoted(value)}\"") from error
+
+
+def _depth(text: str) -> int:
+    """How deep its brackets stand: Hydra and OmegaConf call themselves for each."""
+    return max(itertools.accumulate((letter in "[{(") - (letter in "]})") for letter in text))
 
 
 def _first_line(error: Exception) -> str:
@@ -120,11 +128,21 @@ def products(overrides: Sequence[Override]) -> Iterator[list[Override]]:
         if not override.is_sweep_override():
             texts = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
-            texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            texts = [f"{key}={value}" for value in _values(override)]
         else:
             raise ConfigError(f"{override.input_line}: no finite list of values; give them one by one, or range(START,STOP,STEP)")
         axes[key] = parser.parse_overrides(texts)
     return (list(job) for job in itertools.product(*axes.values()))
+
+
+def _values(override: Override) -> list[str]:
+    try:
+        values = list(override.sweep_string_iterator())
+    except Exception as error:  # whatever its functions raise of their arguments
+        raise ConfigError(f"{override.input_line} gives no values: {_first_line(error)}") from error
+    if not values:
+        raise ConfigError(f"{override.input_line} gives no values")
+    return values
 
 
 def apply(config: dict[str, Any], overrides: Sequence[Override], explain: Callable[[str, DictConfig], str]) -> dict[str, Any]:

@@ -110,8 +110,7 @@ def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str
 
 def _check(config: RunConfig) -> None:
     """Raise `ConfigError` for fields that do not go together, or not with this machine."""
-    if Path(config.results).exists() and not Path(config.results).is_dir():
-        raise ConfigError(f"results={config.results} is no folder")
+    _check_folder(config.results)
     if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
     if config.model.track != "causal-lm":
@@ -126,6 +125,16 @@ def _check(config: RunConfig) -> None:
     methods = [method for _, method in steps]
     if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
         raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+
+
+def _check_folder(results: str) -> None:
+    """Raise `ConfigError` if the folder of the records is a file, or cannot be a path."""
+    try:
+        is_other = Path(results).exists() and not Path(results).is_dir()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"results={results} cannot be a folder: {getattr(error, 'strerror', None) or error}") from error
+    if is_other:
+        raise ConfigError(f"results={results} is no folder")
 
 
 def _check_order(steps: list[tuple[str, Method]]) -> None:

@@ -35,6 +35,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)  # true is none
+Whole = Annotated[int, _NUMBER, Field(le=2**32 - 1)]  # the largest seed that numpy takes; nothing that is counted comes near
+Real = Annotated[float, _NUMBER, Field(allow_inf_nan=False)]
 Uris = Annotated[list[str], BeforeValidator(_as_list)]
 Folders = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _as_list(value))]
 
@@ -59,7 +62,7 @@ class ModelConfig(_Strict):
     revision: str | None = None
     track: Literal["causal-lm", "encoder"] = "causal-lm"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    parameters: int | None = Field(default=None, gt=0)
+    parameters: Annotated[int, _NUMBER] | None = Field(default=None, gt=0, le=10**15)
     source_precision: str | None = None
     trust_remote_code: bool = False
     shape: dict[str, Any] | None = None
@@ -148,18 +151,18 @@ class SuiteConfig(_Strict):
     name: str
     corpus: Uris = []
     protocols: Uris = ["window"]
-    seqlen: int = Field(default=512, ge=8)
-    windows: int | None = Field(default=None, ge=1)
-    documents: int | None = Field(default=None, ge=1)
-    chunk: int = Field(default=64, ge=1)
+    seqlen: Whole = Field(default=512, ge=8)
+    windows: Whole | None = Field(default=None, ge=1)
+    documents: Whole | None = Field(default=None, ge=1)
+    chunk: Whole = Field(default=64, ge=1)
     add_bos: bool = False
     divergence: bool = True
-    top_k: int = Field(default=1024, ge=1)
+    top_k: Whole = Field(default=1024, ge=1)
     include_path: Folders = []
     tasks: Uris = []
-    limit: int | None = Field(default=None, ge=1)
-    num_fewshot: int = Field(default=0, ge=0)
-    batch_tokens: int = Field(default=1024, ge=1)
+    limit: Whole | None = Field(default=None, ge=1)
+    num_fewshot: Whole = Field(default=0, ge=0)
+    batch_tokens: Whole = Field(default=1024, ge=1)
 
     @field_validator("protocols")
     @classmethod
@@ -194,9 +197,9 @@ class SuiteConfig(_Strict):
 class SpeedPoint(_Strict):
     """One point of the grid: sequences in a batch, tokens of the prompt, tokens generated after it."""
 
-    batch: int = Field(default=1, ge=1)
-    prompt: int = Field(default=128, ge=1)
-    new_tokens: int = Field(default=32, ge=2)
+    batch: Whole = Field(default=1, ge=1)
+    prompt: Whole = Field(default=128, ge=1)
+    new_tokens: Whole = Field(default=32, ge=2)
 
 
 class SpeedConfig(_Strict):
@@ -217,13 +220,13 @@ class SpeedConfig(_Strict):
 
     name: str
     grid: list[SpeedPoint] = Field(min_length=1)
-    warmup: int = Field(default=1, ge=0)
-    min_repeats: int = Field(default=8, ge=2)
-    max_repeats: int = Field(default=100, ge=2)
-    target: float = Field(default=0.03, gt=0, lt=1)
-    budget_s: float = Field(default=60.0, gt=0)
+    warmup: Whole = Field(default=1, ge=0)
+    min_repeats: Whole = Field(default=8, ge=2)
+    max_repeats: Whole = Field(default=100, ge=2)
+    target: Real = Field(default=0.03, gt=0, lt=1)
+    budget_s: Real = Field(default=60.0, gt=0)
     flush_cache: bool = False
-    largest_batch: int | None = Field(default=None, ge=1)
+    largest_batch: Whole | None = Field(default=None, ge=1)
 
     @field_validator("grid", mode="before")
     @classmethod
@@ -258,8 +261,8 @@ class DeviceConfig(_Strict):
     """
 
     name: Literal["auto", "cpu", "cuda"] = "auto"
-    index: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
+    index: Whole = Field(default=0, ge=0)
+    threads: Whole | None = Field(default=None, ge=1)
     compress: Literal["auto", "cpu", "cuda"] = "auto"
     hardware: Literal["this", "any"] = "this"
 
@@ -274,10 +277,10 @@ class LimitsConfig(_Strict):
         retry_pause_s: Seconds before the first of these, twice as many before the second, and so on.
     """
 
-    wall_s: float = Field(default=7200.0, gt=0)
-    memory_gb: float | None = Field(default=None, gt=0)
-    retries: int = Field(default=3, ge=0)
-    retry_pause_s: float = Field(default=10.0, ge=0)
+    wall_s: Real = Field(default=7200.0, gt=0)
+    memory_gb: Real | None = Field(default=None, gt=0)
+    retries: Whole = Field(default=3, ge=0)
+    retry_pause_s: Real = Field(default=10.0, ge=0)
 
 
 Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value) / 60 if isinstance(value, str) else value), Field(gt=0)]
@@ -286,9 +289,9 @@ Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value
 class SizeConfig(_Strict):
     """What a job asks for whose model has dense weights of at most `weights_gb` GB; the rest as of the launcher."""
 
-    weights_gb: float = Field(gt=0)
-    cards: int = Field(default=0, ge=0)
-    memory_gb: float | None = Field(default=None, gt=0)
+    weights_gb: Real = Field(gt=0)
+    cards: Whole = Field(default=0, ge=0)
+    memory_gb: Real | None = Field(default=None, gt=0)
     time: Minutes | None = None
 
 
@@ -312,17 +315,17 @@ class LauncherConfig(_Strict):
     """
 
     name: Literal["local", "slurm", "ray"] = "local"
-    slots: int = Field(default=1, ge=1)
+    slots: Whole = Field(default=1, ge=1)
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    cards: int = Field(default=0, ge=0)
-    cpus: int | None = Field(default=None, ge=1)
-    memory_gb: float | None = Field(default=None, gt=0)
+    cards: Whole = Field(default=0, ge=0)
+    cpus: Whole | None = Field(default=None, ge=1)
+    memory_gb: Real | None = Field(default=None, gt=0)
     time: Minutes | None = None
     sizes: list[SizeConfig] = []
-    array: int | None = Field(default=None, ge=1)
+    array: Whole | None = Field(default=None, ge=1)
     extra: dict[str, str | int | float | bool] = {}
 
     @property
@@ -341,10 +344,10 @@ class CalibrationConfig(_Strict):
         seed: Of the draw of the windows.
     """
 
-    source: str
-    samples: int = Field(ge=1)
-    length: int = Field(ge=8)
-    seed: int = Field(ge=0)
+    source: str = Field(min_length=1)
+    samples: Whole = Field(ge=1)
+    length: Whole = Field(ge=8)
+    seed: Whole = Field(ge=0)
 
 
 class RunConfig(_Strict):
@@ -378,7 +381,7 @@ class RunConfig(_Strict):
     calibration: CalibrationConfig
     limits: LimitsConfig = LimitsConfig()
     launcher: LauncherConfig = LauncherConfig()
-    seed: int = Field(default=0, ge=0)
+    seed: Whole = Field(default=0, ge=0)
     stages: list[Literal["quality", "speed"]] = ["quality", "speed"]
     tracking: Literal["wandb"] | None = None
     results: str = Field(default="runs", min_length=1)

@@ -79,10 +79,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
         ConfigError: There is none of that name, or the file of a method does not say where its settings stand.
     """
     path = choice_path(group, name)
-    try:
-        found = read_yaml(path)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no settings")
     if group == "method" and package(path, group) == group:
@@ -91,13 +88,31 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The contents of a YAML file, by the library's compiled reader where it has one: many times faster."""
-    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    """The contents of a YAML file, by the library's compiled reader where it has one: many times faster.
+
+    Raises:
+        ConfigError: It is none, or cannot be read.
+    """
+    try:
+        return yaml.load(_text(path), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def package(path: Path, group: str) -> str:
-    """Where the contents of a choice stand in the configuration: what its first lines say (`# @package method.gptq`), or its group."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Where the contents of a choice stand in the configuration: what its first lines say (`# @package method.gptq`), or its group.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    for line in _text(path).splitlines():
         if found := _PACKAGE.match(line):
             return found[1].replace("_group_", group.replace("/", "."))
         if line.strip() and not line.lstrip().startswith("#"):

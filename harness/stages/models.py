@@ -46,7 +46,7 @@ def shape_of(folder: Path) -> ModelShape:
     file = folder / "config.json"
     try:
         return ModelShape.from_config(json.loads(file.read_text()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model.source: {file} does not describe a decoder with its sizes ({error})") from error
 
 
