@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from slimbench import __version__
-from slimbench.harness.cli import artefact, assets, bench, board, engines, env, methods, records, wandb
+from slimbench.harness.cli import artefact, assets, bench, board, cache, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.config import config
@@ -41,6 +41,7 @@ for module, name in (
     (bench, "bench"),
     (assets, "assets"),
     (artefact, "artefact"),
+    (cache, "cache"),
     (board, "board"),
     (env, "env"),
     (wandb, "wandb"),

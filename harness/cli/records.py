@@ -30,12 +30,15 @@ def check(
     from slimbench.harness.store import check as checking
     from slimbench.harness.store.store import Store
 
-    files, faults = checking.check(Store(folder))
+    store = Store(folder)
+    files, faults = checking.check(store)
     if not files:
         raise ConfigError(f"no records in '{results}'")
     if faults or format != "terminal":
         print_table(format, {"path": "record", "what": "what it breaks"}, [vars(fault) for fault in faults])
     if format == "terminal":
+        for remark in checking.remarks(store):
+            print(f"{remark.path}: {remark.what}")
         broken = len({fault.path for fault in faults})
         print(f"{files} records, {broken} of them broken" if broken else f"{files} records, all sound")
     raise typer.Exit(1 if faults else 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.lib.format import open_memmap
 from slimbench.harness.schema.quality import DivergenceResult
 from slimbench.harness.store.partial import pack, unpack
 from slimbench.util import checksums
-from slimbench.util.files import cache_dir, replace_folder
+from slimbench.util.files import beside, cache_dir, replace_folder
 
 EXACT_POSITIONS = 128
 _LEAST_MASS = 1e-9
@@ -51,7 +50,7 @@ class Recorder:
 
     def __init__(self, key: str, positions: int, top_k: int, vocabulary: int, folder: Path | None = None) -> None:
         self.key, self.seen, self.top_k = key, 0, min(top_k, vocabulary)
-        self.folder = folder or location(f".{key}.{uuid.uuid4().hex}")
+        self.folder = folder or beside(location(key))
         self.folder.mkdir(parents=True, exist_ok=True)
         index_dtype = np.uint16 if vocabulary <= 1 << 16 else np.int32
         self.logp = self._array("logp", np.float32, (positions, self.top_k))

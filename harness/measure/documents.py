@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import DocumentResult
 from slimbench.harness.store.partial import Part
 from slimbench.tasks import corpora
-from slimbench.util.files import cache_dir
+from slimbench.util.files import cache_dir, write_atomically
 
 _TASK = "documents"
 
@@ -95,8 +94,5 @@ def _written(spec: str, texts: list[str]) -> Path:
     """A JSON-lines file of the documents in the cache, since lm-eval reads its documents through `datasets`."""
     path = cache_dir() / "documents" / f"{corpora.fingerprint(spec)}-{len(texts)}.jsonl"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        os.replace(partial, path)
+        write_atomically(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     return path

@@ -32,6 +32,7 @@ from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.harness.store.store import Store
+from slimbench.util import processes
 from slimbench.util.files import cache_dir
 from slimbench.util.text import one_line
 
@@ -152,7 +153,7 @@ def _surroundings(trusted: bool, use_cache: bool) -> Iterator[Path]:
     """An empty results folder, with the environment of an audit meanwhile: no hub, and a cache without what earlier runs made."""
     cache, before = cache_dir(), dict(os.environ)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="audit-", dir=cache) as name:
+    with tempfile.TemporaryDirectory(prefix=f"audit-{processes.current().stamp()}-", dir=cache) as name:
         own = Path(name) / "cache"
         own.mkdir()
         for entry in cache.iterdir():

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from slimbench.harness.schema.compress import ArtefactFile, Spent
 from slimbench.harness.store import scratch
 from slimbench.methods.base import Claim
-from slimbench.util import checksums
+from slimbench.util import checksums, processes
 from slimbench.util.files import beside, cache_dir, point, remove, replace_folder, set_modes, sweep, write_atomically
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import one_line
@@ -175,6 +175,12 @@ def staging(key: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_staged(key: str) -> bool:
+    """Whether a process that may live is making the artefact of a key."""
+    staged = (processes.of_name(path.name) for path in location(key).parent.glob(f".{key}.*"))
+    return any(process is not None and not process.is_gone() for process in staged)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -12,8 +12,11 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import NAMED_KEYS, Record
 from slimbench.harness.schema.speed import SpeedResult
+from slimbench.harness.store import artefact, leftovers
 from slimbench.harness.store.store import Store, read
 from slimbench.methods.base import Claim
+from slimbench.util.locks import OWNER, TAKEN
+from slimbench.util.text import one_line
 
 _ROUNDING = 1e-6
 _SLACK = 0.98
@@ -50,6 +53,18 @@ def check(store: Store) -> tuple[int, list[Fault]]:
         claim, disk_bytes = claims.get(record.cell.keys.compress, (None, None))
         faults += [Fault(name, what) for what in _faults(record, claim, disk_bytes)]
     return len(records) + sum(fault.path not in records for fault in faults), sorted(faults, key=lambda fault: fault.path)
+
+
+def remarks(store: Store) -> list[Fault]:
+    """What is no fault of a record and ought to be known: records of other folders, and what ended processes left here and in the cache."""
+    foreign = (store.path(r.cell, r.stage, r.hardware).relative_to(store.root) for r in store.scan()[0] if r.foreign)
+    found = [Fault(path.as_posix(), "of another results folder; `slimbench records adopt` takes it for one's own") for path in foreign]
+    for path in leftovers.of_results(store.root):
+        kind = "a lock whose owner is gone" if path.suffix in (OWNER, TAKEN) else "left by a process that has ended"
+        found.append(Fault(path.relative_to(store.root).as_posix(), f"{kind}; the next run removes it"))
+    cached = {path: "left in the cache by a process that has ended; the next run removes it" for path in leftovers.of_cache()}
+    cached |= {path: "no artefact's any more; runs remove it after a day" for path in artefact.unnamed() if path not in cached}
+    return found + [Fault(one_line(str(path)), what) for path, what in sorted(cached.items())]
 
 
 def _faults(record: Record, claim: Claim | None, disk_bytes: int | None) -> Iterator[str]:

@@ -23,8 +23,9 @@ from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import NAMED_KEYS, SCHEMA_VERSION, Record
-from slimbench.harness.store import origin, shared
+from slimbench.harness.store import leftovers, origin, shared
 from slimbench.harness.store.decode import decode
+from slimbench.harness.store.leftovers import LOCKS
 from slimbench.util import locks
 from slimbench.util.files import read_patiently, write_atomically
 from slimbench.util.locks import PACE, Lock, Owner, Pace
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-LOCKS = ".locks"
 UNREADABLE = ".unreadable"
 _LOCK_NAME = re.compile(r"[a-z]+-[^/]+-[^-/]+")
 
@@ -71,6 +71,7 @@ class Store:
     def __init__(self, root: Path, pace: Pace = PACE) -> None:
         self.root, self.pace = root, pace
         self._locks: dict[Path, Lock] = {}
+        self._is_swept = False
 
     def path(self, cell: CellIdentity, stage: Stage, hardware: HardwareIdentity) -> Path:
         name = f"{stage.value}-{slug(cell.keys.of(stage))}-{slug(hardware.fingerprint)}.json"
@@ -187,6 +188,9 @@ class Store:
             StoreError: The folder cannot be written.
         """
         self.claim()
+        if not self._is_swept:
+            self._is_swept = True
+            leftovers.sweep(self.root)
         path = self._lock_path(cell, stage, hardware)
         lock = Lock(path, self.pace)
         try:

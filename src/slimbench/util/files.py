@@ -166,14 +166,18 @@ def sweep(folder: Path, pattern: str = ".*") -> int:
     return sum(size for _, size in found)
 
 
-def leftovers(folder: Path, pattern: str = ".*") -> list[Path]:
-    """What processes left in a folder that are gone for certain, or of which nothing is known and nothing was written for a day."""
+def leftovers(folder: Path, pattern: str = ".*", every: bool = False) -> list[Path]:
+    """What processes left in a folder that are gone for certain, or of which nothing is known and nothing was written for a day.
+
+    Args:
+        every: Whatever the pattern fits is temporary, as older versions named no process.
+    """
     found = []
     for path in sorted(folder.glob(pattern)):
         process = processes.of_name(path.name)
-        is_temporary = process is not None or path.suffix == ".tmp" or ".old-" in path.name  # older versions named no process
+        is_temporary = every or process is not None or path.suffix == ".tmp" or ".old-" in path.name
         with suppress(OSError):
-            if is_temporary and (process.is_gone() if process and process.is_known() else _rests(path)):
+            if is_temporary and (process.is_gone() if process and process.is_known() else rests(path)):
                 found.append(path)
     return found
 
@@ -199,7 +203,8 @@ def entries(path: Path) -> Iterator[Path]:
         yield from path.rglob("*")
 
 
-def _rests(path: Path) -> bool:
+def rests(path: Path) -> bool:
+    """Whether nothing was written below a path for a day."""
     return time.time() - max(entry.lstat().st_mtime for entry in entries(path)) > _DAY_S
 
 

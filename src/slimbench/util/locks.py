@@ -24,7 +24,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ OWNER, TAKEN = ".owner", ".taken"
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _LONGEST_TEXT = 100
 _LARGEST_FILE = 4096
+_DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,16 @@ class Lock:
         self._stop = threading.Event()
         self._process = os.getpid()
 
-    def acquire(self, wait: bool = False) -> bool:
+    def acquire(self, wait: bool = False, is_gone: Callable[[_Claim], bool] | None = None) -> bool:
         """Whether the lock was got; with `wait` it is waited for.
+
+        Args:
+            is_gone: Whether an owner may be taken over from; as the docstring of the module says by default.
 
         Raises:
             OSError: The folder cannot be written.
         """
-        while not self._try():
+        while not self._try(is_gone or self._is_gone):
             if not wait:
                 return False
             time.sleep(self.pace.look_s)
@@ -144,10 +148,13 @@ class Lock:
         _in_use.difference_update({self._claim.token, last.token if last else ""})
         self._claim = None
 
-    def _try(self) -> bool:
+    def _is_gone(self, claim: _Claim) -> bool:
+        return _is_gone(claim, self.pace)
+
+    def _try(self, is_gone: Callable[[_Claim], bool]) -> bool:
         if (claim := _write(_base(self.path))) is None:
             chain = _chain(self.path)
-            if not chain or not _is_gone(chain[-1], self.pace):
+            if not chain or not is_gone(chain[-1]):
                 return False
             place = _taken(self.path, chain[-1].token)
             if (claim := _write(place)) is None:
@@ -183,6 +190,30 @@ def owners(folder: Path) -> dict[str, Owner]:
     """The owner of each lock of a folder that is not known to be gone, by the name of the lock."""
     ends = {path.name.removesuffix(OWNER): _chain(path.with_suffix("")) for path in folder.glob(f"*{OWNER}")}
     return {name: chain[-1].owner() for name, chain in sorted(ends.items()) if chain and not _proven_gone(chain[-1])}
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """The files of a folder's locks whose owner has ended or, where that cannot be told, has not beaten for a day."""
+    bases = {path.with_suffix(""): _chain(path.with_suffix("")) for path in sorted(folder.glob(f"*{OWNER}"))}
+    found = [_base(path) for path, chain in bases.items() if chain and _is_abandoned(chain[-1])]
+    named = {claim.path for chain in bases.values() for claim in chain}
+    takers = (claim for path in sorted(folder.glob(f"*{TAKEN}")) if path not in named and (claim := _read(path)))
+    return found + [claim.path for claim in takers if _is_abandoned(claim)]
+
+
+def sweep(folder: Path) -> None:
+    """Remove the locks of a folder that are abandoned. Errors as of `Lock.acquire`."""
+    for path in abandoned(folder):
+        if path.suffix == TAKEN:
+            path.unlink(missing_ok=True)
+        elif (lock := Lock(path.with_suffix(""))).acquire(is_gone=_is_abandoned):
+            lock.release()
+
+
+def _is_abandoned(claim: _Claim) -> bool:
+    if claim.process is not None and claim.process.is_known():
+        return claim.process != processes.current() and claim.process.is_gone()
+    return time.time() - claim.changed / 1e9 > _DAY_S
 
 
 def _base(path: Path) -> Path:
