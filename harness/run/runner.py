@@ -87,6 +87,7 @@ class Runner:
                 return None
             if kept := spool.deliver(self.store, cell.identity, stage, cell.hardware(stage)):
                 self.listener.note(f"{cell.label}: {stage} was measured at {kept.started}, when its record could not be written; now it is")
+                partial.discard(self._partial(cell, stage)["partial"])
             record = reusable(self.store, cell, stage, self.since)
             if record is None:
                 before = self.store.get(cell.identity, stage, cell.hardware(stage))
@@ -211,6 +212,8 @@ class Runner:
         with self.store.lock(cell.identity, Stage.COMPRESS, hardware, wait=True):
             if reuse.artefact_fault(key, cell.config, record):
                 outcome = self._work(cell, Stage.COMPRESS)
+                if outcome.status is not Status.TRANSIENT:
+                    partial.discard(self._partial(cell, Stage.COMPRESS)["partial"])
                 if outcome.status is not Status.OK:
                     return outcome
         if (difference := reuse.other_bytes(key, record)) is None:

@@ -52,6 +52,13 @@ class Spent(Schema):
         peak = max((p for p in (self.peak_device_bytes, later.peak_device_bytes) if p is not None), default=None)
         return Spent(seconds=self.seconds + later.seconds, peak_device_bytes=peak, **times)
 
+    def since(self, then: Spent) -> Spent:
+        """What was taken since then; the peak is that of all."""
+        times = {
+            name: getattr(self, name) - (getattr(then, name) or 0.0) for name in ("cpu_seconds", "device_seconds") if getattr(self, name)
+        }
+        return Spent(seconds=self.seconds - then.seconds, peak_device_bytes=self.peak_device_bytes, **times)
+
 
 def _sum(first: float | None, second: float | None) -> float | None:
     return second if first is None else first if second is None else first + second

@@ -47,9 +47,11 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
 
 
 def identity(stage: Stage, config: RunConfig, key: str, reference_key: str | None) -> dict[str, Any]:
-    """What the results of a measurement depend on beside their input: what its journal holds under another identity is not used."""
-    parts = {part: artefact.read_manifest(artefact.location(part)).files for part in (key, reference_key) if part and artefact.exists(part)}
-    used = ("model", "engine", "device", "suite") if stage is Stage.QUALITY else ("model", "engine", "device", "speed", "limits")
+    """What the results of a stage depend on beside their input: what its journal holds under another identity is not used."""
+    loaded = [part for part in (key, reference_key) if part and artefact.exists(part)] if stage is not Stage.COMPRESS else []
+    parts = {part: artefact.read_manifest(artefact.location(part)).files for part in loaded}
+    own = {Stage.COMPRESS: ("pipeline", "calibration"), Stage.QUALITY: ("engine", "suite"), Stage.SPEED: ("engine", "speed", "limits")}
+    used = ("model", "device", *own[stage])
     return {
         "artefacts": {part: {file.name: file.sha256 for file in files} for part, files in parts.items()},
         "code": lock.fingerprints(config, stage),

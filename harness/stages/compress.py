@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,23 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
+from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import EDITED, HUGGINGFACE, Calibration, Claim, DenseModel
 from slimbench.methods.formats import edited
 from slimbench.tasks import corpora
 
+_NOTE_S = 5.0
 
-def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] = ()) -> CompressResult:
+
+def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] = (), journal: Journal | None = None) -> CompressResult:
     """Run the pipeline on the dense model and publish the artefact, and that of each shorter pipeline on the way.
 
     Args:
         key: Compress key of the cell.
         prefixes: Those of the cells whose pipelines are the first one, two, … steps; the longest that has an artefact is gone on from.
+        journal: Keeps what steps take while they run, and has what they took in earlier attempts.
     """
+    journal = journal or Journal()
     source = models.prepare(config.model, report.phase)
     shape = models.shape_of(source)
     code = lock.fingerprints(config, Stage.COMPRESS)
@@ -48,6 +53,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     reused = names[: prefixes.index(before.key) + 1] if before else []
     claim: Claim | None = before.claim if before else None
     step_seconds = dict(zip(reused, before.step_seconds.values(), strict=True)) if before else {}
+    earlier = Spent()
     flags: list[str] = []
     device: Any = config.device.compress
     cost, watch = Cost(device), machine.LoadWatch(gpu.monitor(torch.device(device)))
@@ -58,9 +64,15 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
             out = folder / f"step-{index}"
             out.mkdir()
             step_began = time.perf_counter()
-            kept = artefact.checkpoints(key, index)
+            kept, taken = artefact.checkpoints(key, index), _Taken(journal, index, cost)
+            before_this = Spent()
             if kept.exists():
-                flags.append(f"{step.name} went on from a checkpoint: its times are those since the interruption")
+                before_this = taken.earlier()
+                since = "of all attempts" if before_this.seconds else "since the interruption"
+                flags.append(f"{step.name} went on from a checkpoint: its times are those {since}")
+            elif taken.attempts:
+                flags.append(f"{step.name} began again after an interruption: its times are those of the last attempt")
+            earlier += before_this
             if claim and claim.format == EDITED:
                 shape = edited.shape_of(current)
                 method.check(shape)
@@ -70,7 +82,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 dtype=config.model.dtype,
                 device=device,
                 shape=shape,
-                progress=report.progress,
+                progress=taken.noted(report.progress),
                 checkpoints=kept,
                 seed=config.seed,
                 original=source,
@@ -79,7 +91,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
             made = method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
-            step_seconds[step.name] = time.perf_counter() - step_began
+            step_seconds[step.name] = time.perf_counter() - step_began + before_this.seconds
             current = out
             if own := keys[index]:
                 report.phase("write artefact")
@@ -90,7 +102,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                     claim=claim,
                     code={label: code[label] for label in (f"method {m.name}" for m in methods[: index + 1])},
                     step_seconds=step_seconds,
-                    spent=(before.spent if before else Spent()) + Spent(**cost.read()),
+                    spent=(before.spent if before else Spent()) + earlier + Spent(**cost.read()),
                     dense_parameters=dense_parameters,
                 )
                 current = artefact.publish(out, manifest)
@@ -112,6 +124,38 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
         load=load,
         flags=[*flags, *(f"{seen} (compression)" for seen in disturbances)],
     )
+
+
+class _Taken:
+    """What a step took in earlier attempts, and a progress that notes what it takes in this one.
+
+    Attributes:
+        attempts: What each earlier attempt at it took, as far as it was noted.
+    """
+
+    def __init__(self, journal: Journal, index: int, cost: Cost) -> None:
+        self._journal, self._name, self._cost = journal, f"step {index}", cost
+        self.attempts: dict[int, Spent] = {}
+        while entry := journal.take(self._name):
+            self.attempts[entry["attempt"]] = Spent(**entry["spent"])
+        self._began = Spent(**cost.read())
+        self._note()
+
+    def earlier(self) -> Spent:
+        return sum(self.attempts.values(), Spent())
+
+    def noted(self, progress: Callable[[float, float], None]) -> Callable[[float, float], None]:
+        def noting(done: float, total: float) -> None:
+            if time.perf_counter() - self._noted > _NOTE_S:
+                self._note()
+            progress(done, total)
+
+        return noting
+
+    def _note(self) -> None:
+        self._noted, now = time.perf_counter(), Spent(**self._cost.read())
+        spent = now.since(self._began).model_dump()
+        self._journal.add({"what": self._name, "attempt": self._journal.interruptions, "spent": spent})
 
 
 def _longest(prefixes: Sequence[str], code: Mapping[str, str]) -> artefact.Manifest | None:

@@ -4,46 +4,66 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from slimbench.harness.config.schema import RunConfig, SpeedPoint
 from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
 from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.loaded import Generates
-from slimbench.harness.schema.speed import LargestBatch, SpeedResult
+from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
 from slimbench.harness.stages.common import Reporter, evidence_of, load
+from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Unsupported
 
 
-def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter) -> SpeedResult:
+def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> SpeedResult:
     """Measure prefill, decode, energy and memory of an artefact, interleaved with the reference on the same engine.
 
     The reference is interleaved with itself (A/A): what differs then is the machine.
 
+    Args:
+        key: Compress key of the artefact.
+        reference_key: That of the reference; None where the reference did not run.
+        journal: Keeps the points that are measured, each in one process from its first run to its last, and has those of earlier attempts.
+
     Raises:
         methods.base.Unsupported: The engine does not generate, or its policy does not run the batch of the headline.
     """
-    protocol, is_reference = config.speed, key == reference_key
+    protocol, is_reference, journal = config.speed, key == reference_key, journal or Journal()
+    figure, point_of = journal.part("before the points", "other figures").once, journal.part("points", "points").once
     model = Generates.of(load(config, key, report)[0])
     grid = _grid(protocol.grid, model)
     report.phase("first call")
-    first_calls = [latency.first_call(model, grid[0])]
+    first = latency.first_call(model, grid[0])
+    first_calls = [figure(["first call", 0], 1, lambda: first)]
     found = evidence_of(model, config, key)
     report.phase("memory")
-    split = memory.measure(model, grid[0], found.weight_bytes, gpu.monitor(model.device))
-    largest = _largest_batch(model, config, report) if protocol.largest_batch else None
+    card, weights = gpu.monitor(model.device), found.weight_bytes
+    split = MemoryResult(**figure(["memory"], 1, lambda: memory.measure(model, grid[0], weights, card).model_dump()))
+    largest = None
+    if protocol.largest_batch:
+        largest = LargestBatch(**figure(["largest batch"], 1, lambda: _largest_batch(model, config, report).model_dump()))
     report.phase("first calls")
-    first_calls += [latency.first_call(model, point) for point in grid[1:]]
+    first_calls += [
+        figure(["first call", index], 1, partial(latency.first_call, model, point)) for index, point in enumerate(grid[1:], start=1)
+    ]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache)
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     disturbances: list[list[str]] = []
-    for index, (point, first) in enumerate(zip(grid, first_calls, strict=True)):
-        report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}")
+
+    def measure(index: int) -> dict[str, Any]:
         share, watch = _Share(report.progress, index, len(grid)), machine.LoadWatch(instruments.card)
-        measured = latency.measure_point(model, reference, point, protocol, instruments, share, first)
+        measured = latency.measure_point(model, reference, grid[index], protocol, instruments, share, first_calls[index])
         measured.load, seen = watch.read()
-        result.points.append(measured)
-        disturbances.append(seen)
+        return {"point": measured.model_dump(), "disturbances": seen}
+
+    for index, point in enumerate(grid):
+        report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}")
+        done = point_of([index, point.model_dump()], 1, partial(measure, index))
+        result.points.append(SpeedPointResult(**done["point"]))
+        disturbances.append(done["disturbances"])
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
@@ -52,6 +72,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     result.flags += [f"unsupported: {point.batch}×{point.prompt}+{point.new_tokens}, {limit}" for point in beyond]
     if reference is None:
         result.flags.append("no speed-up: the reference did not run here")
+    result.flags += [f"{remark}; its points are of several processes" for remark in journal.remarks()]
     return result
 
 

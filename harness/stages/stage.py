@@ -30,11 +30,11 @@ def run(stage: Stage, config: RunConfig, keys: dict[str, Any], reference_key: st
     torch.manual_seed(config.seed)
     if "cuda" in (config.device.compress if stage is Stage.COMPRESS else config.device.name):
         torch.cuda.set_device(config.device.index)
-    if stage is Stage.COMPRESS:
-        return compress.run(config, keys["compress"], report, keys.get("prefixes", ()))
     journal = Journal()
     if "partial" in keys:
         journal = Journal(keys["partial"], identity(stage, config, keys["compress"], reference_key) | {"since": keys["since"]})
+    if stage is Stage.COMPRESS:
+        return compress.run(config, keys["compress"], report, keys.get("prefixes", ()), journal)
     if stage is Stage.QUALITY:
         return quality.run(config, keys["compress"], reference_key, report, journal)
-    return speed.run(config, keys["compress"], reference_key, report)
+    return speed.run(config, keys["compress"], reference_key, report, journal)

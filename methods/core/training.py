@@ -44,7 +44,7 @@ class LoopSettings(Settings, ABC):
         warmup: Fraction of the steps in which the rate rises linearly.
         clip: Largest norm of the gradient; None: it is not clipped.
         loss: `distillation`: cross entropy with the dense model's distribution; `nll`: with the text itself.
-        checkpoint_every: Steps between two checkpoints.
+        checkpoint_every: Steps between two checkpoints at most; where steps are long, there is one every 20 seconds.
         seed: Of the order of the text and of initial values.
     """
 
@@ -151,12 +151,14 @@ def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: 
     """
     import torch
 
+    from slimbench.util import checkpoints as _checkpoints
+
     settings = replace(settings, seed=settings.seed + dense.seed)
     values = list(parameters.values())
     optimizer = settings.optimizer(values)
     identity = _identity(settings, parameters, windows) if dense.checkpoints else ""
     with _seeded(settings.seed, dense.device):
-        losses = _resume(dense, identity, parameters, optimizer)
+        losses, due = _resume(dense, identity, parameters, optimizer), _checkpoints.Due()
         for step in range(len(losses), settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
@@ -168,8 +170,9 @@ def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             dense.progress(step + 1, settings.steps)
-            if dense.checkpoints and (step + 1) % settings.checkpoint_every == 0:
-                _keep(dense, identity, parameters, optimizer, losses)
+            if dense.checkpoints and ((step + 1) % settings.checkpoint_every == 0 or due):
+                with due.saving():
+                    _keep(dense, identity, parameters, optimizer, losses)
         with torch.no_grad():
             after = float(loss(batch(windows, settings, 0).to(dense.device)))
     tokens = settings.steps * settings.batch_size * windows.shape[1]

@@ -9,11 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_EVERY_S = 20.0
+_WORK_PER_SAVING = 5
+
+
+class Due:
+    """When the next state is to be saved: after 20 seconds of work, or more where saving one took more than a few."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic() + _EVERY_S
+
+    def __bool__(self) -> bool:
+        return time.monotonic() >= self._at
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the saving of a state."""
+        began = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._at = now + max(_EVERY_S, _WORK_PER_SAVING * (now - began))
 
 
 def save(folder: Path, name: str, identity: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -16,11 +16,15 @@ import torch
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure import divergence
+from slimbench.harness.measure import divergence, latency
+from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.stages import compress, stage
+from slimbench.harness.stages.common import identity
 from slimbench.harness.store import partial
+from slimbench.harness.store.partial import Journal
 from tests.unit.measure.test_lies import Silent
 
 SUITE = [
@@ -174,6 +178,88 @@ def test_a_recording_goes_on_in_place_and_is_checked(
     assert numbers(measure(config, "dense", name)) == numbers(calm)
     assert len(meter.seen) == len(calls) - (0 if lost else 1)
     assert {path.relative_to(place): path.read_bytes() for path in place.rglob("*.npy")} == files
+
+
+def test_points_that_were_measured_are_kept_each_of_one_process(
+    overrides: list[str], keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = "speed.grid=[{batch: [1, 2, 3], prompt: 8, new_tokens: 4}]"
+    config, name, done = resolve([*overrides, grid, "speed.largest_batch=2"]), uuid4().hex, []
+    whole = latency.measure_point
+
+    def point(*arguments: Any) -> Any:
+        done.append(arguments[2].batch)
+        found = whole(*arguments)
+        if len(done) == 2:
+            raise Cut
+        return found
+
+    monkeypatch.setattr(latency, "measure_point", point)
+
+    def measure() -> SpeedResult:
+        return stage.run(Stage.SPEED, config, {"compress": keys["rounded"], "partial": name, "since": ""}, keys["dense"], Silent())
+
+    with pytest.raises(Cut):
+        measure()
+    kept = {entry["part"]: entry for line in _lines(name) if "part" in (entry := json.loads(line.partition(" ")[2]))}
+    result = measure()
+    assert done == [1, 2, 2, 3], "the point in which it was cut off is measured again as a whole"
+    assert result.points[0].model_dump(mode="json") == kept["points"]["result"]["point"] | {
+        "roofline": result.points[0].roofline.model_dump()
+    }
+    assert [point.batch for point in result.points] == [1, 2, 3]
+    assert result.flags[-1] == (
+        "went on after an interruption: 5 of 5 other figures, 1 of 3 points were there before; its points are of several processes"
+    )
+    partial.discard(name)
+
+
+class CutShort(Silent):
+    """Cuts a compression off when its step has told of so many pieces, at the latest before its artefact is published."""
+
+    def __init__(self, after: float) -> None:
+        self.after = after
+
+    def phase(self, name: str) -> None:
+        if name == "write artefact":
+            raise Cut
+
+    def progress(self, done: float, total: float) -> None:
+        if done >= self.after:
+            raise Cut
+
+
+TRAINED = ["method=peqa-3bit", "method.peqa-3bit.steps=6", "method.peqa-3bit.checkpoint_every=1", "method.peqa-3bit.length=16"]
+
+
+@pytest.mark.parametrize(
+    ("method", "after", "flag"),
+    [
+        (TRAINED, 3, "peqa-3bit went on from a checkpoint: its times are those of all attempts"),
+        (["method=gptq"], 1, "gptq began again after an interruption: its times are those of the last attempt"),
+    ],
+)
+def test_a_compression_that_was_cut_off_says_whether_it_went_on(overrides: list[str], method: list[str], after: int, flag: str) -> None:
+    config = resolve([*overrides, *method, "calibration_samples=4", "calibration_length=32"])
+    name, calm, key = uuid4().hex, uuid4().hex, uuid4().hex
+    undisturbed = compress.run(config, calm, Silent())
+
+    def attempt(report: CutShort | Silent) -> CompressResult:
+        return stage.run(Stage.COMPRESS, config, {"compress": key, "partial": name, "since": ""}, None, report)
+
+    with pytest.raises(Cut):
+        attempt(CutShort(after))
+    long = Journal(name, identity(Stage.COMPRESS, config, key, None) | {"since": ""})
+    long.add({"what": "step 0", "attempt": 1, "spent": {"seconds": 3600.0}})  # a second attempt, that got no further in an hour
+    result = attempt(Silent())
+    assert result.files == undisturbed.files
+    assert [found for found in result.flags if "load" not in found] == [flag]
+    assert (result.seconds > 3600) == (result.step_seconds[config.pipeline[0].name] > 3600) == ("of all attempts" in flag)
+    partial.discard(name)
+
+
+def _lines(name: str) -> list[str]:
+    return [line for line in (partial.location(name) / "journal").read_text().splitlines() if line]
 
 
 @pytest.mark.parametrize("change", ["batch_tokens", "artefact", "since"])

@@ -62,6 +62,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(dense: DenseModel, tmp_pat
     assert resumed == whole and all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize(("every_s", "resumed_at"), [(0.0, 5), (3600.0, 1)])
+def test_where_steps_are_long_the_clock_says_when_to_save(
+    dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, resumed_at: int
+) -> None:
+    monkeypatch.setattr(_checkpoints, "_EVERY_S", every_s)
+    monkeypatch.setattr(_checkpoints, "_WORK_PER_SAVING", 0)
+    seldom = dataclasses.replace(SETTINGS, checkpoint_every=100)
+    want, whole = fit(dense, seldom)
+    with pytest.raises(Killed):
+        fit(dataclasses.replace(dense, checkpoints=tmp_path, progress=kill_after(5)), seldom)
+    seen: list[float] = []
+    got, resumed = fit(dataclasses.replace(dense, checkpoints=tmp_path, progress=lambda done, _: seen.append(done)), seldom)
+    assert seen[0] == resumed_at
+    assert resumed == whole and all(torch.equal(got[name], want[name]) for name in want)
+
+
 def corrupt(folder: Path) -> None:
     file = next(folder.glob("*.safetensors"))
     raw = bytearray(file.read_bytes())
