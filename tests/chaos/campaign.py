@@ -21,6 +21,10 @@ from tests.support.caches import with_kernels
 from tests.support.hub_server import HubServer
 from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
+TRAINED = (
+    "method=omniquant stages=[quality] method.omniquant.steps=4 method.omniquant.group_size=32 "
+    "calibration=file:{folder}/learned.txt calibration_samples=4 calibration_length=32"
+)
 QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
 _LAUNCHES = 16  # in which faults are thrown into one case, at most
 _FINISHING = 4  # launches of the undisturbed command after them, at most
@@ -51,7 +55,7 @@ class Kind:
 KINDS = {
     "signals": Kind(faults.signals, 50),
     "descendants": Kind(faults.descendants, 15, 4, (QUALITY,)),
-    "storage": Kind(faults.storage, 60, 6),
+    "storage": Kind(faults.storage, 60, 6, (QUALITY, SPEED, TRAINED)),
     "corruption": Kind(corruption.corruption, 30, 4, (QUALITY,), resumed=True),
     "concurrency": Kind(concurrency.concurrency, 30, 3, (QUALITY,)),
     "time": Kind(surroundings.clock, 10, 3, (f"{QUALITY} limits.wall_s={surroundings.WALL_S}",)),
@@ -210,7 +214,7 @@ class Campaign:
         with HubServer() if hub else nullcontext() as server:
             if server:
                 server.add("models", surroundings.HUB_MODEL, self.folder / "model")
-            scene = Scene(root, self.shim, [*self.words, *words.split()], of, server)
+            scene = Scene(root, self.shim, [*self.words, *words.format(folder=self.folder).split()], of, server)
             if of is None:
                 with_kernels(scene.cache)
             with scene.ended():
@@ -245,4 +249,7 @@ def _model(folder: Path) -> list[str]:
     if not corpus.exists():
         save_tiny(model)
         save_text(corpus)
+        (folder / "learned.txt").write_text(
+            " ".join(f"Number {i} comes before number {i + 1}; that is what is learned." for i in range(100))
+        )
     return tiny_overrides(model, corpus)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.scene import Fault, Scene
+from tests.chaos.shim import Call, Depth, Program, Rule
 
 _Damage = Callable[[Path, random.Random], None]
 
@@ -140,12 +141,42 @@ def _forget_one(scene: Scene, seed: int) -> bool:
     return True
 
 
+def _under_way(dice: random.Random, seed: int) -> Fault:
+    """An artefact is cut short while a stage has it loaded, mapped or not."""
+    place = dice.choice(["load", "perplexity"])
+    rule = Rule(
+        Call.WRITE, text=f'"event": "phase", "name": "{place}', programs=Program.SERVER, depths=Depth.CHILD, skip=dice.choice([0, 1])
+    )
+
+    def act(scene: Scene, pid: int) -> None:
+        files = sorted((scene.cache / "objects").glob("*/model.safetensors"))
+        _cut(random.Random(seed).choice(files), random.Random(seed))
+
+    return Fault("corruption", f"an artefact cut short under a running stage, in {place}", rule, act)
+
+
 def corruption(dice: random.Random, words: str) -> Fault:
     """Damage to a record, to an artefact, or to what is cached beside it."""
     seed = dice.randrange(1 << 32)
     what = dice.choice(
-        ["record", "record", "record", "field", "field", "objects", "objects", "reference", "tokens", "hashes", "swapped", "copied"]
+        [
+            "record",
+            "record",
+            "record",
+            "field",
+            "field",
+            "objects",
+            "objects",
+            "reference",
+            "tokens",
+            "hashes",
+            "swapped",
+            "copied",
+            "under way",
+        ]
     )
+    if what == "under way":
+        return _under_way(dice, seed)
     if what == "swapped":
         return _swapped(seed)
     if what == "copied":

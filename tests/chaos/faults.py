@@ -67,7 +67,11 @@ _CALLS = {"open": Call.OPEN_WRITE, "write": Call.WRITE, "rename": Call.RENAME, "
 
 
 def storage(dice: random.Random, words: str) -> Fault:
-    """A system call on one of the folders fails, once or from then on, or writes half."""
+    """A system call on one of the folders fails or writes half; a file system is full; a report cannot be written."""
+    if (chance := dice.random()) < 0.06:
+        return _full(dice)
+    if chance < 0.12:
+        return _report(dice)
     place = dice.choice(sorted(_PLACES))
     path, programs, depths = _PLACES[place]
     error, call = dice.choice(_ERRORS), dice.choice(sorted(_CALLS))
@@ -81,3 +85,45 @@ def storage(dice: random.Random, words: str) -> Fault:
     what = f"{'short write' if half else error} in {place}, at {call}, {length}"
     codes = frozenset({1} if place.startswith(("results", "temporary")) else ())
     return Fault("storage", what, rule, codes=codes)
+
+
+def _full(dice: random.Random) -> Fault:
+    """A real file system without room, until the launch has ended."""
+    folder, size, codes = dice.choice(
+        [("results", "48k", {1}), ("cache/objects", "300k", set()), ("cache/partial", "4k", set()), ("tmp", "4k", {1})]
+    )
+    return Fault(
+        "storage",
+        f"a full file system under {folder}",
+        before=lambda scene: scene.mount(scene.root / folder, size),
+        undo=Scene.grow,
+        codes=frozenset(codes),
+    )
+
+
+def _report(dice: random.Random) -> Fault:
+    """A board or a log of W&B is written from the records that are there, fails, and is written again."""
+    name, command = dice.choice(
+        [("board", ["board", "build", "--no-figures", "--out"]), ("W&B log", ["wandb", "log", "--mode", "offline", "--dir"])]
+    )
+    error, often = dice.choice(["ENOSPC", "EIO", "EACCES", "EROFS"]), dice.choice([1, None])
+    call = Call.OPEN_WRITE | Call.MKDIR if dice.random() < 0.5 else Call.WRITE | Call.RENAME
+
+    def before(scene: Scene) -> bool:
+        if not any(scene.results.glob("*/*/*.json")):
+            return False
+        out = scene.root / f"report-{len(scene.journals)}"
+        out.mkdir(exist_ok=True)
+        words = [*command, str(out), "--results", str(scene.results)]
+        scene.board.arm([Rule(call, f"{out}*", error=getattr(errno, error), times=often)])
+        code, said = scene.call(*words)
+        struck = scene.board.fired(0)
+        if struck and ("Traceback" in said or "unexpected" in said or code not in (0, 1, 2)):
+            scene.wrong.append(f"{name} under {error} ended with {code}: {said.strip()[-200:]}")
+        scene.board.arm([])
+        code, said = scene.call(*words)
+        if code:
+            scene.wrong.append(f"{name} after {error} ended with {code}: {said.strip()[-200:]}")
+        return struck
+
+    return Fault("storage", f"{error} in the {name}, {'once' if often else 'from then on'}", before=before)

@@ -114,6 +114,7 @@ def of_launch(scene: Scene, launch: Launch, calm: Calm, faults: list[Fault]) -> 
             breaches.append(Breach(Outcome.HUNG, f"no end after {launch.seconds:.0f} s; {len(open_)} of {len(calm.numbers)} to do"))
         elif why := _lie(code, said, open_, launch.thrown, calm):
             breaches.append(Breach(Outcome.EXIT, why))
+    breaches += [Breach(Outcome.EXIT, scene.wrong.pop()) for _ in list(scene.wrong)]
     for words, code, said in launch.others:
         if code or "Traceback" in said:
             breaches.append(Breach(Outcome.EXIT, f"{words} ended with {code}: {_last_line(said)}"))

@@ -105,6 +105,9 @@ class Scene:
         self.journals: list[list[Journal]] = []
         self.spoilt: set[str] = set()
         """Tasks, as `<stage>-<key>`, whose record a fault has damaged."""
+        self.mounts: list[Path] = []
+        self.wrong: list[str] = []
+        """What commands beside the sweep did wrong, in words."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -144,6 +147,19 @@ class Scene:
             )
         self.main.append(process)
         return process
+
+    def call(self, *words: str) -> tuple[int, str]:
+        """Run a command of slimbench to its end; its exit code and what it said on standard error."""
+        done = subprocess.run(
+            [*SLIMBENCH, *words],
+            env=self.environment,
+            cwd=self.root,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LAUNCH_S,
+        )
+        return done.returncode, done.stderr
 
     def launch(self, faults: list[Fault]) -> Launch:
         """Launch the sweep with faults armed, throw them as their moments come, and wait until all that was started has ended."""
@@ -260,6 +276,24 @@ class Scene:
             for process in self.processes():
                 with suppress(psutil.Error):
                     process.kill()
+            for folder in self.mounts:
+                subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+    def mount(self, folder: Path, size: str) -> bool:
+        """Lay a file system of that size over a folder that is empty; whether that could be done."""
+        if os.geteuid() or folder in self.mounts or (folder.exists() and any(folder.iterdir())):
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", str(folder)]
+        if subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
+            return False
+        self.mounts.append(folder)
+        return True
+
+    def grow(self) -> None:
+        """Give the mounted file systems room."""
+        for folder in self.mounts:
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
 
 
 def _words(process: subprocess.Popen[bytes]) -> str:
