@@ -14,6 +14,7 @@ import typer
 from slimbench import __version__
 from slimbench.harness.cli import artefact, assets, bench, board, cache, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
+from slimbench.harness.cli.cancel import cancel
 from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.config import config
 from slimbench.harness.cli.doctor import doctor
@@ -33,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, worker, status, show, config, audit, compare, recommend, reproduce, doctor, lock):
+for command in (run, sweep, worker, status, cancel, show, config, audit, compare, recommend, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

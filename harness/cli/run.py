@@ -26,15 +26,31 @@ StopAfter = Annotated[
     typer.Option(help="Start no stage after this time, such as 30s, 150m or 2h; exit code 75 if there is more to do."),
 ]
 
+Detach = Annotated[
+    bool, typer.Option("--detach", help="With launcher=slurm, ray or workers: leave the stages to the jobs and do not wait.")
+]
 
-def run(overrides: Overrides = None, plan: PlanOnly = False, format: Format = "terminal", stop_after: StopAfter = None) -> None:
+
+def run(
+    overrides: Overrides = None,
+    plan: PlanOnly = False,
+    format: Format = "terminal",
+    stop_after: StopAfter = None,
+    detach: Detach = False,
+) -> None:
     """Run one cell (and the reference it is compared with): compress, measure quality, measure speed."""
-    _measure(overrides or [], False, plan, format, stop_after)
+    _measure(overrides or [], False, plan, format, stop_after, detach)
 
 
-def sweep(overrides: Overrides = None, plan: PlanOnly = False, format: Format = "terminal", stop_after: StopAfter = None) -> None:
+def sweep(
+    overrides: Overrides = None,
+    plan: PlanOnly = False,
+    format: Format = "terminal",
+    stop_after: StopAfter = None,
+    detach: Detach = False,
+) -> None:
     """Run the product of several values, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
-    _measure(overrides or [], True, plan, format, stop_after)
+    _measure(overrides or [], True, plan, format, stop_after, detach)
 
 
 def seconds_of(text: str | None) -> float | None:
@@ -45,7 +61,7 @@ def seconds_of(text: str | None) -> float | None:
         raise ConfigError(f"--stop-after: {error}") from error
 
 
-def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None) -> None:
+def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None, detach: bool) -> None:
     check_choice("--format", format, FORMATS)
     seconds = seconds_of(stop_after)
     from slimbench.harness.launch import signals
@@ -65,13 +81,15 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
     try:
         told.print(f"{len(asked)} cell{'s' * (len(asked) > 1)} → {results}/")
         with signals.raised(), ProgressDisplay(plan, store, told) as display:
-            ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store))
+            ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store), detach)
     except signals.Stopped as stopped:
         fail(f"stopped by {stopped.name}; the same command goes on where it stopped", ExitCode.STOPPED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
-    _print_rows(ledger, results)
     code = of(ledger)
+    if detach and code is ExitCode.STOPPED:
+        return
+    _print_rows(ledger, results)
     if code in (ExitCode.STOPPED, ExitCode.NOTHING_MEASURED):
         told.print(_why(code, ledger))
     raise typer.Exit(code)

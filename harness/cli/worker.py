@@ -20,13 +20,16 @@ def worker(
 ) -> None:
     """Run what is open of a plan: what is recorded is skipped, what others are at is looked at again until all has ended."""
     seconds = seconds_of(stop_after)
-    from slimbench.harness.launch import drain
+    from slimbench.harness.launch import drain, signals
     from slimbench.harness.run.planning import plan as plans
     from slimbench.harness.store.store import Store
 
     names, store = drain.matching(plans.read_safely(plan, trust), name), Store(plan.parent.parent)
     try:
-        ledger = drain.drain(plan, names, console(stderr=True), seconds, trust, lambda cell: track(cell, store))
+        with signals.raised():
+            ledger = drain.drain(plan, names, console(stderr=True), seconds, trust, on_done=lambda cell: track(cell, store))
+    except signals.Stopped as stopped:
+        fail(f"stopped by {stopped.name}; the same command goes on where it stopped", ExitCode.STOPPED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
     raise typer.Exit(of(ledger))

@@ -287,10 +287,10 @@ Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value
 
 
 class SizeConfig(_Strict):
-    """What a job asks for whose model has dense weights of at most `weights_gb` GB; the rest as of the launcher."""
+    """What a job asks for whose stage takes at most `needs_gb` GB at its peak; None as of the launcher."""
 
-    weights_gb: Real = Field(gt=0)
-    cards: Whole = Field(default=0, ge=0)
+    needs_gb: Real = Field(gt=0)
+    cards: Whole | None = Field(default=None, ge=0)
     memory_gb: Real | None = Field(default=None, gt=0)
     time: Minutes | None = None
 
@@ -299,7 +299,7 @@ class LauncherConfig(_Strict):
     """Who brings stages to where they run.
 
     Attributes:
-        name: `local`: this machine; `slurm`: job arrays; `ray`: tasks of a Ray cluster.
+        name: `local`: this machine; `slurm`: job arrays; `ray`: tasks of a Ray cluster; `workers`: whoever runs `slimbench worker`.
         slots: Stages at a time, each on a CUDA card of its own from `device.index` on; one on a CPU, where they would disturb another.
         partition: Of SLURM, where it is not the cluster's default; `account`, `qos` and `constraint` likewise.
         account: Who pays.
@@ -309,12 +309,12 @@ class LauncherConfig(_Strict):
         cpus: CPU cores of a job; None leaves it to the cluster.
         memory_gb: Main memory of a job in GB; None leaves it to the cluster.
         time: Limit of a job, in minutes or as `4h`; None for `limits.wall_s` and some minutes. What it cuts off goes on in the next job.
-        sizes: Cards, memory and time by the size of the model, in place of those above: the first entry that is large enough counts.
+        sizes: Cards, memory and time by what a stage is estimated to take, in place of those above: the first large enough entry counts.
         array: Jobs at a time; None for no limit.
         extra: Further options of sbatch, such as `{reservation: NAME}`.
     """
 
-    name: Literal["local", "slurm", "ray"] = "local"
+    name: Literal["local", "slurm", "ray", "workers"] = "local"
     slots: Whole = Field(default=1, ge=1)
     partition: str | None = None
     account: str | None = None

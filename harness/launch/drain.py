@@ -27,6 +27,7 @@ def drain(
     console: Console,
     seconds: float | None = None,
     trusted: bool = False,
+    expected: str = "",
     on_done: Callable[[PlannedCell], None] = lambda cell: None,
     runner: Callable[..., Runner] = Runner,
 ) -> Ledger:
@@ -38,6 +39,7 @@ def drain(
         console: Where the progress is shown.
         seconds: No stage is started after these.
         trusted: Allow code that models and folders of tasks of the plan bring along.
+        expected: Id of the plan that must be in the file, if it is given.
         on_done: Told of each cell that was asked for and of which nothing is left to do.
         runner: Makes the runner of a slot.
 
@@ -49,6 +51,8 @@ def drain(
         StoreError: The results folder cannot be written.
     """
     plan, store = plans.read_safely(path, trusted), Store(path.parent.parent)
+    if expected not in ("", plan.id):
+        raise ConfigError(f"{path} holds another plan than {expected}, which is to be run")
     share = plan if names is None else plan.only(with_predecessors(plan, names))
     _require_own_keys(share)
     whole = Ledger(plan, store)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config import compose
 from slimbench.harness.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slimbench.harness.launch.local import LocalLauncher
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.run.planning.plan import Plan, PlannedCell
     from slimbench.harness.run.runner import Listener
+
+_LAUNCHERS = {
+    "local": ("local", "LocalLauncher"),
+    "slurm": ("slurm", "SlurmLauncher"),
+    "workers": ("workers", "WorkersLauncher"),
+}
 
 
 def plan(overrides: Sequence[str], several: bool) -> Plan:
@@ -47,33 +53,37 @@ def launch(
     listener: Listener,
     seconds: float | None = None,
     on_done: Callable[[PlannedCell], None] = lambda cell: None,
+    detach: bool = False,
 ) -> Ledger:
     """Write a plan into its results folder, run what is open of it, and tell what it has come to.
 
     Args:
         seconds: No stage is started after these.
         on_done: Told of each cell whose stages have all ended.
+        detach: Leave the stages to the jobs that are submitted, and do not wait.
 
     Raises:
+        ConfigError: The launcher cannot run it.
         StoreError: The results folder cannot be written.
     """
     from slimbench.harness.run.planning import plan as plans
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.store.store import Store
 
-    path, store = plans.write(plan, results), Store(results)
-    if not plan.launcher.is_local:
-        raise ConfigError(f"launcher={plan.launcher.name} does not submit yet; `slimbench worker {path}` runs the plan where it is started")
-    plan = plans.read(path)
-    _launcher(plan.launcher.name)(listener, seconds, on_done).launch(plan, store)
+    if detach and plan.launcher.is_local:
+        raise ConfigError("--detach: launcher=local runs the stages in this process; give launcher=slurm, ray or workers")
+    kind = _launcher(plan.launcher.name)
+    kind.check(plan)
+    plan, store = plans.read(plans.write(plan, results)), Store(results)
+    where = {} if plan.launcher.is_local else {"detach": detach}
+    kind(listener, seconds, on_done, **where).launch(plan, store)
     return Ledger(plan, store)
 
 
-def _launcher(name: str) -> type[LocalLauncher]:
-    """The launcher of a name."""
-    from slimbench.harness.launch.local import LocalLauncher
-
-    return {"local": LocalLauncher}[name]
+def _launcher(name: str) -> Any:
+    """The class of the launcher of a name; that of another is not imported."""
+    module, cls = _LAUNCHERS[name]
+    return getattr(importlib.import_module(f"slimbench.harness.launch.{module}"), cls)
 
 
 def _require_own_code(plan: Plan) -> None:

@@ -50,7 +50,7 @@ def test_what_no_machine_could_do_is_one_everywhere() -> None:
         (["launcher=slurm-cpu"], "cpu"),
         (["launcher=slurm-a100"], "cuda"),
         (["launcher=ray"], "cuda"),
-        (["launcher=slurm-cpu", "launcher.sizes=[{weights_gb: 20, cards: 1}]"], "cuda"),
+        (["launcher=slurm-cpu", "launcher.sizes=[{needs_gb: 20, cards: 1}]"], "cuda"),
         (["launcher=slurm", "device=cpu"], "cpu"),
         (["launcher=local"], "cpu"),
     ],
