@@ -66,5 +66,5 @@ def _queue_again(name: str) -> None:
     from submitit.core.job_environment import JobEnvironment
 
     if name != "SIGTERM":
-        signal.raise_signal(JobEnvironment()._usr_sig())  # noqa: SLF001  # submitit's own handler queues the job again and ends it
+        signal.raise_signal(signal.Signals[f"SIG{JobEnvironment.USR_SIG}"])  # submitit's own handler queues the job again and ends it
     raise SystemExit(75)
