@@ -29,17 +29,19 @@ class Resources:
 def resources(task: Task, launcher: LauncherConfig) -> Resources:
     """What a task asks for. One that needs no card gets none."""
     size = _size(task.needs, launcher)
-    cards = launcher.cards if size.cards is None else size.cards
+    cards = launcher.cards if size is None or size.cards is None else size.cards
+    minutes = (size and size.time) or launcher.time or task.needs.seconds / 60 + _MARGIN_MIN
     return Resources(
         cards=cards if task.needs.device == "cuda" else 0,
         cpus=launcher.cpus,
-        memory_gb=size.memory_gb or launcher.memory_gb,
-        minutes=math.ceil(size.time or launcher.time or task.needs.seconds / 60 + _MARGIN_MIN),
+        memory_gb=(size and size.memory_gb) or launcher.memory_gb,
+        minutes=math.ceil(minutes),
     )
 
 
-def _size(needs: TaskNeeds, launcher: LauncherConfig) -> SizeConfig:
-    """The first entry that is large enough; the last one where none is, and no entry where the need is not known."""
-    known = needs.memory_bytes is not None and launcher.sizes
-    large_enough = (size for size in launcher.sizes if needs.memory_bytes is not None and needs.memory_bytes <= size.needs_gb * 1e9)
-    return next(large_enough, launcher.sizes[-1]) if known else SizeConfig(needs_gb=math.inf)
+def _size(needs: TaskNeeds, launcher: LauncherConfig) -> SizeConfig | None:
+    """The first entry that is large enough, the last one where none is; none where the need is not known."""
+    if needs.memory_bytes is None or not launcher.sizes:
+        return None
+    large_enough = (size for size in launcher.sizes if needs.memory_bytes <= size.needs_gb * 1e9)
+    return next(large_enough, launcher.sizes[-1])

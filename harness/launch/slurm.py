@@ -111,7 +111,7 @@ class SlurmLauncher:
                 jobs.add(path, entries)
                 held |= {task: entry.job for entry in entries for task in entry.tasks}
                 submitted += [entry.job for entry in entries]
-        except Exception as error:
+        except (RuntimeError, subprocess.SubprocessError, OSError) as error:
             if submitted:
                 subprocess.run(["scancel", *sorted(set(map(_array, submitted)))], check=False, capture_output=True)
             raise ConfigError(f"launcher=slurm: {_said(error)}") from error
