@@ -91,6 +91,7 @@ class EngineConfig(_Strict):
         modules: Import names that must be there.
         extra: Optional dependency group of slimbench that installs them.
         environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
+        spreads: The formats of those that it spreads over several cards.
         memory: Where weights are while it runs: the whole `model` on the device, or one `layer` at a time. None where a library takes much
             more than that: then no estimate of memory refuses a stage.
     """
@@ -102,6 +103,7 @@ class EngineConfig(_Strict):
     modules: list[str] = []
     extra: str | None = None
     environment: str | None = None
+    spreads: list[str] = []
     memory: Literal["model", "layer"] | None = None
 
 
@@ -254,7 +256,8 @@ class DeviceConfig(_Strict):
 
     Attributes:
         name: Where quality and speed are measured; `auto` takes a CUDA card if torch can use one.
-        index: Which card.
+        index: Which card, the first of several.
+        cards: Cards among which one model is spread for quality and speed, where one does not hold it; compression runs on the first.
         threads: Threads of CPU operators; None for all cores. A number that is given belongs to what speed is measured with.
         compress: Where compression runs; `auto` is the only device of its methods, else where the cell is measured.
         hardware: `this`: only records of this hardware spare a stage; `any`: compression and quality of other hardware do as well.
@@ -262,6 +265,7 @@ class DeviceConfig(_Strict):
 
     name: Literal["auto", "cpu", "cuda"] = "auto"
     index: Whole = Field(default=0, ge=0)
+    cards: Whole = Field(default=1, ge=1)
     threads: Whole | None = Field(default=None, ge=1)
     compress: Literal["auto", "cpu", "cuda"] = "auto"
     hardware: Literal["this", "any"] = "this"

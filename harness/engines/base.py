@@ -18,6 +18,7 @@ class Engine(ABC):
     Args:
         loaders: Format of an artefact → dotted path of what turns its folder into this engine's model; what it is called with is
             the engine's affair.
+        cards: CUDA cards among which a model is spread, from that of `device` on; only for the formats that its YAML says it `spreads`.
 
     Class attributes:
         version: Raised when the same artefact gives other numbers than before. Each class states its own, as a number: it is read without
@@ -26,8 +27,8 @@ class Engine(ABC):
 
     version: ClassVar[int]
 
-    def __init__(self, loaders: dict[str, str]) -> None:
-        self.loaders = loaders
+    def __init__(self, loaders: dict[str, str], cards: int = 1) -> None:
+        self.loaders, self.cards = loaders, cards
 
     def load(self, artefact: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         """Load an artefact from disk.

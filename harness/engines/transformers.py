@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from slimbench.harness.engines import spread
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.loaded import LoadedModel, Step
@@ -32,6 +33,7 @@ class TransformersModel(LoadedModel):
         self.module = module
         self._new_cache: Callable[[], Any] = getattr(module, "new_cache", None) or _library_default
         self._device = torch.device(device)
+        self._devices = [self._device, *sorted({p.device for p in module.parameters() if p.is_cuda} - {self._device}, key=str)]
         self.scoring, self.max_batch = getattr(module, "scoring", "exact"), getattr(module, "max_batch", None)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
@@ -41,6 +43,10 @@ class TransformersModel(LoadedModel):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return self._devices
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -79,8 +85,8 @@ class TransformersModel(LoadedModel):
         return Step(out.logits[:, -1:].argmax(-1), out.past_key_values)
 
     def synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices if self._device.type == "cuda" else ():
+            torch.cuda.synchronize(device)
 
     def cache_bytes(self, state: Any) -> int | None:
         if hasattr(state, "stored_bytes"):
@@ -112,9 +118,13 @@ def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
 
 
 class TransformersEngine(Engine):
-    """Loads every format that ends as a module with the call of a transformers model."""
+    """Loads every format that ends as a module with the call of a transformers model; over several cards whole blocks on each of them."""
 
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        return TransformersModel(loader(artefact, device, trust_remote_code), device)
+        if self.cards == 1:
+            return TransformersModel(loader(artefact, device, trust_remote_code), device)
+        first = torch.device(device).index or 0
+        places = spread.device_map(artefact, range(first, first + self.cards), trust_remote_code)
+        return TransformersModel(loader(artefact, device, trust_remote_code, device_map=places), device)

@@ -7,6 +7,9 @@ What its interface does not let the harness do:
   asks the model itself for their logits: those that vLLM samples from, at all positions.
 
 The cache is reserved when the model is loaded: what `cache_bytes` tells is the part of it that sequences hold.
+
+Over several cards it is tensor parallel, each card a process of vLLM's own. The model's hidden states are out of reach there, so quality is
+unsupported, while speed, memory and the names of kernels are read as on one card.
 """
 
 from __future__ import annotations
@@ -89,20 +92,26 @@ class VllmModel(LoadedModel):
 
     keeps_cache = True
 
-    def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> None:
+    def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, cards: int = 1) -> None:
         config = read_config(artefact)
         self.vocab_size = config["vocab_size"]
         self.max_length = min(config.get("max_position_embeddings", 2048), _LONGEST)
         self._scratch = files.scratch("vllm")
         self._checkpoint = loader(artefact, Path(self._scratch.name))
         self._device = torch.device(device)
-        self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code)
-        (self._module,) = self._engine.apply_model(lambda module: module)
+        self._cards = cards
+        self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code, cards)
+        self._kernels = self._engine.apply_model(_kernels)[0]
+        self._module = self._engine.apply_model(_itself)[0] if cards == 1 else None
         self._running: Generation | None = None
 
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return [torch.device(self._device.type, card) for card in range(self._cards)] if self._cards > 1 else [self._device]
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -110,6 +119,8 @@ class VllmModel(LoadedModel):
 
     def _window(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Logits [T - start, V] of one sequence."""
+        if self._module is None:
+            raise Unsupported(f"vLLM over {self._cards} cards gives no logits of a prompt: quality is measured by engine=transformers")
         self._stop()
         seen: list[torch.Tensor] = []
         hook = self._module.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden.clone()))
@@ -138,10 +149,10 @@ class VllmModel(LoadedModel):
         scheduler = self._engine.engine_core.engine_core.scheduler
         layout, pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
         used = layout.num_blocks - 1 - pool.get_num_free_blocks()  # one block is vLLM's own
-        return used * sum(tensor.size for tensor in layout.kv_cache_tensors) // layout.num_blocks
+        return self._cards * used * sum(tensor.size for tensor in layout.kv_cache_tensors) // layout.num_blocks
 
     def evidence(self) -> Evidence:
-        return evidence_of(list(_weights(self._checkpoint, self._module)))
+        return evidence_of(list(_weights(self._checkpoint, self._kernels)))
 
     def _stop(self) -> None:
         if self._running:
@@ -155,16 +166,17 @@ class VllmEngine(Engine):
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        return VllmModel(artefact, loader, device, trust_remote_code)
+        return VllmModel(artefact, loader, device, trust_remote_code, self.cards)
 
 
-def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_code: bool) -> Any:
+def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_code: bool, cards: int = 1) -> Any:
     threads = torch.get_num_threads()
-    os.environ.update(_SETTINGS, OMP_NUM_THREADS=str(threads))
+    functions = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cards > 1 else {}  # sent to its processes: `apply_model` asks for kernels
+    os.environ.update(_SETTINGS | functions, OMP_NUM_THREADS=str(threads))
     from vllm import EngineArgs, LLMEngine
 
     if device.index:
-        raise Unsupported("vLLM takes the first visible card; choose another by CUDA_VISIBLE_DEVICES")
+        raise Unsupported("vLLM takes the first visible cards; choose others by CUDA_VISIBLE_DEVICES")
     cache = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} if device.type == "cpu" else {"gpu_memory_utilization": _CARD_SHARE}
     arguments = EngineArgs(
         model=str(checkpoint),
@@ -175,6 +187,7 @@ def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_co
         enable_prefix_caching=False,
         async_scheduling=False,
         load_format="safetensors",
+        tensor_parallel_size=cards,
         **cache,
     )
     try:
@@ -183,11 +196,14 @@ def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_co
         raise Unsupported(f"vLLM does not load this model: {' '.join(str(error).split())[:200]}") from error
 
 
-def _weights(checkpoint: Path, module: Any) -> Iterator[Weight]:
+def _itself(module: Any) -> Any:
+    return module
+
+
+def _weights(checkpoint: Path, kernels: dict[str, tuple[str, str]]) -> Iterator[Weight]:
     """The layers of what vLLM loaded, from the files; the kernels from its modules."""
     from safetensors import safe_open
 
-    kernels = dict(_kernels(module))
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             layers: dict[str, list[str]] = {}
@@ -228,9 +244,9 @@ def _numbers(weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tens
     return unpack_from_int32(weight, 32 * weight.shape[1] // shape[1], shape)
 
 
-def _kernels(module: Any) -> Iterator[tuple[str, tuple[str, str]]]:
+def _kernels(module: Any) -> dict[str, tuple[str, str]]:
     """Names of layers in the files, with the class of the module that stands for each and what it multiplies with."""
-    fused = getattr(module, "packed_modules_mapping", {})
+    fused, found = getattr(module, "packed_modules_mapping", {}), {}
     for name, layer in module.named_modules():
         method = getattr(layer, "quant_method", None)
         if method is None:
@@ -239,4 +255,5 @@ def _kernels(module: Any) -> Iterator[tuple[str, tuple[str, str]]]:
         kernel = type(getattr(scheme, "kernel", None) or scheme or method).__name__
         parent, dot, leaf = name.rpartition(".")
         for part in fused.get(leaf, [leaf]):
-            yield f"{parent}{dot}{part}", (type(layer).__name__, kernel)
+            found[f"{parent}{dot}{part}"] = type(layer).__name__, kernel
+    return found

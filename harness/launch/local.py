@@ -178,12 +178,15 @@ class _Work:
 
 
 def _cards(plan: Plan) -> list[int | None]:
-    """The card of each slot; None leaves it to the cell."""
+    """The first card of each slot; None leaves it to the cell."""
     if (slots := plan.launcher.slots) == 1:
         return [None]
     first = min((cell.config.device.index for cell in plan.cells if cell.config.device.name == "cuda"), default=None)
     if first is None:
         raise ConfigError(f"launcher.slots={slots}: stages on a CPU would disturb each other's times; give launcher.slots=1")
-    if (cards := len(hardware().gpus)) < first + slots:
-        raise ConfigError(f"launcher.slots={slots}: this machine has {cards} CUDA cards, of which device.index={first} is the first")
-    return list(range(first, first + slots))
+    each = max(cell.config.device.cards for cell in plan.cells)
+    if (cards := len(hardware().gpus)) < first + slots * each:
+        of_each = f" of device.cards={each}" if each > 1 else ""
+        there = f"this machine has {cards} CUDA cards, of which device.index={first} is the first"
+        raise ConfigError(f"launcher.slots={slots}{of_each}: {there}")
+    return list(range(first, first + slots * each, each))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -68,11 +69,11 @@ def _taken(model: Generates, point: SpeedPoint) -> int:
 
     def work() -> tuple[Step, int]:
         step = model.decode_step(model.prefill(prompts(model, point), room=point.new_tokens))
-        return step, _in_use(model.device)
+        return step, _in_use(model.devices)
 
-    peak = peak_of(model.device, work)
+    peak = peak_of(model.devices, work)
     return (peak.highest if peak.highest is not None else peak.result[1]) - peak.before
 
 
-def _in_use(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+def _in_use(devices: Sequence[torch.device]) -> int:
+    return sum(map(torch.cuda.memory_allocated, devices)) if devices[0].type == "cuda" else resident_bytes()

@@ -54,10 +54,12 @@ class Instruments:
     flush: CacheFlush | None = None
 
     @classmethod
-    def of(cls, device: torch.device, flush_cache: bool = False) -> Instruments:
-        """Everything that this machine has for a device."""
+    def of(cls, device: torch.device, flush_cache: bool = False, cards: int = 1) -> Instruments:
+        """Everything that this machine has for a device; of several cards the first is watched, and energy is not counted."""
         card, meter, missing = gpu.monitor(device), None, None
         try:
+            if cards > 1:
+                raise energy.NotReadable("the energy of several cards is not counted")
             meter = energy.meter(device, card)
         except energy.NotReadable as error:
             missing = str(error)

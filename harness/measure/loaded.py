@@ -59,7 +59,12 @@ class Loaded(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Where the model lives; of several devices the one that its inputs go to."""
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """All devices that it lives on, `device` first."""
+        return [self.device]
 
 
 class Capability(Loaded):

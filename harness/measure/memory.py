@@ -7,7 +7,7 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -33,16 +33,16 @@ class Peak(Generic[_T]):
     result: _T
 
 
-def measure(model: Generates, point: SpeedPoint, weight_bytes: int, card: Monitor | None = None) -> MemoryResult:
+def measure(model: Generates, point: SpeedPoint, weight_bytes: int, cards: Sequence[Monitor] = ()) -> MemoryResult:
     """Split the memory of one steady run; call it while nothing but the candidate is loaded, after its first call at the point.
 
     Args:
         point: The headline point.
         weight_bytes: Sum of the resident tensors of the model.
-        card: NVML of the device, where it is a CUDA card.
+        cards: NVML of the devices, where they are CUDA cards.
     """
     resident, highest_so_far = resident_bytes(), _highest_resident()
-    peak = peak_of(model.device, lambda: _generate(model, point))
+    peak = peak_of(model.devices, lambda: _generate(model, point))
     cache = model.cache_bytes(peak.result.state)
     grown = None if cache is None else 0 if model.keeps_cache else cache
     extra = None if peak.highest is None or grown is None else max(0, peak.highest - peak.before - grown)
@@ -54,24 +54,34 @@ def measure(model: Generates, point: SpeedPoint, weight_bytes: int, card: Monito
         process_bytes=resident,
         process_peak_bytes=max(resident, highest_so_far, _highest_resident(), resident_bytes()),
         device_used_bytes=peak.highest if on_card else None,
-        reserved_bytes=torch.cuda.memory_reserved(model.device) if on_card else None,
-        device_process_bytes=card.process_bytes() if card else None,
+        reserved_bytes=sum(map(torch.cuda.memory_reserved, model.devices)) or None if on_card else None,
+        device_process_bytes=_process_bytes(cards),
     )
 
 
-def peak_of(device: torch.device, work: Callable[[], _T]) -> Peak[_T]:
+def _process_bytes(cards: Sequence[Monitor]) -> int | None:
+    sizes = [card.process_bytes() for card in cards]
+    return None if None in sizes or not sizes else sum(size for size in sizes if size)
+
+
+def peak_of(devices: Sequence[torch.device], work: Callable[[], _T]) -> Peak[_T]:
     """Do some work and see the most memory in use meanwhile: by the allocator on CUDA, by the process elsewhere.
+
+    Of several cards it is the sum of their peaks, which need not have been at one moment. Unknown where the allocator of this process holds
+    nothing: the model then lives in other processes.
 
     On Linux the kernel's peak of the resident set is reset beforehand; garbage, and memory that the C library keeps for later,
     are given back, so that they do not hide what the work needs. Elsewhere the peak is unknown.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if devices[0].type == "cuda":
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        before = sum(map(torch.cuda.memory_allocated, devices))
         result = work()
-        torch.cuda.synchronize(device)
-        return Peak(before, torch.cuda.max_memory_allocated(device), result)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return Peak(before, sum(map(torch.cuda.max_memory_allocated, devices)) or None, result)
     _give_back()
     known = _reset_peak()
     before = psutil.Process().memory_info().rss

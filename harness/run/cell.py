@@ -73,7 +73,9 @@ class Cell:
 def hardware_of(config: RunConfig, stage: Stage) -> HardwareIdentity:
     """What a stage runs on, on this machine."""
     device = config.device
-    return hardware().identity(device.compress if stage is Stage.COMPRESS else device.name, device.index, device.threads)
+    if stage is Stage.COMPRESS:
+        return hardware().identity(device.compress, device.index, device.threads)
+    return hardware().identity(device.name, device.index, device.threads, device.cards)
 
 
 def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
@@ -124,9 +126,12 @@ def _resolve_device(config: RunConfig) -> RunConfig:
     """The configuration with `device.name` resolved: by what jobs ask for where stages run elsewhere, else by what this machine has."""
     machine, device, launcher = hardware(), config.device, config.launcher
     has_cards = bool(machine.gpus) if launcher.is_local else any((launcher.cards, *(size.cards for size in launcher.sizes)))
-    name = device.name if device.name != "auto" else ("cuda" if has_cards else "cpu")
-    if launcher.is_local and name == "cuda" and machine.gpus and device.index >= len(machine.gpus):
-        raise ConfigError(f"device.index={device.index}: this machine has {len(machine.gpus)} CUDA cards, numbered from 0")
+    name = device.name if device.name != "auto" else ("cuda" if has_cards or device.cards > 1 else "cpu")
+    if launcher.is_local and name == "cuda" and machine.gpus and device.index + device.cards > len(machine.gpus):
+        asked = f"device.index={device.index}" + (f" device.cards={device.cards}" if device.cards > 1 else "")
+        raise ConfigError(f"{asked}: this machine has {len(machine.gpus)} CUDA cards, numbered from 0")
+    if name == "cpu" and device.cards > 1:
+        raise ConfigError(f"device.cards={device.cards}: with device=cpu there are no cards; give device=cuda")
     return config.model_copy(update={"device": device.model_copy(update={"name": name})})
 
 

@@ -41,6 +41,7 @@ def keys(config: RunConfig) -> Keys:
         ),
         speed=speed_part(config.speed.model_dump(), protocols.SPEED),
         threads=config.device.threads,
+        cards=config.device.cards if config.device.cards > 1 else None,
     ).keys()
 
 

@@ -43,7 +43,7 @@ class Runner:
 
     Attributes:
         since: What was recorded from then on is not run again, whatever `on_existing` says; ISO 8601, UTC.
-        card: Index of the CUDA card on which stages with `device=cuda` run; None for that of the configuration.
+        card: Index of the first CUDA card on which stages with `device=cuda` run; None for that of the configuration.
     """
 
     store: Store
@@ -52,7 +52,7 @@ class Runner:
     card: int | None = None
 
     def __post_init__(self) -> None:
-        self._workers: dict[tuple[str, bool], Worker] = {}
+        self._workers: dict[tuple[str, bool, tuple[int, ...]], Worker] = {}
         self._closed = self._interrupted = False
 
     def interrupt(self) -> None:
@@ -170,9 +170,8 @@ class Runner:
         return {"partial": name, "since": self.since if cell.config.on_existing == "all" else ""}
 
     def _seen_by_the_worker(self, config: RunConfig, threads: int) -> RunConfig:
-        """The configuration with its threads, in a process that sees no other card than this runner's."""
-        index = config.device.index if self.card is None else 0
-        return config.model_copy(update={"device": config.device.model_copy(update={"threads": threads, "index": index})})
+        """The configuration with its threads, in a process that sees no other cards than its own."""
+        return config.model_copy(update={"device": config.device.model_copy(update={"threads": threads, "index": 0})})
 
     def _reference_key(self, cell: Cell, stage: Stage) -> str | None:
         """Compress key of the reference; None where it ended badly for good, so that a candidate that fits is measured without it."""
@@ -185,8 +184,8 @@ class Runner:
     def _worker(self, cell: Cell, stage: Stage) -> Worker:
         name = environment(cell, stage)
         python = str(environments.get(name).python) if name else sys.executable
-        key = (python, is_offline(cell))
-        worker = self._workers.setdefault(key, Worker(*key, card=self.card))
+        key = (python, is_offline(cell), _cards(cell.config))
+        worker = self._workers.setdefault(key, Worker(*key))
         if self._closed or self._interrupted:
             raise Closed
         return worker
@@ -221,6 +220,12 @@ class Runner:
         versions = "+".join(f"{method.name} {method.version}" for method in cell.methods)
         message = f"other bytes under one version of {versions}: {difference}; on_existing=all measures everything again"
         return Outcome(Status.FAILED, PLAN, 0.0, failure=Failure(type="OtherBytes", message=message))
+
+
+def _cards(config: RunConfig) -> tuple[int, ...]:
+    """The cards that the stages of a cell see."""
+    device = config.device
+    return tuple(range(device.index, device.index + device.cards)) if "cuda" in (device.name, device.compress) else ()
 
 
 def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def places(config: RunConfig, stage: Stage) -> list[Place]:
     is_speed = stage is Stage.SPEED
     if (config.device.compress if stage is Stage.COMPRESS else config.device.name) != "cuda":
         return [Place(_MACHINE, alone=is_speed)]
-    names = [name.replace("/", "-") for name in card_names()[config.device.index : config.device.index + 1]]
+    first, cards = config.device.index, 1 if stage is Stage.COMPRESS else config.device.cards
+    names = [name.replace("/", "-") for name in card_names()[first : first + cards]]
     return [Place(_MACHINE, alone=False), *(Place(name, alone=is_speed) for name in sorted(names))]
 
 

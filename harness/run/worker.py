@@ -13,7 +13,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,11 @@ class Worker:
     Args:
         python: Interpreter of the environment that the stages run in.
         offline: Nothing needs the hub, so no library may ask it.
-        card: Index of the only CUDA card that the stages see; None for all that this process sees.
+        cards: Indices of the only CUDA cards that the stages see; none for all that this process sees.
     """
 
-    def __init__(self, python: str = sys.executable, offline: bool = False, card: int | None = None) -> None:
-        self.python, self.offline, self.card = python, offline, card
+    def __init__(self, python: str = sys.executable, offline: bool = False, cards: Sequence[int] = ()) -> None:
+        self.python, self.offline, self.cards = python, offline, cards
         self._server: subprocess.Popen[bytes] | None = None
         self._lines = _Lines()
         self._mark = family.mark()
@@ -182,7 +182,7 @@ class Worker:
         quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TQDM_DISABLE": "1"}
         quiet |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order of NVML, by which a card's index is read
         quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if self.offline else {}
-        quiet |= {"CUDA_VISIBLE_DEVICES": _visible(self.card)} if self.card is not None else {}
+        quiet |= {"CUDA_VISIBLE_DEVICES": _visible(self.cards)} if self.cards else {}
         self._lines = _Lines()
         self._server = subprocess.Popen(
             [self.python, "-P", "-m", "slimbench.harness.run.server"],
@@ -256,10 +256,10 @@ def _require_own_version(line: str, python: str) -> None:
         raise OtherVersion(f"the worker of {Path(python).parent.parent.name} is {told}, this is {own}: make its environment again")
 
 
-def _visible(card: int) -> str:
-    """A card of this process as `CUDA_VISIBLE_DEVICES` names it."""
+def _visible(cards: Sequence[int]) -> str:
+    """Cards of this process as `CUDA_VISIBLE_DEVICES` names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[card].strip() if named else str(card)
+    return ",".join(named.split(",")[card].strip() if named else str(card) for card in cards)
 
 
 def _tail(path: str, folders: Iterable[str]) -> str:

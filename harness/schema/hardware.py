@@ -57,17 +57,19 @@ class Hardware:
         """What a record says of its machine. Raises `TypeError` or `ValueError` where it is not of this form."""
         return cls(**{**facts, "gpus": [Gpu(**gpu) for gpu in facts.get("gpus", [])]})
 
-    def identity(self, device: str, index: int = 0, threads: int | None = None) -> HardwareIdentity:
+    def identity(self, device: str, index: int = 0, threads: int | None = None, cards: int = 1) -> HardwareIdentity:
         """What a stage on `device` depends on: the card, or the processor where it runs on none or the machine has none.
 
         Args:
             index: Which card.
             threads: CPU threads of the cell, for the label; all cores where None, unknown where 0.
+            cards: How many, all like the first.
         """
         if device == "cuda" and index < len(self.gpus):
             card = self.gpus[index]
             facts: dict[str, Any] = {"card": card.name, "memory": _gib(card.memory_bytes), "capability": card.compute_capability}
-            return HardwareIdentity(fingerprint=digest(facts)[:_DIGITS], label=card.name)
+            facts |= {"cards": cards} if cards > 1 else {}
+            return HardwareIdentity(fingerprint=digest(facts)[:_DIGITS], label=card.name if cards == 1 else f"{cards} × {card.name}")
         label = f"{self.cpu} · {(self.cores if threads is None else threads) or 'unknown'} threads · {_gib(self.memory_bytes)} GB"
         return HardwareIdentity(fingerprint=self._processor, label=label)
 

@@ -39,8 +39,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     first_calls = [figure(["first call", 0], 1, lambda: first)]
     found = evidence_of(model, config, key)
     report.phase("memory")
-    card, weights = gpu.monitor(model.device), found.weight_bytes
-    split = MemoryResult(**figure(["memory"], 1, lambda: memory.measure(model, grid[0], weights, card).model_dump()))
+    cards, weights = _monitors(model), found.weight_bytes
+    split = MemoryResult(**figure(["memory"], 1, lambda: memory.measure(model, grid[0], weights, cards).model_dump()))
     largest = None
     if protocol.largest_batch:
         largest = LargestBatch(**figure(["largest batch"], 1, lambda: _largest_batch(model, config, report).model_dump()))
@@ -49,7 +49,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         figure(["first call", index], 1, partial(latency.first_call, model, point)) for index, point in enumerate(grid[1:], start=1)
     ]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
-    instruments = latency.Instruments.of(model.device, protocol.flush_cache)
+    instruments = latency.Instruments.of(model.device, protocol.flush_cache, cards=len(model.devices))
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     disturbances: list[list[str]] = []
 
@@ -93,6 +93,10 @@ def _largest_batch(model: Generates, config: RunConfig, report: Reporter) -> Lar
     protocol, limit = config.speed, config.limits.memory_gb
     memory_bytes = int(limit * 1e9) if limit else available_memory()
     return capacity.largest_batch(model, protocol.grid[0], model.batch(protocol.largest_batch or 1), memory_bytes, protocol.budget_s)
+
+
+def _monitors(model: Generates) -> list[gpu.Monitor]:
+    return [card for device in model.devices if (card := gpu.monitor(device))]
 
 
 class _Share:

@@ -28,6 +28,7 @@ class Parts:
         suite: Settings of the suite, its texts and tasks by fingerprint, the versions of its protocols.
         speed: Settings and version of the speed protocol.
         threads: CPU threads that the user asked for; None: all that the machine gives.
+        cards: Cards among which the model is spread; None where one holds it.
     """
 
     model: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Parts:
     suite: Mapping[str, Any]
     speed: Mapping[str, Any]
     threads: int | None = None
+    cards: int | None = None
 
     def keys(self) -> Keys:
         """The keys of the three stages; quality and speed build on what was compressed."""
@@ -52,7 +54,7 @@ class Parts:
                 device=self.compress_device,
             )
         )
-        run = {"compress": compress, "engine": dict(self.engine), "device": self.device}
+        run = present(compress=compress, engine=dict(self.engine), device=self.device, cards=self.cards)
         return Keys(
             compress=compress,
             quality=digest(present(**run, suite=present(**self.suite))),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from slimbench.harness.engines import semi_structured
-from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
+from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel, load_pretrained
+from slimbench.harness.measure.memory import peak_of
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from tests.support.tiny import save_model
 
@@ -26,3 +27,16 @@ def test_semi_structured_products_are_those_of_the_dense_weights(tmp_path: Path)
     found = sparse.evidence()
     assert found.kernel and "sparse" in found.kernel and found.effective_bits and found.effective_bits < 10
     assert {layer.pattern for layer in found.layers if layer.role == "linear"} == {"2:4"}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_a_model_over_two_cards_computes_what_one_card_does(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, num_hidden_layers=4).path
+    two = TransformersEngine({}, cards=2).open(folder, load_pretrained, "cuda:0", False)
+    one, ids = TransformersModel(load_pretrained(folder, "cuda:0"), "cuda:0"), torch.randint(0, 256, (2, 32))
+    assert two.devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert torch.allclose(two.logits(ids).float(), one.logits(ids).float(), atol=1e-3)
+    assert two.generate(ids, 8) == one.generate(ids, 8)
+    assert two.evidence().weight_bytes == one.evidence().weight_bytes
+    peak = peak_of(two.devices, lambda: two.logits(ids))
+    assert peak.highest and peak.before and peak.highest > peak.before > (one.evidence().weight_bytes or 0)

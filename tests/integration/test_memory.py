@@ -86,7 +86,7 @@ def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Pat
 def test_the_peak_is_that_of_the_work_alone() -> None:
     large = torch.ones(100 * MB, dtype=torch.uint8)
     del large
-    peak = peak_of(CPU, lambda: len(torch.ones(32 * MB, dtype=torch.uint8)))
+    peak = peak_of([CPU], lambda: len(torch.ones(32 * MB, dtype=torch.uint8)))
     assert peak.result == 32 * MB
     assert peak.highest is not None and 30 * MB < peak.highest - peak.before < 48 * MB
 

@@ -128,8 +128,11 @@ def estimate(
 
 
 def room(config: RunConfig, stage: Stage) -> int:
-    """Bytes that a stage may take on its device: a card's, or what the limits leave of the machine's memory."""
-    return hardware().gpus[config.device.index].memory_bytes if _device(config, stage) == "cuda" else host_room(config)
+    """Bytes that a stage may take on its device: its cards', or what the limits leave of the machine's memory."""
+    if _device(config, stage) != "cuda":
+        return host_room(config)
+    index, cards = config.device.index, 1 if stage is Stage.COMPRESS else config.device.cards
+    return sum(card.memory_bytes for card in hardware().gpus[index : index + cards])
 
 
 def host_room(config: RunConfig) -> int:
@@ -149,19 +152,34 @@ def shortage(config: RunConfig, methods: Sequence[Method], stage: Stage) -> str 
     name = config.model.name
     if need.least > there:
         size = f"about {_gb(need.bytes)}" if need.trusted else f"at least {_gb(need.least)}"
-        return f"{stage} of {name} needs {size} ({need}), there are {_gb(there)}{_help(config, need, stage)}"
+        return f"{stage} of {name} needs {size} ({need}), there are {_gb(there)}{_help(config, methods, need, stage)}"
     if need.host > (host := host_room(config)):
         return f"{stage} of {name} keeps {_gb(need.host)} of weights in host memory, there are {_gb(host)}"
     return None
 
 
-def _help(config: RunConfig, need: Estimate, stage: Stage) -> str:
+def _help(config: RunConfig, methods: Sequence[Method], need: Estimate, stage: Stage) -> str:
     """What would make a stage fit."""
     if stage is Stage.COMPRESS:
         return "; device.compress=cpu would take host memory" if config.device.compress == "cuda" else ""
     ways = ["a smaller grid" if stage is Stage.SPEED else "shorter windows"] if need.cache + need.work > need.bytes / 4 else []
+    if config.device.name == "cuda" and format_of(methods) in config.engine.spreads:
+        cards = cards_for(need.least, min(card.memory_bytes for card in hardware().gpus))
+        ways += [f"device.cards={cards}"] if cards > config.device.cards else []
     ways += [] if config.engine.memory == "layer" else ["engine=offload"]
     return f"; what would help: {' or '.join(ways)}" if ways else ""
+
+
+def cards_for(size: int | None, card_bytes: int) -> int:
+    """Cards of so many bytes that hold what a task takes (`TaskNeeds.memory_bytes`): a power of two, as heads are shared out among them.
+
+    Args:
+        size: None where it is not known: one card.
+    """
+    cards = 1
+    while size and size > _SHARE * card_bytes * cards:
+        cards *= 2
+    return cards
 
 
 def _compression(config: RunConfig, methods: Sequence[Method], model: _Model) -> Estimate:

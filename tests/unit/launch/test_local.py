@@ -94,6 +94,18 @@ def test_each_slot_has_a_card_of_its_own_and_slots_run_at_the_same_time(
         LocalLauncher.check(in_slots(plan, 3))
 
 
+def test_slots_of_several_cards_share_none(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards(monkeypatch, 5)
+    mine = [o for o in overrides if not o.startswith("device")]
+    plan = plan_of([*mine, "device=cuda", "device.index=1", "device.cards=2"], "dense", "magnitude")
+    both = threading.Barrier(2, timeout=20)
+    runner = rehearsal(lambda cell, stage, card: both.wait() if stage is Stage.COMPRESS else None)
+    LocalLauncher(Listener(), runner=runner).launch(in_slots(plan, 2), Store(tmp_path))
+    assert {card for *_, card, _, _ in runner.log} == {1, 3}
+    with pytest.raises(ConfigError, match=r"launcher.slots=3 of device.cards=2: this machine has 5 CUDA cards"):
+        LocalLauncher.check(in_slots(plan, 3))
+
+
 def test_slots_on_a_cpu_are_refused(overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disturb each other"):
         LocalLauncher(Listener(), runner=rehearsal()).launch(in_slots(plan_of(overrides, "dense"), 2), Store(tmp_path))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.measure import hardware as machine
 from slimbench.harness.run import cell as cells
@@ -115,7 +116,7 @@ def test_weights_larger_than_the_card_run_through_offload(overrides: list[str], 
     assert not refusals(plan_of(overrides, *model, "engine=offload"), "dense")
     eager = refusals(plan_of(overrides, *model, "engine=transformers"), "dense")
     assert set(eager) == {Stage.QUALITY, Stage.SPEED}
-    assert eager[Stage.QUALITY].endswith("(weights 138 GB), there are 24 GB; what would help: engine=offload")
+    assert eager[Stage.QUALITY].endswith("(weights 138 GB), there are 24 GB; what would help: device.cards=8 or engine=offload")
     hold(monkeypatch, host_gb=64, cards=1, card_gb=24)
     away = refusals(plan_of(overrides, *model, "engine=offload"), "dense")
     assert "keeps 138 GB of weights in host memory" in away[Stage.QUALITY]
@@ -147,3 +148,73 @@ def test_tasks_tell_launchers_what_they_take(overrides: list[str]) -> None:
     plan = plan_of(overrides, "model=random-360m", "device=cpu", "speed=quick", "method=rtn-4bit")
     sizes = {(plan.cells[task.cell].identity.pipeline, task.stage): task.needs.memory_bytes or 0 for task in plan.tasks}
     assert sizes["rtn-4bit", Stage.SPEED] > sizes["dense", Stage.SPEED] > 0.36e9 * 2
+
+
+@pytest.mark.parametrize(
+    ("cards", "card_gb", "asked", "candidate", "reference"),
+    [
+        (8, 80, 4, set(), set()),
+        (8, 80, 2, {Stage.SPEED}, set()),
+        (8, 80, 1, set(), {Stage.QUALITY, Stage.SPEED}),
+        (1, 24, 1, {Stage.QUALITY, Stage.SPEED}, set()),
+    ],
+    ids=["four of eight", "two of eight", "one of eight", "a small one"],
+)
+@pytest.mark.parametrize("model", ["llama2-70b", "llama3-70b", "llama3.1-70b"])
+def test_a_model_of_70_billion_plans_onto_the_cards_that_hold_it(
+    model: str,
+    cards: int,
+    card_gb: float,
+    asked: int,
+    candidate: set[Stage],
+    reference: set[Stage],
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4-bit weights of 35 GB, and in `speed` a reference of 138 to 141 GB beside them, which do not share two cards of 80 GB.
+
+    One card holds the 4-bit model but not its reference, without which it is measured there; where nothing can be measured no
+    reference is planned.
+    """
+    hold(monkeypatch, host_gb=512, cards=cards, card_gb=card_gb)
+    monkeypatch.setattr(obstacles.engines, "missing", lambda engine: None)
+    words = (f"model={model}", "device=cuda", "device.compress=cpu", "speed=quick", "engine=vllm", "method=rtn-4bit")
+    plan = plan_of(overrides, *words, f"device.cards={asked}")
+    assert set(refusals(plan, "rtn-4bit")) == candidate and set(refusals(plan, "dense")) == reference
+    helped = {reason.partition("what would help: ")[2] for reason in refusals(plan, "dense").values()}
+    assert helped <= {"device.cards=2 or engine=offload"}
+
+
+def test_cards_that_are_not_there_are_one_line(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(monkeypatch, host_gb=64, cards=1, card_gb=24)
+    with pytest.raises(ConfigError, match=r"device.index=0 device.cards=8: this machine has 1 CUDA cards, numbered from 0"):
+        plan_of(overrides, "model=llama2-70b", "device.cards=8")
+    hold(monkeypatch, host_gb=64)
+    (reason, *others) = refusals(plan_of(overrides, "model=llama2-70b", "device.cards=8"), "dense").values()
+    assert reason == "device=cuda, but this machine has no CUDA card that torch can use" and not any("\n" in line for line in others)
+    with pytest.raises(ConfigError, match=r"device.cards=8: with device=cpu there are no cards"):
+        plan_of(overrides, "model=llama2-70b", "device=cpu", "device.cards=8")
+
+
+def test_formats_that_an_engine_keeps_on_one_card_are_refused(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(monkeypatch, host_gb=512, cards=8, card_gb=80)
+    found = refusals(
+        plan_of(overrides, "model=llama2-70b", "device=cuda", "device.cards=4", "method=rtn-4bit", "device.compress=cpu"), "rtn-4bit"
+    )
+    assert found[Stage.QUALITY] == "engine transformers spreads no packed over several cards; vllm would"
+
+
+def test_cards_stand_in_keys_and_hardware_of_what_is_spread_alone(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(monkeypatch, host_gb=512, cards=8, card_gb=80)
+    one, same, two = (cell(overrides, "device=cuda", *more) for more in ([], ["device.cards=1"], ["device.cards=2"]))
+    assert one.identity.keys == same.identity.keys
+    assert one.identity.keys.compress == two.identity.keys.compress
+    assert one.identity.keys.quality != two.identity.keys.quality and one.identity.keys.speed != two.identity.keys.speed
+    assert one.hardware(Stage.COMPRESS) == two.hardware(Stage.COMPRESS)
+    assert one.hardware(Stage.SPEED).label == "card" and two.hardware(Stage.SPEED).label == "2 × card"
+    assert one.hardware(Stage.SPEED).fingerprint != two.hardware(Stage.SPEED).fingerprint
+
+
+@pytest.mark.parametrize(("size_gb", "cards"), [(None, 1), (10, 1), (75, 1), (78, 2), (140, 2), (160, 4), (700, 16)])
+def test_cards_for_a_task(size_gb: float | None, cards: int) -> None:
+    assert memory.cards_for(size_gb and int(size_gb * GB), 80 * GB) == cards

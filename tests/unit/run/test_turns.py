@@ -124,3 +124,11 @@ def test_two_cards_are_not_in_each_others_way() -> None:
         assert one is None and other is None
         with turn([*SHARED, Place("GPU-0", False)], 0.2) as third:
             assert third == "card was not free within 0 s"
+
+
+def test_a_model_over_two_cards_takes_both(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "card_names", lambda: ["GPU-2", "GPU-1", "GPU-0"])
+    config = cell(overrides).config
+    device = config.device.model_copy(update={"name": "cuda", "compress": "cuda", "index": 1, "cards": 2})
+    taken = [turns.places(config.model_copy(update={"device": device}), stage) for stage in (Stage.COMPRESS, Stage.SPEED)]
+    assert taken == [[*SHARED, Place("GPU-1", False)], [*SHARED, Place("GPU-0", True), Place("GPU-1", True)]], "in one order for all"

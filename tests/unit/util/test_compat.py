@@ -144,6 +144,7 @@ def test_a_model_says_how_it_attends_and_what_is_not_moved(tmp_path: Path) -> No
     model.set_attn_implementation("eager")
     assert of.attention_implementation(model) == "eager"
     assert "past_key_values" in of.keys_left_in_place(model)
+    assert of.blocks_kept_whole(model) == {"LlamaDecoderLayer"}
 
 
 def test_a_weight_that_is_kept_elsewhere_has_a_hook_that_brings_it_in() -> None:

@@ -15,6 +15,11 @@ def keys_left_in_place(model: Any) -> Any:
     return getattr(model, "_skip_keys_device_placement", None)
 
 
+def blocks_kept_whole(model: Any) -> set[str]:
+    """Classes of the modules of a model that must lie on one device each."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
 def quantized_states(layer: Any) -> list[Any]:
     """The quantized keys and values of a layer of the library's `QuantizedCache`."""
     return [vars(layer).get(name) for name in ("_quantized_keys", "_quantized_values")]
