@@ -20,8 +20,7 @@ class _Strict(BaseModel):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The defaults of its keys, as plain containers; a key without one is left out."""
-        optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
-        stated = {name: field.get_default(call_default_factory=True) for name, field in optional.items()}
+        stated = {key: field.get_default(call_default_factory=True) for key, field in cls.model_fields.items() if not field.is_required()}
         return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in stated.items()}
 
     @classmethod
@@ -92,8 +91,7 @@ class EngineConfig(_Strict):
         extra: Optional dependency group of slimbench that installs them.
         environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
         spreads: The formats of those that it spreads over several cards.
-        memory: Where weights are while it runs: the whole `model` on the device, or one `layer` at a time. None where a library takes much
-            more than that: then no estimate of memory refuses a stage.
+        memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
     """
 
     name: str
@@ -399,5 +397,4 @@ class RunConfig(_Strict):
         """The same cell with the uncompressed reference in place of the pipeline, wherever that was compressed."""
         if self.is_reference:
             return self
-        device = self.device.model_copy(update={"compress": "auto"})
-        return self.model_copy(update={"pipeline": [self.reference], "device": device})
+        return self.model_copy(update={"pipeline": [self.reference], "device": self.device.model_copy(update={"compress": "auto"})})
