@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from slimbench.tasks import hub
 from slimbench.tasks.archive import check_member, unpack
 from slimbench.tasks.errors import AssetError, DataError, HubError
-from slimbench.util import checksums
+from slimbench.util import checksums, locks
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import closest, nearest
@@ -109,8 +108,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         return fetch_hub(*_hub_address(asset))
     folder = _folder(asset)
     if not is_fetched(name):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with locks.held(folder):
             if not _complete(asset, folder):
                 _install(asset, folder, progress)
     return _entry(asset, folder)

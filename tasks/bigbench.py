@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from slimbench.tasks import assets
-from slimbench.util import checksums
+from slimbench.util import checksums, locks
 from slimbench.util.files import cache_dir
 
 DEFINITIONS = Path(__file__).with_name("bigbench.yaml")
@@ -95,8 +94,7 @@ def task_folder() -> Path:
     tasks = definitions()
     identity = hashlib.sha256("".join(fingerprint(name) for name in sorted(tasks)).encode()).hexdigest()[:16]
     folder = cache_dir() / "tasks" / f"bigbench-{identity}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locks.held(folder):
         if not _is_whole(tasks, folder):
             write_tasks(tasks, assets.fetch(ASSET), folder)
     return folder

@@ -19,7 +19,7 @@ KINDS = {
     "downloads": ("assets", "tasks", "documents"),
     "models": ("models",),
     "artefacts": ("artefacts",),
-    "checkpoints": ("checkpoints",),
+    "checkpoints": ("checkpoints", "partial"),
     "reference distributions": ("reference",),
     "tokens": ("tokens",),
     "kernels": ("kernels",),

@@ -160,7 +160,7 @@ def _remember(path: Path, signature: _Signature, sha256: str) -> None:
         return
     _known[path] = signature, sha256
     with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write_atomically(_note(path), json.dumps({"path": str(path), "signature": signature, "sha256": sha256}).encode())
+        write_atomically(_note(path), json.dumps({"path": str(path), "signature": signature, "sha256": sha256}).encode(), durable=False)
 
 
 class _Progress:
