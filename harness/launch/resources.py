@@ -32,7 +32,7 @@ def resources(task: Task, launcher: LauncherConfig) -> Resources:
     cards = launcher.cards if size is None or size.cards is None else size.cards
     minutes = (size and size.time) or launcher.time or task.needs.seconds / 60 + _MARGIN_MIN
     return Resources(
-        cards=cards if task.needs.device == "cuda" else 0,
+        cards=max(cards, task.needs.cards) if task.needs.device == "cuda" else 0,
         cpus=launcher.cpus,
         memory_gb=(size and size.memory_gb) or launcher.memory_gb,
         minutes=math.ceil(minutes),

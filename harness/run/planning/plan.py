@@ -48,6 +48,7 @@ class TaskNeeds(_Frozen):
         environment: Name in `slimbench env list`; None for slimbench's own.
         modules: Import names that must be there.
         seconds: The wall-clock limit.
+        cards: CUDA cards that the stage is spread over, if it runs on one.
     """
 
     device: str
@@ -55,6 +56,7 @@ class TaskNeeds(_Frozen):
     environment: str | None
     modules: list[str]
     seconds: float
+    cards: int = 1
 
 
 class Task(_Frozen):
@@ -262,6 +264,7 @@ def _task(cell: Cell, index: int, stage: Stage, refusal: str) -> Task:
         environment=environment(cell, stage),
         modules=sorted(modules),
         seconds=config.limits.wall_s,
+        cards=1 if stage is Stage.COMPRESS else config.device.cards,
     )
     return Task(name=task_name(cell.identity, stage), cell=index, stage=stage, after=after, needs=needs, refusal=refusal)
 

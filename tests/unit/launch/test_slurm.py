@@ -105,8 +105,8 @@ def test_jobs_ask_for_what_the_size_of_their_stage_takes(overrides: list[str], t
     plan, _ = planned(overrides, tmp_path, sizes, "launcher.cpus=4", "launcher.time=3h")
     task = plan.tasks[-1]
 
-    def asked(memory: int | None, device: str = "cuda") -> tuple[int, float | None, int]:
-        needs = task.needs.model_copy(update={"memory_bytes": memory, "device": device})
+    def asked(memory: int | None, device: str = "cuda", cards: int = 1) -> tuple[int, float | None, int]:
+        needs = task.needs.model_copy(update={"memory_bytes": memory, "device": device, "cards": cards})
         found = resources(task.model_copy(update={"needs": needs}), plan.launcher)
         assert found.cpus == 4
         return found.cards, found.memory_gb, found.minutes
@@ -115,6 +115,7 @@ def test_jobs_ask_for_what_the_size_of_their_stage_takes(overrides: list[str], t
     assert asked(2 * 10**10) == (2, 90, 180)
     assert asked(9 * 10**10) == (2, 90, 180), "the largest there is"
     assert asked(2 * 10**10, "cpu") == (0, 90, 180)
+    assert asked(2 * 10**10, cards=4) == (4, 90, 180), "a model over four cards needs four"
     assert asked(None) == (1, None, 180)
 
 
