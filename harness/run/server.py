@@ -148,7 +148,7 @@ def _supervise(task: Task, channel: IO[str], stop: Stop) -> dict[str, Any]:
     _, code, usage = os.wait4(child, 0)
     family.reap()
     peak = max(peak, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    exit_event = {"event": "exit", "peak": peak, "suspended": clock.suspended}
+    exit_event = {"event": "exit", "peak": peak, "suspended": clock.suspended, "leaves": stop.number is not None}
     return exit_event | _judge(verdict, last, code, oom_kills() > killed_by_kernel)
 
 

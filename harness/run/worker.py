@@ -102,6 +102,8 @@ class Worker:
                 self._ask(task, began + task.wall_s)
                 while event := json.loads(self._next_line(math.inf)):
                     if event["event"] == "exit":
+                        if event["leaves"]:
+                            self._end()
                         return self._outcome(event, phase, time.monotonic() - began - event["suspended"], task)
                     phase = event["name"] if event["event"] == "phase" else phase
                     with contextlib.suppress(OSError):  # a terminal that has gone
@@ -115,7 +117,8 @@ class Worker:
         code = self._end(patience_s=1)
         if self._closed:
             raise Closed
-        died = Failure(type="WorkerDied", message=f"the worker process ended (exit code {code})", reason=Reason.INTERRUPTED)
+        reason = Reason.INTERRUPTED if code is None or code < 0 or self._interrupted < math.inf else Reason.MACHINE
+        died = Failure(type="WorkerDied", message=f"the worker process ended (exit code {code})", reason=reason)
         return Outcome(status, phase, time.monotonic() - began, failure=failure or died)
 
     def interrupt(self) -> None:

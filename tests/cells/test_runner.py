@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from slimbench.harness.run.planning.ledger import is_stale
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.store import artefact
+from slimbench.util.files import cache_dir
+from tests.support import losing
 from tests.support.running import Listener, cell, run
 
 BAD = "tests.support.misbehaving.Misbehaving"
@@ -156,6 +159,18 @@ def test_an_artefact_lost_from_the_cache_is_made_again(runner: Runner, overrides
     records = run(runner, this)
     assert [r.status for r in records] == [Status.OK] * 3
     assert artefact.exists(this.identity.keys.compress)
+
+
+@pytest.mark.parametrize("loss", [losing.REMOVE, losing.CUT])
+def test_an_artefact_that_is_lost_under_a_stage_is_no_fact_and_is_made_again(runner: Runner, overrides: list[str], loss: str) -> None:
+    this = cell(overrides, "method=rtn-8bit", "seed=4711", "engine._target_=tests.support.losing.LosingEngine", "stages=[quality]")
+    runner.attempt(this.reference(), Stage.COMPRESS)
+    runner.attempt(this, Stage.COMPRESS)
+    (cache_dir() / loss).touch()
+    record = runner.attempt(replace(this, config=this.config.model_copy(update={"on_existing": "all"})), Stage.QUALITY)
+    assert record and record.failure and (record.status, record.failure.reason) == (Status.TRANSIENT, Reason.DISK), record
+    again = runner.attempt(this, Stage.QUALITY)
+    assert again and again.status is Status.OK and [attempt.reason for attempt in again.attempts] == [Reason.DISK]
 
 
 def test_cuda_without_a_card_and_a_model_too_large_are_unsupported(runner: Runner, overrides: list[str]) -> None:

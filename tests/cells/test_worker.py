@@ -101,7 +101,7 @@ def test_a_worker_of_another_version_is_one_line_and_an_outcome(line: str, expec
     assert "\n" not in outcome.failure.message
 
 
-@pytest.mark.parametrize(("script", "reason"), [("exit 3", Reason.INTERRUPTED), (None, Reason.MACHINE)])
+@pytest.mark.parametrize(("script", "reason"), [("exit 3", Reason.MACHINE), ("kill -9 $$", Reason.INTERRUPTED), (None, Reason.MACHINE)])
 def test_a_server_that_does_not_come_up_is_a_transient_outcome_never_an_exception(
     script: str | None, reason: Reason, tmp_path: Path
 ) -> None:
