@@ -19,7 +19,7 @@ from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import Call, Rule
 from tests.support import hub_server
 
-WALL_S = 9
+WALL_S = 25
 HUB_MODEL = "chaos/tiny"
 MEMORY_GB = 1.2
 _YEAR_S = 365 * 86400
