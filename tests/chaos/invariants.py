@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.run.planning.ledger import PLAN
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable
@@ -21,7 +22,6 @@ from tests.chaos.scene import Fault, Journal, Launch, Scene
 _GRACE_S = 10.0  # for processes to be gone after the end of a launch
 _TIMES = re.compile(r"(seconds|_s|_ms)$")
 _SEEN_S = 1.0  # until the campaign has certainly seen that a process is gone
-_CUT_OFF = ("transient",)
 
 
 class Outcome(StrEnum):
@@ -105,7 +105,7 @@ def of_launch(scene: Scene, launch: Launch, calm: Calm, faults: list[Fault]) -> 
     for place in scene.places:
         records, _ = _scan(place)
         for path, record in records.items():
-            if path in calm.numbers and record.status is not Status.OK and record.status not in _CUT_OFF:
+            if path in calm.numbers and record.status is not Status.OK and not _passes(record):
                 message = record.failure.summary if record.failure else ""
                 breaches.append(Breach(Outcome.FACT, f"{path} was recorded as {record.status}: {message}"))
         open_ += [path for path in calm.numbers if path not in records or records[path].status is not Status.OK]
@@ -135,6 +135,11 @@ def _lie(code: int, said: str, open_: list[str], thrown: list[Fault], calm: Calm
         return ""
     name = signal.Signals(-code).name if code < 0 else str(code)
     return f"exit code {name} although it was not sent, with {len(open_)} of {len(calm.numbers)} to do: {last}"
+
+
+def _passes(record: Record) -> bool:
+    """Whether a record says of itself that it is no fact: cut off, or not begun for want of what this machine lacks now."""
+    return record.status is Status.TRANSIENT or (record.status is Status.UNSUPPORTED and record.phase == PLAN)
 
 
 def _last_line(said: str) -> str:

@@ -90,6 +90,7 @@ _AT_THE_HUB = {
     "500 for the tokenizer": hub_server.Fault("*/tokenizer*", status=500, times=3),
     "503 for config.json": hub_server.Fault("*/config.json", status=503, times=12),
 }
+_CODES = frozenset({2, 3, 75})  # no plan without the commit of a model, nothing to be measured, or something left
 _ON_THE_WAY = {
     "no answer of DNS": Rule(Call.LOOKUP, error=errno.EAGAIN),
     "connection refused": Rule(Call.CONNECT, error=errno.ECONNREFUSED),
@@ -117,11 +118,11 @@ def network(dice: random.Random, words: str) -> Fault:
         def undo(scene: Scene) -> None:
             fault.times = 0
 
-        return Fault("network", name, before=before, happened=lambda scene: fault.times < times, undo=undo, codes=frozenset({2, 75}))
+        return Fault("network", name, before=before, happened=lambda scene: fault.times < times, undo=undo, codes=_CODES)
     name, often = dice.choice(sorted(_ON_THE_WAY)), dice.choice([1, 3, None])
     length = {1: "once", 3: "three times", None: "from then on"}[often]
     rule = replace(_ON_THE_WAY[name], times=often, skip=dice.choice([0, 0, 2]))
-    return Fault("network", f"{name}, {length}", rule, codes=frozenset({2, 75}))
+    return Fault("network", f"{name}, {length}", rule, codes=_CODES)
 
 
 def _move_main(scene: Scene, pid: int) -> None:
