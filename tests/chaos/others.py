@@ -186,7 +186,7 @@ def slimbench(folder: Path, model: Path, text: Path) -> Tool:
         return sum(line[4:] == ["ok"] and _seconds(line[0]) >= began for line in lines)
 
     own = {"SLIMBENCH_CACHE": str(folder / "cache"), "SLIMBENCH_JOURNAL": str(journal), "HF_HUB_OFFLINE": "1"}
-    own |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    own |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "SLIMBENCH_TURNS": str(folder)}
     return Tool("slimbench", __version__, command, out, 9, lambda: sorted(out.glob("*/*/*.json")), done, own)
 
 
