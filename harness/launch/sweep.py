@@ -64,8 +64,10 @@ def launch(
 
     Raises:
         ConfigError: The launcher cannot run it.
+        HubError: The hub does not tell the commit of a model.
         StoreError: The results folder cannot be written.
     """
+    from slimbench.harness.run import hub
     from slimbench.harness.run.planning import plan as plans
     from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.store.store import Store
@@ -74,6 +76,7 @@ def launch(
         raise ConfigError("--detach: launcher=local runs the stages in this process; give launcher=slurm, ray or workers")
     kind = _launcher(plan.launcher.name)
     kind.check(plan)
+    hub.require_commits(cell.config for cell in plan.cells)
     plan, store = plans.read(plans.write(plan, results)), Store(results)
     where = {} if plan.launcher.is_local else {"detach": detach}
     kind(listener, seconds, on_done, **where).launch(plan, store)

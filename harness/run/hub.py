@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from slimbench.harness.config.schema import RunConfig
 from slimbench.tasks import assets, hub
+from slimbench.tasks.errors import DataError, HubError
 
 _TIMEOUT_S = 5.0
 
@@ -62,10 +64,32 @@ def commit_of(repository: str, revision: str | None) -> str | None:
         return commit
     if not reachable():
         return None
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        return HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).sha
-    except (HfHubHTTPError, HFValidationError, OSError):
+        return _ask(repository, revision)
+    except DataError:
         return None
+
+
+def require_commits(configs: Iterable[RunConfig]) -> None:
+    """See that the commit of each hub model is known: without it the same command would give its stages other keys the next time.
+
+    Raises:
+        HubError: A hub that may be asked did not tell one, and neither does now or only now. What it refuses is left to the stages.
+    """
+    for model in {(config.model.source, config.model.revision) for config in configs}:
+        kind, _, repository = model[0].partition(":")
+        if kind == "hf" and not hub.is_commit(model[1]) and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
+            try:
+                commit = _ask(repository, model[1])
+            except HubError:
+                raise
+            except DataError:
+                continue
+            raise HubError(f"the hub tells only now that {model[1] or 'main'} of {repository} is {commit}; the same command goes on")
+
+
+def _ask(repository: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi
+
+    name = f"the commit of {repository}"
+    return hub.patiently(name, lambda: HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).sha)

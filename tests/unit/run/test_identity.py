@@ -28,6 +28,7 @@ from slimbench.methods.base import Needs
 from slimbench.methods.quantization.weight import rtn
 from slimbench.methods.quantization.weight.rtn import RTN
 from slimbench.tasks import gguf
+from slimbench.tasks.errors import HubError
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
 from tests.support.running import Listener
@@ -234,6 +235,25 @@ def test_the_keys_of_a_hub_model_hold_the_commit_that_the_cache_knows(
     assert known.identity.revision == known.config.model.revision == COMMIT, "what runs is what the key says"
     assert known.identity.keys == cell(mine, f"model.revision={COMMIT}").identity.keys == cell(mine).identity.keys
     assert known.identity.keys.compress != unknown.identity.keys.compress
+    hub.commit_of.cache_clear()
+
+
+def test_without_the_commit_of_a_hub_model_nothing_is_run(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that fails while the keys are made would give the same stages other keys than the next time."""
+    mine = [*(o for o in overrides if not o.startswith("model")), *HUB]
+    for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("slimbench.tasks.hub._WAITS_S", ())
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    hub.commit_of.cache_clear()
+    config = cell(mine, "model.revision=main").config
+    with pytest.raises(HubError, match="the commit of Example/Far"):
+        hub.require_commits([config])
+    pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": COMMIT})})
+    hub.require_commits([pinned])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.require_commits([config])
     hub.commit_of.cache_clear()
 
 
