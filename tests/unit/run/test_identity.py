@@ -28,7 +28,7 @@ from slimbench.methods.base import Needs
 from slimbench.methods.quantization.weight import rtn
 from slimbench.methods.quantization.weight.rtn import RTN
 from slimbench.tasks import gguf
-from slimbench.tasks.errors import HubError
+from slimbench.tasks.errors import DataError, HubError
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
 from tests.support.running import Listener
@@ -241,14 +241,23 @@ def test_the_keys_of_a_hub_model_hold_the_commit_that_the_cache_knows(
 def test_without_the_commit_of_a_hub_model_nothing_is_run(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that fails while the keys are made would give the same stages other keys than the next time."""
     mine = [*(o for o in overrides if not o.startswith("model")), *HUB]
-    for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}.items():
-        monkeypatch.setenv(name, value)
+    asked: list[Exception] = [HubError("no route"), DataError("no such repository")]
+
+    def ask(repository: str, revision: str | None) -> str:
+        if not asked:
+            return COMMIT
+        raise asked.pop(0)
+
+    monkeypatch.setattr(hub, "_ask", ask)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("slimbench.tasks.hub._WAITS_S", ())
     monkeypatch.setattr(hub, "reachable", lambda: False)
     hub.commit_of.cache_clear()
     config = cell(mine, "model.revision=main").config
-    with pytest.raises(HubError, match="the commit of Example/Far"):
+    with pytest.raises(HubError, match="no route"):
+        hub.require_commits([config])
+    hub.require_commits([config])  # what the hub refuses is the stages' to tell
+    with pytest.raises(HubError, match="only now"):
         hub.require_commits([config])
     pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": COMMIT})})
     hub.require_commits([pinned])
