@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,15 @@ def test_dashboard_shows_metrics_that_the_runs_have() -> None:
     named = set(re.findall(r'summary:([a-z_]+)|"metrics": \["([a-z_]+)"', text))
     named = {name for pair in named for name in pair if name}
     assert {"weight_bytes", "perplexity", "kl_mean", "speedup", "compress_seconds", "accuracy"} <= named <= set(Row.model_fields)
+
+
+def test_several_nodes_note_what_they_logged_and_a_torn_note_is_none(tmp_path: Path) -> None:
+    state = tmp_path / "wandb" / "state.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: tracking._note(state, f"place/{number}", "digest"), range(40)))
+    assert tracking._logged(state) == {f"place/{number}": "digest" for number in range(40)}
+    assert [path.name for path in state.parent.iterdir()] == [state.name]
+    state.write_text(state.read_text()[:99])
+    assert tracking._logged(state) == {}
+    tracking._note(state, "place", "digest")
+    assert tracking._logged(state) == {"place": "digest"}
