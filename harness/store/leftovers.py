@@ -12,14 +12,15 @@ from slimbench.util.files import cache_dir
 
 LOCKS = ".locks"
 _ROOMS = (".*", "*/.*", "*/*/.*", f"{LOCKS}/.*")
-_HIDDEN = ("*/.*", "documents/*.[0-9]*", "tokens/*.[0-9]*.npy")
+_HIDDEN = ("*/.*", "*/*.lock", "documents/*.[0-9]*", "tokens/*.[0-9]*.npy")
 """What is temporary in the cache, whoever made it."""
 
 
 def of_results(root: Path) -> list[Path]:
     """Those of a results folder."""
     temporary = [path for room in _ROOMS for path in files.leftovers(root, room)]
-    return sorted({*temporary, *locks.abandoned(root / LOCKS)})
+    former = files.leftovers(root / LOCKS, "*.lock", every=True)  # older versions never removed a lock
+    return sorted({*temporary, *former, *locks.abandoned(root / LOCKS)})
 
 
 def of_cache() -> list[Path]:

@@ -18,6 +18,7 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import escape
+from slimbench.util.files import write_atomically
 
 _MODEL = "smollm2-135m"
 _PROCESSOR = "AMD EPYC"
@@ -86,7 +87,7 @@ def main(results: Path, files: Sequence[Path]) -> None:
     """Write the tables of the files anew."""
     board = rows(Store(results).scan()[0])
     for file in files:
-        file.write_text(filled(file.read_text(encoding="utf-8"), board), encoding="utf-8")
+        write_atomically(file, filled(file.read_text(encoding="utf-8"), board).encode())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from platformdirs import user_cache_dir
 from slimbench.util import processes
 
 _LONGEST_NAME = 150
+_FORMER_SCRATCH = "slimbench-" + 8 * "[a-z0-9_]"
+"""As versions named it that told no process."""
 
 
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
@@ -155,7 +157,9 @@ def scratch(purpose: str) -> tempfile.TemporaryDirectory[str]:
 
 @lru_cache(maxsize=1)
 def _sweep_scratch() -> None:
-    sweep(Path(tempfile.gettempdir()), "slimbench-*")
+    folder = Path(tempfile.gettempdir())
+    for path in (*leftovers(folder, "slimbench-*"), *leftovers(folder, _FORMER_SCRATCH, every=True)):
+        remove(path)
 
 
 def sweep(folder: Path, pattern: str = ".*") -> int:

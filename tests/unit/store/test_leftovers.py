@@ -93,7 +93,14 @@ def test_checkpoints_of_what_is_made_again_stay(fresh: Path) -> None:
 
 
 def test_what_older_versions_left_goes_when_it_rests_for_a_day(fresh: Path) -> None:
-    places = ["artefacts/.key.host.123/file", "documents/a-1.4711", "tokens/abc.4711.npy", "reference/.key.abc/logp.npy"]
+    places = [
+        "results/.locks/speed-1-2.lock",
+        "models/tiny.lock",
+        "artefacts/.key.host.123/file",
+        "documents/a-1.4711",
+        "tokens/abc.4711.npy",
+        "reference/.key.abc/logp.npy",
+    ]
     for place in places:
         (fresh / place).parent.mkdir(parents=True, exist_ok=True)
         (fresh / place).write_text("1")

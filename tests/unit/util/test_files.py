@@ -128,7 +128,14 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) ->
         assert sweep(tmp_path) == len("halfhalf" + "of another node")
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {mine.name, also.name, f".theirs.{elsewhere}.tmp", ".own"}
+    places = {name: Path(tempfile.mkdtemp(prefix="slimbench-")) for name in ("old", "new")}
+    records = Path(tempfile.mkdtemp(prefix="slimbench-records-"))
+    for path in (places["old"], records):
+        os.utime(path, (0, 0))
     files._sweep_scratch.cache_clear()
     with files.scratch("test"):
         assert not Path(done.stdout.strip()).exists()
+        assert not places["old"].exists() and places["new"].exists() and records.exists()
+    places["new"].rmdir()
+    records.rmdir()
     assert not list(Path(tempfile.gettempdir()).glob(f"slimbench-test-*-{os.getpid()}-*"))
