@@ -28,7 +28,7 @@ test: setup
 
 # What `make test` leaves out: what a smaller test of it proves too, or what takes minutes.
 test-full: test
-	$(BIN)/python -m pytest -n 0 -m full tests/unit tests/contract tests/cells tests/chaos tests/integration
+	$(BIN)/python -m pytest -n 0 -m full tests/unit tests/contract tests/cells tests/chaos tests/cluster tests/integration
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit

@@ -77,10 +77,23 @@ def launch(
     kind = _launcher(plan.launcher.name)
     kind.check(plan)
     hub.require_commits(cell.config for cell in plan.cells)
-    plan, store = plans.read(plans.write(plan, results)), Store(results)
+    plan, store = plans.read(_under_way(plan, results) or plans.write(plan, results)), Store(results)
     where = {} if plan.launcher.is_local else {"detach": detach}
     kind(listener, seconds, on_done, **where).launch(plan, store)
     return Ledger(plan, store)
+
+
+def _under_way(plan: Plan, results: Path) -> Path | None:
+    """The file of the same plan whose jobs wait or run: what they have recorded under it is not asked for anew."""
+    from slimbench.harness.launch import jobs
+    from slimbench.harness.run.planning import plan as plans
+
+    path = results / plans.FOLDER / f"{plan.id}.json"
+    try:
+        is_it = plan.launcher.name == "slurm" and path.is_file() and jobs.queue(plan) and plans.read(path).id == plan.id
+    except (jobs.Unanswered, ConfigError):
+        return None
+    return path if is_it else None
 
 
 def _launcher(name: str) -> Any:

@@ -13,10 +13,10 @@ from slimbench.harness.measure.hardware import available_cores, available_memory
 from slimbench.harness.run import journal, provenance, public, reuse, turns
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import PLAN, recorded, reusable
-from slimbench.harness.run.planning.obstacles import environment, obstacle
+from slimbench.harness.run.planning.obstacles import environment, lost_card, obstacle
 from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
-from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import Attempt, Failure, Record
 from slimbench.harness.store import partial, spool
 from slimbench.harness.store.store import Store, StoreError, Superseded
@@ -140,6 +140,8 @@ class Runner:
         return record
 
     def _outcome(self, cell: Cell, stage: Stage) -> Outcome:
+        if reason := lost_card(cell, stage):
+            return Outcome(Status.TRANSIENT, PLAN, 0.0, failure=Failure(type="NoCard", message=reason, reason=Reason.CARD))
         if reason := obstacle(cell, stage):
             return Outcome(Status.UNSUPPORTED, PLAN, 0.0, failure=Failure(type="Unsupported", message=reason))
         return self._artefacts_ready(cell, stage) or self._work(cell, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from slimbench.harness.config import engines, environments
@@ -33,12 +34,23 @@ def require_sense(cell: Cell) -> None:
 
 def obstacle(cell: Cell, stage: Stage) -> str | None:
     """Why a stage of the cell cannot run on this machine, in one line; None where nothing is in its way."""
-    return _misplaced(cell, stage) or _lacking(cell, stage) or impossible(cell, stage) or _uninstalled(cell, stage)
+    return impossible(cell, stage) or _lacking(cell, stage) or _uninstalled(cell, stage)
 
 
 def impossible(cell: Cell, stage: Stage) -> str | None:
     """Why a stage of the cell cannot run on any machine, in one line; None where a machine may be there that can."""
     return _misplaced(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))
+
+
+def lost_card(cell: Cell, stage: Stage) -> str | None:
+    """Why a stage that a cluster was to give a card has none, in one line: a fault of the job or its node, not of the cell."""
+    device = cell.config.device.compress if stage is Stage.COMPRESS else cell.config.device.name
+    if cell.config.launcher.is_local or device != "cuda" or hardware().gpus or impossible(cell, stage):
+        return None
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "a CUDA card was asked for, and the job has none that torch can use" + (
+        "" if named is None else f"; CUDA_VISIBLE_DEVICES is '{named}'"
+    )
 
 
 def environment(cell: Cell, stage: Stage) -> str | None:

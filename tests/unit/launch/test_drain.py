@@ -16,7 +16,7 @@ from slimbench.harness.launch.drain import drain
 from slimbench.harness.run.planning import plan as plans
 from slimbench.harness.run.planning.ledger import State
 from slimbench.harness.run.planning.plan import Plan, make_plan
-from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.store.store import Store
 from tests.support.running import cell
 from tests.unit.launch.test_local import measured_only, rehearsal
@@ -90,6 +90,15 @@ def test_a_record_of_any_node_ends_a_task_of_a_cluster_and_not_one_of_this_machi
     assert Ledger(measured_only(elsewhere), Store(tmp_path)).counts()[State.OPEN] == 0
     assert Ledger(measured_only(here), Store(tmp_path)).counts()[State.OPEN] == 2
     assert issubclass(rehearsal(), Rehearsal)
+
+
+def test_a_job_that_was_to_have_a_card_and_has_none_fails_by_the_machine(overrides: list[str], tmp_path: Path) -> None:
+    mine = [*(o for o in overrides if not o.startswith("device")), "launcher=slurm", "limits.retries=0", "stages=[]", f"results={tmp_path}"]
+    path = plans.write(make_plan([cell(mine, "method=dense")]), tmp_path)
+    ledger = drain(path, None, NOWHERE)
+    (record,) = Store(tmp_path).scan()[0]
+    assert record.status is Status.TRANSIENT and record.failure and record.failure.reason is Reason.CARD
+    assert "a CUDA card was asked for" in record.failure.message and ledger.counts()[State.TRANSIENT] == 1
 
 
 def test_names_by_pattern(path: Path) -> None:

@@ -78,6 +78,21 @@ def test_what_waits_or_runs_is_not_submitted_twice(overrides: list[str], tmp_pat
     assert "dependency" not in scripts[0] and scripts[1]["dependency"] == "afterany:1:2:4", "on what runs already, too"
 
 
+def test_the_same_command_takes_the_plan_whose_jobs_are_under_way(overrides: list[str], tmp_path: Path, seen: Path) -> None:
+    from slimbench.harness.launch import sweep
+
+    results = tmp_path / "runs"
+    plan = planned(overrides, tmp_path, "on_existing=all")[0].model_copy(update={"created": "2026-01-01T00:00:00.000+00:00"})
+    path = plans.write(plan, results)
+    later = plan.model_copy(update={"created": "2026-02-01T00:00:00.000+00:00"})
+    (tmp_path / "queue").write_text("1_1|RUNNING|None|n1\n")
+    sweep.launch(later, results, Listener(), detach=True)
+    assert plans.read(path).created == plan.created, "what was recorded since then is not run again"
+    (tmp_path / "queue").write_text("")
+    sweep.launch(later, results, Listener(), detach=True)
+    assert plans.read(path).created == later.created
+
+
 def test_a_job_that_slurm_refuses_is_one_line_and_leaves_nothing_behind(
     overrides: list[str], tmp_path: Path, seen: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
