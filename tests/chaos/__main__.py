@@ -54,7 +54,9 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=300, help="how many are thrown in all (300)")
     parser.add_argument("--class", dest="kinds", action="append", choices=list(KINDS), help="only this class; may be given again")
     parser.add_argument("--seed", type=int, default=16, help="of what is drawn (16)")
-    parser.add_argument("--journal", type=Path, default=Path("chaos"), help="folder of the campaign; its faults.jsonl tells of each case")
+    parser.add_argument(
+        "--journal", type=Path, default=Path("chaos-campaign"), help="folder of the campaign; its faults.jsonl tells of each case"
+    )
     parser.add_argument("--table", type=Path, help="a Markdown file whose part `campaign` gets the table, such as docs/faults.md")
     parser.add_argument("--resume", action="store_true", help="go on with the campaign in that folder")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="sweeps at a time (one for each core)")

@@ -106,10 +106,11 @@ class Campaign:
         folder: Calm sweeps, the folders of cases while they are played, those that broke something, and `faults.jsonl`.
         seed: What is drawn depends on it, on the class and on the number of the case.
         say: Told one line after each case.
+        short: Each class has its first sweep only.
     """
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = _print) -> None:
-        self.folder, self.seed, self.say = folder, seed, say
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = _print, short: bool = False) -> None:
+        self.folder, self.seed, self.say, self.short = folder, seed, say, short
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "faults.jsonl"
         self.shim = build(folder)
@@ -180,7 +181,7 @@ class Campaign:
             size: Faults to be thrown.
         """
         dice = random.Random(f"{self.seed}-{kind}-{number}")
-        words = dice.choice(KINDS[kind].sweeps)
+        words = dice.choice(KINDS[kind].sweeps[: 1 if self.short else None])
         calm = self.calm(words, KINDS[kind].hub)
         began, breaches, thrown, codes = time.monotonic(), [], [], []
         root = self.folder / f"{kind}-{number}"

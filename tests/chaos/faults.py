@@ -8,7 +8,7 @@ import time
 from signal import Signals
 
 from tests.chaos.brood import KINDS, NAP
-from tests.chaos.moments import moment
+from tests.chaos.moments import BROOD, moment
 from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import Call, Depth, Program, Rule
 
@@ -18,11 +18,13 @@ _STOPPING = {"TERM", "HUP", "USR1", "USR2"}  # to which the command answers by s
 
 def signals(dice: random.Random, words: str) -> Fault:
     """A signal to a process, a group or a session, at a moment of a stage."""
-    place, rule = moment(dice, words)
     number = dice.choice(_SENT)
     role = dice.choice(["main", "server", "child", "child", "grandchild", "stage group", "main group", "server session", "everything"])
-    if place in ("in the preload", "taking a lock", "in put, before the file", "in put, before the rename"):
-        role = dice.choice(["main", "server", "main group", "everything"])
+    if role == "grandchild" and "brood" in words:
+        place, rule = BROOD
+    else:
+        role = "child" if role == "grandchild" else role
+        place, rule = moment(dice, words, in_stage=role in ("child", "stage group"))
     what = f"{number} to {role.replace('child', 'stage') if role == 'child' else role}, {place}"
     sent, pause = getattr(Signals, f"SIG{number}"), dice.uniform(0.2, 1)
 

@@ -18,12 +18,19 @@ _PHASES = {
 }
 
 
-def moment(dice: random.Random, words: str, stages_only: bool = False) -> tuple[str, Rule]:
+_BEFORE = {"in the preload", "taking a lock"}
+_AFTER = {"in put, before the file", "in put, before the rename", "in the server's answer"}
+BROOD = ("while what a stage started runs", Rule(Call.OPEN_WRITE, "*/told", programs=Program.SERVER, depths=Depth.CHILD))
+"""The moment at which processes of the method `brood` are there."""
+
+
+def moment(dice: random.Random, words: str, stages_only: bool = False, in_stage: bool = False) -> tuple[str, Rule]:
     """Where the processes of a sweep are held: in a phase of a stage, inside `put` or `publish`, while the server imports.
 
     Args:
         words: Of the sweep, which has no moments of stages that it does not run.
         stages_only: Leave out what lies before the first stage.
+        in_stage: Leave out what lies outside of stages.
     """
     places = {
         f"in {shown}": Rule(Call.WRITE, text=f'"event": "phase", "name": "{name}', programs=Program.SERVER, depths=Depth.CHILD)
@@ -41,8 +48,8 @@ def moment(dice: random.Random, words: str, stages_only: bool = False) -> tuple[
         "in the preload": Rule(Call.OPEN_READ, "*/transformers/*.py*", programs=Program.SERVER, depths=Depth.ITSELF, skip=200),
         "taking a lock": Rule(Call.OPEN_WRITE, "*/.locks/*", programs=Program.MAIN),
     }
-    before = {"in the preload", "taking a lock"} if stages_only else set()
-    name = dice.choice(sorted(places.keys() - before))
+    left_out = (_BEFORE if stages_only or in_stage else set()) | (_AFTER if in_stage else set())
+    name = dice.choice(sorted(places.keys() - left_out))
     rule = places[name]
     skip = rule.skip or dice.choice([0, 0, 1, 2])
     return name, Rule(rule.calls, rule.path, rule.text, rule.programs, rule.depths, skip=skip)

@@ -19,7 +19,7 @@ from tests.support.hub_server import HubServer
 from tests.support.paths import ROOT, SLIMBENCH
 
 MARK = "CHAOS_CASE"
-LAUNCH_S = 240.0  # a launch that has not ended by then hangs
+LAUNCH_S = 600.0  # a launch that has not ended by then hangs
 _POLL_S = 0.01
 
 
@@ -31,7 +31,8 @@ class Fault:
         kind: Its class, such as `signals`.
         what: What is thrown where, in a few words; a line of the table.
         rule: The call at which it is thrown; None where it is thrown before a launch.
-        act: What is done while the rule holds a process, whose id is given; None where the rule itself is the fault.
+        act: What is done while the rule holds a process, whose id is given; None where the rule itself is the fault. A `ProcessLookupError`
+            says that there was nothing that it could be done to.
         before: What is done before each launch until it is thrown; tells whether that was the fault itself.
         beside: What is started beside the sweep.
         happened: Whether it was thrown, asked after the launch, where neither a rule nor `before` knows.
@@ -175,20 +176,22 @@ class Scene:
             if fault.beside:
                 fault.beside(self)
                 thrown.append(fault)
-        hung, ended = False, {}
+        hung, ended, missed = False, {}, set()
         while any(process.poll() is None for process in self.main):
             ended |= {n: time.time() for n, process in enumerate(self.main) if process.returncode is not None and n not in ended}
             for number, pid in self.board.held().items():
                 if act := armed[number].act:
-                    with suppress(psutil.Error, ProcessLookupError):
+                    try:
                         act(self, pid)
+                    except (psutil.Error, ProcessLookupError):
+                        missed.add(number)
                 self.board.let_go(number)
             if time.monotonic() - began > LAUNCH_S:
                 hung = True
                 for process in self.processes():
                     process.kill()
             time.sleep(_POLL_S)
-        thrown += [fault for number, fault in enumerate(armed) if self.board.fired(number)]
+        thrown += [fault for number, fault in enumerate(armed) if self.board.fired(number) and number not in missed]
         thrown += [fault for fault in faults if fault not in thrown and fault.happened(self)]
         self.board.arm([])
         self.board.set_clock(0)
@@ -250,22 +253,30 @@ class Scene:
         return by_role[role]
 
     def send(self, role: str, number: signal.Signals) -> None:
-        """Send a signal to all processes of a role, or to a process group: `stage group`, `main group`, `server session`."""
+        """Send a signal to all processes of a role, or to a process group: `stage group`, `main group`, `server session`.
+
+        Raises:
+            ProcessLookupError: There are none.
+        """
         if role == "main group":
             os.killpg(self.main[0].pid, number)
-        elif role == "stage group":
-            for child in self.target("child"):
-                os.killpg(child.pid, number)
-        elif role == "server session":
-            sessions = {process.pid for process in self.target("server")}
-            for process in self.processes():
-                with suppress(ProcessLookupError, psutil.Error):
-                    if os.getsid(process.pid) in sessions:
-                        process.send_signal(number)
-        else:
-            for process in self.target(role):
-                with suppress(psutil.Error):
-                    process.send_signal(number)
+            return
+        group = role == "stage group"
+        targets = self._session() if role == "server session" else self.target("child" if group else role)
+        if not targets:
+            raise ProcessLookupError(role)
+        for process in targets:
+            with suppress(ProcessLookupError, psutil.Error):
+                os.killpg(process.pid, number) if group else process.send_signal(number)
+
+    def _session(self) -> list[psutil.Process]:
+        """The processes in the sessions of servers."""
+        sessions, found = {process.pid for process in self.target("server")}, []
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) in sessions:
+                    found.append(process)
+        return found
 
     @contextmanager
     def ended(self) -> Iterator[None]:

@@ -28,9 +28,9 @@ _JUMPS = {"a year on": _YEAR_S, "a year back": -_YEAR_S, "a minute on": 60, "an 
 
 def clock(dice: random.Random, words: str) -> Fault:
     """The wall clock jumps in the middle of a stage, or processes are suspended for longer than their limit of wall-clock time."""
-    place, rule = moment(dice, words, stages_only=True)
     if dice.random() < 0.3:
         role = dice.choice(["child", "server", "everything"])
+        place, rule = moment(dice, words, in_stage=True)
 
         def suspend(scene: Scene, pid: int) -> None:
             scene.send(role, Signals.SIGSTOP)
@@ -39,6 +39,7 @@ def clock(dice: random.Random, words: str) -> Fault:
 
         return Fault("time", f"{role.replace('child', 'stage')} suspended beyond limits.wall_s, {place}", rule, suspend)
     name = dice.choice(sorted(_JUMPS))
+    place, rule = moment(dice, words, stages_only=True)
     return Fault("time", f"the clock jumps {name}, {place}", rule, lambda scene, pid: scene.board.set_clock(_JUMPS[name]))
 
 
@@ -51,8 +52,8 @@ def memory(dice: random.Random, words: str) -> Fault:
             happened=lambda scene: scene.told("sharing"),
             environment={KINDS: "sharing"},
         )
-    place, rule = moment(dice, words, stages_only=True)
     role = dice.choice(["child", "child", "server", "main"])
+    place, rule = moment(dice, words, in_stage=True)
 
     def act(scene: Scene, pid: int) -> None:
         if not oom_elsewhere(scene.root.name):

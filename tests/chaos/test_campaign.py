@@ -56,7 +56,7 @@ def test_what_was_played_is_read_back(tmp_path: Path) -> None:
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
     if not shutil.which("cc"):
         pytest.skip("no C compiler: system calls cannot be struck")
-    return Campaign(tmp_path_factory.mktemp("chaos"), seed=1)
+    return Campaign(tmp_path_factory.mktemp("chaos"), seed=1, short=True)
 
 
 def test_a_campaign_that_is_done_plays_nothing_again(campaign: Campaign) -> None:
