@@ -1,0 +1,216 @@
+"""A stage that is killed at random points goes on where it stopped: little is computed twice, and the numbers are those of a calm one."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slimbench.harness.run.cell import Cell
+from slimbench.harness.run.runner import Runner
+from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.util.files import cache_dir
+from tests.support import watched
+from tests.support.caches import with_kernels
+from tests.support.running import Listener, cell
+
+MOST_LOST_S = 30
+ENGINE = "engine._target_=tests.support.watched.Watched"
+ITEMS = ["suite.protocols=[window,document]", "suite.documents=2", "suite.include_path=asset:bigbench", "suite.limit=4"]
+TINY = [*ITEMS, "suite.windows=80", "suite.tasks=[bb_general_knowledge]", "suite.batch_tokens=512", ENGINE]
+REAL = [*ITEMS, "model=smollm2-135m", "suite=quick", "suite.limit=32", "device=cpu", ENGINE]
+
+
+class Log:
+    """What has gone through the model, in this process or another."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.touch()
+
+    @property
+    def lines(self) -> int:
+        return self.file.stat().st_size // watched.LINE
+
+    def passes(self, first: int = 0) -> list[tuple[str, str, float]]:
+        """(sign, tokens, seconds) of the lines from `first` on."""
+        return [(sign, tokens, float(at)) for sign, tokens, at in (line.split() for line in self.file.read_text().splitlines()[first:])]
+
+
+@pytest.fixture(scope="module")
+def log(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Log]:
+    """The log of an engine that runs in a cache that has the user's model and texts, and nothing that stages made."""
+    folder = tmp_path_factory.mktemp("kill")
+    own, users = with_kernels(folder / "cache"), cache_dir()
+    for name in ("assets", "models", "tokens"):
+        if (users / name).is_dir():
+            (own / name).symlink_to(users / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMBENCH_CACHE", str(own))
+        patch.setenv(watched.VARIABLE, str(folder / "log"))
+        patch.setenv(watched.PASS_S, "0.1")
+        yield Log(folder / "log")
+
+
+@pytest.fixture(scope="module")
+def runner(log: Log) -> Iterator[Runner]:
+    made = Runner(Store(Path("unused")), Listener())
+    yield made
+    made.close()
+
+
+def attempt(runner: Runner, cell: Cell, stage: Stage) -> Record:
+    record = runner.attempt(cell, stage)
+    assert record is not None
+    return record
+
+
+def process_of(runner: Runner) -> psutil.Process:
+    """In which a stage runs."""
+    (worker,) = runner._workers.values()
+    assert worker._server
+    (child,) = psutil.Process(worker._server.pid).children()
+    return child
+
+
+def strike(runner: Runner, log: Log, lines: int, later_s: float, number: int, struck: list[float]) -> threading.Thread:
+    """A thread that sends the stage's process a signal when the log has so many lines, and some time later."""
+
+    def wait() -> None:
+        while log.lines < lines and not over.is_set():
+            time.sleep(0.01)
+        if over.wait(later_s):
+            return
+        struck.append(time.monotonic())
+        process_of(runner).send_signal(number)
+
+    over = threading.Event()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.over = over  # type: ignore[attr-defined]
+    thread.start()
+    return thread
+
+
+def stormy(runner: Runner, log: Log, cell: Cell, calm: list[tuple[str, str, float]], kills: int) -> tuple[Record, list[float]]:
+    """The record of a quality stage that was killed so many times, and how many seconds of computed items each kill cost."""
+    dice, first, struck = random.Random(20260727), log.lines, []
+    longest = max(end[2] - begin[2] for begin, end in zip(calm[::2], calm[1::2], strict=True))
+    points = sorted(dice.sample(range(1, len(calm)), kills))
+    for index, point in enumerate(points):
+        number = signal.SIGTERM if index % 3 == 2 else signal.SIGKILL
+        thread = strike(runner, log, first + point + 2 * len(struck), dice.uniform(0, longest), number, struck)
+        record = attempt(runner, cell, Stage.QUALITY)
+        thread.over.set()  # type: ignore[attr-defined]
+        thread.join()
+        if record.status is Status.OK:
+            break
+        assert record.status is Status.TRANSIENT, record.failure
+    record = attempt(runner, cell, Stage.QUALITY)
+    return record, lost(log.passes(first), struck)
+
+
+def lost(passes: list[tuple[str, str, float]], struck: list[float]) -> list[float]:
+    """Seconds that each kill cost: of the pass that it cut off, and of those that had ended and were computed again."""
+    spent, again = [0.0 for _ in struck], Counter(tokens for sign, tokens, _ in passes if sign == "+")
+    begun: dict[str, float] = {}
+    ended: dict[str, list[tuple[float, float]]] = {}
+    for sign, tokens, at in passes:
+        if sign == "+":
+            begun[tokens] = at
+        else:
+            ended.setdefault(tokens, []).append((begun.pop(tokens), at))
+    for index, at in enumerate(struck):
+        before = struck[index - 1] if index else 0.0
+        whole = [end - begin for tokens in ended if again[tokens] > 1 for begin, end in ended[tokens][:-1] if before < begin < at]
+        cut = [at - begin for begin in _cut(passes, before, at)]
+        spent[index] = sum(whole) + sum(cut)
+    return spent
+
+
+def _cut(passes: list[tuple[str, str, float]], after: float, before: float) -> list[float]:
+    """When the passes began that had not ended when the process did."""
+    within = [line for line in passes if after < line[2] <= before + 2]
+    return [line[2] for line, following in zip(within, [*within[1:], ("+", "", 0.0)], strict=True) if line[0] == "+" == following[0]]
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    assert record.quality, record.failure
+    return record.quality.model_dump(exclude={"seconds", "load_seconds", "flags", "evidence"})
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "kills"),
+    [
+        pytest.param("tiny", "dense", 3, id="reference"),
+        pytest.param("smollm2-135m", "dense", 10, id="whole-reference", marks=pytest.mark.full),
+        pytest.param("smollm2-135m", "rtn-4bit", 10, id="whole-candidate", marks=pytest.mark.full),
+    ],
+)
+def test_killed_at_random_points_it_computes_nothing_that_was_there(
+    runner: Runner, log: Log, overrides: list[str], tmp_path: Path, model: str, method: str, kills: int
+) -> None:
+    mine = cell([*overrides, *TINY] if model == "tiny" else REAL, f"method={method}")
+    found = {}
+    for weather in ("calm", "stormy"):
+        runner.store = Store(tmp_path / weather)
+        for part in [mine] if mine.config.is_reference else [mine.reference(), mine]:
+            assert attempt(runner, part, Stage.COMPRESS).status is Status.OK
+        if weather == "calm":
+            first = log.lines
+            found["calm"] = attempt(runner, mine, Stage.QUALITY)
+            calm = log.passes(first)
+        else:
+            found["stormy"], cost = stormy(runner, log, mine, calm, kills)
+    assert found["stormy"].status is Status.OK, found["stormy"].failure
+    assert numbers(found["stormy"]) == numbers(found["calm"])
+    assert len(cost) >= kills - 1, "hardly an attempt was cut off"
+    print(f"{method}: seconds computed twice, each kill: {' '.join(f'{seconds:.1f}' for seconds in cost)}")
+    assert max(cost) <= MOST_LOST_S
+    (flag,) = (flag for flag in found["stormy"].quality.flags if flag.startswith("went on after"))  # type: ignore[union-attr]
+    assert f"{len(cost)} interruptions" in flag
+    assert len(found["stormy"].attempts) == len(cost)
+    assert not list((cache_dir() / "partial").iterdir()), "what was kept is gone with the record"
+
+
+class KillsAt(Listener):
+    """Kills the stage's process when it tells of a phase, once."""
+
+    def __init__(self, runner: Runner, phase: str) -> None:
+        super().__init__()
+        self.runner, self.phase = runner, phase
+
+    def stage_event(self, cell: Cell, stage: Stage, event: dict[str, Any]) -> None:
+        if event.get("name") == self.phase:
+            self.phase = ""
+            process_of(self.runner).kill()
+
+
+def test_killed_in_its_second_point_speed_keeps_the_first(
+    runner: Runner, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = cell(overrides, "speed.grid=[{batch: [1, 2, 3], prompt: 8, new_tokens: 4}]")
+    runner.store = Store(tmp_path)
+    monkeypatch.setattr(runner, "listener", KillsAt(runner, "speed 2×8+4"))
+    assert attempt(runner, mine, Stage.COMPRESS).status is Status.OK
+    assert attempt(runner, mine, Stage.SPEED).status is Status.TRANSIENT
+    (file,) = (cache_dir() / "partial").glob("speed-*/journal")
+    lines = [json.loads(line.partition(" ")[2]) for line in file.read_text().splitlines() if line]
+    kept = [line["result"]["point"] for line in lines if line.get("part") == "points"]
+    assert [point["batch"] for point in kept] == [1]
+    record = attempt(runner, mine, Stage.SPEED)
+    assert record.speed, record.failure
+    first, *others = record.speed.points
+    assert first.model_dump(exclude={"roofline"}) == {name: value for name, value in kept[0].items() if name != "roofline"}
+    assert [point.batch for point in others] == [2, 3]
+    assert record.speed.flags[-1].endswith("1 of 3 points were there before; its points are of several processes")
