@@ -7,8 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch.signals import Stopped
@@ -21,6 +22,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
 
 _LOOK_AGAIN_S = 1.0
+_TURN_S = 1.0
 _STOP_S = 20.0  # for what runs to be recorded
 
 
@@ -61,7 +63,7 @@ class LocalLauncher:
         try:
             for thread in threads:
                 thread.start()
-            while (event := work.events.get()) is not None:
+            while (event := work.event()) is not None:
                 if isinstance(event, BaseException):
                     raise event
                 self.on_done(event)
@@ -97,6 +99,12 @@ class _Work:
         self._attempts: Counter[str] = Counter()
         self._told: set[int] = set()
         self._stopped = False
+
+    def event(self) -> PlannedCell | BaseException | None:
+        """The next event. It is waited for in turns: what interrupts this thread without a signal, as Ray does, is seen between two."""
+        while True:
+            with suppress(Empty):
+                return self.events.get(timeout=_TURN_S)
 
     def stop(self) -> None:
         """Hand out no more tasks."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _LAUNCHERS = {
     "local": ("local", "LocalLauncher"),
     "slurm": ("slurm", "SlurmLauncher"),
+    "ray": ("ray", "RayLauncher"),
     "workers": ("workers", "WorkersLauncher"),
 }
 
