@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,13 @@ def test_the_writer_changes_nothing_in_what_is_current(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "slimbench.leaderboard.tables.readme", str(ROOT / "results"), str(copy)]
     assert subprocess.run(command, check=False).returncode == 0
     assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "slimbench.def"])
+def test_containers_install_what_there_is(name: str) -> None:
+    text = (ROOT / "docs" / "containers" / name).read_text(encoding="utf-8")
+    (extras,) = re.findall(r"'/opt/slimbench\[([\w,]+)\]'", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    assert "-c /opt/slimbench/constraints.txt" in text and (ROOT / "constraints.txt").is_file()
+    assert text.splitlines()[0].removeprefix("# ") in (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
