@@ -190,6 +190,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def publish(folder: Path, manifest: Manifest) -> Path:
     """Hash the files, write the manifest and move the folder to its place; what the key stood for before stays for who reads it."""
     manifest = manifest.model_copy(update={"files": files(folder)})
+    _share(folder, manifest.files, object_of(manifest.key))
     write_manifest(folder, manifest)
     set_modes(folder, 0o444)
     target = objects() / hash_file(folder / MANIFEST)
@@ -204,6 +205,19 @@ def publish(folder: Path, manifest: Manifest) -> Path:
     point(link, f"../{objects().name}/{target.name}")
     remove(old)
     return target
+
+
+def _share(folder: Path, made: Iterable[ArtefactFile], former: Path) -> None:
+    """Let files that the former artefact of a key has, too, be its files under a second name: the same again takes no room."""
+    if damage(former):
+        return
+    known = {(file.name, file.sha256) for file in read_manifest(former).files}
+    for name in (file.name for file in made if (file.name, file.sha256) in known):
+        if not os.path.samefile(former / name, folder / name):
+            again = beside(folder / name)
+            with suppress(OSError):
+                os.link(former / name, again)
+                os.replace(again, folder / name)
 
 
 def unnamed() -> list[Path]:

@@ -12,7 +12,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import NAMED_KEYS, Record
 from slimbench.harness.schema.speed import SpeedResult
-from slimbench.harness.store import artefact, leftovers
+from slimbench.harness.store import leftovers
 from slimbench.harness.store.store import Store, read
 from slimbench.methods.base import Claim
 from slimbench.util.locks import OWNER, TAKEN
@@ -62,8 +62,7 @@ def remarks(store: Store) -> list[Fault]:
     for path in leftovers.of_results(store.root):
         kind = "a lock whose owner is gone" if path.suffix in (OWNER, TAKEN) else "left by a process that has ended"
         found.append(Fault(path.relative_to(store.root).as_posix(), f"{kind}; the next run removes it"))
-    cached = {path: "left in the cache by a process that has ended; the next run removes it" for path in leftovers.of_cache()}
-    cached |= {path: "no artefact's any more; runs remove it after a day" for path in artefact.unnamed() if path not in cached}
+    cached = {path: "left in the cache by what has ended; the next run removes it" for path in leftovers.of_cache()}
     return found + [Fault(one_line(str(path)), what) for path, what in sorted(cached.items())]
 
 

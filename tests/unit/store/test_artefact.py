@@ -118,6 +118,16 @@ def test_publishers_of_one_key_never_fail_and_never_show_a_moment_without_it(tmp
     assert sorted(path.name for path in tmp_path.glob("artefacts/*")) == ["key"]
 
 
+def test_what_is_published_again_takes_no_room_twice(key: str) -> None:
+    first, second = artefact.object_of(key), _publish(key, 1.0)
+    assert first != second and {path.name for path in first.rglob("*")} == {path.name for path in second.rglob("*")}
+    assert all((first / name).samefile(second / name) for name in CONTENT)
+    assert artefact.damage(first) is artefact.fault(key) is None
+    _write(second / "config.json", b"{ }")
+    third = _publish(key, 2.0)
+    assert artefact.fault(key) is None and not (third / "config.json").samefile(second / "config.json")
+
+
 def test_files_are_read_only_and_a_user_s_own_model_is_not_a_second_name_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path / "cache"))
     folder = _publish("key")
