@@ -8,6 +8,7 @@ import typer
 
 from slimbench.harness.cli.terminal import DEFAULT_RESULTS, Results, console, read_records
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.schema.identity import Status
 from slimbench.util.text import nearest
 
 
@@ -33,6 +34,8 @@ def show(
         out.print(f"{identity.model} · {identity.pipeline} · {identity.engine} · {identity.suite}  {record.stage} {record.status}{took}")
         out.print(f"  {record.started}  key {record.key}  phase {record.phase or '–'}")
         out.print(f"  {record.command}", soft_wrap=True)
+        for attempt in record.attempts:
+            out.print(f"  cut off before: {attempt.started}, {attempt.seconds:.1f} s, {attempt.reason}")
         if record.failure is None:
             continue
         out.print(f"  {record.failure.type}: {record.failure.summary}", soft_wrap=True)
@@ -40,5 +43,7 @@ def show(
             for text in (record.failure.traceback, record.failure.stderr_tail):
                 if text.strip():
                     out.print(text.rstrip(), soft_wrap=True)
+        elif record.status is Status.TRANSIENT:
+            out.print(f"  transient ({record.failure.reason}): the same command runs it again")
         elif record.failure.traceback:
             out.print("  --traceback shows where; on_existing=failed runs it again")

@@ -12,12 +12,12 @@ from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import available_cores, available_memory
 from slimbench.harness.run import journal, provenance, public, reuse, turns
 from slimbench.harness.run.cell import Cell
-from slimbench.harness.run.planning.ledger import PLAN, recorded, reusable
+from slimbench.harness.run.planning.ledger import recorded, reusable
 from slimbench.harness.run.planning.obstacles import environment, lost_card, obstacle
 from slimbench.harness.run.planning.plan import task_name
 from slimbench.harness.run.worker import Closed, Outcome, Task, Worker
 from slimbench.harness.schema.identity import Reason, Stage, Status
-from slimbench.harness.schema.record import Attempt, Failure, Record
+from slimbench.harness.schema.record import PLAN, Attempt, Failure, Record
 from slimbench.harness.store import partial, spool
 from slimbench.harness.store.store import Store, StoreError, Superseded
 from slimbench.tasks import zeroshot

@@ -23,7 +23,7 @@ from slimbench.harness.config.lock import LOCK
 from slimbench.harness.run import provenance, public
 from slimbench.harness.run.process import failures, family
 from slimbench.harness.schema.identity import Reason, Stage, Status
-from slimbench.harness.schema.record import SCHEMA_VERSION, Failure
+from slimbench.harness.schema.record import PLAN, SCHEMA_VERSION, Failure
 from slimbench.util import files
 from slimbench.util.hashing import hash_file
 
@@ -109,7 +109,7 @@ class Worker:
                     with contextlib.suppress(OSError):  # a terminal that has gone
                         on_event(event)
         except OtherVersion as error:
-            status, failure = Status.FAILED, Failure(type="OtherVersion", message=str(error))
+            status, phase, failure = Status.FAILED, PLAN, Failure(type="OtherVersion", message=str(error))
         except (_Late, BrokenPipeError) as error:
             failure = Failure(type="Late", message=str(error), reason=Reason.MACHINE) if isinstance(error, _Late) else None
         except (OSError, ValueError, LookupError, TypeError) as error:  # no interpreter, no room for the log, half a line of a dead server

@@ -19,6 +19,8 @@ from slimbench.harness.schema.speed import SpeedResult
 from slimbench.util.text import one_line
 
 SCHEMA_VERSION = 7
+PLAN = "plan"
+"""Phase of a stage that was not started; what this machine lacks, another may have, or this one later."""
 NAMED_KEYS = 6
 """The first schema whose keys hash names, not import paths."""
 

@@ -90,6 +90,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     rival = index.reference(speed) if speed else None
     if speed and speed.speed and rival:
         flags += speeds.disturbances(speed.speed, rival.speed)
+    flags += [_cut_off(record) for record in found.values() if record.attempts]
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
@@ -138,6 +139,14 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         _size(compress, evidences[0] if evidences else None),
         _cost(compress),
         calibration(bearer),
+    )
+
+
+def _cut_off(record: Record) -> str:
+    """A flag of a stage that took more than one attempt: its seconds on the clock are those of all."""
+    times, reasons = len(record.attempts), ", ".join(dict.fromkeys(attempt.reason.value for attempt in record.attempts))
+    return (
+        f"{record.stage.value} was cut off {f'{times} times' if times > 1 else 'once'} before ({reasons}): its record adds up the seconds"
     )
 
 

@@ -18,6 +18,7 @@ from slimbench.harness.run import server, worker
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Reason, Stage, Status
+from slimbench.harness.schema.record import PLAN
 
 OUTSIDE = ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU", "QUIT", "ALRM", "KILL")
 OWN = ("SEGV", "ABRT", "FPE", "ILL")
@@ -98,7 +99,7 @@ def test_a_worker_of_another_version_is_one_line_and_an_outcome(line: str, expec
     outcome = client.run(worker.Task(Stage.COMPRESS, {}, {}, None, 10, 10**9), lambda event: None)
     assert outcome.status is Status.FAILED and outcome.failure and outcome.failure.reason is None
     assert outcome.failure.message.startswith("the worker of other ") and expected in outcome.failure.message
-    assert "\n" not in outcome.failure.message
+    assert "\n" not in outcome.failure.message and outcome.phase == PLAN, "it is run again when the environment has been made"
 
 
 @pytest.mark.parametrize(("script", "reason"), [("exit 3", Reason.MACHINE), ("kill -9 $$", Reason.INTERRUPTED), (None, Reason.MACHINE)])

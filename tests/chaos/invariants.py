@@ -12,9 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from slimbench.harness.run.planning.ledger import PLAN
 from slimbench.harness.schema.identity import Status
-from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.record import PLAN, Record
 from slimbench.harness.store.store import Store, Unreadable
 from slimbench.util.hashing import hash_file
 from tests.chaos.scene import Fault, Journal, Launch, Scene

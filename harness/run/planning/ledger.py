@@ -12,10 +12,9 @@ from slimbench.harness.run import provenance, reuse
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task, task_name
 from slimbench.harness.schema.identity import Stage, Status
-from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.record import PLAN, Record
 from slimbench.harness.store.store import Store
 
-PLAN = "plan"  # phase of a stage that was not started; what this machine lacks, another may have
 _FINAL = (Status.OK, Status.UNSUPPORTED)
 
 

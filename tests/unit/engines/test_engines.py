@@ -13,10 +13,10 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.engines import semi_structured
 from slimbench.harness.run.cell import make_cell
-from slimbench.harness.run.planning.ledger import PLAN
 from slimbench.harness.run.proofs import engine as proof
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
+from slimbench.harness.schema.record import PLAN
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables import engines

@@ -48,6 +48,14 @@ def test_the_board_takes_what_was_cut_off_for_not_measured() -> None:
     assert outcomes([cut_off(compress)]) == {} and outcomes([compress, cut_off(quality)])["rtn"][compress.cell.model] == "ok"
 
 
+def test_a_row_says_that_a_stage_took_several_attempts() -> None:
+    compress, quality, speed = records(Spec("rtn", "quantization", loss=1.1))
+    compress.attempts = [Attempt(started=compress.started, seconds=3.0, reason=reason) for reason in (Reason.DISK, Reason.INTERRUPTED)]
+    (row,) = [row for row in rows([*records(Spec()), compress, quality, speed]) if not row.is_reference]
+    assert row.status == Status.OK
+    assert "compress was cut off 2 times before (disk, interrupted): its record adds up the seconds" in row.flags
+
+
 def test_a_reference_that_was_cut_off_is_none() -> None:
     candidate = records(Spec("rtn", "quantization", loss=1.1))
     dense = [cut_off(record) if record.stage is Stage.QUALITY else record for record in records(Spec())]
