@@ -28,7 +28,7 @@ from slimbench.harness.run.planning.plan import FOLDER, Plan, PlannedCell, Task
 from slimbench.harness.run.runner import Listener
 from slimbench.harness.store.store import Store
 
-_TIMEOUTS = 100
+_TIMEOUTS = 20
 """How often a job that reaches its time limit is queued again: each time it goes on where it stopped."""
 _ARRAY = 1000  # elements; what SLURM allows unless its administrator says otherwise
 _ASK_S = 10.0  # between two questions to the queue
