@@ -98,37 +98,43 @@ class Reconstruction:
             source.weight.copy_(layer.original())
         if self.scope == "layer":
             for done, stage in enumerate(stages):
-                self._fit_layers(block, linears, {name: layers[name] for name in stage}, seen.get(stage[0], []), generator)
+                self._fit_layers(block, index, linears, {name: layers[name] for name in stage}, seen.get(stage[0], []), generator)
                 progress((done + 1) / len(stages))
         else:
-            self._fit_block(block, layers, generator, progress)
+            self._fit_block(block, index, layers, generator, progress)
         self.parameters += sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
         weights = {name: layer.quantized() for name, layer in layers.items()}
         self.last.append(self._error(block, linears, weights))
         return weights
 
     def _fit_block(
-        self, block: Block, layers: dict[str, LearnedLinear], generator: torch.Generator, progress: Callable[[float], None]
+        self, block: Block, index: int, layers: dict[str, LearnedLinear], generator: torch.Generator, progress: Callable[[float], None]
     ) -> None:
         """Learn all layers of a block together, from its outputs: in each step, from samples of a batch that is drawn by its size."""
         linears, power = block.linears(), _power(block.dense_outputs)
         inputs = block.dense_inputs if self.scope == "dense block" else block.inputs
         places = [batch for row in range(max(map(len, inputs))) for batch, held in enumerate(inputs) if row < len(held)]
-        _put(block, layers)
-        optimizer, schedule = self._optimizer(list(layers.values()))
-        for step in range(self.steps):
+
+        def loss() -> tuple[Tensor, int]:
             batch = places[int(torch.randint(len(places), (), generator=generator))]
             rows = torch.randperm(len(inputs[batch]), generator=generator)[: self.samples].to(inputs[batch].device)
             made = block.module(inputs[batch][rows], **_rows_of(block.arguments[batch], rows, len(inputs[batch])))
             made = made[0] if isinstance(made, tuple) else made
-            loss = (made.float() - block.dense_outputs[batch][rows].float()).square().mean() / power
-            self._step(loss, list(layers.values()), step, optimizer, schedule)
-            self.tokens += made.shape[0] * made.shape[1]
-            progress((step + 1) / self.steps)
+            error = (made.float() - block.dense_outputs[batch][rows].float()).square().mean() / power
+            return error, made.shape[0] * made.shape[1]
+
+        _put(block, layers)
+        self._fit(f"{index}", list(layers.values()), loss, generator, progress)
         _put(block, linears)
 
     def _fit_layers(
-        self, block: Block, linears: dict[str, nn.Linear], layers: dict[str, LearnedLinear], dense: list[Tensor], generator: torch.Generator
+        self,
+        block: Block,
+        index: int,
+        linears: dict[str, nn.Linear],
+        layers: dict[str, LearnedLinear],
+        dense: list[Tensor],
+        generator: torch.Generator,
     ) -> None:
         """Learn layers that share their inputs, each from its own outputs: min ‖W x − W̃ x̂‖², x̂ as the rounded layers before made it.
 
@@ -143,14 +149,64 @@ class Reconstruction:
             weight = layer.original()
             start = given[:2048] @ layer.quantized().dequantize().t() - wanted[:2048] @ weight.t()
             scale = float(start.float().square().mean()) or 1.0
-            optimizer, schedule = self._optimizer([layer])
-            for step in range(self.steps):
+
+            def loss(layer: LearnedLinear = layer, weight: Tensor = weight, scale: float = scale) -> tuple[Tensor, int]:
                 rows = torch.randint(len(given), (self.samples * block.inputs[0].shape[1],), generator=generator).to(given.device)
                 target = wanted[rows] @ weight.t()
                 made = given[rows] @ layer.effective().to(weight.dtype).t()
-                self._step((made.float() - target.float()).square().mean() / scale, [layer], step, optimizer, schedule)
-                self.tokens += len(rows)
+                return (made.float() - target.float()).square().mean() / scale, len(rows)
+
+            self._fit(f"{index}-{name}", [layer], loss, generator, lambda done: None)
             linears[name].weight.copy_(layer.quantized().dequantize())
+
+    def _fit(
+        self,
+        name: str,
+        layers: list[LearnedLinear],
+        loss: Callable[[], tuple[Tensor, int]],
+        generator: torch.Generator,
+        progress: Callable[[float], None],
+    ) -> None:
+        """Take the steps of layers that learn together, from where an interrupted run saved them.
+
+        Args:
+            name: Tells these layers from others of the run.
+            loss: Of a batch, and the number of its tokens.
+        """
+        optimizer, schedule = self._optimizer(layers)
+        due, begin = _checkpoints.Due(), self._go_on(name, optimizer, schedule, generator)
+        for step in range(begin, self.steps):
+            value, tokens = loss()
+            self._step(value, layers, step, optimizer, schedule)
+            self.tokens += tokens
+            progress((step + 1) / self.steps)
+            ended = self.scope == "layer" and step + 1 == self.steps  # the layers after it may take long
+            if self.folder is not None and (due or ended):
+                with due.saving():
+                    state = {f"{i}/{key}": t for i, p in enumerate(_learned(optimizer)) for key, t in optimizer.state[p].items()}
+                    state |= {f"{i}/value": p for i, p in enumerate(_learned(optimizer))} | {"random": generator.get_state()}
+                    _checkpoints.save(self.folder, f"{_STATE}-{name}", self.identity, state, {"step": step + 1, "tokens": self.tokens})
+
+    @torch.no_grad()
+    def _go_on(self, name: str, optimizer: torch.optim.Optimizer, schedule: Any, generator: torch.Generator) -> int:
+        """Put the state of an interrupted run back, and return how many steps it had taken; 0 where there is none."""
+        found = None if self.folder is None else _checkpoints.load(self.folder, f"{_STATE}-{name}", self.identity)
+        if found is None:
+            return 0
+        tensors, facts = found
+        generator.set_state(tensors.pop("random"))
+        parameters = _learned(optimizer)
+        for key, tensor in tensors.items():
+            number, _, kind = key.partition("/")
+            value = parameters[int(number)]
+            if kind == "value":
+                value.copy_(tensor)
+            else:
+                optimizer.state[value][kind] = tensor if kind == "step" else tensor.to(value.device)
+        self.tokens, schedule.last_epoch = facts["tokens"], facts["step"]
+        for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
+            group["lr"] = rate
+        return int(facts["step"])
 
     def _optimizer(self, layers: list[LearnedLinear]) -> tuple[torch.optim.Optimizer, Any]:
         groups = [{"params": [p], "lr": self.learning_rate * rate} for layer in layers for p, rate in layer.learned()]
@@ -181,6 +237,8 @@ class Reconstruction:
         tensors = {f"{name}/{part}": t for name, w in weights.items() for part, t in _parts(w).items()}
         facts = {"first": self.first, "last": self.last, "tokens": self.tokens, "parameters": self.parameters}
         _checkpoints.save(self.folder, f"block-{index}", self.identity, tensors, facts)
+        for state in self.folder.glob(f"{_STATE}-{index}*"):
+            state.unlink()
 
     def _resume(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, QuantizedWeight] | None:
         """The weights of a block that an interrupted run has finished."""
@@ -200,6 +258,7 @@ def _shifted(progress: Callable[[float, float], None], index: int, total: int) -
     return lambda done: progress(index + done, total)
 
 
+_STATE = "learning"  # of the layers of a block that is not done
 _PARTS = ("codes", "scales", "offsets")
 
 
@@ -209,6 +268,10 @@ def _parts(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def _weight(grid: Grid, parts: dict[str, Tensor]) -> QuantizedWeight:
     return QuantizedWeight(grid, parts["codes"], parts["scales"], parts.get("offsets"))
+
+
+def _learned(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from slimbench.methods.quantization.solvers.reconstruction import Reconstruction
 from slimbench.methods.quantization.weight.adaround import AdaRound
 from slimbench.methods.quantization.weight.flexround import FlexRound
 from slimbench.methods.quantization.weight.omniquant import OmniQuant
+from slimbench.util import checkpoints as _checkpoints
 from tests.support import tiny
 
 GRID = Grid(3, 32)
@@ -142,6 +143,33 @@ def test_an_interrupted_run_goes_on_with_the_next_block(name: str, dense: DenseM
     assert done[0] == 1, "the first block was learned again"
     assert resumed == compress(METHODS[name], dense, tmp_path / "whole")
     assert (tmp_path / "second" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["omniquant", "adaround"])
+def test_an_interrupted_run_goes_on_within_a_block(name: str, dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checkpoints, "_EVERY_S", 0.0)
+    monkeypatch.setattr(_checkpoints, "_WORK_PER_SAVING", 0)
+    stepped: list[int] = []
+    step = Reconstruction._step
+    monkeypatch.setattr(Reconstruction, "_step", lambda self, *rest: stepped.append(rest[2]) or step(self, *rest))
+    whole = compress(METHODS[name], dense, tmp_path / "whole")
+    calm, stepped[:] = list(stepped), []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: float, _: float) -> None:
+        if done > 1.5:
+            raise Stopped
+
+    kept = dataclasses.replace(dense, checkpoints=tmp_path / "kept")
+    with pytest.raises(Stopped):
+        compress(METHODS[name], dataclasses.replace(kept, progress=stop), tmp_path / "first")
+    resumed = compress(METHODS[name], kept, tmp_path / "second")
+    assert len(calm) <= len(stepped) <= len(calm) + 1, "at most the step that was cut off is taken twice"
+    assert resumed == whole
+    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert {path.name.partition("-")[0] for path in kept.checkpoints.iterdir()} == {"block"}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 9])
