@@ -109,9 +109,13 @@ def set_modes(folder: Path, files: int = 0o666) -> None:
     """
     rights = stat.S_IMODE(folder.stat().st_mode)
     for entry in folder.rglob("*"):
-        if not entry.is_symlink():
-            with suppress(PermissionError):  # a second name of a file of another user, who chose its rights
-                entry.chmod(rights if entry.is_dir() else rights & files)
+        status = entry.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            entry.chmod(rights)
+        elif stat.S_ISREG(status.st_mode):
+            has_other_names = status.st_nlink > 1  # under which others may read it
+            with suppress(PermissionError):  # it is another user's
+                entry.chmod((stat.S_IMODE(status.st_mode) if has_other_names else rights) & files)
 
 
 def replace_folder(folder: Path, target: Path) -> None:

@@ -40,6 +40,17 @@ def test_rights_are_those_that_the_umask_leaves(mask: int, tmp_path: Path) -> No
     assert _mode(tmp_path / "folder") == _mode(tmp_path / "folder" / "below") == 0o777 & ~mask
 
 
+def test_a_file_that_others_read_under_another_name_stays_theirs(tmp_path: Path) -> None:
+    (tmp_path / "blob").touch()
+    (tmp_path / "blob").chmod(0o644)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own").chmod(0o700)
+    os.link(tmp_path / "blob", tmp_path / "own" / "linked")
+    (tmp_path / "own" / "alone").touch()
+    files.set_modes(tmp_path / "own", 0o444)
+    assert (_mode(tmp_path / "blob"), _mode(tmp_path / "own" / "alone")) == (0o444, 0o400)
+
+
 def test_a_shared_group_stays(tmp_path: Path) -> None:
     tmp_path.chmod(0o2775)
     with atomic_folder(tmp_path / "folder") as folder:
