@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from slimbench.tasks import hub
 from slimbench.tasks.archive import check_member, unpack
 from slimbench.tasks.errors import AssetError, DataError, HubError
-from slimbench.util import checksums, locks
+from slimbench.util import checksums, locks, offline
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import closest, nearest
@@ -202,10 +202,14 @@ def _install(asset: Asset, folder: Path, progress: bool) -> None:
 
 
 def _download(asset: Asset, folder: Path, progress: bool) -> Path:
-    """Let pip download the one archive of a `pypi:` asset into `folder`.
+    """Let pip download the one archive of a `pypi:` asset into `folder`; where the connection breaks, it goes on by a range.
 
     With a known hash pip checks it before it opens the archive, so no code of a package that is not the pinned one can run.
     """
+    if offline.is_offline():
+        raise AssetError(
+            f"it is not in the cache, and {offline.VARIABLE} is set: slimbench assets fetch {asset.name} where there is network"
+        )
     requirement = folder / "requirements.txt"
     requirement.write_text(asset.location + (f" --hash=sha256:{asset.sha256}" if asset.sha256 else "") + "\n")
     downloads = folder / "archive"
@@ -285,6 +289,20 @@ def fetch_hub(repository: str, revision: str | None = None) -> Path:
     if not any(folder.rglob("*.safetensors")):
         raise AssetError(f"{repository} has no safetensors at revision {revision or 'main'}; give a revision that has, such as refs/pr/1")
     return folder
+
+
+def hub_size(name: str) -> int | None:
+    """Bytes of the files of a hub model that would be downloaded; None where the hub does not tell."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository, revision = _hub_address(_find(name))
+    try:
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
+    except Exception:  # whatever keeps it from being told, fetching it says why
+        return None
+    wanted = set(filter_repo_objects([file.rfilename for file in files], allow_patterns=HUB_FILES))
+    return sum(file.size or 0 for file in files if file.rfilename in wanted)
 
 
 def _hub_address(asset: Asset) -> tuple[str, str | None]:

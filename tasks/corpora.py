@@ -119,6 +119,27 @@ def fingerprint(spec: str) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
+def source(spec: str) -> str:
+    """Where a corpus comes from: `asset:NAME`, `file:PATH` or a hub data set.
+
+    Raises:
+        DataError: Unknown name.
+    """
+    return spec if spec.startswith(("file:", "hf:")) else _named(spec).source
+
+
+def is_fetched(spec: str) -> bool:
+    """Whether `load` would need no network for a corpus on the hub."""
+    part = _parse(source(spec))
+    return hub.is_fetched(str(part["path"]), part["config"] or None, part["revision"])
+
+
+def size(spec: str) -> int | None:
+    """Bytes to download of a corpus on the hub, where it tells."""
+    part = _parse(source(spec))
+    return hub.size(str(part["path"]), part["config"] or None, part["revision"])
+
+
 def _named(spec: str) -> NamedCorpus:
     known = catalogue()
     if spec not in known:

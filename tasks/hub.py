@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from slimbench.tasks.errors import DataError, HubError
 
@@ -64,6 +65,39 @@ def rows(path: str, name: str | None, split: str, revision: str | None = None) -
     return loaded
 
 
+def is_fetched(path: str, name: str | None, revision: str | None = None) -> bool:
+    """Whether `rows` finds a configuration or data file where nothing may be asked."""
+    if name is None or "/" not in name or os.path.isdir(path):
+        return is_prepared(path, name, revision)
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, name, repo_type="dataset", revision=revision), str)
+
+
+def is_prepared(path: str, name: str | None, revision: str | None = None, settings: Mapping[str, Any] | None = None) -> bool:
+    """Whether a configuration lies in the cache of `datasets`; of that commit, if one is given."""
+    from slimbench.util.compat.datasets import cached_hash
+
+    found = os.path.isdir(path) or cached_hash(path, name, dict(settings or {}))
+    return bool(found) and (not is_commit(revision) or found in (True, revision))
+
+
+def size(path: str, name: str | None, revision: str | None = None, settings: Mapping[str, Any] | None = None) -> int | None:
+    """Bytes of a data file, or of all files of a configuration; None where the hub does not tell."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfFileSystem
+
+    try:
+        if name and "/" in name:
+            files = [f"datasets/{path}@{quote(revision or 'main', safe='')}/{name}"]
+        else:
+            parts = load_dataset_builder(path, name, revision=revision, **dict(settings or {})).config.data_files
+            files = [file for split in (parts or {}).values() for file in split]
+        return sum(HfFileSystem().info(file)["size"] for file in files)
+    except Exception:  # whatever keeps it from being told, fetching it says why
+        return None
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a commit in full, which never moves."""
     return bool(revision and _COMMIT.fullmatch(revision))
@@ -102,8 +136,14 @@ def _wait_asked_for(error: BaseException) -> float | None:
                 return None
             asked = response.headers.get("Retry-After", "")
             return float(asked) if asked.isdigit() else 0.0
-    broken = any(isinstance(cause, httpx.TransportError) or "Consistency check failed" in str(cause) for cause in causes)
+    broken = any(_is_of_the_network(cause) or "Consistency check failed" in str(cause) for cause in causes)
     return 0.0 if broken else None
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    import httpx
+
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from slimbench.harness.cli.show import show
 from slimbench.harness.cli.status import status
 from slimbench.harness.cli.terminal import fail
 from slimbench.harness.cli.worker import worker
+from slimbench.util import offline
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -63,6 +64,7 @@ def root(
 
 def main() -> None:
     """Entry point: every foreseeable error is one line; tracebacks only with `--debug`."""
+    offline.tell_libraries()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

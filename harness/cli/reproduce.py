@@ -45,11 +45,13 @@ def reproduce(
     found = papers.paper(name)
     wanted = [f"experiment=paper/{name}", f"results={quoted(str(results))}", *(overrides or [])]
     asked = sweeps.plan(wanted, several=True)
-    cells = outlook(Ledger(asked, Store(results)))
+    ledger = Ledger(asked, Store(results))
+    cells = outlook(ledger)
     planned = {_named(c): papers.Planned(c.cell.identity.keys.quality, c.reason) for c in cells}
     if plan:
         _print_plan(found, cells, planned)
         return
+    sweeps.require_supplies(ledger)
     output_folder(out)
     if todo := [c.cell.cell for c in cells if c.is_to_run and not planned[_named(c)].obstacle]:
         _run(make_plan(todo), results)

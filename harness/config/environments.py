@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from slimbench.harness.config.errors import ConfigError
-from slimbench.util import locks
+from slimbench.util import locks, offline
 from slimbench.util.files import cache_dir
 from slimbench.util.text import nearest
 
@@ -84,6 +84,10 @@ def make(name: str) -> Path:
     wanted = get(name)
     with locks.held(wanted.folder):
         if not wanted.is_made:
+            if offline.is_offline():
+                raise ConfigError(
+                    f"environment '{name}' is not made, and {offline.VARIABLE} is set: slimbench env make {name} where there is network"
+                )
             pip = [str(wanted.python), "-P", "-m", "pip", "install", "--disable-pip-version-check", *wanted.requirements]
             _run(name, [sys.executable, "-P", "-m", "venv", "--clear", str(wanted.folder)])
             if wanted.overlay:

@@ -64,7 +64,7 @@ def launch(
         detach: Leave the stages to the jobs that are submitted, and do not wait.
 
     Raises:
-        ConfigError: The launcher cannot run it.
+        ConfigError: The launcher cannot run it, or no host may be called and something that is needed is not in a cache.
         HubError: The hub does not tell the commit of a model.
         StoreError: The results folder cannot be written.
     """
@@ -77,8 +77,10 @@ def launch(
         raise ConfigError("--detach: launcher=local runs the stages in this process; give launcher=slurm, ray or workers")
     kind = _launcher(plan.launcher.name)
     kind.check(plan)
+    store = Store(results)
+    require_supplies(Ledger(plan, store))
     hub.require_commits(cell.config for cell in plan.cells)
-    plan, store = plans.read(_under_way(plan, results) or plans.write(plan, results)), Store(results)
+    plan = plans.read(_under_way(plan, results) or plans.write(plan, results))
     where = {} if plan.launcher.is_local else {"detach": detach}
     kind(listener, seconds, on_done, **where).launch(plan, store)
     return Ledger(plan, store)
@@ -95,6 +97,13 @@ def _under_way(plan: Plan, results: Path) -> Path | None:
     except (jobs.Unanswered, ConfigError):
         return None
     return path if is_it else None
+
+
+def require_supplies(ledger: Ledger) -> None:
+    """Raise `ConfigError` if no host may be called, and something that is to be run needs what is not in a cache."""
+    from slimbench.harness.run.planning import supplies
+
+    supplies.require(ledger.plan.cells[task.cell].config for task in ledger.open() if not task.refusal)
 
 
 def _launcher(name: str) -> Any:

@@ -23,7 +23,7 @@ from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.measure.perplexity import Diverged
 from slimbench.harness.schema.quality import ZeroshotItems, ZeroshotResult
 from slimbench.harness.store.partial import Part
-from slimbench.tasks import zeroshot
+from slimbench.tasks import data_sets, zeroshot
 from slimbench.tasks.overlap import overlap
 
 
@@ -180,8 +180,9 @@ def measure(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(folder) for folder in zeroshot.folders(suite.include_path, suite.tasks)]
-    own = bool(zeroshot.of_lm_eval(suite.include_path, suite.tasks))
-    manager = TaskManager(include_path=[*folders], include_defaults=own)
+    own = zeroshot.of_lm_eval(suite.include_path, suite.tasks)
+    data_sets.fetch(own)
+    manager = TaskManager(include_path=[*folders], include_defaults=bool(own))
     lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress, part)
     out = simple_evaluate(
         model=lm,

@@ -34,6 +34,7 @@ from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.harness.store.store import Store
 from slimbench.util import processes
 from slimbench.util.files import cache_dir
+from slimbench.util.offline import LIBRARIES
 from slimbench.util.text import one_line
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _surroundings(trusted: bool, use_cache: bool) -> Iterator[Path]:
         if not use_cache:
             os.environ["SLIMBENCH_CACHE"] = str(own)
         if not trusted:
-            os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+            os.environ.update(LIBRARIES)
         try:
             yield Path(name) / "results"
         finally:

@@ -16,6 +16,7 @@ from slimbench import __version__
 from slimbench.harness.config import engines, registry
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub
+from slimbench.util import offline
 from slimbench.util.files import cache_dir
 
 _ROOM_GB = 5
@@ -108,7 +109,8 @@ def _cache() -> Check:
 
 def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        return Check("hub", State.MISSING, "HF_HUB_OFFLINE is set", "models and corpora come from the cache alone")
+        variable = offline.VARIABLE if offline.is_offline() else "HF_HUB_OFFLINE"
+        return Check("hub", State.MISSING, f"{variable} is set", "models and corpora come from the cache alone")
     if hub.reachable():
         return Check("hub", State.FINE, os.environ.get("HF_ENDPOINT", "reachable"))
     return Check("hub", State.MISSING, "out of reach", "packaged assets and cached models run without it; HF_ENDPOINT, HTTPS_PROXY")

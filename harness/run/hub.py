@@ -8,25 +8,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slimbench.harness.config.schema import RunConfig
-from slimbench.tasks import assets, hub
+from slimbench.harness.run.planning import supplies
+from slimbench.tasks import hub
 from slimbench.tasks.errors import DataError, HubError
+from slimbench.util import offline
+from slimbench.util.files import write_atomically
 
 _TIMEOUT_S = 5.0
 
 
 def unavailable(config: RunConfig) -> str | None:
-    """What of a cell lies on the hub and can be neither found in the cache nor fetched, in one line; None where nothing does.
+    """What of a cell can be neither found in a cache nor fetched, in one line; None where all can."""
+    absent = supplies.missing([config])
+    if absent and offline.is_offline():
+        return supplies.told_missing(absent)
+    of_hub = [supply for supply in absent if supply.is_on_hub]
+    return f"the hub cannot be reached for {', '.join(map(str, of_hub))}" if of_hub and not reachable() else None
 
-    Corpora and tasks are counted as cached only where the libraries' own caches serve them, which is not looked into: with the hub out
-    of reach they are named.
-    """
-    model = config.model
-    uri = f"{model.source}@{model.revision}" if model.revision else model.source
-    wanted = [f"model {model.name}"] if uri.startswith("hf:") and not assets.is_fetched(uri) else []
-    wanted += [f"corpus {spec}" for spec in config.suite.corpus if _on_hub(spec)]
-    if wanted and not reachable():
-        return f"the hub cannot be reached for {', '.join(wanted)}"
-    return None
+
+def is_needed(config: RunConfig) -> bool:
+    """Whether something of a cell is still to be fetched from the hub; else its stages ask nobody."""
+    return any(supply.is_on_hub for supply in supplies.missing([config]))
 
 
 @functools.cache
@@ -44,22 +46,15 @@ def reachable() -> bool:
         return False
 
 
-def _on_hub(spec: str) -> bool:
-    from slimbench.tasks import corpora
-
-    known = corpora.catalogue()
-    return (known[spec].source if spec in known else spec).startswith("hf:")
-
-
 @functools.cache
 def commit_of(repository: str, revision: str | None) -> str | None:
-    """The commit that a revision of a hub model names: from the cache, else from the hub; None where neither tells. Asked once."""
-    from huggingface_hub import constants
+    """The commit that a revision of a hub model names: from the hub client's cache, else from the hub; None where neither tells.
 
-    name = revision or "main"
-    if hub.is_commit(name):
-        return name
-    ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / name
+    What the hub told is kept in that cache: a branch that moves is another model only after `slimbench assets fetch hf:REPOSITORY`.
+    """
+    if hub.is_commit(revision):
+        return revision
+    ref = _ref(repository, revision)
     if ref.is_file() and hub.is_commit(commit := ref.read_text().strip()):
         return commit
     if not reachable():
@@ -92,4 +87,14 @@ def _ask(repository: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
 
     name = f"the commit of {repository}"
-    return hub.patiently(name, lambda: HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).sha)
+    commit = hub.patiently(name, lambda: HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_S).sha)
+    if commit:
+        write_atomically(_ref(repository, revision), commit.encode())  # so that a sweep that goes on later, or offline, means the same
+    return commit
+
+
+def _ref(repository: str, revision: str | None) -> Path:
+    """Where the hub client's cache keeps the commit of a branch or tag."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / (revision or "main")

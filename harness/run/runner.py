@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from slimbench.harness.config import environments, lock
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import available_cores, available_memory
-from slimbench.harness.run import journal, provenance, public, reuse, turns
+from slimbench.harness.run import hub, journal, provenance, public, reuse, turns
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.ledger import recorded, reusable
 from slimbench.harness.run.planning.obstacles import environment, lost_card, obstacle
@@ -20,7 +20,6 @@ from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import PLAN, Attempt, Failure, Record
 from slimbench.harness.store import partial, spool
 from slimbench.harness.store.store import Store, StoreError, Superseded
-from slimbench.tasks import zeroshot
 
 _MEMORY_SHARE = 0.95
 
@@ -186,7 +185,7 @@ class Runner:
     def _worker(self, cell: Cell, stage: Stage) -> Worker:
         name = environment(cell, stage)
         python = str(environments.get(name).python) if name else sys.executable
-        key = (python, is_offline(cell), _cards(cell.config))
+        key = (python, not hub.is_needed(cell.config), _cards(cell.config))
         worker = self._workers.setdefault(key, Worker(*key))
         if self._closed or self._interrupted:
             raise Closed
@@ -239,10 +238,3 @@ def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
 def _prefix_keys(cell: Cell, stage: Stage) -> list[str]:
     """Compress keys of the shorter pipelines that the one of the cell begins with, the shortest first."""
     return [cell.prefix_key(steps) for steps in range(1, len(cell.methods))] if stage is Stage.COMPRESS else []
-
-
-def is_offline(cell: Cell) -> bool:
-    """Whether nothing of the cell lies on the hub."""
-    config = cell.config
-    sources = [config.model.source, *config.suite.corpus, config.calibration.source]
-    return not any(s.startswith("hf:") for s in sources) and not zeroshot.of_lm_eval(config.suite.include_path, config.suite.tasks)

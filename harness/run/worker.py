@@ -26,6 +26,7 @@ from slimbench.harness.schema.identity import Reason, Stage, Status
 from slimbench.harness.schema.record import PLAN, SCHEMA_VERSION, Failure
 from slimbench.util import files
 from slimbench.util.hashing import hash_file
+from slimbench.util.offline import LIBRARIES
 
 ACCEPTED = {"event": "accepted"}  # the server has loaded its libraries and begins with the stage
 _LOOK_S = 0.5
@@ -184,7 +185,7 @@ class Worker:
         family.end_abandoned()
         quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TQDM_DISABLE": "1"}
         quiet |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # the order of NVML, by which a card's index is read
-        quiet |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if self.offline else {}
+        quiet |= LIBRARIES if self.offline else {}
         quiet |= {"CUDA_VISIBLE_DEVICES": _visible(self.cards)} if self.cards else {}
         self._lines = _Lines()
         self._server = subprocess.Popen(

@@ -52,12 +52,12 @@ class Home:
     def slimbench(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [*SLIMBENCH, *arguments]
         wanted = self.environment | environment
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=wanted, cwd=self.folder, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, env=wanted, cwd=self.folder, check=False)
 
     def python(self, code: str, **environment: str) -> str:
         """What a program prints."""
         command = [sys.executable, "-P", "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=self.environment | environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=self.environment | environment, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -135,3 +135,114 @@ def test_what_the_hub_refuses_is_asked_for_once(home: Home, tmp_path: Path, lock
     told = home.python(FETCH)
     assert told.startswith("AssetError cannot fetch org/model from the hub") and "HF_TOKEN" in told and "\n" not in told
     assert len(home.hub.asked("/api/models/org/model/*")) == 1
+
+
+GPTQ = ["model=opt-125m", "method=dense,gptq-row", "calibration_samples=2", "calibration_length=64"]
+ON_CPU = ["device=cpu", "device.compress=cpu", "device.threads=1"]
+NO_SOCKETS = """
+import os, socket, sys
+def refused(*arguments):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(f"{sys.argv} {arguments}\\n")
+    raise OSError("no connection may be made")
+class Guarded(socket.socket):
+    def connect(self, address):
+        return super().connect(address) if self.family == socket.AF_UNIX else refused(address)
+    def connect_ex(self, address):
+        return super().connect_ex(address) if self.family == socket.AF_UNIX else refused(address)
+socket.socket, socket.getaddrinfo = Guarded, refused
+"""
+
+
+@pytest.fixture
+def full_home(full_hub: HubServer, tmp_path: Path) -> Home:
+    return Home(tmp_path, full_hub)
+
+
+def verdicts(printed: str) -> list[str]:
+    """The lines of the cells that were measured."""
+    return [line for line in printed.splitlines() if line.startswith(" opt-125m") and "not measured" not in line]
+
+
+def test_a_paper_is_reproduced_from_the_hub_and_again_without_network(full_home: Home, tmp_path: Path) -> None:
+    """A tiny OPT under the paper's name: measured beside published, and the verdict that it is far off.
+
+    Then from the cache alone, in a results folder of its own: the hub has ended, and whatever would open a socket is written down.
+    """
+    home = full_home
+    here = home.slimbench("reproduce", "gptq", *GPTQ, *ON_CPU, "--results", "runs", COLUMNS="200")
+    dense, compressed = verdicts(here.stdout)
+    assert here.returncode == 1 and "27.65" in dense and "31.12" in compressed, here.stdout + here.stderr
+    assert (
+        dense.rstrip().endswith("differs") and compressed.rstrip().endswith("differs") and (tmp_path / "reproduced" / "gptq.svg").is_file()
+    )
+
+    sent = sum(request.sent for request in home.hub.asked("/large/*"))
+    fetched = home.slimbench("assets", "prefetch", "experiment=paper/gptq", *GPTQ, *ON_CPU, HF_HOME=str(tmp_path / "fetched"))
+    assert fetched.returncode == 0 and "3 of 3 are in the cache" in fetched.stdout, fetched.stdout + fetched.stderr
+    assert "0.4 MB" in fetched.stdout, "the size is told before"
+    assert sum(request.sent for request in home.hub.asked("/large/*")) == 2 * sent, "what is prefetched is what the stages fetch"
+    before = len(home.hub.requests)
+    again = home.slimbench("assets", "prefetch", "experiment=paper/gptq", *GPTQ, *ON_CPU, HF_HOME=str(tmp_path / "fetched"))
+    assert again.stdout.count(": here") == 3 and len(home.hub.requests) == before, "what is cached is not asked for"
+
+    home.hub.stop()
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(NO_SOCKETS)
+    guarded = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "guard"), os.environ["PYTHONPATH"]]), "CALLS": str(tmp_path / "calls")}
+    offline = guarded | {"SLIMBENCH_OFFLINE": "1", "HF_HOME": str(tmp_path / "fetched"), "COLUMNS": "200"}
+    offline |= {"SLIMBENCH_CACHE": str(tmp_path / "other")}
+    there = home.slimbench("reproduce", "gptq", *GPTQ, *ON_CPU, "--results", "there", **offline)
+    assert verdicts(there.stdout) == [dense, compressed], there.stdout + there.stderr
+    assert not (tmp_path / "calls").exists(), (tmp_path / "calls").read_text()
+    mine, theirs = ({record["key"]: record["cell"]["revision"] for record in home.records(name)} for name in ("runs", "there"))
+    assert mine == theirs and len(mine) == 4 and set(mine.values()) == {full_hub_commit(home.hub)}, "the commit stands in key and record"
+
+    lacking = home.slimbench("reproduce", "gptq", "model=opt-350m", "method=dense", *ON_CPU, "--results", "lacking", **offline)
+    assert lacking.returncode == 2 and not (tmp_path / "lacking").exists(), lacking.stderr
+    assert "lacks model hf:facebook/opt-350m@main" in lacking.stderr and "slimbench assets prefetch" in lacking.stderr
+    assert lacking.stderr.count("\n") == 1
+
+
+def full_hub_commit(hub: HubServer) -> str:
+    return hub.repositories["models", hub_data.OPT].refs["main"]
+
+
+@pytest.mark.full
+def test_suite_paper_runs_from_the_hub(full_home: Home) -> None:
+    """All its corpora and tasks, as `corpora.yaml` and lm-eval's definitions ask for them."""
+    small = ["suite=paper", "suite.seqlen=64", "suite.windows=2", "stages=[quality]", "suite.limit=2", *ON_CPU]
+    done = full_home.slimbench("run", "model=opt-125m", "method=dense", *small)
+    assert done.returncode == 0, done.stderr
+    quality = next(record["quality"] for record in full_home.records() if record["stage"] == "quality")
+    assert [part["corpus"] for part in quality["perplexity"]] == ["wikitext2", "ptb", "c4"]
+    tasks = {"piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "openbookqa", "lambada_openai"}
+    assert {task["task"] for task in quality["zeroshot"]} == tasks
+    planned = full_home.slimbench("run", "model=opt-125m", "method=rtn-4bit", *small, "--plan", SLIMBENCH_OFFLINE="1")
+    assert planned.returncode == 0 and "cannot run" not in planned.stdout, "what lm-eval prepared is found"
+
+
+@pytest.mark.full
+def test_a_branch_that_moves_between_two_cells_is_one_commit_for_the_sweep(full_home: Home, tmp_path: Path) -> None:
+    """It moves as soon as the first cell has asked for it; a second sweep goes on with the commit of the first."""
+    import shutil
+
+    first = full_hub_commit(full_home.hub)
+    moved = tmp_path / "moved"
+    shutil.copytree(full_home.hub.repositories["models", hub_data.OPT].commits[first], moved)
+    (moved / "new.json").write_text("{}")
+    full_home.hub.moves = {("models", hub_data.OPT): moved}
+    small = [
+        "suite.corpus=wikitext2",
+        "suite.tasks=[]",
+        "suite.seqlen=64",
+        "suite.windows=2",
+        "suite.include_path=null",
+        "stages=[quality]",
+    ]
+    done = full_home.slimbench("sweep", "model=opt-125m", "method=dense,rtn-8bit", *small, *ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert full_hub_commit(full_home.hub) != first, "it has moved"
+    assert {record["cell"]["revision"] for record in full_home.records()} == {first} and len(full_home.records()) == 4
+    again = full_home.slimbench("sweep", "model=opt-125m", "method=dense,rtn-8bit", *small, *ON_CPU, "--plan")
+    assert "recorded ok" in again.stdout and " run" not in again.stdout.replace("not run", ""), again.stdout

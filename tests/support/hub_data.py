@@ -128,7 +128,7 @@ def opt(folder: Path, seed: int = 0) -> Path:
     save_tokenizer(folder)
     text = torch.tensor(AutoTokenizer.from_pretrained(folder).encode(" \n".join(sentences(600, seed))))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(30):
         ids = torch.stack([text[s : s + 64] for s in torch.randint(0, len(text) - 64, (16,)).tolist()])
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()

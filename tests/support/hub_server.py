@@ -88,6 +88,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.gated: set[str] = set()
         self.renamed: dict[str, str] = {}
+        self.moves: dict[tuple[str, str], Path] = {}  # what `main` becomes once it has been asked for
         self.lock = threading.Lock()
         self._ended = threading.Event()
 
@@ -221,6 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif (commit := repository.commit(revision)) is None:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
+            if revision == "main" and (moved := self.hub.moves.pop((kind, name), None)):
+                self.hub.add(kind, name, moved)
             return repository, commit
         return None
 

@@ -139,4 +139,4 @@ def test_a_plan_says_that_the_hub_cannot_be_reached(overrides: list[str], tmp_pa
         monkeypatch.setattr(hub, "reachable", lambda reachable=reachable: reachable)
         told = outlook(Ledger(plan, Store(tmp_path)))
         assert {what for cell in told for what in cell.stages.values()} == {word}
-        assert {cell.reason for cell in told} == {"" if reachable else "the hub cannot be reached for model opt-125m"}
+        assert {cell.reason for cell in told} == {"" if reachable else "the hub cannot be reached for model hf:facebook/opt-125m@main"}

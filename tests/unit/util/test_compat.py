@@ -199,3 +199,18 @@ def test_a_dashboard_is_shown_as_it_is_sent() -> None:
     from slimbench.util.compat.wandb_workspaces import definition
 
     assert definition(workspace("team", "project"))["spec"]
+
+
+def test_a_prepared_data_set_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from slimbench.util.compat.datasets import cached_hash
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert cached_hash("org/Some-Set", "small", {}) is None
+    prepared = tmp_path / "org___some-set" / "small" / "0.0.0" / "c0ffee"
+    prepared.mkdir(parents=True)
+    (prepared / "dataset_info.json").write_text('{"config_name": "small"}')
+    assert cached_hash("org/Some-Set", "small", {}) == cached_hash("org/Some-Set", None, {}) == "c0ffee"
+    assert cached_hash("org/Some-Set", "large", {}) is None
+    assert cached_hash("org/Some-Set", "small", {"data_files": "part.json"}) is None
