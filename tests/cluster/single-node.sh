@@ -70,7 +70,7 @@ CONF
 stop)
   scancel --full --signal=KILL --user=root 2>/dev/null || true
   scancel --user=root 2>/dev/null || true
-  for _ in $(seq 30); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.5; done
+  for _ in $(seq 80); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.5; done
   for daemon in slurmd slurmctld munged; do daemon_stop "$daemon"; done
   ;;
 controller-stop) daemon_stop slurmctld ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Callable
 
 from slimbench.harness.schema.identity import Reason, Stage, Status
@@ -46,7 +47,8 @@ def test_an_array_whose_jobs_are_preempted_whose_node_is_drained_and_whose_contr
     cluster.script("controller-stop")
     assert "jobs unanswered" in mine.status() and mine.status()["running"] >= 1, "status tells what it can"
     cluster.script("controller-start")
-    cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
+    undrain = ("scontrol", "update", f"nodename={node}", "state=undrain")  # refused until the node has answered to the new controller
+    mine.wait(lambda: subprocess.run(undrain, env=cluster.environment, capture_output=True, check=False).returncode == 0, seconds=60)
     urgent_job(cluster)
 
     assert mine.code() == 1, mine.story()  # as a cell failed
