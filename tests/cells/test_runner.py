@@ -174,7 +174,7 @@ def test_an_artefact_that_is_lost_under_a_stage_is_no_fact_and_is_made_again(run
 
 
 def test_cuda_without_a_card_and_a_model_too_large_are_unsupported(runner: Runner, overrides: list[str]) -> None:
-    for more, message in ((["device=cuda"], "no CUDA card"), (["model.parameters=900000000000"], "need 3600 GB")):
+    for more, message in ((["device=cuda"], "no CUDA card"), (["model.parameters=900000000000"], "weights 3600 GB")):
         records = run(runner, cell([o for o in overrides if o != "device=cpu"], *more))
         assert records and all(record.status is Status.UNSUPPORTED for record in records)
         assert all(record.failure and message in record.failure.message for record in records)
