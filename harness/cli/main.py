@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it: help and configuration error
 
 from __future__ import annotations
 
+import errno
 import itertools
 import sys
 from typing import Annotated, Any
@@ -83,6 +84,9 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE)
+
+
 def _answer(error: Exception) -> tuple[str, int]:
     """What is said of an error, and the exit code."""
     from slimbench.harness.config.errors import ConfigError
@@ -95,6 +99,8 @@ def _answer(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, StoreError | ProcessKilled):
         return str(error), 1
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; the same command may succeed later", 1
     return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
 
 

@@ -104,3 +104,14 @@ def test_a_results_folder_that_cannot_be_written_is_one_line_for_the_plan_too(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=r"cannot write into .*: permission denied"):
         sweeps.plan([*overrides, f"results={tmp_path / 'deep' / 'er'}"], several=True)
+
+
+def test_what_a_disk_does_is_one_line() -> None:
+    import errno
+    import os
+
+    from slimbench.harness.cli.main import _answer
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "board/index.html")
+    assert _answer(full) == ("No space left on device: board/index.html; the same command may succeed later", 1)
+    assert _answer(OSError(errno.ENOEXEC, "no program"))[0].startswith("unexpected")
