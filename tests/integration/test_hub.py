@@ -219,7 +219,7 @@ def test_suite_paper_runs_from_the_hub(full_home: Home) -> None:
     tasks = {"piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "openbookqa", "lambada_openai"}
     assert {task["task"] for task in quality["zeroshot"]} == tasks
     planned = full_home.slimbench("run", "model=opt-125m", "method=rtn-4bit", *small, "--plan", SLIMBENCH_OFFLINE="1")
-    assert planned.returncode == 0 and "cannot run" not in planned.stdout, "what lm-eval prepared is found"
+    assert planned.returncode == 0 and "0 cannot run" in planned.stdout, "what lm-eval prepared is found"
 
 
 @pytest.mark.full
@@ -245,4 +245,4 @@ def test_a_branch_that_moves_between_two_cells_is_one_commit_for_the_sweep(full_
     assert full_hub_commit(full_home.hub) != first, "it has moved"
     assert {record["cell"]["revision"] for record in full_home.records()} == {first} and len(full_home.records()) == 4
     again = full_home.slimbench("sweep", "model=opt-125m", "method=dense,rtn-8bit", *small, *ON_CPU, "--plan")
-    assert "recorded ok" in again.stdout and " run" not in again.stdout.replace("not run", ""), again.stdout
+    assert "0 to run" in again.stdout, again.stdout
