@@ -69,4 +69,4 @@ def test_a_short_campaign_breaks_nothing(campaign: Campaign, capsys: pytest.Capt
     played = campaign.run(wanted, jobs=os.cpu_count() or 1)
     broken = [(case.kind, case.number, case.thrown, case.breaches) for case in played if case.breaches]
     assert not broken, capsys.readouterr().out
-    assert {case.kind for case in played} == set(KINDS) and all(case.thrown for case in played)
+    assert {case.kind for case in played if case.thrown} == set(KINDS)
