@@ -217,7 +217,7 @@ def optimum_benchmark(folder: Path, model: Path, python: str) -> Tool:
     """A sweep of three batch sizes: three runs, a report each."""
     out = folder / "out"
     (folder / "tiny.yaml").write_text(_OPTIMUM.format(model=model, out=out))
-    command = [python, "-m", "optimum_benchmark.cli", "--config-dir", str(folder), "--config-name", "tiny", "-m"]
+    command = [str(Path(python).with_name("optimum-benchmark")), "--config-dir", str(folder), "--config-name", "tiny", "-m"]
     command += [f"scenario.input_shapes.batch_size={','.join(map(str, _BATCHES))}"]
 
     def results() -> list[Path]:
