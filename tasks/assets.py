@@ -202,7 +202,7 @@ def _install(asset: Asset, folder: Path, progress: bool) -> None:
 
 
 def _download(asset: Asset, folder: Path, progress: bool) -> Path:
-    """Let pip download the one archive of a `pypi:` asset into `folder`; where the connection breaks, it goes on by a range.
+    """Let pip download the one archive of a `pypi:` asset into `folder`.
 
     With a known hash pip checks it before it opens the archive, so no code of a package that is not the pinned one can run.
     """
