@@ -116,11 +116,10 @@ def _require_own_code(plan: Plan) -> None:
     """Raise `ConfigError` unless other machines find what a plan names: methods and engines by their names, in the folders of choices."""
     from slimbench.harness.run.trust import Distrusted, require_own_code
 
-    for cell in plan.cells:
-        try:
-            require_own_code(cell.config, trusted=True)
-        except Distrusted as error:
-            raise ConfigError(f"{error}; a choice of your own goes into a folder that SLIMBENCH_CONF names") from error
+    try:
+        require_own_code((cell.config for cell in plan.cells), trusted=True)
+    except Distrusted as error:
+        raise ConfigError(f"{error}; a choice of your own goes into a folder that SLIMBENCH_CONF names") from error
 
 
 def _require_writable(results: Path) -> None:

@@ -7,7 +7,7 @@ the record says; and what would bring the record's own code, files or hosts into
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
     return RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own)
 
 
-def require_own_code(config: RunConfig, trusted: bool) -> None:
-    """Hold the configuration of a plan that lies in a file against this installation, whose classes and loaders alone are run.
+def require_own_code(configs: Iterable[RunConfig], trusted: bool) -> None:
+    """Hold the configurations of a plan against this installation, whose classes and loaders alone are run. Each name is looked up once.
 
     Args:
         trusted: Allow what the user has asked for by name: code of the checkpoint, and folders of tasks.
@@ -63,13 +63,18 @@ def require_own_code(config: RunConfig, trusted: bool) -> None:
         Distrusted: It names other code than the methods and the engine of its names, or needs trust and has none.
         ConfigError: It names a method or engine that this installation does not have.
     """
-    for step in (*config.pipeline, config.reference):
-        if step.target != (own := shipped_target(step.name)):
-            raise Distrusted(f"method '{step.name}' is {own} here, not {step.target}")
-    if config.engine != EngineConfig.model_validate(choice("engine", config.engine.name)):
-        raise Distrusted(f"engine '{config.engine.name}' is not what conf/engine/{config.engine.name}.yaml says")
-    if not trusted and (reason := next(_bringing_code(config.model_dump(include={"model", "suite"})), None)):
-        raise Distrusted(reason)
+    targets: dict[str, str] = {}
+    engines: dict[str, EngineConfig] = {}
+    for config in configs:
+        for step in (*config.pipeline, config.reference):
+            own = targets.get(step.name) or targets.setdefault(step.name, shipped_target(step.name))
+            if step.target != own:
+                raise Distrusted(f"method '{step.name}' is {own} here, not {step.target}")
+        name = config.engine.name
+        if config.engine != (engines.get(name) or engines.setdefault(name, EngineConfig.model_validate(choice("engine", name)))):
+            raise Distrusted(f"engine '{name}' is not what conf/engine/{name}.yaml says")
+        if not trusted and (reason := next(_bringing_code(config.model_dump(include={"model", "suite"})), None)):
+            raise Distrusted(reason)
 
 
 def _shipped(step: Any) -> dict[str, Any]:

@@ -224,8 +224,7 @@ def read_safely(path: Path, trusted: bool) -> Plan:
     """
     plan = read(path)
     try:
-        for cell in plan.cells:
-            require_own_code(cell.config, trusted)
+        require_own_code((cell.config for cell in plan.cells), trusted)
     except Distrusted as error:
         raise ConfigError(f"{path}: {error}") from error
     return plan
