@@ -111,8 +111,8 @@ class Sweep:
         while not until():
             if time.monotonic() > deadline:
                 pytest.fail(f"it does not get on:\n{self.story()}")
-            if self.process and self.process.poll() is not None and not until():
-                pytest.fail(f"the sweep has ended with {self.process.returncode}:\n{self.story()}")
+            if self.process and self.process.poll() == 2:
+                pytest.fail(f"the command is wrong:\n{self.story()}")
             for line in self.cluster.ask("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").splitlines():
                 job, reason = line.split(maxsplit=1)
                 if reason == "BeginTime":

@@ -96,6 +96,7 @@ def test_a_sweep_that_leaves_is_found_again_and_ended(cluster: Cluster, sweep: C
     mine.start()
     assert mine.code() == 0, mine.story()
     assert sorted(mine.journal()[1].values()) == [["ok"], ["transient", "ok"]]
+    mine.wait(lambda: not mine.status()["jobs"])
     assert "no jobs wait or run" in cluster.slimbench("cancel", str(mine.results)).stdout
 
 
