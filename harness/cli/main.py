@@ -74,7 +74,8 @@ def main() -> None:
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed
             sys.exit(2)
-        fail(f"{error.format_message().rstrip('.')}{_as_override(sys.argv)}", 2)
+        meant = _as_override(sys.argv)
+        fail(f"{(error.message if meant else error.format_message()).rstrip('.')}{meant}", 2)
     except typer.Abort:
         fail("interrupted", 130)
     except Exception as error:

@@ -153,7 +153,7 @@ def test_after_the_last_batch_nothing_is_left_to_do(config: RunConfig, measure: 
         "went on after an interruption: 40 of 40 windows, 39 of 39 windows of documents, 24 of 24 answers were there before"
     ]
     assert again.seconds.keys() == calm.seconds.keys()
-    assert all(again.seconds[part] >= 0.9 * calm.seconds[part] for part in calm.seconds), "seconds are those of both attempts"
+    assert all(again.seconds[part] >= 0.5 * calm.seconds[part] for part in calm.seconds), "seconds are those of both attempts"
 
 
 @pytest.mark.parametrize("lost", [False, True])
