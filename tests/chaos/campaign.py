@@ -28,6 +28,7 @@ TRAINED = (
 QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
 _LAUNCHES = 16  # in which faults are thrown into one case, at most
 _FINISHING = 4  # launches of the undisturbed command after them, at most
+_BARREN = 10  # cases of a class in a row in which nothing could be thrown, after which it is given up
 _MISSES = 3  # launches in a row in which nothing was thrown, after which what is left is not thrown
 
 
@@ -131,11 +132,12 @@ class Campaign:
         began, before = time.monotonic(), sum(len(case.thrown) for case in played)
         counts = {kind: sum(len(case.thrown) for case in played if case.kind == kind) for kind in wanted}
         numbers = {kind: 1 + max((case.number for case in played if case.kind == kind), default=-1) for kind in wanted}
+        barren = dict.fromkeys(wanted, 0)
         flying: dict[Future[Played], tuple[str, int]] = {}
         with ThreadPoolExecutor(jobs) as pool:
             while True:
                 expected = {kind: counts[kind] + sum(n for k, n in flying.values() if k == kind) for kind in wanted}
-                lacking = [kind for kind in wanted if expected[kind] < wanted[kind]]
+                lacking = [kind for kind in wanted if expected[kind] < wanted[kind] and barren[kind] < _BARREN]
                 if lacking and len(flying) < jobs:
                     kind = min(lacking, key=lambda kind: expected[kind] / wanted[kind])
                     size = min(KINDS[kind].together, wanted[kind] - expected[kind])
@@ -149,6 +151,7 @@ class Campaign:
                     case = future.result()
                     played.append(case)
                     counts[kind] += len(case.thrown)
+                    barren[kind] = 0 if case.thrown else barren[kind] + 1
                     with self.log.open("a") as stream:
                         stream.write(case.line() + "\n")
                     self._tell(case, sum(counts.values()), sum(wanted.values()), began, before)

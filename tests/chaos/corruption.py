@@ -143,7 +143,7 @@ def _forget_one(scene: Scene, seed: int) -> bool:
 
 def _under_way(dice: random.Random, seed: int) -> Fault:
     """An artefact is cut short while a stage has it loaded, mapped or not."""
-    place = dice.choice(["load", "perplexity"])
+    place = dice.choice(["load", "file:text.txt"])
     rule = Rule(
         Call.WRITE, text=f'"event": "phase", "name": "{place}', programs=Program.SERVER, depths=Depth.CHILD, skip=dice.choice([0, 1])
     )
@@ -152,7 +152,9 @@ def _under_way(dice: random.Random, seed: int) -> Fault:
         files = sorted((scene.cache / "objects").glob("*/model.safetensors"))
         _cut(random.Random(seed).choice(files), random.Random(seed))
 
-    return Fault("corruption", f"an artefact cut short under a running stage, in {place}", rule, act)
+    return Fault(
+        "corruption", f"an artefact cut short under a running stage, in {'load' if place == 'load' else 'quality: perplexity'}", rule, act
+    )
 
 
 def corruption(dice: random.Random, words: str) -> Fault:

@@ -7,11 +7,10 @@ import random
 from tests.chaos.shim import Call, Depth, Program, Rule
 
 _PHASES = {
-    "prepare model": "compress: prepare model",
     "compress": "compress: method",
     "write artefact": "compress: write artefact",
     "load": "load",
-    "perplexity": "quality: perplexity",
+    "file:text.txt": "quality: perplexity",
     "first call": "speed: first call",
     "memory": "speed: memory",
     "speed 1": "speed: a point",
