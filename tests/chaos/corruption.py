@@ -50,7 +50,6 @@ def _field(*path: str, value: Any) -> _Damage:
 
 
 _FIELDS: dict[str, _Damage] = {
-    "a newer schema": _field("schema_version", value=999),
     "no schema": _field("schema_version", value=None),
     "another key": _field("key", value="0" * 16),
     "another cell": _field("cell", "model", value="foreign"),
@@ -98,6 +97,26 @@ def _swapped(seed: int) -> Fault:
         return _forget_one(scene, seed)
 
     return Fault("corruption", "two artefacts swapped", before=before)
+
+
+def _newer(seed: int) -> Fault:
+    """A record of a slimbench that is yet to come: it is left alone, and the sweep says so until it is gone."""
+    kept: dict[Path, bytes] = {}
+
+    def before(scene: Scene) -> bool:
+        dice = random.Random(seed)
+        if not (paths := [path for path in _records(scene) if not _is_spoilt(scene, path)]):
+            return False
+        path = dice.choice(paths)
+        kept[path] = path.read_bytes()
+        _field("schema_version", value=999)(path, dice)
+        return True
+
+    def undo(scene: Scene) -> None:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    return Fault("corruption", "record: of a newer schema", before=before, undo=undo, codes=frozenset({1, 2}))
 
 
 def _copied(seed: int) -> Fault:
@@ -175,6 +194,7 @@ def corruption(dice: random.Random, words: str) -> Fault:
             "swapped",
             "copied",
             "under way",
+            "newer",
         ]
     )
     if what == "under way":
@@ -183,6 +203,8 @@ def corruption(dice: random.Random, words: str) -> Fault:
         return _swapped(seed)
     if what == "copied":
         return _copied(seed)
+    if what == "newer":
+        return _newer(seed)
     if what == "field":
         name = dice.choice(sorted(_FIELDS))
         return _of_record(name, _FIELDS[name], seed)

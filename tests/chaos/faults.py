@@ -56,7 +56,6 @@ _PLACES: dict[str, tuple[str, Program, Depth]] = {
     "results/shared": ("*/results/shared/*", Program.MAIN, Depth.ITSELF),
     "artefacts": ("*/cache/artefacts/*", Program.SERVER, Depth.CHILD),
     "objects": ("*/cache/objects/*", Program.SERVER, Depth.CHILD),
-    "models": ("*/cache/models/*", Program.SERVER, Depth.CHILD),
     "tokens": ("*/cache/tokens/*", Program.SERVER, Depth.CHILD),
     "reference": ("*/cache/reference/*", Program.SERVER, Depth.CHILD),
     "hashes": ("*/cache/hashes/*", Program.SERVER, Depth.CHILD),
@@ -74,7 +73,7 @@ def storage(dice: random.Random, words: str) -> Fault:
         return _full(dice)
     if chance < 0.12:
         return _report(dice)
-    place = dice.choice(sorted(_PLACES))
+    place = dice.choice(sorted(_PLACES.keys() - (set() if "omniquant" in words else {"checkpoints"})))
     path, programs, depths = _PLACES[place]
     error, call = dice.choice(_ERRORS), dice.choice(sorted(_CALLS))
     if place == "the model read":
