@@ -46,11 +46,11 @@ def plan_files(place: Path) -> list[tuple[Path, Plan]]:
     from slimbench.harness.run.planning import plan as plans
 
     if place.is_file():
-        return [(place, plans.read_safely(place, trusted=True))]
+        return [(place, plans.read(place))]
     found = []
     for path in sorted((place / plans.FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            found.append((path, plans.read_safely(path, trusted=True)))
+            found.append((path, plans.read(path)))
         except ConfigError as error:
             console(stderr=True).print(f"left out: {error}")
     if not found:
@@ -62,10 +62,11 @@ def _facts(path: Path, plan: Plan) -> dict[str, Any]:
     from slimbench.harness.launch import jobs
     from slimbench.harness.run.planning.estimates import Estimates
     from slimbench.harness.run.planning.ledger import Ledger, State
+    from slimbench.harness.run.planning.plan import is_own
     from slimbench.harness.run.planning.progress import in_words
     from slimbench.harness.store.store import Store
 
-    ledger = Ledger(plan, Store(path.parent.parent))
+    ledger = Ledger(plan, Store(path.parent.parent), with_code=is_own(plan))  # what only a file names is not imported
     counts, open_tasks = ledger.counts(), list(ledger.open())
     seconds = Estimates(ledger.store).total(plan, open_tasks)
     running = _running(ledger)

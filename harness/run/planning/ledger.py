@@ -58,10 +58,11 @@ class Ledger:
     Args:
         plan: What was asked for.
         store: Where the records are.
+        with_code: Hold what records were made with against the code that the plan names, which may import it.
     """
 
-    def __init__(self, plan: Plan, store: Store) -> None:
-        self.plan, self.store = plan, store
+    def __init__(self, plan: Plan, store: Store, with_code: bool = True) -> None:
+        self.plan, self.store, self._with_code = plan, store, with_code
         self._endings: dict[str, Ending] = {}
 
     def ending(self, task: Task) -> Ending | None:
@@ -99,7 +100,7 @@ class Ledger:
 
     def _look(self, task: Task) -> Ending | None:
         cell = self.plan.cells[task.cell]
-        if record := reusable(self.store, cell, task.stage, self.plan.created):
+        if record := reusable(self.store, cell, task.stage, self.plan.created, self._with_code):
             reason = record.failure.summary if record.failure else ""
             return Ending(record.status, reason, record.started, record.simulated, record.started < self.plan.created)
         before = self.plan.by_name.get(task_name(cell.identity, Stage.COMPRESS))
@@ -110,9 +111,9 @@ class Ledger:
         return Ending(None, "simulated") if compressed.simulated and task.stage is Stage.SPEED else None
 
 
-def reusable(store: Store, cell: Cell | PlannedCell, stage: Stage, since: str = "") -> Record | None:
+def reusable(store: Store, cell: Cell | PlannedCell, stage: Stage, since: str = "", with_code: bool = True) -> Record | None:
     """The record that makes running a stage needless, under the cell's `device.hardware` and `on_existing`."""
-    return next((record for record in _eligible(store, cell, stage) if stands(record, cell.config, since)), None)
+    return next((record for record in _eligible(store, cell, stage) if stands(record, cell.config, since, with_code)), None)
 
 
 def recorded(store: Store, cell: Cell | PlannedCell, stage: Stage) -> Record | None:
@@ -134,15 +135,19 @@ def _eligible(store: Store, cell: Cell | PlannedCell, stage: Stage) -> Iterator[
         yield from (other for other in store.elsewhere(cell.identity, stage, hardware) if other.status is Status.OK)
 
 
-def stands(record: Record, config: RunConfig, since: str) -> bool:
-    """Whether a record makes running its stage needless: it was made since then, or stands under the cell's `on_existing`."""
+def stands(record: Record, config: RunConfig, since: str, with_code: bool = True) -> bool:
+    """Whether a record makes running its stage needless: it was made since then, or stands under the cell's `on_existing`.
+
+    Args:
+        with_code: And its code is what it was when the record was made.
+    """
     if record.status is Status.TRANSIENT:
         return False
     if since and record.started >= since:
         return True
     if record.phase == PLAN:
         return False
-    return not _is_redone(record, config.on_existing) and not reuse.changed_code(record, config)
+    return not _is_redone(record, config.on_existing) and not (with_code and reuse.changed_code(record, config))
 
 
 def _is_redone(record: Record, on_existing: OnExisting) -> bool:

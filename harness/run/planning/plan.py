@@ -230,6 +230,15 @@ def read_safely(path: Path, trusted: bool) -> Plan:
     return plan
 
 
+def is_own(plan: Plan) -> bool:
+    """Whether this installation has all the classes and loaders that a plan names."""
+    try:
+        require_own_code((cell.config for cell in plan.cells), trusted=True)
+    except (Distrusted, ConfigError):
+        return False
+    return True
+
+
 def _refusals(cell: Cell) -> dict[Stage, str]:
     """The stages of a cell that make sense, each with why it cannot run where it is to run, empty where it can.
 
