@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.store.store import Store
 from tests.chaos.scene import Fault, Scene
 from tests.chaos.shim import Call, Depth, Program, Rule
 
@@ -90,11 +92,13 @@ def _swapped(seed: int) -> Fault:
 
     def before(scene: Scene) -> bool:
         one, other = random.Random(seed).sample(sorted((scene.cache / "artefacts").iterdir()), 2)
+        if not _measure_again(scene, {one.name, other.name}):
+            return False
         aside = scene.root / "aside"
         one.rename(aside)
         other.rename(one)
         aside.rename(other)
-        return _forget_one(scene, seed)
+        return True
 
     return Fault("corruption", "two artefacts swapped", before=before)
 
@@ -133,6 +137,41 @@ def _copied(seed: int) -> Fault:
     return Fault("corruption", "record: that of another stage", before=before)
 
 
+def _of_artefact(name: str, damage: _Damage, seed: int) -> Fault:
+    """A file of an artefact is damaged, and its measurement has to run again."""
+
+    def before(scene: Scene) -> bool:
+        dice = random.Random(seed)
+        link = dice.choice(sorted((scene.cache / "artefacts").iterdir()))
+        files = [path for path in sorted(link.resolve().rglob("*")) if path.is_file() and path.stat().st_size]
+        if not _measure_again(scene, {link.name}):
+            return False
+        _damage(dice.choice(files), damage, dice)
+        return True
+
+    return Fault("corruption", f"objects: {name}", before=before)
+
+
+def _measure_again(scene: Scene, keys: set[str]) -> bool:
+    """Remove the records of what was measured on some artefacts; whether there are such of each."""
+    store = Store(scene.results)
+    measured = [record for record in store.scan()[0] if record.stage is Stage.QUALITY and record.cell.keys.compress in keys]
+    paths = [store.path(record.cell, record.stage, record.hardware) for record in measured]
+    if {record.cell.keys.compress for record in measured} != keys or any(_is_spoilt(scene, path) for path in paths):
+        return False
+    for path in paths:
+        path.unlink()
+        _spoil(scene, path)
+    return True
+
+
+def _damage(file: Path, damage: _Damage, dice: random.Random) -> None:
+    """Damage a file that may be read-only."""
+    file.parent.chmod(0o755)
+    file.chmod(0o644)
+    damage(file, dice)
+
+
 def _of_cache(folder: str, name: str, damage: _Damage, seed: int) -> Fault:
     """A cached file is damaged, and a measurement that reads it has to run again."""
 
@@ -141,10 +180,7 @@ def _of_cache(folder: str, name: str, damage: _Damage, seed: int) -> Fault:
         files = [path for path in sorted((scene.cache / folder).rglob("*")) if path.is_file() and path.stat().st_size]
         if not files:
             return False
-        file = dice.choice(files)
-        file.parent.chmod(0o755)
-        file.chmod(0o644)
-        damage(file, dice)
+        _damage(dice.choice(files), damage, dice)
         return _forget_one(scene, seed)
 
     return Fault("corruption", f"{folder}: {name}", before=before)
@@ -209,4 +245,6 @@ def corruption(dice: random.Random, words: str) -> Fault:
         name = dice.choice(sorted(_FIELDS))
         return _of_record(name, _FIELDS[name], seed)
     name = dice.choice(sorted(_BYTES))
-    return _of_record(name, _BYTES[name], seed) if what == "record" else _of_cache(what, name, _BYTES[name], seed)
+    if what == "record":
+        return _of_record(name, _BYTES[name], seed)
+    return _of_artefact(name, _BYTES[name], seed) if what == "objects" else _of_cache(what, name, _BYTES[name], seed)
