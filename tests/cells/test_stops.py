@@ -88,7 +88,7 @@ def started(overrides: list[str], tmp_path: Path, how: str) -> tuple[subprocess.
     ("number", "code"),
     [
         (signal.SIGTERM, ExitCode.STOPPED),
-        (signal.SIGUSR1, ExitCode.STOPPED),
+        pytest.param(signal.SIGUSR1, ExitCode.STOPPED, marks=pytest.mark.full),
         pytest.param(signal.SIGUSR2, ExitCode.STOPPED, marks=pytest.mark.full),
         pytest.param(signal.SIGHUP, ExitCode.STOPPED, marks=pytest.mark.full),
         (signal.SIGINT, ExitCode.INTERRUPTED),

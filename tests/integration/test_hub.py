@@ -164,6 +164,7 @@ def verdicts(printed: str) -> list[str]:
     return [line for line in printed.splitlines() if line.startswith(" opt-125m") and "not measured" not in line]
 
 
+@pytest.mark.full
 def test_a_paper_is_reproduced_from_the_hub_and_again_without_network(full_home: Home, tmp_path: Path) -> None:
     """A tiny OPT under the paper's name: measured beside published, and the verdict that it is far off.
 

@@ -27,6 +27,7 @@ def sweep(overrides: list[str], results: Path, journal: Path, *more: str) -> sub
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
     )
 
 
@@ -66,6 +67,7 @@ def test_a_card_that_no_node_has_is_one_line_before_anything_runs(overrides: lis
     assert not (tmp_path / "journal").exists() and not list((tmp_path / "results").glob("*/*/*.json"))
 
 
+@pytest.mark.full  # Ctrl+C of a sweep is held by tests/cells/test_stops.py, too
 def test_ctrl_c_ends_what_runs_and_says_how_it_goes_on(overrides: list[str], tmp_path: Path, cache: Path) -> None:
     results = tmp_path / "results"
     command = sweep(overrides, results, tmp_path / "journal", "launcher.cards=0")
