@@ -64,6 +64,7 @@ def test_a_campaign_that_is_done_plays_nothing_again(campaign: Campaign) -> None
     assert campaign.run({"signals": 2, "storage": 1}, jobs=1, resume=True) == PLAYED
 
 
+@pytest.mark.full  # until it takes two minutes at most
 def test_a_short_campaign_breaks_nothing(campaign: Campaign, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = dict.fromkeys(KINDS, 1) | dict.fromkeys(FREE, 2)
     played = campaign.run(wanted, jobs=os.cpu_count() or 1)
