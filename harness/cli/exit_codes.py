@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
         return member
 
     DONE = 0, "all that was asked is recorded, and nothing of it failed"
-    FAILED = 1, "a stage failed, or a check did not pass; or the results folder cannot be written"
+    FAILED = 1, "a stage failed, or a check did not pass; or nothing may be written into the results folder"
     USAGE = 2, "the command or its configuration is wrong; nothing was run"
     NOTHING_MEASURED = 3, "nothing failed, but nothing could be measured either: every cell is unsupported here"
     STOPPED = 75, "stopped, or the machine failed, with more to do; the same command goes on"

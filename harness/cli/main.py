@@ -5,7 +5,6 @@ Nothing heavy is imported until a command needs it: help and configuration error
 
 from __future__ import annotations
 
-import errno
 import itertools
 import sys
 from typing import Annotated, Any
@@ -85,24 +84,25 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENFILE)
-
-
 def _answer(error: Exception) -> tuple[str, int]:
-    """What is said of an error, and the exit code."""
+    """What is said of an error, and the exit code: a script may give the same command again where the machine or the hub failed."""
+    from slimbench.harness.cli.exit_codes import ExitCode
     from slimbench.harness.config.errors import ConfigError
-    from slimbench.tasks.errors import DataError
-
-    if isinstance(error, ConfigError | DataError):
-        return str(error), 2
+    from slimbench.harness.run.process.failures import reason
     from slimbench.harness.store.store import StoreError
+    from slimbench.tasks.errors import DataError, HubError
     from slimbench.util.parallel import ProcessKilled
 
+    if isinstance(error, HubError):
+        return str(error), ExitCode.STOPPED
+    if isinstance(error, ConfigError | DataError):
+        return str(error), ExitCode.USAGE
+    code = ExitCode.FAILED if reason(error) is None else ExitCode.STOPPED
     if isinstance(error, StoreError | ProcessKilled):
-        return str(error), 1
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}; the same command may succeed later", 1
-    return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", 1
+        return str(error), code
+    if isinstance(error, OSError) and (code is ExitCode.STOPPED or isinstance(error, PermissionError)):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; the same command may succeed later", code
+    return f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)", ExitCode.FAILED
 
 
 def _as_override(words: list[str]) -> str:

@@ -6,12 +6,13 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 
 from tests.chaos import concurrency, corruption, faults, surroundings
 from tests.chaos.invariants import Breach, Calm, Outcome, of_end, of_launch
@@ -26,6 +27,8 @@ TRAINED = (
     "calibration=file:{folder}/learned.txt calibration_samples=4 calibration_length=32"
 )
 QUALITY, SPEED = "method=rtn-4bit,brood stages=[quality]", "method=rtn-4bit stages=[quality,speed]"
+FROM_HUB = f"{QUALITY} model.source=hf:{surroundings.HUB_MODEL} model.revision=main"
+WITH_CLOCK, WITH_MEMORY = f"limits.wall_s={surroundings.WALL_S}", f"limits.memory_gb={surroundings.MEMORY_GB}"
 _LAUNCHES = 16  # in which faults are thrown into one case, at most
 _FINISHING = 4  # launches of the undisturbed command after them, at most
 _BARREN = 10  # cases of a class in a row in which nothing could be thrown, after which it is given up
@@ -59,9 +62,9 @@ KINDS = {
     "storage": Kind(faults.storage, 60, 6, (QUALITY, SPEED, TRAINED)),
     "corruption": Kind(corruption.corruption, 30, 4, (QUALITY,), resumed=True),
     "concurrency": Kind(concurrency.concurrency, 30, 3, (QUALITY,)),
-    "time": Kind(surroundings.clock, 10, 3, (f"{QUALITY} limits.wall_s={surroundings.WALL_S}",)),
-    "network": Kind(surroundings.network, 15, 3, (f"{QUALITY} model.source=hf:{surroundings.HUB_MODEL} model.revision=main",), hub=True),
-    "memory": Kind(surroundings.memory, 10, 2, (f"{QUALITY} limits.memory_gb={surroundings.MEMORY_GB}",)),
+    "time": Kind(surroundings.clock, 10, 3, (f"{QUALITY} {WITH_CLOCK}",)),
+    "network": Kind(surroundings.network, 15, 3, (FROM_HUB,), hub=True),
+    "memory": Kind(surroundings.memory, 10, 2, (f"{QUALITY} {WITH_MEMORY}",)),
 }
 
 
@@ -71,6 +74,7 @@ class Played:
 
     Attributes:
         thrown: What was thrown, in order.
+        classes: Of what was thrown.
         launches: Of the command in all.
     """
 
@@ -81,6 +85,7 @@ class Played:
     launches: int
     seconds: float
     codes: list[list[int | None]] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -107,11 +112,13 @@ class Campaign:
         folder: Calm sweeps, the folders of cases while they are played, those that broke something, and `faults.jsonl`.
         seed: What is drawn depends on it, on the class and on the number of the case.
         say: Told one line after each case.
-        short: Each class has its first sweep only.
+        kinds: The classes by name.
     """
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None] = _print, short: bool = False) -> None:
-        self.folder, self.seed, self.say, self.short = folder, seed, say, short
+    def __init__(
+        self, folder: Path, seed: int, say: Callable[[str], None] = _print, kinds: Mapping[str, Kind] = MappingProxyType(KINDS)
+    ) -> None:
+        self.folder, self.seed, self.say, self.kinds = folder, seed, say, kinds
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "faults.jsonl"
         self.shim = build(folder)
@@ -140,7 +147,7 @@ class Campaign:
                 lacking = [kind for kind in wanted if expected[kind] < wanted[kind] and barren[kind] < _BARREN]
                 if lacking and len(flying) < jobs:
                     kind = min(lacking, key=lambda kind: expected[kind] / wanted[kind])
-                    size = min(KINDS[kind].together, wanted[kind] - expected[kind])
+                    size = min(self.kinds[kind].together, wanted[kind] - expected[kind])
                     flying[pool.submit(self.play, kind, numbers[kind], size)] = kind, size
                     numbers[kind] += 1
                     continue
@@ -161,7 +168,7 @@ class Campaign:
         self.log.unlink(missing_ok=True)
         self._calm.clear()
         for path in self.folder.iterdir():
-            if path.is_dir() and path.name.partition("-")[0] in ("calm", *KINDS):
+            if path.is_dir() and path.name.partition("-")[0] in ("calm", *self.kinds):
                 shutil.rmtree(path)
 
     def _tell(self, case: Played, done: int, wanted: int, began: float, before: int) -> None:
@@ -184,13 +191,13 @@ class Campaign:
             size: Faults to be thrown.
         """
         dice = random.Random(f"{self.seed}-{kind}-{number}")
-        words = dice.choice(KINDS[kind].sweeps[: 1 if self.short else None])
-        calm = self.calm(words, KINDS[kind].hub)
+        words = dice.choice(self.kinds[kind].sweeps)
+        calm = self.calm(words, self.kinds[kind].hub)
         began, breaches, thrown, codes = time.monotonic(), [], [], []
         root = self.folder / f"{kind}-{number}"
-        left = [KINDS[kind].draw(dice, words) for _ in range(size)]
+        left = [self.kinds[kind].draw(dice, words) for _ in range(size)]
         misses, complete = 0, False
-        with self._scene(root, words, KINDS[kind].hub, self._calm_folder(words) if KINDS[kind].resumed else None) as scene:
+        with self._scene(root, words, self.kinds[kind].hub, self._calm_folder(words) if self.kinds[kind].resumed else None) as scene:
             while left and misses < _MISSES and len(codes) < _LAUNCHES:
                 launch = scene.launch(left)
                 left = [fault for fault in left if fault not in launch.thrown]
@@ -210,7 +217,8 @@ class Campaign:
         if not breaches:
             shutil.rmtree(root)
         seconds = round(time.monotonic() - began, 1)
-        return Played(kind, number, [fault.what for fault in thrown], list(dict.fromkeys(breaches)), len(codes), seconds, codes)
+        told, classes = [fault.what for fault in thrown], sorted({fault.kind for fault in thrown})
+        return Played(kind, number, told, list(dict.fromkeys(breaches)), len(codes), seconds, codes, classes)
 
     @contextmanager
     def _scene(self, root: Path, words: str, hub: bool, of: Path | None = None) -> Iterator[Scene]:

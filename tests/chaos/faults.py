@@ -84,14 +84,14 @@ def storage(dice: random.Random, words: str) -> Fault:
     rule = Rule(calls, path, "", programs, depths, getattr(errno, error), half, dice.choice([0, 0, 1, 2]), times)
     length = {1: "once", 3: "three times", None: "from then on"}[times]
     what = f"{'short write' if half else error} in {place}, at {call}, {length}"
-    codes = frozenset({1} if place.startswith(("results", "temporary")) else ())
+    codes = frozenset({1 if error == "EACCES" else 75} if place.startswith(("results", "temporary")) else ())
     return Fault("storage", what, rule, codes=codes)
 
 
 def _full(dice: random.Random) -> Fault:
     """A real file system without room, until the launch has ended."""
     folder, size, codes = dice.choice(
-        [("results", "48k", {1}), ("cache/objects", "300k", set()), ("cache/partial", "4k", set()), ("tmp", "4k", {1})]
+        [("results", "48k", {75}), ("cache/objects", "300k", set()), ("cache/partial", "4k", set()), ("tmp", "4k", {75})]
     )
     return Fault(
         "storage",

@@ -222,8 +222,36 @@ def _doubled(scene: Scene) -> list[Breach]:
     return [Breach(Outcome.DOUBLED, what) for what in doubled(scene.journals, scene.spoilt)]
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A run of a task as a journal tells it.
+
+    Attributes:
+        process: Number of the journal.
+        began: In seconds since the epoch; `ended`, too.
+        first: Line of the journal that tells its start; `last` tells its end.
+        status: Of the record; empty where there is none.
+    """
+
+    process: int
+    task: str
+    began: float
+    ended: float
+    first: int
+    last: int
+    status: str
+
+    def is_over_before(self, other: _Span) -> bool:
+        """Whatever the clock does, the lines of one process are in order."""
+        return self.last < other.first if self.process == other.process else self.ended <= other.began
+
+    def holds(self, other: _Span) -> bool:
+        """Whether another process was at the same task when the other one began."""
+        return self.process != other.process and self.began <= other.began < self.ended
+
+
 def doubled(launches: list[list[Journal]], spoilt: set[str]) -> list[str]:
-    """What journals tell of stages that ran twice, in words. The clocks of one launch agree.
+    """What journals tell of stages that ran twice, in words. The clocks of one launch agree, or it has one process.
 
     Args:
         spoilt: Tasks whose record was damaged on purpose, so that they had to run again.
@@ -231,26 +259,29 @@ def doubled(launches: list[list[Journal]], spoilt: set[str]) -> list[str]:
     done: set[str] = set()
     found = []
     for launch in launches:
-        spans = sorted(span for number, journal in enumerate(launch) for span in _spans(number, journal))
-        for place, (began, _, task, process, _) in enumerate(spans):
-            earlier = [other for other in spans[:place] if other[2] == task]
-            if any(other[1] > began and other[3] != process for other in earlier):
-                found.append(f"{task} ran in two processes at the same time")
-            if task in done | {other[2] for other in earlier if other[4] == Status.OK and other[1] <= began} and task not in spoilt:
-                found.append(f"{task} ran again although its record stood")
-        done |= {span[2] for span in spans if span[4] == Status.OK}
-    return found
+        spans = [span for number, journal in enumerate(launch) for span in _spans(number, journal)]
+        for span in spans:
+            others = [other for other in spans if other.task == span.task and other is not span]
+            if any(other.holds(span) for other in others):
+                found.append(f"{span.task} ran in two processes at the same time")
+            stood = span.task in done or any(other.status == Status.OK and other.is_over_before(span) for other in others)
+            if stood and span.task not in spoilt:
+                found.append(f"{span.task} ran again although its record stood")
+        done |= {span.task for span in spans if span.status == Status.OK}
+    return list(dict.fromkeys(found))
 
 
-def _spans(process: int, journal: Journal) -> list[tuple[float, float, str, int, str]]:
-    """Start, end, task, process and status of each run; one without a record ends with its process or the next run of the task."""
-    open_: dict[str, float] = {}
+def _spans(process: int, journal: Journal) -> list[_Span]:
+    """The runs that a journal tells of; one without a record ends with its process or the next run of the task."""
+    open_: dict[str, tuple[int, float]] = {}
     spans = []
-    for line in journal.lines:
+    for number, line in enumerate(journal.lines):
         time_, _, _, task, *status = line.split()
         now = datetime.datetime.fromisoformat(time_).timestamp()
         if task in open_:
-            spans.append((open_.pop(task), now, task, process, status[0] if status else ""))
+            first, began = open_.pop(task)
+            spans.append(_Span(process, task, began, now, first, number, status[0] if status else ""))
         if not status:
-            open_[task] = now
-    return [*spans, *((began, max(began, journal.ended - _SEEN_S), task, process, "") for task, began in open_.items())]
+            open_[task] = number, now
+    ended, lines = journal.ended - _SEEN_S, len(journal.lines)
+    return [*spans, *(_Span(process, task, began, max(began, ended), first, lines, "") for task, (first, began) in open_.items())]

@@ -118,6 +118,7 @@ class Scene:
         own |= {MARK: str(self.root), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HOME": str(self.root / "hub")}
         own |= {"HF_ENDPOINT": self.hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "3"} if self.hub else {"HF_HUB_OFFLINE": "1"}
         own |= {"SLIMBENCH_CONF": str(Path(__file__).with_name("conf")), "CHAOS_TOLD": str(self.root / "told")}
+        own |= {"TORCHINDUCTOR_CACHE_DIR": str(self.root / "inductor")}  # which torch makes as it is imported, and keeps
         own |= {"SLIMBENCH_TURNS": str(self.root / "turns")}  # other cases measure nothing that this one could disturb
         shim = {"LD_PRELOAD": str(self._shim), "CHAOS_BOARD": str(self.root / "board")} if self._shim else {}
         return {name: value for name, value in os.environ.items() if not name.startswith(("SLIMBENCH_", "HF_"))} | own | shim

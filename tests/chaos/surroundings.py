@@ -91,7 +91,7 @@ _AT_THE_HUB = {
     "500 for the tokenizer": hub_server.Fault("*/tokenizer*", status=500, times=3),
     "503 for config.json": hub_server.Fault("*/config.json", status=503, times=12),
 }
-_CODES = frozenset({2, 3, 75})  # no plan without the commit of a model, nothing to be measured, or something left
+_CODES = frozenset({75})  # no plan without the commit of a model
 _ON_THE_WAY = {
     "no answer of DNS": Rule(Call.LOOKUP, error=errno.EAGAIN),
     "connection refused": Rule(Call.CONNECT, error=errno.ECONNREFUSED),

@@ -152,6 +152,9 @@ def test_a_stage_that_runs_twice_is_seen_in_the_journals() -> None:
     assert doubled(alive, set()) == ["a ran in two processes at the same time"]
     tried_again = [[journal("1 a", "2 a transient", "3 a", "4 a ok")]]
     assert not doubled(tried_again, set())
+    clock_back = [[journal("8 a", "9 a transient", "2 a", "3 a ok")], [journal("4 b", "5 b ok")]]
+    assert not doubled(clock_back, set())
+    assert doubled([[journal("8 a", "9 a ok", "2 a", "3 a ok")]], set()) == ["a ran again although its record stood"]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,27 +120,15 @@ def stormy(runner: Runner, log: Log, cell: Cell, calm: list[tuple[str, str, floa
 
 
 def lost(passes: list[tuple[str, str, float]], struck: list[float]) -> list[float]:
-    """Seconds that each kill cost: of the pass that it cut off, and of those that had ended and were computed again."""
-    spent, again = [0.0 for _ in struck], Counter(tokens for sign, tokens, _ in passes if sign == "+")
-    begun: dict[str, float] = {}
-    ended: dict[str, list[tuple[float, float]]] = {}
-    for sign, tokens, at in passes:
-        if sign == "+":
-            begun[tokens] = at
-        else:
-            ended.setdefault(tokens, []).append((begun.pop(tokens), at))
-    for index, at in enumerate(struck):
-        before = struck[index - 1] if index else 0.0
-        whole = [end - begin for tokens in ended if again[tokens] > 1 for begin, end in ended[tokens][:-1] if before < begin < at]
-        cut = [at - begin for begin in _cut(passes, before, at)]
-        spent[index] = sum(whole) + sum(cut)
+    """Seconds that each kill cost: what had been computed, or was being computed, since the one before and was begun again after it."""
+    begun = [(tokens, at) for sign, tokens, at in passes if sign == "+"]
+    ends = {(tokens, start): at for (sign, tokens, at), start in zip(passes[1:], (line[2] for line in passes), strict=False) if sign == "-"}
+    spent = []
+    for before, at in zip([0.0, *struck], struck, strict=False):
+        again = {tokens for tokens, start in begun if start > at}
+        mine = [(tokens, start) for tokens, start in begun if before < start < at and tokens in again]
+        spent.append(sum(min(ends.get(run, at), at) - run[1] for run in mine))
     return spent
-
-
-def _cut(passes: list[tuple[str, str, float]], after: float, before: float) -> list[float]:
-    """When the passes began that had not ended when the process did."""
-    within = [line for line in passes if after < line[2] <= before + 2]
-    return [line[2] for line, following in zip(within, [*within[1:], ("+", "", 0.0)], strict=True) if line[0] == "+" == following[0]]
 
 
 def numbers(record: Record) -> dict[str, Any]:
@@ -194,6 +181,12 @@ class KillsAt(Listener):
         if event.get("name") == self.phase:
             self.phase = ""
             process_of(self.runner).kill()
+
+
+def test_what_a_kill_cost_is_what_was_begun_before_it_and_again_after_it() -> None:
+    told = [("+", "a", 1.0), ("-", "a", 2.0), ("+", "b", 2.0), ("-", "b", 5.0), ("+", "c", 5.0)]  # killed at 7, which cuts off c
+    told += [("+", "b", 9.0), ("-", "b", 12.0), ("+", "c", 12.0), ("-", "c", 15.0)]
+    assert lost(told, [0.5, 7.0, 8.0, 16.0]) == [0.0, 3.0 + 2.0, 0.0, 0.0]
 
 
 def test_killed_in_its_second_point_speed_keeps_the_first(

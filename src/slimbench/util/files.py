@@ -119,13 +119,21 @@ def set_modes(folder: Path, files: int = 0o666) -> None:
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Move a finished folder to its place, durably. What stood there goes; of two that come at the same time one stays, whole."""
+    """Move a finished folder to its place, durably. What stood there goes; of two that come at the same time one stays, whole.
+
+    From another file system it is copied first, so that it appears whole there, too.
+    """
     sync_folder(folder)
     while True:
         try:
             os.replace(folder, target)
             break
         except OSError as error:
+            if error.errno == errno.EXDEV:
+                with atomic_folder(target) as copy:
+                    shutil.copytree(folder, copy, dirs_exist_ok=True)
+                shutil.rmtree(folder)
+                return
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         old = beside(target, ".old")

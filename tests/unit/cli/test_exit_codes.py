@@ -106,6 +106,24 @@ def test_a_results_folder_that_cannot_be_written_is_one_line_for_the_plan_too(
         sweeps.plan([*overrides, f"results={tmp_path / 'deep' / 'er'}"], several=True)
 
 
+def test_a_record_that_a_full_disk_refuses_may_be_written_later_and_so_may_what_a_hub_refused(tmp_path: Path) -> None:
+    import errno
+
+    from slimbench.harness.cli.main import _answer
+    from slimbench.harness.store.store import StoreError
+    from slimbench.tasks.errors import DataError, HubError
+
+    def store(number: int) -> StoreError:
+        try:
+            raise StoreError("cannot write") from OSError(number, "…")
+        except StoreError as error:
+            return error
+
+    assert _answer(store(errno.EDQUOT)) == ("cannot write", 75)
+    assert _answer(store(errno.EACCES)) == ("cannot write", 1)
+    assert _answer(HubError("busy")) == ("busy", 75) and _answer(DataError("no such data set")) == ("no such data set", 2)
+
+
 def test_what_a_disk_does_is_one_line() -> None:
     import errno
     import os
@@ -113,5 +131,9 @@ def test_what_a_disk_does_is_one_line() -> None:
     from slimbench.harness.cli.main import _answer
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "board/index.html")
-    assert _answer(full) == ("No space left on device: board/index.html; the same command may succeed later", 1)
+    assert _answer(full) == ("No space left on device: board/index.html; the same command may succeed later", 75)
+    assert _answer(PermissionError(errno.EACCES, "Permission denied", "board")) == (
+        "Permission denied: board; the same command may succeed later",
+        1,
+    )
     assert _answer(OSError(errno.ENOEXEC, "no program"))[0].startswith("unexpected")

@@ -51,6 +51,19 @@ def test_a_file_that_others_read_under_another_name_stays_theirs(tmp_path: Path)
     assert (_mode(tmp_path / "blob"), _mode(tmp_path / "own" / "alone")) == (0o444, 0o400)
 
 
+def test_a_folder_of_another_file_system_takes_its_place_too(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        for content in ("first", "second"):
+            (made := Path(folder) / "made").mkdir()
+            (made / "file").write_text(content)
+            files.replace_folder(made, tmp_path / "place")
+            assert (tmp_path / "place" / "file").read_text() == content and not made.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
 def test_a_shared_group_stays(tmp_path: Path) -> None:
     tmp_path.chmod(0o2775)
     with atomic_folder(tmp_path / "folder") as folder:
