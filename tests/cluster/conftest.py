@@ -139,6 +139,11 @@ class Sweep:
                 starts[task] = starts.get(task, 0) + 1
         return starts, ends
 
+    def order(self) -> list[str]:
+        """Starts of tasks, and their ends with the status after the name, as they came. The node has one clock."""
+        lines = (self.cluster.folder / f"{self.name}.journal").read_text().splitlines()
+        return [" ".join(line.split()[3:]) for line in sorted(lines)]
+
     def story(self) -> str:
         """What everybody said, for a test that fails."""
         said = [(self.cluster.folder / f"{self.name}.stderr")] if self.process else []

@@ -33,7 +33,8 @@ def urgent_job(cluster: Cluster) -> None:
 def test_an_array_whose_jobs_are_preempted_whose_node_is_drained_and_whose_controller_restarts(
     cluster: Cluster, sweep: Callable[..., Sweep]
 ) -> None:
-    mine = sweep("eight", EIGHT, "stages=[]", "launcher.time=30", "launcher.array=4")
+    words = (EIGHT, "stages=[quality]", "launcher.time=30", "launcher.array=4")
+    mine = sweep("eight", *words)
     mine.start()
     mine.wait(lambda: cluster.begun("a"))
 
@@ -53,9 +54,13 @@ def test_an_array_whose_jobs_are_preempted_whose_node_is_drained_and_whose_contr
 
     assert mine.code() == 1, mine.story()  # as a cell failed
     records, plan = assert_once(mine), mine.status()
-    assert len(records) == plan["tasks"] == 9
+    assert len(records) == 9 + 8 and plan["tasks"] == 18, "the dense reference, and of the cell that failed no quality"
     failed = [record for record in records.values() if record.status is not Status.OK]
     assert [record.cell.pipeline for record in failed] == ["failing"] and failed[0].status is Status.FAILED
+    quality = [name for name in mine.order() if name.startswith("quality")]
+    first = next(name for name, record in records.items() if record.stage is Stage.QUALITY and record.cell.pipeline == "dense")
+    assert quality.index(first) == 0 and first not in quality[quality.index(f"{first} ok") + 1 :], "the reference runs once and first"
+    assert not {name.partition(" ")[0] for name in quality[: quality.index(f"{first} ok")]} - {first}
     slow = next(record for record in records.values() if record.cell.pipeline == "slow-a" and record.stage is Stage.COMPRESS)
     assert slow.attempts, "it was running when the urgent job came"
     assert (plan["running"], plan["queued"], plan["to run"], plan["failed"], plan["exit code"]) == (0, 0, 0, 1, 1), plan
@@ -63,7 +68,7 @@ def test_an_array_whose_jobs_are_preempted_whose_node_is_drained_and_whose_contr
     assert ("Caught signal SIGUSR2" in log) == (cluster.environment["USER_SIGNAL"] == "on"), "by which way the jobs were stopped"
 
     before = mine.journal()
-    again = sweep("eight", EIGHT, "stages=[]", "launcher.time=30", "launcher.array=4")
+    again = sweep("eight", *words)
     again.start()
     assert again.code() == 1 and again.journal() == before, "the same command runs nothing twice"
 
