@@ -21,10 +21,14 @@ def worker(
     """Run what is open of a plan: what is recorded is skipped, what others are at is looked at again until all has ended."""
     seconds = seconds_of(stop_after)
     from slimbench.harness.launch import drain, signals
+    from slimbench.harness.launch.sweep import require_supplies
     from slimbench.harness.run.planning import plan as plans
+    from slimbench.harness.run.planning.ledger import Ledger
     from slimbench.harness.store.store import Store
 
-    names, store = drain.matching(plans.read_safely(plan, trust), name), Store(plan.parent.parent)
+    asked, store = plans.read_safely(plan, trust), Store(plan.parent.parent)
+    names = drain.matching(asked, name)
+    require_supplies(Ledger(asked, store))
     try:
         with signals.raised():
             ledger = drain.drain(plan, names, console(stderr=True), seconds, trust, on_done=lambda cell: track(cell, store))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from slimbench.harness.cli.worker import worker
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.launch import drain as drains
 from slimbench.harness.launch.drain import drain
@@ -106,6 +107,17 @@ def test_names_by_pattern(path: Path) -> None:
     assert drains.matching(plan, "speed-*") == {task.name for task in plan.tasks if task.stage is Stage.SPEED}
     with pytest.raises(ConfigError, match="no task of the plan is called 'sped"):
         drains.matching(plan, "sped-*")
+
+
+def test_a_worker_that_may_call_no_host_says_at_once_what_is_missing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = cell(overrides, "suite.corpus=hf:no/such:plain:test:text", f"results={tmp_path}")
+    path = plans.write(make_plan([lacking]), tmp_path)
+    monkeypatch.setenv("SLIMBENCH_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"SLIMBENCH_OFFLINE is set, and the cache lacks .*no/such"):
+        worker(path)
+    assert not list(tmp_path.glob("*/*/*.json"))
 
 
 def test_a_plan_of_other_versions_is_not_run(path: Path) -> None:
