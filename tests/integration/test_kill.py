@@ -42,6 +42,10 @@ class Log:
     def lines(self) -> int:
         return self.file.stat().st_size // watched.LINE
 
+    def ended(self, first: int) -> int:
+        """How many passes have ended since the line `first`, one that was computed twice counted once."""
+        return len({tokens for sign, tokens, _ in self.passes(first) if sign == "-"})
+
     def passes(self, first: int = 0) -> list[tuple[str, str, float]]:
         """(sign, tokens, seconds) of the lines from `first` on."""
         return [(sign, tokens, float(at)) for sign, tokens, at in (line.split() for line in self.file.read_text().splitlines()[first:])]
@@ -83,18 +87,18 @@ def process_of(runner: Runner) -> psutil.Process:
     return child
 
 
-def strike(runner: Runner, log: Log, lines: int, later_s: float, number: int, struck: list[float]) -> threading.Thread:
-    """A thread that sends the stage's process a signal when the log has so many lines, and some time later."""
+def strike(runner: Runner, log: Log, first: int, passes: int, later_s: float, number: int, struck: list[float]) -> threading.Thread:
+    """A thread that sends the stage's process a signal some time after so many passes have ended, and one has begun in it."""
 
     def wait() -> None:
-        while log.lines < lines and not over.is_set():
-            time.sleep(0.01)
+        while (log.lines == before or log.ended(first) < passes) and not over.is_set():
+            time.sleep(0.02)
         if over.wait(later_s):
             return
         struck.append(time.monotonic())
         process_of(runner).send_signal(number)
 
-    over = threading.Event()
+    over, before = threading.Event(), log.lines
     thread = threading.Thread(target=wait, daemon=True)
     thread.over = over  # type: ignore[attr-defined]
     thread.start()
@@ -104,11 +108,11 @@ def strike(runner: Runner, log: Log, lines: int, later_s: float, number: int, st
 def stormy(runner: Runner, log: Log, cell: Cell, calm: list[tuple[str, str, float]], kills: int) -> tuple[Record, list[float]]:
     """The record of a quality stage that was killed so many times, and how many seconds of computed items each kill cost."""
     dice, first, struck = random.Random(20260727), log.lines, []
-    longest = max(end[2] - begin[2] for begin, end in zip(calm[::2], calm[1::2], strict=True))
-    points = sorted(dice.sample(range(1, len(calm)), kills))
+    shortest = min(end[2] - begin[2] for begin, end in zip(calm[::2], calm[1::2], strict=True))
+    points = sorted(dice.sample(range(len({tokens for _, tokens, _ in calm})), kills))
     for index, point in enumerate(points):
         number = signal.SIGTERM if index % 3 == 2 else signal.SIGKILL
-        thread = strike(runner, log, first + point + 2 * len(struck), dice.uniform(0, longest), number, struck)
+        thread = strike(runner, log, first, point, dice.uniform(0, shortest), number, struck)
         record = attempt(runner, cell, Stage.QUALITY)
         thread.over.set()  # type: ignore[attr-defined]
         thread.join()
