@@ -18,12 +18,16 @@ from slimbench.harness.run.planning.ledger import Ledger
 from slimbench.harness.run.planning.plan import Plan, PlannedCell, Task
 from slimbench.harness.run.runner import Listener, Runner
 from slimbench.harness.run.worker import Closed
-from slimbench.harness.schema.identity import Status
+from slimbench.harness.schema.identity import Reason, Status
+from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 
 _LOOK_AGAIN_S = 1.0
 _TURN_S = 1.0
 _STOP_S = 20.0  # for what runs to be recorded
+_IN_A_ROW = 4
+_OF_ALL = {Reason.DISK: "the disk", Reason.NETWORK: "the network", Reason.HUB: "the hub"}
+"""What fails for every task alike: after `_IN_A_ROW` failures of it with nothing else between, no further task would do better."""
 
 
 @dataclass
@@ -98,6 +102,7 @@ class _Work:
         self._held: set[str] = set()
         self._attempts: Counter[str] = Counter()
         self._told: set[int] = set()
+        self._failing: tuple[Reason | None, int] = None, 0
         self._stopped = False
 
     def event(self) -> PlannedCell | BaseException | None:
@@ -137,6 +142,8 @@ class _Work:
         finally:
             with self._turn:
                 self._running.discard(task.name)
+                if record is not None:
+                    self._count(record)
                 if record is None:
                     if task.name not in self._held:
                         self.listener.note(f"{cell.label} {task.stage}: another process is at it; looked at again later")
@@ -146,6 +153,17 @@ class _Work:
                     self._attempts[task.name] += 1
                     self._not_before[task.name] = time.monotonic() + self._attempts[task.name] * cell.config.limits.retry_pause_s
                 self._turn.notify_all()
+
+    def _count(self, record: Record) -> None:
+        """Hand out no more tasks where what all of them need has failed several times in a row."""
+        reason = record.failure.reason if record.status is Status.TRANSIENT and record.failure else None
+        before, times = self._failing
+        self._failing = reason, times + 1 if reason is before else 1
+        if reason in _OF_ALL and self._failing[1] >= _IN_A_ROW and not self._stopped:
+            self._stopped = True
+            self.listener.note(
+                f"{_OF_ALL[reason]} failed {_IN_A_ROW} times in a row: no further stage is started; the same command goes on"
+            )
 
     def _next(self, takes_cpu: bool) -> Task | None:
         """The first task that is ready and nobody is at; None when there will be none."""

@@ -212,6 +212,45 @@ def test_what_is_cut_off_again_and_again_is_left_with_what_waits_for_it(override
     assert len(runner.log) == len(ran) + 3, "the next run tries as often again"
 
 
+def without(reason: Reason, works: tuple[str, ...] = ()) -> Callable[..., Outcome | None]:
+    """Every stage fails for want of what all need, but those of some methods."""
+
+    def act(cell: Cell, stage: Stage, card: int | None) -> Outcome | None:
+        if cell.identity.pipeline in works:
+            return None
+        return Outcome(Status.TRANSIENT, "test", 1.0, failure=Failure(type="OSError", message="gone", reason=reason))
+
+    return act
+
+
+@pytest.mark.parametrize("reason", [Reason.NETWORK, Reason.HUB, Reason.DISK])
+def test_what_fails_for_all_alike_ends_the_launch_after_four_times(overrides: list[str], tmp_path: Path, reason: Reason) -> None:
+    names = ("rtn-2bit", "rtn-3bit", "rtn-4bit", "rtn-8bit", "nf4", "fp4", "magnitude")
+    plan = make_plan([cell([*overrides, "limits.retry_pause_s=0"], f"method={name}", "stages=[]") for name in names])
+    runner, store, told = rehearsal(without(reason)), Store(tmp_path), Listener()
+    told.note = lambda text: notes.append(text)  # type: ignore[method-assign]
+    notes: list[str] = []
+    LocalLauncher(told, runner=runner).launch(plan, store)
+    assert len(runner.log) == 4 and len(notes) == 1 and "failed 4 times in a row" in notes[0]
+    assert of(Ledger(plan, store)) is ExitCode.STOPPED
+    again = rehearsal()
+    LocalLauncher(Listener(), runner=again).launch(plan, store)
+    assert len(again.log) == len(plan.tasks), "the next run begins anew"
+
+
+@pytest.mark.parametrize(
+    ("reason", "works"), [(Reason.INTERRUPTED, ()), (Reason.CARD, ()), (Reason.NETWORK, ("rtn-3bit", "rtn-8bit", "fp4"))]
+)
+def test_what_fails_for_one_or_not_for_all_ends_no_launch(
+    overrides: list[str], tmp_path: Path, reason: Reason, works: tuple[str, ...]
+) -> None:
+    names = ("rtn-2bit", "rtn-3bit", "rtn-4bit", "rtn-8bit", "nf4", "fp4", "magnitude")
+    plan = make_plan([cell([*overrides, "limits.retries=0"], f"method={name}", "stages=[]") for name in names])
+    runner = rehearsal(without(reason, works))
+    LocalLauncher(Listener(), runner=runner).launch(plan, Store(tmp_path))
+    assert len(runner.log) == len(plan.tasks)
+
+
 def cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     from dataclasses import replace
 
