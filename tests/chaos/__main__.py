@@ -58,7 +58,9 @@ def main() -> int:
         "--journal", type=Path, default=Path("chaos-campaign"), help="folder of the campaign; its faults.jsonl tells of each case"
     )
     parser.add_argument("--table", type=Path, help="a Markdown file whose part `campaign` gets the table, such as docs/faults.md")
-    parser.add_argument("--resume", action="store_true", help="go on with the campaign in that folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the campaign in that folder; what broke something is played again"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="sweeps at a time (one for each core)")
     asked = parser.parse_args()
     campaign = Campaign(asked.journal.absolute(), asked.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -131,14 +132,15 @@ class Campaign:
 
         Args:
             jobs: Cases at a time.
-            resume: Count what the folder's `faults.jsonl` tells of, and go on after it.
+            resume: Count what the folder's `faults.jsonl` tells of, and go on after it; cases that broke something are played again.
         """
         if not resume:
             self._begin()
-        played = [Played.read(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        played = [case for case in map(Played.read, self.log.read_text().splitlines()) if not case.breaches] if self.log.exists() else []
+        self.log.write_text("".join(case.line() + "\n" for case in played))
         began, before = time.monotonic(), sum(len(case.thrown) for case in played)
         counts = {kind: sum(len(case.thrown) for case in played if case.kind == kind) for kind in wanted}
-        numbers = {kind: 1 + max((case.number for case in played if case.kind == kind), default=-1) for kind in wanted}
+        taken = {kind: {case.number for case in played if case.kind == kind} for kind in wanted}
         barren = dict.fromkeys(wanted, 0)
         flying: dict[Future[Played], tuple[str, int]] = {}
         with ThreadPoolExecutor(jobs) as pool:
@@ -148,8 +150,9 @@ class Campaign:
                 if lacking and len(flying) < jobs:
                     kind = min(lacking, key=lambda kind: expected[kind] / wanted[kind])
                     size = min(self.kinds[kind].together, wanted[kind] - expected[kind])
-                    flying[pool.submit(self.play, kind, numbers[kind], size)] = kind, size
-                    numbers[kind] += 1
+                    number = next(number for number in itertools.count() if number not in taken[kind])
+                    taken[kind].add(number)
+                    flying[pool.submit(self.play, kind, number, size)] = kind, size
                     continue
                 if not flying:
                     return played

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import tempfile
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from slimbench.harness.schema.identity import Reason
+from slimbench.util import files
+from slimbench.util.files import cache_dir
 
 _BY_ERRNO = {
     **dict.fromkeys(
@@ -108,9 +113,20 @@ def _of_one(error: BaseException) -> Reason | None:
         return Reason.HUB
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
         return _BY_ERRNO[error.errno]
+    if isinstance(error, PermissionError) and _is_in_own_folders(error):
+        return Reason.DISK
     if _is_one_of(error, _OF_NETWORK) or (isinstance(error, TimeoutError) and _TIMED_OUT in str(error)):
         return Reason.NETWORK
     return reason_of_text(str(error))
+
+
+def _is_in_own_folders(error: PermissionError) -> bool:
+    """Whether the cache or the temporary folder refused, as on a shared disk whose ticket ran out; elsewhere a method has no business."""
+    named = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+    if named:
+        return any(path.is_relative_to(folder) for path in named for folder in (cache_dir(), tempfile.gettempdir()))
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename == files.__file__
 
 
 def _answer(error: BaseException) -> int | None:
