@@ -202,8 +202,9 @@ def refused(broken: Broken, examples: int) -> Counter[str]:
     def check(drawn: tuple[str, tuple[str, Callable[[bytes], bytes]]]) -> None:
         kind, (how, change) = drawn
         said = broken.answer(kind, change)
-        assert not said.written, f"{kind}, {how}: wrote {said.written}"
-        if how != "flip" or said.code:
+        taken = how == "flip" and said.code == 0  # a digit or a letter may have become another one
+        assert not said.written or (taken and kind in ("import", "parquet")), f"{kind}, {how}: wrote {said.written}"
+        if not taken:
             assert (said.code, said.out, said.is_one_line) == (2, "", True), f"{kind}, {how}: {said}"
             kinds[kind] += 1
 
