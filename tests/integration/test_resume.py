@@ -120,7 +120,7 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(sweep: Sweep, sma
     cache = with_kernels(tmp_path / "cache")
     process = start(sweep, small_disk, cache, QUALITY)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == 1
+    assert process.returncode == 75
     assert "error: cannot write the record" in errors
     assert "No space left on device" in errors
     assert "Traceback" not in errors
