@@ -63,7 +63,7 @@ def test_a_wheel_holds_every_file_and_the_way_through_the_sdist_loses_none(wheel
     )
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("editable", marks=pytest.mark.full)])  # make test itself runs an editable one
 def test_it_runs_among_packages_of_the_same_names(kind: str, wheel: Path, overrides: list[str], tmp_path: Path) -> None:
     run(sys.executable, "-P", "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
