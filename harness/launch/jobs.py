@@ -20,6 +20,10 @@ from slimbench.util.files import write_atomically
 
 _ID = re.compile(r"(\d+)(?:_(\d+))?")
 _TIMEOUT_S = 60.0
+_OVER = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED RECONFIG_FAIL REVOKED TIMEOUT".split()
+)
+"""States from which a job does not come back. One that is being queued again is in none that `squeue` shows by itself."""
 
 
 class Unanswered(Exception):
@@ -90,9 +94,9 @@ def queue(plan: Plan) -> dict[str, Queued]:
     Raises:
         Unanswered: There is no SLURM here, or it does not answer.
     """
-    lines = _ask("squeue", "--noheader", "--array", f"--name={name(plan)}", "--format=%i|%T|%r|%N").splitlines()
-    jobs = [Queued(*line.strip().split("|", 3)) for line in lines if line.count("|") >= 3]
-    return {job.job: job for job in jobs if _ID.fullmatch(job.job)}
+    asked = _ask("squeue", "--noheader", "--array", "--states=all", f"--name={name(plan)}", "--format=%i|%T|%r|%N")
+    jobs = [Queued(*line.strip().split("|", 3)) for line in asked.splitlines() if line.count("|") >= 3]
+    return {job.job: job for job in jobs if _ID.fullmatch(job.job) and job.state not in _OVER}
 
 
 def in_words(found: Iterable[Queued]) -> str:

@@ -78,6 +78,16 @@ def test_what_waits_or_runs_is_not_submitted_twice(overrides: list[str], tmp_pat
     assert "dependency" not in scripts[0] and scripts[1]["dependency"] == "afterany:1:2:4", "on what runs already, too"
 
 
+def test_a_job_that_is_being_queued_again_is_still_there_and_one_that_is_over_is_not(
+    overrides: list[str], tmp_path: Path, seen: Path
+) -> None:
+    """`squeue` shows jobs that wait, run or complete by itself; one of state REQUEUED is none of these."""
+    (seen.parent / "bin" / "squeue").write_text('#!/bin/sh\ncase "$*" in *--states=all*) cat "$SEEN/../queue";; esac\n')
+    plan, _ = planned(overrides, tmp_path)
+    (tmp_path / "queue").write_text("1_0|COMPLETED|None|\n1_1|REQUEUED|None|n1\n2_0|TIMEOUT|None|n1\n2_1|REQUEUE_HOLD|None|\n")
+    assert jobs.queue(plan).keys() == {"1_1", "2_1"}
+
+
 def test_the_same_command_takes_the_plan_whose_jobs_are_under_way(overrides: list[str], tmp_path: Path, seen: Path) -> None:
     from slimbench.harness.launch import sweep
 
