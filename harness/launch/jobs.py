@@ -20,9 +20,8 @@ from slimbench.util.files import write_atomically
 
 _ID = re.compile(r"(\d+)(?:_(\d+))?")
 _TIMEOUT_S = 60.0
-_OVER = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED LAUNCH_FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED RECONFIG_FAIL REVOKED TIMEOUT".split()
-)
+_OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+_OVER |= {"RECONFIG_FAIL", "REVOKED", "TIMEOUT"}
 """States from which a job does not come back. One that is being queued again is in none that `squeue` shows by itself."""
 
 
