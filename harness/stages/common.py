@@ -24,6 +24,10 @@ from slimbench.tasks import calibration as calibration_sets
 _PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "lm_eval")
 
 
+class Again(Exception):
+    """A stage of several processes: this one has done its share and kept it in the journal, the next one goes on."""
+
+
 class Reporter(Protocol):
     """Where a stage says what it is doing; the parent shows it and keeps the last phase for the record."""
 
