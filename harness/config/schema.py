@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -208,12 +207,10 @@ class SpeedConfig(_Strict):
 
     Attributes:
         name: How records and board call it.
-        grid: Points to measure, `{batch: SEQUENCES, prompt: TOKENS, new_tokens: TOKENS}`. An entry may give several values in a list for
-            any of its fields and then stands for their product. The first point is the headline.
+        grid: Points to measure, `{batch: …, prompt: …, new_tokens: …}`, lists for their product; the first point is the headline.
         warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
         processes: How many processes measure, one after the other; the interval holds the spread between them.
-        min_repeats: Counted runs at least, of all processes, unless the budget ends. Fewer than six samples carry no 95 % interval.
-        max_repeats: Counted runs at most, of all processes.
+        min_repeats: Counted runs of all processes at least, unless the budget ends; six carry an interval. `max_repeats`: at most.
         target: Distance of the bounds of the 95 % interval from the median, relative to it, at which repetition stops.
         budget_s: Seconds for each point, of all processes, reference included; loading apart.
         flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.
@@ -239,11 +236,6 @@ class SpeedConfig(_Strict):
     def protocol(self) -> dict[str, Any]:
         """The fields that define the numbers."""
         return self.model_dump(exclude={"name"})
-
-    def share(self, processes: int) -> SpeedConfig:
-        """What each of so many processes is to do."""
-        least, most = (max(2, math.ceil(repeats / processes)) for repeats in (self.min_repeats, self.max_repeats))
-        return self.model_copy(update={"min_repeats": least, "max_repeats": most, "budget_s": self.budget_s / processes})
 
 
 def _points(entry: Any) -> list[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from slimbench.harness.config.schema import RunConfig, SpeedPoint
+from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
 from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.loaded import Generates
@@ -54,7 +55,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, cards=len(model.devices))
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     processes = protocol.processes if journal.folder else 1
-    share = protocol.share(processes)
+    share = _share_of(protocol, processes)
 
     def measure(process: int, index: int) -> dict[str, Any]:
         place, watch = process * len(grid) + index, machine.LoadWatch(instruments.card)
@@ -83,6 +84,12 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.flags.append("no speed-up: the reference did not run here")
     result.flags += [f"{remark}; its points are of several processes" for remark in journal.remarks()]
     return result
+
+
+def _share_of(protocol: SpeedConfig, processes: int) -> SpeedConfig:
+    """What each of so many processes is to do."""
+    least, most = (max(2, math.ceil(repeats / processes)) for repeats in (protocol.min_repeats, protocol.max_repeats))
+    return protocol.model_copy(update={"min_repeats": least, "max_repeats": most, "budget_s": protocol.budget_s / processes})
 
 
 def _grid(grid: list[SpeedPoint], model: Generates) -> list[SpeedPoint]:
