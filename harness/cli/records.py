@@ -24,11 +24,16 @@ def check(
     results: Results = Path("runs"),
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
 ) -> None:
-    """Say which records break what: unreadable, in the wrong place, refuted by their own samples. Exit code 1 if any does."""
+    """Say which records break what: unreadable, in the wrong place, refuted by their own samples. Exit code 1 if any does.
+
+    Rows that join other bytes, machines or code are told, too.
+    """
     check_choice("--format", format, FORMATS)
     folder = results_folder(results)
     from slimbench.harness.store import check as checking
     from slimbench.harness.store.store import Store
+    from slimbench.leaderboard.rows.joined import mixed
+    from slimbench.leaderboard.rows.rows import rows
 
     store = Store(folder)
     files, faults = checking.check(store)
@@ -39,6 +44,9 @@ def check(
     if format == "terminal":
         for remark in checking.remarks(store):
             print(f"{remark.path}: {remark.what}")
+        for row in rows(store.scan()[0]):
+            for flag in mixed(row.flags):
+                print(f"row {row.model} · {row.label} · {row.engine_label}: {flag}")
         broken = len({fault.path for fault in faults})
         print(f"{files} records, {broken} of them broken" if broken else f"{files} records, all sound")
     raise typer.Exit(1 if faults else 0)

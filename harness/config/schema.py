@@ -207,13 +207,12 @@ class SpeedConfig(_Strict):
 
     Attributes:
         name: How records and board call it.
-        grid: Points to measure, `{batch: SEQUENCES, prompt: TOKENS, new_tokens: TOKENS}`. An entry may give several values in a list for
-            any of its fields and then stands for their product. The first point is the headline.
+        grid: Points to measure, `{batch: …, prompt: …, new_tokens: …}`, lists for their product; the first point is the headline.
         warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
-        min_repeats: Counted runs at least, unless the budget ends. Fewer than six samples carry no 95 % interval.
-        max_repeats: Counted runs at most.
+        processes: How many processes measure, one after the other; the interval holds the spread between them.
+        min_repeats: Counted runs of all processes at least, unless the budget ends; six carry an interval. `max_repeats`: at most.
         target: Distance of the bounds of the 95 % interval from the median, relative to it, at which repetition stops.
-        budget_s: Seconds for each point, reference included.
+        budget_s: Seconds for each point, of all processes, reference included; loading apart.
         flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.
         largest_batch: Search the largest batch that fits, up to this one; None for no search.
     """
@@ -221,6 +220,7 @@ class SpeedConfig(_Strict):
     name: str
     grid: list[SpeedPoint] = Field(min_length=1)
     warmup: Whole = Field(default=1, ge=0)
+    processes: Whole = Field(default=3, ge=1, le=50)
     min_repeats: Whole = Field(default=8, ge=2)
     max_repeats: Whole = Field(default=100, ge=2)
     target: Real = Field(default=0.03, gt=0, lt=1)

@@ -1,4 +1,4 @@
-"""Prefill and decode times over a grid of points, candidate and reference interleaved in one process.
+"""Prefill and decode times over a grid of points, candidate and reference interleaved in each of several processes.
 
 Each sample is one whole run: a prompt is processed (prefill, the time to first token) and `new_tokens` are chosen
 greedily one by one. Tokenisation and sampling are excluded; token counts are fixed. Runs of candidate and reference
@@ -13,9 +13,8 @@ first look after six pairs coverage is a point lower.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +25,8 @@ from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.machine import CacheFlush, MachineProbe
 from slimbench.harness.measure.timer import Timer, timer
 from slimbench.harness.schema.speed import EnergyResult, GpuState, Samples, SpeedPointResult
-from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
-from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
+from slimbench.harness.stats.speedups import middle, paired_speedup
 
 _PROBE_EVERY = 4
 
@@ -138,12 +137,57 @@ def measure_point(
         first_call_ms=first_call_ms,
         probes=probes,
         half_widths=half_widths(*taken.samples),
+        processes=[taken.pairs],
         stopped=stopped,
         dropped=taken.dropped,
         kv_cache_bytes=cache,
         energy=_energy(instruments, taken.joules, point),
         gpu=taken.states,
     )
+
+
+def combined(parts: Sequence[SpeedPointResult], target: float) -> SpeedPointResult:
+    """One point that several processes have measured, in their order.
+
+    Args:
+        target: Of the intervals, as in `SpeedConfig`.
+    """
+    first, runs = parts[0], [count for part in parts for count in part.processes]
+    candidate = _joined([part.candidate for part in parts])
+    reference = _joined([part.reference for part in parts if part.reference]) if first.reference else None
+    widths, ends = half_widths(candidate, reference, runs=runs), [part.stopped for part in parts]
+    missed = next((end for end in ends if end != "target"), "spread")
+    return first.model_copy(
+        update={
+            "candidate": candidate,
+            "reference": reference,
+            "probes": [probe for part in parts for probe in part.probes],
+            "half_widths": widths,
+            "processes": runs,
+            "stopped": "target" if precise(widths, target) else missed,
+            "dropped": sum(part.dropped for part in parts),
+            "energy": _energy_of([part.energy for part in parts if part.energy]),
+            "load": {name: max(part.load.get(name, 0.0) for part in parts) for part in parts for name in part.load},
+            "gpu": [state for part in parts for state in part.gpu],
+        }
+    )
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    return Samples(
+        prefill_ms=[ms for part in parts for ms in part.prefill_ms],
+        decode_ms=[ms for part in parts for ms in part.decode_ms],
+    )
+
+
+def _energy_of(parts: Sequence[EnergyResult]) -> EnergyResult | None:
+    """Joules of all tokens over their number; what could not be read once is not known."""
+    unread = [part for part in parts if part.joules_per_token is None]
+    if unread or not parts:
+        return unread[0] if unread else None
+    tokens = sum(part.tokens for part in parts)
+    joules = sum((part.joules_per_token or 0.0) * part.tokens for part in parts)
+    return parts[0].model_copy(update={"joules_per_token": joules / tokens, "tokens": tokens})
 
 
 @dataclass
@@ -203,18 +247,21 @@ def order(repeat: int, models: int) -> list[int]:
     return list(range(models))[:: -1 if repeat.bit_count() % 2 else 1]
 
 
-def half_widths(candidate: Samples, reference: Samples | None = None) -> dict[str, float | None]:
+def half_widths(candidate: Samples, reference: Samples | None = None, *, runs: Sequence[int] = ()) -> dict[str, float | None]:
     """How precise the medians of a point are: the larger distance of a bound of the 95 % interval, relative to the median.
+
+    Args:
+        runs: How many pairs each process has; empty for one process.
 
     Returns:
         `decode` and `prefill` of the candidate and, with a reference, `reference_decode` and the paired `speedup`; None for fewer
         than six samples.
     """
-    found = {"decode": _spread(candidate.decode_ms), "prefill": _spread(candidate.prefill_ms)}
+    found = {"decode": _spread(candidate.decode_ms, runs), "prefill": _spread(candidate.prefill_ms, runs)}
     if reference:
-        found["reference_decode"] = _spread(reference.decode_ms)
+        found["reference_decode"] = _spread(reference.decode_ms, runs)
         enough = len(reference.decode_ms) >= FEWEST_FOR_MEDIAN
-        found["speedup"] = _relative(*paired_speedup(candidate.decode_ms, reference.decode_ms)) if enough else None
+        found["speedup"] = _relative(*paired_speedup(candidate.decode_ms, reference.decode_ms, runs=runs)) if enough else None
     return found
 
 
@@ -223,8 +270,8 @@ def precise(widths: dict[str, float | None], target: float) -> bool:
     return all(width is not None and width <= target for width in widths.values())
 
 
-def _spread(samples: list[float]) -> float | None:
-    return _relative(statistics.median(samples), *median_interval(samples)) if len(samples) >= FEWEST_FOR_MEDIAN else None
+def _spread(samples: list[float], runs: Sequence[int]) -> float | None:
+    return _relative(*middle(samples, runs)) if len(samples) >= FEWEST_FOR_MEDIAN else None
 
 
 def _relative(middle: float, low: float, high: float) -> float:

@@ -15,5 +15,5 @@ ZEROSHOT = 1
 DIVERGENCE = 1
 """Distance of next-token distributions from the reference's."""
 
-SPEED = 1
+SPEED = 2
 """Prefill, decode, memory and what else the stage `speed` measures."""

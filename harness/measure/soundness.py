@@ -71,7 +71,7 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
     """
     found = list(disturbances)
     if is_reference and point.reference and len(point.reference.decode_ms) >= FEWEST_FOR_MEDIAN:
-        ratio, low, high = paired_speedup(point.candidate.decode_ms, point.reference.decode_ms)
+        ratio, low, high = paired_speedup(point.candidate.decode_ms, point.reference.decode_ms, runs=point.processes)
         if not low <= 1 <= high:
             found.append(f"A/A: the reference differs from itself by {abs(ratio - 1):.1%}; the machine was not steady")
     found += [f"the machine's {name} changed by {drift:.0%}" for name, drift in _drift(point.probes).items() if drift > DRIFT]

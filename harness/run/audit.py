@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,7 @@ from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
-from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
-from slimbench.harness.stats import intervals as stats
+from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.stats import speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.harness.store.store import Store
@@ -233,18 +231,16 @@ def _speed(before: SpeedResult, after: SpeedResult) -> tuple[Outcome, str]:
     for old, new in zip(before.points, after.points, strict=True):
         point = f"{new.batch}×{new.prompt}+{new.new_tokens}"
         if old.reference and new.reference:
-            then, now = (speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms) for p in (old, new) if p.reference)
+            then, now = (
+                speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms, runs=p.processes) for p in (old, new) if p.reference
+            )
             name = "speed-up"
         else:
-            then, now = (_median(p) for p in (old, new))
+            then, now = (speedups.middle(p.candidate.decode_ms, p.processes) for p in (old, new))
             name = "ms a token"
         within &= now.low <= then.high and then.low <= now.high
         figures.append(f"{point}: {name} {_words(now)} against {_words(then)}")
     return (Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
-
-
-def _median(point: SpeedPointResult) -> Estimate:
-    return Estimate(statistics.median(point.candidate.decode_ms), *stats.median_interval(point.candidate.decode_ms))
 
 
 def _words(estimate: Estimate) -> str:

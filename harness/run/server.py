@@ -51,6 +51,7 @@ _FLUSH_S = 2.0  # for a stage that is told to stop to write down what it has
 _GRACE_S = 5.0  # for a stage that has told its end to be gone
 _OF_THE_METHOD = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
 """Signals by which a process ends itself. All others come from outside; SIGBUS from a file that was cut short or a disk that is full."""
+_AGAIN = "again"  # how a process ends after which another one goes on with the stage
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -93,7 +94,18 @@ def _preload() -> None:
 
 
 def _supervise(task: Task, channel: IO[str], stop: Stop) -> dict[str, Any]:
-    """Fork a child for one stage, pass its events on, hold it to its limits, and describe its end."""
+    """Run one stage, in one process or several in turn, and describe its end."""
+    clock, peak = _Clock(), 0
+    channel.write(json.dumps(ACCEPTED) + "\n")
+    while True:
+        ended = _supervise_process(task, channel, stop, clock)
+        ended["peak"] = peak = max(peak, ended["peak"])
+        if ended["status"] != _AGAIN:
+            return ended
+
+
+def _supervise_process(task: Task, channel: IO[str], stop: Stop, clock: _Clock) -> dict[str, Any]:
+    """Fork a child for a stage, pass its events on, hold it to its limits, and describe its end."""
     reading, writing = os.pipe()
     killed_by_kernel = oom_kills()
     with stops.held_back():
@@ -104,8 +116,7 @@ def _supervise(task: Task, channel: IO[str], stop: Stop) -> dict[str, Any]:
             _child(task, os.fdopen(writing, "w", buffering=1))
     os.close(writing)
     events, peak, verdict, last = os.fdopen(reading, "rb", buffering=0), 0, None, None
-    buffer, process, clock, flushed_by = b"", psutil.Process(child), _Clock(), math.inf
-    channel.write(json.dumps(ACCEPTED) + "\n")
+    buffer, process, flushed_by = b"", psutil.Process(child), math.inf
     while last is None:
         ready = select.select([events, sys.stdin], [], [], _POLL_S)[0]
         clock.tick(family.is_suspended(process))
@@ -259,8 +270,11 @@ def _child(task: Task, pipe: IO[str]) -> None:
 def _classify(error: BaseException, task: Task) -> dict[str, Any]:
     """Status and failure of a stage that an error ended."""
     from slimbench.harness.measure.perplexity import Diverged
+    from slimbench.harness.stages.common import Again
     from slimbench.methods.base import Unsupported
 
+    if isinstance(error, Again):
+        return {"status": _AGAIN}
     if isinstance(error, stops.Interrupted):
         return stops.failure(error.number)
     private = public.folders(task.config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from hashlib import sha256
+
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.work import TeachingFacts
 from slimbench.methods.base import Claim
@@ -11,6 +14,15 @@ class ArtefactFile(Schema):
     name: str
     bytes: int
     sha256: str | None = None
+
+
+def content(files: Sequence[ArtefactFile]) -> str | None:
+    """What identifies the bytes of an artefact: SHA-256 of its files' names and hashes, as `sha256sum * | sha256sum` prints it.
+
+    None where there is no file, or one has no hash.
+    """
+    lines = [f"{file.sha256}  {file.name}\n" for file in sorted(files, key=lambda file: file.name) if file.sha256]
+    return sha256("".join(lines).encode()).hexdigest() if lines and len(lines) == len(files) else None
 
 
 class CalibrationFacts(Schema):
@@ -100,3 +112,8 @@ class CompressResult(Schema):
     tuning_free: bool = True
     load: dict[str, float] = {}
     flags: list[str] = []
+
+    @property
+    def artefact(self) -> str | None:
+        """What identifies the bytes that it wrote, see `content`."""
+        return content(self.files)

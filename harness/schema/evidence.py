@@ -43,6 +43,7 @@ class Evidence(Schema):
     """What was measured on the loaded artefact, to be held against the claim.
 
     Attributes:
+        artefact: What identifies the bytes that were loaded (see `schema.compress.content`); None in records that did not tell.
         weight_bytes: Sum of all resident tensors of the model: those that it holds where it computes, between calls too.
         offloaded_bytes: Bytes of its other tensors: they lie on disk or in host memory and are brought in for the call of their layer.
         parameters: Of the whole model, biases included, what is shared counted once.
@@ -59,6 +60,7 @@ class Evidence(Schema):
         flags: One line for each mismatch of claim and evidence.
     """
 
+    artefact: str | None = None
     weight_bytes: int
     offloaded_bytes: int = 0
     parameters: int

@@ -18,7 +18,7 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.util.text import one_line
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 PLAN = "plan"
 """Phase of a stage that was not started; what this machine lacks, another may have, or this one later."""
 NAMED_KEYS = 6

@@ -86,7 +86,10 @@ class SpeedPointResult(Schema):
         probes: Readings of the machine before, between and after bursts of runs.
         half_widths: Larger distance from the median to a bound of its 95 % interval, over the median, of `decode`, `prefill`,
             `reference_decode` and `speedup`; None where there are too few samples for an interval.
-        stopped: What ended repetition: `target`, `max_repeats` or `budget`; `imported` where another tool decided.
+        processes: Pairs that each process took, in order: the samples are those of the first process, then those of the second, and so
+            on. Empty in records of schema 7, whose samples are of one process.
+        stopped: What ended repetition: `target`, `max_repeats` or `budget`; `spread` where each process reached the target and the
+            processes differ by more; `imported` where another tool decided.
         dropped: Pairs that were dropped because the card was throttled in one of their runs.
         kv_cache_bytes: KV cache of the batch halfway through decoding.
         load: What else ran on the machine meanwhile.
@@ -101,6 +104,7 @@ class SpeedPointResult(Schema):
     first_call_ms: float | None = None
     probes: list[Probe] = []
     half_widths: dict[str, float | None] = {}
+    processes: list[int] = []
     stopped: str
     dropped: int = 0
     kv_cache_bytes: int | None = None

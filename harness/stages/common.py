@@ -14,6 +14,7 @@ from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure import claims
 from slimbench.harness.measure.loaded import Loaded
+from slimbench.harness.schema.compress import content
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store import artefact
@@ -21,6 +22,10 @@ from slimbench.methods.base import Calibration
 from slimbench.tasks import calibration as calibration_sets
 
 _PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "lm_eval")
+
+
+class Again(Exception):
+    """A stage of several processes: this one has done its share and kept it in the journal, the next one goes on."""
 
 
 class Reporter(Protocol):
@@ -71,7 +76,8 @@ def evidence_of(model: Loaded, config: RunConfig, key: str) -> Evidence:
     """What was loaded, held against what the manifest of the cell's artefact claims."""
     folder = artefact.location(key)
     manifest, needs = artefact.read_manifest(folder), [build_method(step).needs for step in config.pipeline]
-    return claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters)
+    found = claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters)
+    return found.model_copy(update={"artefact": content(manifest.files)})
 
 
 def tokenizer_of(source: Path, config: RunConfig) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from slimbench.harness.config.schema import RunConfig, SpeedPoint
+from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
 from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
-from slimbench.harness.stages.common import Reporter, evidence_of, load
+from slimbench.harness.stages.common import Again, Reporter, evidence_of, load
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Unsupported
 
@@ -20,7 +21,8 @@ from slimbench.methods.base import Unsupported
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> SpeedResult:
     """Measure prefill, decode, energy and memory of an artefact, interleaved with the reference on the same engine.
 
-    The reference is interleaved with itself (A/A): what differs then is the machine.
+    The reference is interleaved with itself (A/A): what differs then is the machine. Several processes measure in turn: each of them
+    its share of every point, until the last one puts together what all of them have got.
 
     Args:
         key: Compress key of the artefact.
@@ -28,6 +30,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         journal: Keeps the points that are measured, each in one process from its first run to its last, and has those of earlier attempts.
 
     Raises:
+        Again: The next process is to measure its share.
         methods.base.Unsupported: The engine does not generate, or its policy does not run the batch of the headline.
     """
     protocol, is_reference, journal = config.speed, key == reference_key, journal or Journal()
@@ -51,19 +54,26 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, cards=len(model.devices))
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
-    disturbances: list[list[str]] = []
+    processes = protocol.processes if journal.folder else 1
+    share = _share_of(protocol, processes)
 
-    def measure(index: int) -> dict[str, Any]:
-        share, watch = _Share(report.progress, index, len(grid)), machine.LoadWatch(instruments.card)
-        measured = latency.measure_point(model, reference, grid[index], protocol, instruments, share, first_calls[index])
+    def measure(process: int, index: int) -> dict[str, Any]:
+        place, watch = process * len(grid) + index, machine.LoadWatch(instruments.card)
+        progress = _Share(report.progress, place, processes * len(grid))
+        measured = latency.measure_point(model, reference, grid[index], share, instruments, progress, first_calls[index])
         measured.load, seen = watch.read()
         return {"point": measured.model_dump(), "disturbances": seen}
 
-    for index, point in enumerate(grid):
-        report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}")
-        done = point_of([index, point.model_dump()], 1, partial(measure, index))
-        result.points.append(SpeedPointResult(**done["point"]))
-        disturbances.append(done["disturbances"])
+    parts: list[list[dict[str, Any]]] = [[] for _ in grid]
+    for process in range(min(journal.processes + 1, processes)):
+        for index, point in enumerate(grid):
+            turn = f", process {process + 1} of {processes}" if processes > 1 else ""
+            report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}{turn}")
+            parts[index].append(point_of([process, index, point.model_dump()], 1, partial(measure, process, index)))
+    if len(parts[0]) < processes and journal.end_process():
+        raise Again
+    disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in parts]
+    result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in parts]
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
@@ -74,6 +84,12 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.flags.append("no speed-up: the reference did not run here")
     result.flags += [f"{remark}; its points are of several processes" for remark in journal.remarks()]
     return result
+
+
+def _share_of(protocol: SpeedConfig, processes: int) -> SpeedConfig:
+    """What each of so many processes is to do."""
+    least, most = (max(2, math.ceil(repeats / processes)) for repeats in (protocol.min_repeats, protocol.max_repeats))
+    return protocol.model_copy(update={"min_repeats": least, "max_repeats": most, "budget_s": protocol.budget_s / processes})
 
 
 def _grid(grid: list[SpeedPoint], model: Generates) -> list[SpeedPoint]:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from slimbench.harness.stats.bootstrap import RESAMPLES, UNDEFINED, Estimate, Samples, paired_values, percentile_interval
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
+from slimbench.harness.stats.processes import middle_over, ratio_over
 
 
-def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 0.95) -> Estimate:
+def middle(samples: Samples, runs: Sequence[int] = (), level: float = 0.95) -> Estimate:
+    """The middle of times: over processes (`processes.middle_over`), or of a single one its median with `median_interval`.
+
+    Args:
+        samples: Positive, shape [samples].
+        runs: How many each process has; empty for one process.
+        level: Confidence, 0..1.
+
+    Raises:
+        ValueError: No samples, or ones that do not fit.
+    """
+    return middle_over(samples, runs, level) if len(runs) > 1 else Estimate(float(np.median(samples)), *median_interval(samples, level))
+
+
+def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 0.95, runs: Sequence[int] = ()) -> Estimate:
     """How many times faster the candidate is: the median of reference / candidate over adjacent pairs of times.
 
     Samples of a pair were taken one right after the other, so slow drift of the machine cancels in their ratio.
@@ -18,21 +35,26 @@ def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 
         candidate_ms: Times of the candidate, shape [pairs].
         reference_ms: Times of the reference taken next to them, shape [pairs].
         level: Confidence, 0..1.
+        runs: How many pairs each process has; empty for one process.
 
     Returns:
-        Median ratio, lower bound, upper bound (`median_interval`).
+        Middle ratio, lower bound, upper bound (`middle`).
 
     Raises:
         ValueError: Different numbers of samples, none, or a time that is not finite and above zero.
 
     Source: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013 (ratio of times with its interval).
     """
-    ratios = _speedups(candidate_ms, reference_ms)
-    return Estimate(float(np.median(ratios)), *median_interval(ratios, level))
+    return middle(_speedups(candidate_ms, reference_ms), runs, level)
 
 
 def indirect_speedup(
-    candidate: tuple[Samples, Samples], other: tuple[Samples, Samples], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    candidate: tuple[Samples, Samples],
+    other: tuple[Samples, Samples],
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    runs: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> Estimate:
     """How many times faster the candidate is than another that was measured apart, through the reference that both ran next to.
 
@@ -44,9 +66,11 @@ def indirect_speedup(
         level: Confidence, 0..1.
         resamples: Bootstrap samples drawn, of the pairs of each measurement.
         seed: Seed of the draw.
+        runs: How many pairs each process of the candidate has, and of the other; with several on both sides `ratio_over` them.
 
     Returns:
-        Ratio of the median speed-ups, lower bound, upper bound; coverage is 95 to 97.5 %. Fewer than six pairs give no bounds (`nan`).
+        Ratio of the middle speed-ups, lower bound, upper bound. Of one process, coverage within it is 95 to 97.5 %, and fewer than six
+        pairs give no bounds (`nan`).
 
     Raises:
         ValueError: Different numbers of samples in a pair, none, or a time that is not finite and above zero.
@@ -54,6 +78,8 @@ def indirect_speedup(
     Source: `paired_speedup`; percentile bootstrap of medians, Wilcox, Introduction to Robust Estimation, 4th ed. 2017, section 5.4.
     """
     ours, theirs = _speedups(*candidate), _speedups(*other)
+    if min(map(len, runs)) > 1:
+        return ratio_over((ours, runs[0]), (theirs, runs[1]), level)
     ratio = float(np.median(ours) / np.median(theirs))
     if min(len(ours), len(theirs)) < FEWEST_FOR_MEDIAN:
         return Estimate(ratio, *UNDEFINED)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _FORMAT = 1
-_FILE, _ATTEMPT = "journal", "attempt"
+_FILE, _ATTEMPT, _ENDED = "journal", "attempt", "ended"
 _SYNC_S = 5.0
 _HASH = 16
 
@@ -64,6 +64,7 @@ class Journal:
     Attributes:
         folder: Its place; others of the stage's files may stand in it and go with it. None: nothing is kept.
         interruptions: Attempts before this one that were cut off.
+        processes: Processes before this one that ended as they were to, see `end_process`.
     """
 
     def __init__(self, name: str | None = None, identity: Mapping[str, Any] | None = None) -> None:
@@ -74,23 +75,36 @@ class Journal:
         self._parts: list[Part] = []
         self._file: int | None = None
         self._synced = time.monotonic()
-        self.interruptions = 0
+        self.interruptions = self.processes = 0
         if self.folder:
             self._open(self.folder)
 
     def _open(self, folder: Path) -> None:
         """Read what earlier attempts have left, and begin to write."""
+        of_attempt: list[dict[str, Any]] = []
         for entry in self._read(folder / _FILE):
             if entry["what"] == _ATTEMPT:
                 self.interruptions += 1
+                of_attempt = []
+            elif entry["what"] == _ENDED:
+                self.processes += 1
+                for earlier in of_attempt:
+                    earlier["cut off"] = False
             else:
-                self._kept[entry["what"]].append(entry)
+                of_attempt.append(entry | {"cut off": True})
+                self._kept[entry["what"]].append(of_attempt[-1])
+        self.interruptions -= self.processes
         with suppress(OSError):  # nothing is kept then
-            if not self.interruptions:
+            if not self.interruptions and not self.processes:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(folder / _FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self.add({"what": _ATTEMPT})
+
+    def end_process(self) -> bool:
+        """Leave the rest of the stage to a process after this one; False where nothing is kept that it could go on with."""
+        self.add({"what": _ENDED})
+        return self._file is not None
 
     def part(self, name: str, unit: str) -> Part:
         """A part of the stage, counted in windows, answers, points."""
@@ -104,7 +118,7 @@ class Journal:
         for part in self._parts:
             kept[part.unit] += part.kept
             done[part.unit] += part.done
-        if not any(kept.values()):
+        if not self.interruptions or not any(kept.values()):
             return []
         amounts = ", ".join(f"{kept[unit]} of {done[unit]} {unit}" for unit in kept if done[unit])
         times = "an interruption" if self.interruptions == 1 else f"{self.interruptions} interruptions"
@@ -148,7 +162,7 @@ class Part:
     Attributes:
         unit: What it is counted in.
         journal: Where pieces are kept; by default nowhere.
-        kept: How many of earlier attempts were taken.
+        kept: How many were taken of attempts that were cut off.
         done: How many there are so far.
         seconds: What the pieces of earlier attempts took.
     """
@@ -175,7 +189,7 @@ class Part:
         what = hashlib.sha256(f"{self.name}\n".encode() + data).hexdigest()
         earlier = self.journal.take(what)
         if earlier is not None and accept(earlier["result"]):
-            self.kept += count
+            self.kept += count * earlier["cut off"]
             self.seconds += earlier["seconds"]
             self._since = time.perf_counter()
             return earlier["result"]

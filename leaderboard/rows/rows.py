@@ -17,6 +17,7 @@ from slimbench.leaderboard.rows import changes
 from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
+from slimbench.leaderboard.rows.joined import other_code, strangers
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
 from slimbench.leaderboard.rows.ranks import ranked
@@ -44,7 +45,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     index = Index(ordered)
     texts = {foreign: _texts([r for r in ordered if foreign or not r.foreign]) for foreign in (False, True)}
     bearers = list(cells(ordered).values())
-    made = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
+    alone = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
+    made = _of_one_code(list(alone), index)
     board = ranked([(row, _finished_quality(row, index)) for row, bearer in zip(made, bearers, strict=True)])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
 
@@ -63,6 +65,20 @@ def _order(row: Row) -> tuple[Any, ...]:
         *row.keys.model_dump().values(),
         row.fingerprint,
     )
+
+
+def _of_one_code(board: Sequence[Row], index: Index) -> list[Row]:
+    """The rows, with a flag where the code behind one is not that of the newest row of its table."""
+    tables: dict[tuple[str, ...], list[int]] = {}
+    for number, row in enumerate(board):
+        tables.setdefault(row.table_key, []).append(number)
+    made = list(board)
+    for numbers in tables.values():
+        found = [{stage: record for stage in Stage if (record := index.of_row(board[n], stage))} for n in numbers]
+        for number, flags in zip(numbers, other_code(found), strict=True):
+            if flags:
+                made[number] = board[number].model_copy(update={"flags": [*board[number].flags, *flags]})
+    return made
 
 
 def _finished_quality(row: Row, index: Index) -> QualityResult | None:
@@ -94,7 +110,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     if simulated:
         flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
-    flags += _compressed_elsewhere(compress, measured)
+    flags += strangers(found, measured.hardware.label)
     imported = measured.imported
     if imported:
         flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
@@ -158,12 +174,6 @@ def _grid_of_the_source(precision: str | None, compress: Record | None, loss: fl
         return []
     grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
     return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
-
-
-def _compressed_elsewhere(compress: Record | None, measured: Record) -> list[str]:
-    """A flag where compression ran on another machine, device or number of threads than the row is of: its times are of that."""
-    there, here = compress.hardware.label if compress else "", measured.hardware.label
-    return [f"compressed on {there}: the times of compression are of that"] if there and here and there != here else []
 
 
 def _expected(bearer: Record, simulated: bool) -> list[Stage]:

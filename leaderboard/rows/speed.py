@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
@@ -64,9 +65,9 @@ def _bandwidth(result: SpeedResult) -> float | None:
 def _timing(point: SpeedPointResult) -> Timing:
     """The numbers of one point of the grid."""
     ours, theirs = point.candidate, point.reference
-    prefill = attempt(_median, ours.prefill_ms, otherwise=UNKNOWN)
-    decode = attempt(_rate, ours.decode_ms, otherwise=UNKNOWN)
-    ratio = attempt(speedup, ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
+    prefill = attempt(_middle, ours.prefill_ms, point.processes, otherwise=UNKNOWN)
+    decode = attempt(_rate, ours.decode_ms, point.processes, otherwise=UNKNOWN)
+    ratio = attempt(partial(speedup, runs=point.processes), ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
     return Timing(
         prefill_ms=prefill.value,
         prefill_low=prefill.low,
@@ -82,18 +83,20 @@ def _timing(point: SpeedPointResult) -> Timing:
     )
 
 
-def _median(values: Sequence[float]) -> Estimate:
-    """Median and bounds; no bounds for fewer samples than can carry them."""
-    low, high = stats.median_interval(values)
-    return Estimate(median(values), low, high) if len(values) >= stats.FEWEST_FOR_MEDIAN else Estimate(median(values), *UNDEFINED)
+def _middle(values: Sequence[float], runs: Sequence[int]) -> Estimate:
+    """The middle and its bounds; no bounds for fewer samples than can carry them."""
+    return _carried(speedups.middle(values, runs), len(values))
 
 
-def _rate(milliseconds: Sequence[float]) -> Estimate:
+def _rate(milliseconds: Sequence[float], runs: Sequence[int]) -> Estimate:
     """Tokens per second with bounds, from milliseconds per token."""
-    middle, low, high = _median(milliseconds)
+    middle, low, high = _middle(milliseconds, runs)
     return Estimate(*(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low)))
 
 
-def speedup(candidate_ms: Sequence[float], reference_ms: Sequence[float]) -> Estimate:
-    ratio = speedups.paired_speedup(candidate_ms, reference_ms)
-    return ratio if len(candidate_ms) >= stats.FEWEST_FOR_MEDIAN else Estimate(ratio.value, *UNDEFINED)
+def speedup(candidate_ms: Sequence[float], reference_ms: Sequence[float], *, runs: Sequence[int] = ()) -> Estimate:
+    return _carried(speedups.paired_speedup(candidate_ms, reference_ms, runs=runs), len(candidate_ms))
+
+
+def _carried(found: Estimate, count: int) -> Estimate:
+    return found if count >= stats.FEWEST_FOR_MEDIAN else Estimate(found.value, *UNDEFINED)

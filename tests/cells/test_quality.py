@@ -44,6 +44,13 @@ def quality(runner: Runner, cell: Cell) -> QualityResult:
     return record.quality
 
 
+def test_what_is_measured_knows_the_bytes_that_were_compressed(runner: Runner, overrides: list[str]) -> None:
+    mine = {record.stage: record for record in run(runner, cell(overrides, "method=rtn-4bit")) if record.cell.pipeline == "rtn-4bit"}
+    compress, measured = mine[Stage.COMPRESS].compress, mine[Stage.QUALITY].quality
+    assert compress and measured and measured.evidence
+    assert measured.evidence.artefact == compress.artefact is not None
+
+
 def test_dense_against_dense_has_no_divergence_and_no_other_likelihood(runner: Runner, overrides: list[str]) -> None:
     again, dense = quality(runner, cell(overrides, *AGAIN)), quality(runner, cell(overrides))
     found = again.perplexity[0].divergence

@@ -98,6 +98,7 @@ def tiny_overrides(model: Path, text: Path) -> list[str]:
         "suite.tasks=[]",
         "suite.include_path=null",
         "speed.grid=[{batch: 1, prompt: 8, new_tokens: 4}]",
+        "speed.processes=1",
         "speed.budget_s=1",
         "speed.max_repeats=6",
         "device=cpu",

@@ -38,4 +38,6 @@ class Watched(TransformersEngine):
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> WatchedModel:
+        with open(f"{os.environ[VARIABLE]}.processes", "a") as file:
+            file.write(f"{os.getpid()}\n")
         return WatchedModel(loader(artefact, device, trust_remote_code), device)

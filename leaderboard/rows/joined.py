@@ -1,0 +1,84 @@
+"""Whether what is joined belongs together: the records of a row by bytes and processor, the rows of a table by the code behind them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.record import Record
+
+Found = Mapping[Stage, Record]
+"""The records that a row shows."""
+_MIXED = re.compile("(quality|speed) (measured on|of other bytes|is older than the artefact)|.*of other code than in the newest row")
+
+
+def strangers(found: Found, label: str) -> list[str]:
+    """Flags of a row whose records are of other bytes, or of another machine than the row is of.
+
+    Args:
+        label: Of the row's hardware.
+    """
+    compress = found.get(Stage.COMPRESS)
+    elsewhere = [record for record in found.values() if record.hardware.label != label and label and record.hardware.label]
+    measured = [record for stage, record in found.items() if stage is not Stage.COMPRESS]
+    return [*map(_elsewhere, elsewhere), *(flag for record in measured if compress and (flag := _of_other_bytes(record, compress)))]
+
+
+def _elsewhere(record: Record) -> str:
+    if record.stage is Stage.COMPRESS:
+        return f"compressed on {record.hardware.label}: the times of compression are of that"
+    return f"{record.stage} measured on {record.hardware.label}"
+
+
+def _of_other_bytes(record: Record, compress: Record) -> str | None:
+    result = record.quality or record.speed
+    made = compress.compress.artefact if compress.compress else None
+    if result is None or result.evidence is None or made is None:
+        return None
+    loaded = result.evidence.artefact
+    if loaded is None:
+        return (
+            f"{record.stage} is older than the artefact, and does not say of which bytes it is"
+            if record.started < compress.started
+            else None
+        )
+    return f"{record.stage} of other bytes than the compression ({loaded[:8]}, not {made[:8]})" if loaded != made else None
+
+
+def other_code(table: Sequence[Found]) -> list[list[str]]:
+    """Flags of the rows of one table: what of the code behind a row is not that of the newest row that has it, too.
+
+    Records of older versions, which do not name their code, say nothing.
+
+    Args:
+        table: The records of each row.
+    """
+    newest: dict[str, tuple[str, str]] = {}
+    for record in _all(table):
+        for name, digest in record.code.items():
+            newest[name] = max(newest.get(name, ("", "")), (record.started, digest))
+    flags = []
+    for found in table:
+        stale: dict[str, set[str]] = defaultdict(set)
+        for record in found.values():
+            for name, digest in record.code.items():
+                if digest != newest[name][1]:
+                    stale[name].add(record.stage)
+        flags.append(
+            [
+                f"{' and '.join(sorted(stages))}: {name} of other code than in the newest row of the table"
+                for name, stages in sorted(stale.items())
+            ]
+        )
+    return flags
+
+
+def _all(table: Iterable[Found]) -> Iterable[Record]:
+    return (record for found in table for record in found.values())
+
+
+def mixed(flags: Iterable[str]) -> list[str]:
+    """Those flags of a row that say that it joins what does not belong together; no table compares times of compression."""
+    return [flag for flag in flags if _MIXED.match(flag)]
