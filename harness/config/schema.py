@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from slimbench.util import durations
 from slimbench.util.text import nearest
@@ -144,6 +144,7 @@ class SuiteConfig(_Strict):
         include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
+        sample_seed: Draws those from the whole of each task; None takes the first.
         num_fewshot: Examples before each question.
         batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
     """
@@ -161,8 +162,15 @@ class SuiteConfig(_Strict):
     include_path: Folders = []
     tasks: Uris = []
     limit: Whole | None = Field(default=None, ge=1)
+    sample_seed: Whole | None = Field(default=None, ge=0)
     num_fewshot: Whole = Field(default=0, ge=0)
     batch_tokens: Whole = Field(default=1024, ge=1)
+
+    @model_validator(mode="after")
+    def _drawn_to_a_limit(self) -> SuiteConfig:
+        if self.sample_seed is not None and self.limit is None:
+            raise ValueError("suite.sample_seed draws suite.limit items of each task; give suite.limit too")
+        return self
 
     @field_validator("protocols")
     @classmethod
