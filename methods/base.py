@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["cpu", "cuda"]
+GridRange = Literal["min-max", "searched", "learned", "fixed"]
 HUGGINGFACE = "huggingface"
 EDITED = "edited"
 DENSE = (HUGGINGFACE, EDITED)
@@ -30,6 +31,17 @@ ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitsandbytes")
 
 def _silent(done: float, total: float) -> None:
     """Progress that nobody watches."""
+
+
+def uniform_grid(symmetric: bool, range_: GridRange = "min-max") -> str:
+    """What a method says of a uniform grid (`Method.weight_grid`): `symmetric, min-max`, `with offsets, searched` and so on.
+
+    Args:
+        symmetric: It is centred on zero; else it has an offset, a zero point, for each scale.
+        range_: `min-max`: it reaches to the largest weight, or from the smallest to the largest. `searched`: as far as the rounded weights
+            come closest to the weights. `learned`: as far as training moved it. `fixed`: by another rule, the same for all groups.
+    """
+    return f"{'symmetric' if symmetric else 'with offsets'}, {range_}"
 
 
 class Unsupported(Exception):
@@ -350,6 +362,8 @@ class Method(Settings, ABC):
             it is, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
         draws: Something in it is random, so that its artefact depends on the seed of the cell.
+        weight_grid: What weights are rounded to under these settings: what `uniform_grid` says, `codebook`, `float`, or a grid of the
+            method's own; None where they keep their dtype.
     """
 
     name: ClassVar[str]
@@ -367,6 +381,10 @@ class Method(Settings, ABC):
         package, _, rest = cls.__module__.partition(".methods.")
         if package == "slimbench" and "." in rest:
             cls.family = rest.partition(".")[0]
+
+    @property
+    def weight_grid(self) -> str | None:
+        return None
 
     @classmethod
     def produces_after(cls, base: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs, uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_layers
 
@@ -39,6 +39,7 @@ class SmoothQuant(Method):
     citation = Citation("SmoothQuant", year=2022, arxiv="2211.10438", covers=("quantization/smoothquant",))
     needs = Needs(calibration=True)
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     alpha: float = 0.5
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported, uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -33,6 +33,7 @@ class ZeroQuant(Method):
     name = "zeroquant"
     citation = Citation("ZeroQuant", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant",))
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     groups: int = 64
 
