@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Device = Literal["cpu", "cuda"]
-GridRange = Literal["min-max", "searched", "learned", "fixed"]
 HUGGINGFACE = "huggingface"
 EDITED = "edited"
 DENSE = (HUGGINGFACE, EDITED)
@@ -31,17 +31,6 @@ ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitsandbytes")
 
 def _silent(done: float, total: float) -> None:
     """Progress that nobody watches."""
-
-
-def uniform_grid(symmetric: bool, range_: GridRange = "min-max") -> str:
-    """What a method says of a uniform grid (`Method.weight_grid`): `symmetric, min-max`, `with offsets, searched` and so on.
-
-    Args:
-        symmetric: It is centred on zero; else it has an offset, a zero point, for each scale.
-        range_: `min-max`: it reaches to the largest weight, or from the smallest to the largest. `searched`: as far as the rounded weights
-            come closest to the weights. `learned`: as far as training moved it. `fixed`: by another rule, the same for all groups.
-    """
-    return f"{'symmetric' if symmetric else 'with offsets'}, {range_}"
 
 
 class Unsupported(Exception):
@@ -257,14 +246,6 @@ def _latest(earlier: Any, later: Any) -> Any:
     return earlier if later is None else later
 
 
-def _sum(earlier: Any, later: Any) -> Any:
-    return earlier + later
-
-
-def _merged(earlier: Any, later: Any) -> Any:
-    return earlier | later
-
-
 def _said(rule: Callable[[Any, Any], Any], default: Any = None) -> Any:
     """A field of a claim and what becomes of it when another step follows."""
     return field(default=default, metadata={"then": rule})
@@ -319,9 +300,9 @@ class Claim:
     pattern: str | None = _said(_latest)
     activation_bits: int | None = _said(_latest)
     simulated: bool = _said(_later, False)
-    training_tokens: int = _said(_sum, 0)
-    trained_parameters: int = _said(_sum, 0)
-    details: dict[str, Any] = field(default_factory=dict, metadata={"then": _merged})
+    training_tokens: int = _said(operator.add, 0)
+    trained_parameters: int = _said(operator.add, 0)
+    details: dict[str, Any] = field(default_factory=dict, metadata={"then": operator.or_})
     parameters: int | None = _said(_latest)
     layers: int | None = _said(_latest)
     work: Work | None = field(default=None, metadata={"then": _latest})
@@ -362,8 +343,7 @@ class Method(Settings, ABC):
             it is, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
         draws: Something in it is random, so that its artefact depends on the seed of the cell.
-        weight_grid: What weights are rounded to under these settings: what `uniform_grid` says, `codebook`, `float`, or a grid of the
-            method's own; None where they keep their dtype.
+        weight_grid: What weights are rounded to, in the words of `methods.core.grids`; None where they keep their dtype.
     """
 
     name: ClassVar[str]

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from slimbench.util import durations
 from slimbench.util.text import nearest
@@ -166,12 +166,6 @@ class SuiteConfig(_Strict):
     num_fewshot: Whole = Field(default=0, ge=0)
     batch_tokens: Whole = Field(default=1024, ge=1)
 
-    @model_validator(mode="after")
-    def _drawn_to_a_limit(self) -> SuiteConfig:
-        if self.sample_seed is not None and self.limit is None:
-            raise ValueError("suite.sample_seed draws suite.limit items of each task; give suite.limit too")
-        return self
-
     @field_validator("protocols")
     @classmethod
     def _known_protocols(cls, protocols: list[str]) -> list[str]:
@@ -196,10 +190,6 @@ class SuiteConfig(_Strict):
             return Pass(corpus, name, self.seqlen, self.documents)
         seqlen = int(length or self.seqlen)
         return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))
-
-    def protocol(self) -> dict[str, Any]:
-        """The fields that define the numbers."""
-        return self.model_dump(exclude={"name", "batch_tokens"})
 
 
 class SpeedPoint(_Strict):

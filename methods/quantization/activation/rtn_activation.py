@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, uniform_grid
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_layers

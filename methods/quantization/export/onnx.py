@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported, uniform_grid
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.util import files
 
 _LARGE = 1 << 30  # bytes from which constants lie beside the graph: one file of it holds less than 2 GiB

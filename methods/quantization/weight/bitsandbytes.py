@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs, uniform_grid
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.formats.architecture.structure import check_experts
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slimbench.methods.base import DENSE, Citation, uniform_grid
+from slimbench.methods.base import DENSE, Citation
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, uniform_grid
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_head, round_layers

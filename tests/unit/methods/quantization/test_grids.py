@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimbench.harness.config.parse import build_method
-from slimbench.methods.base import Calibration, Claim, DenseModel, Method, ModelShape, Unsupported, uniform_grid
+from slimbench.methods.base import Calibration, Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.formats import packed
 from slimbench.methods.kernels.grid import QuantizedWeight
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
