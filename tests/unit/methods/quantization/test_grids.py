@@ -44,9 +44,11 @@ METHODS: dict[str, list[Method]] = {
         GPTQ(observer="mse"),
         GPTAQ(),
         AWQ(symmetric=True, observer="mse", candidates=4),
+        AWQ(bits=3, symmetric=True, observer="mse", candidates=4),
+        RTN(bits=3, clip=True),
         MixedPrecision(),
     ],
-    uniform_grid(True, "learned"): [SignRound(**LEARNED), OmniQuant(symmetric=True, **FEW)],
+    uniform_grid(True, "learned"): [SignRound(**LEARNED), OmniQuant(symmetric=True, **FEW), OmniQuant(bits=3, symmetric=True, **FEW)],
     uniform_grid(False, "min-max"): [
         RTN(symmetric=False),
         GPTQ(asymmetric=True),
