@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -245,14 +246,6 @@ def _latest(earlier: Any, later: Any) -> Any:
     return earlier if later is None else later
 
 
-def _sum(earlier: Any, later: Any) -> Any:
-    return earlier + later
-
-
-def _merged(earlier: Any, later: Any) -> Any:
-    return earlier | later
-
-
 def _said(rule: Callable[[Any, Any], Any], default: Any = None) -> Any:
     """A field of a claim and what becomes of it when another step follows."""
     return field(default=default, metadata={"then": rule})
@@ -307,9 +300,9 @@ class Claim:
     pattern: str | None = _said(_latest)
     activation_bits: int | None = _said(_latest)
     simulated: bool = _said(_later, False)
-    training_tokens: int = _said(_sum, 0)
-    trained_parameters: int = _said(_sum, 0)
-    details: dict[str, Any] = field(default_factory=dict, metadata={"then": _merged})
+    training_tokens: int = _said(operator.add, 0)
+    trained_parameters: int = _said(operator.add, 0)
+    details: dict[str, Any] = field(default_factory=dict, metadata={"then": operator.or_})
     parameters: int | None = _said(_latest)
     layers: int | None = _said(_latest)
     work: Work | None = field(default=None, metadata={"then": _latest})
@@ -350,6 +343,7 @@ class Method(Settings, ABC):
             it is, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
         draws: Something in it is random, so that its artefact depends on the seed of the cell.
+        weight_grid: What weights are rounded to, in the words of `methods.core.grids`; None where they keep their dtype.
     """
 
     name: ClassVar[str]
@@ -367,6 +361,10 @@ class Method(Settings, ABC):
         package, _, rest = cls.__module__.partition(".methods.")
         if package == "slimbench" and "." in rest:
             cls.family = rest.partition(".")[0]
+
+    @property
+    def weight_grid(self) -> str | None:
+        return None
 
     @classmethod
     def produces_after(cls, base: str) -> str:

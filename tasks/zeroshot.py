@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,13 @@ def _in_lm_eval(task: str) -> bool:
         return True
     stated = re.compile(rf"^(task|group|tag): *[\"']?{re.escape(task)}[\"']? *$", re.MULTILINE)
     return any(stated.search(file.read_text(encoding="utf-8", errors="replace")) for file in files)
+
+
+def drawn(task: str, items: int, limit: int, seed: int) -> list[int]:
+    """Which of so many items of a task a seeded sample takes, in ascending order. A larger limit adds items to those of a smaller one."""
+    order = list(range(items))
+    random.Random(f"{seed}:{task}").shuffle(order)
+    return sorted(order[:limit])
 
 
 def groups() -> dict[str, str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.config.overrides import apply, check_names, products, quoted, read
+from slimbench.harness.config.overrides import alternatives, apply, check_names, products, quoted, read
 from slimbench.harness.config.parse import parse
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sources import CONF_DIR, choice, choice_path, conf_dirs, groups, package, shipped
@@ -59,8 +59,7 @@ def jobs(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
         ConfigError: The first mistake in any of them.
     """
     with _hydra() as loader:
-        given = read(overrides, loader)
-        cells = list(products([*read(_swept_by_experiment(given), loader), *given]))
+        cells = [cell for sweep in _sweeps(read(overrides, loader), loader) for cell in products(sweep)]
         composer = _Composer(cells)
         return [([str(o.input_line) for o in cell], parse(composer.compose(cell))) for cell in cells]
 
@@ -101,15 +100,30 @@ def _hydra_compose(overrides: Sequence[str], **kwargs: Any) -> DictConfig:
         raise ConfigError(f"cannot compose {' '.join(overrides)}: {first}") from error
 
 
-def _swept_by_experiment(given: Sequence[Override]) -> list[str]:
-    """What the chosen experiment sweeps over, as overrides; those of the command line hold where both have a key."""
-    chosen = [o for o in given if o.key_or_group == "experiment" and not o.is_sweep_override()]
-    for override in chosen:
-        _check_names(override)
-    if not chosen:
-        return []
-    whole = _hydra_compose([str(o.input_line) for o in chosen], return_hydra_config=True)
-    return [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
+def _sweeps(given: Sequence[Override], loader: Any, within: tuple[str, ...] = ()) -> Iterator[list[Override]]:
+    """The sweeps that overrides stand for: for each chosen experiment what it sweeps over, and before that what the command line says.
+
+    An experiment that sweeps over experiments is all of theirs, one after the other.
+
+    Args:
+        within: The experiments that led here.
+    """
+    place = next((index for index, o in enumerate(given) if o.key_or_group == "experiment" and not o.is_delete()), None)
+    if place is None:
+        yield list(given)
+        return
+    for text in alternatives(given[place]):
+        (chosen,) = read([text], loader)
+        _check_names(chosen)
+        if text in within:
+            raise ConfigError(f"{text} sweeps over itself")
+        whole = _hydra_compose([text], return_hydra_config=True)
+        swept = read([f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()], loader)
+        others = [*given[:place], *given[place + 1 :]]
+        if any(o.key_or_group == "experiment" for o in swept):
+            yield from _sweeps([*swept, *others], loader, (*within, text))
+        else:
+            yield [*swept, *given[:place], chosen, *given[place + 1 :]]
 
 
 class _Composer:

@@ -124,15 +124,22 @@ def products(overrides: Sequence[Override]) -> Iterator[list[Override]]:
 
     parser, axes = OverridesParser.create(), {}
     for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            texts = [f"{key}={override.get_value_element_as_str()}"]
-        elif override.is_discrete_sweep():
-            texts = [f"{key}={value}" for value in _values(override)]
-        else:
-            raise ConfigError(f"{override.input_line}: no finite list of values; give them one by one, or range(START,STOP,STEP)")
-        axes[key] = parser.parse_overrides(texts)
+        axes[override.get_key_element()] = parser.parse_overrides(alternatives(override))
     return (list(job) for job in itertools.product(*axes.values()))
+
+
+def alternatives(override: Override) -> list[str]:
+    """An override once for each value that it gives its key.
+
+    Raises:
+        ConfigError: A sweep without countable values.
+    """
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if override.is_discrete_sweep():
+        return [f"{key}={value}" for value in _values(override)]
+    raise ConfigError(f"{override.input_line}: no finite list of values; give them one by one, or range(START,STOP,STEP)")
 
 
 def _values(override: Override) -> list[str]:

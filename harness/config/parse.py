@@ -113,6 +113,8 @@ def _check(config: RunConfig) -> None:
     _check_folder(config.results)
     if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
+    if config.suite.sample_seed is not None and config.suite.limit is None:
+        raise ConfigError("suite.sample_seed draws suite.limit items of each task; give suite.limit too")
     if config.model.track != "causal-lm":
         raise ConfigError(f"model.track={config.model.track}: no suite measures it yet; choose causal-lm")
     steps = [(step.name, build_method(step)) for step in config.pipeline]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
@@ -66,6 +67,20 @@ def entry(name: str) -> Entry:
     settings = shipped_method(name)
     target = settings.pop("_target_")
     return Entry(name, build_method(StepConfig(name=name, target=target, settings=settings)), settings)
+
+
+def step_label(step: StepConfig) -> str:
+    """The name of a step, followed by the settings that differ from its YAML: `gptq(bits=3)`."""
+    try:
+        usual = shipped_method(step.name)
+    except ConfigError:
+        usual = {}
+    return label(step.name, {key: value for key, value in step.settings.items() if usual and usual.get(key) != value})
+
+
+def label(name: str, changed: dict[str, Any]) -> str:
+    """A name and the settings that were changed: `gptq(bits=3)`."""
+    return f"{name}({','.join(f'{key}={value}' for key, value in changed.items())})" if changed else name
 
 
 def entries() -> Iterator[Entry]:

@@ -144,6 +144,7 @@ class SuiteConfig(_Strict):
         include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
+        sample_seed: Draws those from the whole of each task; None takes the first.
         num_fewshot: Examples before each question.
         batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
     """
@@ -161,6 +162,7 @@ class SuiteConfig(_Strict):
     include_path: Folders = []
     tasks: Uris = []
     limit: Whole | None = Field(default=None, ge=1)
+    sample_seed: Whole | None = Field(default=None, ge=0)
     num_fewshot: Whole = Field(default=0, ge=0)
     batch_tokens: Whole = Field(default=1024, ge=1)
 
@@ -188,10 +190,6 @@ class SuiteConfig(_Strict):
             return Pass(corpus, name, self.seqlen, self.documents)
         seqlen = int(length or self.seqlen)
         return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))
-
-    def protocol(self) -> dict[str, Any]:
-        """The fields that define the numbers."""
-        return self.model_dump(exclude={"name", "batch_tokens"})
 
 
 class SpeedPoint(_Strict):

@@ -184,11 +184,13 @@ def measure(
     data_sets.fetch(own)
     manager = TaskManager(include_path=[*folders], include_defaults=bool(own))
     lm = EngineLM(model, tokenizer, suite.batch_tokens, on_progress, part)
+    samples = _drawn(manager, suite)
     out = simple_evaluate(
         model=lm,
         tasks=list(suite.tasks),
         num_fewshot=suite.num_fewshot,
-        limit=suite.limit,
+        limit=None if samples else suite.limit,
+        samples=samples,
         task_manager=manager,
         bootstrap_iters=100,
         log_samples=True,
@@ -199,6 +201,17 @@ def measure(
             questions = {sample["arguments"][0][0] for sample in out["samples"][result.task]}
             result.calibration_overlap = overlap([np.array(lm.tok_encode(text), dtype=np.int64) for text in questions], calibration)
     return results, lm.forward_tokens
+
+
+def _drawn(manager: TaskManager, suite: SuiteConfig) -> dict[str, list[int]] | None:
+    """The items that are asked of each task, members of groups included; None: the first of each, or all.
+
+    lm-eval reads the items in their order and counts through the list that it is given, so the list is ascending.
+    """
+    if suite.sample_seed is None or suite.limit is None:
+        return None
+    found = manager.load(list(suite.tasks))["tasks"]
+    return {name: zeroshot.drawn(name, len(task.eval_docs), suite.limit, suite.sample_seed) for name, task in found.items()}
 
 
 def _result(task: str, out: dict[str, Any], suite: SuiteConfig) -> ZeroshotResult:

@@ -8,8 +8,8 @@ from typing import Any
 from slimbench.harness.config import engines
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method, describe
-from slimbench.harness.config.schema import RunConfig, StepConfig
-from slimbench.harness.config.sources import shipped_method
+from slimbench.harness.config.registry import step_label
+from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub, identity, public
 from slimbench.harness.schema.hardware import HardwareIdentity
@@ -96,7 +96,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             dtype=config.model.dtype,
             parameters=config.model.parameters,
             pipeline="+".join(step_label(step) for step in config.pipeline),
-            steps=[describe(s) | {"reference": m.reference} for s, m in zip(config.pipeline, methods, strict=True)],
+            steps=[describe(s) | _facts(m) for s, m in zip(config.pipeline, methods, strict=True)],
             family="+".join(dict.fromkeys(m.family for m in methods)),
             engine=config.engine.name,
             device=config.device.name,
@@ -112,14 +112,9 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
     return Cell(_on_its_device(config), cell, methods, overrides)
 
 
-def step_label(step: StepConfig) -> str:
-    """The name of a step, followed by the settings that differ from its YAML: `gptq(bits=3)`."""
-    try:
-        usual = shipped_method(step.name)
-    except ConfigError:
-        usual = {}
-    changed = [f"{k}={v}" for k, v in step.settings.items() if usual and usual.get(k) != v]
-    return f"{step.name}({','.join(changed)})" if changed else step.name
+def _facts(method: Any) -> dict[str, str]:
+    """What a record says of a method beside its name and settings: whose code it is, and what weights are rounded to."""
+    return {"reference": method.reference} | ({"grid": method.weight_grid} if method.weight_grid else {})
 
 
 def _resolve_device(config: RunConfig) -> RunConfig:

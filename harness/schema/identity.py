@@ -65,7 +65,8 @@ class CellIdentity(Schema):
 
     Attributes:
         revision: Commit of a hub model; as the configuration has it where it could neither be found in the cache nor asked for.
-        steps: For each step its `name` in `conf/method/`, the `method` behind it with its `version`, `settings` and `reference`.
+        steps: For each step its `name` in `conf/method/`, the `method` behind it with its `version`, `settings` and `reference`, and the
+            `grid` that it rounds weights to.
         former_keys: Keys that the cell had before they were computed otherwise, oldest first.
     """
 

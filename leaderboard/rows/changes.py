@@ -17,8 +17,11 @@ _LONGEST = 40
 
 
 def protocol(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a suite that define its numbers, local files without their path: the text, not its place, makes a table."""
-    fields = {name: value for name, value in section.items() if name not in _APART}
+    """The settings of a suite that define its numbers, local files without their path: the text, not its place, makes a table.
+
+    What is None is off, as in keys: a record from before there was such a setting stands in the same table.
+    """
+    fields = {name: value for name, value in section.items() if name not in _APART and value is not None}
     return {name: _placeless(name, value) for name, value in fields.items()}
 
 

@@ -213,6 +213,11 @@ class Size(Group):
     )
     disk_bytes: int | None = Field(default=None, description="Bytes of the artefact's files.")
     compression_ratio: float | None = Field(default=None, description="Bytes of the dense source / bytes of the artefact's files.")
+    grid: str | None = Field(
+        default=None,
+        description="What weights were rounded to by the last step that rounds them: symmetric or with offsets, and its range (min-max, "
+        "searched, learned, fixed); codebook, float, or another grid of the method's own.",
+    )
     effective_bits: float | None = Field(
         default=None, description="Bits stored for each weight of the compressed layers, scales and zeros included."
     )

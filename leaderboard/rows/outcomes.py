@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.steps import names
 
 
 def outcomes(records: Iterable[Record]) -> dict[str, dict[str, str]]:
@@ -19,7 +20,7 @@ def outcomes(records: Iterable[Record]) -> dict[str, dict[str, str]]:
     for record in records:
         measured = record.imported is None and record.status is not Status.TRANSIENT
         if len(record.cell.steps) == 1 and measured and not record.foreign:
-            found[record.cell.steps[0]["name"], record.cell.model][record.stage].append(record.status)
+            found[names(record.cell)[0], record.cell.model][record.stage].append(record.status)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for (name, model), stages in found.items():
         bad = [f"{stage.value} {stages[stage][-1].value}" for stage in Stage if stage in stages and Status.OK not in stages[stage]]

@@ -9,6 +9,7 @@ from statistics import stdev
 from typing import Any
 
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store.keys import present
 from slimbench.leaderboard.rows.groups import Calibration
 from slimbench.leaderboard.rows.row import Row
 
@@ -40,9 +41,10 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
 
 
 def _but_for_seeds(row: Row, record: Record) -> str:
-    """Everything that defines the quality of a row except its seeds."""
+    """Everything that defines the quality of a row except its seeds; as in keys, a setting that is None is off or was not there yet."""
     pipeline = record.config.get("pipeline") or record.cell.steps
-    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, record.config.get("model")]
+    steps = [step | {"settings": present(**(step.get("settings") or {})), "name": None, "grid": None} for step in pipeline]
+    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, steps, record.config.get("model")]
     return json.dumps(words, sort_keys=True, default=str)
 
 

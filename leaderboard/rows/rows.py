@@ -13,7 +13,7 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
-from slimbench.leaderboard.rows import changes
+from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
@@ -118,7 +118,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         flags.insert(0, "foreign: recorded in another results folder; `slimbench records adopt` takes it for one's own")
     identity = Identity(
         model=cell.model,
-        pipeline=cell.pipeline,
+        pipeline=steps.label(cell),
         family=cell.family,
         methods=[str(step.get("method") or step.get("name") or cell.pipeline) for step in cell.steps],
         parameters=cell.parameters,
@@ -143,7 +143,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         is_reference=is_reference,
         keys=cell.keys,
         calibration=cell.calibration,
-        command=_command(bearer.command),
+        command=steps.command(_command(bearer.command), cell),
         provenance=_provenance(measured),
     )
     return Row.of(
@@ -152,7 +152,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         divergence(result),
         tasks,
         speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
-        _size(compress, evidences[0] if evidences else None),
+        _size(bearer, compress, evidences[0] if evidences else None),
         _cost(compress),
         calibration(bearer),
     )
@@ -205,10 +205,11 @@ def _reason(record: Record) -> str:
     return f"{where}: {kind}{record.failure.summary}{peak}"
 
 
-def _size(record: Record | None, evidence: Evidence | None) -> Size:
+def _size(bearer: Record, record: Record | None, evidence: Evidence | None) -> Size:
     result = record.compress if record else None
     return Size(
         format=result.claim.format if result else None,
+        grid=steps.grid(bearer.cell),
         weight_bytes=evidence.weight_bytes if evidence else None,
         offloaded_bytes=evidence.offloaded_bytes if evidence else None,
         disk_bytes=result.disk_bytes if result else None,

@@ -13,6 +13,7 @@ from typing import Any
 from slimbench.harness.config.meaning import meanings
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.steps import names as names_of
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.lines import HEADS, Line
@@ -99,7 +100,7 @@ def users(board: Board) -> dict[str, list[Row]]:
 def steps(board: Board, row: Row) -> list[str]:
     """Names of the methods of a row's pipeline."""
     bearer = board.bearer(row)
-    return list(dict.fromkeys(clean(str(step.get("name", "unnamed"))) for step in bearer.cell.steps)) if bearer else []
+    return list(dict.fromkeys(clean(name) for name in names_of(bearer.cell))) if bearer else []
 
 
 def index(abouts: Iterable[About], broken: Sequence[tuple[str, str]], used: dict[str, list[Row]]) -> str:

@@ -20,6 +20,7 @@ EXTRA = (
     Column("peak_memory_bytes", "Peak MB", "Peak resident memory of the compression, in 10⁶ bytes.", decimal(0, 1e-6)),
 )
 ALL = (*COLUMNS, *EXTRA)
+NUMBERS = tuple(column for column in ALL if column.format is not str)
 _HIDDEN = {"kl_mean", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
 _REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
@@ -43,7 +44,7 @@ def data(board: Board) -> str:
     texts = _Texts()
     rows = [_row(board, row, texts) for row in board.rows]
     content = {
-        "columns": [_column(column) for column in ALL],
+        "columns": [_column(column) for column in NUMBERS],
         "sets": board.settings,
         "rows": rows,
         "texts": list(texts),
@@ -102,7 +103,8 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
         texts.name(row.source_precision),
         row.parameters,
         None if (memory := memory_bytes(row)) is None else shown(_MEMORY(memory)),
-        *(_number(column, row) for column in ALL),
+        texts.name(row.grid),
+        *(_number(column, row) for column in NUMBERS),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.rows.row import Row
@@ -20,6 +20,7 @@ LEAST_FIRST = (
     "prefill_ms",
     "disk_bytes",
     "roofline_fraction",
+    "grid",
     "kl_mean",
     "effective_bits",
     "weight_bytes",
@@ -50,7 +51,7 @@ class Column:
         key: Field of the row, by which the column sorts.
         header: What stands above it.
         help: What it means, in one sentence.
-        format: The number as text.
+        format: The number as text; `str` of a column of texts.
         bounds: Fields of lower and upper bound, where there are any.
         error: Field of the standard error, where that is shown instead.
         rising: Whether more is better.
@@ -59,7 +60,7 @@ class Column:
     key: str
     header: str
     help: str
-    format: Callable[[float], str]
+    format: Callable[[Any], str]
     bounds: Bounds | None = None
     error: str | None = None
     rising: bool = False
@@ -150,6 +151,12 @@ COLUMNS = (
     ),
     Column("weight_bytes", "Weights MB", "Tensors of the loaded artefact that stay in memory, in 10⁶ bytes.", decimal(1, 1e-6)),
     Column("disk_bytes", "Disk MB", "Files of the artefact, in 10⁶ bytes.", decimal(1, 1e-6)),
+    Column(
+        "grid",
+        "Grid",
+        "What weights were rounded to: symmetric or with offsets; to the largest weight (min-max), in a searched, learned or fixed range.",
+        str,
+    ),
     Column("effective_bits", "Bits", "Stored for each weight of the compressed layers, scales and zeros included.", decimal(2)),
 )
 

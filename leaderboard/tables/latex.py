@@ -69,8 +69,8 @@ _BOTH = r"\rlap{\textsuperscript{\ensuremath{\dagger}*}}"
 _TESTED = frozenset({"perplexity", "accuracy"})
 _MARKED = r"r@{\hskip 14pt}"
 """A column whose marks hang into the space behind it."""
-_UNRANKED = frozenset({"effective_bits", "roofline_fraction", "perplexity_delta_percent"})
-"""Columns without a best: what is spent, and what another column says already."""
+_UNRANKED = frozenset({"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent"})
+"""Columns without a best: texts, what is spent, and what another column says already."""
 
 
 def to_latex(board: Sequence[Row]) -> str:

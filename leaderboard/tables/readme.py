@@ -24,7 +24,7 @@ _MODEL = "smollm2-135m"
 _PROCESSOR = "AMD EPYC"
 _METHODS = (
     *("dense", "rtn-8bit", "int8-dynamic", "kv-int8", "signround", "awq", "qat-int4"),
-    *("rtn-4bit", "gptq", "signround-3bit", "gptq-3bit", "gptq-2bit"),
+    *("rtn-4bit", "gptq-minmax", "signround-3bit", "gptq-3bit", "gptq-2bit"),
 )
 _ENGINES = (
     *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
@@ -36,7 +36,7 @@ _SHOWN = ("Perplexity", "Δ\N{NO-BREAK SPACE}%", "Accuracy %", "Tokens/s", "Spee
 
 def methods(board: Sequence[Row]) -> str:
     """One model under one suite on one engine: what methods cost and give."""
-    chosen = {row.label: row for row in board if _is_shown(row, "quick") and row.engine == "transformers"}
+    chosen = {row.pipeline: row for row in board if _is_shown(row, "quick") and row.engine == "transformers" and not row.calibration_seed}
     return _table(["Pipeline"], [([escape(name)], chosen[name]) for name in _METHODS], _SHOWN)
 
 

@@ -62,7 +62,7 @@ def _markdown_table(table: Table) -> str:
     for row in table.rows:
         notes = "; ".join(notes_of(row))
         names = [rank_of(row), escape(row.label), escape(row.path_label)]
-        cells.append([*names, *(c.plus_minus(row) for c in COLUMNS), escape(notes)])
+        cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in COLUMNS), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), "", *lines, ""])
 

@@ -38,17 +38,19 @@ def divergences(
     symmetric: bool,
     progress: Callable[[float, float], None] | None = None,
     seed: int = 0,
+    clip: bool = True,
 ) -> dict[str, list[float]]:
     """Divergence in nats a token that rounding each layer alone would cause, for each grid.
 
     Args:
         model: In evaluation mode; its weights are not changed.
         ids: Tokens, int64 [samples, length].
-        grids: Weights are rounded to nearest, in searched ranges.
+        grids: Weights are rounded to nearest.
         seed: Of the predictions that are drawn.
+        clip: In searched ranges, see `fit_groups`.
     """
     model.requires_grad_(False)
-    fitted = {name: [_fit(layer.weight.detach(), grid, symmetric) for grid in grids] for name, layer in layers.items()}
+    fitted = {name: [_fit(layer.weight.detach(), grid, symmetric, clip) for grid in grids] for name, layer in layers.items()}
     sums = {name: torch.zeros(len(grids), dtype=torch.float64) for name in layers}
 
     def weigh(name: str, x: Tensor, gradient: Tensor) -> None:
@@ -113,9 +115,9 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], bits: Seque
     return found[::-1]
 
 
-def _fit(weight: Tensor, grid: Grid, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def _fit(weight: Tensor, grid: Grid, symmetric: bool, clip: bool) -> tuple[Tensor, Tensor | None]:
     groups = weight.float().unflatten(1, (-1, grid.group_size or weight.shape[1]))
-    return fit_groups(groups, grid.bits, weight.dtype, symmetric, clip=True)
+    return fit_groups(groups, grid.bits, weight.dtype, symmetric, clip)
 
 
 def _change(weight: Tensor, grid: Grid, scales: Tensor, offsets: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slimbench.methods.base import Method, ModelShape
+from slimbench.methods.base import Method, ModelShape, Unsupported
 from slimbench.methods.core.masks import check_pattern, check_sparsity
 
 
@@ -23,6 +23,26 @@ class Grouped(Method):
         super().check(shape)
         if self.group_size:
             shape.check_group(self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedGrid(Method):
+    """A method that fits its grids itself, so that there are grids which it has not.
+
+    Attributes:
+        symmetric: Centre the grid on zero; None: it has offsets.
+        clip: False asks for ranges from the smallest to the largest weight, with which nothing is left to fit; None fits them.
+    """
+
+    symmetric: Literal[True] | None = None
+    clip: Literal[False] | None = None
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if self.clip is False:
+            raise Unsupported(
+                f"{self.name} is what fits ranges: with those from the smallest to the largest weight it is rounding to nearest"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

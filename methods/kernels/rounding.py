@@ -97,7 +97,9 @@ def round_head(model: PreTrainedModel, bits: Literal[4, 8] | None) -> Iterator[t
         yield name, round_to_grid(head.weight.detach(), Grid(bits, 32 if bits == 4 else None))
 
 
-def round_layers(layers: dict[str, nn.Linear], grid: Grid, symmetric: bool = True) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Quantize layers one at a time."""
+def round_layers(
+    layers: dict[str, nn.Linear], grid: Grid, symmetric: bool = True, clip: bool = False
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Quantize layers one at a time; `clip` as in `fit_groups`."""
     for name, layer in layers.items():
-        yield name, round_to_grid(layer.weight.detach(), grid, symmetric)
+        yield name, round_to_grid(layer.weight.detach(), grid, symmetric, clip)

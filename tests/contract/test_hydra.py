@@ -38,8 +38,8 @@ def stated_conf(tmp_path_factory: pytest.TempPathFactory, own_conf: Path) -> Pat
     (folder / "schema.yaml").write_text(yaml.safe_dump(defaults))
     main = folder / "config.yaml"
     main.write_text(main.read_text().replace("defaults:\n", "defaults:\n  - schema\n"))
-    base = folder / "method" / "derived_base.yaml"  # the class behind `derived` has one more setting
-    base.write_text(base.read_text() + "head_bits: null\n")
+    base = folder / "method" / "derived_base.yaml"  # the class behind `derived` has two more settings
+    base.write_text(base.read_text() + "head_bits: null\nclip: null\n")
     return folder
 
 

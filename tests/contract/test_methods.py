@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from slimbench.harness.config.meaning import meanings
 from slimbench.harness.measure import claims
@@ -86,6 +87,17 @@ def test_the_loaded_artefact_keeps_what_is_claimed(made: Made) -> None:
     assert made.claim.format == made.method.produces
     assert differences(made, model) == set()
     assert torch.isfinite(model.logits(CALIBRATION.ids[:2])).all()
+
+
+def test_the_grid_that_it_says_lies_in_the_artefact(made: Made) -> None:
+    grid, claim = made.method.weight_grid, made.claim
+    assert (grid is None) == (claim.bits is None or claim.bits >= 16), "bits and grid are said together"
+    if grid is None or made.claim.format not in ("packed", "runtime"):
+        return
+    stored = [name for file in made.folder.glob("*.safetensors") for name in load_file(file)]
+    layers, offsets = ({name.rpartition(".")[0] for name in stored if name.endswith(end)} for end in (".qweight", ".offsets"))
+    assert offsets == (layers if grid.startswith("with offsets") else set())
+    assert layers or claim.simulated
 
 
 def test_an_artefact_loads_the_same_twice(made: Made) -> None:

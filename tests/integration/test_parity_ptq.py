@@ -95,8 +95,17 @@ def test_fp4_reloads_to_what_the_library_quantized(dense: DenseModel, tmp_path: 
     assert (rounded - exact).norm() < 0.4 * exact.norm()
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_awq_equals_llmcompressor(salient: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+@pytest.mark.parametrize(
+    "grid",
+    [
+        AWQ(group_size=32),
+        AWQ(bits=3, group_size=32),
+        AWQ(group_size=32, symmetric=True),
+        AWQ(group_size=32, symmetric=True, observer="mse"),
+    ],
+    ids=["4 bits", "3 bits", "symmetric", "symmetric mse"],
+)
+def test_awq_equals_llmcompressor(salient: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: AWQ) -> None:
     """Offsets in bfloat16 are a few hundredths of a step away from the library's integer zero points; no code differs."""
     pytest.importorskip("llmcompressor")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -104,14 +113,16 @@ def test_awq_equals_llmcompressor(salient: DenseModel, tmp_path: Path, monkeypat
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    method = AWQ(bits=bits, group_size=32)  # type: ignore[arg-type]
+    method, bits = grid, grid.bits
     done: list[tuple[float, float]] = []
     (tmp_path / "ours").mkdir()
     method.compress(dataclasses.replace(salient, progress=lambda *p: done.append(p)), CALIBRATION, tmp_path / "ours")
     assert done[-1] == (2, 2)
     if not torch.cuda.is_available():
         monkeypatch.setattr(IntermediatesCache, "_pin_intermediate", classmethod(lambda cls, value: None))
-    arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=32)
+    arguments = QuantizationArgs(
+        num_bits=bits, type="int", symmetric=bool(method.symmetric), strategy="group", group_size=32, observer=method.observer
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     recipe = [AWQModifier(), QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])]
     library = library_oneshot(salient.path, recipe)
@@ -121,7 +132,7 @@ def test_awq_equals_llmcompressor(salient: DenseModel, tmp_path: Path, monkeypat
     assert set(layers) == set(want) and len(layers) == 14
     for name, layer in layers.items():
         steps = (layer.dequantize().float() - want[name].float()).abs().unflatten(1, (-1, 32)) / scales[name].float().unsqueeze(-1)
-        assert steps.max() <= 2**bits * torch.finfo(torch.bfloat16).eps
+        assert steps.max() <= (0 if method.symmetric else 2**bits * torch.finfo(torch.bfloat16).eps)
     before = dict(salient.load().named_parameters())
     assert len(norms) == 5 and any(not torch.equal(norm, before[name]) for name, norm in norms.items())
     assert all(torch.equal(ours.get_parameter(name), norm) for name, norm in norms.items())
@@ -137,9 +148,9 @@ def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> Non
     assert errors["awq"] < 0.9 * errors["rtn"]
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (3, False), (2, True)])
+@pytest.mark.parametrize(("bits", "symmetric", "clip"), [(4, True, None), (4, True, False), (3, False, None), (2, True, None)])
 @pytest.mark.usefixtures("quick_collections")
-def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool) -> None:
+def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool, clip: Any) -> None:
     """The library's documented call leaves rounded weights in the model; symmetric ones are packed without any loss."""
     auto_round = pytest.importorskip("auto_round")
 
@@ -147,17 +158,17 @@ def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: in
         """The library asks for one, but reads tokens here."""
 
     ids, done = CALIBRATION.ids[:, :32], list[tuple[float, float]]()
-    method = SignRound(bits=bits, group_size=32, symmetric=symmetric, iterations=5, batch_size=4)  # type: ignore[arg-type]
+    method = SignRound(bits=bits, group_size=32, symmetric=symmetric, clip=clip, iterations=5, batch_size=4)  # type: ignore[arg-type]
     observed = dataclasses.replace(dense, progress=lambda *p: done.append(p))
     claim = method.compress(observed, dataclasses.replace(CALIBRATION, ids=ids), tmp_path)
     assert done == [(1, 2), (2, 2)] and claim.training_tokens == 2 * 5 * 4 * 32
     settings = {"bits": bits, "group_size": 32, "sym": symmetric, "iters": 5, "nsamples": 8, "seqlen": 32, "batch_size": 4}
     library, _ = auto_round.AutoRound(
         dense.load(), Tokenizer(), scheme="W4A16", dataset=list(ids.split(1)), device_map="cpu", scale_dtype="bf16",
-        enable_torch_compile=False, **settings,
+        enable_torch_compile=False, enable_minmax_tuning=clip is None, **settings,
     ).quantize()  # fmt: skip
     source, moved = block_weights(dense.load()), 0.0
-    assert claim.trained_parameters == sum(w.numel() + w.numel() // 16 for w in source.values())
+    assert claim.trained_parameters == sum(w.numel() + (w.numel() // 16 if clip is None else 0) for w in source.values())
     for name, layer in packed_layers(tmp_path).items():
         want, scales = library.get_submodule(name).weight, library.get_submodule(name).scale.float()
         steps = (layer.dequantize().float() - want.float()).abs().unflatten(1, (-1, 32)) / scales.abs().unsqueeze(-1)

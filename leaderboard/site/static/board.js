@@ -3,7 +3,7 @@
 (() => {
   const { columns, sets, texts, rows } = window.BOARD;
   const text = (index) => (index === null ? "" : texts[index]);
-  const WIDTH = 17;
+  const WIDTH = 18;
   const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8, foreign: 16 };
 
   const bucket = (bounds, names) => (value) => (value === null ? "unknown" : names[bounds.findIndex((bound) => value <= bound)] ?? names.at(-1));
@@ -31,7 +31,7 @@
     const row = {
       index, id: raw[0], set: raw[1], model: text(raw[2]), name: text(raw[3]), family: text(raw[4]), colour: text(raw[5]), engine: text(raw[6]),
       kernel: text(raw[7]), device: text(raw[8]), status: text(raw[9]), reason: text(raw[10]), flags: raw[11].map(text), rank: raw[12], marks: raw[13],
-      source: text(raw[14]), parameters: raw[15], memory: raw[16], cells: raw.slice(WIDTH),
+      source: text(raw[14]), parameters: raw[15], memory: raw[16], grid: text(raw[17]), cells: raw.slice(WIDTH),
     };
     row.bits = bitsOf(value(row, position.effective_bits));
     row.size = sizeOf(row.parameters);

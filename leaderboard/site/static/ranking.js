@@ -2,7 +2,7 @@
 // The table of all cells, and what happens when the reader changes something.
 (() => {
   const { columns, sets, rows, position, value, bounds, offScale, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
-  const TEXTS = [["model", "Model"], ["family", "Family"], ["engine", "Engine"], ["kernel", "Kernel"], ["device", "Device"], ["status", "Status"]];
+  const TEXTS = [["model", "Model"], ["family", "Family"], ["engine", "Engine"], ["kernel", "Kernel"], ["device", "Device"], ["grid", "Grid"], ["status", "Status"]];
   const PAGE = 50;
   const MOST_PRINTED = 1000;
   const order = new Intl.Collator("en", { numeric: true }).compare;
@@ -86,7 +86,7 @@
   ];
   const ALWAYS = new Set(["set", "rank", "name", "remarks"]);
   const choosable = layout.filter((c) => !ALWAYS.has(c.name));
-  const standard = new Set(columns.filter((c) => c.shown).map((c) => c.key));
+  const standard = new Set([...columns.filter((c) => c.shown).map((c) => c.key), "grid"]);
   const shown = () => state.shown ?? standard;
   const place = (name) => layout.findIndex((c) => c.name === name);
   const sorting = () => { const at = state.sort ? place(state.sort[0]) : -1; return at > 0 ? [[at, state.sort[1]]] : []; };

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -32,6 +33,7 @@ class Atom(Grouped, SecondOrder, Method):
     citation = Citation("Atom", year=2023, arxiv="2310.19102")
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = uniform_grid(symmetric=True, range_="fixed")
 
     outliers: int = 64
     group_size: Literal[32, 64, 128, 256] = 64

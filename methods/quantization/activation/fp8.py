@@ -31,6 +31,7 @@ class FP8Weight(Method):
     citation = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     reference = "torch:float8_e4m3fn"
     produces = "packed"
+    weight_grid = "float"
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         return self._save(dense, None, out)
@@ -63,6 +64,7 @@ class FP8Static(Method):
     citation = Citation("FP8 (e4m3)", year=2022, arxiv="2209.05433")
     produces = "runtime"
     needs = Needs(calibration=True)
+    weight_grid = "float"
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core import statistics as _observe

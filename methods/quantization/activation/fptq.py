@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 
@@ -44,6 +45,7 @@ class FPTQ(Grouped, Method):
     citation = Citation("FPTQ", year=2023, arxiv="2308.15987", covers=("quantization/fptq",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = uniform_grid(symmetric=True)
 
     bits: Literal[3, 4, 8] = 4
     low: float = 15.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_layers
 
@@ -23,6 +24,7 @@ class Int8Dynamic(Method):
     citation = Citation("Dynamic INT8 (token-wise W8A8)", year=2022, arxiv="2206.01861")
     reference = "torch:_int_mm"
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed

@@ -33,6 +33,7 @@ class Microscaling(Method):
     name = "microscaling"
     citation = Citation("Microscaling (MX) formats", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",))
     produces = "runtime"
+    weight_grid = "float"
 
     number: Literal["e2m1", "e4m3"] = "e2m1"
     activations: bool = True
@@ -64,6 +65,7 @@ class NVFP4(Method):
     citation = Citation("NVFP4", year=2025, covers=("quantization/mxfp4-nvfp4-mxfp8",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = "float"
 
     activations: bool = True
 

@@ -33,6 +33,7 @@ class OliVe(Method):
     citation = Citation("OliVe", year=2023, arxiv="2304.07493", covers=("quantization/olive-oilve-in-text",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = "outlier-victim pairs"
 
     activations: bool = True
 

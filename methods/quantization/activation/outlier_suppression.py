@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class OutlierSuppressionPlus(Method):
     citation = Citation("Outlier Suppression+", year=2023, arxiv="2304.09145", covers=("quantization/outlier-suppression-b",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = uniform_grid(symmetric=True)
 
     bits: Literal[6, 8] = 8
     thresholds: int = 20

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -39,6 +40,7 @@ class QuaRotRTN(Grouped, Method):
     citation = Citation("QuaRot", year=2024, arxiv="2404.00456", covers=("quantization/quarot-spinquant",))
     produces = "runtime"
     draws = True
+    weight_grid = uniform_grid(symmetric=True, range_="searched")
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -39,6 +40,7 @@ class RPTQ(Grouped, SecondOrder, Method):
     needs = Needs(calibration=True)
     produces = "runtime"
     draws = True
+    weight_grid = uniform_grid(symmetric=False, range_="searched")
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

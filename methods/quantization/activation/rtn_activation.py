@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_layers
@@ -34,6 +35,10 @@ class RTNActivation(Grouped, Method):
     activation_bits: Literal[4, 6, 8] = 8
     activation_group_size: Literal[32, 64, 128, 256] | None = None
     activation_symmetric: bool = True
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def check(self, shape: ModelShape) -> None:
         for group_size in (self.group_size, self.activation_group_size):

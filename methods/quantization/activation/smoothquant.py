@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_layers
 
@@ -39,6 +40,7 @@ class SmoothQuant(Method):
     citation = Citation("SmoothQuant", year=2022, arxiv="2211.10438", covers=("quantization/smoothquant",))
     needs = Needs(calibration=True)
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     alpha: float = 0.5
 

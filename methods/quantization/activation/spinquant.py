@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 from slimbench.methods.core.training import LoopSettings
@@ -49,6 +50,7 @@ class SpinQuantRTN(LoopSettings, Grouped, Method):
     citation = Citation("SpinQuant", year=2024, arxiv="2405.16406", covers=("quantization/quarot-spinquant",))
     needs = Needs(calibration=True, training=True)
     produces = "runtime"
+    weight_grid = uniform_grid(symmetric=True, range_="searched")
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -33,6 +34,7 @@ class ZeroQuant(Method):
     name = "zeroquant"
     citation = Citation("ZeroQuant", year=2022, arxiv="2206.01861", covers=("quantization/zeroquant",))
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     groups: int = 64
 

@@ -32,6 +32,7 @@ class ZeroQuantFP(Grouped, SecondOrder, Method):
     citation = Citation("ZeroQuant-FP", year=2023, arxiv="2307.09782", covers=("quantization/zeroquant-fp",))
     needs = Needs(calibration=True)
     produces = "runtime"
+    weight_grid = "float"
 
     group_size: Literal[32, 64, 128, 256] = 64
     scales: Literal["free", "power-of-two"] = "free"

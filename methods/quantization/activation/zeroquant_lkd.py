@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class ZeroQuantLKD(Reconstructing):
 
     symmetric: bool = True
     learning_rate: float = 5e-6
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def learner(self, source: nn.Linear, grid: Grid) -> LearnedLinear:
         from slimbench.methods.quantization.solvers.learned import DistilledLinear

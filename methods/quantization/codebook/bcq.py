@@ -46,6 +46,7 @@ class BCQ(Grouped, Method):
         covers=("quantization/bcq-xnor-net",),
     )
     produces = FORMAT
+    weight_grid = "codebook"
 
     bits: Literal[1, 2, 3, 4] = 3
     offset: bool = False

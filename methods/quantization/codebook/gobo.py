@@ -36,6 +36,7 @@ class GOBO(Method):
     accepts = DENSE
     citation = Citation("GOBO", year=2020, arxiv="2005.03842", covers=("quantization/gobo",))
     produces = FORMAT
+    weight_grid = "codebook"
 
     bits: Literal[2, 3, 4] = 3
     log_density: float = -4.0

@@ -42,6 +42,7 @@ class KMeans(Method):
         covers=("quantization/underlying-quantization-schemes-zhao-z-et-al",),
     )
     produces = FORMAT
+    weight_grid = "codebook"
 
     bits: Literal[2, 3, 4, 8] = 4
     table: Literal["layer", "row"] = "layer"

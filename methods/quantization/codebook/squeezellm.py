@@ -39,6 +39,7 @@ class SqueezeLLM(Method):
     citation = Citation("SqueezeLLM", year=2023, arxiv="2306.07629", covers=("quantization/squeezellm",))
     needs = Needs(calibration=True)
     produces = FORMAT
+    weight_grid = "codebook"
 
     bits: Literal[3, 4] = 3
     outliers: float = 0.004

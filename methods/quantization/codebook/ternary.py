@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
@@ -39,6 +40,7 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
     citation = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
     needs = Needs(calibration=True, training=True)
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True, range_="fixed")
 
     group_size: Literal[32, 64, 128, 256] | None = None
     steps: int = 30

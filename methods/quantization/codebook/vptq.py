@@ -51,6 +51,7 @@ class VPTQ(SecondOrder, Method):
     needs = Needs(calibration=True)
     produces = FORMAT
     draws = True
+    weight_grid = "codebook"
 
     vector: Literal[2, 4, 8] = 4
     index_bits: Literal[4, 6, 8, 10, 12] = 8

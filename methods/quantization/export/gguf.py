@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class GGUF(Method):
     produces = "gguf"
 
     kind: Literal["f16", "q8_0", "q4_0", "q4_k_m", "q2_k"] = "q4_0"
+
+    @property
+    def weight_grid(self) -> str | None:
+        return {"f16": None, "q8_0": uniform_grid(symmetric=True), "q4_0": uniform_grid(symmetric=True)}.get(self.kind, "k-quants")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import gguf as _gguf

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Grouped
 
 
@@ -32,6 +33,10 @@ class NNCF(Grouped, Method):
 
     bits: Literal[4, 8] = 4
     symmetric: bool = True
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def __post_init__(self) -> None:
         if self.bits == 8 and self.group_size is not None:

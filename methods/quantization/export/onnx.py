@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.util import files
 
 _LARGE = 1 << 30  # bytes from which constants lie beside the graph: one file of it holds less than 2 GiB
@@ -51,6 +52,7 @@ class DynamicInt8(_ONNX):
     name = "onnx-dynamic-int8"
     citation = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
     reference = "onnxruntime:quantization.quantize_dynamic"
+    weight_grid = uniform_grid(symmetric=True)
 
     per_channel: bool = True
 
@@ -86,6 +88,10 @@ class MatMulNBits(_ONNX):
     group_size: Literal[16, 32, 64, 128, 256] = 64
     symmetric: bool = True
     activation_bits: Literal[8] | None = 8
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(self.group_size)

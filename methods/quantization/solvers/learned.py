@@ -52,12 +52,14 @@ class ClippedLinear(LearnedLinear):
     """Learns for each group which fractions of its largest and smallest weight bound the grid (learnable weight clipping).
 
     h = (γ max w - β min w) / (2^b - 1), z = -⌊β min w / h⌉, q = clip(⌊w / h⌉ + z, 0, 2^b - 1); γ, β are sigmoids, near one at first.
+    On a symmetric grid h = 2 max(γ max w, -β min w) / (2^b - 1), and z is the middle code.
     """
 
     START = 4.0
 
-    def __init__(self, source: nn.Linear, grid: Grid) -> None:
+    def __init__(self, source: nn.Linear, grid: Grid, symmetric: bool = False) -> None:
         super().__init__(source, grid)
+        self.symmetric = symmetric
         self.upper = nn.Parameter(torch.full(self.groups.shape[:2], self.START, device=self.groups.device))
         self.lower = nn.Parameter(self.upper.detach().clone())
 
@@ -71,17 +73,18 @@ class ClippedLinear(LearnedLinear):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         codes, scales, offsets = self._codes()
-        return QuantizedWeight(self.grid, codes.to(torch.uint8), scales.to(self.dtype), offsets.to(self.dtype))
+        kept = None if offsets is None else offsets.to(self.dtype)
+        return QuantizedWeight(self.grid, codes.to(torch.uint8), scales.to(self.dtype), kept)
 
-    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _codes(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes [out, in], whole but with gradients, scales and offsets [out, groups]."""
         levels = 2**self.grid.bits - 1
-        low = self.lower.sigmoid() * self.groups.amin(-1)
-        span = self.upper.sigmoid() * self.groups.amax(-1) - low
+        low, high = self.lower.sigmoid() * self.groups.amin(-1), self.upper.sigmoid() * self.groups.amax(-1)
+        span = 2 * torch.maximum(high, -low) if self.symmetric else high - low
         scales = rounded((span / levels).clamp_min(torch.finfo(self.dtype).tiny), self.dtype)
-        zeros = nearest(-low / scales)
+        zeros = torch.full_like(scales, self.grid.mid) if self.symmetric else nearest(-low / scales)
         codes = (nearest(self.groups / scales.unsqueeze(-1)) + zeros.unsqueeze(-1)).clamp(0, levels)
-        return codes.flatten(1), scales, (self.grid.mid - zeros) * scales
+        return codes.flatten(1), scales, None if self.symmetric else (self.grid.mid - zeros) * scales
 
 
 class UpOrDownLinear(LearnedLinear):

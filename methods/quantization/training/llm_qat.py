@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
@@ -41,6 +42,7 @@ class LLMQAT(TrainingSettings, Grouped, Method):
     citation = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
     needs = Needs(training=True)
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] | None = None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
@@ -42,6 +43,7 @@ class LoftQ(TrainingSettings, Grouped, Method):
     citation = Citation("LoftQ", year=2023, arxiv="2310.08659", covers=("quantization/loftq",))
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("peft",))
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64

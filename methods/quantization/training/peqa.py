@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
 
@@ -42,6 +43,10 @@ class PEQA(TrainingSettings, Grouped, Method):
     bits: Literal[2, 3, 4] = 4
     symmetric: bool = False
     learning_rate: float = 5e-5
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "learned")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch

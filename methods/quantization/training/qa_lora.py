@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.settings import Adapters, Grouped
 from slimbench.methods.core.training import TrainingSettings
 
@@ -36,6 +37,7 @@ class QALoRA(Adapters, TrainingSettings, Grouped, Method):
     citation = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
     needs = Needs(calibration=True, training=True)
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=False, range_="learned")
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 32

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.core.training import TrainingSettings
@@ -36,6 +37,7 @@ class TorchAOQAT(TrainingSettings, Grouped, Method):
     reference = "torchao:quantization.qat.QATConfig"
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("torchao",))
     produces = "packed"
+    weight_grid = uniform_grid(symmetric=True)
 
     bits: Literal[2, 3, 4, 8] = 4
     steps: int = 30

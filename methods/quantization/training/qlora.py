@@ -34,6 +34,7 @@ class QLoRA(Adapters, TrainingSettings, Method):
     reference = "peft:LoraConfig"
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("bitsandbytes", "peft"))
     produces = "adapters"
+    weight_grid = "codebook"
 
     double_quant: bool = True
     learning_rate: float = 2e-4

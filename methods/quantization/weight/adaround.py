@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class AdaRound(Reconstructing):
     steps: int = 10_000
     samples: int = 1
     learning_rate: float = 1e-2
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "searched")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
@@ -37,6 +38,7 @@ class SignRound(Grouped, Method):
     Attributes:
         bits: Bits of a weight, before scales.
         symmetric: Centre the grid on zero; else it has a zero point.
+        clip: False leaves the range of each group as it is and learns the shifts alone; None learns both.
         iterations: Steps for each block.
         batch_size: Calibration samples of a step.
     """
@@ -51,6 +53,7 @@ class SignRound(Grouped, Method):
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64
     symmetric: bool = True
+    clip: Literal[False] | None = None
     iterations: int = 200
     batch_size: int = 8
 
@@ -59,6 +62,10 @@ class SignRound(Grouped, Method):
             raise ValueError(f"iterations must be positive, not {self.iterations}: without any, it is rounding to nearest")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {self.batch_size}")
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "min-max" if self.clip is False else "learned")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Tune in memory and write the codes packed.
@@ -83,7 +90,7 @@ class SignRound(Grouped, Method):
             bits=self.bits,
             group_size=self.group_size,
             training_tokens=self.iterations * min(self.batch_size, samples) * length * blocks,
-            trained_parameters=weights + 2 * weights // self.group_size,
+            trained_parameters=weights + (0 if self.clip is False else 2 * weights // self.group_size),
             details={"symmetric": self.symmetric, "iterations": self.iterations},
         )
 
@@ -97,7 +104,13 @@ class SignRound(Grouped, Method):
             model,
             _NO_TOKENIZER,
             scheme="W4A16",
-            alg_configs=SignRoundConfig(bits=self.bits, group_size=self.group_size, sym=self.symmetric, iters=self.iterations),
+            alg_configs=SignRoundConfig(
+                bits=self.bits,
+                group_size=self.group_size,
+                sym=self.symmetric,
+                iters=self.iterations,
+                enable_minmax_tuning=self.clip is not False,
+            ),
             dataset=list(calibration.ids.split(1)),
             nsamples=samples,
             seqlen=length,

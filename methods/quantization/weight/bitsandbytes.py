@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.formats.architecture.structure import check_experts
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LLMInt8(_BitsAndBytes):
     name = "llm-int8"
     citation = Citation("LLM.int8()", year=2022, arxiv="2208.07339", covers=("quantization/llm-int8",))
     reference = "bitsandbytes:nn.Linear8bitLt"
+    weight_grid = uniform_grid(symmetric=True)
 
     threshold: float = 6.0
 
@@ -107,6 +109,7 @@ class NF4(_FourBits):
 
     name = "nf4"
     citation = Citation("NF4 (QLoRA)", year=2023, arxiv="2305.14314", covers=("quantization/normalformat-nf4-in-qlora",))
+    weight_grid = "codebook"
     levels = "nf4"
 
 
@@ -116,4 +119,5 @@ class FP4(_FourBits):
 
     name = "fp4"
     citation = Citation("FP4 (bitsandbytes)", year=2023, arxiv="2305.14314")
+    weight_grid = "float"
     levels = "fp4"

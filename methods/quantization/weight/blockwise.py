@@ -37,6 +37,7 @@ class Blockwise8Bit(Method):
     reference = "bitsandbytes:functional.quantize_blockwise"
     needs = Needs(extra="quantization", modules=("bitsandbytes",))
     produces = FORMAT
+    weight_grid = "codebook"
 
     block_size: Literal[64, 128, 256] = 64
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.kernels.rounding import round_to_grid
 
@@ -44,6 +45,10 @@ class FineQuant(Method):
     symmetric: bool = True
     alpha: float = 0.2
     smallest: Literal[32, 64, 128, 256] = 32
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def __post_init__(self) -> None:
         if self.alpha < 0:

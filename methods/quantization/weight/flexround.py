@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, Citation
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.quantization.solvers.reconstructing import Reconstructing
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class FlexRound(Reconstructing):
     steps: int = 5000
     samples: int = 2
     learning_rate: float = 2e-3
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "learned")
 
     def learner(self, source: nn.Linear, grid: Grid) -> LearnedLinear:
         from slimbench.methods.quantization.solvers.learned import DividedLinear

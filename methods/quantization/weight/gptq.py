@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core import llmcompressor as _llmcompressor
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.masks import zero_fraction
 from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,14 +27,15 @@ _PRUNED = 0.05
 class GPTQ(Grouped, SecondOrder, Method):
     """Weight only; embeddings and output head keep their dtype.
 
-    Grids are symmetric. The library's asymmetric grid has an integer zero point, so that a weight is `(q - z) * scale`; as an offset
-    in the model's dtype, `(2^(bits - 1) - z) * scale` is exact for 2 bits alone, and only there it is offered.
+    The library's asymmetric grid has an integer zero point, so that a weight is `(q - z) * scale`. Its offset `(2^(bits - 1) - z) * scale`
+    is rounded to the model's dtype here, which is exact for 2 bits.
 
     On smollm2-135m at 3 bits the observer "mse" gives perplexity 42.6 (suite quick, 32 × 256 calibration tokens), rounding to
     nearest 141.9.
 
     After pruning: llmcompressor moves pruned weights off zero while it corrects for rounding (in 16 % of the groups of a 2:4
-    mask). In every layer that comes in with more than 5 % zeros, those weights are therefore set to code zero again afterwards.
+    mask). In every layer that comes in with more than 5 % zeros, those weights are therefore set to code zero again afterwards. With a
+    rounded offset no code is zero, so pruned layers are refused there.
 
     Attributes:
         bits: Bits of a weight, before scales.
@@ -59,14 +62,17 @@ class GPTQ(Grouped, SecondOrder, Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _llmcompressor.check_block_size(self.block_size)
-        if self.asymmetric and self.bits != 2:
-            raise ValueError(f"asymmetric goes with 2 bits, not {self.bits}: offsets of finer grids do not fit the model's dtype")
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(not self.asymmetric, "searched" if self.observer else "min-max")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Quantize in memory and write the codes packed.
 
         Raises:
             RuntimeError: The library's weights do not lie on its own grid, so they cannot be packed without loss.
+            Unsupported: Pruned weights would not stay zero.
         """
         from slimbench.methods.formats import packed
 
@@ -75,6 +81,8 @@ class GPTQ(Grouped, SecondOrder, Method):
         layers = block_linears(model)
         check_groups(layers, self.group_size)
         masks = {name: layer.weight == 0 for name, layer in layers.items() if zero_fraction({name: layer}) > _PRUNED}
+        if masks and self.asymmetric and self.bits != 2:
+            raise Unsupported(f"pruned weights do not stay zero on a grid of {self.bits} bits with offsets; leave asymmetric at null")
         modifier = self.modifier()
         report = _llmcompressor.oneshot(model, modifier, calibration)
         packed.save(model, _codes(layers, packed.Grid(self.bits, self.group_size), bool(self.asymmetric), masks), out)
@@ -115,11 +123,14 @@ def _codes(layers: dict[str, nn.Linear], grid: Grid, asymmetric: bool, masks: di
         scales = layer.get_parameter("weight_scale").detach()
         steps = scales.float().unsqueeze(-1)
         zeros = layer.get_parameter("weight_zero_point").detach().float() if asymmetric else torch.zeros_like(scales).float()
-        offsets = (-zeros * scales.float()).to(scales.dtype) if asymmetric else None
         groups = layer.weight.detach().float().unflatten(1, (scales.shape[1], -1))
-        codes = ((groups / steps).round() + zeros.unsqueeze(-1)).clamp(-half, half - 1).flatten(1) + grid.mid
-        weight = QuantizedWeight(grid, codes.to(torch.int8 if grid.bits == 8 else torch.uint8), scales, offsets)
-        if not torch.equal(weight.dequantize(), layer.weight):
+        codes = ((groups / steps).round() + zeros.unsqueeze(-1)).clamp(-half, half - 1).flatten(1)
+        if asymmetric:
+            weight = from_zero_points(codes + half, scales, zeros + half, grid, layer.weight.dtype)
+            check_equal(name, weight, layer.weight)
+        else:
+            weight = QuantizedWeight(grid, (codes + grid.mid).to(torch.int8 if grid.bits == 8 else torch.uint8), scales)
+        if (not asymmetric or grid.bits == 2) and not torch.equal(weight.dequantize(), layer.weight):
             raise RuntimeError(f"{name}: weights from llmcompressor do not lie on their grid of {grid.bits} bits")
         if name in masks:
             on_zero = (zeros + grid.mid).to(weight.codes.dtype).repeat_interleave(groups.shape[2], dim=1)

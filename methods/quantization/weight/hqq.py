@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import FittedGrid, Grouped
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HQQ(Grouped, Method):
+class HQQ(FittedGrid, Grouped, Method):
     """Half-quadratic quantization, weight only, groups along the inputs.
 
     The library rounds the zero points of 4-bit grids to whole codes and leaves those of other widths as they are; it keeps its
@@ -34,6 +35,7 @@ class HQQ(Grouped, Method):
     Attributes:
         bits: Bits of a weight, before scales.
         group_size: Consecutive inputs that share one scale and one zero point.
+        symmetric: What it has not: zero points are what it fits.
     """
 
     name = "hqq"
@@ -45,6 +47,15 @@ class HQQ(Grouped, Method):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128, 256] = 64
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(False, "searched")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if self.symmetric:
+            raise Unsupported("hqq fits zero points, which a symmetric grid does not have")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         """Quantize one layer after the other.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
 from slimbench.methods.core.settings import Grouped
 from slimbench.methods.kernels.rounding import round_to_grid
@@ -42,6 +43,10 @@ class LoRC(Grouped, Method):
     bits: Literal[2, 3, 4, 8] = 4
     symmetric: bool = True
     rank: int = 8
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric)
 
     def __post_init__(self) -> None:
         if self.rank < 1:

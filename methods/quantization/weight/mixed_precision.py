@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -32,7 +33,9 @@ class MixedPrecision(Grouped, SecondOrder, Method):
     Attributes:
         average_bits: Bits of a weight, before scales, on average over the layers inside the blocks: 2..8.
         group_size: Consecutive inputs that share one scale in layers of 2, 3 and 4 bits.
-        symmetric: Centre the grid on zero; else fit it to both ends of the range. Ranges are searched for the least rounding error.
+        symmetric: Centre the grid on zero; else fit it to both ends of the range.
+        clip: None searches the range of each group that has the least squared rounding error; False takes it from the smallest to the
+            largest weight.
         rounding: To `nearest`, or column by column with `second-order` information, largest activations first.
         dampening: Added to the Hessian's diagonal, as a fraction of its mean; for second-order rounding.
     """
@@ -47,12 +50,17 @@ class MixedPrecision(Grouped, SecondOrder, Method):
     average_bits: float = 4.0
     group_size: Literal[32, 64, 128, 256] = 64
     symmetric: bool = True
+    clip: Literal[False] | None = None
     rounding: Literal["nearest", "second-order"] = "second-order"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not min(BITS) <= self.average_bits <= max(BITS):
             raise ValueError(f"average_bits must be between {min(BITS)} and {max(BITS)}, not {self.average_bits:g}")
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "min-max" if self.clip is False else "searched")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import packed
@@ -81,7 +89,7 @@ class MixedPrecision(Grouped, SecondOrder, Method):
         layers = {name: layer for name, layer in block_linears(model).items() if name.startswith(blocks)}
         offered = [Grid(bits, None if bits == 8 else self.group_size) for bits in BITS]
         ids = calibration.ids[: max(1, _SENSITIVITY_TOKENS // calibration.ids.shape[1])]
-        costs = divergences(model, layers, ids, offered, self.symmetric, seed=seed)
+        costs = divergences(model, layers, ids, offered, self.symmetric, seed=seed, clip=self.clip is not False)
         sizes = [layer.weight.numel() for layer in layers.values()]
         chosen = allocate(list(costs.values()), sizes, BITS, self.average_bits)
         return {name: offered[index] for name, index in zip(layers, chosen, strict=True)}
@@ -96,12 +104,12 @@ class MixedPrecision(Grouped, SecondOrder, Method):
         if self.rounding == "nearest":
             layers = block_linears(model)
             for name, grid in grids.items():
-                yield name, round_to_grid(layers[name].weight.detach(), grid, self.symmetric, clip=True)
+                yield name, round_to_grid(layers[name].weight.detach(), grid, self.symmetric, self.clip is not False)
         else:
             solver = Solver(dampening=self.dampening)
             yield from quantize_blocks(
                 model,
                 calibration.ids,
-                lambda name, weight, moments: quantize(weight, moments, grids[name], solver, self.symmetric),
+                lambda name, weight, moments: quantize(weight, moments, grids[name], solver, self.symmetric, self.clip is not False),
                 dense.progress,
             )

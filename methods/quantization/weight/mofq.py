@@ -30,6 +30,7 @@ class MoFQ(Grouped, Method):
     accepts = DENSE
     citation = Citation("MoFQ", year=2023, arxiv="2305.12356")
     produces = FORMAT
+    weight_grid = "integer or float"
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch

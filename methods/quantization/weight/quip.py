@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -41,6 +42,7 @@ class QuIP(Grouped, SecondOrder, Method):
     needs = Needs(calibration=True)
     produces = "runtime"
     draws = True
+    weight_grid = uniform_grid(symmetric=False, range_="fixed")
 
     bits: Literal[2, 3, 4] = 2
     group_size: Literal[32, 64, 128, 256] | None = None

@@ -29,6 +29,7 @@ class MXFP4(Method):
     accepts = DENSE
     citation = Citation("Microscaling data formats (OCP MX)", year=2023, arxiv="2310.10537", covers=("quantization/mxfp4-nvfp4-mxfp8",))
     produces = FORMAT
+    weight_grid = "float"
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_MX_BLOCK)
@@ -62,6 +63,7 @@ class NVFP4(Method):
     accepts = DENSE
     citation = Citation("NVFP4", year=2025, arxiv="2509.25149", covers=("quantization/mxfp4-nvfp4-mxfp8",))
     produces = FORMAT
+    weight_grid = "float"
 
     def check(self, shape: ModelShape) -> None:
         shape.check_group(_NV_BLOCK)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.settings import Grouped, SecondOrder
 
@@ -41,6 +42,10 @@ class SpQR(Grouped, SecondOrder, Method):
     outlier_fraction: float = 0.01
     symmetric: bool = True
     clip: bool = True
+
+    @property
+    def weight_grid(self) -> str:
+        return uniform_grid(self.symmetric, "searched" if self.clip else "min-max")
 
     def __post_init__(self) -> None:
         super().__post_init__()

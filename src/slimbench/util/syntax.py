@@ -19,7 +19,8 @@ from pathlib import Path
 from slimbench.util import sources
 from slimbench.util.sources import Import, Module, bound, is_docstring, is_for_types, signature
 
-FACTS = {"name", "version", "family", "citation", "reference", "needs"}
+FACTS = {"name", "version", "family", "citation", "reference", "needs", "weight_grid"}
+_STATED = {"weight_grid"}  # the facts that follow from settings, and so are properties
 _UNTOLD = {"ctx", "type_comment", "kind", "annotation", "returns"}  # fields of a node that compute nothing
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -238,7 +239,7 @@ def _is_silent(node: object, parent: ast.AST) -> bool:
         return True
     if isinstance(parent, ast.ClassDef) and isinstance(node, ast.Assign | ast.AnnAssign):
         return set(bound(node)) <= FACTS
-    return False
+    return isinstance(parent, ast.ClassDef) and isinstance(node, ast.FunctionDef) and node.name in _STATED
 
 
 def _project(source: Module) -> Path | None:

@@ -77,13 +77,13 @@ def test_a_method_is_ok_where_each_stage_that_was_tried_ended_well_once() -> Non
 
 def test_results_add_what_came_of_each_method() -> None:
     rows = {row["method"]: row for row in listed("--results", str(ROOT / "results"))}
-    assert rows["gptq"]["smollm2-135m"] == "ok" and rows["gptq"]["random-135m"] is None
+    assert rows["gptq-minmax"]["smollm2-135m"] == "ok" and rows["gptq"]["random-135m"] is None
 
 
 def test_show_names_engines_and_the_systems_that_are_covered() -> None:
     text = slimbench("methods", "show", "gptq").stdout
     assert "engines     transformers, compiled" in text and "covers      GPTQ / OPTQ" in text and "comes near  OBQ: " in text
-    assert "  group_size = 64" in text and "  observer = null" in text and "method.gptq.SETTING=VALUE" in text
+    assert "  group_size = 64" in text and "  observer = mse" in text and "method.gptq.SETTING=VALUE" in text
 
 
 def test_a_proof_says_what_was_claimed_and_nothing_of_what_libraries_say() -> None:

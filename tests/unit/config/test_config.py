@@ -10,7 +10,10 @@ from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entry
 from slimbench.harness.config.sources import choice, shipped, shipped_method
+from slimbench.harness.launch.sweep import plan
 from slimbench.harness.run.cell import make_cell, step_label
+from slimbench.harness.schema.identity import Stage
+from slimbench.methods.base import ModelShape, Unsupported
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,66 @@ def test_every_shipped_choice_composes(group: str) -> None:
 def test_every_shipped_experiment_composes() -> None:
     for name in shipped("experiment"):
         assert len(jobs([f"experiment={name}"])) > 1
+
+
+def test_experiments_of_experiments_are_all_of_their_cells() -> None:
+    parts = ["draws", "fitted", "once"]
+    alone = [jobs([f"experiment=equal_grid/{part}"]) for part in parts]
+    whole = jobs(["experiment=equal_grid"])
+    assert [job for job, _ in whole] == [job for part in alone for job, _ in part]
+    assert [job for job, _ in jobs([f"experiment={','.join(f'equal_grid/{part}' for part in parts)}"])] == [job for job, _ in whole]
+    assert {job[-1] for job, _ in whole} == {f"experiment=equal_grid/{part}" for part in parts}, "each cell can be run by its own words"
+    few = jobs(["experiment=equal_grid", "method=hqq", "calibration_seed=7"])
+    assert {(config.pipeline[0].name, config.calibration.seed) for _, config in few} == {("hqq", 7)}
+
+
+def test_an_experiment_that_sweeps_over_itself_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    for name, other in (("one", "two"), ("two", "one")):
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {{experiment: {other}}}}}}}\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^experiment=one sweeps over itself$"):
+        jobs(["experiment=one"])
+
+
+def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_path: Path) -> None:
+    found = plan(["experiment=equal_grid", f"results={tmp_path}"], several=True)
+    cells: dict[tuple[str, float, str], set[int]] = {}
+    refused: dict[str, str] = {}
+    shape = ModelShape("LlamaForCausalLM", 576, 1536, 30, 9, 3, 49152, True)
+    for planned in found.cells:
+        (method,) = planned.cell.methods
+        bits = getattr(method, "bits", getattr(method, "average_bits", 16))
+        assert planned.identity.suite == "screen" and planned.stages[0] is Stage.COMPRESS and Stage.SPEED not in planned.stages
+        assert getattr(method, "group_size", 64) == 64
+        try:
+            method.check(shape)
+        except Unsupported as reason:
+            refused[planned.identity.pipeline] = str(reason)
+            continue
+        cells.setdefault((method.name, bits, method.weight_grid), set()).add(planned.config.calibration.seed)
+    symmetric, offsets = (
+        ("symmetric, min-max", "symmetric, searched", "symmetric, learned"),
+        ("with offsets, min-max", "with offsets, learned"),
+    )
+    four = {key: seeds for key, seeds in cells.items() if key[1] == 4}
+    assert four == {
+        **{("rtn", 4, grid): {0} for grid in (*symmetric[:2], offsets[0])},
+        **{(name, 4, grid): {0, 1, 2} for name in ("gptq", "gptaq") for grid in (*symmetric[:2], offsets[0])},
+        **{("awq", 4, grid): {0, 1, 2} for grid in (*symmetric[:2], offsets[0])},
+        **{("signround", 4, grid): {0, 1, 2} for grid in (symmetric[0], symmetric[2], offsets[1])},
+        **{("mixed-precision", 4, grid): {0} for grid in (*symmetric[:2], offsets[0])},
+        **{("omniquant", 4, grid): {0} for grid in (symmetric[2], offsets[1])},
+        ("hqq", 4, "with offsets, searched"): {0},
+    }
+    assert {(name, grid) for name, bits, grid in cells if bits == 3} == {
+        *((name, symmetric[1]) for name in ("rtn", "gptq", "gptaq", "awq", "mixed-precision")),
+        *((name, symmetric[2]) for name in ("signround", "omniquant")),
+    }
+    assert set(refused) == {"hqq(symmetric=True)", "hqq(symmetric=True,clip=False)", "omniquant(symmetric=True,clip=False)"}
+    assert all("fits" in reason for reason in refused.values())
+    assert len(found.cells) == 56 and sum(planned.identity.pipeline == "dense" for planned in found.cells) == 1
 
 
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:

@@ -59,7 +59,7 @@ def test_the_lock_is_true_of_what_is_shipped() -> None:
 
 
 def test_other_arithmetic_without_a_version_is_refused(edit: Edit) -> None:
-    edit(RTN, "packed.Grid(self.bits, self.group_size), self.symmetric)", "packed.Grid(self.bits, self.group_size), not self.symmetric)")
+    edit(RTN, "packed.Grid(self.bits, self.group_size), self.symmetric, ", "packed.Grid(self.bits, self.group_size), not self.symmetric, ")
     assert labels(lock.problems()) == {"method rtn"}
     assert "--same REASON" in lock.problems()[0]
 
@@ -106,6 +106,8 @@ def test_words_and_form_do_not_count(tree: Path, edit: Edit) -> None:
     edit(RTN, "calibration: Calibration, out: Path) -> Claim:", 'calibration: "Calibration", out: Path):\n        """Words."""')
     edit("methods/core/layers.py", "raise ValueError(", "raise ValueError('other words: ' + ")
     edit(GPTQ, "arxiv=", "year=2023, arxiv=".replace("year=2023, ", ""))
+    edit(GPTQ, '"searched" if self.observer else "min-max"', '"min-max"')
+    edit("methods/quantization/weight/hqq.py", "uniform_grid(False, ", "uniform_grid(True, ")
     assert lock.problems() == []
 
 

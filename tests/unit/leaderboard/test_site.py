@@ -157,7 +157,8 @@ def test_the_numbers_of_the_ranking_are_those_of_the_rows() -> None:
         assert content["texts"][raw[3]] == row.label and content["texts"][raw[9]] == row.status and raw[12] == row.rank
         assert [content["texts"][flag] for flag in raw[11]] == folded(row.flags)
         assert raw[10] is None if row.reason is None else content["texts"][raw[10]] == row.reason
-        for column, cell in zip(ranking.ALL, raw[17:], strict=True):
+        assert raw[17] is None if row.grid is None else content["texts"][raw[17]] == row.grid
+        for column, cell in zip(ranking.NUMBERS, raw[18:], strict=True):
             value = cell[0] if isinstance(cell, list) else cell
             assert (value is None) is (getattr(row, column.key) is None)
             assert value is None or value == ranking.shown(column.value(row)), (row.label, column.key)

@@ -67,7 +67,7 @@ def test_a_yaml_restates_no_default(name: str) -> None:
 
 def test_the_settings_of_every_shipped_method_are_those_of_the_day_they_were_written_once() -> None:
     frozen = json.loads(Path(__file__).with_name("settings.json").read_text())
-    assert len(frozen) == 118
+    assert len(frozen) == 133
     for (name, settings), (_, config) in zip(frozen.items(), jobs([f"method={','.join(frozen)}"]), strict=True):
         composed = config.pipeline[0].settings
         assert composed == settings, name
@@ -82,7 +82,8 @@ def test_the_settings_of_every_shipped_method_are_those_of_the_day_they_were_wri
         ("rtn-4bit", {"head_bits": 3}, "method.rtn-4bit.head_bits: 3 is no valid choice"),
         ("rtn-4bit", {"grup_size": 64}, "did you mean 'group_size'"),
         ("gptq", {"bits": 5}, "method.gptq.bits: 5 is no valid choice"),
-        ("gptq", {"asymmetric": True}, "asymmetric goes with 2 bits, not 4"),
+        ("rtn-4bit", {"clip": False}, "method.rtn-4bit.clip: False is no valid choice"),
+        ("signround", {"clip": True}, "method.signround.clip: True is no valid choice"),
         ("gptq", {"dampening": 0}, "dampening must be positive"),
         ("gptq", {"block_size": 0}, "block_size must be a positive multiple of 1"),
         ("magnitude", {"sparsity": 1.0}, "sparsity must be between 0 and 1"),

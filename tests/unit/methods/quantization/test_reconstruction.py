@@ -73,6 +73,19 @@ def test_omniquant_clips_as_the_paper_defines(source: nn.Linear) -> None:
     assert upper.min() < 0.97 < upper.max()
 
 
+def test_omniquant_on_a_symmetric_grid_clips_at_the_farther_end(source: nn.Linear) -> None:
+    layer = moved(ClippedLinear(source, GRID, symmetric=True))
+    upper, lower = layer.upper.detach().double().sigmoid(), layer.lower.detach().double().sigmoid()
+
+    def formula(w: Tensor, o: int, g: int) -> Tensor:
+        h = 2 * max(upper[o, g] * w.max(), -lower[o, g] * w.min()) / 7
+        return h * (w / h).round().clamp(-4, 3)
+
+    weight = layer.quantized()
+    assert weight.offsets is None
+    assert torch.allclose(weight.dequantize().double(), by_group(layer, formula), atol=1e-6)
+
+
 def test_adaround_rounds_up_where_it_has_learned_to(source: nn.Linear) -> None:
     layer = UpOrDownLinear(source, GRID, symmetric=True, penalty=1.0)
     inside = (layer.floors >= -4) & (layer.floors < 3)
@@ -101,7 +114,12 @@ def test_flexround_divides_as_the_paper_defines(source: nn.Linear) -> None:
 
 def test_what_is_stored_is_what_was_learned_with(source: nn.Linear) -> None:
     half = nn.Linear(64, 24, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    for make in (ClippedLinear, lambda s, g: DividedLinear(s, g, False), lambda s, g: DistilledLinear(s, g, False)):
+    for make in (
+        ClippedLinear,
+        lambda s, g: ClippedLinear(s, g, True),
+        lambda s, g: DividedLinear(s, g, False),
+        lambda s, g: DistilledLinear(s, g, False),
+    ):
         layer: Any = moved(make(half, GRID))
         stored = layer.quantized().dequantize()
         assert stored.dtype is torch.bfloat16 and torch.equal(layer.effective().bfloat16(), stored)

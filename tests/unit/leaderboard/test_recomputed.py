@@ -1,0 +1,92 @@
+"""The board of the committed records holds what a program that shares no code with it computes from their raw samples."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import recompute
+from tests.support.paths import ROOT
+from tests.unit.cli.test_cli import slimbench
+
+SCRIPT = Path(recompute.__file__)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows that `board build` exports."""
+    folder = tmp_path_factory.mktemp("built") / "board"
+    built = slimbench("board", "build", "--results", str(ROOT / "results"), "--out", str(folder), "--no-figures")
+    assert built.returncode == 0, built.stderr
+    return folder / "table.json"
+
+
+def run(table: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-I", str(SCRIPT), str(ROOT / "results"), str(table)], capture_output=True, text=True)
+
+
+def test_it_reads_json_and_shares_no_code() -> None:
+    named = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(SCRIPT.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert named - set(sys.stdlib_module_names) == {"numpy", "scipy"}
+
+
+def test_every_figure_of_the_board_is_that_of_the_raw_samples(table: Path) -> None:
+    rows = json.loads(table.read_text())
+    assert all(any(row[column] not in (None, {}, []) for row in rows) for column in recompute.COMPARED), "nothing is compared in vain"
+    done = run(table)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith(f"{len(rows)} rows, ") and int(done.stdout.split()[2]) > 30 * len(rows)
+
+
+def nudged(name: str, by: float) -> Callable[[list[dict[str, Any]]], None]:
+    def change(rows: list[dict[str, Any]]) -> None:
+        row = next(row for row in rows if row[name])
+        row[name] *= 1 + by
+
+    return change
+
+
+def _without_a_bound(rows: list[dict[str, Any]]) -> None:
+    next(row for row in rows if row["kl_low"] is not None)["kl_low"] = None
+
+
+def _another_flip(rows: list[dict[str, Any]]) -> None:
+    next(row for row in rows if row["flips_to_wrong"])["flips_to_wrong"] += 1
+
+
+def _one_point_faster(rows: list[dict[str, Any]]) -> None:
+    next(row for row in rows if row["decode_low"])["speed_points"][0]["decode_low"] *= 1 + 1e-8
+
+
+FALSE: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
+    "perplexity": (nudged("perplexity", 1e-8), ": perplexity is "),
+    "p": (nudged("perplexity_p", 1e-8), ": perplexity_p is "),
+    "speed-up": (nudged("speedup", -1e-8), ": speedup is "),
+    "no bound": (_without_a_bound, ": kl_low is "),
+    "flip": (_another_flip, ": flips_to_wrong is "),
+    "point": (_one_point_faster, ": speed_points[0].decode_low is "),
+    "no row": (lambda rows: rows.pop(3), "no row of "),
+}
+
+
+@pytest.mark.parametrize("fault", FALSE)
+def test_a_figure_that_is_off_by_a_hundred_millionth_is_told(table: Path, tmp_path: Path, fault: str) -> None:
+    change, told = FALSE[fault]
+    rows = json.loads(table.read_text())
+    change(rows)
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    done = run(tmp_path / "table.json")
+    assert done.returncode == 1 and told in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-1].endswith("differ")
