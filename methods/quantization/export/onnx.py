@@ -51,6 +51,7 @@ class DynamicInt8(_ONNX):
     name = "onnx-dynamic-int8"
     citation = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
     reference = "onnxruntime:quantization.quantize_dynamic"
+    causal = False
 
     per_channel: bool = True
 
