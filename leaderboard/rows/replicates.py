@@ -22,8 +22,8 @@ def calibration(record: Record) -> Calibration:
     return Calibration(calibration_text=text, calibration_seed=settings.get("seed"))
 
 
-def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
-    """The rows with the spread of their perplexity over seeds, and with what tells those of one pipeline apart.
+def families(board: Iterable[tuple[Row, Record]]) -> list[str]:
+    """For each row a text that rows share which differ in nothing but their seeds.
 
     Quality counts: rows of several machines and speed protocols may share one result, and then have one name.
 
@@ -31,19 +31,30 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
         board: Rows, each with a record of its cell.
     """
     definitions: dict[str, str] = {}
+    return [definitions.setdefault(row.keys.quality, _but_for_seeds(row, record)) for row, record in board]
+
+
+def spread(board: Sequence[Row], families: Sequence[str]) -> list[Row]:
+    """The rows with the spread of their perplexity over seeds, and with what tells those of one pipeline apart."""
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row, record in board:
-        groups[definitions.setdefault(row.keys.quality, _but_for_seeds(row, record))].append(row)
+    for row, family in zip(board, families, strict=True):
+        groups[family].append(row)
     named = [row for group in groups.values() for row in _with_spread(group)]
     named = _told_apart(named, lambda row: row.calibration_text)
     return _told_apart(named, lambda row: f"key {row.keys.quality[:8]}")
 
 
 def _but_for_seeds(row: Row, record: Record) -> str:
-    """Everything that defines the quality of a row except its seeds."""
-    pipeline = record.config.get("pipeline") or record.cell.steps
-    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, record.config.get("model")]
+    """Everything that defines the quality of a row except its seeds. A setting that is null is as one that is not there."""
+    pipeline, model = (_without_nulls(part) for part in (record.config.get("pipeline") or record.cell.steps, record.config.get("model")))
+    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, pipeline, model]
     return json.dumps(words, sort_keys=True, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _with_spread(group: Sequence[Row]) -> list[Row]:
