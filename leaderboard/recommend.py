@@ -303,7 +303,7 @@ def describe(recommendation: Recommendation) -> list[str]:
 
 
 def _of_none(found: Recommendation) -> list[str]:
-    none = f"None of {found.considered} cells keeps to the budget."
+    none = f"None of {found.considered} candidates keeps to the budget."
     return [f"{none} Nearest miss: {_words(found.nearest_miss)}" if found.nearest_miss else none]
 
 

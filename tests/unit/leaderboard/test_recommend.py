@@ -191,7 +191,7 @@ def test_where_flags_leave_nobody_that_is_said(measured: list[Record]) -> None:
         made = flagged(made, spec.pipeline, "claims 8 bits, stores 16.0")
     found = recommend(made, MODEL, Budget())
     assert found.choice is found.nearest_miss is None and found.considered == 0 and len(found.left_out) == len(SPECS)
-    assert describe(found)[1] == "None of 0 cells keeps to the budget."
+    assert describe(found)[1] == "None of 0 candidates keeps to the budget."
 
 
 def test_each_limit_says_how_surely_it_is_kept(measured: list[Record]) -> None:
