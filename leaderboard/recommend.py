@@ -1,14 +1,18 @@
 """Which cell to ship under a budget of memory, quality and speed, and how sure that choice is. A pure function of the records.
 
 Among the cells of one table that keep to the budget, the best by the wanted objective is chosen; cells that do not differ
-significantly from it in quality are named as tied. Confidence comes from the intervals that stand on the board: a measured value
-whose logarithm is taken as normal keeps a limit with probability Φ((ln limit − ln value) / SE), SE = (ln high − ln low) / 2 z₀.₉₇₅.
+significantly from it in quality are named as tied. A cell with an invalidating flag (`flags.kinds`) is no candidate where the flag takes
+away a figure that the decision reads, or says that the cell is not what it is called: bytes that older code took, say, where memory is a
+limit. Records of that time hold no hash of their code, so the flag, not a version, tells them. Who was left out so is said.
+
+Confidence comes from the intervals that stand on the board. A measured value whose logarithm is taken as normal keeps a limit with a
+one-sided confidence of Φ((ln limit − ln value) / SE), SE = (ln high − ln low) / 2 z₀.₉₇₅: that of the interval that just reaches it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -18,13 +22,16 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats import significance
 from slimbench.leaderboard.compare.compare import TextComparison, headline
+from slimbench.leaderboard.flags.kinds import Figure, invalidating, labelled, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.format import decimal, p_text
 from slimbench.util.text import nearest
 
 Objective = Literal["quality", "speed", "size"]
 _Z = 1.959963984540054
+_LISTED = 5
 
 
 class Budget(BaseModel):
@@ -51,11 +58,13 @@ class Limit(BaseModel):
     """One limit of the budget held against a cell.
 
     Attributes:
+        figure: What an invalidating flag must take away for the limit to say nothing; None: no flag does.
         excess: By how much of the limit it is missed; 0 where it is kept, None where the cell has no such measurement.
-        confidence: Probability that the true value keeps the limit; None where no interval was measured.
+        confidence: One-sided confidence that the true value keeps the limit; None where no interval was measured: bytes are counted once.
     """
 
     name: str
+    figure: Figure | None
     limit: float
     value: float | None
     excess: float | None
@@ -77,10 +86,15 @@ class Candidate(BaseModel):
         """Sum of what is missed, as fractions of the limits; infinite where something was not measured."""
         return sum(math.inf if limit.excess is None else limit.excess for limit in self.limits)
 
-    @property
-    def confidence(self) -> float | None:
-        """Least confidence of any limit; None where none has an interval."""
-        return min((limit.confidence for limit in self.limits if limit.confidence is not None), default=None)
+
+class LeftOut(Candidate):
+    """A cell that would keep to the budget by all that its flags leave standing.
+
+    Attributes:
+        flags: The invalidating flags for which it is no candidate.
+    """
+
+    flags: list[str]
 
 
 class Recommendation(BaseModel):
@@ -90,21 +104,25 @@ class Recommendation(BaseModel):
         setting: What the rows of the table share, in words.
         choice: The best cell that keeps to the budget, None where none does.
         runner_up: The next best that does.
-        better: Probability that the choice has the lower perplexity of the two, from the paired test with Holm's correction over all
-            cells within the budget, as both were picked from among them; None where they share no text.
+        ratio: Perplexity of the choice over that of the runner-up on the same windows; None where they share no text.
+        p: Of that difference: the paired test with Holm's correction over all cells within the budget, as both were picked from among
+            them. No probability that one is better than the other.
         tied: Further cells within the budget that do not differ significantly from the choice in perplexity, after that correction.
         nearest_miss: Where none keeps to the budget, the cell that misses it least.
-        considered: Cells of the table with a result.
+        considered: Candidates: cells of the table with a result, but for those that a flag leaves out.
+        left_out: Those of the latter that might have kept to the budget, the best first.
     """
 
     setting: str
     objective: Objective
     choice: Candidate | None
     runner_up: Candidate | None
-    better: float | None
+    ratio: float | None
+    p: float | None
     tied: list[str]
     nearest_miss: Candidate | None
     considered: int
+    left_out: list[LeftOut] = []
 
 
 def recommend(
@@ -115,18 +133,37 @@ def recommend(
     suite: str | None = None,
     device: str | None = None,
     engine: str | None = None,
+    include_flagged: bool = False,
 ) -> Recommendation:
     """The best cell of a model under a budget.
 
     Where several tables remain (other suites, hardware, protocols), the one with the most finished rows answers.
 
+    Args:
+        include_flagged: Cells with an invalidating flag are candidates too, by their figures as they are recorded.
+
     Raises:
         ConfigError: No cell of that model, suite, device or engine has a result.
     """
     ordered = oldest_first(records)
-    board = [row for row in rows(ordered) if not row.foreign]
+    return choose(rows(ordered), Index(ordered), model, budget, objective, suite, device, engine, include_flagged)
+
+
+def choose(
+    everything: Sequence[Row],
+    index: Index,
+    model: str,
+    budget: Budget,
+    objective: Objective = "quality",
+    suite: str | None = None,
+    device: str | None = None,
+    engine: str | None = None,
+    include_flagged: bool = False,
+) -> Recommendation:
+    """`recommend` for the rows of a board and the records that they were made of."""
+    board = [row for row in everything if not row.foreign]
     if model not in (models := sorted({row.model for row in board})):
-        foreign = " of this folder; `slimbench records adopt` takes foreign ones for one's own" if any(r.foreign for r in ordered) else ""
+        foreign = " of this folder; `slimbench records adopt` takes foreign ones for one's own" if len(board) < len(everything) else ""
         raise ConfigError(f"no record of model '{model}'{foreign}{nearest(model, models)}")
     kept = [row for row in board if row.model == model]
     for field, wanted in (("suite", suite), ("device", device), ("engine", engine)):
@@ -141,31 +178,62 @@ def recommend(
     for row in finished:
         tables.setdefault(row.table_key, []).append(row)
     table = max(tables.values(), key=lambda group: (len(group), group[0].table_key))
-    held = sorted((hold(row, budget) for row in table), key=lambda candidate: _order(candidate.row, objective))
-    fitting = [candidate for candidate in held if candidate.fits]
+    spoiled = {row.place: [] if include_flagged else invalidating(row.flags, reads(budget, objective)) for row in table}
+    held = [hold(row, budget, include_flagged) for row in sorted(table, key=lambda row: _order(row, objective, include_flagged))]
+    candidates = [candidate for candidate in held if not spoiled[candidate.row.place]]
+    fitting = [candidate for candidate in candidates if candidate.fits]
     choice, runner_up = (*fitting, None, None)[:2]
-    index = Index(ordered)
     rivals = _rivals(index, fitting)
+    _, text, p = rivals[0] if rivals else (None, None, math.nan)
     return Recommendation(
         setting=" · ".join((model, table[0].suite, table[0].device, table[0].hardware)),
         objective=objective,
         choice=choice,
         runner_up=runner_up,
-        better=_better(*rivals[0][1:]) if rivals else None,
+        ratio=text.ratio.value if text else None,
+        p=None if math.isnan(p) else p,
         tied=[_name(other.row) for other, _, p in rivals if p >= significance.LEVEL],
-        nearest_miss=None if choice else min(held, key=lambda candidate: candidate.excess),
-        considered=len(table),
+        nearest_miss=None if choice else min(candidates, key=lambda candidate: candidate.excess, default=None),
+        considered=len(candidates),
+        left_out=[LeftOut(**dict(c), flags=flags) for c in held if (flags := spoiled[c.row.place]) and _might_fit(c)],
     )
 
 
-def hold(row: Row, budget: Budget) -> Candidate:
+def reads(budget: Budget, objective: Objective) -> set[Figure]:
+    """The figures by which cells are chosen. Quality always is one: every answer tells what the choice loses."""
+    found = {Figure.QUALITY}
+    if budget.memory_bytes is not None or objective == "size":
+        found.add(Figure.MEMORY)
+    if budget.min_speed is not None or budget.min_speedup is not None or objective == "speed":
+        found.add(Figure.DECODE)
+    return found
+
+
+def _might_fit(candidate: Candidate) -> bool:
+    """Whether it keeps to all limits, as far as its flags leave the figures standing."""
+    return all(limit.excess == 0 or _is_open(candidate.row, limit) for limit in candidate.limits)
+
+
+def _is_open(row: Row, limit: Limit) -> bool:
+    """Whether a flag takes away by what a limit is missed; weights that are too much alone miss a limit of memory whatever the rest is."""
+    if limit.figure is None or not spoiling(row.flags, limit.figure):
+        return False
+    return limit.figure is not Figure.MEMORY or (row.weight_bytes or 0) <= limit.limit
+
+
+def hold(row: Row, budget: Budget, include_flagged: bool = False) -> Candidate:
     """Hold a cell against every limit of a budget."""
-    return Candidate(row=row, limits=list(_limits(row, budget)))
+    return Candidate(row=row, limits=list(_limits(row, budget, include_flagged)))
 
 
-def memory_bytes(row: Row) -> int | None:
-    """Bytes that a cell needs to run the headline speed point; None unless weights, KV cache and activations were all measured."""
+def memory_bytes(row: Row, include_flagged: bool = False) -> int | None:
+    """Bytes that a cell needs to run the headline speed point: weights, KV cache and activations.
+
+    None unless all three were measured, and where a flag says that one of them is of something else.
+    """
     if row.weight_bytes is None or row.kv_cache_bytes is None or row.activation_bytes is None:
+        return None
+    if not include_flagged and spoiling(row.flags, Figure.MEMORY):
         return None
     return row.weight_bytes + row.kv_cache_bytes + row.activation_bytes
 
@@ -177,32 +245,34 @@ def _rivals(index: Index, fitting: list[Candidate]) -> list[tuple[Candidate, Tex
     return list(zip(fitting[1:], texts, p_values.tolist(), strict=True))
 
 
-def _limits(row: Row, budget: Budget) -> Iterator[Limit]:
+def _limits(row: Row, budget: Budget, include_flagged: bool) -> Iterator[Limit]:
     ratio = None if row.perplexity_delta_percent is None else 1 + row.perplexity_delta_percent / 100
     if row.is_reference:
         ratio = 1.0
     if budget.memory_bytes is not None:
-        yield _at_most("memory", memory_bytes(row), budget.memory_bytes)
+        yield _at_most("memory", Figure.MEMORY, memory_bytes(row, include_flagged), budget.memory_bytes)
     if budget.max_disk_bytes is not None:
-        yield _at_most("disk", row.disk_bytes, budget.max_disk_bytes)
+        yield _at_most("disk", None, row.disk_bytes, budget.max_disk_bytes)
     if budget.max_drop is not None:
-        limit = _at_most("perplexity ratio", ratio, 1 + budget.max_drop)
-        yield limit.model_copy(update={"confidence": _keeps(ratio, row.perplexity_ratio_low, row.perplexity_ratio_high, limit.limit, -1)})
+        limit = _at_most("perplexity ratio", Figure.QUALITY, ratio, 1 + budget.max_drop)
+        sure = 1.0 if row.is_reference else _keeps(ratio, row.perplexity_ratio_low, row.perplexity_ratio_high, limit.limit, -1)
+        yield limit.model_copy(update={"confidence": sure})
     for name, wanted, value, low, high in (
         ("decode tokens/s", budget.min_speed, row.decode_tokens_per_s, row.decode_low, row.decode_high),
         ("speed-up", budget.min_speedup, row.speedup, row.speedup_low, row.speedup_high),
     ):
         if wanted is not None:
             excess = None if value is None else max(0.0, wanted / value - 1)
-            yield Limit(name=name, limit=wanted, value=value, excess=excess, confidence=_keeps(value, low, high, wanted, 1))
+            confidence = _keeps(value, low, high, wanted, 1)
+            yield Limit(name=name, figure=Figure.DECODE, limit=wanted, value=value, excess=excess, confidence=confidence)
 
 
-def _at_most(name: str, value: float | None, limit: float) -> Limit:
-    return Limit(name=name, limit=limit, value=value, excess=None if value is None else max(0.0, value / limit - 1))
+def _at_most(name: str, figure: Figure | None, value: float | None, limit: float) -> Limit:
+    return Limit(name=name, figure=figure, limit=limit, value=value, excess=None if value is None else max(0.0, value / limit - 1))
 
 
 def _keeps(value: float | None, low: float | None, high: float | None, limit: float, sign: int) -> float | None:
-    """Probability that the true value lies above (sign 1) or below (sign -1) a limit; None without an interval."""
+    """One-sided confidence that the true value lies above (sign 1) or below (sign -1) a limit; None without an interval."""
     if value is None or low is None or high is None or min(value, low, limit) <= 0:
         return None
     error = (math.log(high) - math.log(low)) / (2 * _Z)
@@ -212,18 +282,11 @@ def _keeps(value: float | None, low: float | None, high: float | None, limit: fl
     return 0.5 * math.erfc(-distance / error / math.sqrt(2))
 
 
-def _better(text: TextComparison | None, p: float) -> float | None:
-    """Probability that the first has the lower perplexity, from the p-value of a two-sided paired test."""
-    if text is None or math.isnan(p):
-        return None
-    return 1 - p / 2 if text.ratio.value <= 1 else p / 2
-
-
-def _order(row: Row, objective: Objective) -> tuple[float, ...]:
+def _order(row: Row, objective: Objective, include_flagged: bool) -> tuple[float, ...]:
     def least(value: float | None) -> float:
         return math.inf if value is None else value
 
-    quality, size = least(row.perplexity), least(memory_bytes(row))
+    quality, size = least(row.perplexity), least(memory_bytes(row, include_flagged))
     speed = -row.decode_tokens_per_s if row.decode_tokens_per_s is not None else math.inf
     orders: dict[Objective, tuple[float, ...]] = {
         "quality": (quality, size, speed),
@@ -235,40 +298,56 @@ def _order(row: Row, objective: Objective) -> tuple[float, ...]:
 
 def describe(recommendation: Recommendation) -> list[str]:
     """The answer in lines for people."""
-    lines = [recommendation.setting]
-    if recommendation.choice is None:
-        assert recommendation.nearest_miss is not None
-        lines.append(f"None of {recommendation.considered} cells keeps to the budget. Nearest miss: {_words(recommendation.nearest_miss)}")
-        return lines
-    lines.append(f"Best by {recommendation.objective}: {_words(recommendation.choice)}")
-    lines += _flags(recommendation.choice)
-    if (sure := recommendation.choice.confidence) is not None:
-        lines.append(f"It keeps to the budget with a probability of {_percent(sure)}.")
-    if recommendation.runner_up:
-        lines += [f"Runner-up: {_words(recommendation.runner_up)}", *_flags(recommendation.runner_up)]
-    if recommendation.better is not None:
-        lines.append(f"Probability that the choice has the lower perplexity of the two: {_percent(recommendation.better)}.")
-    if recommendation.tied:
-        lines.append(f"Not significantly different in perplexity: {', '.join(recommendation.tied)}.")
+    found = recommendation
+    return [found.setting, *(_of_choice(found, found.choice) if found.choice else _of_none(found)), *_of_left_out(found)]
+
+
+def _of_none(found: Recommendation) -> list[str]:
+    none = f"None of {found.considered} candidates keeps to the budget."
+    return [f"{none} Nearest miss: {_words(found.nearest_miss)}" if found.nearest_miss else none]
+
+
+def _of_choice(found: Recommendation, choice: Candidate) -> list[str]:
+    lines = [f"Best by {found.objective}: {_words(choice)}", *_flags(choice)]
+    if choice.limits:
+        lines.append(f"It keeps to the budget: {'; '.join(map(_kept, choice.limits))}.")
+    if found.runner_up:
+        lines += [f"Runner-up: {_words(found.runner_up)}", *_flags(found.runner_up)]
+    if found.ratio is not None and found.p is not None:
+        change = f"perplexity of the choice {decimal(1, signed=True)(100 * (found.ratio - 1))} % against the runner-up"
+        surely = "significant" if found.p < significance.LEVEL else "not significant"
+        lines.append(f"{change[0].upper()}{change[1:]}: {surely}, {p_text(found.p)} (paired, Holm).")
+    if found.tied:
+        lines.append(f"Not significantly different in perplexity: {', '.join(found.tied)}.")
     return lines
 
 
+def _of_left_out(found: Recommendation) -> list[str]:
+    if not found.left_out:
+        return []
+    more = len(found.left_out) - _LISTED
+    lines = ["Left out for an invalidating flag (`--include-flagged` takes them in):"]
+    lines += [f"  {_words(left, missed=False)}: {'; '.join(left.flags)}" for left in found.left_out[:_LISTED]]
+    return [*lines, f"  and {more} more"] if more > 0 else lines
+
+
 def _flags(candidate: Candidate) -> list[str]:
-    return [f"  Flag: {flag}." for flag in candidate.row.flags]
+    return [f"  Flag: {labelled(flag)}." for flag in candidate.row.flags]
 
 
-def _words(candidate: Candidate) -> str:
+def _words(candidate: Candidate, missed: bool = True) -> str:
     row = candidate.row
+    memory = next((limit.value for limit in candidate.limits if limit.figure is Figure.MEMORY), memory_bytes(row))
     facts: list[tuple[float | None, Callable[[float], str]]] = [
         (row.perplexity, lambda v: f"perplexity {v:.2f}"),
         (row.perplexity_delta_percent, lambda v: f"{v:+.1f} %"),
-        (memory_bytes(row), lambda v: f"{v / 1e6:.0f} MB"),
+        (memory, lambda v: f"{v / 1e6:.0f} MB"),
         (row.decode_tokens_per_s, lambda v: f"{v:.1f} tokens/s"),
         (row.speedup, lambda v: f"{v:.2f} ×"),
     ]
-    missed = [_missed(limit) for limit in candidate.limits if limit.excess != 0]
+    misses = [_missed(limit) for limit in candidate.limits if limit.excess != 0] if missed else []
     text = f"{_name(row)}: {', '.join(show(value) for value, show in facts if value is not None)}"
-    return text + (f"; misses {', '.join(missed)}" if missed else "")
+    return text + (f"; misses {', '.join(misses)}" if misses else "")
 
 
 def _name(row: Row) -> str:
@@ -277,6 +356,11 @@ def _name(row: Row) -> str:
 
 def _missed(limit: Limit) -> str:
     return f"{limit.name} (not measured)" if limit.excess is None else f"{limit.name} by {100 * limit.excess:.1f} %"
+
+
+def _kept(limit: Limit) -> str:
+    sure = "measured once, no interval" if limit.confidence is None else f"one-sided confidence {_percent(limit.confidence)}"
+    return f"{limit.name} ({sure})"
 
 
 def _percent(probability: float) -> str:

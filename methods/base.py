@@ -1,8 +1,7 @@
 """What a compression method is: its facts, its settings and one function that writes an artefact.
 
 A method is a frozen dataclass in one file below `methods/`, named by `_target_` in one YAML below `conf/method/`.
-This module imports no heavy library: listing and validating methods must take milliseconds, so a method imports
-torch and its reference library inside `compress`.
+This module imports no heavy library, so that listing methods takes milliseconds: a method imports torch and its library in `compress`.
 """
 
 from __future__ import annotations
@@ -282,7 +281,7 @@ class Claim:
         sparsity: Fraction of zeros among the weights of the pruned layers, 0..1; None if nothing was pruned.
         pattern: `n:m` where the zeros follow a semi-structured pattern.
         activation_bits: Bits of the activations entering compressed layers; None if they keep their dtype.
-        simulated: The numbers are rounded but stored in the source dtype, so no speed may be claimed.
+        simulated: Weights or inputs are rounded, but products run in the source dtype, so no speed may be claimed.
         parameters: Of the whole model, biases included, what is shared counted once; None if the architecture is as it was.
         layers: Decoder blocks; None if the architecture is as it was.
         work: Mean work of a token; None if all of the model runs for each.
@@ -339,11 +338,12 @@ class Method(Settings, ABC):
         citation: Paper behind the method.
         reference: `library:symbol` that does the work, or `paper` where it is written here from the paper.
         needs: What must be there to run it.
-        accepts: Formats that it can follow in a pipeline: `DENSE` if it asks `DenseModel.load` for the weights and takes each layer as
-            it is, `ANY_BASE` if it only adds a policy.
+        accepts: Formats that it can follow: `DENSE` if it asks `DenseModel.load` for the weights, `ANY_BASE` if it only adds a policy.
         produces: Format of the artefact. A method that writes ordinary checkpoints writes `edited` after a step that did.
         draws: Something in it is random, so that its artefact depends on the seed of the cell.
         weight_grid: What weights are rounded to, in the words of `methods.core.grids`; None where they keep their dtype.
+        causal: The logits of a token depend on no later token and on no other sequence of the batch.
+        least_steps: Updates (`steps`) that a fair run takes: the paper's where it counts them, else 1,000; None: nothing is said of it.
     """
 
     name: ClassVar[str]
@@ -355,6 +355,8 @@ class Method(Settings, ABC):
     accepts: ClassVar[tuple[str, ...]] = (HUGGINGFACE,)
     produces: ClassVar[str] = HUGGINGFACE
     draws: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
+    least_steps: ClassVar[int | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -22,10 +22,16 @@ def recommend(
     suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
     device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
     engine: Annotated[str | None, typer.Option(help="Only cells on this engine.")] = None,
+    include_flagged: Annotated[
+        bool, typer.Option("--include-flagged", help="Choose among cells with an invalidating flag too, by their figures as recorded.")
+    ] = False,
     results: Annotated[Path, typer.Option(help="Folder of records.")] = Path("runs"),
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
-    """The best cell under a budget, how sure the choice is, and the runner-up; exit code 1 and the nearest miss where none fits."""
+    """The best cell under a budget, how sure the choice is, the runner-up, and who was left out for a flag.
+
+    Exit code 1 and the nearest miss where none fits.
+    """
     from slimbench.harness.cli.terminal import check_choice, read_records
 
     check_choice("--format", format, ("terminal", "json"))
@@ -44,7 +50,7 @@ def recommend(
     from slimbench.leaderboard.recommend import Budget, describe
     from slimbench.leaderboard.recommend import recommend as choose
 
-    found = choose(records, model, Budget(**limits), prefer, suite, device, engine)  # type: ignore[arg-type]
+    found = choose(records, model, Budget(**limits), prefer, suite, device, engine, include_flagged)  # type: ignore[arg-type]
     if format == "json":
         print(found.model_dump_json(indent=1))
     else:

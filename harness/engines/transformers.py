@@ -10,7 +10,7 @@ import torch
 
 from slimbench.harness.engines import spread
 from slimbench.harness.engines.base import Engine
-from slimbench.harness.measure.evidence import collect
+from slimbench.harness.measure.evidence import collect, linear_bits
 from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.formats import huggingface
@@ -93,6 +93,9 @@ class TransformersModel(LoadedModel):
             return state.stored_bytes()
         tensors = [t for layer in getattr(state, "layers", []) for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors) if tensors else None
+
+    def loaded_bits(self) -> float | None:
+        return linear_bits(self.module)
 
     def evidence(self) -> Evidence:
         prompt = torch.zeros(1, 8, dtype=torch.int64)

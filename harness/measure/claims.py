@@ -9,7 +9,7 @@ import torch
 
 from slimbench.harness.measure.loaded import Generates, Loaded
 from slimbench.harness.measure.zeros import holds
-from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.evidence import Evidence, LayerEvidence, simulation
 from slimbench.methods.base import Claim, Needs
 
 _CACHE_TOKENS = 512
@@ -17,9 +17,22 @@ _DENSE_BITS = 16
 _SLACK = 1.02
 
 
-def check(model: Loaded, claim: Claim, disk_bytes: int, needs: Sequence[Needs] = (), dense_parameters: int | None = None) -> Evidence:
-    """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it. Arguments as of `flags`."""
+def check(
+    model: Loaded,
+    claim: Claim,
+    disk_bytes: int,
+    needs: Sequence[Needs] = (),
+    dense_parameters: int | None = None,
+    loaded_bits: float | None = None,
+) -> Evidence:
+    """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it. Arguments as of `flags`.
+
+    Args:
+        loaded_bits: What `Loaded.loaded_bits` gave before the first call, where the model has run already.
+    """
     found = model.evidence()
+    if loaded_bits is not None:
+        found.loaded_bits = loaded_bits
     if claim.cache_bytes_per_token is not None and isinstance(model, Generates):
         found.cache_bytes_per_token = cache_bytes_per_token(model)
     found.flags = flags(claim, found, disk_bytes, needs, dense_parameters)
@@ -63,7 +76,7 @@ def flags(
         *_architecture_flags(claim, evidence, dense_parameters),
         *(_training_flags(claim, needs) if needs else []),
         *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
-        *(["simulated: rounded numbers in dense storage"] if claim.simulated else []),
+        *([simulation(claim, evidence)] if claim.simulated else []),
     ]
 
 

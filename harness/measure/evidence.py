@@ -34,7 +34,7 @@ def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
         module: A causal language model; its leaf modules hold the weights.
         decode_step: Runs one decode step; called several times, since some libraries repack in the first.
     """
-    loaded_bits = _linear_bits(module)
+    loaded_bits = linear_bits(module)
     decode_step()
     found = _layers(module)
     tensors = [tensor for layer in module.modules() for tensor in resident_tensors(layer)]
@@ -120,7 +120,7 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
     return [_describe(*holding) for holding in _holdings(module)]
 
 
-def _linear_bits(module: torch.nn.Module) -> float | None:
+def linear_bits(module: torch.nn.Module) -> float | None:
     """Bits per weight of the linear layers as they lie in memory now, None without such layers."""
     linear = [holding for holding in _holdings(module) if holding[1] == "linear"]
     weights = sum(_parameters(layer, role, tensors) for layer, role, tensors, _ in linear)

@@ -52,6 +52,10 @@ class Loaded(ABC):
     def forget(self) -> None:  # noqa: B027
         """Let go of what runs at other shapes left in memory, as far as it can be made anew; steps of earlier runs end here."""
 
+    def loaded_bits(self) -> float | None:
+        """Bits per weight of the linear layers as they lie in memory now: some libraries repack in the first call. None where not shown."""
+        return None
+
     @abstractmethod
     def evidence(self) -> Evidence:
         """What was loaded: layers, bytes, bits, zeros, operators."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from slimbench.harness.schema.base import Schema
+from slimbench.methods.base import Claim
+
+_DENSE_BITS = 16
 
 
 class LayerEvidence(Schema):
@@ -76,3 +79,12 @@ class Evidence(Schema):
     materialised_bytes: int | None = None
     missing_kernels: list[str] = []
     flags: list[str] = []
+
+
+def simulation(claim: Claim, evidence: Evidence | None) -> str:
+    """What of a simulated artefact is only computed as if: its weights, where they take the room of dense ones, or its inputs alone."""
+    stored = evidence.effective_bits if evidence else None
+    if stored is not None and stored >= _DENSE_BITS:
+        return "simulated: rounded numbers in dense storage"
+    inputs = "" if claim.activation_bits is None else f"inputs rounded to {claim.activation_bits:g} bits, "
+    return f"simulated: {inputs}products in the dtype of the source"

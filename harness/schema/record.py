@@ -131,7 +131,7 @@ class Record(Schema):
 
     @property
     def simulated(self) -> bool:
-        """The artefact holds rounded numbers in dense storage: no speed may be claimed for it, so none is measured."""
+        """Weights or inputs are rounded, but products run in the dtype of the source: no speed may be claimed, so none is measured."""
         return bool(self.compress and self.compress.claim.simulated)
 
     @property

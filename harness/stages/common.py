@@ -72,11 +72,11 @@ def _packages(modules: Sequence[str]) -> list[str]:
     return [package for module in modules for package in installed.get(module, ())]
 
 
-def evidence_of(model: Loaded, config: RunConfig, key: str) -> Evidence:
-    """What was loaded, held against what the manifest of the cell's artefact claims."""
+def evidence_of(model: Loaded, config: RunConfig, key: str, loaded_bits: float | None = None) -> Evidence:
+    """What was loaded, held against what the manifest of the cell's artefact claims; `loaded_bits` as of `claims.check`."""
     folder = artefact.location(key)
     manifest, needs = artefact.read_manifest(folder), [build_method(step).needs for step in config.pipeline]
-    found = claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters)
+    found = claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters, loaded_bits)
     return found.model_copy(update={"artefact": content(manifest.files)})
 
 

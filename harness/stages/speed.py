@@ -38,9 +38,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     model = Generates.of(load(config, key, report)[0])
     grid = _grid(protocol.grid, model)
     report.phase("first call")
+    loaded_bits = model.loaded_bits()
     first = latency.first_call(model, grid[0])
     first_calls = [figure(["first call", 0], 1, lambda: first)]
-    found = evidence_of(model, config, key)
+    found = evidence_of(model, config, key, loaded_bits)
     report.phase("memory")
     cards, weights = _monitors(model), found.weight_bytes
     split = MemoryResult(**figure(["memory"], 1, lambda: memory.measure(model, grid[0], weights, cards).model_dump()))

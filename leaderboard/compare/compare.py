@@ -18,6 +18,7 @@ from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance, speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
+from slimbench.leaderboard.flags.kinds import Figure, meaning, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, shared_items, windows_of
 from slimbench.leaderboard.rows.row import Row
@@ -123,11 +124,24 @@ class SpeedComparison(_Result):
         return self.ratio.low is not None and self.ratio.high is not None and not self.ratio.low <= 1 <= self.ratio.high
 
 
+class Refusal(_Result):
+    """A ratio that is not told, since a flag takes away the figure of one of the two and not in the same way that of the other.
+
+    Attributes:
+        figure: Quality, decode or prefill.
+        flags: Label of the row and text of each flag that only this one has.
+    """
+
+    figure: Figure
+    flags: list[tuple[str, str]]
+
+
 class Comparison(_Result):
-    """A against B. A part is empty or None where the two have nothing in common to pair."""
+    """A against B. A part is empty or None where the two have nothing in common to pair, and where it is refused."""
 
     a: Row
     b: Row
+    refused: list[Refusal]
     texts: list[TextComparison]
     accuracy: AccuracyComparison | None
     speed: list[SpeedComparison]
@@ -156,16 +170,25 @@ def compare(
     ordered = oldest_first(records)
     one, other = _choose(ordered, a, b, {"model": model, "suite": suite, "device": device})
     index = Index(ordered)
-    ours, theirs = _quality(index, one), _quality(index, other)
+    refused = {figure: flags for figure in (Figure.QUALITY, Figure.DECODE, Figure.PREFILL) if (flags := _of_one_alone(one, other, figure))}
+    ours, theirs = (None, None) if Figure.QUALITY in refused else (_quality(index, one), _quality(index, other))
     return Comparison(
         a=one,
         b=other,
+        refused=[Refusal(figure=figure, flags=flags) for figure, flags in refused.items()],
         texts=_texts(ours, theirs) if ours and theirs else [],
         accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs else None,
-        speed=_speed(index, one, other),
+        speed=[speed for speed in _speed(index, one, other) if Figure(speed.phase) not in refused],
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
         disk_ratio=_ratio(one.disk_bytes, other.disk_bytes),
     )
+
+
+def _of_one_alone(one: Row, other: Row, figure: Figure) -> list[tuple[str, str]]:
+    """The flags that take a figure of one row away where the other has none of their meaning, each with the label of its row."""
+    spoiled = [(row, flag) for row in (one, other) for flag in spoiling(row.flags, figure)]
+    shared = set.intersection(*({meaning(flag) for flag in row.flags} for row in (one, other)))
+    return [(row.label, flag) for row, flag in spoiled if meaning(flag) not in shared]
 
 
 def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str, str | None]) -> tuple[Row, Row]:

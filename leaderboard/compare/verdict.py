@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.stats.significance import LEVEL
-from slimbench.leaderboard.compare.compare import AccuracyComparison, Comparison, Difference, SpeedComparison, TextComparison
+from slimbench.leaderboard.compare.compare import (
+    AccuracyComparison,
+    Comparison,
+    Difference,
+    Refusal,
+    SpeedComparison,
+    TextComparison,
+)
+from slimbench.leaderboard.flags.kinds import Figure, kind
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, p_value
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SHOWN = ("kl_mean", "weight_bytes", "disk_bytes", "effective_bits")
+_REFUSED = ("perplexity", "accuracy", "prefill_ms", "decode_tokens_per_s")
+"""What is shown of each row where a ratio is refused."""
 _points = decimal(1, 100)
 _signed_points = decimal(1, 100, signed=True)
 
@@ -24,13 +34,22 @@ _signed_points = decimal(1, 100, signed=True)
 def verdict(comparison: Comparison) -> str:
     """One sentence: quality, accuracy, speed, size. What does not differ significantly at 5 % is said to be so."""
     a, b = comparison.a, comparison.b
-    parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
-    parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else "no accuracy to compare")
+    refused = {refusal.figure: _refused(refusal) for refusal in comparison.refused}
+    if why := refused.get(Figure.QUALITY):
+        parts = [f"{a.label} against {b.label}: no ratio of perplexity and no difference of accuracy, {why}"]
+    else:
+        parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
+        parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else "no accuracy to compare")
     decode = next((s for s in comparison.speed if s.phase == "decode"), None)
-    parts.append(_speed(decode) if decode else "no speed to compare")
+    why = refused.get(Figure.DECODE)
+    parts.append(_speed(decode) if decode else f"no ratio of speed, {why}" if why else "no speed to compare")
     if ratio := comparison.weights_ratio:
         parts.append("weights of the same size" if abs(ratio - 1) < 0.005 else f"weights {decimal(2)(ratio)} times the size")
     return "; ".join(parts) + "."
+
+
+def _refused(refusal: Refusal) -> str:
+    return "since " + " and ".join(f"{label} has the flag “{flag}”" for label, flag in refusal.flags)
 
 
 def _quality(text: TextComparison, a: Row, b: Row) -> str:
@@ -97,6 +116,7 @@ def to_terminal(comparison: Comparison) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{a.label} against {b.label}", style="bold"), Text(" · ".join(setting), style="dim"), Text("")]
     parts += [Text(verdict(comparison)), Text("")]
     parts += [Text(f"{row.label}: {row.status}: {row.reason}", style="dim") for row in (a, b) if row.status != Status.OK]
+    parts += [Text(f"{row.label}: {kind(flag)}: {flag}", style="dim") for row in (a, b) for flag in row.flags]
     if comparison.texts:
         parts.append(_text_table(comparison))
     if comparison.accuracy:
@@ -134,7 +154,7 @@ def _cell_table(comparison: Comparison) -> Table:
     table = _table(comparison, "Distance, size and speed", "ratio", "95 % interval")
     ratios = {"weight_bytes": comparison.weights_ratio, "disk_bytes": comparison.disk_ratio}
     for column in COLUMNS:
-        if column.key in _SHOWN:
+        if column.key in _SHOWN or (column.key in _REFUSED and comparison.refused):
             header = "KL from the reference, nats" if column.key == "kl_mean" else column.header
             ratio = ratios.get(column.key)
             _add(table, header, column.plus_minus(a), column.plus_minus(b), EMPTY if ratio is None else decimal(3)(ratio), "")
@@ -169,6 +189,7 @@ def _bounds(difference: Difference, form: Callable[[float], str]) -> str:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = ["Ratios are A / B on the same windows, items or machine. * significant at 5 %."]
+    notes += [f"No ratio of {refusal.figure}, {_refused(refusal)}." for refusal in comparison.refused]
     if comparison.accuracy:
         notes.append("A only, B only: items that only one has right; a task's p is McNemar's. Holm: corrected over the tasks.")
     if any(text.pairing_gain for text in comparison.texts):

@@ -47,7 +47,9 @@ class Identity(Group):
     hardware: str = Field(description="Card, or processor with threads and memory, on which speed was measured.")
     fingerprint: str = Field(description="What tells that hardware from others that are called the same: a hash of what a kernel can see.")
     seed: int = Field(description="Seed of the cell.")
-    flags: list[str] = Field(default=[], description="Mismatches of claim and evidence, and disturbances of the measurement.")
+    flags: list[str] = Field(
+        default=[], description="What a reader must know of the row: a line for each thing, that are invalid, noise or notes."
+    )
     foreign: bool = Field(default=False, description="It was recorded in another results folder, and has not been adopted.")
     imported: str | None = Field(default=None, description="The tool that measured the row, where its results were imported.")
     reason: str | None = Field(default=None, description="Why the status is not ok.")

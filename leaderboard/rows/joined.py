@@ -29,7 +29,7 @@ def strangers(found: Found, label: str) -> list[str]:
 def _elsewhere(record: Record) -> str:
     if record.stage is Stage.COMPRESS:
         return f"compressed on {record.hardware.label}: the times of compression are of that"
-    return f"{record.stage} measured on {record.hardware.label}"
+    return f"{'quality' if record.quality else 'speed'} measured on {record.hardware.label}"
 
 
 def _of_other_bytes(record: Record, compress: Record) -> str | None:
@@ -44,7 +44,11 @@ def _of_other_bytes(record: Record, compress: Record) -> str | None:
             if record.started < compress.started
             else None
         )
-    return f"{record.stage} of other bytes than the compression ({loaded[:8]}, not {made[:8]})" if loaded != made else None
+    return (
+        f"{'quality' if record.quality else 'speed'} of other bytes than the compression ({loaded[:8]}, not {made[:8]})"
+        if loaded != made
+        else None
+    )
 
 
 def other_code(table: Sequence[Found]) -> list[list[str]]:

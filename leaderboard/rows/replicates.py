@@ -9,7 +9,6 @@ from statistics import stdev
 from typing import Any
 
 from slimbench.harness.schema.record import Record
-from slimbench.harness.store.keys import present
 from slimbench.leaderboard.rows.groups import Calibration
 from slimbench.leaderboard.rows.row import Row
 
@@ -23,8 +22,8 @@ def calibration(record: Record) -> Calibration:
     return Calibration(calibration_text=text, calibration_seed=settings.get("seed"))
 
 
-def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
-    """The rows with the spread of their perplexity over seeds, and with what tells those of one pipeline apart.
+def families(board: Iterable[tuple[Row, Record]]) -> list[str]:
+    """For each row a text that rows share which differ in nothing but their seeds.
 
     Quality counts: rows of several machines and speed protocols may share one result, and then have one name.
 
@@ -32,9 +31,14 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
         board: Rows, each with a record of its cell.
     """
     definitions: dict[str, str] = {}
+    return [definitions.setdefault(row.keys.quality, _but_for_seeds(row, record)) for row, record in board]
+
+
+def spread(board: Sequence[Row], families: Sequence[str]) -> list[Row]:
+    """The rows with the spread of their perplexity over seeds, and with what tells those of one pipeline apart."""
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row, record in board:
-        groups[definitions.setdefault(row.keys.quality, _but_for_seeds(row, record))].append(row)
+    for row, family in zip(board, families, strict=True):
+        groups[family].append(row)
     named = [row for group in groups.values() for row in _with_spread(group)]
     named = _told_apart(named, lambda row: row.calibration_text)
     return _told_apart(named, lambda row: f"key {row.keys.quality[:8]}")
@@ -42,10 +46,16 @@ def spread(board: Iterable[tuple[Row, Record]]) -> list[Row]:
 
 def _but_for_seeds(row: Row, record: Record) -> str:
     """Everything that defines the quality of a row except its seeds; as in keys, a setting that is None is off or was not there yet."""
-    pipeline = record.config.get("pipeline") or record.cell.steps
-    steps = [step | {"settings": present(**(step.get("settings") or {})), "name": None, "grid": None} for step in pipeline]
-    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, steps, record.config.get("model")]
+    pipeline, model = (_without_nulls(part) for part in (record.config.get("pipeline") or record.cell.steps, record.config.get("model")))
+    steps = [{field: value for field, value in step.items() if field not in ("name", "grid")} for step in pipeline]
+    words = [row.foreign, row.quality_key, row.pipeline, row.engine_label, row.calibration_text, steps, model]
     return json.dumps(words, sort_keys=True, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _with_spread(group: Sequence[Row]) -> list[Row]:

@@ -12,14 +12,20 @@ class Row(Calibration, Cost, Size, Speed, Accuracy, Divergence, Perplexity, Iden
 
     rank: int | None = Field(
         default=None,
-        description="1 + number of rows of the table with a significantly lower perplexity: paired t-tests over windows, Holm's correction "
-        "over all pairs, 5 %. Rows that do not differ significantly may share a rank.",
+        description="First place that the row may hold in its table by perplexity: 1 + number of rows with a significantly lower one, "
+        "paired t-tests over windows, Holm's correction over all pairs, 5 %. None for further seeds of a row: they do not count here.",
+    )
+    rank_last: int | None = Field(
+        default=None,
+        description="Last such place: number of ranked rows less those with a significantly higher perplexity; "
+        "rows that do not differ significantly share at least one place.",
     )
     accuracy_rank: int | None = Field(
         default=None,
-        description="1 + number of rows of the table that have a significantly higher accuracy: paired tests over items within tasks, "
-        "Holm's correction over all pairs, 5 %.",
+        description="First place that the row may hold by accuracy: 1 + number of rows with a significantly higher one, paired tests over "
+        "items within tasks, Holm's correction over all pairs, 5 %.",
     )
+    accuracy_rank_last: int | None = Field(default=None, description="Last such place, as of `rank_last`.")
     replicate: str | None = Field(
         default=None, description="What tells the row from others of its pipeline and engine: calibration text, seeds, or its quality key."
     )

@@ -13,24 +13,23 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.flags import facts
+from slimbench.leaderboard.flags.collect import flags
 from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
-from slimbench.leaderboard.rows.joined import other_code, strangers
+from slimbench.leaderboard.rows.joined import other_code
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
-from slimbench.leaderboard.rows.ranks import ranked
-from slimbench.leaderboard.rows.replicates import calibration, spread
+from slimbench.leaderboard.rows.ranks import Measured, ranked
+from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.row import Row
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped
 
 INCOMPLETE = "incomplete"
 _WORST_FIRST = (Status.FAILED, Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.UNSUPPORTED)
-_GGUF_GRID, _GGUF_GROUP = re.compile(r"q(\d)_[01]"), 32
-_GRID_MET = 5.0
-"""Per cent of perplexity: a grid that lies otherwise than the source's loses several times as much in a small model."""
 _WORD = re.compile(r"(?:'[^']*'|\S)+")
 _LIBRARIES = ("torch", "transformers", "lm_eval", "llmcompressor", "bitsandbytes", "compressed-tensors", "triton")
 
@@ -45,10 +44,14 @@ def rows(records: Iterable[Record]) -> list[Row]:
     index = Index(ordered)
     texts = {foreign: _texts([r for r in ordered if foreign or not r.foreign]) for foreign in (False, True)}
     bearers = list(cells(ordered).values())
-    alone = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
-    made = _of_one_code(list(alone), index)
-    board = ranked([(row, _finished_quality(row, index)) for row, bearer in zip(made, bearers, strict=True)])
-    return sorted(spread(zip(board, bearers, strict=True)), key=_order)
+    alone = list(mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers))
+    made = _of_one_code(alone, index)
+    alike = families(zip(made, bearers, strict=True))
+    artefacts = {row.place: facts.artefact(index.of_row(row, Stage.COMPRESS)) for row in made}
+    board = ranked(
+        [Measured(row, _finished_quality(row, index), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)]
+    )
+    return sorted(facts.copies(spread(board, alike), artefacts), key=_order)
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -75,9 +78,9 @@ def _of_one_code(board: Sequence[Row], index: Index) -> list[Row]:
     made = list(board)
     for numbers in tables.values():
         found = [{stage: record for stage in Stage if (record := index.of_row(board[n], stage))} for n in numbers]
-        for number, flags in zip(numbers, other_code(found), strict=True):
-            if flags:
-                made[number] = board[number].model_copy(update={"flags": [*board[number].flags, *flags]})
+        for number, stale in zip(numbers, other_code(found), strict=True):
+            if stale:
+                made[number] = board[number].model_copy(update={"flags": [*board[number].flags, *stale]})
     return made
 
 
@@ -96,26 +99,12 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     simulated = bool(compress and compress.simulated)
     status, reason = _outcome(found, _expected(bearer, simulated))
     evidences = [r.evidence for r in (quality and quality.quality, speed and speed.speed) if r and r.evidence]
-    flags = [flag for evidence in evidences for flag in evidence.flags] + (speed.speed.flags if speed and speed.speed else [])
     result = quality.quality if quality and quality.quality else QualityResult()
     theirs = reference.quality if reference else None
     texts_measured, tasks = perplexity(result, theirs), accuracy(result, theirs)
-    flags += [*result.flags, *losses(tasks)]
-    flags += compress.compress.flags if compress and compress.compress else []
-    flags += _grid_of_the_source(cell.source_precision, compress, texts_measured.perplexity_delta_percent)
-    rival = index.reference(speed) if speed else None
-    if speed and speed.speed and rival:
-        flags += speeds.disturbances(speed.speed, rival.speed)
-    flags += [_cut_off(record) for record in found.values() if record.attempts]
-    if simulated:
-        flags.append("simulated: rounded, but stored in the source dtype; no speed figure")
     measured = speed or quality or bearer
-    flags += strangers(found, measured.hardware.label)
     imported = measured.imported
-    if imported:
-        flags.insert(0, f"imported from {imported.label} ({imported.file}): measured by that tool, without evidence")
-    if bearer.foreign:
-        flags.insert(0, "foreign: recorded in another results folder; `slimbench records adopt` takes it for one's own")
+    rival = None if is_reference or not speed else index.reference(speed)
     identity = Identity(
         model=cell.model,
         pipeline=steps.label(cell),
@@ -136,7 +125,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         hardware=measured.hardware.label,
         fingerprint=here,
         seed=cell.seed,
-        flags=list(dict.fromkeys(flags)),
+        flags=flags(bearer, found, rival, texts_measured.perplexity_delta_percent, losses(tasks)),
         foreign=bearer.foreign,
         imported=imported.label if imported else None,
         reason=reason,
@@ -156,24 +145,6 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         _cost(compress),
         calibration(bearer),
     )
-
-
-def _cut_off(record: Record) -> str:
-    """A flag of a stage that took more than one attempt: its seconds on the clock are those of all."""
-    times, reasons = len(record.attempts), ", ".join(dict.fromkeys(attempt.reason.value for attempt in record.attempts))
-    return (
-        f"{record.stage.value} was cut off {f'{times} times' if times > 1 else 'once'} before ({reasons}): its record adds up the seconds"
-    )
-
-
-def _grid_of_the_source(precision: str | None, compress: Record | None, loss: float | None) -> list[str]:
-    """A flag where a source that was itself rounded is rounded to as many bits in as small groups, and next to nothing is lost."""
-    source = _GGUF_GRID.fullmatch(precision or "")
-    claim = compress.compress.claim if compress and compress.compress else None
-    if not source or claim is None or loss is None or loss > _GRID_MET or (claim.bits, claim.group_size) != (int(source[1]), _GGUF_GROUP):
-        return []
-    grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
-    return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
 
 
 def _expected(bearer: Record, simulated: bool) -> list[Stage]:

@@ -13,8 +13,6 @@ from slimbench.harness.stats import speedups
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
 from slimbench.leaderboard.rows.groups import Speed, Timing
 
-_OTHER_STATE = 0.2
-
 
 def speed(result: SpeedResult) -> Speed:
     """The speed of a row; what belongs to one grid point is of the first one, the headline."""
@@ -47,14 +45,6 @@ def speed(result: SpeedResult) -> Speed:
         process_peak_bytes=result.memory.process_peak_bytes,
         largest_batch=result.largest_batch.batch if result.largest_batch else None,
     )
-
-
-def disturbances(ours: SpeedResult, theirs: SpeedResult | None) -> list[str]:
-    """A flag where the machine was in another state than when the reference's own row was measured."""
-    now, then = _bandwidth(ours), _bandwidth(theirs) if theirs else None
-    if now is None or then is None or abs(now / then - 1) <= _OTHER_STATE:
-        return []
-    return [f"measured at {now:.0f} GB/s of copy bandwidth, the reference's row at {then:.0f}: compare speed-ups, not tokens/s"]
 
 
 def _bandwidth(result: SpeedResult) -> float | None:

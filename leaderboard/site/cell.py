@@ -14,6 +14,7 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.flags.kinds import noise, noisy
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
@@ -24,7 +25,7 @@ from slimbench.leaderboard.site.method import steps
 from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
-from slimbench.leaderboard.tables.verdict import noise, noisy, verdict
+from slimbench.leaderboard.tables.verdict import verdict
 
 EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slimbench.harness.stats.significance import LEVEL
+from slimbench.leaderboard.flags.kinds import Figure, labelled, spoiling
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.columns import seed_spread
+from slimbench.leaderboard.tables.columns import places, seed_spread
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, shorten
 
 LONGEST_DETAIL = 2000
@@ -17,7 +18,7 @@ def details(row: Row) -> list[tuple[str, str]]:
     """What is known of a row, as pairs of name and text."""
     facts = {
         "Status": f"{row.status}: {row.reason}" if row.reason else row.status,
-        "Flags": "; ".join(row.flags),
+        "Flags": "; ".join(map(labelled, row.flags)),
         **_quality(row),
         **_speed(row),
         "Kernels": row.kernel,
@@ -38,8 +39,8 @@ def details(row: Row) -> list[tuple[str, str]]:
 
 def _quality(row: Row) -> dict[str, str | None]:
     points, nats = decimal(1, 100, signed=True), decimal(4)
-    rank = "" if row.rank is None else f"{row.rank} by perplexity"
-    by_accuracy = "" if row.accuracy_rank is None else f"{row.accuracy_rank} by right answers"
+    rank = "" if row.rank is None else f"{places(row.rank, row.rank_last)} by perplexity"
+    by_accuracy = "" if row.accuracy_rank is None else f"{places(row.accuracy_rank, row.accuracy_rank_last)} by right answers"
     percent = decimal(1, signed=True)
     above = (
         [] if row.perplexity_delta_percent is None else [f"{row.corpus} {percent(row.perplexity_delta_percent)} %{_p(row.perplexity_p)}"]
@@ -75,7 +76,7 @@ def _speed(row: Row) -> dict[str, str | None]:
     memory = {
         "weights": row.weight_bytes,
         "KV cache": row.kv_cache_bytes,
-        "activations and workspace": row.activation_bytes,
+        "activations and workspace" + " (invalid, see the flags)" * bool(spoiling(row.flags, Figure.MEMORY)): row.activation_bytes,
         "process at its peak": row.process_peak_bytes,
     }
     return {

@@ -9,13 +9,13 @@ from functools import cached_property
 from markupsafe import Markup, escape
 
 from slimbench.leaderboard.figures import FAMILIES, family_of
+from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
-from slimbench.leaderboard.tables.columns import COLUMNS, Column, seed_spread
+from slimbench.leaderboard.tables.columns import COLUMNS, Column, rank_of, seed_spread
 from slimbench.leaderboard.tables.format import shorten
-from slimbench.leaderboard.tables.verdict import folded
 
 SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""
@@ -38,6 +38,10 @@ class Line:
     fronts: Sequence[str]
     labels: Sequence[str]
     remarks: Sequence[str]
+
+    @property
+    def rank(self) -> str:
+        return rank_of(self.row)
 
     @cached_property
     def numbers(self) -> Markup:
@@ -62,7 +66,7 @@ def line(board: Board, row: Row) -> Line:
 def remarks(row: Row) -> list[str]:
     """What a reader of a table must know about a row, noise of the machine in one line: the page of its cell has it all."""
     spread = seed_spread(row)
-    return [*folded(row.flags), *([f"Perplexity {spread}"] if spread else [])]
+    return [*map(labelled, folded(row.flags)), *([f"Perplexity {spread}"] if spread else [])]
 
 
 def _number(column: Column, row: Row) -> Markup:

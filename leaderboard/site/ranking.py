@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from slimbench.leaderboard.flags.kinds import Figure, invalidating, spoiling
 from slimbench.leaderboard.recommend import memory_bytes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
@@ -24,6 +25,8 @@ NUMBERS = tuple(column for column in ALL if column.format is not str)
 _HIDDEN = {"kl_mean", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
 _REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
+_CELL, _QUALITY, _DECODE, _MEMORY_FIGURE = 1, 2, 4, 8
+_FIGURES = {Figure.QUALITY: _QUALITY, Figure.DECODE: _DECODE, Figure.MEMORY: _MEMORY_FIGURE}
 _MEMORY = decimal(1, 1e-6)
 
 
@@ -104,8 +107,16 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
         row.parameters,
         None if (memory := memory_bytes(row)) is None else shown(_MEMORY(memory)),
         texts.name(row.grid),
+        row.rank_last,
+        _invalid(row),
         *(_number(column, row) for column in NUMBERS),
     ]
+
+
+def _invalid(row: Row) -> int:
+    """What invalidating flags take away of a row: the cell as a whole, and figures by which it could be chosen."""
+    figures = sum(bit for figure, bit in _FIGURES.items() if spoiling(row.flags, figure))
+    return _CELL * bool(invalidating(row.flags, ())) | figures
 
 
 def _number(column: Column, row: Row) -> Any:

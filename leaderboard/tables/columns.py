@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
 
 if TYPE_CHECKING:
@@ -29,11 +30,16 @@ LEAST_FIRST = (
 )
 
 
-RANK = "1 + number of rows with a significantly lower perplexity: paired t-tests over windows, Holm's correction over all pairs, 5 %."
+RANK = (
+    "The places that the row may hold by perplexity, from 1 + the rows that are significantly better to all but those that are "
+    "significantly worse: paired t-tests over windows, Holm's correction over all pairs, 5 %. Two rows without a common place differ "
+    "significantly. Further seeds of a row have no rank; rows of the same bytes share one."
+)
 
 
 READING = (
-    "# is 1 + number of rows with a significantly lower perplexity. ± is half of the 95 % interval; of the accuracy, one standard error. "
+    "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
+    "± is half of the 95 % interval; of the accuracy, one standard error. "
     "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes."
 )
 
@@ -162,12 +168,15 @@ COLUMNS = (
 
 
 def notes_of(row: Row) -> list[str]:
-    """What a reader must know about the row: a bad end with its reason, then the flags, weights kept elsewhere, and what seeds change."""
+    """What a reader must know about the row: a bad end with its reason, then the flags, weights kept elsewhere, and what seeds change.
+
+    What takes a figure away is marked as invalid; notes on an unsteady machine are one.
+    """
     ended = [] if row.status == Status.OK else [f"{row.status}: {row.reason}" if row.reason else row.status]
     elsewhere = decimal(1, 1e-6)(row.offloaded_bytes or 0)
     offloaded = [f"{elsewhere} MB of its weights are kept elsewhere until their layer computes"] if row.offloaded_bytes else []
     spread = seed_spread(row)
-    return [*ended, *row.flags, *offloaded, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
+    return [*ended, *map(labelled, folded(row.flags)), *offloaded, *([f"{row.pipeline}: perplexity {spread}"] if spread else [])]
 
 
 def seed_spread(row: Row) -> str | None:
@@ -180,4 +189,9 @@ def seed_spread(row: Row) -> str | None:
 
 
 def rank_of(row: Row) -> str:
-    return EMPTY if row.rank is None else str(row.rank)
+    return places(row.rank, row.rank_last) or EMPTY
+
+
+def places(first: int | None, last: int | None) -> str:
+    """The places of a rank: `3`, or `3–7`; empty where there are none."""
+    return "" if first is None else str(first) if last in (None, first) else f"{first}–{last}"

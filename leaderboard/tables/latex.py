@@ -69,6 +69,7 @@ _BOTH = r"\rlap{\textsuperscript{\ensuremath{\dagger}*}}"
 _TESTED = frozenset({"perplexity", "accuracy"})
 _MARKED = r"r@{\hskip 14pt}"
 """A column whose marks hang into the space behind it."""
+_Places = tuple[int | None, int | None]
 _UNRANKED = frozenset({"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent"})
 """Columns without a best: texts, what is spent, and what another column says already."""
 
@@ -77,8 +78,8 @@ def to_latex(board: Sequence[Row]) -> str:
     """A floating table for each group of comparable rows, the reference above the others; the packages in a comment.
 
     Bold is the best of a column among the rows that ended well, the reference apart. In perplexity and accuracy, a dagger marks rows
-    that share the rank of the best one, so do not differ from it significantly, and a star rows that are significantly worse than
-    the reference (Holm's correction over the rows of the table). A row that ended badly stands there with its reason.
+    whose range of ranks holds a place of the best one's, and a star rows that are significantly worse than the reference (Holm's
+    correction over the rows of the table). A row that ended badly stands there with its reason.
     """
     floats = [made for table in tables(board) for made in _floats(table)]
     return "\n".join([NEEDED, *floats]) if floats else ""
@@ -158,7 +159,7 @@ def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) 
     meanings = {
         r"\pm": r"after \ensuremath{\pm} half of the 95\,\% interval" + ("; of the accuracy, one standard error" if accuracy else ""),
         r"\textbf": "bold: best of the compressed rows",
-        r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: not significantly different from the best",
+        r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: may hold a place of the best",
         "*}}": rf"\textsuperscript{{*}}: significantly worse than the reference ({100 * LEVEL:.0f}\,\%, Holm)",
     }
     units = {
@@ -212,13 +213,23 @@ def _marks(table: Table, columns: Sequence[Column]) -> dict[tuple[int, str], lis
         for row in known:
             if getattr(row, column.key) == best:
                 found.setdefault((id(row), column.key), []).append("best")
-    tests: tuple[tuple[str, Callable[[Row], int | None], Callable[[Row], float | None], Callable[[Row], bool]], ...] = (
-        ("perplexity", lambda row: row.rank, lambda row: row.perplexity_p, lambda row: (row.perplexity_delta_percent or 0) > 0),
-        ("accuracy", lambda row: row.accuracy_rank, lambda row: row.accuracy_p, lambda row: (row.accuracy_delta or 0) < 0),
+    tests: tuple[tuple[str, Callable[[Row], _Places], Callable[[Row], float | None], Callable[[Row], bool]], ...] = (
+        (
+            "perplexity",
+            lambda row: (row.rank, row.rank_last),
+            lambda row: row.perplexity_p,
+            lambda row: (row.perplexity_delta_percent or 0) > 0,
+        ),
+        (
+            "accuracy",
+            lambda row: (row.accuracy_rank, row.accuracy_rank_last),
+            lambda row: row.accuracy_p,
+            lambda row: (row.accuracy_delta or 0) < 0,
+        ),
     )
-    for key, rank, p_value, worse in tests:
+    for key, places, p_value, worse in tests:
         leaders = [row for row in rivals if "best" in found.get((id(row), key), [])]
-        for row in _sharing(rivals, leaders, rank):
+        for row in _sharing(rivals, leaders, places):
             found.setdefault((id(row), key), []).append("level")
         tested = [(row, p) for row in table.rows if not row.is_reference and (p := p_value(row)) is not None]
         for (row, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
@@ -227,10 +238,10 @@ def _marks(table: Table, columns: Sequence[Column]) -> dict[tuple[int, str], lis
     return found
 
 
-def _sharing(rivals: Sequence[Row], leaders: Sequence[Row], rank: Callable[[Row], int | None]) -> Iterator[Row]:
-    """The rows, the leaders apart, that no more rows beat significantly than the best one."""
-    known = [found for row in leaders if (found := rank(row)) is not None]
+def _sharing(rivals: Sequence[Row], leaders: Sequence[Row], places: Callable[[Row], _Places]) -> Iterator[Row]:
+    """The rows, the leaders apart, that may hold a place of the best one."""
+    last = max((end for row in leaders if (end := places(row)[1]) is not None), default=0)
     for row in rivals:
-        own = rank(row)
-        if known and own is not None and own <= min(known) and not any(row is leader for leader in leaders):
+        first = places(row)[0]
+        if first is not None and first <= last and not any(row is leader for leader in leaders):
             yield row

@@ -36,13 +36,13 @@ _SHOWN = ("Perplexity", "Δ\N{NO-BREAK SPACE}%", "Accuracy %", "Tokens/s", "Spee
 
 def methods(board: Sequence[Row]) -> str:
     """One model under one suite on one engine: what methods cost and give."""
-    chosen = {row.pipeline: row for row in board if _is_shown(row, "quick") and row.engine == "transformers" and not row.calibration_seed}
+    chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "quick") and row.engine == "transformers"}
     return _table(["Pipeline"], [([escape(name)], chosen[name]) for name in _METHODS], _SHOWN)
 
 
 def engines(board: Sequence[Row]) -> str:
     """The same weights on several engines."""
-    chosen = {(row.engine, row.label): row for row in board if _is_shown(row, "engines")}
+    chosen = {(row.engine, row.pipeline): row for row in _lowest_seeds_last(board) if _is_shown(row, "engines")}
     shown = [name for name in _SHOWN if not name.startswith("Accuracy")]
     return _table(["Engine", "Pipeline"], [([engine, escape(name)], chosen[engine, name]) for engine, name in _ENGINES], shown)
 
@@ -66,6 +66,11 @@ def filled(text: str, board: Sequence[Row]) -> str:
         return f"<!-- {found[1]}: begin -->\n{TABLES[found[1]](board)}<!-- {found[1]}: end -->"
 
     return re.sub(rf"<!-- ({'|'.join(TABLES)}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
+
+
+def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
+    """The rows so that the one that answers to the bare name of its pipeline comes after its further seeds."""
+    return sorted(board, key=lambda row: (row.seed, row.calibration_seed or 0), reverse=True)
 
 
 def _is_shown(row: Row, suite: str) -> bool:

@@ -1,18 +1,11 @@
-"""A row against its reference in one sentence, and which of its flags only say that the machine was not steady."""
+"""A row against its reference in one sentence."""
 
 from __future__ import annotations
-
-import re
-from collections.abc import Sequence
 
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal
 
-_NOISE = re.compile(
-    r"the machine's .* changed by|measured at .* of copy bandwidth|load average|other load:|A/A:|\d+% of the time stolen|"
-    r"\d+ pairs of runs dropped"
-)
 _SAME_SIZE = 0.005
 
 
@@ -28,22 +21,6 @@ def verdict(row: Row, reference: Row | None) -> str:
         return ""
     parts = [_speed(row), _weights(_bytes(row), _bytes(reference) if reference else 0), _perplexity(row), _accuracy(row)]
     return ", ".join(filter(None, parts))
-
-
-def noise(flags: Sequence[str]) -> list[str]:
-    """The flags that say nothing of the artefact, only that its speed was measured on a busy or unsteady machine."""
-    return [flag for flag in flags if _NOISE.match(flag)]
-
-
-def folded(flags: Sequence[str]) -> list[str]:
-    """The flags with those of an unsteady machine as one, `speed: noisy (3 notes)`, at the end."""
-    unsteady = noise(flags)
-    facts = [flag for flag in flags if flag not in unsteady]
-    return [*facts, noisy(len(unsteady))] if unsteady else facts
-
-
-def noisy(notes: int) -> str:
-    return f"speed: noisy ({notes} note{'s' if notes > 1 else ''})"
 
 
 def _speed(row: Row) -> str:

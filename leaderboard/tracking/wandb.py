@@ -27,7 +27,8 @@ from slimbench.util.hashing import short_hash
 Mode = Literal["auto", "online", "offline"]
 _LONGEST = 128
 _STATE = "slimbench-runs.json"
-_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "flags"}
+_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "flags", "rank_last", "accuracy_rank_last"}
+"""What has a place of its own, and what changes with each row that comes after."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from slimbench.harness.config.meaning import meanings
 from slimbench.harness.measure import claims
 from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.schema.evidence import simulation
 from slimbench.harness.store import artefact
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
 from slimbench.util import checkpoints
@@ -54,7 +55,7 @@ def differences(made: Made, model: LoadedModel) -> set[str]:
     found = claims.check(model, made.claim, artefact.disk_bytes(made.folder), [made.method.needs], manifest.dense_parameters)
     flags = set(found.flags)
     expected = FLAGS.get(made.claim.format, set()) | FLAGS.get(made.method.name, set())
-    simulated = {"simulated: rounded numbers in dense storage"} if made.claim.simulated else set()
+    simulated = {simulation(made.claim, found)} if made.claim.simulated else set()
     assert simulated <= flags
     return {flag for flag in flags - expected - simulated if not flag.startswith("a slower kernel ran")}
 
@@ -105,6 +106,14 @@ def test_an_artefact_loads_the_same_twice(made: Made) -> None:
     first, second = (made.load().logits(CALIBRATION.ids[:2]) for _ in range(2))
     assert torch.equal(first, second)
     assert content(made) == before, "loading writes nothing"
+
+
+def test_logits_depend_on_no_later_token_and_no_other_sequence_unless_it_says_so(made: Made) -> None:
+    ids = CALIBRATION.ids[:2]
+    others = torch.stack([torch.cat([ids[0, :-8], ids[1, -8:].flip(0)]), ids[1].flip(0)])
+    model = made.load()
+    first, second = (model.logits(batch)[0, :-8].float() for batch in (ids, others))
+    assert torch.equal(first, second) is made.method.causal
 
 
 def test_the_seed_of_a_cell_reaches_what_it_draws(made: Made, dense: DenseModel, tmp_path: Path) -> None:

@@ -331,7 +331,9 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
                 half_widths={"decode": 0.021, "prefill": 0.027, "reference_decode": 0.019, "speedup": 0.024},
                 stopped="target",
                 kv_cache_bytes=3_317_760,
-                roofline=Roofline(weight_bytes=DENSE_BYTES, cache_bytes=3_317_760, bound_ms=24.8, fraction=24.8 / spec.decode_ms),
+                roofline=Roofline(
+                    weight_bytes=round(DENSE_BYTES * spec.size), cache_bytes=3_317_760, bound_ms=24.8, fraction=24.8 / spec.decode_ms
+                ),
                 energy=EnergyResult(reason="RAPL not readable: Permission denied"),
                 load={"other_cores": 0.02, "steal": 0.0, "load_average": 2.1},
             )

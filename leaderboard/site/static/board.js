@@ -3,8 +3,9 @@
 (() => {
   const { columns, sets, texts, rows } = window.BOARD;
   const text = (index) => (index === null ? "" : texts[index]);
-  const WIDTH = 18;
+  const WIDTH = 20;
   const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8, foreign: 16 };
+  const INVALID = { cell: 1, quality: 2, decode: 4, memory: 8 };
 
   const bucket = (bounds, names) => (value) => (value === null ? "unknown" : names[bounds.findIndex((bound) => value <= bound)] ?? names.at(-1));
   const BITS = ["up to 2.5", "2.5 to 3.5", "3.5 to 5", "5 to 7", "7 to 9", "above 9"];
@@ -31,7 +32,8 @@
     const row = {
       index, id: raw[0], set: raw[1], model: text(raw[2]), name: text(raw[3]), family: text(raw[4]), colour: text(raw[5]), engine: text(raw[6]),
       kernel: text(raw[7]), device: text(raw[8]), status: text(raw[9]), reason: text(raw[10]), flags: raw[11].map(text), rank: raw[12], marks: raw[13],
-      source: text(raw[14]), parameters: raw[15], memory: raw[16], grid: text(raw[17]), cells: raw.slice(WIDTH),
+      source: text(raw[14]), parameters: raw[15], memory: raw[16], grid: text(raw[17]), rankLast: raw[18], invalid: raw[19],
+      cells: raw.slice(WIDTH),
     };
     row.bits = bitsOf(value(row, position.effective_bits));
     row.size = sizeOf(row.parameters);
@@ -59,5 +61,5 @@
     made.append(...children);
     return made;
   };
-  window.slim = { columns, sets, rows: table, position, value, bounds, offScale, format, interval, element, MARKS, BITS, SIZES };
+  window.slim = { columns, sets, rows: table, position, value, bounds, offScale, format, interval, element, MARKS, INVALID, BITS, SIZES };
 })();

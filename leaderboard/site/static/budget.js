@@ -1,7 +1,7 @@
 "use strict";
 // Which cell to ship under a budget: the rules of `slimbench recommend`, on the numbers of the page.
 (() => {
-  const { columns, sets, position, value, bounds, format, element, state, changed, MARKS } = window.slim;
+  const { columns, sets, position, value, bounds, format, element, state, changed, MARKS, INVALID } = window.slim;
   const SLIDERS = ["memory", "drop", "speed"];
   const Z = 1.959963984540054;
   let ranges = { memory: [0, 1], speed: [0, 1] };
@@ -24,18 +24,22 @@
   };
   const hold = (row) => {
     const limits = [];
-    if (state.memory !== null) limits.push({ name: "memory", excess: row.memory === null ? Infinity : Math.max(0, row.memory / state.memory - 1), sure: null });
+    if (state.memory !== null) limits.push({ name: "memory", figure: INVALID.memory, excess: row.memory === null ? Infinity : Math.max(0, row.memory / state.memory - 1), sure: null });
     if (state.drop !== null) {
       const d = drop(row), ratio = d === null ? null : 1 + d / 100, limit = 1 + state.drop / 100, between = bounds(row, delta)?.map((v) => 1 + v / 100);
-      limits.push({ name: "perplexity", excess: ratio === null ? Infinity : Math.max(0, ratio / limit - 1), sure: keeps(ratio, between, limit, -1) });
+      limits.push({ name: "perplexity", figure: INVALID.quality, excess: ratio === null ? Infinity : Math.max(0, ratio / limit - 1), sure: row.marks & MARKS.reference ? 1 : keeps(ratio, between, limit, -1) });
     }
     if (state.speed !== null) {
       const v = value(row, decode);
-      limits.push({ name: "speed", excess: v === null ? Infinity : Math.max(0, state.speed / v - 1), sure: keeps(v, bounds(row, decode), state.speed, 1) });
+      limits.push({ name: "speed", figure: INVALID.decode, excess: v === null ? Infinity : Math.max(0, state.speed / v - 1), sure: keeps(v, bounds(row, decode), state.speed, 1) });
     }
-    const known = limits.map((l) => l.sure).filter((v) => v !== null);
-    return { row, excess: limits.reduce((sum, l) => sum + l.excess, 0), missed: limits.filter((l) => l.excess > 0), sure: known.length ? Math.min(...known) : null };
+    return { row, limits, excess: limits.reduce((sum, l) => sum + l.excess, 0), missed: limits.filter((l) => l.excess > 0) };
   };
+  // The figures by which cells are chosen now; an invalidating flag on one of them, or on the cell, leaves it out.
+  const reads = () => INVALID.cell | INVALID.quality | (state.memory !== null || state.objective === "size" ? INVALID.memory : 0) | (state.speed !== null || state.objective === "speed" ? INVALID.decode : 0);
+  const heavy = (row) => state.memory !== null && value(row, position.weight_bytes) > state.memory;
+  const mightFit = (held) => held.limits.every((l) => l.excess === 0 || (held.row.invalid & l.figure && !(l.figure === INVALID.memory && heavy(held.row))));
+  const kept = (l) => `${l.name} (${l.sure === null ? "measured once, no interval" : `one-sided confidence ${percent(l.sure)}`})`;
 
   const words = (row) => {
     const parts = [];
@@ -52,26 +56,39 @@
 
   const flags = (held) => held.row.flags.map((text) => element("p", { className: "flag" }, text));
 
-  const advise = (kept, set) => {
+  const MOST_LEFT_OUT = 5;
+  const leftOut = (box, out) => {
+    if (!out.length) return;
+    box.append(element("p", { className: "setting" }, `Left out for an invalidating flag${out.length > MOST_LEFT_OUT ? `, ${out.length} in all` : ""}:`));
+    for (const h of out.slice(0, MOST_LEFT_OUT)) box.append(element("p", {}, element("span", {}, `${h.row.name} (${h.row.engine}): ${words(h.row)}`)), ...flags(h));
+  };
+
+  const advise = (inView, set) => {
     const box = document.getElementById("advice");
-    const candidates = kept.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null && !(row.marks & MARKS.foreign));
+    const candidates = inView.filter((row) => row.set === set && row.status === "ok" && row.cells[ppl] !== null && !(row.marks & MARKS.foreign));
     spread(candidates);
     box.replaceChildren();
     if (!candidates.length) { box.append(element("p", {}, "No finished cell in view to choose from.")); return; }
-    const held = candidates.sort(compare(ORDERS[state.objective])).map(hold);
+    const all = candidates.sort(compare(ORDERS[state.objective])).map(hold), held = all.filter((h) => !(h.row.invalid & reads()));
+    const out = all.filter((h) => h.row.invalid & reads() && mightFit(h));
     const [choice, next] = held.filter((h) => h.excess === 0);
-    box.append(element("p", { className: "setting" }, `Of ${candidates.length} finished cells of ${sets[set].name} in view. Memory: weights, KV cache and activations together, where all were measured.`));
+    box.append(element("p", { className: "setting" }, `Of ${held.length} finished cells of ${sets[set].name} in view. Memory: weights, KV cache and activations together, where all were measured.`));
     if (!choice) {
-      const near = held.reduce((best, h) => (h.excess < best.excess ? h : best));
-      const missed = near.missed.map((l) => `${l.name} ${isFinite(l.excess) ? `by ${(100 * l.excess).toFixed(1)} %` : "(not measured)"}`).join(", ");
-      box.append(element("p", { className: "notice" }, "None keeps to the budget."), line("Nearest miss:", near, `; misses ${missed}`));
+      box.append(element("p", { className: "notice" }, "None keeps to the budget."));
+      if (held.length) {
+        const near = held.reduce((best, h) => (h.excess < best.excess ? h : best));
+        const missed = near.missed.map((l) => `${l.name} ${isFinite(l.excess) ? `by ${(100 * l.excess).toFixed(1)} %` : "(not measured)"}`).join(", ");
+        box.append(line("Nearest miss:", near, `; misses ${missed}`));
+      }
+      leftOut(box, out);
       return;
     }
-    box.append(line(`Best by ${state.objective}:`, choice, choice.sure === null ? "." : `. Keeps to the budget with a probability of ${percent(choice.sure)}.`), ...flags(choice));
+    box.append(line(`Best by ${state.objective}:`, choice, choice.limits.length ? `. Keeps to the budget: ${choice.limits.map(kept).join("; ")}.` : "."), ...flags(choice));
     if (next) {
-      const tie = choice.row.rank !== null && choice.row.rank === next.row.rank;
-      box.append(line("Runner-up:", next, tie ? ". Shares its rank." : "."), ...flags(next));
+      const tie = choice.row.rank !== null && next.row.rank !== null && choice.row.rank <= next.row.rankLast && next.row.rank <= choice.row.rankLast;
+      box.append(line("Runner-up:", next, tie ? ". Their ranks overlap." : "."), ...flags(next));
     }
+    leftOut(box, out);
   };
 
   const nice = (v) => Number(v.toPrecision(3));

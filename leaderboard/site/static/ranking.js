@@ -78,7 +78,7 @@
   const column = (key, title, sort, display, more = {}) => ({ name: key, title, type: "nlast", searchable: false, data: (row, type) => (type === "display" ? display(row) : type === "filter" ? "" : sort(row)), ...more });
   const layout = [
     column("set", "Set", (row) => fullest[row.set], (row) => String(row.set), { visible: false }),
-    column("rank", "Rank", (row) => row.rank, (row) => (row.rank === null ? "–" : String(row.rank)), { className: "rank" }),
+    column("rank", "Rank", (row) => row.rank, (row) => (row.rank === null ? "–" : row.rank === row.rankLast ? String(row.rank) : `${row.rank}–${row.rankLast}`), { className: "rank" }),
     column("name", "Pipeline", (row) => row.name, nameCell, { cellType: "th", createdCell: (cell) => { cell.scope = "row"; } }),
     ...TEXTS.map(([key, title]) => column(key, title, (row) => row[key] || null, (row) => row[key] || "–", { className: "wrap" })),
     ...columns.map((c, index) => column(c.key, c.header, (row) => value(row, index), (row) => numberCell(row, index), { className: "n", orderSequence: c.rising ? ["desc", "asc"] : ["asc", "desc"] })),

@@ -37,6 +37,7 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
 
     name = "ternary-qat"
     accepts = DENSE
+    least_steps = 1000
     citation = Citation("BitNet b1.58", year=2024, arxiv="2402.17764", covers=("quantization/bitnet-b1-b1-58",))
     needs = Needs(calibration=True, training=True)
     produces = "packed"

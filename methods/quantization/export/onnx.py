@@ -53,6 +53,7 @@ class DynamicInt8(_ONNX):
     citation = Citation("Dynamic INT8 (Q8BERT-style, ONNX Runtime)", year=2019, arxiv="1910.06188")
     reference = "onnxruntime:quantization.quantize_dynamic"
     weight_grid = uniform_grid(symmetric=True)
+    causal = False
 
     per_channel: bool = True
 

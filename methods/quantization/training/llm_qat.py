@@ -39,6 +39,7 @@ class LLMQAT(TrainingSettings, Grouped, Method):
 
     name = "llm-qat"
     accepts = DENSE
+    least_steps = 1000
     citation = Citation("LLM-QAT", year=2023, arxiv="2305.17888", covers=("quantization/full-parameter-llm-qat",))
     needs = Needs(training=True)
     produces = "packed"

@@ -31,6 +31,7 @@ class TorchAOQAT(TrainingSettings, Grouped, Method):
 
     name = "torchao-qat"
     accepts = DENSE
+    least_steps = 1000
     citation = Citation(
         "Quantization-aware training", year=2018, arxiv="1712.05877", covers=("quantization/basic-qat-framework-jacob-et-al",)
     )

@@ -34,6 +34,7 @@ class OmniQuant(FittedGrid, Reconstructing):
 
     name = "omniquant"
     accepts = DENSE
+    least_steps = 2560  # the paper's
     citation = Citation("OmniQuant", year=2023, arxiv="2308.13137", covers=("quantization/omniquant",))
 
     steps: int = 2560

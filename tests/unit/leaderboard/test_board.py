@@ -24,7 +24,7 @@ from slimbench.leaderboard.figures import caption, draw, plottable, scaling
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
 from slimbench.leaderboard.site.build import BoardError, build, contents
-from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.columns import COLUMNS, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 from slimbench.leaderboard.tables.tables import Row, pareto, tables
 from slimbench.leaderboard.tables.writers import to_csv, to_json, to_markdown, to_terminal
@@ -86,14 +86,15 @@ def test_every_point_of_the_speed_grid_is_on_the_row() -> None:
     assert (row.largest_batch, row.kv_cache_bytes, row.energy_j_per_token) == (64, 3_686_400, None)
 
 
-@pytest.mark.parametrize(("gbs", "flagged"), [(11.0, False), (20.0, True), (5.0, True)])
-def test_a_row_of_another_state_of_the_machine_is_flagged(gbs: float, flagged: bool) -> None:
+@pytest.mark.parametrize("gbs", [11.0, 20.0, 5.0])
+def test_the_copy_bandwidth_is_a_figure_and_no_flag(gbs: float) -> None:
+    """It wanders on a steady machine and does not predict decode times; older records say that it changed."""
     made = records(GPTQ)
     for probe in made[2].speed.points[0].probes:  # type: ignore[union-attr]
         probe.copy_gbs = gbs
+    made[2].speed.flags.append("the machine's copy bandwidth changed by 58% (1×128+17)")  # type: ignore[union-attr]
     row = row_of(records(Spec()) + made, "gptq")
-    assert row.copy_bandwidth_gbs == gbs
-    assert any("compare speed-ups, not tokens/s" in flag for flag in row.flags) is flagged
+    assert row.copy_bandwidth_gbs == gbs and row.flags == []
 
 
 def test_too_few_samples_have_no_interval() -> None:
@@ -322,7 +323,7 @@ def test_markdown_reads_back() -> None:
     header, body = lines[0], lines[2:]
     cells = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body]
     assert len(header.split("|")) - 2 == len(COLUMNS) + 4
-    assert [cell[0] for cell in cells] == [EMPTY if row.rank is None else str(row.rank) for row in made]
+    assert [cell[0] for cell in cells] == [rank_of(row) for row in made]
     assert [cell[1] for cell in cells] == [row.pipeline for row in made]
     assert [cell[3] for cell in cells] == [COLUMNS[0].plus_minus(row) for row in made]
     assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
@@ -331,7 +332,8 @@ def test_markdown_reads_back() -> None:
 def test_markdown_says_how_to_read_its_columns() -> None:
     said = to_markdown(rows(records(Spec()))).replace("\\", "")
     assert all(
-        words in said for words in ("# is 1 + number of rows", "± is half of the 95 % interval", "KL is in nats", "MB are 10⁶ bytes")
+        words in said
+        for words in ("# are the places that a row may hold", "± is half of the 95 % interval", "KL is in nats", "MB are 10⁶ bytes")
     )
 
 

@@ -179,6 +179,64 @@ def test_too_few_windows_and_runs_have_no_test_and_no_interval() -> None:
     assert "too few windows for a test" in verdict(found) and "too few runs for an interval" in verdict(found)
 
 
+STALE = "prefill and activations are with a copy of the dense head that is no longer made"
+SHARED = "calibration text inside the test text: 11.6% of wikipedia"
+
+
+def with_flags(*given: tuple[str, Stage, str]) -> list[Record]:
+    """Records of three cells, with flags of a stage of theirs."""
+    made = cells(DENSE, GPTQ, RTN)
+    for pipeline, stage, flag in given:
+        for record in made:
+            if (record.cell.pipeline, record.stage) == (pipeline, stage):
+                (record.quality or record.speed).flags.append(flag)  # type: ignore[union-attr]
+    return made
+
+
+def test_a_ratio_that_the_flag_of_one_side_spoils_is_refused() -> None:
+    found = compare(with_flags(("gptq", Stage.SPEED, STALE)), "gptq", "rtn")
+    assert [speed.phase for speed in found.speed] == ["decode"] and found.texts and found.accuracy
+    assert [(r.figure, r.flags) for r in found.refused] == [("prefill", [("gptq", STALE)])]
+    assert f"No ratio of prefill, since gptq has the flag “{STALE}”." in " ".join(shown(found).split())
+    quality = compare(with_flags(("rtn", Stage.QUALITY, SHARED)), "gptq", "rtn")
+    assert quality.texts == [] and quality.accuracy is None and [speed.phase for speed in quality.speed] == ["decode", "prefill"]
+    said = verdict(quality)
+    assert said.startswith(
+        f"gptq against rtn: no ratio of perplexity and no difference of accuracy, since rtn has the flag “{SHARED}”; speed does"
+    )
+    assert "lower" not in said and "loses" not in said
+    assert all(f"{row.perplexity:.2f}" in shown(quality) for row in (quality.a, quality.b) if row.perplexity), "each alone is shown"
+    passive = compare(with_flags(("gptq", Stage.SPEED, "OMP_WAIT_POLICY=PASSIVE: threads sleep")), "gptq", "rtn")
+    assert passive.speed == [] and "no ratio of speed, since gptq has the flag" in verdict(passive)
+
+
+def test_a_ratio_that_both_flags_spoil_alike_is_told() -> None:
+    found = compare(with_flags(("gptq", Stage.SPEED, STALE), ("rtn", Stage.SPEED, STALE)), "gptq", "rtn")
+    assert [speed.phase for speed in found.speed] == ["decode", "prefill"] and not found.refused
+    unlike = with_flags(("gptq", Stage.QUALITY, SHARED), ("rtn", Stage.QUALITY, "not causal: with rtn the logits"))
+    assert [label for label, _ in compare(unlike, "gptq", "rtn").refused[0].flags] == ["gptq", "rtn"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["A/A: the reference differs from itself by 4.0%; the machine was not steady (1×128+32)", "no speed-up: x", "unknown"]
+)
+def test_noise_and_notes_refuse_nothing_and_are_printed(flag: str) -> None:
+    found = compare(with_flags(("gptq", Stage.SPEED, flag), ("rtn", Stage.SPEED, "went on after an interruption: x")), "gptq", "rtn")
+    assert not found.refused and len(found.speed) == 2
+    text = " ".join(shown(found).split())
+    assert (
+        f"gptq: {'noise' if flag.startswith('A/A') else 'note'}: {flag}" in text and "rtn: note: went on after an interruption: x" in text
+    )
+
+
+def test_flags_are_printed_under_the_verdict() -> None:
+    lines = shown(compare(with_flags(("gptq", Stage.SPEED, STALE)), "gptq", "rtn"), 200).splitlines()
+    (flag,) = [number for number, line in enumerate(lines) if line.startswith(f"gptq: invalid: {STALE}")]
+    (said,) = [number for number, line in enumerate(lines) if line.startswith("gptq loses less than rtn")]
+    table = next(number for number, line in enumerate(lines) if "Perplexity" in line and "ratio" in line)
+    assert said < flag < table
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_printed_comparison_fits_and_names_every_task(width: int) -> None:
     text = shown(compare(board(), "sparsegpt(pattern=2:4)+gptq", "awq"), width)

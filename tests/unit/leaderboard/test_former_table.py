@@ -1,7 +1,8 @@
 """The board of the migrated records of reference shows what the old keys showed.
 
 `former_table.json` was made by the last version whose keys hashed import paths, from its own records: for each row of
-`slimbench board table --format json` its three keys, and a hash of every figure of the row to six digits.
+`slimbench board table --format json` its three keys, and a hash of every figure of the row to six digits. Ranks are ranges since, and
+stand apart; the six rows of gptq have the spread over all five of their calibration seeds, of which that version lost one.
 """
 
 from __future__ import annotations

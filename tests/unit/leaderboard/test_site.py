@@ -24,6 +24,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable, read
 from slimbench.leaderboard.figures import catalogue
 from slimbench.leaderboard.figures.plots import MANY, MOST_FIGURES, Gallery, gallery
+from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
@@ -35,7 +36,6 @@ from slimbench.leaderboard.site.pages import quoted
 from slimbench.leaderboard.site.serve import server, url
 from slimbench.leaderboard.site.site import last
 from slimbench.leaderboard.tables.columns import COLUMNS
-from slimbench.leaderboard.tables.verdict import folded
 from tests.support.board_records import Spec, board, failure, records, site_files, specs
 from tests.support.paths import RECORDS, ROOT
 
@@ -154,11 +154,12 @@ def test_the_numbers_of_the_ranking_are_those_of_the_rows() -> None:
     assert len(by_id) == len(board_rows)
     for row in board_rows:
         raw = by_id[names.cell_id(row)]
-        assert content["texts"][raw[3]] == row.label and content["texts"][raw[9]] == row.status and raw[12] == row.rank
-        assert [content["texts"][flag] for flag in raw[11]] == folded(row.flags)
+        assert content["texts"][raw[3]] == row.label and content["texts"][raw[9]] == row.status
+        assert (raw[12], raw[18]) == (row.rank, row.rank_last)
+        assert [content["texts"][flag] for flag in raw[11]] == [labelled(flag) for flag in folded(row.flags)]
         assert raw[10] is None if row.reason is None else content["texts"][raw[10]] == row.reason
         assert raw[17] is None if row.grid is None else content["texts"][raw[17]] == row.grid
-        for column, cell in zip(ranking.NUMBERS, raw[18:], strict=True):
+        for column, cell in zip(ranking.NUMBERS, raw[20:], strict=True):
             value = cell[0] if isinstance(cell, list) else cell
             assert (value is None) is (getattr(row, column.key) is None)
             assert value is None or value == ranking.shown(column.value(row)), (row.label, column.key)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import holm, mcnemar
+from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.groups import Accuracy
 from slimbench.leaderboard.rows.quality import losses
 from slimbench.leaderboard.rows.row import Row
@@ -21,6 +24,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.tables.writers import to_markdown, to_terminal
 from tests.support.board_records import Spec, records
+from tests.support.paths import ROOT
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, bits=4.25, size=0.426)
 CALIBRATION = {"source": "lee-news", "samples": 128, "length": 512}
@@ -214,6 +218,31 @@ def test_other_settings_are_no_replicates() -> None:
     for record in made[3:]:
         record.config["pipeline"] = [{"name": "gptq", "settings": {"bits": 3}}]
     assert [row.replicates for row in rows(made)] == [None, None]
+
+
+def test_a_setting_that_is_null_is_as_one_that_an_older_record_does_not_have() -> None:
+    made = [r for seed in range(3) for r in calibrated(seed, 27.0 + seed)]
+    older, newer = ({"name": "gptq", "settings": {"bits": 4} | more} for more in ({}, {"observer": None, "asymmetric": None}))
+    for place, record in enumerate(made):
+        record.config["pipeline"] = [older if place < 3 else newer]
+        record.config["model"] = {"source": "asset:tiny"} | ({} if place < 3 else {"revision": None})
+    assert [(row.replicates, round(row.perplexity_seed_min or 0)) for row in rows(made)] == [(3, 27)] * 3
+    for record in made[3:]:
+        record.config["pipeline"] = [{"name": "gptq", "settings": {"bits": 4, "observer": "mse"}}]
+    assert [row.replicates for row in rows(made)] == [None, 2, 2], "another value is another setting"
+
+
+def test_the_spread_over_seeds_of_the_committed_records_loses_none() -> None:
+    """gptq has five calibration draws; a record of an older version of its first has fewer settings, all of them null since."""
+    made = Store(ROOT / "results").scan()[0]
+    scored = [r for r in made if r.quality and (r.cell.pipeline, r.cell.suite, r.cell.engine) == ("gptq", "quick", "transformers")]
+    values = [math.exp(fmean(r.quality.perplexity[0].window_nll)) for r in scored if r.quality]
+    assert len(values) == len({r.config["calibration"]["seed"] for r in scored}) == 5
+    board = [row for row in rows(made) if (row.pipeline, row.suite, row.engine) == ("gptq", "quick", "transformers")]
+    assert len(board) == 6, "the first draw has a row on another machine too"
+    for row in board:
+        assert row.replicates == 5 and row.perplexity_seed_sd == pytest.approx(stdev(values)) == pytest.approx(0.415, abs=1e-3)
+        assert (row.perplexity_seed_min, row.perplexity_seed_max) == (pytest.approx(min(values)), pytest.approx(max(values)))
 
 
 def test_a_replicate_without_perplexity_does_not_count() -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from slimbench.harness.config import parse
 from slimbench.harness.config.compose import resolve
+from slimbench.harness.measure import latency
+from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.stages import common, compress
@@ -59,7 +61,7 @@ class Bench:
         more += step_overrides(steps)[1:]
         if loader:
             more.append(f"engine.loaders.packed=tests.support.lying.{loader}")
-        config, key = resolve([*self.overrides, *more]), uuid.uuid4().hex
+        config, key = self.last = resolve([*self.overrides, *more]), uuid.uuid4().hex
         made = compress.run(config, key, Silent())
         model, _ = common.load(config, key, Silent())
         return made, common.evidence_of(model, config, key)
@@ -114,6 +116,18 @@ def test_a_packed_artefact_that_is_dense_in_memory(bench: Bench, bits: str, load
     assert honest.flags == []
     assert honest.effective_bits is not None
     assert honest.effective_bits == honest.loaded_bits < 9
+
+
+def test_bits_as_loaded_are_those_before_the_first_call_of_a_stage_that_times_it(bench: Bench) -> None:
+    """Else a library that repacks its weights is accused of storing more than it claims."""
+    bench.run(RTN4, loader="load_expanding")
+    config, key = bench.last
+    model = Generates.of(common.load(config, key, Silent())[0])
+    loaded_bits = model.loaded_bits()
+    latency.first_call(model, config.speed.grid[0].model_copy(update={"prompt": 8, "new_tokens": 2}))
+    assert loaded_bits is not None and loaded_bits < 9
+    found = common.evidence_of(model, config, key, loaded_bits)
+    assert (found.loaded_bits, found.effective_bits) == (loaded_bits, 16) and common.evidence_of(model, config, key).loaded_bits == 16
 
 
 def test_dense_copies_that_no_module_holds(bench: Bench) -> None:

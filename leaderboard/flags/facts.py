@@ -1,0 +1,91 @@
+"""Flags that no stage writes, since the facts behind them lie in several records or are plain from one of any age."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.speed import SpeedPointResult
+from slimbench.harness.stats import intervals as stats
+from slimbench.harness.stats.bootstrap import attempt, normal_quantile
+from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.leaderboard.rows.row import Row
+
+_LEVEL = 0.95
+
+
+def of_speed(record: Record, rival: Record | None) -> Iterator[str]:
+    """What the samples of a speed record leave open, and a speed-up that the bytes do not explain.
+
+    Args:
+        rival: The speed record of the reference on the same hardware; None where there is none, and for the reference itself.
+    """
+    points = record.speed.points if record.speed else []
+    settings = record.config.get("speed")
+    target = settings.get("target") if isinstance(settings, dict) else None
+    for point in points:
+        place, runs = f"({point.batch}×{point.prompt}+{point.new_tokens})", len(point.candidate.decode_ms)
+        if runs < stats.FEWEST_FOR_MEDIAN:
+            yield f"speed of {'1 run' if runs == 1 else f'{runs} runs'}, too few for an interval {place}"
+        elif isinstance(target, float) and (reached := max(filter(None, point.half_widths.values()), default=0.0)) > target:
+            yield f"speed within ± {reached:.1%}, aimed at ± {target:.0%} {place}"
+    if points and rival and rival.speed and rival.speed.points:
+        yield from _above_the_bytes(points[0], rival.speed.points[0])
+
+
+def _above_the_bytes(ours: SpeedPointResult, theirs: SpeedPointResult) -> Iterator[str]:
+    """A speed-up above the ratio of the bytes that a step reads: then the reference did not read as fast as it could.
+
+    The lower bound of the speed-up decides where there is one.
+    """
+    moved = [point.roofline.weight_bytes + (point.roofline.cache_bytes or 0) if point.roofline else 0 for point in (ours, theirs)]
+    times = (ours.candidate.decode_ms, ours.reference.decode_ms) if ours.reference else ([], [])
+    speedup = attempt(paired_speedup, *times, otherwise=None)
+    if speedup is None or not all(moved):
+        return
+    least = speedup.low if len(times[0]) >= stats.FEWEST_FOR_MEDIAN else speedup.value
+    if least > (ratio := moved[1] / moved[0]):
+        yield (
+            f"speed-up {speedup.value:.2f} is above the ratio of bytes that a step reads, {ratio:.2f}: "
+            "the reference's products are slow here"
+        )
+
+
+def of_quality(result: QualityResult) -> Iterator[str]:
+    """An accuracy that guessing would give as well: chance lies within its 95 % interval, or above it."""
+    tasks = result.zeroshot
+    chances = [task.chance for task in tasks if task.chance is not None]
+    if not tasks or len(chances) < len(tasks):
+        return
+    error = attempt(stats.accuracy_se, [task.correctness for task in tasks], otherwise=None)
+    accuracy, chance = fmean(task.accuracy for task in tasks), fmean(chances)
+    if error is not None and accuracy - normal_quantile(_LEVEL) * error <= chance:
+        yield f"accuracy {accuracy:.1%} cannot be told from chance, {chance:.1%}"
+
+
+def artefact(record: Record | None) -> str | None:
+    """What artefacts of the same bytes share; None where a hash is not known."""
+    files = record.compress.files if record and record.compress else []
+    return " ".join(sorted(f"{file.name}={file.sha256}" for file in files)) if files and all(file.sha256 for file in files) else None
+
+
+def copies(board: Sequence[Row], artefacts: Mapping[tuple[str, str, str, str], str | None]) -> list[Row]:
+    """The rows; those whose artefact is another one's byte by byte, on one engine of one table, with a flag that names the others.
+
+    Args:
+        artefacts: Of each row by its place, as `artefact` gives it.
+    """
+    alike: dict[tuple[tuple[str, ...], str, str], list[Row]] = defaultdict(list)
+    for row in board:
+        if made := artefacts.get(row.place):
+            alike[row.table_key, row.engine_label, made].append(row)
+    twins = {row.place: [other.label for other in group if other is not row] for group in alike.values() for row in group}
+    return [
+        row.model_copy(update={"flags": [*row.flags, f"byte-identical to {', '.join(others)}: what differs between them is noise"]})
+        if (others := twins.get(row.place))
+        else row
+        for row in board
+    ]

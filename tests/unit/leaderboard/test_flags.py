@@ -1,0 +1,315 @@
+"""Flags: every text has a kind, each tells the truth and tells it once, and what records say without a flag gets one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from slimbench.harness.schema.compress import ArtefactFile
+from slimbench.harness.schema.evidence import simulation
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.flags.kinds import CATALOGUE, WITHOUT_MEANING, Figure, Kind, invalidating, kind, meaning, shown, spoiling
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.site import names, ranking
+from slimbench.leaderboard.site.board import Board
+from slimbench.methods.base import Claim
+from tests.support import flag_texts
+from tests.support.board_records import Spec, board, records
+from tests.support.paths import ROOT
+
+DENSE = Spec()
+GPTQ = Spec("gptq", "quantization", loss=1.3, decode_ms=23.0, bits=4.25, size=0.426)
+PARTS = {
+    *(" in 7 of 7 layers", "7 (7×7+7)", "7 (compression)", "7 of 7", "7; its points are of several processes", "7; no speed figure"),
+    *("an interruption", "7 interruptions", ", ", "7 of 7 7", "; ", "inputs rounded to 7 bits, ", "7 bits in groups of 7"),
+}
+"""Texts that are put into others or around them."""
+NO_FLAGS = {"no accuracy and no perplexity of single documents"}
+"""What is raised."""
+OLDER = {"load average 3.1 on 2 cores while measuring"}
+"""Texts of versions before this one that the committed records do not have."""
+STALE = "prefill and activations are with a copy of the dense head that is no longer made"
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[Record]:
+    return Store(ROOT / "results").scan()[0]
+
+
+def recorded(made: list[Record]) -> set[str]:
+    """Every flag that stands in a record, by a walk through its JSON."""
+
+    def walk(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                yield from value if name == "flags" else walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from walk(value)
+
+    results = [r.model_dump(include={"compress", "quality", "speed"}) for r in made]
+    return {flag for result in results for flag in walk(result)}
+
+
+def row_of(made: list[Record], pipeline: str = "gptq") -> Row:
+    return next(row for row in rows(made) if row.pipeline == pipeline)
+
+
+def test_every_text_that_the_code_writes_has_exactly_one_meaning() -> None:
+    whole = flag_texts.texts().keys() - PARTS - NO_FLAGS
+    assert len(whole) > 50 and flag_texts.texts().keys() >= PARTS
+    for text in whole:
+        known = [one for one in CATALOGUE if re.fullmatch(one.pattern, text, re.DOTALL)]
+        assert len(known) == 1, (text, flag_texts.texts()[text], [one.pattern for one in known])
+        for placed in (f"{text} (1×128+17)", f"{text} (compression)"):
+            if flag_texts.texts()[text].rpartition("/")[2] in ("machine.py", "soundness.py"):
+                assert meaning(placed) is meaning(text), placed
+
+
+def test_every_module_that_writes_flags_is_read_for_them() -> None:
+    silent = {f"harness/schema/{name}.py" for name in ("compress", "quality", "speed", "work")}
+    silent |= {
+        "leaderboard/rows/groups.py",
+        "leaderboard/rows/rows.py",
+        "harness/run/proofs/method.py",
+    }  # they name a field, and pass it on
+    assert flag_texts.modules() - flag_texts.READERS.keys() - silent == set(flag_texts.texts().values()) & flag_texts.modules()
+    writers = {name for found in flag_texts.WRITERS.values() for name in found} | {"_of_evidence", "shown"}
+    passing = {"get", "append", "values", "", "of_quality", "of_speed"}
+    assert flag_texts.called("leaderboard/flags/collect.py", "flags") <= writers | passing
+
+
+def test_every_flag_of_the_committed_records_has_a_meaning(committed: list[Record]) -> None:
+    found = recorded(committed) | {flag for row in rows(committed) for flag in row.flags}
+    assert len(found) > 100
+    known = {flag: [one.pattern for one in CATALOGUE if re.fullmatch(one.pattern, flag, re.DOTALL)] for flag in shown(found)}
+    assert not {flag: patterns for flag, patterns in known.items() if len(patterns) != 1}
+    texts = flag_texts.texts().keys() | found | OLDER
+    assert not [one.pattern for one in CATALOGUE if not any(re.fullmatch(one.pattern, text) for text in texts)], "nothing has this text"
+    assert all(any(re.fullmatch(pattern, text) for text in found | {text_of_the_reader()}) for pattern in WITHOUT_MEANING)
+
+
+def text_of_the_reader() -> str:
+    """What earlier versions wrote beside the flags of the records when they made a board."""
+    return "measured at 50 GB/s of copy bandwidth, the reference's row at 39: compare speed-ups, not tokens/s"
+
+
+def test_flags_that_predict_nothing_are_not_shown(committed: list[Record]) -> None:
+    assert any("copy bandwidth" in flag for flag in recorded(committed)), "older records have them"
+    assert not [flag for row in rows(committed) for flag in row.flags if "bandwidth" in flag]
+
+
+def test_a_text_that_is_not_known_is_a_note_that_is_shown() -> None:
+    assert meaning("of a later version") is None and kind("of a later version") is Kind.NOTE
+    assert shown(["of a later version"]) == ["of a later version"] and not invalidating(["of a later version"], Figure)
+
+
+def test_what_a_flag_takes_away() -> None:
+    claimed, shared, noisy = "claims 4 bits, stores 16.0", "calibration text inside the test text: 11.6% of x", "A/A: the reference differs"
+    flags = [STALE, claimed, shared, noisy, "of a later version"]
+    assert invalidating(flags, [Figure.QUALITY]) == [claimed, shared]
+    assert invalidating(flags, [Figure.MEMORY]) == [STALE, claimed] and invalidating(flags, []) == [claimed]
+    assert [spoiling(flags, figure) for figure in (Figure.PREFILL, Figure.DECODE)] == [[STALE], []]
+    assert all(one.kind is Kind.INVALID for one in CATALOGUE if one.spoils)
+
+
+def test_what_is_simulated_is_told_once_and_as_it_is(committed: list[Record]) -> None:
+    """Of ten such rows seven have packed weights, and their records call them dense."""
+    simulated = [row for row in rows(committed) if any(flag.startswith("simulated") for flag in row.flags)]
+    assert len(simulated) == 10 and all(sum("simulated" in flag for flag in row.flags) == 1 for row in simulated)
+    dense = [row for row in simulated if any("dense storage" in flag for flag in row.flags)]
+    assert sorted(row.pipeline for row in dense) == ["atom-w4a4", "mxfp4", "nvfp4"]
+    assert all(row.effective_bits is not None and (row.effective_bits >= 16) is (row in dense) for row in simulated)
+    quarot = next(row for row in simulated if row.pipeline == "quarot-w4a4")
+    assert "simulated: inputs rounded to 4 bits, products in the dtype of the source; no speed figure" in quarot.flags
+
+
+@pytest.mark.parametrize(
+    ("claim", "stored", "says"),
+    [
+        (
+            Claim("runtime", bits=4, activation_bits=8, simulated=True),
+            4.25,
+            "simulated: inputs rounded to 8 bits, products in the dtype of",
+        ),
+        (Claim("runtime", bits=4, activation_bits=8, simulated=True), 16.0, "simulated: rounded numbers in dense storage"),
+        (Claim("runtime", bits=4, simulated=True), 4.25, "simulated: products in the dtype of the source"),
+    ],
+)
+def test_storage_is_called_dense_only_where_it_is(claim: Claim, stored: float, says: str) -> None:
+    evidence = records(GPTQ)[1].quality.evidence  # type: ignore[union-attr]
+    assert evidence and simulation(claim, evidence.model_copy(update={"effective_bits": stored})).startswith(says)
+
+
+def test_bits_of_two_records_are_one_flag(committed: list[Record]) -> None:
+    """A record of speed sees weights after the first call alone, and an older one accused a library that repacks them."""
+    for pipeline in ("qlora", "nf4"):
+        (row,) = [
+            r for r in rows(committed) if (r.pipeline, r.suite, r.engine) == (pipeline, "quick", "transformers") and "AMD" in r.hardware
+        ]
+        assert len([flag for flag in row.flags if "bits" in flag]) == 1 and not invalidating(row.flags, [])
+    made = records(GPTQ)
+    made[1].quality.evidence.flags = ["4.14 bits as loaded, 4.25 from the first call on"]  # type: ignore[union-attr]
+    made[2].speed.evidence.flags = ["claims 4 bits, stores 4.3", "claims 4 bits, stores 9.9"]  # type: ignore[union-attr]
+    assert row_of(made).flags == ["4.14 bits as loaded, 4.25 from the first call on", "claims 4 bits, stores 9.9"], "another lie stays"
+
+
+@pytest.mark.parametrize(
+    ("runs", "widths", "target", "says"),
+    [
+        (21, {"decode": 0.021, "prefill": None}, 0.03, None),
+        (21, {"decode": 0.02, "speedup": 0.142}, 0.03, "speed within ± 14.2%, aimed at ± 3% (1×128+32)"),
+        (21, {"decode": 0.142}, None, None),
+        (5, {"decode": None}, 0.03, "speed of 5 runs, too few for an interval (1×128+32)"),
+        (1, {"decode": None}, 0.03, "speed of 1 run, too few for an interval (1×128+32)"),
+    ],
+)
+def test_speed_that_was_not_measured_for_long_enough(runs: int, widths: dict[str, Any], target: float | None, says: str | None) -> None:
+    made = records(DENSE) + records(GPTQ)
+    made[5].config["speed"]["target"] = target
+    point = made[5].speed.points[0]  # type: ignore[union-attr]
+    for samples in (point.candidate, point.reference):
+        del samples.decode_ms[runs:], samples.prefill_ms[runs:]
+    point.half_widths = widths
+    point.stopped = "budget"
+    assert row_of(made).flags == ([says] if says else []) and (says is None or kind(says) is Kind.NOISE)
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "ms", "runs", "flagged"), [(134, 23.0, 21, False), (134, 10.0, 21, True), (134, 22.9, 21, False), (134, 10.0, 5, True)]
+)
+def test_a_speed_up_above_the_ratio_of_bytes_is_told(bytes_: int, ms: float, runs: int, flagged: bool) -> None:
+    """The reference reads 269 MB and 3 MB of cache, so that half of its weights explain a speed-up of 1.97."""
+    made = records(DENSE) + records(replace(GPTQ, decode_ms=ms))
+    point = made[5].speed.points[0]  # type: ignore[union-attr]
+    for samples in (point.candidate, point.reference):
+        del samples.decode_ms[runs:], samples.prefill_ms[runs:]
+    point.roofline.weight_bytes = bytes_ * 10**6  # type: ignore[union-attr]
+    found = [flag for flag in row_of(made).flags if flag.startswith("speed-up")]
+    assert bool(found) is flagged and all("is above the ratio of bytes that a step reads, 1.98" in flag for flag in found)
+    assert not [flag for flag in row_of(made, "dense").flags if flag.startswith("speed-up")]
+
+
+def test_the_committed_rows_whose_speed_up_bytes_do_not_explain(committed: list[Record]) -> None:
+    """Recomputed from the samples: ten rows, and the reference of none of them."""
+    speeds = {(r.key, r.hardware.fingerprint): r for r in committed if r.speed}
+    expected = set()
+    for (key, place), record in speeds.items():
+        reference = speeds.get((record.cell.reference.speed, place))
+        if reference is None or key == record.cell.reference.speed:
+            continue
+        point, theirs = record.speed.points[0], reference.speed.points[0]  # type: ignore[union-attr]
+        ratios = sorted(r / c for c, r in zip(point.candidate.decode_ms, point.reference.decode_ms, strict=True))  # type: ignore[union-attr]
+        moved = [p.roofline.weight_bytes + (p.roofline.cache_bytes or 0) for p in (theirs, point) if p.roofline]
+        low = ratios[len(ratios) // 2] if len(ratios) < 6 else ratios[order_statistic(len(ratios))]
+        if len(moved) == 2 and moved[1] and low > moved[0] / moved[1]:
+            expected.add((key, place))
+    found = [(row.keys.speed, row.fingerprint) for row in rows(committed) if any(flag.startswith("speed-up") for flag in row.flags)]
+    assert set(found) == expected and len(found) == 10
+
+
+def order_statistic(count: int) -> int:
+    """The lower of the two order statistics that bound a median with 95 %: by the binomial distribution, counted out."""
+    from math import comb
+
+    below = 0.0
+    for k in range(count):
+        below += comb(count, k) / 2**count
+        if below > 0.025:
+            return k - 1
+    raise AssertionError
+
+
+def test_an_accuracy_at_chance_is_told(committed: list[Record]) -> None:
+    flagged = {row.pipeline for row in rows(committed) if any("cannot be told from chance" in flag for flag in row.flags)}
+    assert {"gptq-2bit", "ternary-qat", "vptq"} <= flagged and not flagged & {"dense", "gptq", "rtn-3bit"}
+    lost = records(replace(GPTQ, accuracy=0.27))
+    assert any(re.fullmatch(r"accuracy 2\d\.\d% cannot be told from chance, 25.0%", flag) for flag in row_of(lost).flags)
+    lost[1].quality.zeroshot[0].chance = None  # type: ignore[union-attr]
+    assert row_of(lost).flags == [], "chance is not known for all tasks"
+
+
+def files(made: list[Record], sha256: str) -> list[Record]:
+    for record in made:
+        if record.compress:
+            record.compress.files = [ArtefactFile(name="model.safetensors", bytes=1, sha256=sha256)]
+    return made
+
+
+def test_rows_of_the_same_bytes_name_each_other(committed: list[Record]) -> None:
+    told = {row.pipeline: flag for row in rows(committed) for flag in row.flags if flag.startswith("byte-identical")}
+    says = "what differs between them is noise"
+    assert told == {"finequant": f"byte-identical to rtn-4bit: {says}", "rtn-4bit": f"byte-identical to finequant: {says}"}
+    other = replace(GPTQ, pipeline="other")
+    alike = files(records(GPTQ), "a") + files(records(other), "a") + files(records(replace(GPTQ, pipeline="third")), "b")
+    assert [bool(row.flags) for row in sorted(rows(alike), key=lambda row: row.pipeline)] == [True, True, False]
+    elsewhere = files(records(GPTQ), "a") + files(records(replace(other, engine="compiled")), "a")
+    assert not any(row.flags for row in rows(elsewhere)), "on another engine it is another row"
+
+
+def step(name: str, **fields: Any) -> list[Record]:
+    """Records of a cell whose only step is this."""
+    made = records(GPTQ)
+    for record in made:
+        record.cell = record.cell.model_copy(update={"steps": [{"name": name} | fields]})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (
+            lambda: step("onnx-int8", method="onnx-dynamic-int8", version=1),
+            "not causal: with onnx-int8 the logits of a token depend on later",
+        ),
+        (lambda: step("onnx-int8", method="onnx-dynamic-int8", version=99), None),
+        (lambda: step("onnx-int8"), None),
+        (lambda: step("onnx-int4", method="onnx-matmul-nbits", version=1), None),
+        (
+            lambda: step("qat-int4", method="torchao-qat", version=1, settings={"steps": 30}),
+            "few training steps: qat-int4 took 30, a fair run takes 1,000 or more",
+        ),
+        (lambda: step("qat-int4", method="torchao-qat", version=1, settings={"steps": 1000}), None),
+        (
+            lambda: step("omniquant-3bit", method="omniquant", version=1, settings={"steps": 60}),
+            "few training steps: omniquant-3bit took 60",
+        ),
+        (lambda: step("os.system", method="rm", version=1), None),
+    ],
+)
+def test_what_a_method_says_of_itself_is_told(made: Callable[[], list[Record]], says: str | None) -> None:
+    flags = row_of(made()).flags
+    assert [flag[: len(says)] for flag in flags] == [says] if says else flags == []
+
+
+def test_the_committed_rows_of_methods_that_say_something_of_themselves(committed: list[Record]) -> None:
+    told = {row.pipeline: kind(flag) for row in rows(committed) for flag in row.flags if flag.startswith(("few training", "not causal"))}
+    few = ("omniquant-3bit", "qat-int4", "llm-qat", "ternary-qat")
+    assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
+
+
+def test_the_ranking_knows_what_flags_take_away() -> None:
+    made = [*board(), *records(GPTQ)]
+    for pipeline, stage, flag in (
+        ("rtn", Stage.SPEED, STALE),
+        ("awq", Stage.QUALITY, "calibration text inside the test text: 3.0% of x"),
+        ("nf4", Stage.SPEED, "OMP_WAIT_POLICY=PASSIVE: threads sleep"),
+        ("int8", Stage.QUALITY, "claims 8 bits, stores 16.0"),
+    ):
+        for record in made:
+            if (record.cell.pipeline, record.stage) == (pipeline, stage):
+                (record.quality or record.speed).flags.append(flag)  # type: ignore[union-attr]
+    shown_ = Board.of(made)
+    text = ranking.data(shown_).removeprefix("window.BOARD=JSON.parse('").removesuffix("');\n")
+    raw = {row[0]: row for row in json.loads(text.replace("\\'", "'").replace("\\\\", "\\"))["rows"]}
+    found = {row.pipeline: raw[names.cell_id(row)] for row in shown_.rows}
+    assert [found[name][19] for name in ("rtn", "awq", "nf4", "int8", "shortgpt(blocks=3)")] == [8, 2, 4, 1, 0]
+    assert found["rtn"][16] is None and found["awq"][16] is not None, "what older code took is no memory to choose by"
