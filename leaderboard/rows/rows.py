@@ -22,6 +22,7 @@ from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, per
 from slimbench.leaderboard.rows.ranks import ranked
 from slimbench.leaderboard.rows.replicates import calibration, spread
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.verdicts import judged
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped
 
@@ -45,7 +46,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     texts = {foreign: _texts([r for r in ordered if foreign or not r.foreign]) for foreign in (False, True)}
     bearers = list(cells(ordered).values())
     made = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
-    board = ranked([(row, _finished_quality(row, index)) for row, bearer in zip(made, bearers, strict=True)])
+    board = ranked([(row, _finished_quality(row, index)) for row in made])
+    board = judged([(row, _finished_quality(row, index), _reference_quality(row, index)) for row in board])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
 
 
@@ -68,6 +70,13 @@ def _order(row: Row) -> tuple[Any, ...]:
 def _finished_quality(row: Row, index: Index) -> QualityResult | None:
     record = index.of_row(row, Stage.QUALITY)
     return record.quality if record and record.status is Status.OK else None
+
+
+def _reference_quality(row: Row, index: Index) -> QualityResult | None:
+    """The quality with which that of a row is paired; None for the reference itself."""
+    record = None if row.is_reference else index.of_row(row, Stage.QUALITY)
+    reference = index.reference(record) if record else None
+    return reference.quality if reference else None
 
 
 def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
@@ -157,7 +166,7 @@ def _grid_of_the_source(precision: str | None, compress: Record | None, loss: fl
     if not source or claim is None or loss is None or loss > _GRID_MET or (claim.bits, claim.group_size) != (int(source[1]), _GGUF_GROUP):
         return []
     grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
-    return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
+    return [f"the source was made from {precision}, {grid} as here: a grid that is met again tells nothing of full precision"]
 
 
 def _compressed_elsewhere(compress: Record | None, measured: Record) -> list[str]:
