@@ -15,12 +15,12 @@ from slimbench import __version__
 from slimbench.harness.cli import artefact, assets, bench, board, cache, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.cancel import cancel
-from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.config import config
+from slimbench.harness.cli.decide.compare import compare
+from slimbench.harness.cli.decide.gate import gate
+from slimbench.harness.cli.decide.recommend import recommend
 from slimbench.harness.cli.doctor import doctor
-from slimbench.harness.cli.gate import gate
 from slimbench.harness.cli.lock import lock
-from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
 from slimbench.harness.cli.show import show

@@ -1,4 +1,4 @@
-"""Within a table, a row's rank is one more than the number of rows that are significantly better; and which adjacent rows differ."""
+"""Shared ranks: within a table, a row's rank is one more than the number of rows that are significantly better."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Values = Sequence[float] | Sequence[NDArray[np.float64]]
 
 
 def ranked(board: Sequence[Measured]) -> list[Row]:
-    """The rows with their ranks, and whether each is told apart from the next better one, by perplexity and by accuracy, within its table.
+    """The rows with `rank` and `accuracy_rank`, each within its table.
 
     Only rows on the same windows (items) can be paired. Where a table holds several sets of them, the set that most rows
     share is ranked and the other rows get no rank.
@@ -27,13 +27,12 @@ def ranked(board: Sequence[Measured]) -> list[Row]:
     Args:
         board: Rows, each with its quality where that was measured to the end.
     """
-    found = {
-        "rank": _by_table(board, _windows, windows_ranks),
-        "perplexity_apart": _by_table(board, _windows, windows_apart),
-        "accuracy_rank": _by_table(board, _items, items_ranks),
-        "accuracy_apart": _by_table(board, _items, items_apart),
-    }
-    return [row.model_copy(update={name: known.get(index) for name, known in found.items()}) for index, (row, _) in enumerate(board)]
+    by_perplexity = _by_table(board, _windows, windows_ranks)
+    by_accuracy = _by_table(board, _items, items_ranks)
+    return [
+        row.model_copy(update={"rank": by_perplexity.get(index), "accuracy_rank": by_accuracy.get(index)})
+        for index, (row, _) in enumerate(board)
+    ]
 
 
 def windows_ranks(nll: ArrayLike) -> list[int]:
@@ -66,42 +65,6 @@ def items_ranks(correctness: Sequence[Sequence[ArrayLike]]) -> list[int]:
     return _shared_ranks(p_values, np.mean([task.mean(axis=1) for task in tasks], axis=0))
 
 
-def windows_apart(nll: ArrayLike) -> list[bool | None]:
-    """Whether each row's perplexity differs significantly from the next lower one: paired t-tests, Holm's correction over the neighbours.
-
-    Args:
-        nll: As of `windows_ranks`.
-
-    Returns:
-        None for the row of the lowest perplexity.
-    """
-    values = np.asarray(nll)
-    order = np.argsort(values.mean(axis=1), kind="stable")
-    return _from_the_second(order, significance.paired_p_values(np.diff(values[order], axis=0)))
-
-
-def items_apart(correctness: Sequence[Sequence[ArrayLike]]) -> list[bool | None]:
-    """Whether each row's macro-average accuracy differs significantly from the next higher one, as of `windows_apart`.
-
-    Args:
-        correctness: As of `items_ranks`.
-    """
-    tasks = [np.asarray(task) for task in zip(*correctness, strict=True)]
-    order = np.argsort(-np.mean([task.mean(axis=1) for task in tasks], axis=0), kind="stable")
-    changes = [np.diff(task[order], axis=0) for task in tasks]
-    sums, squares = (np.stack([part(change).sum(axis=1) for change in changes], axis=-1) for part in (np.copy, np.square))
-    items = np.array([task.shape[1] for task in tasks], dtype=np.float64)
-    return _from_the_second(order, significance.accuracy_p_values(sums, squares, items))
-
-
-def _from_the_second(order: NDArray[np.intp], p_values: NDArray[np.float64]) -> list[bool | None]:
-    """Which rows differ from the one before them in an order, in their own order."""
-    found: list[bool | None] = [None] * len(order)
-    for row, p in zip(order[1:], significance.holm(p_values), strict=True):
-        found[row] = bool(p < significance.LEVEL)
-    return found
-
-
 def _shared_ranks(p_values: NDArray[np.float64], merit: NDArray[np.float64]) -> list[int]:
     """Ranks from the p-values of all pairs, in the order of `np.triu_indices`."""
     first, second = np.triu_indices(len(merit), 1)
@@ -114,9 +77,9 @@ def _shared_ranks(p_values: NDArray[np.float64], merit: NDArray[np.float64]) -> 
 def _by_table(
     board: Sequence[Measured],
     samples: Callable[[QualityResult], tuple[Any, Values] | None],
-    judge: Callable[[Any], Sequence[int | None]],
-) -> dict[int, int | None]:
-    """What is found of each row within its table, by the row's position, for the rows that have it."""
+    rank: Callable[[Any], list[int]],
+) -> dict[int, int]:
+    """The rank of each row by its position, for the rows that have one."""
     tables: dict[tuple[str, ...], dict[int, tuple[Any, Values]]] = defaultdict(dict)
     own = {row.table_key for row, _ in board if not row.foreign}
     for index, (row, quality) in enumerate(board):
@@ -124,13 +87,13 @@ def _by_table(
             continue  # it has no rank beside one's own
         if quality and (found := samples(quality)):
             tables[row.table_key][index] = found
-    return dict(pair for table in tables.values() for pair in _of_members(table, judge))
+    return dict(pair for table in tables.values() for pair in _ranks_of(table, rank))
 
 
-def _of_members(table: dict[int, tuple[Any, Values]], judge: Callable[[Any], Sequence[int | None]]) -> Iterator[tuple[int, int | None]]:
+def _ranks_of(table: dict[int, tuple[Any, Values]], rank: Callable[[Any], list[int]]) -> Iterator[tuple[int, int]]:
     most = Counter(identity for identity, _ in table.values()).most_common(1)[0][0]
     members = {index: values for index, (identity, values) in table.items() if identity == most}
-    return zip(members, judge(list(members.values())), strict=True)
+    return zip(members, rank(list(members.values())), strict=True)
 
 
 def _windows(quality: QualityResult) -> tuple[Any, Values] | None:

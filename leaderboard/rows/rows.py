@@ -22,7 +22,7 @@ from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, per
 from slimbench.leaderboard.rows.ranks import ranked
 from slimbench.leaderboard.rows.replicates import calibration, spread
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.verdicts import judged
+from slimbench.leaderboard.verdicts.judged import Paired, judged
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped
 
@@ -47,7 +47,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     bearers = list(cells(ordered).values())
     made = mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers)
     board = ranked([(row, _finished_quality(row, index)) for row in made])
-    board = judged([(row, _finished_quality(row, index), _reference_quality(row, index)) for row in board])
+    board = judged([Paired(row, _finished_quality(row, index), _reference_quality(row, index)) for row in board])
     return sorted(spread(zip(board, bearers, strict=True)), key=_order)
 
 

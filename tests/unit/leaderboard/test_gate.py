@@ -18,7 +18,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.gate import Answer, Gate, Metric, describe, gate
+from slimbench.leaderboard.verdicts.gate import Answer, Gate, Metric, describe, gate
 from tests.support.board_records import Spec, failure, records
 from tests.support.paths import ROOT
 

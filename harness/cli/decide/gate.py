@@ -37,8 +37,8 @@ def gate(
     if not 0.5 < sure < 1:
         raise ConfigError(f"--confidence {confidence} is not between 50% and 100%")
     records = read_records(results)
-    from slimbench.leaderboard.gate import Answer, describe
-    from slimbench.leaderboard.gate import gate as hold
+    from slimbench.leaderboard.verdicts.gate import Answer, describe
+    from slimbench.leaderboard.verdicts.gate import gate as hold
 
     found = hold(records, cell, asked, sure, metric, model, suite, device)  # type: ignore[arg-type]
     if format == "json":
