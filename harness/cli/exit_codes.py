@@ -18,10 +18,11 @@ class ExitCode(IntEnum):
         member.meaning = meaning  # type: ignore[attr-defined]
         return member
 
-    DONE = 0, "all that was asked is recorded, and nothing of it failed"
+    DONE = 0, "all that was asked is recorded, and nothing of it failed; a check passed"
     FAILED = 1, "a stage failed, or a check did not pass; or nothing may be written into the results folder"
     USAGE = 2, "the command or its configuration is wrong; nothing was run"
-    NOTHING_MEASURED = 3, "nothing failed, but nothing could be measured either: every cell is unsupported here"
+    NOTHING_MEASURED = 3, "nothing failed, but nothing could be measured either: every cell is unsupported here; of `gate`: undecided"
+    UNDECIDED = NOTHING_MEASURED
     STOPPED = 75, "stopped, or the machine failed, with more to do; the same command goes on"
     INTERRUPTED = 130, "interrupted; the same command goes on"
 

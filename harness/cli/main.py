@@ -15,11 +15,12 @@ from slimbench import __version__
 from slimbench.harness.cli import artefact, assets, bench, board, cache, engines, env, methods, records, wandb
 from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.cancel import cancel
-from slimbench.harness.cli.compare import compare
 from slimbench.harness.cli.config import config
+from slimbench.harness.cli.decide.compare import compare
+from slimbench.harness.cli.decide.gate import gate
+from slimbench.harness.cli.decide.recommend import recommend
 from slimbench.harness.cli.doctor import doctor
 from slimbench.harness.cli.lock import lock
-from slimbench.harness.cli.recommend import recommend
 from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
 from slimbench.harness.cli.show import show
@@ -35,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, worker, status, cancel, show, config, audit, compare, recommend, reproduce, doctor, lock):
+for command in (run, sweep, worker, status, cancel, show, config, audit, compare, recommend, gate, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

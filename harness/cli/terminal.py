@@ -61,6 +61,19 @@ def check_choice(option: str, name: str, choices: Sequence[str]) -> None:
         raise ConfigError(f"{option} {name} is no valid choice{nearest(name, choices)}")
 
 
+def share(option: str, text: str) -> float:
+    """`1%` as 0.01; a bare number is per cent too, as on the board. Raises `ConfigError` for what is none."""
+    from slimbench.harness.config.errors import ConfigError
+
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{option} {text} is no share; give it as 1%")
+    return value / 100
+
+
 def print_table(format: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
     """Print rows in one of `FORMATS`.
 

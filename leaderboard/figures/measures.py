@@ -9,8 +9,6 @@ from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
 
-NORMAL_95 = 1.96
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -22,7 +20,6 @@ class Measure:
         missing: How a caption calls a row without it: `without …`.
         scale: Factor from the row to the axis.
         bounds: Fields of the 95 % interval.
-        error: Field of a standard error, where there is no interval.
         rising: Whether more is better.
         name: Beginning of file names.
     """
@@ -33,7 +30,6 @@ class Measure:
     name: str
     scale: float = 1.0
     bounds: tuple[str, str] | None = None
-    error: str | None = None
     rising: bool = False
 
     def value(self, row: Row) -> float | None:
@@ -44,8 +40,6 @@ class Measure:
         """The 95 % interval, which holds the value; a side that is unknown is the value itself."""
         value = self.value(row) or 0.0
         low, high = (getattr(row, bound) for bound in self.bounds) if self.bounds else (None, None)
-        if self.error and (error := getattr(row, self.error)) is not None:
-            return value - NORMAL_95 * error * self.scale, value + NORMAL_95 * error * self.scale
         return (
             value if low is None else min(value, low * self.scale),
             value if high is None else max(value, high * self.scale),
@@ -61,7 +55,7 @@ ACCURACY = Measure(
     "accuracy",
     "accuracy",
     100,
-    error="accuracy_se",
+    bounds=("accuracy_low", "accuracy_high"),
     rising=True,
 )
 DELTA = Measure(

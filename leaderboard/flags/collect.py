@@ -79,4 +79,4 @@ def _grid_of_the_source(precision: str | None, compress: Record | None, loss: fl
     if not source or claim is None or loss is None or loss > _GRID_MET or (claim.bits, claim.group_size) != (int(source[1]), _GGUF_GROUP):
         return []
     grid = f"{source[1]} bits in groups of {_GGUF_GROUP}"
-    return [f"the source was made from {precision}, {grid} as here: a grid that is met again loses nothing, full precision would"]
+    return [f"the source was made from {precision}, {grid} as here: a grid that is met again tells nothing of full precision"]

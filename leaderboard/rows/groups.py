@@ -152,6 +152,55 @@ class Accuracy(Group):
     worst_task_high: float | None = Field(default=None, description="Upper bound of that difference.")
 
 
+class Equivalence(Group):
+    """What the row is against its reference at a margin, and what its windows and items can show at all."""
+
+    perplexity_verdict: str | None = Field(
+        default=None,
+        description="equivalent, worse, better or unresolved at ± 1 % of the reference's perplexity: two one-sided tests over paired "
+        "windows at 5 %, Holm's correction over the rows of the table.",
+    )
+    perplexity_verdict_p: float | None = Field(
+        default=None, description="Corrected p-value of the verdict; of the nearest one where the row is unresolved."
+    )
+    perplexity_windows: int | None = Field(default=None, description="Windows that the row shares with its reference.")
+    perplexity_needed: int | None = Field(
+        default=None,
+        description="Windows that would resolve the row with 80 % power, if its difference and their spread are the true ones; none where "
+        "the row is resolved, or lies so near the margin that no number will do.",
+    )
+    perplexity_detectable_percent: float | None = Field(
+        default=None, description="Perplexity above the reference, in per cent, that a paired test of these windows finds with 80 % power."
+    )
+    perplexity_apart: bool | None = Field(
+        default=None,
+        description="Whether the perplexity differs significantly from the next lower one of the table: paired t-test, Holm's correction "
+        "over the pairs of neighbours, 5 %; none for the lowest.",
+    )
+    accuracy_verdict: str | None = Field(
+        default=None,
+        description="equivalent, worse, better or unresolved at ± 3 points of accuracy: two one-sided tests over paired items within tasks "
+        "at 5 %, Holm's correction over the rows of the table.",
+    )
+    accuracy_verdict_p: float | None = Field(
+        default=None, description="Corrected p-value of the verdict; of the nearest one where the row is unresolved."
+    )
+    accuracy_items: int | None = Field(default=None, description="Items that the row shares with its reference, over all tasks.")
+    accuracy_needed: int | None = Field(
+        default=None,
+        description="Items that would resolve the row with 80 % power, if its difference and the share of changed answers are the true "
+        "ones; none where the row is resolved, or lies so near the margin that no number will do.",
+    )
+    accuracy_detectable: float | None = Field(
+        default=None, description="Difference in accuracy to the reference that a paired test of these items finds with 80 % power."
+    )
+    accuracy_apart: bool | None = Field(
+        default=None,
+        description="Whether the accuracy differs significantly from the next higher one of the table: paired test over items, "
+        "Holm's correction over the pairs of neighbours, 5 %; none for the highest.",
+    )
+
+
 class Timing(Group):
     """One point of the speed grid."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, ZeroshotResult
+from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
 
 T = TypeVar("T")
 
@@ -34,6 +34,21 @@ def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any
 def shared_items(ours: Sequence[ZeroshotResult], theirs: Sequence[ZeroshotResult]) -> list[tuple[ZeroshotResult, ZeroshotResult | None]]:
     """Each of our tasks with theirs on the same items, or None; a task whose items are not known has no partner."""
     return partners(ours, [task for task in theirs if task.items], items_of)
+
+
+def paired_windows(ours: QualityResult, theirs: QualityResult | None) -> tuple[Sequence[float], Sequence[float]] | None:
+    """The NLL of the windows of the first text in both; None where they do not share it."""
+    if theirs is None or not ours.perplexity:
+        return None
+    first, partner = partners(ours.perplexity[:1], theirs.perplexity, windows_of)[0]
+    return (first.window_nll, partner.window_nll) if partner else None
+
+
+def paired_answers(ours: QualityResult, theirs: QualityResult | None) -> tuple[list[Sequence[float]], list[Sequence[float]]] | None:
+    """The correctness of the items of each task in both; None where there is no task, or they do not share every one."""
+    pairs = shared_items(ours.zeroshot, theirs.zeroshot) if theirs else []
+    known = [(task.correctness, partner.correctness) for task, partner in pairs if partner]
+    return ([a for a, _ in known], [b for _, b in known]) if known and len(known) == len(ours.zeroshot) else None
 
 
 def name_of(result: PerplexityResult | DocumentResult) -> str:

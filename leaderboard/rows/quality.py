@@ -12,7 +12,7 @@ from slimbench.harness.stats import significance
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, attempt
 from slimbench.harness.stats.significance import LEVEL, Flips
 from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Perplexity
-from slimbench.leaderboard.rows.pairing import name_of, partners, shared_items, windows_of
+from slimbench.leaderboard.rows.pairing import name_of, paired_windows, partners, shared_items, windows_of
 from slimbench.tasks import zeroshot
 
 OTHER = "other"
@@ -40,10 +40,10 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     if not ours.perplexity:
         return Perplexity(perplexity_by_protocol=by_protocol)
     known = theirs.perplexity if theirs else []
-    head, shared = partners(ours.perplexity[:1], known, windows_of)[0]
+    head = ours.perplexity[0]
     same_protocol = [p for p in ours.perplexity if (p.protocol, p.seqlen) == (head.protocol, head.seqlen)]
     low, high = attempt(stats.perplexity_interval, head.window_nll, otherwise=UNDEFINED)
-    pair = (head.window_nll, shared.window_nll) if shared else ([], [])
+    pair = paired_windows(ours, theirs) or ([], [])
     ratio = attempt(stats.perplexity_ratio_interval, *pair, otherwise=UNKNOWN)
     return Perplexity(
         corpus=head.corpus,

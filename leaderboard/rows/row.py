@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from slimbench.leaderboard.rows.groups import Accuracy, Calibration, Cost, Divergence, Group, Identity, Perplexity, Size, Speed
+from slimbench.harness.stats.bootstrap import normal_quantile
+from slimbench.leaderboard.rows.groups import Accuracy, Calibration, Cost, Divergence, Equivalence, Group, Identity, Perplexity, Size, Speed
 
 
-class Row(Calibration, Cost, Size, Speed, Accuracy, Divergence, Perplexity, Identity):
+class Row(Calibration, Cost, Size, Speed, Equivalence, Accuracy, Divergence, Perplexity, Identity):
     """One cell of the board: its groups, and what it is among the other rows."""
 
     rank: int | None = Field(
@@ -50,6 +51,21 @@ class Row(Calibration, Cost, Size, Speed, Accuracy, Divergence, Perplexity, Iden
     def perplexity_delta_high(self) -> float | None:
         """Upper bound of `perplexity_delta_percent`."""
         return None if self.perplexity_ratio_high is None else 100 * (self.perplexity_ratio_high - 1)
+
+    @property
+    def accuracy_low(self) -> float | None:
+        """Lower bound of the accuracy's 95 % interval."""
+        return self._accuracy_bound(-1)
+
+    @property
+    def accuracy_high(self) -> float | None:
+        """Upper bound of the accuracy's 95 % interval."""
+        return self._accuracy_bound(1)
+
+    def _accuracy_bound(self, sign: int) -> float | None:
+        if self.accuracy is None or self.accuracy_se is None:
+            return None
+        return self.accuracy + sign * normal_quantile(0.95) * self.accuracy_se
 
     @property
     def engine_label(self) -> str:

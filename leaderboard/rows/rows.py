@@ -25,6 +25,7 @@ from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, per
 from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.verdicts.judged import Paired, judged
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped
 
@@ -51,6 +52,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     board = ranked(
         [Measured(row, _finished_quality(row, index), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)]
     )
+    board = judged([Paired(row, _finished_quality(row, index), _reference_quality(row, index)) for row in board])
     return sorted(facts.copies(spread(board, alike), artefacts), key=_order)
 
 
@@ -87,6 +89,13 @@ def _of_one_code(board: Sequence[Row], index: Index) -> list[Row]:
 def _finished_quality(row: Row, index: Index) -> QualityResult | None:
     record = index.of_row(row, Stage.QUALITY)
     return record.quality if record and record.status is Status.OK else None
+
+
+def _reference_quality(row: Row, index: Index) -> QualityResult | None:
+    """The quality with which that of a row is paired; None for the reference itself."""
+    record = None if row.is_reference else index.of_row(row, Stage.QUALITY)
+    reference = index.reference(record) if record else None
+    return reference.quality if reference else None
 
 
 def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:

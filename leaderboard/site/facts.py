@@ -8,8 +8,9 @@ from typing import Any
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.flags.kinds import Figure, labelled, spoiling
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.columns import places, seed_spread
+from slimbench.leaderboard.tables.columns import COLUMNS, places, seed_spread
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, shorten
+from slimbench.leaderboard.tables.resolution import shown_by
 
 LONGEST_DETAIL = 2000
 
@@ -59,6 +60,8 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),
         "Accuracy difference": _span(points, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points")
         + _p(row.accuracy_p),
+        "Verdict on perplexity": _verdict(row, "perplexity"),
+        "Verdict on accuracy": _verdict(row, "accuracy"),
         "Changed answers": ""
         if row.flips_to_wrong is None
         else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",
@@ -69,6 +72,15 @@ def _quality(row: Row) -> dict[str, str | None]:
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
         "Test text in the calibration text": _text(decimal(2, 100), row.calibration_overlap, " % of its n-grams"),
     }
+
+
+def _verdict(row: Row, name: str) -> str:
+    """`unresolved (p = 0.18); 14 windows would tell; 8 windows can show a difference of 0.5 % (80 % power)`."""
+    (column,) = (column for column in COLUMNS if column.key == f"{name}_verdict")
+    if column.value(row) == EMPTY:
+        return ""
+    verdict = f"{column.value(row)}{_p(getattr(row, f'{name}_verdict_p'))}"
+    return "; ".join(filter(None, (verdict, column.interval(row), shown_by(row, name))))
 
 
 def _speed(row: Row) -> dict[str, str | None]:

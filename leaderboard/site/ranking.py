@@ -13,7 +13,7 @@ from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board
 from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from slimbench.leaderboard.tables.columns import COLUMNS, Bounds, Column
+from slimbench.leaderboard.tables.columns import COLUMNS, Column, VerdictColumn
 from slimbench.leaderboard.tables.format import decimal, shorten
 
 EXTRA = (
@@ -21,8 +21,9 @@ EXTRA = (
     Column("peak_memory_bytes", "Peak MB", "Peak resident memory of the compression, in 10⁶ bytes.", decimal(0, 1e-6)),
 )
 ALL = (*COLUMNS, *EXTRA)
-NUMBERS = tuple(column for column in ALL if column.format is not str)
-_HIDDEN = {"kl_mean", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
+CELLS = tuple(column for column in ALL if column.format is not str or isinstance(column, VerdictColumn))
+"""Columns of numbers and verdicts; other texts are facets."""
+_HIDDEN = {"kl_mean", "accuracy_verdict", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
 _REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
 _CELL, _QUALITY, _DECODE, _MEMORY_FIGURE = 1, 2, 4, 8
@@ -47,7 +48,7 @@ def data(board: Board) -> str:
     texts = _Texts()
     rows = [_row(board, row, texts) for row in board.rows]
     content = {
-        "columns": [_column(column) for column in NUMBERS],
+        "columns": [_column(column) for column in CELLS],
         "sets": board.settings,
         "rows": rows,
         "texts": list(texts),
@@ -76,8 +77,9 @@ def _column(column: Column) -> dict[str, Any]:
         "key": column.key,
         "header": column.header,
         "help": column.help,
-        "digits": column.format.digits,  # type: ignore[attr-defined]
-        "signed": column.format.signed,  # type: ignore[attr-defined]
+        "text": isinstance(column, VerdictColumn),
+        "digits": getattr(column.format, "digits", 0),
+        "signed": getattr(column.format, "signed", False),
         "rising": column.rising,
         "log": column.key in _LOGARITHMIC,
         "shown": column.key not in _HIDDEN,
@@ -109,7 +111,7 @@ def _row(board: Board, row: Row, texts: _Texts) -> list[Any]:
         texts.name(row.grid),
         row.rank_last,
         _invalid(row),
-        *(_number(column, row) for column in NUMBERS),
+        *(_number(column, row) for column in CELLS),
     ]
 
 
@@ -120,15 +122,16 @@ def _invalid(row: Row) -> int:
 
 
 def _number(column: Column, row: Row) -> Any:
-    """Nothing, the number, the number with its error, or the number with the bounds of its interval."""
+    """Nothing, the number, or the number with the bounds of its interval; a verdict, or one with what would resolve it."""
     value = getattr(row, column.key)
     if value is None:
         return None
-    if isinstance(column.bounds, Bounds):
-        bounds = [getattr(row, name) for name in column.bounds]
-        return [shown(column.format(v)) for v in (value, *bounds)] if None not in bounds else shown(column.format(value))
-    error = getattr(row, column.error) if column.error else None
-    return shown(column.format(value)) if error is None else [shown(column.format(value)), shown(column.format(error))]
+    if isinstance(column, VerdictColumn):
+        return [value, told] if (told := column.interval(row)) else value
+    bounds = [getattr(row, name) for name in column.bounds or ()]
+    if not bounds or None in bounds:
+        return shown(column.format(value))
+    return [shown(column.format(v)) for v in (value, *bounds)]
 
 
 def shown(text: str) -> float | int:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
-
-if TYPE_CHECKING:
-    pass
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 
 NAME_KERNEL_AND_NOTES = 54
@@ -22,8 +19,10 @@ LEAST_FIRST = (
     "disk_bytes",
     "roofline_fraction",
     "grid",
+    "accuracy_verdict",
     "kl_mean",
     "effective_bits",
+    "perplexity_verdict",
     "weight_bytes",
     "accuracy",
     "decode_tokens_per_s",
@@ -39,9 +38,12 @@ RANK = (
 
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
-    "± is half of the 95 % interval; of the accuracy, one standard error. "
-    "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes."
+    "± is half of the 95 % interval, everywhere. "
+    "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes.",
+    "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
+    "unresolved, with the number of windows or items that would resolve it four times in five.",
 )
+"""How to read a table, in lines."""
 
 
 class Bounds(NamedTuple):
@@ -58,9 +60,9 @@ class Column:
         header: What stands above it.
         help: What it means, in one sentence.
         format: The number as text; `str` of a column of texts.
-        bounds: Fields of lower and upper bound, where there are any.
-        error: Field of the standard error, where that is shown instead.
+        bounds: Fields of lower and upper bound of the 95 % interval, where there are any.
         rising: Whether more is better.
+        wraps: Whether its texts may be broken at a space.
     """
 
     key: str
@@ -68,31 +70,52 @@ class Column:
     help: str
     format: Callable[[Any], str]
     bounds: Bounds | None = None
-    error: str | None = None
     rising: bool = False
+    wraps: ClassVar[bool] = False
 
     def value(self, row: Row) -> str:
         value = getattr(row, self.key)
         return EMPTY if value is None else self.format(value)
 
     def interval(self, row: Row) -> str:
-        """The interval as `low–high` (`low to high` for signed numbers), or `± error`; empty where it is unknown."""
-        if self.bounds:
-            low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
-            if low is None or high is None:
-                return ""
-            ends = self.format(low), self.format(high)
-            return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
-        error = getattr(row, self.error) if self.error else None
-        return "" if error is None else f"± {self.format(error)}"
+        """The interval as `low–high` (`low to high` for signed numbers); empty where it is unknown."""
+        if self.bounds is None:
+            return ""
+        low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
+        if low is None or high is None:
+            return ""
+        ends = self.format(low), self.format(high)
+        return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
 
     def plus_minus(self, row: Row) -> str:
-        """The number with half of its interval, or its standard error, after `±`."""
-        value, spread = self.value(row), getattr(row, self.error) if self.error else None
-        if self.bounds:
-            low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
-            spread = None if low is None or high is None else (high - low) / 2
-        return value if spread is None or value == EMPTY else f"{value} ± {self.format(spread).removeprefix('+')}"
+        """The number with half of its interval after `±`."""
+        value = self.value(row)
+        if self.bounds is None or value == EMPTY:
+            return value
+        low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
+        return value if low is None or high is None else f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
+
+
+@dataclass(frozen=True)
+class VerdictColumn(Column):
+    """A column of verdicts, each unresolved one with what would resolve it.
+
+    Attributes:
+        needed: Field of the number of items that would.
+        unit: What these are.
+    """
+
+    needed: str = ""
+    unit: str = ""
+    wraps: ClassVar[bool] = True
+
+    def interval(self, row: Row) -> str:
+        count = getattr(row, self.needed)
+        return "" if count is None else f"{count:,} {self.unit} would tell"
+
+    def plus_minus(self, row: Row) -> str:
+        count = getattr(row, self.needed)
+        return self.value(row) if count is None else f"{self.value(row)} ({count:,})"
 
 
 COLUMNS = (
@@ -110,6 +133,15 @@ COLUMNS = (
         decimal(1, signed=True),
         Bounds("perplexity_delta_low", "perplexity_delta_high"),
     ),
+    VerdictColumn(
+        "perplexity_verdict",
+        "Verdict ±\N{NO-BREAK SPACE}1\N{NO-BREAK SPACE}%",
+        "Against the reference's perplexity: equivalent, worse or better by 1 %, or unresolved, with the number of windows that would "
+        "resolve it four times in five; two one-sided tests over the same windows, Holm's correction over the rows, 5 %.",
+        str,
+        needed="perplexity_needed",
+        unit="windows",
+    ),
     Column(
         "kl_mean",
         "KL",
@@ -120,10 +152,19 @@ COLUMNS = (
     Column(
         "accuracy",
         "Accuracy %",
-        "Mean of the zero-shot tasks, higher is better; ± one standard error.",
+        "Mean of the zero-shot tasks, higher is better; 95 % interval from the variance over items.",
         decimal(1, 100),
-        error="accuracy_se",
+        Bounds("accuracy_low", "accuracy_high"),
         rising=True,
+    ),
+    VerdictColumn(
+        "accuracy_verdict",
+        "Verdict ±\N{NO-BREAK SPACE}3\N{NO-BREAK SPACE}points",
+        "Against the reference's accuracy: equivalent, worse or better by 3 points, or unresolved, with the number of items that would "
+        "resolve it four times in five; two one-sided tests over the same items within tasks, Holm's correction over the rows, 5 %.",
+        str,
+        needed="accuracy_needed",
+        unit="items",
     ),
     Column(
         "prefill_ms",

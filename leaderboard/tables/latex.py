@@ -16,14 +16,16 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import shorten
+from slimbench.leaderboard.tables.resolution import resolution
 from slimbench.leaderboard.tables.tables import Table, tables
 
 NEEDED = r"% \usepackage{booktabs,graphicx}"
-PAGE_LINES = 48
-"""Rows and lines of notes of one float."""
+PAGE_LINES = 42
+"""Rows and lines of notes of one float, below a caption of up to ten lines."""
 _NOTE_LINES = 2
 _LONGEST = 60
 _LONGEST_NOTE = 160
+_LONGEST_LINE = 400
 _ASCII = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -70,7 +72,7 @@ _TESTED = frozenset({"perplexity", "accuracy"})
 _MARKED = r"r@{\hskip 14pt}"
 """A column whose marks hang into the space behind it."""
 _Places = tuple[int | None, int | None]
-_UNRANKED = frozenset({"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent"})
+_UNRANKED = frozenset({"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent", "perplexity_verdict", "accuracy_verdict"})
 """Columns without a best: texts, what is spent, and what another column says already."""
 
 
@@ -134,7 +136,7 @@ def _float(table: Table, rows: Sequence[Row], columns: Sequence[Column], marks: 
         [
             r"\begin{table}[t]",
             r"\centering",
-            rf"\caption{{{_caption(table, rows, body, part)}}}",
+            rf"\caption{{{_caption(table, body, part)}}}",
             r"\smallskip",
             r"\sbox0{\footnotesize\setlength{\tabcolsep}{4.5pt}%",
             rf"\begin{{tabular}}{{l{''.join(_MARKED if c.key in _TESTED else 'r' for c in columns)}}}",
@@ -152,17 +154,18 @@ def _float(table: Table, rows: Sequence[Row], columns: Sequence[Column], marks: 
     )
 
 
-def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) -> str:
-    """What the table is of, and the meaning of the marks and columns that stand in it."""
+def _caption(table: Table, body: Sequence[str], part: str) -> str:
+    """What the table is of, the meaning of the marks and columns that stand in it, and what it can resolve."""
     failed = sum(row.status not in (Status.OK, INCOMPLETE) for row in table.rows)
-    lines, accuracy = "\n".join(body), any(row.accuracy_se is not None for row in rows)
+    lines = "\n".join(body)
     meanings = {
-        r"\pm": r"after \ensuremath{\pm} half of the 95\,\% interval" + ("; of the accuracy, one standard error" if accuracy else ""),
+        r"\pm": r"after \ensuremath{\pm} half of the 95\,\% interval",
         r"\textbf": "bold: best of the compressed rows",
         r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: may hold a place of the best",
         "*}}": rf"\textsuperscript{{*}}: significantly worse than the reference ({100 * LEVEL:.0f}\,\%, Holm)",
     }
     units = {
+        "perplexity_verdict": "verdicts: against the reference, in brackets the windows or items that would resolve the row",
         "perplexity_delta_percent": rf"{escape('Δ')}: perplexity above the reference",
         "kl_mean": "KL: in nats per token",
         "speedup": "speed-up: over the reference on the same engine",
@@ -171,7 +174,8 @@ def _caption(table: Table, rows: Sequence[Row], body: Sequence[str], part: str) 
     told = "; ".join([*(meaning for mark, meaning in meanings.items() if mark in lines), *shown])
     ended = f"{failed} of {len(table.rows)} rows ended badly, with the reason below." if failed else ""
     title = f"{escape(table.title)}{part}. {escape(table.setting, 200)}."
-    return " ".join(filter(None, [title, f"{told[0].upper()}{told[1:]}." if told else "", ended]))
+    resolved = [escape(line, _LONGEST_LINE) for line in resolution(table.rows)]
+    return " ".join(filter(None, [title, f"{told[0].upper()}{told[1:]}." if told else "", *resolved, ended]))
 
 
 def _line(row: Row, table: Table, columns: Sequence[Column], marks: dict[tuple[int, str], list[str]], notes: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slimbench.harness.stats.equivalence import Verdict
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal
@@ -10,9 +11,10 @@ _SAME_SIZE = 0.005
 
 
 def verdict(row: Row, reference: Row | None) -> str:
-    """`2.04 × as fast, 0.42 × the weights, +13.8 % perplexity, accuracy unchanged (± 6.4 points)`; empty where nothing is compared.
+    """`2.04 × as fast, 0.42 × the weights, +13.8 % perplexity, accuracy not told apart (−1.2 ± 6.4 points)`; empty if nothing is compared.
 
-    A change that is not significant at 5 % counts as none; the reference has no verdict.
+    What is shown to be within the margin is called equivalent; a difference that is not significant at 5 % is one that the data do not tell
+    from none, and is never called none. The reference has no verdict.
 
     Args:
         reference: The uncompressed model on the same engine; its bytes are compared.
@@ -28,7 +30,9 @@ def _speed(row: Row) -> str:
         return ""
     if row.speedup_low is None or row.speedup_high is None:
         return f"{decimal(2)(row.speedup)} × as fast (too few runs for an interval)"
-    return "as fast as the reference" if row.speedup_low <= 1 <= row.speedup_high else f"{decimal(2)(row.speedup)} × as fast"
+    if row.speedup_low <= 1 <= row.speedup_high:
+        return f"speed not told apart ({decimal(2)(row.speedup_low)} to {decimal(2)(row.speedup_high)} ×)"
+    return f"{decimal(2)(row.speedup)} × as fast"
 
 
 def _bytes(row: Row) -> int:
@@ -47,19 +51,23 @@ def _perplexity(row: Row) -> str:
     change = row.perplexity_delta_percent
     if change is None:
         return ""
+    if row.perplexity_verdict == Verdict.EQUIVALENT:
+        return f"perplexity equivalent at ± 1 % ({decimal(1, signed=True)(change)} %)"
     words = f"{decimal(1, signed=True)(change)} % perplexity" if change < 100 else f"{decimal(2)(1 + change / 100)} × the perplexity"
     if row.perplexity_p is None:
         return f"{words} (too few windows for a test)"
-    return words if row.perplexity_p < LEVEL else f"perplexity unchanged ({decimal(1, signed=True)(change)} %)"
+    return words if row.perplexity_p < LEVEL else f"perplexity not told apart ({decimal(1, signed=True)(change)} %)"
 
 
 def _accuracy(row: Row) -> str:
     if row.accuracy_delta is None or row.accuracy_p is None:
         return ""
     points = decimal(1, 100, signed=True)(row.accuracy_delta)
+    if row.accuracy_verdict == Verdict.EQUIVALENT:
+        return f"accuracy equivalent at ± 3 points ({points})"
     if row.accuracy_p < LEVEL:
         return f"accuracy {points} points"
     if row.accuracy_delta_low is None or row.accuracy_delta_high is None:
-        return "accuracy unchanged"
+        return f"accuracy not told apart ({points} points)"
     spread = decimal(1, 100)((row.accuracy_delta_high - row.accuracy_delta_low) / 2)
-    return f"accuracy unchanged (± {spread} points)"
+    return f"accuracy not told apart ({points} ± {spread} points)"

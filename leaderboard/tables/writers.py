@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from slimbench.leaderboard.tables.columns import COLUMNS, LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
+from slimbench.leaderboard.tables.resolution import resolution
 from slimbench.leaderboard.tables.tables import Table, tables
 from slimbench.util.text import csv_text
 
@@ -53,7 +54,8 @@ def csv_value(value: Any) -> Any:
 
 def to_markdown(board: Sequence[Row]) -> str:
     """A section with one table for each group of comparable rows, and how to read them."""
-    return "\n".join([*(_markdown_table(table) for table in tables(board)), escape(READING), ""])
+    reading = "\n\n".join(map(escape, READING))
+    return "\n".join([*(_markdown_table(table) for table in tables(board)), reading, ""])
 
 
 def _markdown_table(table: Table) -> str:
@@ -64,7 +66,8 @@ def _markdown_table(table: Table) -> str:
         names = [rank_of(row), escape(row.label), escape(row.path_label)]
         cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in COLUMNS), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), "", *lines, ""])
+    said = [line for text in resolution(table.rows) for line in ("", escape(text))]
+    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), *said, "", *lines, ""])
 
 
 def to_terminal(board: Sequence[Row]) -> RenderableType:
@@ -80,7 +83,7 @@ def to_terminal(board: Sequence[Row]) -> RenderableType:
                 numbers.setdefault(note, len(numbers) + 1)
         notes = [Text(f"{number:>3}  {shorten(note, 300)}", style="dim") for note, number in numbers.items()]
         parts += [_Fitted(table, numbers), *notes, Text("")]
-    return Group(*parts, Text(READING, style="dim"))
+    return Group(*parts, Text("\n".join(READING), style="dim"))
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,9 @@ class _Fitted:
     numbers: dict[str, int]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        texts = {c.key: [c.plus_minus(row) for row in self.table.rows] for c in COLUMNS}
-        widths = {c.key: 2 + max(len(c.header), *map(len, texts[c.key])) for c in COLUMNS if set(texts[c.key]) != {EMPTY}}
+        texts = {c.key: [c.header, *(c.plus_minus(row) for row in self.table.rows)] for c in COLUMNS}
+        parts = {c.key: [word for text in texts[c.key] for word in (text.split(" ") if c.wraps else [text])] for c in COLUMNS}
+        widths = {key: 2 + max(map(len, parts[key])) for key, shown in texts.items() if set(shown[1:]) != {EMPTY}}
         for key in LEAST_FIRST:
             if sum(widths.values()) + NAME_KERNEL_AND_NOTES > options.max_width:
                 widths.pop(key, None)
@@ -106,7 +110,7 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
 
     printed = RichTable(
         title=Text(table.title, style="bold"),
-        caption=Text(table.setting),
+        caption=Text("\n".join([table.setting, *resolution(table.rows)])),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -116,7 +120,7 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
     printed.add_column("#", justify="right", no_wrap=True)
     printed.add_column("Pipeline", overflow="fold", min_width=12)
     for column in columns:
-        printed.add_column(column.header, justify="right", no_wrap=True)
+        printed.add_column(column.header, justify="right", no_wrap=not column.wraps)
     kernels = any(row.kernel for row in table.rows)
     if kernels:
         printed.add_column("Kernel", overflow="fold", min_width=12)

@@ -27,8 +27,12 @@ from slimbench.util.hashing import short_hash
 Mode = Literal["auto", "online", "offline"]
 _LONGEST = 128
 _STATE = "slimbench-runs.json"
-_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "flags", "rank_last", "accuracy_rank_last"}
-"""What has a place of its own, and what changes with each row that comes after."""
+_OF_THE_TABLE = {
+    *(f"{measure}_{fact}" for measure in ("perplexity", "accuracy") for fact in ("verdict_p", "needed", "apart")),
+    *("rank_last", "accuracy_rank_last"),
+}
+"""What any further row of the table changes a little."""
+_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "flags", *_OF_THE_TABLE}
 
 
 @dataclass(frozen=True)

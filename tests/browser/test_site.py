@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.flags.kinds import folded
 from slimbench.leaderboard.recommend import Budget, recommend
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import decimal
-from slimbench.leaderboard.tables.verdict import folded
 from tests.browser.conftest import screen, written
 from tests.support.board_records import Spec, records
 

@@ -17,8 +17,7 @@
   const value = (row, index) => { const cell = row.cells[index]; return Array.isArray(cell) ? cell[0] : cell; };
   const bounds = (row, index) => {
     const cell = row.cells[index];
-    if (!Array.isArray(cell)) return null;
-    return cell.length === 3 ? [cell[1], cell[2]] : [cell[0] - 1.96 * cell[1], cell[0] + 1.96 * cell[1]];
+    return Array.isArray(cell) && !columns[index].text ? [cell[1], cell[2]] : null;
   };
 
   const OFF_SCALE = 20;
@@ -37,11 +36,13 @@
     };
     row.bits = bitsOf(value(row, position.effective_bits));
     row.size = sizeOf(row.parameters);
+    row.verdict = value(row, position.perplexity_verdict) ?? "none";
     row.href = `cell/${row.id}.html`;
     return row;
   });
 
   const format = (column, number) => {
+    if (column.text) return number;
     const size = Math.abs(number);
     const digits = size >= 1000 ? 0 : Math.max(0, column.digits - (size >= 100 ? 1 : 0));
     const shown = size >= 1e6 ? number.toExponential(1).replace("e+", "e") : number.toFixed(digits);
@@ -50,7 +51,7 @@
   };
   const interval = (column, cell) => {
     if (!Array.isArray(cell)) return "";
-    if (cell.length === 2) return `± ${format(column, cell[1])}`;
+    if (column.text) return cell[1];
     const [low, high] = [format(column, cell[1]), format(column, cell[2])];
     return `${low}${/[+−]/.test(low[0] + high[0]) ? " to " : "–"}${high}`;
   };

@@ -2,7 +2,7 @@
 // What the reader wants to see, kept in the address so that a view can be shared: search, facets, set, sort, columns, budget.
 (() => {
   const { rows, sets, columns, element, BITS, SIZES } = window.slim;
-  const FACETS = [["model", "Model"], ["size", "Size", SIZES], ["family", "Family"], ["engine", "Engine"], ["device", "Device"], ["bits", "Bits", BITS], ["grid", "Grid"], ["status", "Status"]];
+  const FACETS = [["model", "Model"], ["size", "Size", SIZES], ["family", "Family"], ["engine", "Engine"], ["device", "Device"], ["bits", "Bits", BITS], ["grid", "Grid"], ["verdict", "Verdict"], ["status", "Status"]];
   const NUMBERS = ["memory", "drop", "speed"];
   const defaults = () => ({ q: "", set: "", facets: Object.fromEntries(FACETS.map(([key]) => [key, new Set()])), sort: null, shown: null, group: true, page: 0,
     axis: "weight_bytes", memory: null, drop: null, speed: null, objective: "quality" });

@@ -108,6 +108,7 @@
         only.addEventListener("click", () => { state.set = set.id; changed("rows"); document.getElementById("set").focus(); });
         head.firstChild.append(only);
       }
+      head.firstChild.append(element("p", { className: "setting" }, set.resolution.join(" ")));
       for (const note of set.notes) head.firstChild.append(element("p", { className: "note" }, note));
       this.node().before(element("tr", { className: "group" }, head));
     });

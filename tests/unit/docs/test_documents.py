@@ -60,15 +60,17 @@ def test_a_foreign_row_stands_in_no_table(board: list[Row]) -> None:
 def test_what_the_readme_says_it_found_is_found(board: list[Row]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition("<!-- methods: begin -->\n")[2].partition("<!-- methods: end -->")[0]
-    cells = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines()[2:]]
+    heads, _, *cells = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.splitlines() if line.startswith("|")]
 
     def number(cell: str) -> float:
         return float(cell.split(" ")[0].replace("−", "-"))
 
-    delta = {name: 0.0 if cell == "–" else number(cell) for name, _, cell, *_ in cells}
-    speed_up, weights = {line[0]: number(line[5]) for line in cells}, {line[0]: number(line[6]) for line in cells}
+    found = {header: {line[0]: line[place] for line in cells} for place, header in enumerate(heads)}
+    delta = {name: 0.0 if cell == "–" else number(cell) for name, cell in found["Δ\N{NO-BREAK SPACE}%"].items()}
+    speed_up, weights = ({name: number(cell) for name, cell in found[header].items()} for header in ("Speed‑up", "Weights MB"))
     assert 11 <= len(cells) <= 14
-    assert delta["rtn-8bit"] < 1 and 1.75 < speed_up["rtn-8bit"] < 2.1, "eight bits: nearly free, nearly twice as fast"
+    assert delta["rtn-8bit"] < 1 and 1.75 < speed_up["rtn-8bit"] < 2.1, "eight bits: nearly twice as fast"
+    assert {row.perplexity_verdict for row in board if row.label == "rtn-8bit" and row.suite == "quick"} == {"equivalent"}
     assert delta["signround"] < 0.4 * delta["rtn-4bit"], "a learned rounding loses a third of what plain rounding loses"
     assert delta["signround-3bit"] > 4 * delta["signround"] and weights["signround-3bit"] > 0.85 * weights["signround"]
     assert delta["gptq-2bit"] > 1000

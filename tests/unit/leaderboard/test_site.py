@@ -35,7 +35,7 @@ from slimbench.leaderboard.site.lines import SHOWN
 from slimbench.leaderboard.site.pages import quoted
 from slimbench.leaderboard.site.serve import server, url
 from slimbench.leaderboard.site.site import last
-from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.columns import COLUMNS, VerdictColumn
 from tests.support.board_records import Spec, board, failure, records, site_files, specs
 from tests.support.paths import RECORDS, ROOT
 
@@ -159,12 +159,16 @@ def test_the_numbers_of_the_ranking_are_those_of_the_rows() -> None:
         assert [content["texts"][flag] for flag in raw[11]] == [labelled(flag) for flag in folded(row.flags)]
         assert raw[10] is None if row.reason is None else content["texts"][raw[10]] == row.reason
         assert raw[17] is None if row.grid is None else content["texts"][raw[17]] == row.grid
-        for column, cell in zip(ranking.NUMBERS, raw[20:], strict=True):
+        for column, cell in zip(ranking.CELLS, raw[20:], strict=True):
             value = cell[0] if isinstance(cell, list) else cell
             assert (value is None) is (getattr(row, column.key) is None)
+            if isinstance(column, VerdictColumn):
+                assert value is None or value == column.value(row)
+                assert (cell[1] if isinstance(cell, list) else "") == column.interval(row)
+                continue
             assert value is None or value == ranking.shown(column.value(row)), (row.label, column.key)
-            if isinstance(cell, list) and column.bounds:
-                assert cell[1:] == [ranking.shown(column.format(getattr(row, bound))) for bound in column.bounds]
+            if isinstance(cell, list):
+                assert column.bounds and cell[1:] == [ranking.shown(column.format(getattr(row, bound))) for bound in column.bounds]
 
 
 def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:

@@ -50,19 +50,23 @@ def test_it_says_speed_size_and_quality_as_compare_measures_them() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"speedup": 1.02, "speedup_low": 0.97, "speedup_high": 1.07}, "as fast as the reference"),
+        ({"speedup": 1.02, "speedup_low": 0.97, "speedup_high": 1.07}, "speed not told apart (0.97 to 1.07 ×)"),
         ({"speedup": 1.5, "speedup_low": None}, "1.50 × as fast (too few runs for an interval)"),
         ({"weight_bytes": 10, "offloaded_bytes": 269_061_566}, "weights of the same size"),
-        ({"perplexity_delta_percent": 0.4, "perplexity_p": 0.3}, "perplexity unchanged (+0.4 %)"),
+        ({"perplexity_delta_percent": 0.4, "perplexity_p": 0.3}, "perplexity not told apart (+0.4 %)"),
+        ({"perplexity_delta_percent": 0.4, "perplexity_verdict": "equivalent"}, "perplexity equivalent at ± 1 % (+0.4 %)"),
+        ({"perplexity_delta_percent": 0.9, "perplexity_p": 0.01, "perplexity_verdict": "unresolved"}, "+0.9 % perplexity"),
         ({"perplexity_delta_percent": 0.4, "perplexity_p": None}, "+0.4 % perplexity (too few windows for a test)"),
         ({"perplexity_delta_percent": 898.0, "perplexity_p": 0.001}, "9.98 × the perplexity"),
         (
             {"accuracy_delta": -0.01, "accuracy_p": 0.4, "accuracy_delta_low": -0.05, "accuracy_delta_high": 0.03},
-            "(± 4.0 points)",
+            "accuracy not told apart (−1.0 ± 4.0 points)",
         ),
+        ({"accuracy_delta": -0.01, "accuracy_p": 0.4, "accuracy_delta_low": None}, "accuracy not told apart (−1.0 points)"),
+        ({"accuracy_delta": -0.01, "accuracy_verdict": "equivalent"}, "accuracy equivalent at ± 3 points (−1.0)"),
     ],
 )
-def test_what_is_not_significant_is_no_change(fields: dict[str, Any], says: str) -> None:
+def test_what_is_not_significant_is_not_called_none_and_what_is_within_the_margin_is_equivalent(fields: dict[str, Any], says: str) -> None:
     assert says in _changed(**fields)
 
 

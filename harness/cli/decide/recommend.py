@@ -32,7 +32,7 @@ def recommend(
 
     Exit code 1 and the nearest miss where none fits.
     """
-    from slimbench.harness.cli.terminal import check_choice, read_records
+    from slimbench.harness.cli.terminal import check_choice, read_records, share
 
     check_choice("--format", format, ("terminal", "json"))
     check_choice("--prefer", prefer, ("quality", "speed", "size"))
@@ -42,7 +42,7 @@ def recommend(
     limits = {
         "memory_bytes": _bytes("--memory", memory),
         "max_disk_bytes": _bytes("--disk", disk),
-        "max_drop": _fraction("--max-drop", max_drop),
+        "max_drop": None if max_drop is None else share("--max-drop", max_drop),
         "min_speed": min_speed,
         "min_speedup": min_speedup,
     }
@@ -70,16 +70,3 @@ def _bytes(option: str, text: str | None) -> int | None:
     if size <= 0 or text.strip()[-1].isdigit():
         raise ConfigError(f"{option} {text} is no size with its unit; give it as 300MB, 4GB or 4GiB")
     return int(size)
-
-
-def _fraction(option: str, text: str | None) -> float | None:
-    """`1%` as 0.01; a bare number is per cent too, as on the board."""
-    if text is None:
-        return None
-    try:
-        value = float(text.strip().removesuffix("%"))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ConfigError(f"{option} {text} is no share; give it as 1%")
-    return value / 100
