@@ -25,6 +25,7 @@ WRITERS = {
 """Functions all of whose texts with a space are flags, beside those that have `flags` in their name."""
 READERS = {
     "harness/cli/methods.py": "prints those of a check",
+    "harness/cli/records.py": "prints those of rows",
     "harness/measure/hardware.py": "instructions of a processor",
     "harness/schema/hardware.py": "instructions of a processor",
     "leaderboard/compare/compare.py": "reads those of rows",
