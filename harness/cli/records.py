@@ -32,7 +32,7 @@ def check(
     folder = results_folder(results)
     from slimbench.harness.store import check as checking
     from slimbench.harness.store.store import Store
-    from slimbench.leaderboard.rows.joined import mixed
+    from slimbench.leaderboard.flags.joined import mixed
     from slimbench.leaderboard.rows.rows import rows
 
     store = Store(folder)

@@ -11,8 +11,8 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.flags import facts
 from slimbench.leaderboard.flags.declared import declared
+from slimbench.leaderboard.flags.joined import strangers
 from slimbench.leaderboard.flags.kinds import shown
-from slimbench.leaderboard.rows.joined import strangers
 
 _GGUF_GRID, _GGUF_GROUP = re.compile(r"q(\d)_[01]"), 32
 _GRID_MET = 5.0

@@ -15,11 +15,11 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.flags import facts
 from slimbench.leaderboard.flags.collect import flags
+from slimbench.leaderboard.flags.joined import other_code
 from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
-from slimbench.leaderboard.rows.joined import other_code
 from slimbench.leaderboard.rows.pairing import items_of
 from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
 from slimbench.leaderboard.rows.ranks import Measured, ranked

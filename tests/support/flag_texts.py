@@ -19,7 +19,7 @@ WRITERS = {
     "leaderboard/flags/collect.py": ("_cut_off", "_grid_of_the_source"),
     "leaderboard/flags/declared.py": ("declared", "_training"),
     "leaderboard/flags/facts.py": ("of_speed", "_above_the_bytes", "of_quality"),
-    "leaderboard/rows/joined.py": ("strangers", "_elsewhere", "_of_other_bytes", "other_code"),
+    "leaderboard/flags/joined.py": ("strangers", "_elsewhere", "_of_other_bytes", "other_code"),
     "leaderboard/rows/quality.py": ("losses",),
 }
 """Functions all of whose texts with a space are flags, beside those that have `flags` in their name."""

@@ -12,7 +12,7 @@ from slimbench.harness.schema.compress import ArtefactFile, content
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
-from slimbench.leaderboard.rows.joined import mixed
+from slimbench.leaderboard.flags.joined import mixed
 from slimbench.leaderboard.rows.rows import rows
 from tests.support.board_records import board
 
