@@ -13,6 +13,7 @@ from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.flags.joined import mixed
+from slimbench.leaderboard.flags.kinds import Figure, Kind, invalidating, kind
 from slimbench.leaderboard.rows.rows import rows
 from tests.support.board_records import board
 
@@ -65,6 +66,8 @@ def test_a_row_of_other_bytes_than_its_compression_says_so(made: list[Record], s
     result.evidence.artefact = OTHER
     (flag,) = told(made)
     assert flag.startswith(f"{stage} of other bytes than the compression (00000000, not ") and not told(made, "rtn")
+    taken = {figure for figure in Figure if invalidating([flag], [figure])}
+    assert taken == ({Figure.QUALITY} if stage is Stage.QUALITY else {Figure.DECODE, Figure.PREFILL, Figure.MEMORY})
 
 
 def test_a_speed_that_is_older_than_the_artefact_says_so_unless_it_knows_its_bytes(made: list[Record]) -> None:
@@ -74,12 +77,14 @@ def test_a_speed_that_is_older_than_the_artefact_says_so_unless_it_knows_its_byt
     assert record.speed and record.speed.evidence
     record.speed.evidence.artefact = None
     assert told(made) == ["speed is older than the artefact, and does not say of which bytes it is"]
+    assert kind(told(made)[0]) is Kind.NOTE
 
 
 def test_a_quality_of_another_machine_says_so(made: list[Record]) -> None:
     of(made, Stage.QUALITY).hardware = HardwareIdentity(fingerprint="0badcafe", label="Another CPU · 4 threads · 8 GB")
     mine = next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s)
     assert mixed(mine.flags) == ["quality measured on Another CPU · 4 threads · 8 GB"]
+    assert invalidating(mine.flags, [Figure.QUALITY]) and not invalidating(mine.flags, [Figure.DECODE, Figure.COST])
 
 
 def test_a_row_of_older_code_than_its_table_says_so_and_one_of_its_own_method_does_not(made: list[Record]) -> None:
@@ -88,4 +93,5 @@ def test_a_row_of_older_code_than_its_table_says_so_and_one_of_its_own_method_do
         record.code = {"engine transformers": "new", f"method {record.cell.pipeline}": record.cell.pipeline}
     of(made, Stage.SPEED).code["engine transformers"] = "old"
     assert told(made) == ["speed: engine transformers of other code than in the newest row of the table"]
+    assert kind(told(made)[0]) is Kind.NOTE
     assert not told(made, "rtn")
