@@ -208,7 +208,8 @@ class SpeedConfig(_Strict):
         grid: Points to measure, `{batch: …, prompt: …, new_tokens: …}`, lists for their product; the first point is the headline.
         warmup: Steady runs of each model before the first sample, uncounted; the very first call is reported apart.
         processes: How many processes measure, one after the other; the interval holds the spread between them.
-        min_repeats: Counted runs of all processes at least, unless the budget ends; six carry an interval. `max_repeats`: at most.
+        min_repeats: Counted runs of all processes at least, unless the budget ends; six carry an interval.
+        max_repeats: Counted runs of all processes at most.
         target: Distance of the bounds of the 95 % interval from the median, relative to it, at which repetition stops.
         budget_s: Seconds for each point, of all processes, reference included; loading apart.
         flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.

@@ -36,7 +36,7 @@ def verdict(comparison: Comparison) -> str:
     a, b = comparison.a, comparison.b
     refused = {refusal.figure: _refused(refusal) for refusal in comparison.refused}
     if why := refused.get(Figure.QUALITY):
-        parts = [f"{a.label} against {b.label}: no ratio of perplexity and no difference of accuracy, {why}"]
+        parts = [f"{a.label} against {b.label}: no ratio of perplexity and none of accuracy, {why}"]
     else:
         parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
         parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else "no accuracy to compare")

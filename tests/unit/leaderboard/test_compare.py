@@ -201,9 +201,7 @@ def test_a_ratio_that_the_flag_of_one_side_spoils_is_refused() -> None:
     quality = compare(with_flags(("rtn", Stage.QUALITY, SHARED)), "gptq", "rtn")
     assert quality.texts == [] and quality.accuracy is None and [speed.phase for speed in quality.speed] == ["decode", "prefill"]
     said = verdict(quality)
-    assert said.startswith(
-        f"gptq against rtn: no ratio of perplexity and no difference of accuracy, since rtn has the flag “{SHARED}”; speed does"
-    )
+    assert said.startswith(f"gptq against rtn: no ratio of perplexity and none of accuracy, since rtn has the flag “{SHARED}”; speed does")
     assert "lower" not in said and "loses" not in said
     assert all(f"{row.perplexity:.2f}" in shown(quality) for row in (quality.a, quality.b) if row.perplexity), "each alone is shown"
     passive = compare(with_flags(("gptq", Stage.SPEED, "OMP_WAIT_POLICY=PASSIVE: threads sleep")), "gptq", "rtn")

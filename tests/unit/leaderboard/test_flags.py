@@ -286,7 +286,8 @@ def step(name: str, **fields: Any) -> list[Record]:
     ],
 )
 def test_what_a_method_says_of_itself_is_told(made: Callable[[], list[Record]], says: str | None) -> None:
-    flags = row_of(made()).flags
+    (row,) = rows(made())
+    flags = row.flags
     assert [flag[: len(says)] for flag in flags] == [says] if says else flags == []
 
 

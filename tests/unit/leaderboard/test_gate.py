@@ -204,7 +204,7 @@ def test_what_was_not_measured_alike_is_refused_and_the_other_metric_named() -> 
     ("words", "code", "says"),
     [
         (["gptq-3bit", "--suite", "quick"], 1, "below: gptq-3bit keeps 74.7 % of dense in accuracy"),
-        (["gptq", "--suite", "quick"], 3, "items would decide, 160 are there"),
+        (["gptq-minmax", "--suite", "quick"], 3, "items would decide, 160 are there"),
         (["qa-lora", "--metric", "perplexity", "--recovery", "99%"], 0, "shown: qa-lora keeps 101 % of dense in perplexity"),
         (["signround", "--metric", "perplexity"], 1, "below: signround keeps 87.8 % of dense in perplexity"),
     ],

@@ -233,12 +233,15 @@ def test_a_setting_that_is_null_is_as_one_that_an_older_record_does_not_have() -
 
 
 def test_the_spread_over_seeds_of_the_committed_records_loses_none() -> None:
-    """gptq has five calibration draws; a record of an older version of its first has fewer settings, all of them null since."""
+    """gptq, gptq-minmax today, has five calibration draws.
+
+    A record of an older version of its first has fewer settings, all of them null since.
+    """
     made = Store(ROOT / "results").scan()[0]
     scored = [r for r in made if r.quality and (r.cell.pipeline, r.cell.suite, r.cell.engine) == ("gptq", "quick", "transformers")]
     values = [math.exp(fmean(r.quality.perplexity[0].window_nll)) for r in scored if r.quality]
     assert len(values) == len({r.config["calibration"]["seed"] for r in scored}) == 5
-    board = [row for row in rows(made) if (row.pipeline, row.suite, row.engine) == ("gptq", "quick", "transformers")]
+    board = [row for row in rows(made) if (row.pipeline, row.suite, row.engine) == ("gptq-minmax", "quick", "transformers")]
     assert len(board) == 6, "the first draw has a row on another machine too"
     for row in board:
         assert row.replicates == 5 and row.perplexity_seed_sd == pytest.approx(stdev(values)) == pytest.approx(0.415, abs=1e-3)

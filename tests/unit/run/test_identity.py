@@ -87,7 +87,7 @@ def test_another_version_of_a_method_or_protocol_has_other_keys(overrides: list[
     monkeypatch.undo()
     changes = {
         "quality": [("PERPLEXITY", protocols.PERPLEXITY | {"window": "window-2"}), ("DIVERGENCE", 2)],
-        "speed": [("SPEED", 2)],
+        "speed": [("SPEED", protocols.SPEED + 1)],
     }
     for stage, patches in changes.items():
         for name, value in patches:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.sources import shipped
-from slimbench.harness.run import trust
+from slimbench.harness.run import identity, trust
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import SCHEMA_VERSION, Record
 from slimbench.harness.store import migrate as migrating
 from slimbench.harness.store import origin
+from slimbench.harness.store.keys import speed_part
 from slimbench.harness.store.migrate import migrate
 from slimbench.harness.store.store import Store, dump, read
 from slimbench.leaderboard.rows.rows import rows
@@ -114,7 +115,8 @@ def test_every_record_is_under_the_key_that_todays_code_gives_and_no_figure_chan
         assert "methods." not in text and "harness." not in text and "alice" not in text
 
 
-def test_a_cell_of_today_finds_its_migrated_record(tmp_path: Path) -> None:
+def test_a_cell_of_today_finds_its_migrated_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artefacts and quality under today's keys; speed under those of the protocol of then, which knew one process."""
     cells = [c for c in FIXTURE["committed"] if all(s["target"].endswith(("Dense", "RTN", "GPTQ")) for s in c["pipeline"])]
     names = {"dense": "dense", "rtn": "rtn-4bit", "gptq": "gptq"}
     assert set(names.values()) <= set(shipped("method"))
@@ -128,7 +130,12 @@ def test_a_cell_of_today_finds_its_migrated_record(tmp_path: Path) -> None:
         for step in (*config["pipeline"], config["reference"]):
             step["name"] = names[step["method"]]
         today = make_cell(trust.configuration(config, trusted=True)).identity
-        assert (today.keys, today.reference) == (record.cell.keys, record.cell.reference)
+        for now, then in ((today.keys, record.cell.keys), (today.reference, record.cell.reference)):
+            assert (now.compress, now.quality) == (then.compress, then.quality) and now.speed != then.speed
+        with monkeypatch.context() as patch:
+            patch.setattr(identity, "speed_part", lambda settings, _: speed_part(settings | {"processes": None}, 1))
+            former = make_cell(trust.configuration(config, trusted=True)).identity
+        assert (former.keys, former.reference) == (record.cell.keys, record.cell.reference)
 
 
 def test_a_second_run_changes_nothing(folder: Path) -> None:
