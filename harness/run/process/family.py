@@ -38,8 +38,10 @@ def mark() -> dict[str, str]:
 
 
 def end_marked(mark: dict[str, str]) -> None:
-    """Kill every process of this user that has a mark, whoever its parent is by now."""
-    _end_where(lambda value: value == mark[_MARK])
+    """Kill every process of this user that has a mark, whoever its parent is by now, and wait until they are gone, some seconds at most."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while _end_where(lambda value: value == mark[_MARK]) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def end_abandoned() -> None:
@@ -47,7 +49,9 @@ def end_abandoned() -> None:
     _end_where(lambda value: (owner := processes.of_name(value)) is not None and owner.is_gone())
 
 
-def _end_where(is_meant: Callable[[str], bool]) -> None:
+def _end_where(is_meant: Callable[[str], bool]) -> int:
+    """How many were there."""
+    count = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{_MARK}=".encode() not in (content := (place / "environ").read_bytes()):
@@ -55,6 +59,8 @@ def _end_where(is_meant: Callable[[str], bool]) -> None:
             variables = dict(entry.partition("=")[::2] for entry in content.decode(errors="replace").split("\0"))
             if int(place.name) != os.getpid() and is_meant(variables.get(_MARK, "")):
                 os.kill(int(place.name), signal.SIGKILL)
+                count += 1
+    return count
 
 
 def has_ended(child: int) -> bool:
