@@ -8,14 +8,12 @@ stand apart; the six rows of gptq have the spread over all five of their calibra
 from __future__ import annotations
 
 import json
-from statistics import stdev
 from typing import Any
 
 import pytest
 
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.util.hashing import digest
 from tests.support.paths import ROOT
@@ -32,17 +30,6 @@ def _rounded(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _spread_as_it_was(row: Row, board: list[Row]) -> dict[str, Any]:
-    """The spread of GPTQ's five draws without the first one: a record that lacks settings which are off in the others hid it."""
-    draws = {other.calibration_seed: other.perplexity for other in board if other.pipeline == row.pipeline == "gptq-minmax"}
-    if row.pipeline != "gptq-minmax" or row.replicates is None:
-        return {}
-    assert set(draws) == set(range(5)) and row.replicates == 5 and row.perplexity_seed_max == max(p for p in draws.values() if p)
-    others = [perplexity for seed, perplexity in draws.items() if seed and perplexity]
-    known = [4, stdev(others), min(others), max(others)] if row.calibration_seed else [None] * 4
-    return dict(zip(("replicates", "perplexity_seed_sd", "perplexity_seed_min", "perplexity_seed_max"), known, strict=True))
-
-
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
     return Store(ROOT / "results").scan()[0]
@@ -54,10 +41,10 @@ def test_every_figure_of_every_former_row_is_what_it_was(records: list[Record]) 
         for record in records
         if record.cell.former_keys
     }
-    figures, board = {}, rows(records)
-    for row in board:
+    figures = {}
+    for row in rows(records):
         if row.place in former:
-            shown = row.model_dump(mode="json") | _spread_as_it_was(row, board)
+            shown = row.model_dump(mode="json")
             figures[former[row.place]] = digest(_rounded({name: shown[name] for name in FORMER["columns"]}))
     assert len(FORMER["rows"]) == 251
     assert {keys: figures.get(keys) for keys in FORMER["rows"]} == FORMER["rows"]

@@ -134,7 +134,7 @@ def test_the_committed_copy_and_draws_do_not_count(committed: list[Record]) -> N
     wanted = ("smollm2-135m", "quick", "quick", "06894688")
     found = [row for row in rows(committed) if (row.model, row.suite, row.speed, row.fingerprint) == wanted]
     ranked = [row for row in found if row.rank is not None]
-    draws = [row for row in found if (row.pipeline, row.engine) == ("gptq", "transformers")]
+    draws = [row for row in found if (row.pipeline, row.engine) == ("gptq-minmax", "transformers")]
     assert [row.calibration_seed for row in draws if row.rank is not None] == [0] and len(draws) == 5
     twins = {row.pipeline: (row.rank, row.rank_last, row.accuracy_rank) for row in found if row.engine == "transformers"}
     assert twins["finequant"] == twins["rtn-4bit"]
