@@ -12,7 +12,6 @@ import typer
 from slimbench.harness.cli.exit_codes import ExitCode, of
 from slimbench.harness.cli.terminal import FORMATS, Overrides, check_choice, console, fail, print_table, table_rows
 from slimbench.harness.config.errors import ConfigError
-from slimbench.tasks.errors import HubError
 from slimbench.util import durations
 
 if TYPE_CHECKING:
@@ -85,8 +84,6 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
             ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store), detach)
     except signals.Stopped as stopped:
         fail(f"stopped by {stopped.name}; the same command goes on where it stopped", ExitCode.STOPPED)
-    except HubError as error:
-        fail(str(error), ExitCode.STOPPED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
     code = of(ledger)

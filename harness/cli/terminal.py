@@ -190,6 +190,9 @@ Overrides = Annotated[
     ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
+OfModel = Annotated[str | None, typer.Option("--model", help="Only cells of this model.")]
+OfSuite = Annotated[str | None, typer.Option("--suite", help="Only cells of this suite.")]
+OnDevice = Annotated[str | None, typer.Option("--device", help="Only cells on this kind of device: cpu or cuda.")]
 DEFAULT_RESULTS = Path("runs")
 
 

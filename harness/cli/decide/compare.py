@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import (
-    DEFAULT_RESULTS,
-    Results,
-    check_choice,
-    console,
-    read_records,
-)
-
-if TYPE_CHECKING:
-    pass
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, OfModel, OfSuite, OnDevice, Results, check_choice, console, read_records
 
 
 def compare(
     a: Annotated[str, typer.Argument(help="Pipeline label, such as gptq or 'rtn-4bit(group_size=32)', or the beginning of a key.")],
     b: Annotated[str | None, typer.Argument(help="The same of the cell to compare with; the reference if none is given.")] = None,
     results: Results = DEFAULT_RESULTS,
-    model: Annotated[str | None, typer.Option(help="Only cells of this model.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
+    model: OfModel = None,
+    suite: OfSuite = None,
+    device: OnDevice = None,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
     """Compare two cells of one table, paired: a verdict in words, then ratios, intervals and p-values."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import DEFAULT_RESULTS, Results, check_choice, read_records, share
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, OfModel, OfSuite, OnDevice, Results, check_choice, read_records, share
 
 
 def gate(
@@ -18,9 +18,9 @@ def gate(
     confidence: Annotated[str, typer.Option(help="How sure that must be.")] = "95%",
     metric: Annotated[str, typer.Option(help="What is kept: accuracy (mean of tasks) or perplexity (dense / compressed).")] = "accuracy",
     results: Results = DEFAULT_RESULTS,
-    model: Annotated[str | None, typer.Option(help="Only cells of this model.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
+    model: OfModel = None,
+    suite: OfSuite = None,
+    device: OnDevice = None,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
     """Hold a cell against a recovery, for continuous integration: exit code 0 shown, 1 shown to be below, 3 undecided."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, OfSuite, OnDevice, Results, check_choice, read_records, share
 from slimbench.harness.config.errors import ConfigError
 
 
@@ -19,21 +19,19 @@ def recommend(
     min_speed: Annotated[float | None, typer.Option(min=0, help="Decoded tokens per second of one sequence at least.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Times as fast as the reference on the same engine at least.")] = None,
     prefer: Annotated[str, typer.Option(help="What is best among the cells that fit: quality, speed or size.")] = "quality",
-    suite: Annotated[str | None, typer.Option(help="Only cells of this suite.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only cells on this kind of device: cpu or cuda.")] = None,
+    suite: OfSuite = None,
+    device: OnDevice = None,
     engine: Annotated[str | None, typer.Option(help="Only cells on this engine.")] = None,
     include_flagged: Annotated[
         bool, typer.Option("--include-flagged", help="Choose among cells with an invalidating flag too, by their figures as recorded.")
     ] = False,
-    results: Annotated[Path, typer.Option(help="Folder of records.")] = Path("runs"),
+    results: Results = DEFAULT_RESULTS,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
     """The best cell under a budget, how sure the choice is, the runner-up, and who was left out for a flag.
 
     Exit code 1 and the nearest miss where none fits.
     """
-    from slimbench.harness.cli.terminal import check_choice, read_records, share
-
     check_choice("--format", format, ("terminal", "json"))
     check_choice("--prefer", prefer, ("quality", "speed", "size"))
     for option, least in (("--min-speed", min_speed), ("--min-speedup", min_speedup)):
