@@ -142,16 +142,16 @@ class _Work:
         finally:
             with self._turn:
                 self._running.discard(task.name)
-                if record is not None:
-                    self._count(record)
                 if record is None:
                     if task.name not in self._held:
                         self.listener.note(f"{cell.label} {task.stage}: another process is at it; looked at again later")
                     self._held.add(task.name)
                     self._not_before[task.name] = time.monotonic() + _LOOK_AGAIN_S
-                elif record.status is Status.TRANSIENT:
-                    self._attempts[task.name] += 1
-                    self._not_before[task.name] = time.monotonic() + self._attempts[task.name] * cell.config.limits.retry_pause_s
+                else:
+                    self._count(record)
+                    if record.status is Status.TRANSIENT:
+                        self._attempts[task.name] += 1
+                        self._not_before[task.name] = time.monotonic() + self._attempts[task.name] * cell.config.limits.retry_pause_s
                 self._turn.notify_all()
 
     def _count(self, record: Record) -> None:

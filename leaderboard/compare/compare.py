@@ -171,7 +171,7 @@ def compare(
     one, other = _choose(ordered, a, b, {"model": model, "suite": suite, "device": device})
     index = Index(ordered)
     refused = {figure: flags for figure in (Figure.QUALITY, Figure.DECODE, Figure.PREFILL) if (flags := _of_one_alone(one, other, figure))}
-    ours, theirs = (None, None) if Figure.QUALITY in refused else (_quality(index, one), _quality(index, other))
+    ours, theirs = (None, None) if Figure.QUALITY in refused else (index.quality_of(one), index.quality_of(other))
     return Comparison(
         a=one,
         b=other,
@@ -268,14 +268,9 @@ def _describe(row: Row) -> str:
     return f"{row.label} ({row.model}, {row.suite}, {row.engine_label}, {row.device}{calibration}, key {row.keys.quality})"
 
 
-def _quality(index: Index, row: Row) -> QualityResult | None:
-    record = index.of_row(row, Stage.QUALITY)
-    return record.quality if record else None
-
-
 def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
     """The first text that two cells share, A against B; None where they share none."""
-    ours, theirs = _quality(index, a), _quality(index, b)
+    ours, theirs = index.quality_of(a), index.quality_of(b)
     return next(iter(_texts(ours, theirs)), None) if ours and theirs else None
 
 

@@ -38,17 +38,11 @@ def _of_other_bytes(record: Record, compress: Record) -> str | None:
     if result is None or result.evidence is None or made is None:
         return None
     loaded = result.evidence.artefact
-    if loaded is None:
-        return (
-            f"{record.stage} is older than the artefact, and does not say of which bytes it is"
-            if record.started < compress.started
-            else None
-        )
-    return (
-        f"{'quality' if record.quality else 'speed'} of other bytes than the compression ({loaded[:8]}, not {made[:8]})"
-        if loaded != made
-        else None
-    )
+    if loaded is None and record.started < compress.started:
+        return f"{record.stage} is older than the artefact, and does not say of which bytes it is"
+    if loaded is None or loaded == made:
+        return None
+    return f"{'quality' if record.quality else 'speed'} of other bytes than the compression ({loaded[:8]}, not {made[:8]})"
 
 
 def other_code(table: Sequence[Found]) -> list[list[str]]:

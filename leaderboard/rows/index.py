@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from slimbench.harness.schema.identity import Keys, Stage, Status
+from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows.row import Row
 
@@ -75,6 +76,11 @@ class Index:
     def of_row(self, row: Row, stage: Stage) -> Record | None:
         """The record of a stage that a row shows."""
         return (self if row.foreign else self.own).of(stage, row.keys, row.fingerprint)
+
+    def quality_of(self, row: Row) -> QualityResult | None:
+        """The quality that a row shows; None where its stage did not end well."""
+        record = self.of_row(row, Stage.QUALITY)
+        return record.quality if record and record.status is Status.OK else None
 
 
 def cells(ordered: Iterable[Record]) -> dict[tuple[str, str, str, str], Record]:

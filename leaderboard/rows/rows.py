@@ -49,10 +49,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     made = _of_one_code(alone, index)
     alike = families(zip(made, bearers, strict=True))
     artefacts = {row.place: facts.artefact(index.of_row(row, Stage.COMPRESS)) for row in made}
-    board = ranked(
-        [Measured(row, _finished_quality(row, index), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)]
-    )
-    board = judged([Paired(row, _finished_quality(row, index), _reference_quality(row, index)) for row in board])
+    board = ranked([Measured(row, index.quality_of(row), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)])
+    board = judged([Paired(row, index.quality_of(row), _reference_quality(row, index)) for row in board])
     return sorted(facts.copies(spread(board, alike), artefacts), key=_order)
 
 
@@ -84,11 +82,6 @@ def _of_one_code(board: Sequence[Row], index: Index) -> list[Row]:
             if stale:
                 made[number] = board[number].model_copy(update={"flags": [*board[number].flags, *stale]})
     return made
-
-
-def _finished_quality(row: Row, index: Index) -> QualityResult | None:
-    record = index.of_row(row, Stage.QUALITY)
-    return record.quality if record and record.status is Status.OK else None
 
 
 def _reference_quality(row: Row, index: Index) -> QualityResult | None:
