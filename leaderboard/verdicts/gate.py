@@ -13,12 +13,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.equivalence import items_to_decide
 from slimbench.harness.stats.recovery import Recovery
 from slimbench.leaderboard.compare.compare import compare
+from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.pairing import paired_answers, paired_windows
 from slimbench.leaderboard.rows.row import Row
@@ -51,6 +51,7 @@ class Gate(BaseModel):
         count: Items, or windows, that both share.
         needed: How many would decide with 80 % power, if what was measured is the truth; None where it is decided, or where the recovery
             lies so near what is asked for that no number will do.
+        flags: Flags of the two for which their quality counts for nothing, so that nothing is decided.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +67,7 @@ class Gate(BaseModel):
     high: float | None
     count: int
     needed: int | None
+    flags: list[str]
 
 
 def gate(
@@ -77,6 +79,7 @@ def gate(
     model: str | None = None,
     suite: str | None = None,
     device: str | None = None,
+    include_flagged: bool = False,
 ) -> Gate:
     """Hold a cell against a recovery.
 
@@ -89,6 +92,7 @@ def gate(
         model: Only cells of this model.
         suite: Only cells of this suite.
         device: Only cells on this kind of device.
+        include_flagged: A quality counts although a flag takes it away.
 
     Raises:
         ConfigError: No cell has such a name, several have, it stands in no table with its reference, or the metric was not measured.
@@ -100,8 +104,9 @@ def gate(
     recovery, count = _recovery(metric, row, _quality(index, row), _quality(index, reference))
     level = 1 - confidence
     above, below = recovery.above(asked), recovery.below(asked)
-    answer = Answer.SHOWN if above <= level else Answer.BELOW if below <= level else Answer.UNDECIDED
-    open_question = answer is Answer.UNDECIDED and not math.isnan(above)
+    flags = [] if include_flagged else invalidating([*row.flags, *reference.flags], [Figure.QUALITY])
+    answer = Answer.UNDECIDED if flags else Answer.SHOWN if above <= level else Answer.BELOW if below <= level else Answer.UNDECIDED
+    open_question = answer is Answer.UNDECIDED and not flags and not math.isnan(above)
     low, high = recovery.bounds(confidence)
     return Gate(
         row=row,
@@ -115,6 +120,7 @@ def gate(
         high=high if math.isfinite(high) else None,
         count=count,
         needed=items_to_decide(*recovery.question(asked), level) if open_question else None,
+        flags=flags,
     )
 
 
@@ -132,6 +138,8 @@ def describe(found: Gate) -> str:
         return f"shown: {kept}, at least {low} at {sure}; {asked} ({found.count:,} {unit})"
     if found.answer is Answer.BELOW:
         return f"below: {kept}, at most {high} at {sure}; {asked} ({found.count:,} {unit})"
+    if found.flags:
+        return f"undecided: {kept}, which counts for nothing (`--include-flagged` counts it): {'; '.join(found.flags)}"
     bounds = [f"at least {low}" if low else "", f"at most {high}" if high else ""]
     shown = f", {' and '.join(filter(None, bounds))}, each at {sure}" if any(bounds) else ""
     tell = f"some {found.needed:,} {unit} would decide" if found.needed else f"no number of {unit} would decide, so near it lies"
@@ -155,10 +163,9 @@ def _only(records: Sequence[Record], model: str | None, suite: str | None, devic
 
 
 def _quality(index: Index, row: Row) -> QualityResult:
-    record = index.of_row(row, Stage.QUALITY)
-    if record is None or record.status is not Status.OK or record.quality is None:
+    if (quality := index.quality_of(row)) is None:
         raise ConfigError(f"{row.label} has no quality to judge: {row.reason or row.status}")
-    return record.quality
+    return quality
 
 
 def _recovery(metric: Metric, row: Row, ours: QualityResult, theirs: QualityResult) -> tuple[Recovery, int]:

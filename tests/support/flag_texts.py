@@ -38,6 +38,7 @@ READERS = {
     "leaderboard/site/ranking.py": "reads those of a row",
     "leaderboard/tables/columns.py": "prints those of a row",
     "leaderboard/tables/readme.py": "of a regular expression",
+    "leaderboard/verdicts/gate.py": "prints those of a row",
     "leaderboard/tracking/wandb.py": "sends those of a row",
 }
 """Modules that name flags and write none."""

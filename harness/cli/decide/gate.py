@@ -21,6 +21,7 @@ def gate(
     model: OfModel = None,
     suite: OfSuite = None,
     device: OnDevice = None,
+    include_flagged: Annotated[bool, typer.Option("--include-flagged", help="Count a quality that a flag takes away.")] = False,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
     """Hold a cell against a recovery, for continuous integration: exit code 0 shown, 1 shown to be below, 3 undecided."""
@@ -40,7 +41,7 @@ def gate(
     from slimbench.leaderboard.verdicts.gate import Answer, describe
     from slimbench.leaderboard.verdicts.gate import gate as hold
 
-    found = hold(records, cell, asked, sure, metric, model, suite, device)  # type: ignore[arg-type]
+    found = hold(records, cell, asked, sure, metric, model, suite, device, include_flagged)  # type: ignore[arg-type]
     if format == "json":
         print(json.dumps({"line": describe(found)} | found.model_dump(mode="json"), indent=1, ensure_ascii=False))
     else:

@@ -25,6 +25,7 @@ from tests.support.paths import ROOT
 DENSE = Spec()
 EIGHT = Spec("eight", "quantization", loss=1.004, accuracy=0.53, bits=8, size=0.6)
 FOUR = Spec("four", "quantization", loss=1.05, accuracy=0.508, bits=4, size=0.4)
+QA_LORA = ["--metric", "perplexity", "--recovery", "99%"]
 TWO = Spec("two", "quantization", loss=3.0, accuracy=0.4, bits=2, size=0.3)
 
 
@@ -68,6 +69,20 @@ def test_what_is_shown_what_is_below_and_what_is_open(pipeline: str, asked: floa
     assert found.low is not None and found.high is not None and found.low < found.recovery < found.high
     assert (found.low >= asked) is (answer is Answer.SHOWN) and (found.high <= asked) is (answer is Answer.BELOW)
     assert (found.needed is not None) is (answer is Answer.UNDECIDED)
+
+
+@pytest.mark.parametrize("flagged", ["eight", "dense"])
+@pytest.mark.parametrize("asked", [0.95, 1.0])
+def test_a_quality_that_a_flag_takes_away_passes_no_gate_unless_it_is_asked_for(flagged: str, asked: float) -> None:
+    made, overlap = cells(DENSE, EIGHT), "calibration text inside the test text: 31 % of its 16-grams"
+    for record in made:
+        if record.quality and record.cell.pipeline == flagged:
+            record.quality.flags.append(overlap)
+    found = gate(made, "eight", asked, 0.95, "perplexity")
+    assert found.answer is Answer.UNDECIDED and found.flags == [overlap] and found.needed is None
+    assert overlap in describe(found) and "would decide" not in describe(found)
+    counted, sound = (gate(cells_, "eight", asked, 0.95, "perplexity", include_flagged=True) for cells_ in (made, cells(DENSE, EIGHT)))
+    assert (counted.answer, counted.low, counted.flags) == (sound.answer, sound.low, [])
 
 
 def test_the_bound_of_a_perplexity_is_that_of_a_paired_one_sided_test() -> None:
@@ -205,7 +220,8 @@ def test_what_was_not_measured_alike_is_refused_and_the_other_metric_named() -> 
     [
         (["gptq-3bit", "--suite", "quick"], 1, "below: gptq-3bit keeps 74.7 % of dense in accuracy"),
         (["gptq-minmax", "--suite", "quick"], 3, "items would decide, 160 are there"),
-        (["qa-lora", "--metric", "perplexity", "--recovery", "99%"], 0, "shown: qa-lora keeps 101 % of dense in perplexity"),
+        (["qa-lora", *QA_LORA], 3, "which counts for nothing (`--include-flagged` counts it): the source was made from q4_1"),
+        (["qa-lora", *QA_LORA, "--include-flagged"], 0, "shown: qa-lora keeps 101 % of dense in perplexity"),
         (["signround", "--metric", "perplexity"], 1, "below: signround keeps 87.8 % of dense in perplexity"),
     ],
 )
