@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.speed import Probe, Roofline, SpeedPointResult, SpeedResult
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
-from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.harness.stats.speedups import middle, paired_speedup
 
 DRIFT = 0.15
 """Change of the machine probe within a point, relative to its median, above which the point is flagged."""
@@ -58,7 +58,7 @@ def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, cache
         found.reason = "weights and KV cache fit into the last-level cache"
     else:
         found.bound_ms = (weights + point.kv_cache_bytes) / copy_gbs / 1e6
-        found.fraction = found.bound_ms / statistics.median(point.candidate.decode_ms)
+        found.fraction = found.bound_ms / middle(point.candidate.decode_ms, point.processes).value
     return found
 
 

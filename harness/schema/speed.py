@@ -50,7 +50,7 @@ class Roofline(Schema):
         weight_bytes: Weights that every step reads, offloaded ones too: all but an embedding table apart from the head.
         cache_bytes: KV cache of the batch halfway through decoding.
         bound_ms: Their sum / best copy bandwidth of the stage.
-        fraction: `bound_ms` / median decode time: the share of the bandwidth that was reached.
+        fraction: `bound_ms` / middle decode time: the share of the bandwidth that was reached.
         reason: Why there is no bound.
     """
 

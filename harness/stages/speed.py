@@ -35,12 +35,18 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     """
     protocol, is_reference, journal = config.speed, key == reference_key, journal or Journal()
     figure, point_of = journal.part("before the points", "other figures").once, journal.part("points", "points").once
+
+    def told(index: int, milliseconds: float) -> float:
+        """Every process makes its first calls, so that no run is one; those of the first process are told."""
+        first: float = figure(["first call", index], 1, lambda: milliseconds)
+        return first
+
     model = Generates.of(load(config, key, report)[0])
     grid = _grid(protocol.grid, model)
     report.phase("first call")
     loaded_bits = model.loaded_bits()
     first = latency.first_call(model, grid[0])
-    first_calls = [figure(["first call", 0], 1, lambda: first)]
+    first_calls = [told(0, first)]
     found = evidence_of(model, config, key, loaded_bits)
     report.phase("memory")
     cards, weights = _monitors(model), found.weight_bytes
@@ -49,9 +55,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     if protocol.largest_batch:
         largest = LargestBatch(**figure(["largest batch"], 1, lambda: _largest_batch(model, config, report).model_dump()))
     report.phase("first calls")
-    first_calls += [
-        figure(["first call", index], 1, partial(latency.first_call, model, point)) for index, point in enumerate(grid[1:], start=1)
-    ]
+    first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, cards=len(model.devices))
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)

@@ -69,6 +69,17 @@ def median_bounds(samples: Sequence[float]) -> Bounds:
     return (ordered[k - 1], ordered[count - k]) if k and count >= FEWEST_FOR_MEDIAN else UNKNOWN
 
 
+def middle(samples: Sequence[float], runs: Sequence[int]) -> tuple[float, Bounds]:
+    """Median and bounds; of several processes the geometric mean of their medians with Student's bounds over the logarithms."""
+    if len(runs) < 2:
+        return float(np.median(samples)), median_bounds(samples)
+    ends = np.cumsum(runs)
+    logs = np.log([np.median(samples[end - count : end]) for end, count in zip(ends, runs, strict=True)])
+    found = stats.ttest_1samp(logs, 0).confidence_interval(LEVEL)
+    bounds = (math.exp(found.low), math.exp(found.high)) if len(samples) >= FEWEST_FOR_MEDIAN else UNKNOWN
+    return math.exp(logs.mean()), bounds
+
+
 def paired_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Paired t-test; 1 for identical samples."""
     return 1.0 if list(ours) == list(theirs) and len(ours) > 1 else float(stats.ttest_rel(ours, theirs).pvalue)
@@ -233,21 +244,19 @@ def timing(speed: Json) -> Json:
     """Times, rates and speed-ups of the points; those of the first one are the row's."""
     points = []
     for point in speed["points"]:
-        ours, theirs = point["candidate"], point.get("reference")
+        ours, theirs, runs = point["candidate"], point.get("reference"), point.get("processes") or []
         found: Json = {name: point[name] for name in ("batch", "prompt", "new_tokens")}
         if ours["prefill_ms"]:
-            found["prefill_ms"] = float(np.median(ours["prefill_ms"]))
-            found["prefill_low"], found["prefill_high"] = median_bounds(ours["prefill_ms"])
+            found["prefill_ms"], (found["prefill_low"], found["prefill_high"]) = middle(ours["prefill_ms"], runs)
         if ours["decode_ms"]:
-            middle, (low, high) = float(np.median(ours["decode_ms"])), median_bounds(ours["decode_ms"])
-            found |= {"decode_tokens_per_s": 1000 / middle, "decode_low": 1000 / high, "decode_high": 1000 / low}
-            found["throughput_tokens_per_s"] = point["batch"] * 1000 / middle
+            step, (low, high) = middle(ours["decode_ms"], runs)
+            found |= {"decode_tokens_per_s": 1000 / step, "decode_low": 1000 / high, "decode_high": 1000 / low}
+            found["throughput_tokens_per_s"] = point["batch"] * 1000 / step
             if (bound := (point.get("roofline") or {}).get("bound_ms")) is not None:
-                found["roofline_fraction"] = bound / middle
+                found["roofline_fraction"] = bound / step
         if theirs and len(theirs["decode_ms"]) == len(ours["decode_ms"]) > 0:
             ratios = np.array(theirs["decode_ms"]) / np.array(ours["decode_ms"])
-            found["speedup"] = float(np.median(ratios))
-            found["speedup_low"], found["speedup_high"] = median_bounds(ratios.tolist())
+            found["speedup"], (found["speedup_low"], found["speedup_high"]) = middle(ratios.tolist(), runs)
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
     probes = [probe["copy_gbs"] for probe in speed["points"][0].get("probes", [])] if points else []

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from slimbench.leaderboard.rows.speed import speed
 from tests.bench import recompute
+from tests.support.board_records import board
 from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
 
@@ -48,6 +50,17 @@ def test_every_figure_of_the_board_is_that_of_the_raw_samples(table: Path) -> No
     done = run(table)
     assert done.returncode == 0, done.stdout
     assert done.stdout.startswith(f"{len(rows)} rows, ") and int(done.stdout.split()[2]) > 30 * len(rows)
+
+
+def test_figures_of_several_processes_are_those_of_the_raw_samples_too() -> None:
+    results = [record.speed for record in board() if record.speed]
+    for result in results:
+        result.points[0].processes = [7, 8, 6]
+        shown, again = speed(result).model_dump(), recompute.timing(result.model_dump(mode="json"))
+        names = again.keys() - {"speed_points", "roofline_fraction"}  # that of these records is made up
+        assert names >= {"prefill_low", "decode_tokens_per_s", "decode_high", "speedup", "speedup_low"}
+        assert {name: shown[name] for name in names} == pytest.approx({name: again[name] for name in names}, rel=1e-9)
+    assert len(results) > 5
 
 
 def nudged(name: str, by: float) -> Callable[[list[dict[str, Any]]], None]:
