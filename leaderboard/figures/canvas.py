@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from slimbench.leaderboard.figures.drawing import DPI, INK, MUTED, Kind, render, render_all
+from slimbench.leaderboard.figures.drawing import DPI, GRID, INK, MUTED, Kind, render, render_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,6 +138,23 @@ def spread_axis(ax: Axes, which: str, values: Sequence[float]) -> None:
     if min(values) > 0 and max(values) > 3 * min(values):
         getattr(ax, f"set_{which}lim")(auto=True)
         log_axis(ax, which)
+
+
+def loss_axis(ax: Axes, values: Sequence[float], margin: float) -> None:
+    """A vertical axis of differences in per cent, linear within the margin and logarithmic beyond, with the margin as a band.
+
+    Args:
+        values: What it shows.
+        margin: Within which a difference counts as none, above 0.
+    """
+    low, high = min(0.0, *values), max(0.0, *values)
+    ticks = [sign * tick for sign in (-1, 1) for power in range(6) for digit in (1, 2, 5) if (tick := digit * 10**power)]
+    ax.set_ylim(auto=True)
+    ax.set_yscale("symlog", linthresh=margin, linscale=0.8)
+    ax.set_yticks(sorted({0, *(tick for tick in ticks if 1.6 * low - margin <= tick <= 1.6 * high + margin)}))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}".replace("-", "−") if v else "0"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.axhspan(-margin, margin, color=GRID, alpha=0.55, lw=0, zorder=0)
 
 
 def bit_axis(ax: Axes, values: Sequence[float]) -> None:

@@ -9,6 +9,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.flags.kinds import competes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
+from slimbench.leaderboard.tables.tables import quality_field
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ DELTA = Measure(
     "degradation",
     bounds=("perplexity_delta_low", "perplexity_delta_high"),
 )
+LOSS = Measure(
+    "loss_percent",
+    "perplexity above dense, %  (↓ lower is better)",
+    "perplexity above dense",
+    "perplexity",
+    bounds=("perplexity_delta_low", "perplexity_delta_high"),
+)
+"""`DELTA`, and 0 of the reference itself."""
 KL = Measure("kl_mean", "KL(dense ‖ row) per token, nats  (← lower is better)", "KL", "kl", bounds=("kl_low", "kl_high"))
 BYTES = Measure("weight_bytes", "weights in memory, MB  (← smaller is better)", "size", "bytes", 1e-6)
 BITS = Measure("effective_bits", "bits stored for each compressed weight  (← fewer is better)", "bits", "bits")
@@ -78,6 +87,11 @@ SPEED = Measure(
     rising=True,
 )
 SPARSITY = Measure("sparsity", "zeros among the weights of the linear layers, %", "sparsity", "sparsity", 100)
+
+
+def quality(rows: Sequence[Row]) -> Measure:
+    """How the quality of these rows is shown: paired with the reference where any row is, else by the perplexity alone."""
+    return LOSS if quality_field(rows) == LOSS.key else PERPLEXITY
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimbench.leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, spread_axis
+from slimbench.harness.stats.equivalence import PERPLEXITY_MARGIN, Verdict
+from slimbench.leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, loss_axis, spread_axis
 from slimbench.leaderboard.figures.drawing import MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
 from slimbench.leaderboard.figures.labels import Named, place
-from slimbench.leaderboard.figures.measures import BITS, KL, PERPLEXITY, Measure, Point, front, points
+from slimbench.leaderboard.figures.measures import BITS, KL, LOSS, PERPLEXITY, Measure, Point, front, points, quality
 from slimbench.leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal, shorten
@@ -23,25 +25,27 @@ if TYPE_CHECKING:
 
 OFF_SCALE = 20.0
 CROWD = 40
+MARGIN = round(100 * math.expm1(PERPLEXITY_MARGIN), 6)
+"""Of the verdicts, in per cent of the reference's perplexity."""
 _STAR, _DOT = 7.0, 3.8
 UNNAMED = "Points without a name found no room for it."
 _CROWDED = "Of so many, only the reference and the front are named."
 
 
 def against(group: Group, y: Measure, x: Measure) -> Plot:
-    """Quality over cost with its Pareto front.
+    """Quality over cost with its Pareto front; perplexity as that above dense, where any row is paired with it.
 
     Raises:
         Unplottable: Fewer than two rows have both numbers.
     """
     limit = off_scale(group, OFF_SCALE) if y is PERPLEXITY else float("inf")
-    shown = points(group.rows, x, y, limit)
+    y = quality(group.rows) if y is PERPLEXITY else y
+    shown = points(below(group, limit), x, y)
     if len(shown) < 2:
         raise Unplottable(f"{_rows(len(shown))} with both {y.missing} and {x.missing}")
-    note = "Bars are 95 % intervals; the line joins the rows that none beats in both, those with an invalidating flag apart."
     hidden = left_out(group, [p.row for p in shown] + above(group, limit), f"{y.missing} or {x.missing}")
-    text = " ".join(filter(None, [note, off_text(group, limit), hidden]))
-    title = f"{y.name.capitalize()} against {x.missing}"
+    text = " ".join(filter(None, [note_on(y, group), off_text(group, limit), hidden]))
+    title = f"{y.missing[0].upper()}{y.missing[1:]} against {x.missing}"
 
     members = front(shown, x, y)
 
@@ -49,8 +53,7 @@ def against(group: Group, y: Measure, x: Measure) -> Plot:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 8.6, 6)
         scatter(ax, shown, members)
         ax.set_xlabel(x.label)
-        ax.set_ylabel(f"{corpus(group)}{y.label}" if y is PERPLEXITY else y.label, parse_math=False)
-        spread_axis(ax, "y", [p.y for p in shown])
+        quality_axis([ax], [p.y for p in shown], y, group)
         bit_axis(ax, [p.x for p in shown]) if x is BITS else spread_axis(ax, "x", [p.x for p in shown])
         legend(ax)
         finish(figure, [(ax, shown, members)], group)
@@ -102,6 +105,35 @@ def corpus(group: Group) -> str:
     return f"{shorten(name, 40)} "
 
 
+def note_on(y: Measure, group: Group) -> str:
+    """How to read a figure of quality against cost."""
+    paired = " paired with dense" if y is LOSS else ""
+    line = f"Bars are 95 % intervals{paired}; the line joins the rows that none beats in both, those with an invalidating flag apart."
+    if y is not LOSS:
+        return line
+    hollow = " Hollow: unresolved." if any(row.perplexity_verdict == Verdict.UNRESOLVED for row in group.rows) else ""
+    return f"{line} The band is the margin, ± {MARGIN:g} %: beyond it the axis is logarithmic.{hollow}"
+
+
+def quality_axis(axes: Sequence[Axes], values: Sequence[float], y: Measure, group: Group) -> None:
+    """Name and scale the vertical axis of figures that share it.
+
+    Args:
+        values: What they show.
+    """
+    axes[0].set_ylabel(f"{corpus(group)}{y.label}" if y in (PERPLEXITY, LOSS) else y.label, parse_math=False)
+    if y is not LOSS:
+        spread_axis(axes[0], "y", values)
+        return
+    for ax in axes:
+        loss_axis(ax, values, MARGIN)
+
+
+def below(group: Group, limit: float) -> list[Row]:
+    """The rows that are not off the scale."""
+    return [row for row in group.rows if row.perplexity is None or row.perplexity <= limit]
+
+
 def above(group: Group, limit: float) -> list[Row]:
     """The rows off the scale."""
     return [row for row in group.rows if row.perplexity is not None and row.perplexity > limit]
@@ -124,14 +156,15 @@ def scatter(ax: Axes, shown: Sequence[Point], members: Sequence[Point]) -> None:
         sideways = [[p.x - p.left for p in own], [p.right - p.x for p in own]]
         ax.errorbar(x, y, yerr=up_down, xerr=sideways, fmt="none", ecolor=look.colour, elinewidth=1, alpha=0.45, zorder=2)
         size, level = (150, 5) if family == "reference" else (42, 4)
+        hollow = [p.row.perplexity_verdict == Verdict.UNRESOLVED for p in own]
         ax.scatter(
             x,
             y,
             s=size,
-            c=look.colour,
+            c=["white" if empty else look.colour for empty in hollow],
             marker=look.marker,
-            edgecolors="white",
-            linewidths=0.8,
+            edgecolors=[look.colour if empty else "white" for empty in hollow],
+            linewidths=[1.4 if empty else 0.8 for empty in hollow],
             zorder=level,
             label=shorten(family, 30).lstrip("_") or "other",
         )

@@ -201,7 +201,7 @@ def invalidating(flags: Iterable[str], figures: Iterable[Figure]) -> list[str]:
 
 
 _OF_FIELD = {
-    **dict.fromkeys(("perplexity", "kl_mean", "accuracy"), Figure.QUALITY),
+    **dict.fromkeys(("perplexity", "loss_percent", "kl_mean", "accuracy"), Figure.QUALITY),
     **dict.fromkeys(("decode_tokens_per_s", "speedup"), Figure.DECODE),
     "prefill_ms": Figure.PREFILL,
 }

@@ -53,6 +53,11 @@ class Row(Calibration, Cost, Size, Speed, Equivalence, Accuracy, Divergence, Per
         return None if self.perplexity_ratio_high is None else 100 * (self.perplexity_ratio_high - 1)
 
     @property
+    def loss_percent(self) -> float | None:
+        """Perplexity above the reference, in per cent: `perplexity_delta_percent`, and 0 of the reference itself."""
+        return 0.0 if self.is_reference and self.perplexity is not None else self.perplexity_delta_percent
+
+    @property
     def accuracy_low(self) -> float | None:
         """Lower bound of the accuracy's 95 % interval."""
         return self._accuracy_bound(-1)

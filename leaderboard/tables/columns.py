@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,13 +18,14 @@ LEAST_FIRST = (
     "prefill_ms",
     "disk_bytes",
     "roofline_fraction",
-    "grid",
     "accuracy_verdict",
-    "kl_mean",
     "effective_bits",
+    "accuracy",
+    "accuracy_delta",
+    "grid",
+    "kl_mean",
     "perplexity_verdict",
     "weight_bytes",
-    "accuracy",
     "decode_tokens_per_s",
 )
 
@@ -39,7 +40,8 @@ RANK = (
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
     "± is half of the 95 % interval, everywhere. "
-    "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes.",
+    "Δ % is perplexity above the reference on the same windows, Δ points accuracy above it on the same items, both paired; "
+    "KL is in nats per token, MB are 10⁶ bytes.",
     "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
     "unresolved, with the number of windows or items that would resolve it four times in five.",
 )
@@ -157,6 +159,14 @@ COLUMNS = (
         Bounds("accuracy_low", "accuracy_high"),
         rising=True,
     ),
+    Column(
+        "accuracy_delta",
+        "Δ\N{NO-BREAK SPACE}points",
+        "Mean accuracy above that of the reference on the same items, in points; 95 % interval, paired over items within tasks.",
+        decimal(1, 100, signed=True),
+        Bounds("accuracy_delta_low", "accuracy_delta_high"),
+        rising=True,
+    ),
     VerdictColumn(
         "accuracy_verdict",
         "Verdict ±\N{NO-BREAK SPACE}3\N{NO-BREAK SPACE}points",
@@ -206,6 +216,15 @@ COLUMNS = (
     ),
     Column("effective_bits", "Bits", "Stored for each weight of the compressed layers, scales and zeros included.", decimal(2)),
 )
+
+
+_PAIRED = {"perplexity": "perplexity_delta_percent", "accuracy": "accuracy_delta"}
+"""What of an absolute figure can be compared: the text that rows share makes most of its interval, and pairing takes that away."""
+
+
+def comparable(rows: Sequence[Row]) -> list[Column]:
+    """The columns of a table of these rows: an absolute quality stands in it only where no row is paired with a reference."""
+    return [c for c in COLUMNS if c.key not in _PAIRED or all(getattr(row, _PAIRED[c.key]) is None for row in rows)]
 
 
 def notes_of(row: Row) -> list[str]:

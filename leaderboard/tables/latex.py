@@ -72,7 +72,9 @@ _TESTED = frozenset({"perplexity", "accuracy"})
 _MARKED = r"r@{\hskip 14pt}"
 """A column whose marks hang into the space behind it."""
 _Places = tuple[int | None, int | None]
-_UNRANKED = frozenset({"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent", "perplexity_verdict", "accuracy_verdict"})
+_UNRANKED = frozenset(
+    {"grid", "effective_bits", "roofline_fraction", "perplexity_delta_percent", "perplexity_verdict", "accuracy_delta", "accuracy_verdict"}
+)
 """Columns without a best: texts, what is spent, and what another column says already."""
 
 
@@ -167,6 +169,7 @@ def _caption(table: Table, body: Sequence[str], part: str) -> str:
     units = {
         "perplexity_verdict": "verdicts: against the reference, in brackets the windows or items that would resolve the row",
         "perplexity_delta_percent": rf"{escape('Δ')}: perplexity above the reference",
+        "accuracy_delta": rf"{escape('Δ points')}: accuracy above the reference",
         "kl_mean": "KL: in nats per token",
         "speedup": "speed-up: over the reference on the same engine",
     }

@@ -16,9 +16,9 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import escape
-from slimbench.leaderboard.tables.resolution import resolution
+from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.util.files import write_atomically
 
 _MODEL = "smollm2-135m"
@@ -32,24 +32,22 @@ _ENGINES = (
     *(("compiled", "dense"), ("compiled", "rtn-4bit-head8")),
     *(("llamacpp", "dense"), ("llamacpp", "rtn-4bit-head8")),
 )
-_SHOWN = (
-    *("perplexity", "perplexity_delta_percent", "perplexity_verdict", "accuracy"),
-    *("decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits"),
-)
+_SHOWN = ("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "speedup", "weight_bytes", "grid", "effective_bits")
+_OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits")
 
 
 def methods(board: Sequence[Row]) -> str:
     """One model under one suite on one engine: what methods cost and give."""
     chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "quick") and row.engine == "transformers"}
     lines = [([escape(name)], chosen[name]) for name in _METHODS]
-    return _table(["Pipeline"], lines, _SHOWN) + _reading(board, lines[0][1])
+    return _table(["Pipeline"], lines, _SHOWN) + _reading(board, [lines[0][1]])
 
 
 def engines(board: Sequence[Row]) -> str:
     """The same weights on several engines."""
     chosen = {(row.engine, row.pipeline): row for row in _lowest_seeds_last(board) if _is_shown(row, "engines")}
     lines = [([engine, escape(name)], chosen[engine, name]) for engine, name in _ENGINES]
-    return _table(["Engine", "Pipeline"], lines, [key for key in _SHOWN if key != "accuracy"]) + _reading(board, lines[0][1])
+    return _table(["Engine", "Pipeline"], lines, _OF_ENGINES) + _reading(board, [row for _, row in lines])
 
 
 def coverage_totals(board: Sequence[Row]) -> str:
@@ -84,15 +82,20 @@ def _is_shown(row: Row, suite: str) -> bool:
 
 def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:
     columns = [column for column in COLUMNS if column.key in shown]
-    cells = [[*heads, *(column.header for column in columns)], [*("---" for _ in heads), *("--:" for _ in columns)]]
+    cells = [[*heads, *(column.header for column in columns)], [*("---" for _ in heads), *(_side(column) for column in columns)]]
     cells += [[*names, *(column.plus_minus(row) for column in columns)] for names, row in lines]
     return _lines(cells)
 
 
-def _reading(board: Sequence[Row], shown: Row) -> str:
+def _side(column: Column) -> str:
+    return "---" if column.format is str else "--:"
+
+
+def _reading(board: Sequence[Row], shown: Sequence[Row]) -> str:
     """How to read a table, and what the whole one from which its rows are taken can resolve."""
-    whole = [row for row in board if row.table_key == shown.table_key and not row.foreign]
-    return f"\n± is half of the 95 % interval. The {len(whole)} rows of which these are some: {' '.join(resolution(whole))}\n"
+    whole = [row for row in board if row.table_key == shown[0].table_key and not row.foreign]
+    said = " ".join([*anchors(shown), f"The {len(whole)} rows of which these are some:", *resolution(whole)])
+    return f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, everywhere. {said}\n"
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:

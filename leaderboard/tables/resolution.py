@@ -9,7 +9,8 @@ from statistics import median
 
 from slimbench.harness.stats.equivalence import Verdict
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.format import decimal
+from slimbench.leaderboard.tables.columns import COLUMNS
+from slimbench.leaderboard.tables.format import EMPTY, decimal
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ _MEASURES = (
 )
 
 
+_ABSOLUTE = tuple(column for column in COLUMNS if column.key in ("perplexity", "accuracy"))
+
+
 def resolution(rows: Sequence[Row]) -> list[str]:
     """A line for each measure in which any row of a table was compared with the reference.
 
@@ -36,6 +40,22 @@ def resolution(rows: Sequence[Row]) -> list[str]:
     (80 % power); 3 of 80 adjacent rows are told apart.`
     """
     return [line for measure in _MEASURES if (line := _line(measure, rows))]
+
+
+def anchors(rows: Sequence[Row]) -> list[str]:
+    """What the differences of a table are to, in a line: `Dense has perplexity 20.32 ± 5.89 and accuracy 49.4 ± 7.7 %.`
+
+    Of several engines each reference with its own; no line where there is none.
+    """
+    references = [row for row in rows if row.is_reference and (row.perplexity is not None or row.accuracy is not None)]
+    several = len(references) > 1
+    told = dict.fromkeys(f"{_absolute(row)}{f' ({row.engine_label})' if several else ''}" for row in references)
+    return [f"Dense has {'; '.join(told)}."] if told else []
+
+
+def _absolute(row: Row) -> str:
+    parts = [f"{c.header.removesuffix(' %').lower()} {c.plus_minus(row)}{' %' * c.header.endswith('%')}" for c in _ABSOLUTE if c.value(row) != EMPTY]
+    return " and ".join(parts)
 
 
 def shown_by(row: Row, name: str) -> str:

@@ -76,15 +76,18 @@ def titles(found: Sequence[Table]) -> list[str]:
 
 
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows that no other beats in perplexity and in `axis` at once: fewest bytes, or most tokens per second.
+    """The rows that no other beats in quality and in `axis` at once: fewest bytes, or most tokens per second.
 
-    Only rows that ended well take part, and whose figures no flag takes away; foreign ones only where there are no others. Sorted from the
-    lowest perplexity on.
+    Quality is the perplexity above the reference, which is that of the same engine; where no row has one, the perplexity. Only rows that
+    ended well take part, and whose figures no flag takes away; foreign ones only where there are no others. Sorted from the best on.
     """
     sign = -1 if axis == "decode_tokens_per_s" else 1
+    quality = quality_field(table)
     foreign_too = all(row.foreign for row in table)
     points = [
-        (row.perplexity, sign * getattr(row, axis), row) for row in table if _competes(row, axis) and (foreign_too or not row.foreign)
+        (getattr(row, quality), sign * getattr(row, axis), row)
+        for row in table
+        if _competes(row, quality, axis) and (foreign_too or not row.foreign)
     ]
     front: list[Row] = []
     best = float("inf")
@@ -95,6 +98,11 @@ def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
     return front
 
 
-def _competes(row: Row, axis: Axis) -> bool:
-    measured = row.perplexity is not None and getattr(row, axis) is not None
+def quality_field(rows: Sequence[Row]) -> Literal["loss_percent", "perplexity"]:
+    """The field by which the quality of rows is told: paired with the reference where any row is."""
+    return "perplexity" if all(row.perplexity_delta_percent is None for row in rows) else "loss_percent"
+
+
+def _competes(row: Row, quality: str, axis: Axis) -> bool:
+    measured = getattr(row, quality) is not None and getattr(row, axis) is not None
     return measured and row.status in (Status.OK, INCOMPLETE) and competes(row.flags, "perplexity", axis)

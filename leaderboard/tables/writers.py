@@ -17,9 +17,9 @@ from slimbench.leaderboard.rows.row import Row
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from slimbench.leaderboard.tables.columns import COLUMNS, LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, notes_of, rank_of
+from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
-from slimbench.leaderboard.tables.resolution import resolution
+from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.leaderboard.tables.tables import Table, tables
 from slimbench.util.text import csv_text
 
@@ -59,14 +59,15 @@ def to_markdown(board: Sequence[Row]) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    cells = [["#", "Pipeline", "Engine and kernel", *(c.header for c in COLUMNS), "Status and flags"]]
-    cells.append(["--:", "---", "---", *("--:" for _ in COLUMNS), "---"])
+    columns = comparable(table.rows)
+    cells = [["#", "Pipeline", "Engine and kernel", *(c.header for c in columns), "Status and flags"]]
+    cells.append(["--:", "---", "---", *("--:" for _ in columns), "---"])
     for row in table.rows:
         notes = "; ".join(notes_of(row))
         names = [rank_of(row), escape(row.label), escape(row.path_label)]
-        cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in COLUMNS), escape(notes)])
+        cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in columns), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
-    said = [line for text in resolution(table.rows) for line in ("", escape(text))]
+    said = [line for text in (*anchors(table.rows), *resolution(table.rows)) for line in ("", escape(text))]
     return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), *said, "", *lines, ""])
 
 
@@ -94,13 +95,14 @@ class _Fitted:
     numbers: dict[str, int]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        texts = {c.key: [c.header, *(c.plus_minus(row) for row in self.table.rows)] for c in COLUMNS}
-        parts = {c.key: [word for text in texts[c.key] for word in (text.split(" ") if c.wraps else [text])] for c in COLUMNS}
+        columns = comparable(self.table.rows)
+        texts = {c.key: [c.header, *(c.plus_minus(row) for row in self.table.rows)] for c in columns}
+        parts = {c.key: [word for text in texts[c.key] for word in (text.split(" ") if c.wraps else [text])] for c in columns}
         widths = {key: 2 + max(map(len, parts[key])) for key, shown in texts.items() if set(shown[1:]) != {EMPTY}}
         for key in LEAST_FIRST:
             if sum(widths.values()) + NAME_KERNEL_AND_NOTES > options.max_width:
                 widths.pop(key, None)
-        yield _terminal_table(self.table, self.numbers, [c for c in COLUMNS if c.key in widths])
+        yield _terminal_table(self.table, self.numbers, [c for c in columns if c.key in widths])
 
 
 def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Column]) -> RenderableType:
@@ -110,7 +112,7 @@ def _terminal_table(table: Table, numbers: dict[str, int], columns: Sequence[Col
 
     printed = RichTable(
         title=Text(table.title, style="bold"),
-        caption=Text("\n".join([table.setting, *resolution(table.rows)])),
+        caption=Text("\n".join([table.setting, *anchors(table.rows), *resolution(table.rows)])),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
