@@ -21,7 +21,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats import significance
-from slimbench.leaderboard.compare.compare import TextComparison, headline
+from slimbench.leaderboard.compare.texts import TextComparison, headline
 from slimbench.leaderboard.flags.kinds import Figure, invalidating, labelled, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row

@@ -129,6 +129,19 @@ def detectable(error: float, count: float, level: float = LEVEL, power: float = 
     return float(error * sum(special.stdtrit(count - 1, quantile) for quantile in (1 - level / 2, power)))
 
 
+def items_to_detect(spread: float, difference: float, level: float = LEVEL, power: float = POWER) -> int | None:
+    """How many items a two-sided paired test needs to find a true difference with the given power.
+
+    Args:
+        spread: Standard deviation of the differences of single items.
+        difference: In the unit of the spread, above 0.
+
+    Returns:
+        At least two; None where no number that can be measured will do.
+    """
+    return _least(lambda count: -detectable(spread / math.sqrt(count), count, level, power), -difference)
+
+
 def _nearer_tail(width: float, level: float) -> float:
     """The tail beyond the nearer of two bounds, `width` standard errors apart, if it and that beyond the farther one add up to `level`."""
     return float(optimize.brentq(lambda tail: tail + special.ndtr(special.ndtri(tail) - width) - level, level / 2, level))

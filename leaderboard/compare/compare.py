@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance, speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
+from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, Result, TextComparison, difference, divergence, texts
 from slimbench.leaderboard.flags.kinds import Figure, meaning, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
-from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, shared_items, windows_of
+from slimbench.leaderboard.rows.pairing import shared_items
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.rows.speed import speedup
@@ -30,42 +30,7 @@ _SHORTEST_KEY = 4
 _LISTED = 4
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Difference(_Result):
-    """An estimate with its 95 % interval; bounds are None where the samples allow none."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-class TextComparison(_Result):
-    """Perplexity of A over that of B on the same windows or documents.
-
-    Attributes:
-        name: Corpus and protocol.
-        items: Number of windows or documents.
-        ratio: Perplexity of A / perplexity of B, paired bootstrap.
-        p: Paired t-test of the negative log-likelihoods.
-        unpaired_se: Standard error of the mean difference in NLL (nats) if the items were not shared; `paired_se`: as they are.
-        pairing_gain: unpaired_se / paired_se; None where all items differ by the same.
-    """
-
-    name: str
-    items: int
-    a: float
-    b: float
-    ratio: Difference
-    p: float | None
-    unpaired_se: float | None
-    paired_se: float | None
-    pairing_gain: float | None
-
-
-class TaskComparison(_Result):
+class TaskComparison(Result):
     """Accuracy on one task.
 
     Attributes:
@@ -90,7 +55,7 @@ class TaskComparison(_Result):
         return self.p_holm < significance.LEVEL
 
 
-class AccuracyComparison(_Result):
+class AccuracyComparison(Result):
     """Accuracy over the shared tasks.
 
     Attributes:
@@ -106,7 +71,7 @@ class AccuracyComparison(_Result):
     tasks: list[TaskComparison]
 
 
-class SpeedComparison(_Result):
+class SpeedComparison(Result):
     """How many times faster A is than B in one phase at one point of the grid.
 
     Attributes:
@@ -124,7 +89,7 @@ class SpeedComparison(_Result):
         return self.ratio.low is not None and self.ratio.high is not None and not self.ratio.low <= 1 <= self.ratio.high
 
 
-class Refusal(_Result):
+class Refusal(Result):
     """A ratio that is not told, since a flag takes away the figure of one of the two and not in the same way that of the other.
 
     Attributes:
@@ -136,13 +101,14 @@ class Refusal(_Result):
     flags: list[tuple[str, str]]
 
 
-class Comparison(_Result):
+class Comparison(Result):
     """A against B. A part is empty or None where the two have nothing in common to pair, and where it is refused."""
 
     a: Row
     b: Row
     refused: list[Refusal]
     texts: list[TextComparison]
+    divergence: DivergenceComparison | None
     accuracy: AccuracyComparison | None
     speed: list[SpeedComparison]
     weights_ratio: float | None
@@ -169,14 +135,23 @@ def compare(
     """
     ordered = oldest_first(records)
     one, other = _choose(ordered, a, b, {"model": model, "suite": suite, "device": device})
-    index = Index(ordered)
+    return of_rows(Index(ordered), one, other)
+
+
+def of_rows(index: Index, one: Row, other: Row) -> Comparison:
+    """Two rows of one table against each other.
+
+    Args:
+        index: The records that the rows were made of.
+    """
     refused = {figure: flags for figure in (Figure.QUALITY, Figure.DECODE, Figure.PREFILL) if (flags := _of_one_alone(one, other, figure))}
     ours, theirs = (None, None) if Figure.QUALITY in refused else (index.quality_of(one), index.quality_of(other))
     return Comparison(
         a=one,
         b=other,
         refused=[Refusal(figure=figure, flags=flags) for figure, flags in refused.items()],
-        texts=_texts(ours, theirs) if ours and theirs else [],
+        texts=texts(ours, theirs) if ours and theirs else [],
+        divergence=divergence(index, one, other) if ours and theirs else None,
         accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs else None,
         speed=[speed for speed in _speed(index, one, other) if Figure(speed.phase) not in refused],
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
@@ -268,43 +243,6 @@ def _describe(row: Row) -> str:
     return f"{row.label} ({row.model}, {row.suite}, {row.engine_label}, {row.device}{calibration}, key {row.keys.quality})"
 
 
-def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
-    """The first text that two cells share, A against B; None where they share none."""
-    ours, theirs = index.quality_of(a), index.quality_of(b)
-    return next(iter(_texts(ours, theirs)), None) if ours and theirs else None
-
-
-def _texts(ours: QualityResult, theirs: QualityResult) -> list[TextComparison]:
-    windows = [_windows(a, b) for a, b in partners(ours.perplexity, theirs.perplexity, windows_of) if b]
-    return windows + [_documents(a, b) for a, b in partners(ours.documents, theirs.documents, documents_of) if b]
-
-
-def _windows(a: PerplexityResult, b: PerplexityResult) -> TextComparison:
-    ratio = stats.perplexity_ratio_interval(a.window_nll, b.window_nll)
-    values = stats.perplexity(a.window_nll), stats.perplexity(b.window_nll)
-    return _text(name_of(a), values, ratio, a.window_nll, b.window_nll)
-
-
-def _documents(a: DocumentResult, b: DocumentResult) -> TextComparison:
-    ratio = stats.document_ratio_interval(a.nll, b.nll, a.words)
-    return _text(f"{name_of(a)} (word)", (a.word_perplexity, b.word_perplexity), ratio, a.nll, b.nll)
-
-
-def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float], b: list[float]) -> TextComparison:
-    errors = significance.standard_errors(a, b)
-    return TextComparison(
-        name=name,
-        items=len(a),
-        a=values[0],
-        b=values[1],
-        ratio=_difference(ratio),
-        p=_finite(significance.paired_p_value(a, b)),
-        unpaired_se=_finite(errors.unpaired),
-        paired_se=_finite(errors.paired),
-        pairing_gain=_finite(errors.gain),
-    )
-
-
 def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> AccuracyComparison | None:
     shared = [(a, b) for a, b in tasks if b]
     if not shared:
@@ -316,7 +254,7 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
             task=a.task,
             a=a.accuracy,
             b=b.accuracy,
-            delta=_difference(Estimate(a.accuracy - b.accuracy, *stats.flips_interval(*flip, len(a.items)))),
+            delta=difference(Estimate(a.accuracy - b.accuracy, *stats.flips_interval(*flip, len(a.items)))),
             b_only=flip.right_to_wrong,
             a_only=flip.wrong_to_right,
             p=p,
@@ -327,7 +265,7 @@ def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> 
     b_only, a_only = sum(t.b_only for t in compared), sum(t.a_only for t in compared)
     correctness = [a.correctness for a, _ in shared], [b.correctness for _, b in shared]
     delta, p = stats.accuracy_delta_interval(*correctness), significance.accuracy_p_value(*correctness)
-    return AccuracyComparison(delta=_difference(delta), b_only=b_only, a_only=a_only, p=p, tasks=compared)
+    return AccuracyComparison(delta=difference(delta), b_only=b_only, a_only=a_only, p=p, tasks=compared)
 
 
 def _speed(index: Index, one: Row, other: Row) -> list[SpeedComparison]:
@@ -351,7 +289,7 @@ def _speed(index: Index, one: Row, other: Row) -> list[SpeedComparison]:
         else:
             continue
         name = f"batch {point.batch}, prompt {point.prompt}, new {point.new_tokens}"
-        found.append(SpeedComparison(phase=phase, point=name, ratio=_difference(ratio), indirect=indirect))
+        found.append(SpeedComparison(phase=phase, point=name, ratio=difference(ratio), indirect=indirect))
     return found
 
 
@@ -369,14 +307,6 @@ def _pairs(point: SpeedPointResult, phase: str) -> tuple[list[float], list[float
         return None
     name = f"{phase}_ms"
     return getattr(point.candidate, name), getattr(point.reference, name)
-
-
-def _difference(estimate: Estimate) -> Difference:
-    return Difference(value=estimate.value, low=_finite(estimate.low), high=_finite(estimate.high))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -10,11 +10,10 @@ from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.compare.compare import (
     AccuracyComparison,
     Comparison,
-    Difference,
     Refusal,
     SpeedComparison,
-    TextComparison,
 )
+from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, TextComparison
 from slimbench.leaderboard.flags.kinds import Figure, kind
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 _SHOWN = ("kl_mean", "weight_bytes", "disk_bytes", "effective_bits")
 _REFUSED = ("perplexity", "accuracy", "prefill_ms", "decode_tokens_per_s")
 """What is shown of each row where a ratio is refused."""
+FINER = (3, 1)
+"""Per cent of perplexity: how many windows would show these is said."""
 _points = decimal(1, 100)
 _signed_points = decimal(1, 100, signed=True)
 
@@ -38,7 +39,8 @@ def verdict(comparison: Comparison) -> str:
     if why := refused.get(Figure.QUALITY):
         parts = [f"{a.label} against {b.label}: no ratio of perplexity and none of accuracy, {why}"]
     else:
-        parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
+        parts = [quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
+        parts += [_divergence(comparison.divergence)] if comparison.divergence else []
         parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else "no accuracy to compare")
     decode = next((s for s in comparison.speed if s.phase == "decode"), None)
     why = refused.get(Figure.DECODE)
@@ -52,18 +54,40 @@ def _refused(refusal: Refusal) -> str:
     return "since " + " and ".join(f"{label} has the flag “{flag}”" for label, flag in refusal.flags)
 
 
-def _quality(text: TextComparison, a: Row, b: Row) -> str:
+def power(text: TextComparison) -> str:
+    """What so many items can show, and how many would show less; empty where their spread is not known.
+
+    `16 windows can show a difference of 8.0 % (80 % power); 117 would show 3 %, 1,020 would show 1 %.`
+    """
+    if text.detectable_percent is None:
+        return ""
+    finer = [(percent, count) for percent in FINER if percent < text.detectable_percent and (count := text.needed(percent))]
+    more = "".join(f"{',' if place else ';'} {count:,} would show {percent:g} %" for place, (percent, count) in enumerate(finer))
+    return f"{text.items:,} windows can show a difference of {decimal(1)(text.detectable_percent)} % (80 % power){more}."
+
+
+def quality(text: TextComparison, a: Row, b: Row) -> str:
+    """The first clause of the verdict: which of the two loses less in perplexity, if that is shown."""
     facts = f"({_interval_of_ratio(text.ratio)}{'' if text.p is None else ', ' + p_text(text.p)})"
     if text.p is None:
         return f"{a.label} against {b.label}: perplexity {_change(text.ratio.value)} {facts}, too few windows for a test"
     if text.p >= LEVEL:
-        return f"{a.label} and {b.label} do not differ significantly in quality: perplexity {_change(text.ratio.value)} {facts}"
+        return f"{a.label} and {b.label} do not differ significantly in perplexity: {_change(text.ratio.value)} {facts}"
     better = text.ratio.value < 1
     if a.is_reference or b.is_reference:
         words = f"{a.label} is {'better' if better else 'worse'} than {b.label}"
     else:
         words = f"{a.label} loses {'less' if better else 'more'} than {b.label}"
     return f"{words}: perplexity {_change(text.ratio.value)} {facts}"
+
+
+def _divergence(found: DivergenceComparison) -> str:
+    delta, nats = found.delta, decimal(4, signed=True)
+    facts = "no interval" if delta.low is None or delta.high is None else f"95 % interval {nats(delta.low)} to {nats(delta.high)}"
+    words = f"{nats(delta.value)} nats ({facts}{'' if found.p is None else ', ' + p_text(found.p)})"
+    if found.p is None or found.p >= LEVEL:
+        return f"KL from the reference does not differ significantly, {words}"
+    return f"KL from the reference is {'lower' if delta.value < 0 else 'higher'}, {words}"
 
 
 def _change(ratio: float) -> str:
@@ -114,7 +138,7 @@ def to_terminal(comparison: Comparison) -> RenderableType:
     a, b = comparison.a, comparison.b
     setting = [a.model, a.suite, *dict.fromkeys((a.engine_label, b.engine_label)), a.device, a.hardware]
     parts: list[RenderableType] = [Text(f"{a.label} against {b.label}", style="bold"), Text(" · ".join(setting), style="dim"), Text("")]
-    parts += [Text(verdict(comparison)), Text("")]
+    parts += [Text(" ".join(filter(None, (verdict(comparison), *map(power, comparison.texts[:1]))))), Text("")]
     parts += [Text(f"{row.label}: {row.status}: {row.reason}", style="dim") for row in (a, b) if row.status != Status.OK]
     parts += [Text(f"{row.label}: {kind(flag)}: {flag}", style="dim") for row in (a, b) for flag in row.flags]
     if comparison.texts:
@@ -157,7 +181,10 @@ def _cell_table(comparison: Comparison) -> Table:
         if column.key in _SHOWN or (column.key in _REFUSED and comparison.refused):
             header = "KL from the reference, nats" if column.key == "kl_mean" else column.header
             ratio = ratios.get(column.key)
-            _add(table, header, column.plus_minus(a), column.plus_minus(b), EMPTY if ratio is None else decimal(3)(ratio), "")
+            bounds, found = "", comparison.divergence
+            if column.key == "kl_mean" and found:
+                ratio, bounds = (found.a / found.b if found.b else None), f"{_bounds(found.delta, decimal(4, signed=True))} nats"
+            _add(table, header, column.plus_minus(a), column.plus_minus(b), EMPTY if ratio is None else decimal(3)(ratio), bounds)
     for speed in comparison.speed:
         form = decimal(3)
         name = f"{speed.phase} speed, {speed.point}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slimbench.harness.stats.equivalence import PERPLEXITY_MARGIN, Verdict
+from slimbench.harness.stats.equivalence import Verdict
 from slimbench.leaderboard.figures.canvas import CAPTION, Plot, bit_axis, canvas, legend, line_length, log_axis, loss_axis, spread_axis
 from slimbench.leaderboard.figures.drawing import MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
@@ -17,6 +16,7 @@ from slimbench.leaderboard.figures.labels import Named, place
 from slimbench.leaderboard.figures.measures import BITS, KL, LOSS, PERPLEXITY, Measure, Point, front, points, quality
 from slimbench.leaderboard.figures.palette import FAMILIES, ORDER, family_of, look_of
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.columns import MARGIN
 from slimbench.leaderboard.tables.format import decimal, shorten
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 OFF_SCALE = 20.0
 CROWD = 40
-MARGIN = round(100 * math.expm1(PERPLEXITY_MARGIN), 6)
-"""Of the verdicts, in per cent of the reference's perplexity."""
 _STAR, _DOT = 7.0, 3.8
 UNNAMED = "Points without a name found no room for it."
 _CROWDED = "Of so many, only the reference and the front are named."

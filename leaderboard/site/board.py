@@ -14,10 +14,13 @@ from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.settings import Setting, setting
-from slimbench.leaderboard.tables.tables import Table, pareto, tables, titles
+from slimbench.leaderboard.tables.columns import Column, comparable
+from slimbench.leaderboard.tables.tables import Axis, Table, pareto, tables, titles
 
 Place = tuple[str, str, str, str]
 SMALLEST, FASTEST = "size", "speed"
+FRONTS: dict[str, Axis] = {SMALLEST: "weight_bytes", FASTEST: "decode_tokens_per_s"}
+"""The axis of each Pareto front beside quality."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,22 @@ class Board:
         return {row.place: number for number, table in enumerate(self.tables) for row in table.rows}
 
     @cached_property
+    def columns(self) -> list[list[Column]]:
+        """Of each table those that stand in it."""
+        return [comparable(table.rows) for table in self.tables]
+
+    @cached_property
+    def members(self) -> list[dict[str, list[Row]]]:
+        """Of each table the rows of its Pareto fronts, `size` and `speed`, each the best quality first."""
+        return [{name: pareto(table.rows, axis) for name, axis in FRONTS.items()} for table in self.tables]
+
+    @cached_property
     def fronts(self) -> dict[Place, list[str]]:
         """On which Pareto fronts of its table a row lies: `size`, `speed`."""
         found: dict[Place, list[str]] = {}
-        for table in self.tables:
-            for name, axis in ((SMALLEST, "weight_bytes"), (FASTEST, "decode_tokens_per_s")):
-                for row in pareto(table.rows, axis):  # type: ignore[arg-type]
+        for fronts in self.members:
+            for name, members in fronts.items():
+                for row in members:
                     found.setdefault(row.place, []).append(name)
         return found
 

@@ -23,6 +23,7 @@ from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.site.lines import Line
 from slimbench.leaderboard.site.method import steps
 from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
+from slimbench.leaderboard.site.standing import standing
 from slimbench.leaderboard.tables.columns import COLUMNS
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
 from slimbench.leaderboard.tables.verdict import verdict
@@ -60,6 +61,8 @@ def render(board: Board, row: Row, line: Line) -> str:
         methods=[(name, names.method(name)) for name in steps(board, row)],
         verdict=verdict(row, _reference(table.rows, row)),
         measured=shorten(row.provenance.get("measured", "")[:10], LONGEST_REMARK),
+        files=[_cut(clean(_file(record))) for record in records.values()],
+        standing=standing(board, row),
         remarks=[text for text in line.remarks if text != noisy(len(unsteady))],
         unsteady=unsteady,
         noisy=noisy(len(unsteady)),
@@ -216,7 +219,7 @@ def _facts(record: Record) -> dict[str, Any]:
     hardware = value if isinstance(value := facts.get("hardware"), dict) else {}
     known = {
         "Key": record.key,
-        "File": Store(Path()).path(record.cell, record.stage, record.hardware).as_posix(),
+        "File": _file(record),
         "Started": record.started,
         "Took": None if record.wall_seconds is None else f"{record.wall_seconds:,.1f} s",
         "Peak memory": None if record.peak_memory_bytes is None else f"{_BYTES(record.peak_memory_bytes)} MB",
@@ -230,6 +233,11 @@ def _facts(record: Record) -> dict[str, Any]:
         "Threads": facts.get("threads"),
     }
     return {name: value for name, value in known.items() if value not in (None, "")}
+
+
+def _file(record: Record) -> str:
+    """Where a record lies in the results folder."""
+    return Store(Path()).path(record.cell, record.stage, record.hardware).as_posix()
 
 
 def _texts(record: Record) -> dict[str, Any]:

@@ -14,16 +14,23 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
-from slimbench.leaderboard.tables.columns import COLUMNS, Column, rank_of, seed_spread
+from slimbench.leaderboard.tables.columns import Column, rank_of, seed_spread
 from slimbench.leaderboard.tables.format import shorten
 
-SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
-"""Columns of the static tables; the pages of the cells have them all."""
-HEADS = Markup("\n").join(
-    Markup('<th scope="col" class="n" title="{}"{}>{}</th>').format(column.help, Markup(" data-rising" * column.rising), column.header)
-    for column in SHOWN
-)
-"""Their headings."""
+_DETAILS = frozenset({"prefill_ms", "roofline_fraction", "disk_bytes"})
+"""Columns that the static tables leave to the pages of the cells."""
+
+
+def heads(board: Board, table: int) -> Markup:
+    """The headings of a static table of rows of that table of the board."""
+    return Markup("\n").join(
+        Markup('<th scope="col" class="n" title="{}"{}>{}</th>').format(column.help, Markup(" data-rising" * column.rising), column.header)
+        for column in _shown(board, table)
+    )
+
+
+def _shown(board: Board, table: int) -> list[Column]:
+    return [column for column in board.columns[table] if column.key not in _DETAILS]
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Line:
     """A row of a static table."""
 
     row: Row
+    columns: Sequence[Column]
     href: str
     name: str
     about: str
@@ -46,13 +54,14 @@ class Line:
     @cached_property
     def numbers(self) -> Markup:
         """Its numbers as cells of a table, each with its interval and what it sorts by; made once for all pages."""
-        return Markup("\n").join(_number(column, self.row) for column in SHOWN)
+        return Markup("\n").join(_number(column, self.row) for column in self.columns)
 
 
 def line(board: Board, row: Row) -> Line:
     about = [row.family, row.engine_label, *([row.kernel] if row.kernel else [])]
     return Line(
         row=row,
+        columns=_shown(board, board.table_of[row.place]),
         href=names.cell(row),
         name=shorten(row.label, LONGEST_NAME),
         about=shorten(" · ".join(about), LONGEST_NAME),

@@ -16,8 +16,9 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.steps import names as names_of
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
-from slimbench.leaderboard.site.lines import HEADS, Line
+from slimbench.leaderboard.site.lines import Line, heads
 from slimbench.leaderboard.site.pages import page, quoted
+from slimbench.leaderboard.site.standing import beside_rounding
 from slimbench.leaderboard.tables.format import shorten
 
 _LONGEST_DOC = 4000
@@ -126,8 +127,13 @@ def render(board: Board, about: About, rows: Sequence[Row], lines: dict[str, Lin
     for row in rows:
         groups[row.table_key].append(row)
     sections = [
-        {**setting, "lines": [lines[names.cell(row)] for row in groups[key]]}
-        for table, setting in zip(board.tables, board.settings, strict=True)
+        {
+            **setting,
+            "lines": [lines[names.cell(row)] for row in groups[key]],
+            "heads": heads(board, number),
+            "standing": [found for row in groups[key] if (found := beside_rounding(board, row))],
+        }
+        for number, (table, setting) in enumerate(zip(board.tables, board.settings, strict=True))
         if (key := table.rows[0].table_key) in groups
     ]
-    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections, heads=HEADS)
+    return page("method.html.j2", names.method(about.name), about.name, name=about.name, about=about, sections=sections)

@@ -10,7 +10,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board, plural
-from slimbench.leaderboard.site.lines import HEADS, Line
+from slimbench.leaderboard.site.lines import Line, heads
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
@@ -59,8 +59,8 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         sizes: There is a plot over model sizes.
     """
     sections = [
-        {**setting, "lines": [lines[names.cell(row)] for row in table.rows]}
-        for table, setting in zip(board.tables, board.settings, strict=True)
+        {**setting, "lines": [lines[names.cell(row)] for row in table.rows], "heads": heads(board, number)}
+        for number, (table, setting) in enumerate(zip(board.tables, board.settings, strict=True))
         if table.rows[0].model == name
     ]
     ended = sum(row.status == Status.OK for row in rows)
@@ -73,7 +73,6 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         name=name,
         summary=", ".join(parts) + ".",
         sections=sections,
-        heads=HEADS,
         relatives=_relatives(board, name),
         sizes=sizes,
     )

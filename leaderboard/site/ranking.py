@@ -13,7 +13,7 @@ from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board
 from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from slimbench.leaderboard.tables.columns import COLUMNS, Column, VerdictColumn
+from slimbench.leaderboard.tables.columns import COLUMNS, MARGIN, Column, VerdictColumn, comparable
 from slimbench.leaderboard.tables.format import decimal, shorten
 
 EXTRA = (
@@ -23,7 +23,7 @@ EXTRA = (
 ALL = (*COLUMNS, *EXTRA)
 CELLS = tuple(column for column in ALL if column.format is not str or isinstance(column, VerdictColumn))
 """Columns of numbers and verdicts; other texts are facets."""
-_HIDDEN = {"kl_mean", "accuracy_verdict", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
+_HIDDEN = {"accuracy_delta", "accuracy_verdict", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
 _REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
 _CELL, _QUALITY, _DECODE, _MEMORY_FIGURE = 1, 2, 4, 8
@@ -47,8 +47,10 @@ def data(board: Board) -> str:
     """A script that defines `BOARD`: texts once, rows as arrays, numbers as they are shown."""
     texts = _Texts()
     rows = [_row(board, row, texts) for row in board.rows]
+    first = comparable(board.rows)
     content = {
-        "columns": [_column(column) for column in CELLS],
+        "columns": [_column(column, shown=column not in COLUMNS or column in first) for column in CELLS],
+        "margin": MARGIN,
         "sets": board.settings,
         "rows": rows,
         "texts": list(texts),
@@ -72,7 +74,7 @@ class _Texts(dict[str, int]):
         return self[shorten(text, LONGEST_REMARK)] if text else None
 
 
-def _column(column: Column) -> dict[str, Any]:
+def _column(column: Column, shown: bool) -> dict[str, Any]:
     return {
         "key": column.key,
         "header": column.header,
@@ -82,7 +84,7 @@ def _column(column: Column) -> dict[str, Any]:
         "signed": getattr(column.format, "signed", False),
         "rising": column.rising,
         "log": column.key in _LOGARITHMIC,
-        "shown": column.key not in _HIDDEN,
+        "shown": shown and column.key not in _HIDDEN,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from slimbench.leaderboard.tables.format import shorten
-from slimbench.leaderboard.tables.resolution import resolution
+from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.leaderboard.tables.tables import Table
 
 Setting = dict[str, Any]
@@ -30,7 +30,7 @@ def setting(table: Table, name: str) -> Setting:
         "name": shorten(name, LONGEST_REMARK),
         "title": shorten(table.title, LONGEST_NAME),
         "setting": shorten(table.setting, LONGEST_REMARK),
-        "resolution": [*resolution(table.rows), "Intervals are 95 %."],
+        "resolution": [*anchors(table.rows), *resolution(table.rows), "Intervals are 95 %."],
         "notes": notes,
         "reference": None if table.reference is None else names.cell_id(table.reference),
     }

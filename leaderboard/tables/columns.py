@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from slimbench.harness.schema.identity import Status
+from slimbench.harness.stats.equivalence import PERPLEXITY_MARGIN
 from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import EMPTY, decimal
@@ -14,6 +16,8 @@ from slimbench.leaderboard.tables.format import EMPTY, decimal
 NAME_KERNEL_AND_NOTES = 54
 
 
+MARGIN = round(100 * math.expm1(PERPLEXITY_MARGIN), 6)
+"""Of the verdicts on perplexity, in per cent of the reference's."""
 LEAST_FIRST = (
     "prefill_ms",
     "disk_bytes",

@@ -54,8 +54,9 @@ def anchors(rows: Sequence[Row]) -> list[str]:
 
 
 def _absolute(row: Row) -> str:
-    parts = [f"{c.header.removesuffix(' %').lower()} {c.plus_minus(row)}{' %' * c.header.endswith('%')}" for c in _ABSOLUTE if c.value(row) != EMPTY]
-    return " and ".join(parts)
+    known = [column for column in _ABSOLUTE if column.value(row) != EMPTY]
+    units = [" %" if column.header.endswith("%") else "" for column in known]
+    return " and ".join(f"{column.key} {column.plus_minus(row)}{unit}" for column, unit in zip(known, units, strict=True))
 
 
 def shown_by(row: Row, name: str) -> str:

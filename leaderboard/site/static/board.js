@@ -1,7 +1,7 @@
 "use strict";
 // The rows that `data/rows.js` brings, with names, and numbers as the other renderings of the board print them.
 (() => {
-  const { columns, sets, texts, rows } = window.BOARD;
+  const { columns, sets, texts, rows, margin } = window.BOARD;
   const text = (index) => (index === null ? "" : texts[index]);
   const WIDTH = 20;
   const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8, foreign: 16 };
@@ -19,6 +19,9 @@
     const cell = row.cells[index];
     return Array.isArray(cell) && !columns[index].text ? [cell[1], cell[2]] : null;
   };
+
+  /** Perplexity above the reference, in per cent: of the reference itself 0. */
+  const loss = (row) => (row.marks & MARKS.reference && value(row, position.perplexity) !== null ? 0 : value(row, position.perplexity_delta_percent));
 
   const OFF_SCALE = 20;
   /** Perplexity above which rows of a set are off the scale: so many times the reference or, without one, the best of them. */
@@ -62,5 +65,5 @@
     made.append(...children);
     return made;
   };
-  window.slim = { columns, sets, rows: table, position, value, bounds, offScale, format, interval, element, MARKS, INVALID, BITS, SIZES };
+  window.slim = { columns, sets, margin, rows: table, position, value, bounds, loss, offScale, format, interval, element, MARKS, INVALID, BITS, SIZES };
 })();

@@ -1,13 +1,12 @@
 "use strict";
 // Which cell to ship under a budget: the rules of `slimbench recommend`, on the numbers of the page.
 (() => {
-  const { columns, sets, position, value, bounds, format, element, state, changed, MARKS, INVALID } = window.slim;
+  const { columns, sets, position, value, bounds, loss, format, element, state, changed, MARKS, INVALID } = window.slim;
   const SLIDERS = ["memory", "drop", "speed"];
   const Z = 1.959963984540054;
   let ranges = { memory: [0, 1], speed: [0, 1] };
 
   const ppl = position.perplexity, delta = position.perplexity_delta_percent, decode = position.decode_tokens_per_s, speedup = position.speedup;
-  const drop = (row) => (row.marks & MARKS.reference ? 0 : value(row, delta));
   const least = (v) => (v === null ? Infinity : v);
   const ORDERS = {
     quality: (row) => [least(value(row, ppl)), least(row.memory), -(value(row, decode) ?? -Infinity)],
@@ -26,7 +25,7 @@
     const limits = [];
     if (state.memory !== null) limits.push({ name: "memory", figure: INVALID.memory, excess: row.memory === null ? Infinity : Math.max(0, row.memory / state.memory - 1), sure: null });
     if (state.drop !== null) {
-      const d = drop(row), ratio = d === null ? null : 1 + d / 100, limit = 1 + state.drop / 100, between = bounds(row, delta)?.map((v) => 1 + v / 100);
+      const d = loss(row), ratio = d === null ? null : 1 + d / 100, limit = 1 + state.drop / 100, between = bounds(row, delta)?.map((v) => 1 + v / 100);
       limits.push({ name: "perplexity", figure: INVALID.quality, excess: ratio === null ? Infinity : Math.max(0, ratio / limit - 1), sure: row.marks & MARKS.reference ? 1 : keeps(ratio, between, limit, -1) });
     }
     if (state.speed !== null) {
@@ -35,6 +34,14 @@
     }
     return { row, limits, excess: limits.reduce((sum, l) => sum + l.excess, 0), missed: limits.filter((l) => l.excess > 0) };
   };
+  // Fewer limits that nothing was measured of, then the smaller miss; memory that was not measured counts by the weights.
+  const distance = (h) => {
+    const open = h.missed.filter((l) => !isFinite(l.excess));
+    const known = h.missed.filter((l) => isFinite(l.excess)).reduce((sum, l) => sum + l.excess, 0);
+    const weights = open.some((l) => l.figure === INVALID.memory) ? Math.max(0, (value(h.row, position.weight_bytes) ?? 0) / state.memory - 1) : 0;
+    return [open.length, known + weights];
+  };
+  const nearer = (h, other) => { const [a, b] = [distance(h), distance(other)]; return a[0] < b[0] || (a[0] === b[0] && a[1] < b[1]); };
   // The figures by which cells are chosen now; an invalidating flag on one of them, or on the cell, leaves it out.
   const reads = () => INVALID.cell | INVALID.quality | (state.memory !== null || state.objective === "size" ? INVALID.memory : 0) | (state.speed !== null || state.objective === "speed" ? INVALID.decode : 0);
   const heavy = (row) => state.memory !== null && value(row, position.weight_bytes) > state.memory;
@@ -76,7 +83,7 @@
     if (!choice) {
       box.append(element("p", { className: "notice" }, "None keeps to the budget."));
       if (held.length) {
-        const near = held.reduce((best, h) => (h.excess < best.excess ? h : best));
+        const near = held.reduce((best, h) => (nearer(h, best) ? h : best));
         const missed = near.missed.map((l) => `${l.name} ${isFinite(l.excess) ? `by ${(100 * l.excess).toFixed(1)} %` : "(not measured)"}`).join(", ");
         box.append(line("Nearest miss:", near, `; misses ${missed}`));
       }

@@ -1,7 +1,7 @@
 "use strict";
 // Quality against cost: one point for each cell of a set, its intervals, and the line of those that none beats in both.
 (() => {
-  const { columns, sets, position, value, bounds, offScale, format, element, state, changed, MARKS, INVALID } = window.slim;
+  const { columns, sets, margin, position, value, bounds, loss, offScale, format, element, state, changed, MARKS, INVALID } = window.slim;
   const AXES = ["weight_bytes", "decode_tokens_per_s", "speedup", "effective_bits", "disk_bytes", "prefill_ms"].filter((key) => key in position);
   const NS = "http://www.w3.org/2000/svg";
   const [LEFT, RIGHT, TOP, BOTTOM] = [58, 14, 12, 44];
@@ -26,6 +26,15 @@
     const [a, b] = [f(low), f(high)], room = (b - a || Math.abs(a) * 0.1 || 1) * pad;
     const map = (v) => from + ((f(v) - a + room) / (b - a + 2 * room)) * (to - from);
     return { map, ticks: log ? logTicks(low, high) : linearTicks(low, high) };
+  };
+  /** Differences in per cent: linear within the margin, logarithmic beyond. */
+  const lossScale = (values, from, to) => {
+    const f = (v) => Math.sign(v) * (Math.abs(v) <= margin ? Math.abs(v) / margin : 1 + Math.log(Math.abs(v) / margin));
+    const [low, high] = [Math.min(-margin, ...values), Math.max(margin, ...values)], [a, b] = [f(low), f(high)], room = (b - a) * 0.05;
+    const map = (v) => from + ((f(v) - a + room) / (b - a + 2 * room)) * (to - from);
+    const steps = b - a > 6 ? [1, 5] : [1, 2, 5];
+    const sizes = [0, 1, 2, 3, 4].flatMap((power) => steps.map((m) => m * margin * 10 ** power));
+    return { map, ticks: [0, ...sizes, ...sizes.map((t) => -t)].filter((t) => t >= low && t <= high) };
   };
   const linearTicks = (low, high) => {
     const raw = (high - low || Math.abs(high) || 1) / 5, power = 10 ** Math.floor(Math.log10(raw));
@@ -53,32 +62,35 @@
     box.replaceChildren();
     WIDTH = Math.min(760, Math.max(320, box.clientWidth || 640));
     HEIGHT = Math.round(Math.min(380, 160 + WIDTH * 0.36));
-    const index = position[state.axis], column = columns[index], ppl = position.perplexity;
+    const index = position[state.axis], column = columns[index], ppl = position.perplexity, delta = position.perplexity_delta_percent;
     const inSet = kept.filter((row) => row.set === set);
     const known = inSet.filter((row) => value(row, ppl) !== null && value(row, index) !== null);
     const limit = offScale(known, set);
-    const points = known.filter((row) => value(row, ppl) <= limit).slice(0, MOST).map((row) => ({ row, x: value(row, index), y: value(row, ppl), xs: bounds(row, index), ys: bounds(row, ppl) }));
+    const paired = known.some((row) => value(row, delta) !== null), quality = paired ? loss : (row) => value(row, ppl), interval = paired ? delta : ppl;
+    const points = known.filter((row) => value(row, ppl) <= limit && quality(row) !== null).slice(0, MOST).map((row) => ({ row, x: value(row, index), y: quality(row), xs: bounds(row, index), ys: bounds(row, interval) }));
     const off = known.length - points.length;
     note.textContent = set < 0 ? "Nothing to draw." : `${sets[set].name}: ${points.length} ${points.length === 1 ? "cell" : "cells"}${off ? `, ${off} off the scale` : ""}.`;
     if (points.length < 2) { box.append(element("p", { className: "setting" }, "Fewer than two cells have both numbers.")); return; }
     const x = scale(points.flatMap((p) => [p.x, ...(p.xs ?? [])]).filter((v) => v > 0), LEFT, WIDTH - RIGHT);
-    const y = scale(points.flatMap((p) => [p.y, ...(p.ys ?? [])]), HEIGHT - BOTTOM, TOP);
-    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Perplexity against ${column.header}, ${sets[set].name}. The table below holds the same numbers.` });
+    const y = (paired ? lossScale : scale)(points.flatMap((p) => [p.y, ...(p.ys ?? [])]), HEIGHT - BOTTOM, TOP);
+    const title = paired ? "Perplexity above dense, %" : "Perplexity", signed = columns[interval];
+    const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title} against ${column.header}, ${sets[set].name}. The table below holds the same numbers.` });
+    if (paired) root.append(svg("rect", { class: "margin", x: LEFT, width: WIDTH - RIGHT - LEFT, y: y.map(margin), height: y.map(-margin) - y.map(margin) }));
     for (const t of x.ticks) root.append(svg("line", { class: "grid", x1: x.map(t), x2: x.map(t), y1: TOP, y2: HEIGHT - BOTTOM }), svg("text", { x: x.map(t), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, String(t)));
-    for (const t of y.ticks) root.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.map(t), y2: y.map(t) }), svg("text", { x: LEFT - 8, y: y.map(t) + 4, "text-anchor": "end" }, String(t)));
+    for (const t of y.ticks) root.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y.map(t), y2: y.map(t) }), svg("text", { x: LEFT - 8, y: y.map(t) + 4, "text-anchor": "end" }, paired && t > 0 ? `+${t}` : String(t).replace("-", "−")));
     root.append(
       svg("text", { class: "title", x: (LEFT + WIDTH) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, `${column.header} (${column.rising ? "more is better →" : "← less is better"})`),
-      svg("text", { class: "title", x: -(HEIGHT - BOTTOM) / 2, y: 13, "text-anchor": "middle", transform: "rotate(-90)" }, "Perplexity (↓ less is better)"),
+      svg("text", { class: "title", x: -(HEIGHT - BOTTOM) / 2, y: 13, "text-anchor": "middle", transform: "rotate(-90)" }, `${title} (↓ less is better)`),
     );
     const line = front(points, column.rising);
     if (line.length > 1) root.append(svg("polyline", { class: "frontline", points: line.map((p) => `${x.map(p.x)},${y.map(p.y)}`).join(" ") }));
     for (const p of points) {
       const [cx, cy] = [x.map(p.x), y.map(p.y)];
-      const mark = svg("g", { class: `point ${p.row.colour}` });
+      const mark = svg("g", { class: `point ${p.row.colour}${p.row.verdict === "unresolved" ? " open" : ""}` });
       if (p.ys) mark.append(svg("line", { x1: cx, x2: cx, y1: y.map(p.ys[0]), y2: y.map(p.ys[1]) }));
       if (p.xs && p.xs[0] > 0) mark.append(svg("line", { x1: x.map(p.xs[0]), x2: x.map(p.xs[1]), y1: cy, y2: cy }));
       mark.append(svg("path", { d: SHAPES[p.row.marks & MARKS.reference ? "reference" : p.row.colour] ?? SHAPES.other, transform: `translate(${cx} ${cy})` }));
-      mark.append(svg("title", {}, `${p.row.name} · ${p.row.engine}\nperplexity ${format(columns[ppl], p.y)}, ${column.header} ${format(column, p.x)}`));
+      mark.append(svg("title", {}, `${p.row.name} · ${p.row.engine}\n${title.toLowerCase()} ${format(signed, p.y)}, ${column.header} ${format(column, p.x)}`));
       mark.addEventListener("click", () => { location.href = p.row.href; });
       root.append(mark);
     }
@@ -91,7 +103,7 @@
       root.append(svg("text", { class: "label", x: at.x, y: at.y }, name));
     }
     const families = [...new Set(points.map((p) => p.row.colour))];
-    const legend = element("p", { className: "legend" }, ...families.map((family) => element("span", {}, element("i", { className: `dot ${family}` }), family)), element("span", {}, "dashed: Pareto front, without what a flag takes away"));
+    const legend = element("p", { className: "legend" }, ...families.map((family) => element("span", {}, element("i", { className: `dot ${family}` }), family)), element("span", {}, "dashed: Pareto front, without what a flag takes away"), ...(paired ? [element("span", {}, `band: ± ${margin} %, the margin`)] : []), ...(points.some((p) => p.row.verdict === "unresolved") ? [element("span", {}, "hollow: unresolved")] : []));
     box.append(root, legend);
   };
 

@@ -12,7 +12,7 @@
 
   const breaks = (text) => text.split(/(?<=[+,(/_:])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
   const tag = (text, kind = "", title = "") => element("span", { className: `tag ${kind}`, title }, text);
-  const FRONT = "On the Pareto front: no cell of the set has both a lower perplexity and";
+  const FRONT = "On the Pareto front: no cell of the set loses less and has";
   const nameCell = (row) => {
     const box = element("div", {}, element("a", { href: row.href }, ...breaks(row.name)));
     if (row.marks & MARKS.size) box.append(" ", tag("front: size", "front", `${FRONT} fewer bytes`));

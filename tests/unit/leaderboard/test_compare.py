@@ -86,7 +86,7 @@ def test_a_copy_of_a_cell_does_not_differ() -> None:
     assert (accuracy.a_only, accuracy.b_only, accuracy.p, accuracy.delta.value) == (0, 0, 1.0, 0.0)
     assert not any(speed.significant for speed in found.speed)
     said = verdict(found)
-    assert "copy and gptq do not differ significantly in quality" in said
+    assert "copy and gptq do not differ significantly in perplexity" in said
     assert "accuracy does not differ significantly" in said and "speed does not differ significantly" in said and "same size" in said
 
 

@@ -19,7 +19,7 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import accuracy_p_value
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.compare.compare import headline
+from slimbench.leaderboard.compare.texts import headline
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows

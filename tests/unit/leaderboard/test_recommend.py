@@ -16,7 +16,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import LEVEL, holm
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.compare.compare import headline
+from slimbench.leaderboard.compare.texts import headline
 from slimbench.leaderboard.flags.kinds import Figure, invalidating, spoiling
 from slimbench.leaderboard.recommend import Budget, choose, describe, hold, memory_bytes, recommend
 from slimbench.leaderboard.rows.index import Index, oldest_first

@@ -1,0 +1,144 @@
+"""What two cells have on the same windows or documents: perplexity, and the distance from their reference."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean
+
+from pydantic import BaseModel, ConfigDict
+
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult
+from slimbench.harness.stats import intervals as stats
+from slimbench.harness.stats import significance
+from slimbench.harness.stats.bootstrap import Estimate, attempt
+from slimbench.harness.stats.equivalence import detectable, items_to_detect
+from slimbench.leaderboard.rows.index import Index
+from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, windows_of
+from slimbench.leaderboard.rows.row import Row
+
+
+class Result(BaseModel):
+    """Part of a comparison."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Difference(Result):
+    """An estimate with its 95 % interval; bounds are None where the samples allow none."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class TextComparison(Result):
+    """Perplexity of A over that of B on the same windows or documents.
+
+    Attributes:
+        name: Corpus and protocol.
+        items: Number of windows or documents.
+        ratio: Perplexity of A / perplexity of B, paired bootstrap.
+        p: Paired t-test of the negative log-likelihoods.
+        unpaired_se: Standard error of the mean difference in NLL (nats) if the items were not shared; `paired_se`: as they are.
+        pairing_gain: unpaired_se / paired_se; None where all items differ by the same.
+        detectable_percent: Difference in perplexity, in per cent, that so many items find with 80 % power.
+    """
+
+    name: str
+    items: int
+    a: float
+    b: float
+    ratio: Difference
+    p: float | None
+    unpaired_se: float | None
+    paired_se: float | None
+    pairing_gain: float | None
+    detectable_percent: float | None
+
+    def needed(self, percent: float) -> int | None:
+        """How many items would find a difference of so many per cent with 80 % power; None where their spread is not known."""
+        if self.paired_se is None:
+            return None
+        return items_to_detect(self.paired_se * math.sqrt(self.items), math.log1p(percent / 100))
+
+
+class DivergenceComparison(Result):
+    """Mean KL from the reference that both have, on the same windows, in nats.
+
+    Attributes:
+        delta: A - B, with its paired bootstrap interval over windows.
+        p: Paired t-test over the windows.
+    """
+
+    items: int
+    a: float
+    b: float
+    delta: Difference
+    p: float | None
+
+
+def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
+    """The first text that two cells share, A against B; None where they share none."""
+    ours, theirs = index.quality_of(a), index.quality_of(b)
+    return next(iter(texts(ours, theirs)), None) if ours and theirs else None
+
+
+def divergence(index: Index, a: Row, b: Row) -> DivergenceComparison | None:
+    """The KL of two rows from one and the same reference, on the windows of the first text; None where they do not share both."""
+    records = [index.of_row(row, Stage.QUALITY) for row in (a, b)]
+    ours, theirs = (record.quality if record else None for record in records)
+    if not ours or not theirs or len({record.cell.reference.quality for record in records if record}) > 1:
+        return None
+    one, other = next(iter(partners(ours.perplexity, theirs.perplexity, windows_of)), (None, None))
+    if not one or not other or not one.divergence or not other.divergence:
+        return None
+    kl, its = one.divergence.kl, other.divergence.kl
+    if len(kl) != len(its) or not kl:
+        return None
+    value = mean(x - y for x, y in zip(kl, its, strict=True))
+    low, high = attempt(stats.mean_interval, [x - y for x, y in zip(kl, its, strict=True)], otherwise=(math.nan, math.nan))
+    p = attempt(significance.paired_p_value, kl, its, otherwise=math.nan)
+    return DivergenceComparison(items=len(kl), a=mean(kl), b=mean(its), delta=difference(Estimate(value, low, high)), p=finite(p))
+
+
+def texts(ours: QualityResult, theirs: QualityResult) -> list[TextComparison]:
+    windows = [_windows(a, b) for a, b in partners(ours.perplexity, theirs.perplexity, windows_of) if b]
+    return windows + [_documents(a, b) for a, b in partners(ours.documents, theirs.documents, documents_of) if b]
+
+
+def _windows(a: PerplexityResult, b: PerplexityResult) -> TextComparison:
+    ratio = stats.perplexity_ratio_interval(a.window_nll, b.window_nll)
+    values = stats.perplexity(a.window_nll), stats.perplexity(b.window_nll)
+    return _text(name_of(a), values, ratio, a.window_nll, b.window_nll)
+
+
+def _documents(a: DocumentResult, b: DocumentResult) -> TextComparison:
+    ratio = stats.document_ratio_interval(a.nll, b.nll, a.words)
+    return _text(f"{name_of(a)} (word)", (a.word_perplexity, b.word_perplexity), ratio, a.nll, b.nll)
+
+
+def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float], b: list[float]) -> TextComparison:
+    errors = significance.standard_errors(a, b)
+    return TextComparison(
+        name=name,
+        items=len(a),
+        a=values[0],
+        b=values[1],
+        ratio=difference(ratio),
+        p=finite(significance.paired_p_value(a, b)),
+        unpaired_se=finite(errors.unpaired),
+        paired_se=finite(errors.paired),
+        pairing_gain=finite(errors.gain),
+        detectable_percent=finite(100 * math.expm1(detectable(errors.paired, len(a)))),
+    )
+
+
+def difference(estimate: Estimate) -> Difference:
+    """An estimate whose bounds may not be finite."""
+    return Difference(value=estimate.value, low=finite(estimate.low), high=finite(estimate.high))
+
+
+def finite(value: float) -> float | None:
+    """The value; None where it is none."""
+    return value if math.isfinite(value) else None
