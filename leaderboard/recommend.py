@@ -12,7 +12,7 @@ one-sided confidence of Φ((ln limit − ln value) / SE), SE = (ln high − ln l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -22,16 +22,14 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats import significance
 from slimbench.leaderboard.compare.texts import TextComparison, headline
-from slimbench.leaderboard.flags.kinds import Figure, invalidating, labelled, spoiling
+from slimbench.leaderboard.flags.kinds import Figure, invalidating, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.tables.format import decimal, p_text
 from slimbench.util.text import nearest
 
 Objective = Literal["quality", "speed", "size"]
 _Z = 1.959963984540054
-_LISTED = 5
 
 
 class Budget(BaseModel):
@@ -43,6 +41,7 @@ class Budget(BaseModel):
         min_speed: Decoded tokens per second of one sequence.
         min_speedup: Decode time of the reference / decode time on the same engine.
         max_disk_bytes: Size of the artefact's files.
+        max_weight_bytes: Tensors of the loaded artefact that stay in memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +51,7 @@ class Budget(BaseModel):
     min_speed: float | None = None
     min_speedup: float | None = None
     max_disk_bytes: int | None = None
+    max_weight_bytes: int | None = None
 
 
 class Limit(BaseModel):
@@ -82,9 +82,14 @@ class Candidate(BaseModel):
         return all(limit.excess == 0 for limit in self.limits)
 
     @property
-    def excess(self) -> float:
-        """Sum of what is missed, as fractions of the limits; infinite where something was not measured."""
-        return sum(math.inf if limit.excess is None else limit.excess for limit in self.limits)
+    def distance(self) -> tuple[int, float]:
+        """How far it is from the budget: the limits of which nothing was measured, then the sum of what is missed, as fractions of them.
+
+        Memory that was not measured is at least that of the weights.
+        """
+        missing = [limit for limit in self.limits if limit.excess is None]
+        weights = [(self.row.weight_bytes or 0) / limit.limit - 1 for limit in missing if limit.figure is Figure.MEMORY]
+        return len(missing), sum(limit.excess or 0.0 for limit in self.limits) + sum(max(0.0, least) for least in weights)
 
 
 class LeftOut(Candidate):
@@ -95,6 +100,18 @@ class LeftOut(Candidate):
     """
 
     flags: list[str]
+
+
+class Elsewhere(BaseModel):
+    """The best cell within the budget of another table of the same model: other suite, protocol, device or hardware.
+
+    Attributes:
+        option: What of the command line asks for that table; empty where none does.
+    """
+
+    setting: str
+    option: str
+    candidate: Candidate
 
 
 class Recommendation(BaseModel):
@@ -111,6 +128,8 @@ class Recommendation(BaseModel):
         nearest_miss: Where none keeps to the budget, the cell that misses it least.
         considered: Candidates: cells of the table with a result, but for those that a flag leaves out.
         left_out: Those of the latter that might have kept to the budget, the best first.
+        unmeasured: Names of the limits of which no candidate has a measurement.
+        elsewhere: What fits in other tables.
     """
 
     setting: str
@@ -123,6 +142,8 @@ class Recommendation(BaseModel):
     nearest_miss: Candidate | None
     considered: int
     left_out: list[LeftOut] = []
+    unmeasured: list[str] = []
+    elsewhere: list[Elsewhere] = []
 
 
 def recommend(
@@ -178,25 +199,57 @@ def choose(
     for row in finished:
         tables.setdefault(row.table_key, []).append(row)
     table = max(tables.values(), key=lambda group: (len(group), group[0].table_key))
-    spoiled = {row.place: [] if include_flagged else invalidating(row.flags, reads(budget, objective)) for row in table}
-    held = [hold(row, budget, include_flagged) for row in sorted(table, key=lambda row: _order(row, objective, include_flagged))]
-    candidates = [candidate for candidate in held if not spoiled[candidate.row.place]]
+    candidates, left_out = _held(table, budget, objective, include_flagged)
     fitting = [candidate for candidate in candidates if candidate.fits]
     choice, runner_up = (*fitting, None, None)[:2]
     rivals = _rivals(index, fitting)
     _, text, p = rivals[0] if rivals else (None, None, math.nan)
     return Recommendation(
-        setting=" · ".join((model, table[0].suite, table[0].device, table[0].hardware)),
+        setting=_setting(table[0]),
         objective=objective,
         choice=choice,
         runner_up=runner_up,
         ratio=text.ratio.value if text else None,
         p=None if math.isnan(p) else p,
-        tied=[_name(other.row) for other, _, p in rivals if p >= significance.LEVEL],
-        nearest_miss=None if choice else min(candidates, key=lambda candidate: candidate.excess, default=None),
+        tied=[name(other.row) for other, _, p in rivals if p >= significance.LEVEL],
+        nearest_miss=None if choice else min(candidates, key=lambda candidate: candidate.distance, default=None),
         considered=len(candidates),
-        left_out=[LeftOut(**dict(c), flags=flags) for c in held if (flags := spoiled[c.row.place]) and _might_fit(c)],
+        left_out=left_out,
+        unmeasured=_unmeasured(candidates),
+        elsewhere=list(_elsewhere(table, tables.values(), budget, objective, include_flagged)),
     )
+
+
+def _setting(row: Row) -> str:
+    return " · ".join((row.model, row.suite, row.device, row.hardware))
+
+
+def _held(table: Sequence[Row], budget: Budget, objective: Objective, include_flagged: bool) -> tuple[list[Candidate], list[LeftOut]]:
+    """The candidates of a table, the best first, and those that only a flag leaves out."""
+    spoiled = {row.place: [] if include_flagged else invalidating(row.flags, reads(budget, objective)) for row in table}
+    held = [hold(row, budget, include_flagged) for row in sorted(table, key=lambda row: _order(row, objective, include_flagged))]
+    left_out = [LeftOut(**dict(c), flags=flags) for c in held if (flags := spoiled[c.row.place]) and _might_fit(c)]
+    return [candidate for candidate in held if not spoiled[candidate.row.place]], left_out
+
+
+def _unmeasured(candidates: Sequence[Candidate]) -> list[str]:
+    limits = [[limit for limit in candidate.limits if limit.excess is None] for candidate in candidates]
+    missing = [{limit.name for limit in found} for found in limits]
+    return sorted(set.intersection(*missing)) if missing else []
+
+
+def _elsewhere(
+    table: Sequence[Row], others: Iterable[Sequence[Row]], budget: Budget, objective: Objective, include_flagged: bool
+) -> Iterator[Elsewhere]:
+    """The best cell within the budget of each other table, the fullest table first."""
+    here = table[0]
+    for other in sorted(others, key=lambda group: (-len(group), group[0].table_key)):
+        there = other[0]
+        fitting = [c for c in _held(other, budget, objective, include_flagged)[0] if c.fits and not c.row.is_reference]
+        if there.table_key != here.table_key and fitting and budget != Budget():
+            differs = [name for name in ("suite", "device") if getattr(there, name) != getattr(here, name)]
+            option = f"--{differs[0]} {getattr(there, differs[0])}" if differs else ""
+            yield Elsewhere(setting=_setting(there), option=option, candidate=fitting[0])
 
 
 def reads(budget: Budget, objective: Objective) -> set[Figure]:
@@ -207,6 +260,11 @@ def reads(budget: Budget, objective: Objective) -> set[Figure]:
     if budget.min_speed is not None or budget.min_speedup is not None or objective == "speed":
         found.add(Figure.DECODE)
     return found
+
+
+def name(row: Row) -> str:
+    """A cell with its engine."""
+    return f"{row.label} ({row.engine_label})"
 
 
 def _might_fit(candidate: Candidate) -> bool:
@@ -253,6 +311,8 @@ def _limits(row: Row, budget: Budget, include_flagged: bool) -> Iterator[Limit]:
         yield _at_most("memory", Figure.MEMORY, memory_bytes(row, include_flagged), budget.memory_bytes)
     if budget.max_disk_bytes is not None:
         yield _at_most("disk", None, row.disk_bytes, budget.max_disk_bytes)
+    if budget.max_weight_bytes is not None:
+        yield _at_most("weights", None, row.weight_bytes, budget.max_weight_bytes)
     if budget.max_drop is not None:
         limit = _at_most("perplexity ratio", Figure.QUALITY, ratio, 1 + budget.max_drop)
         sure = 1.0 if row.is_reference else _keeps(ratio, row.perplexity_ratio_low, row.perplexity_ratio_high, limit.limit, -1)
@@ -294,74 +354,3 @@ def _order(row: Row, objective: Objective, include_flagged: bool) -> tuple[float
         "size": (size, quality, speed),
     }
     return orders[objective]
-
-
-def describe(recommendation: Recommendation) -> list[str]:
-    """The answer in lines for people."""
-    found = recommendation
-    return [found.setting, *(_of_choice(found, found.choice) if found.choice else _of_none(found)), *_of_left_out(found)]
-
-
-def _of_none(found: Recommendation) -> list[str]:
-    none = f"None of {found.considered} candidates keeps to the budget."
-    return [f"{none} Nearest miss: {_words(found.nearest_miss)}" if found.nearest_miss else none]
-
-
-def _of_choice(found: Recommendation, choice: Candidate) -> list[str]:
-    lines = [f"Best by {found.objective}: {_words(choice)}", *_flags(choice)]
-    if choice.limits:
-        lines.append(f"It keeps to the budget: {'; '.join(map(_kept, choice.limits))}.")
-    if found.runner_up:
-        lines += [f"Runner-up: {_words(found.runner_up)}", *_flags(found.runner_up)]
-    if found.ratio is not None and found.p is not None:
-        change = f"perplexity of the choice {decimal(1, signed=True)(100 * (found.ratio - 1))} % against the runner-up"
-        surely = "significant" if found.p < significance.LEVEL else "not significant"
-        lines.append(f"{change[0].upper()}{change[1:]}: {surely}, {p_text(found.p)} (paired, Holm).")
-    if found.tied:
-        lines.append(f"Not significantly different in perplexity: {', '.join(found.tied)}.")
-    return lines
-
-
-def _of_left_out(found: Recommendation) -> list[str]:
-    if not found.left_out:
-        return []
-    more = len(found.left_out) - _LISTED
-    lines = ["Left out for an invalidating flag (`--include-flagged` takes them in):"]
-    lines += [f"  {_words(left, missed=False)}: {'; '.join(left.flags)}" for left in found.left_out[:_LISTED]]
-    return [*lines, f"  and {more} more"] if more > 0 else lines
-
-
-def _flags(candidate: Candidate) -> list[str]:
-    return [f"  Flag: {labelled(flag)}." for flag in candidate.row.flags]
-
-
-def _words(candidate: Candidate, missed: bool = True) -> str:
-    row = candidate.row
-    memory = next((limit.value for limit in candidate.limits if limit.figure is Figure.MEMORY), memory_bytes(row))
-    facts: list[tuple[float | None, Callable[[float], str]]] = [
-        (row.perplexity, lambda v: f"perplexity {v:.2f}"),
-        (row.perplexity_delta_percent, lambda v: f"{v:+.1f} %"),
-        (memory, lambda v: f"{v / 1e6:.0f} MB"),
-        (row.decode_tokens_per_s, lambda v: f"{v:.1f} tokens/s"),
-        (row.speedup, lambda v: f"{v:.2f} ×"),
-    ]
-    misses = [_missed(limit) for limit in candidate.limits if limit.excess != 0] if missed else []
-    text = f"{_name(row)}: {', '.join(show(value) for value, show in facts if value is not None)}"
-    return text + (f"; misses {', '.join(misses)}" if misses else "")
-
-
-def _name(row: Row) -> str:
-    return f"{row.label} ({row.engine_label})"
-
-
-def _missed(limit: Limit) -> str:
-    return f"{limit.name} (not measured)" if limit.excess is None else f"{limit.name} by {100 * limit.excess:.1f} %"
-
-
-def _kept(limit: Limit) -> str:
-    sure = "measured once, no interval" if limit.confidence is None else f"one-sided confidence {_percent(limit.confidence)}"
-    return f"{limit.name} ({sure})"
-
-
-def _percent(probability: float) -> str:
-    return "> 99.9 %" if probability > 0.999 else "< 0.1 %" if probability < 0.001 else f"{100 * probability:.1f} %"

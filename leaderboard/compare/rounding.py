@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.compare.texts import headline
-from slimbench.leaderboard.compare.verdict import quality
+from slimbench.leaderboard.compare.verdict import change
 from slimbench.leaderboard.rows.index import Index
 from slimbench.leaderboard.rows.row import Row
 
@@ -40,11 +40,11 @@ def rounding_of(row: Row, rows: Sequence[Row], index: Index) -> Row | None:
 
 
 def beside(row: Row, rival: Row, index: Index) -> tuple[bool, str] | None:
-    """Whether a row is shown to lose less than plain rounding, and the clause of `compare` that says so; None where they share no text."""
+    """Whether a row is shown to lose less than plain rounding, and by how much, as `compare` has it; None where they share no text."""
     text = headline(index, row, rival)
     if text is None:
         return None
-    clause = quality(text, row, rival)
+    clause = f"perplexity {change(text)}"
     grids = f"; the grids differ, {row.grid} against {rival.grid}" if row.grid != rival.grid and row.grid and rival.grid else ""
     return text.p is not None and text.p < LEVEL and text.ratio.value < 1, clause + grids
 

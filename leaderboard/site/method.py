@@ -131,7 +131,7 @@ def render(board: Board, about: About, rows: Sequence[Row], lines: dict[str, Lin
             **setting,
             "lines": [lines[names.cell(row)] for row in groups[key]],
             "heads": heads(board, number),
-            "standing": [found for row in groups[key] if (found := beside_rounding(board, row))],
+            "standing": [found for row in groups[key] if row.rank is not None and (found := beside_rounding(board, row))],
         }
         for number, (table, setting) in enumerate(zip(board.tables, board.settings, strict=True))
         if (key := table.rows[0].table_key) in groups

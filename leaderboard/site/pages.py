@@ -23,6 +23,7 @@ NAVIGATION = (
     ("models.html", "Models"),
     ("methods.html", "Methods"),
     ("figures.html", "Figures"),
+    ("apart.html", "Told apart"),
     ("coverage.html", "Coverage"),
     ("guide.html", "Guide"),
 )

@@ -8,7 +8,7 @@ from itertools import islice
 
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.site import cell, coverage, figures, guide, method, model, names, ranking
+from slimbench.leaderboard.site import apart, cell, coverage, figures, guide, method, model, names, ranking
 from slimbench.leaderboard.site.assets import assets
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.lines import Line, line
@@ -28,7 +28,7 @@ def parts(board: Board, gallery: Gallery) -> Iterator[Callable[[], Files]]:
     left = iter(board.rows)
     while rows := list(islice(left, _TOGETHER)):
         yield partial(_cells, board, rows, lines)
-    yield lambda: _encoded(("guide.html", guide.render(board)))
+    yield lambda: _encoded(("guide.html", guide.render(board)), ("apart.html", apart.render(board)))
     yield lambda: list(assets().items())
 
 

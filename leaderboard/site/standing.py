@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimbench.leaderboard.compare.rounding import beside, rounding_of
 from slimbench.leaderboard.compare.texts import headline
-from slimbench.leaderboard.compare.verdict import quality
+from slimbench.leaderboard.compare.verdict import change
 from slimbench.leaderboard.flags.kinds import competes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
@@ -45,8 +45,8 @@ def beside_rounding(board: Board, row: Row) -> Standing | None:
     if rival is None or found is None:
         return None
     is_better, clause = found
-    words = "Better than plain rounding" if is_better else "Not better than plain rounding"
-    return _naming(f"{words} here,", rival, f": {clause}.")
+    words = "better than plain rounding here" if is_better else "not better than plain rounding here"
+    return _naming(f"{shorten(row.label, LONGEST_NAME)} is {words},", rival, f": {clause}.")
 
 
 def _ranked(row: Row, rows: Sequence[Row]) -> Iterator[Standing]:
@@ -71,9 +71,8 @@ def _on_fronts(board: Board, row: Row, table: int) -> Iterator[Standing]:
         elif not competes(row.flags, field, axis):
             yield Standing(f"On no front of {front}: a flag takes away a figure by which it would stand there.")
         elif rivals := [member for member in members if getattr(member, field) <= ours and not _costs_more(front, member, row)]:
-            yield _naming(
-                f"Not on the front of {front}:", rivals[0], f" loses less and is {_as_good(front)}{_clause(board, row, rivals[0])}."
-            )
+            after = f" loses less and is {_as_good(front)}{_clause(board, row, rivals[0])}."
+            yield _naming(f"Not on the front of {front}:", rivals[0], after)
 
 
 def _as_good(front: str) -> str:
@@ -87,7 +86,7 @@ def _costs_more(front: str, member: Row, row: Row) -> bool:
 
 def _clause(board: Board, row: Row, rival: Row) -> str:
     text = headline(board.index, row, rival)
-    return f" ({quality(text, row, rival)})" if text else ""
+    return f"; {row.pipeline} has a perplexity {change(text)}" if text else ""
 
 
 def _naming(before: str, row: Row, after: str) -> Standing:

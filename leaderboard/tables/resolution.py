@@ -9,8 +9,8 @@ from statistics import median
 
 from slimbench.harness.stats.equivalence import Verdict
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.columns import COLUMNS
-from slimbench.leaderboard.tables.format import EMPTY, decimal
+from slimbench.leaderboard.tables.columns import COLUMNS, Column
+from slimbench.leaderboard.tables.format import decimal
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,20 @@ def resolution(rows: Sequence[Row]) -> list[str]:
 def anchors(rows: Sequence[Row]) -> list[str]:
     """What the differences of a table are to, in a line: `Dense has perplexity 20.32 ± 5.89 and accuracy 49.4 ± 7.7 %.`
 
-    Of several engines each reference with its own; no line where there is none.
+    Of several engines `Dense has perplexity 20.32 to 20.35, by engine.`; no line where there is no reference.
     """
-    references = [row for row in rows if row.is_reference and (row.perplexity is not None or row.accuracy is not None)]
-    several = len(references) > 1
-    told = dict.fromkeys(f"{_absolute(row)}{f' ({row.engine_label})' if several else ''}" for row in references)
-    return [f"Dense has {'; '.join(told)}."] if told else []
+    references = [row for row in rows if row.is_reference]
+    told = [text for column in _ABSOLUTE if (text := _absolute(column, references))]
+    several = ", by engine" if len(references) > 1 else ""
+    return [f"Dense has {' and '.join(told)}{several}."] if told else []
 
 
-def _absolute(row: Row) -> str:
-    known = [column for column in _ABSOLUTE if column.value(row) != EMPTY]
-    units = [" %" if column.header.endswith("%") else "" for column in known]
-    return " and ".join(f"{column.key} {column.plus_minus(row)}{unit}" for column, unit in zip(known, units, strict=True))
+def _absolute(column: Column, references: Sequence[Row]) -> str:
+    known = sorted((row for row in references if getattr(row, column.key) is not None), key=lambda row: getattr(row, column.key))
+    if not known:
+        return ""
+    ends = dict.fromkeys(map(column.value if len(known) > 1 else column.plus_minus, (known[0], known[-1])))
+    return f"{column.key} {' to '.join(ends)}{' %' * column.header.endswith('%')}"
 
 
 def shown_by(row: Row, name: str) -> str:

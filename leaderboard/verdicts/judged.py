@@ -116,6 +116,7 @@ def _verdicts(measure: Measure, table: dict[int, Paired]) -> Iterator[tuple[int,
     for (place, loss), (verdict, p) in zip(losses.items(), judgements, strict=True):
         is_open = verdict is Verdict.UNRESOLVED and not math.isnan(p)
         needed = equivalence.items_to_resolve(loss, measure.margin, LEVEL / unresolved) if is_open else None
+        needed = None if needed is None else max(needed, loss.count + 1)  # the power knows no skewness, the test does
         facts = {"verdict": verdict.value, "verdict_p": p, "needed": needed}
         yield place, {f"{measure.name}_{name}": value for name, value in facts.items()} | measure.facts(loss)
 

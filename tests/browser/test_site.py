@@ -71,7 +71,7 @@ def settle(browser: Any) -> None:
     browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => setTimeout(done, 150));")
 
 
-PAGES = ("ranking", "model", "method", "cell", "figures", "coverage", "methods", "guide")
+PAGES = ("ranking", "model", "method", "cell", "figures", "apart", "coverage", "methods", "guide")
 
 
 def address(board: Path, made: list[Record], kind: str) -> Path:

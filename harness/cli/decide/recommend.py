@@ -15,6 +15,7 @@ def recommend(
     model: Annotated[str, typer.Option(help="Model to choose a method for.")] = "smollm2-135m",
     memory: Annotated[str | None, typer.Option(help="Weights, KV cache and activations at most, such as 300MB or 4GB.")] = None,
     disk: Annotated[str | None, typer.Option(help="Size of the artefact at most.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights alone at most: known even where speed was not measured.")] = None,
     max_drop: Annotated[str | None, typer.Option(help="Perplexity above the reference at most, such as 1%.")] = None,
     min_speed: Annotated[float | None, typer.Option(min=0, help="Decoded tokens per second of one sequence at least.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Times as fast as the reference on the same engine at least.")] = None,
@@ -28,7 +29,7 @@ def recommend(
     results: Results = DEFAULT_RESULTS,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
-    """The best cell under a budget, how sure the choice is, the runner-up, and who was left out for a flag.
+    """The best cell under a budget, how sure the choice is, the runner-up, who was left out for a flag, and what fits in other sets.
 
     Exit code 1 and the nearest miss where none fits.
     """
@@ -40,12 +41,14 @@ def recommend(
     limits = {
         "memory_bytes": _bytes("--memory", memory),
         "max_disk_bytes": _bytes("--disk", disk),
+        "max_weight_bytes": _bytes("--weights", weights),
         "max_drop": None if max_drop is None else share("--max-drop", max_drop),
         "min_speed": min_speed,
         "min_speedup": min_speedup,
     }
     records = read_records(results)
-    from slimbench.leaderboard.recommend import Budget, describe
+    from slimbench.leaderboard.advice import describe
+    from slimbench.leaderboard.recommend import Budget
     from slimbench.leaderboard.recommend import recommend as choose
 
     found = choose(records, model, Budget(**limits), prefer, suite, device, engine, include_flagged)  # type: ignore[arg-type]

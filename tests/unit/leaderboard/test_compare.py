@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
+from slimbench.harness.stats import equivalence
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import Comparison, _of_the_fullest, compare
-from slimbench.leaderboard.compare.verdict import to_terminal, verdict
+from slimbench.leaderboard.compare.verdict import power, to_terminal, verdict
 from slimbench.leaderboard.rows.rows import rows
 from tests.support.board_records import Spec, board, records
 from tests.unit.cli.test_cli import slimbench
@@ -88,6 +92,40 @@ def test_a_copy_of_a_cell_does_not_differ() -> None:
     said = verdict(found)
     assert "copy and gptq do not differ significantly in perplexity" in said
     assert "accuracy does not differ significantly" in said and "speed does not differ significantly" in said and "same size" in said
+
+
+def test_the_distance_from_the_reference_is_tested_over_shared_windows() -> None:
+    made = cells(DENSE, GPTQ, replace(GPTQ, pipeline="awq", loss=1.25))
+    found = compare(made, "awq", "gptq")
+    ours, theirs = (
+        next(r.quality.perplexity[0].divergence for r in made if r.quality and r.cell.pipeline == name) for name in ("awq", "gptq")
+    )
+    assert ours and theirs and found.divergence and found.divergence.items == len(ours.kl)
+    expected = scipy.stats.ttest_rel(ours.kl, theirs.kl)
+    assert found.divergence.p == pytest.approx(expected.pvalue) and found.divergence.delta.value == pytest.approx(
+        np.mean(ours.kl) - np.mean(theirs.kl)
+    )
+    assert found.divergence.delta.low and found.divergence.delta.low < found.divergence.delta.value < found.divergence.delta.high  # type: ignore[operator]
+    word = "does not differ significantly" if expected.pvalue >= 0.05 else "is lower" if found.divergence.delta.value < 0 else "is higher"
+    assert f"KL from the reference {word}" in verdict(found)
+    assert compare(made, "awq").divergence is None, "the reference has no distance from itself"
+
+
+def test_it_says_what_its_windows_can_show() -> None:
+    text = compare(cells(DENSE, GPTQ), "gptq").texts[0]
+    assert text.paired_se and text.detectable_percent
+    at = equivalence.detectable(text.paired_se, text.items)
+    assert text.detectable_percent == pytest.approx(100 * math.expm1(at))
+    count = text.needed(text.detectable_percent / 2)
+    assert count and count > 2 * text.items, "half the difference takes some four times the windows"
+    spread = text.paired_se * math.sqrt(text.items)
+    wanted = math.log1p(text.detectable_percent / 200)
+    assert (
+        equivalence.detectable(spread / math.sqrt(count), count)
+        <= wanted
+        < equivalence.detectable(spread / math.sqrt(count - 1), count - 1)
+    )
+    assert power(text).startswith(f"{text.items} windows can show a difference of ") and "80 % power" in power(text)
 
 
 def test_a_key_names_a_cell_as_well() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import LEVEL, holm
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.advice import describe
 from slimbench.leaderboard.compare.texts import headline
 from slimbench.leaderboard.flags.kinds import Figure, invalidating, spoiling
-from slimbench.leaderboard.recommend import Budget, choose, describe, hold, memory_bytes, recommend
+from slimbench.leaderboard.recommend import Budget, choose, hold, memory_bytes, recommend
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
@@ -81,6 +82,46 @@ def test_nearest_miss_is_the_one_that_exceeds_least(measured: list[Record]) -> N
     assert "misses memory by 1.0 %" in "\n".join(describe(found))
 
 
+def _without(made: list[Record], *fields: str) -> list[Row]:
+    return [row.model_copy(update=dict.fromkeys(fields)) for row in rows(made)]
+
+
+def test_without_any_figure_of_memory_the_nearest_by_what_is_known_is_named_and_what_to_measure(measured: list[Record]) -> None:
+    budget = Budget(memory_bytes=170 * 10**6, max_drop=0.01)
+    bare = choose(_without(measured, "kv_cache_bytes", "activation_bytes"), Index(measured), MODEL, budget)
+    assert bare.choice is None and bare.unmeasured == ["memory"]
+    assert bare.nearest_miss and bare.nearest_miss.row.pipeline == "eight", (
+        "its weights fit and so does its loss; dense only has the latter"
+    )
+    (line,) = [line for line in describe(bare) if line.startswith("No cell here has a figure of memory")]
+    assert "stages=[speed]" in line and "--weights" in line and "--disk" in line
+    partly = rows(measured)
+    gone = [row.model_copy(update={"kv_cache_bytes": None}) if row.pipeline == "eight" else row for row in partly]
+    near = choose(gone, Index(measured), MODEL, Budget(memory_bytes=10**6))
+    assert near.nearest_miss and near.nearest_miss.row.pipeline != "eight" and not near.unmeasured, "a miss that was measured is nearer"
+
+
+def test_weights_alone_are_a_limit(measured: list[Record]) -> None:
+    heavy = {row.pipeline: row.weight_bytes or 0 for row in rows(measured)}
+    found = choose(_without(measured, "activation_bytes"), Index(measured), MODEL, Budget(max_weight_bytes=heavy["eight"]))
+    assert found.choice and found.choice.row.pipeline == "eight"
+    assert found.considered == len(SPECS) and not found.unmeasured
+
+
+def test_what_fits_in_other_sets_is_said_with_the_option_that_asks_for_it(measured: list[Record]) -> None:
+    others = [replace(SPECS[0], suite="papers"), replace(SPECS[3], suite="papers", size=0.1)]
+    more = [*measured, *(record for spec in others for record in records(spec))]
+    small = {row.suite: row.weight_bytes or 0 for row in rows(more) if row.pipeline == "four"}
+    budget = Budget(max_weight_bytes=(small["papers"] + small["wiki"]) // 4)
+    assert small["papers"] < budget.max_weight_bytes < min(row.weight_bytes or 0 for row in rows(measured))  # type: ignore[operator]
+    found = recommend(more, MODEL, budget)
+    assert found.choice is None and [(e.option, e.candidate.row.pipeline) for e in found.elsewhere] == [("--suite papers", "four")]
+    assert describe(found)[-2] == "Also fits in other sets of this model:" and describe(found)[-1].endswith("(`--suite papers`)")
+    asked = recommend(more, MODEL, budget, suite="papers")
+    assert asked.choice and asked.choice.row.pipeline == "four" and not asked.elsewhere
+    assert not recommend(more, MODEL, Budget()).elsewhere, "without a limit everything fits everywhere"
+
+
 def test_ties_are_named(measured: list[Record]) -> None:
     found = recommend(measured, MODEL, Budget())
     assert found.choice and found.p is not None
@@ -103,7 +144,7 @@ def test_memory_of_weights_alone_is_no_memory(measured: list[Record]) -> None:
     found = recommend([*measured, *(r for r in slow if r.stage != "speed")], MODEL, Budget(memory_bytes=10**12), objective="size")
     assert found.choice and found.choice.row.pipeline != "unmeasured"
     row = next(row for row in rows([*measured, *(r for r in slow if r.stage != "speed")]) if row.pipeline == "unmeasured")
-    assert row.weight_bytes and memory_bytes(row) is None and hold(row, Budget(memory_bytes=10**12)).excess == math.inf
+    assert row.weight_bytes and memory_bytes(row) is None and hold(row, Budget(memory_bytes=10**12)).distance == (1, 0.0)
 
 
 def test_ties_are_corrected_for_the_number_of_rivals() -> None:

@@ -31,7 +31,7 @@ from slimbench.leaderboard.site import build as builder
 from slimbench.leaderboard.site import method, names, ranking
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.cell import EVIDENCE_TITLE
-from slimbench.leaderboard.site.lines import SHOWN
+from slimbench.leaderboard.site.lines import line
 from slimbench.leaderboard.site.pages import quoted
 from slimbench.leaderboard.site.serve import server, url
 from slimbench.leaderboard.site.site import last
@@ -54,7 +54,7 @@ HOSTILE = [
     "漢字 🙂",
     "javascript:alert(1)",
 ]
-PAGES = {"index.html", "models.html", "methods.html", "figures.html", "coverage.html", "guide.html", "data/rows.js"}
+PAGES = {"index.html", "models.html", "methods.html", "figures.html", "apart.html", "coverage.html", "guide.html", "data/rows.js"}
 
 
 class Elements(HTMLParser):
@@ -176,7 +176,7 @@ def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:
     pages_ = pages(site(records_))
     row = row_of(records_, "gptq")
     for name in (names.cell(row), names.model(row.model), names.method("gptq")):
-        for column in COLUMNS if name.startswith("cell/") else SHOWN:
+        for column in COLUMNS if name.startswith("cell/") else line(Board.of(records_), row).columns:
             assert column.value(row) in pages_[name].text and column.interval(row) in pages_[name].text, (name, column.key)
     cell = pages_[names.cell(row)].text
     assert row.command in cell and row.keys.quality in cell and "0123456789abcdef" in cell and EVIDENCE_TITLE in cell
@@ -184,6 +184,8 @@ def test_pages_of_cell_model_and_method_say_what_the_row_says() -> None:
     assert "artefact export" not in pages_[names.cell(row_of(records_, "dense"))].text
     for task in row.task_accuracy:
         assert task in cell
+    heads = [text for text in pages_[names.model(row.model)].text.split("\n") if text.strip()]
+    assert not {"Perplexity", "Accuracy %"} & {text.strip() for text in heads}, "absolute quality is a detail beside a reference"
     facts = pages_[names.method("gptq")].text
     assert "arXiv:2210.17323" in facts and "group_size" in facts and "llmcompressor" in facts
 
