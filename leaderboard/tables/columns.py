@@ -43,9 +43,9 @@ RANK = (
 
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
-    "± is half of the 95 % interval, everywhere. "
-    "Δ % is perplexity above the reference on the same windows, Δ points accuracy above it on the same items, both paired; "
-    "KL is in nats per token, MB are 10⁶ bytes.",
+    "± is half of the 95 % interval, everywhere. KL is in nats per token, MB are 10⁶ bytes.",
+    "Δ % is perplexity above the reference on the same windows, Δ points accuracy above it on the same items: both are paired, and so are "
+    "their intervals.",
     "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
     "unresolved, with the number of windows or items that would resolve it four times in five.",
 )

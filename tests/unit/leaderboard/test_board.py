@@ -25,8 +25,9 @@ from slimbench.leaderboard.figures import caption, draw, plottable, scaling
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
 from slimbench.leaderboard.site.build import BoardError, build, contents
-from slimbench.leaderboard.tables.columns import COLUMNS, rank_of
+from slimbench.leaderboard.tables.columns import COLUMNS, comparable, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, decimal
+from slimbench.leaderboard.tables.resolution import anchors
 from slimbench.leaderboard.tables.tables import Row, pareto, tables
 from slimbench.leaderboard.tables.writers import to_csv, to_json, to_markdown, to_terminal
 from tests.support.board_records import Spec, board, failure, records
@@ -340,11 +341,22 @@ def test_markdown_reads_back() -> None:
     lines = [line for line in to_markdown(made).splitlines() if line.startswith("| ")]
     header, body = lines[0], lines[2:]
     cells = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body]
-    assert len(header.split("|")) - 2 == len(COLUMNS) + 4
+    columns = comparable(made)
+    assert [text.strip() for text in header.split("|")[4:-2]] == [column.header for column in columns]
     assert [cell[0] for cell in cells] == [rank_of(row) for row in made]
     assert [cell[1] for cell in cells] == [row.pipeline for row in made]
-    assert [cell[3] for cell in cells] == [COLUMNS[0].plus_minus(row) for row in made]
+    assert [cell[3] for cell in cells] == [columns[0].plus_minus(row) for row in made]
     assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
+
+
+def test_absolute_quality_stands_in_a_table_only_where_nothing_is_paired() -> None:
+    paired, alone = rows(board()), rows(records(Spec("gptq", "quantization", loss=1.3)))
+    assert not {"perplexity", "accuracy"} & {column.key for column in comparable(paired)}
+    assert {"perplexity", "accuracy"} <= {column.key for column in comparable(alone)}
+    dense = row_of(board(), "dense")
+    said = f"Dense has perplexity {COLUMNS[0].plus_minus(dense)} and accuracy "
+    assert anchors(paired)[0].startswith(said) and said in to_markdown(paired).replace("\\", "") and anchors(alone) == []
+    assert [row.pipeline for row in pareto(alone, "weight_bytes")] == ["gptq"], "without a pair the perplexity itself decides"
 
 
 def test_markdown_says_how_to_read_its_columns() -> None:

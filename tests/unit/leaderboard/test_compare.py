@@ -97,16 +97,14 @@ def test_a_copy_of_a_cell_does_not_differ() -> None:
 def test_the_distance_from_the_reference_is_tested_over_shared_windows() -> None:
     made = cells(DENSE, GPTQ, replace(GPTQ, pipeline="awq", loss=1.25))
     found = compare(made, "awq", "gptq")
-    ours, theirs = (
-        next(r.quality.perplexity[0].divergence for r in made if r.quality and r.cell.pipeline == name) for name in ("awq", "gptq")
-    )
-    assert ours and theirs and found.divergence and found.divergence.items == len(ours.kl)
+    of = {record.cell.pipeline: record.quality.perplexity[0].divergence for record in made if record.quality}
+    ours, theirs, tested = of["awq"], of["gptq"], found.divergence
+    assert ours and theirs and tested and tested.items == len(ours.kl)
     expected = scipy.stats.ttest_rel(ours.kl, theirs.kl)
-    assert found.divergence.p == pytest.approx(expected.pvalue) and found.divergence.delta.value == pytest.approx(
-        np.mean(ours.kl) - np.mean(theirs.kl)
-    )
-    assert found.divergence.delta.low and found.divergence.delta.low < found.divergence.delta.value < found.divergence.delta.high  # type: ignore[operator]
-    word = "does not differ significantly" if expected.pvalue >= 0.05 else "is lower" if found.divergence.delta.value < 0 else "is higher"
+    assert tested.p == pytest.approx(expected.pvalue)
+    assert tested.delta.value == pytest.approx(np.mean(ours.kl) - np.mean(theirs.kl))
+    assert tested.delta.low and tested.delta.high and tested.delta.low < tested.delta.value < tested.delta.high
+    word = "does not differ significantly" if expected.pvalue >= 0.05 else "is lower" if tested.delta.value < 0 else "is higher"
     assert f"KL from the reference {word}" in verdict(found)
     assert compare(made, "awq").divergence is None, "the reference has no distance from itself"
 
@@ -120,11 +118,8 @@ def test_it_says_what_its_windows_can_show() -> None:
     assert count and count > 2 * text.items, "half the difference takes some four times the windows"
     spread = text.paired_se * math.sqrt(text.items)
     wanted = math.log1p(text.detectable_percent / 200)
-    assert (
-        equivalence.detectable(spread / math.sqrt(count), count)
-        <= wanted
-        < equivalence.detectable(spread / math.sqrt(count - 1), count - 1)
-    )
+    enough, short = (equivalence.detectable(spread / math.sqrt(n), n) for n in (count, count - 1))
+    assert enough <= wanted < short
     assert power(text).startswith(f"{text.items} windows can show a difference of ") and "80 % power" in power(text)
 
 

@@ -23,17 +23,22 @@ from tests.support.board_records import Spec, records, site_files
 DENSE = Spec()
 RTN = Spec("rtn-4bit", "quantization", loss=1.3, decode_ms=24.0, bits=4.25, size=0.42)
 RTN8 = Spec("rtn-8bit", "quantization", loss=1.004, decode_ms=30.0, bits=8.02, size=0.6)
-BETTER = Spec("awq", "quantization", loss=1.1, decode_ms=25.0, bits=4.5, size=0.43)
-SAME = Spec("gptq", "quantization", loss=1.301, decode_ms=26.0, bits=4.25, size=0.42)
+BETTER = Spec("good", "quantization", loss=1.1, decode_ms=25.0, bits=4.5, size=0.43)
+SAME = Spec("mine", "quantization", loss=1.301, decode_ms=26.0, bits=4.25, size=0.42)
 CACHE = Spec("kv", "quantization", loss=1.02, decode_ms=50.0, bits=16.0)
 
 
+SETTINGS = {"rtn-4bit": {}, "rtn-8bit": {"bits": 8, "group_size": None}, "rtn-4bit-asym": {"symmetric": False}}
+"""Of the pipelines that only round, as their names say."""
+
+
 def _records(*specs: Spec) -> list[Record]:
-    """Their records; the pipelines that are called so only round."""
+    """Their records, of which those of `SETTINGS` only round."""
     made = [record for spec in specs for record in records(spec)]
     for record in made:
-        method = "rtn" if record.cell.pipeline.startswith("rtn-") else record.cell.pipeline
-        record.cell = record.cell.model_copy(update={"steps": [{"name": record.cell.pipeline, "method": method, "settings": {}}]})
+        name = record.cell.pipeline
+        step = {"name": name, "method": "rtn" if name in SETTINGS else name, "settings": SETTINGS.get(name, {})}
+        record.cell = record.cell.model_copy(update={"steps": [step]})
     return made
 
 
@@ -43,24 +48,18 @@ def _board(*specs: Spec) -> tuple[Board, dict[str, Row]]:
 
 
 def test_plain_rounding_is_that_of_no_more_bits_and_hardly_fewer_on_the_same_engine() -> None:
-    board, found = _board(DENSE, RTN, RTN8, BETTER, SAME, CACHE, replace(RTN, pipeline="rtn-other", engine="compiled"))
-    rivals = {name: rival.pipeline if (rival := rounding_of(row, board.rows, board.index)) else None for name, row in found.items()}
-    assert rivals == {
-        "dense": None,
-        "rtn-4bit": None,
-        "rtn-8bit": None,
-        "rtn-other": None,
-        "kv": None,
-        "awq": "rtn-4bit",
-        "gptq": "rtn-4bit",
-    }
+    elsewhere = replace(SAME, engine="compiled", pipeline="alone")
+    board, found = _board(DENSE, RTN, RTN8, BETTER, SAME, CACHE, elsewhere)
+    rivals = {name: rounding_of(row, board.rows, board.index) for name, row in found.items()}
+    none = dict.fromkeys(("dense", "rtn-4bit", "rtn-8bit", "kv", "alone"))
+    assert {name: rival and rival.pipeline for name, rival in rivals.items()} == none | {"good": "rtn-4bit", "mine": "rtn-4bit"}
 
 
 def test_of_several_rows_of_rounding_the_one_of_the_same_grid_is_taken() -> None:
     board, found = _board(DENSE, RTN, replace(RTN, pipeline="rtn-4bit-asym", loss=1.2, size=0.5), SAME)
     grids = {"rtn-4bit": "symmetric, min-max", "rtn-4bit-asym": "with offsets, min-max"}
     rows = [row.model_copy(update={"grid": grids.get(row.pipeline, "with offsets, min-max")}) for row in found.values()]
-    rival = rounding_of(next(row for row in rows if row.pipeline == "gptq"), rows, board.index)
+    rival = rounding_of(next(row for row in rows if row.pipeline == "mine"), rows, board.index)
     assert rival and rival.pipeline == "rtn-4bit-asym"
 
 
@@ -68,13 +67,13 @@ def test_better_than_rounding_is_said_only_where_compare_shows_it() -> None:
     made = _records(DENSE, RTN, BETTER, SAME)
     board = Board.of(made)
     for row in board.rows:
-        if row.pipeline not in ("awq", "gptq"):
+        if row.pipeline not in ("good", "mine"):
             continue
         text = compare(made, row.pipeline, "rtn-4bit").texts[0]
         said = beside_rounding(board, row)
         assert said and text.p is not None and said.href == names.cell(next(r for r in board.rows if r.pipeline == "rtn-4bit"))
         is_better = text.p < LEVEL and text.ratio.value < 1
-        assert is_better == (row.pipeline == "awq"), "the two specs are made to differ in this"
+        assert is_better == (row.pipeline == "good"), "the two specs are made to differ in this"
         assert said.before == f"{row.label} is {'' if is_better else 'not '}better than plain rounding here,"
         assert f"{100 * abs(text.ratio.value - 1):.1f} % " in said.after and "95 % interval" in said.after
 
@@ -85,30 +84,28 @@ def test_a_cell_says_its_places_its_fronts_and_what_beats_it() -> None:
     for name, row in found.items():
         level = sum(o.rank <= row.rank_last and row.rank <= o.rank_last for o in board.rows if o is not row)  # type: ignore[operator]
         assert told[name][0].startswith("Place") and (f"not told apart from {level} of" in told[name][0]) == (level > 0)
-    assert "On the front of size: no cell of the set loses less and is as small." in " ".join(told["awq"])
-    assert any(
-        text.startswith("Not on the front of size: rtn-4bit loses less and is as small; rtn") or "is as small; gptq has" in text
-        for text in told["gptq"]
-    )
-    fast = next(text for text in told["gptq"] if "front of speed" in text)
-    assert fast.startswith("Not on the front of speed: awq loses less and is as fast; gptq has a perplexity ")
+    assert "On the front of size: no cell of the set loses less and is as small." in " ".join(told["good"])
+    small = next(text for text in told["mine"] if "front of size" in text)
+    assert small.startswith("Not on the front of size: rtn-4bit loses less and is as small; mine has a perplexity ")
+    fast = next(text for text in told["mine"] if "front of speed" in text)
+    assert fast.startswith("Not on the front of speed: good loses less and is as fast; mine has a perplexity ")
 
 
 def test_a_row_whose_quality_a_flag_takes_away_is_held_against_no_front() -> None:
     board, found = _board(DENSE, RTN, replace(BETTER, flags=("not causal: what it answers depends on later tokens",)))
-    said = [item.before for item in standing(board, found["awq"])]
+    said = [item.before for item in standing(board, found["good"])]
     assert sum(text.startswith("On no front of ") for text in said) == 2
 
 
 def test_the_page_of_a_cell_names_its_record_files_and_that_of_a_method_its_standing_first() -> None:
     board = Board.of(_records(DENSE, RTN, SAME))
     files = {name: unescape(content.decode()) for name, content in site_files(board, {}, Gallery()).items() if name.endswith(".html")}
-    row = next(row for row in board.rows if row.pipeline == "gptq")
+    row = next(row for row in board.rows if row.pipeline == "mine")
     page = files[names.cell(row)]
     for stage in Stage:
         assert f"{stage}-" in page.partition("Records: ")[2].partition("</p>")[0]
     assert page.index("not better than plain rounding here") < page.index('<dl class="tiles">')
-    method = files[names.method("gptq")]
+    method = files[names.method("mine")]
     assert method.index("not better than plain rounding here") < method.index("About</h2>")
 
 
@@ -120,7 +117,7 @@ def test_times_are_for_people(seconds: float, text: str) -> None:
 
 
 def test_the_cost_is_what_is_needed_at_the_rate_that_was_recorded() -> None:
-    made = _records(DENSE, replace(RTN8, loss=1.008), replace(RTN, loss=1.012))
+    made = _records(DENSE, replace(SAME, loss=1.008), replace(RTN, loss=1.012))
     for record in made:
         if record.quality and record.cell.pipeline != "rtn-4bit":
             record.quality.seconds = {"wikipedia window 512": 2.0 * len(record.quality.perplexity[0].window_nll), "zero-shot": 30.0}
@@ -146,7 +143,6 @@ def test_pairs_and_groups_are_those_of_the_ranks() -> None:
     page = unescape(apart.render(board))
     assert f"Of {len(ranked) * (len(ranked) - 1) // 2} pairs of the {len(ranked)} ranked rows, {told} are told apart." in page
     groups = page.partition("may hold one place</summary>")[2].partition("</details>")[0]
-    level = {
-        frozenset((a.label, b.label)) for a in ranked for b in ranked if a is not b and a.rank <= b.rank_last and b.rank <= a.rank_last
-    }  # type: ignore[operator]
+    spans = [(row.label, row.rank, row.rank_last) for row in ranked if row.rank and row.rank_last]
+    level = [(a, b) for a, first, last in spans for b, its_first, its_last in spans if a < b and first <= its_last and its_first <= last]
     assert level and all(any(all(name in line for name in pair) for line in groups.split("<tr>")) for pair in level)
