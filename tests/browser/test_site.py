@@ -162,13 +162,13 @@ def test_filters_search_and_a_shared_link(browser: Any, board: Path, made: list[
     settle(browser)
     shown = pipelines(browser)
     assert sorted(shown) == ["gptq"] and browser.find_element(By.ID, "count").text.startswith(f"1 of {len(rows(made))}")
-    click(browser, "#chooser input[value=kl_mean]")
+    click(browser, "#chooser input[value=disk_bytes]")
     shared = browser.current_url
     open_ranking(browser, board, "#" + shared.partition("#")[2])
     assert pipelines(browser) == shown and browser.current_url == shared
     assert browser.find_element(By.ID, "q").get_attribute("value") == "tiny-1b gptq"
     assert browser.execute_script("return document.querySelector('[data-facet=status] input[value=ok]').checked")
-    assert "KL" in browser.find_element(By.CSS_SELECTOR, "#cells thead").text
+    assert "Disk MB" in browser.find_element(By.CSS_SELECTOR, "#cells thead").text
     click(browser, "#reset")
     settle(browser)
     assert len(pipelines(browser)) == len(rows(made))
