@@ -36,6 +36,20 @@ class DivergenceResult(Schema):
     tail_error: float | None = None
 
 
+class NoiseResult(Schema):
+    """How far the reference moves from itself where nothing was compressed.
+
+    Attributes:
+        what: What was different: `batches of 1` (windows), `float32` or the name of an engine.
+        kl: Mean KL(reference ‖ the same weights again) in nats of each window.
+        kl_mean: Mean over windows.
+    """
+
+    what: str
+    kl: list[float]
+    kl_mean: float
+
+
 class PerplexityResult(Schema):
     """Negative log-likelihoods of one corpus under a protocol of windows with equally many labels.
 
@@ -45,6 +59,7 @@ class PerplexityResult(Schema):
         corpus_sha256: Hash of the text that was tokenized.
         divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
+        noise: Of the reference, what its arithmetic alone does; empty where it was not asked for.
     """
 
     corpus: str
@@ -56,6 +71,7 @@ class PerplexityResult(Schema):
     perplexity: float
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
+    noise: list[NoiseResult] = []
 
 
 class DocumentResult(Schema):

@@ -53,6 +53,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.calibration_overlap = None if seen is None else overlap(part.ids.numpy(), seen)
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
+    if suite.noise_windows and distributions.is_reference and windows:
+        with _timed(result, report, journal, "noise", "comparisons") as kept:
+            result.perplexity[0].noise = distributions.noise(model, windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
         with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
             scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress, kept)
