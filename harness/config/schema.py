@@ -234,10 +234,6 @@ class SpeedConfig(_Strict):
     def _product(cls, grid: Any) -> Any:
         return [point for entry in grid for point in _points(entry)] if isinstance(grid, list) else grid
 
-    def protocol(self) -> dict[str, Any]:
-        """The fields that define the numbers."""
-        return self.model_dump(exclude={"name"})
-
 
 def _points(entry: Any) -> list[Any]:
     """The points that an entry of a grid stands for, in the order in which its lists are written."""
