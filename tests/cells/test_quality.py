@@ -20,6 +20,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
 from tests.support.running import Listener, cell, run
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
@@ -58,6 +59,21 @@ def test_dense_against_dense_has_no_divergence_and_no_other_likelihood(runner: R
     assert (found.kl_mean, found.kl_p99, set(found.top1_agreement), set(found.delta_p)) == (0, 0, {1}, {0})
     assert again.perplexity[0].window_nll == dense.perplexity[0].window_nll
     assert dense.perplexity[0].divergence is None
+
+
+def test_continuations_of_dense_against_itself_diverge_nowhere_and_those_of_a_rounded_model_do(
+    runner: Runner, overrides: list[str]
+) -> None:
+    asked = [*overrides, "suite.continuations=6"]
+    for more in (AGAIN, ["method=rtn-4bit"]):
+        quality(runner, cell(asked, *more))
+    again, rounded = (cell(asked, *more).identity.keys.quality for more in (AGAIN, ["method=rtn-4bit"]))
+    found = {row.keys.quality: row for row in rows(runner.store.scan()[0]) if row.continuation_tokens == 6}
+    same, apart = found[again], found[rounded]
+    assert (same.first_divergent, same.first_divergent_low, same.divergent_share, same.divergent_high) == (6, 6, 0, 0)
+    assert (same.continuations, same.same_continuations, set(same.divergent_by_kind.values())) == (100, 1, {0})
+    assert 0 < apart.divergent_low < apart.divergent_share < apart.divergent_high < 1 and apart.first_divergent < 6
+    assert len(apart.divergent_by_kind) == 5 and apart.same_continuations < 1
 
 
 def test_the_same_cell_twice_gives_identical_numbers(runner: Runner, overrides: list[str]) -> None:
