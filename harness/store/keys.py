@@ -105,7 +105,7 @@ def suite_part(
         prompts: Hash of the prompts that are continued; None where none are.
     """
     own = {name: value for name, value in settings.items() if name not in ("name", "batch_tokens", "corpus", "include_path", "tasks")}
-    return present(**own, corpora=list(corpora) or None, tasks=tasks, versions=dict(versions), prompts=prompts)
+    return present(**own, corpora=list(corpora) or None, tasks=tasks, versions=dict(versions), prompts_sha256=prompts)
 
 
 def speed_part(settings: Mapping[str, Any], version: int) -> dict[str, Any]:

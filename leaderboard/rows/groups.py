@@ -248,16 +248,17 @@ class Timing(Group):
         description="Least time of a decode step, if weights and KV cache came at the measured copy bandwidth, over the median time; "
         "above 1 the measurement is defective.",
     )
-    timed_equal: float | None = Field(
-        default=None,
-        description="Share of the tokens chosen in timed runs that are the reference's at the same place, mean over pairs of runs, 0..1.",
-    )
 
 
 class Speed(Timing):
     """Time, memory and energy of the speed stage; the timing is that of the first point, the headline."""
 
     speed_point: str | None = Field(default=None, description="Batch, prompt tokens and new tokens at which speed was measured.")
+    timed_equal: float | None = Field(
+        default=None,
+        description="Share of the tokens chosen in the timed runs of the first speed point that are the reference's at the same place, "
+        "mean over pairs of runs, 0..1.",
+    )
     copy_bandwidth_gbs: float | None = Field(
         default=None, description="Median of the copy-bandwidth probes while the headline point was measured, bytes read and written, GB/s."
     )

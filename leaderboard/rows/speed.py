@@ -32,7 +32,7 @@ def speed(result: SpeedResult) -> Speed:
         speedup_low=first.speedup_low,
         speedup_high=first.speedup_high,
         throughput_tokens_per_s=first.throughput_tokens_per_s,
-        timed_equal=first.timed_equal,
+        timed_equal=head.tokens.equal if head and head.tokens else None,
         roofline_fraction=first.roofline_fraction,
         copy_bandwidth_gbs=_bandwidth(result),
         energy_reason=energy.reason if energy else None,
@@ -71,7 +71,6 @@ def _timing(point: SpeedPointResult) -> Timing:
         speedup_high=ratio.high,
         throughput_tokens_per_s=point.batch * decode.value,
         roofline_fraction=point.roofline.fraction if point.roofline else None,
-        timed_equal=point.tokens.equal if point.tokens else None,
     )
 
 

@@ -278,10 +278,10 @@ def timing(speed: Json) -> Json:
         if theirs and len(theirs["decode_ms"]) == len(ours["decode_ms"]) > 0:
             ratios = np.array(theirs["decode_ms"]) / np.array(ours["decode_ms"])
             found["speedup"], (found["speedup_low"], found["speedup_high"]) = middle(ratios.tolist(), runs)
-        found["timed_equal"] = (point.get("tokens") or {}).get("equal")
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
     probes = [probe["copy_gbs"] for probe in speed["points"][0].get("probes", [])] if points else []
+    first["timed_equal"] = (speed["points"][0].get("tokens") or {}).get("equal") if points else None
     return first | {"speed_points": points} | ({"copy_bandwidth_gbs": float(np.median(probes))} if probes else {})
 
 
