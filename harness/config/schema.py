@@ -147,6 +147,7 @@ class SuiteConfig(_Strict):
         limit: Items of each task at most; None for all.
         sample_seed: Draws those from the whole of each task; None takes the first.
         num_fewshot: Examples before each question.
+        continuations: Tokens by which each packaged prompt is continued greedily, to be held against the reference's; None: no prompts.
         batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
     """
 
@@ -166,6 +167,7 @@ class SuiteConfig(_Strict):
     limit: Whole | None = Field(default=None, ge=1)
     sample_seed: Whole | None = Field(default=None, ge=0)
     num_fewshot: Whole = Field(default=0, ge=0)
+    continuations: Whole | None = Field(default=None, ge=1, le=4096)
     batch_tokens: Whole = Field(default=1024, ge=1)
 
     @field_validator("protocols")

@@ -9,7 +9,8 @@ from pydantic import model_validator
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.harness.schema.work import GenerationResult, WorkResult
+from slimbench.harness.schema.generation import GenerationResult
+from slimbench.harness.schema.work import WorkResult
 
 
 class DivergenceResult(Schema):
@@ -161,7 +162,7 @@ class QualityResult(Schema):
 
     Attributes:
         work: What ran for a token, where that differs from token to token.
-        generation: What it wrote, where it was asked to.
+        generation: What it wrote after prompts, where the suite has some and the engine generates.
         forward_tokens: Tokens that went through the model, padding included; 0 where they were not counted.
         seconds: Wall time of each part, by name.
         flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.

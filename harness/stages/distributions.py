@@ -10,11 +10,12 @@ from typing import Any
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.measure import divergence, noise, perplexity
+from slimbench.harness.measure import divergence, perplexity
 from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.memory import room
 from slimbench.harness.measure.perplexity import Windows
 from slimbench.harness.schema.quality import NoiseResult, PerplexityResult
+from slimbench.harness.stages import noise
 from slimbench.harness.stages.common import Reporter, load
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal, Part

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+from slimbench.harness.schema.generation import GenerationResult
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.schema.record import Record
+from slimbench.harness.stats import fidelity as free_running
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, attempt
 from slimbench.harness.stats.significance import LEVEL, Flips
-from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Perplexity
-from slimbench.leaderboard.rows.pairing import name_of, paired_windows, partners, shared_items, windows_of
+from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Fidelity, Perplexity
+from slimbench.leaderboard.rows.pairing import name_of, paired_continuations, paired_windows, partners, prompts_of, shared_items, windows_of
 from slimbench.tasks import zeroshot
 
 OTHER = "other"
@@ -83,6 +86,35 @@ def divergence(ours: QualityResult, theirs: QualityResult | None) -> Divergence:
     )
 
 
+def fidelity(ours: QualityResult, theirs: QualityResult | None, dense: Iterable[Record]) -> Fidelity:
+    """What a row writes freely, held against the reference on the same engine and hardware.
+
+    Args:
+        ours: What was measured.
+        theirs: The same of the reference; None where it has no result there.
+        dense: Records of the reference's quality on any engine and hardware.
+    """
+    if ours.generation is None:
+        return Fidelity()
+    paired = paired_continuations(ours, theirs)
+    if not paired:
+        return Fidelity(continuations_reason=_uncompared(ours.generation, dense))
+    found = free_running.fidelity([apart for _, apart in paired])
+    kinds = dict.fromkeys(kind for kind, _ in paired)
+    return Fidelity(
+        continuations=len(paired),
+        continuation_tokens=ours.generation.length,
+        first_divergent=found.first.value,
+        first_divergent_low=found.first.low,
+        first_divergent_high=found.first.high,
+        divergent_share=found.divergent.value,
+        divergent_low=found.divergent.low,
+        divergent_high=found.divergent.high,
+        same_continuations=found.same,
+        divergent_by_kind={kind: fmean(apart.divergent for other, apart in paired if other == kind) for kind in kinds},
+    )
+
+
 def accuracy(ours: QualityResult, theirs: QualityResult | None) -> Accuracy:
     """The zero-shot tasks of a row; arguments as of `perplexity`."""
     if not ours.zeroshot:
@@ -119,6 +151,14 @@ def accuracy(ours: QualityResult, theirs: QualityResult | None) -> Accuracy:
         worst_task_low=worst_low,
         worst_task_high=worst_high,
     )
+
+
+def _uncompared(written: GenerationResult, dense: Iterable[Record]) -> str:
+    """Why continuations are compared with none, and where the reference has any."""
+    known = ((record, record.quality.generation) for record in dense if record.quality)
+    places = {f"{r.cell.engine} on {r.hardware.label}" for r, other in known if other and prompts_of(other) == prompts_of(written)}
+    elsewhere = f", only {', '.join(sorted(places))}" if places else ""
+    return f"the reference has not continued these prompts on this engine and machine{elsewhere}"
 
 
 def _documents(results: Iterable[DocumentResult]) -> dict[str, float | None]:

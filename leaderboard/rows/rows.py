@@ -18,10 +18,10 @@ from slimbench.leaderboard.flags.collect import flags
 from slimbench.leaderboard.flags.joined import other_code
 from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
-from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
+from slimbench.leaderboard.rows.groups import Cost, Fidelity, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
-from slimbench.leaderboard.rows.pairing import items_of
-from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
+from slimbench.leaderboard.rows.pairing import items_of, prompts_of
+from slimbench.leaderboard.rows.quality import accuracy, divergence, fidelity, losses, perplexity
 from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.row import Row
@@ -141,6 +141,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         identity,
         texts_measured,
         divergence(result, theirs),
+        Fidelity() if is_reference else fidelity(result, theirs, index.measured(cell.reference.compress)),
         tasks,
         speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
         _size(bearer, compress, evidences[0] if evidences else None),
@@ -219,7 +220,8 @@ def _texts(records: Sequence[Record]) -> dict[str, list[str]]:
         if record.quality:
             texts = {f"{p.protocol} {p.corpus_sha256} {p.seqlen}" for p in record.quality.perplexity}
             tasks = {f"{t.task} {t.version} {t.metric} {digest(items_of(t)[-1])}" for t in record.quality.zeroshot}
-            seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks)
+            written = {" ".join(map(str, prompts_of(record.quality.generation)))} if record.quality.generation else set()
+            seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks | written)
     return {key: sorted(texts) for key, texts in seen.items()}
 
 

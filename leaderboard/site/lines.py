@@ -17,7 +17,7 @@ from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from slimbench.leaderboard.tables.columns import COLUMNS, Column, rank_of, seed_spread
 from slimbench.leaderboard.tables.format import shorten
 
-SHOWN = tuple(column for column in COLUMNS if column.key not in ("prefill_ms", "roofline_fraction", "disk_bytes"))
+SHOWN = tuple(column for column in COLUMNS if column.key not in ("first_divergent", "prefill_ms", "roofline_fraction", "disk_bytes"))
 """Columns of the static tables; the pages of the cells have them all."""
 HEADS = Markup("\n").join(
     Markup('<th scope="col" class="n" title="{}"{}>{}</th>').format(column.help, Markup(" data-rising" * column.rising), column.header)

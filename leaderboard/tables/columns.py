@@ -19,7 +19,9 @@ LEAST_FIRST = (
     "disk_bytes",
     "roofline_fraction",
     "grid",
+    "first_divergent",
     "accuracy_verdict",
+    "divergent_share",
     "kl_mean",
     "effective_bits",
     "perplexity_verdict",
@@ -148,6 +150,23 @@ COLUMNS = (
         "Of the next-token distributions from those of the reference, in nats, mean over the same tokens; 95 % bootstrap interval.",
         decimal(4),
         Bounds("kl_low", "kl_high"),
+    ),
+    Column(
+        "first_divergent",
+        "1st\N{NO-BREAK SPACE}divergent",
+        "Tokens of a greedy continuation before the first that differs from the reference's, mean over prompts, all of them where "
+        "none does; 95 % bootstrap interval over prompts.",
+        decimal(1),
+        Bounds("first_divergent_low", "first_divergent_high"),
+        rising=True,
+    ),
+    Column(
+        "divergent_share",
+        "Divergent\N{NO-BREAK SPACE}%",
+        "Tokens of a greedy continuation that differ from the reference's at the same place, mean over prompts; 95 % bootstrap interval "
+        "over prompts.",
+        decimal(1, 100),
+        Bounds("divergent_low", "divergent_high"),
     ),
     Column(
         "accuracy",

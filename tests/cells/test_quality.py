@@ -61,6 +61,21 @@ def test_dense_against_dense_has_no_divergence_and_no_other_likelihood(runner: R
     assert dense.perplexity[0].divergence is None
 
 
+def test_continuations_of_dense_against_itself_diverge_nowhere_and_those_of_a_rounded_model_do(
+    runner: Runner, overrides: list[str]
+) -> None:
+    asked = [*overrides, "suite.continuations=6"]
+    for more in (AGAIN, ["method=rtn-4bit"]):
+        quality(runner, cell(asked, *more))
+    again, rounded = (cell(asked, *more).identity.keys.quality for more in (AGAIN, ["method=rtn-4bit"]))
+    found = {row.keys.quality: row for row in rows(runner.store.scan()[0]) if row.continuation_tokens == 6}
+    same, apart = found[again], found[rounded]
+    assert (same.first_divergent, same.first_divergent_low, same.divergent_share, same.divergent_high) == (6, 6, 0, 0)
+    assert (same.continuations, same.same_continuations, set(same.divergent_by_kind.values())) == (100, 1, {0})
+    assert 0 < apart.divergent_low < apart.divergent_share < apart.divergent_high < 1 and apart.first_divergent < 6
+    assert len(apart.divergent_by_kind) == 5 and apart.same_continuations < 1
+
+
 def test_the_same_cell_twice_gives_identical_numbers(runner: Runner, overrides: list[str]) -> None:
     first, second = (quality(runner, cell(overrides, "method=rtn-4bit", "on_existing=all")) for _ in range(2))
     assert first.perplexity == second.perplexity

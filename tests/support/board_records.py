@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from slimbench.harness.schema.compress import ArtefactFile, CompressResult
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.generation import AskedPrompts, GenerationResult
 from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage, Status
 from slimbench.harness.schema.quality import (
@@ -96,6 +97,28 @@ def records(spec: Spec) -> list[Record]:
         if stage is Stage.COMPRESS and made[-1].status is not Status.OK:
             break
     return made
+
+
+def write(made: Sequence[Record], tokens: Sequence[list[int]], texts: Sequence[str] = (), prompts: Sequence[str] = ()) -> None:
+    """Let a cell have continued prompts of two kinds in turn.
+
+    Args:
+        made: Its records, which are changed.
+        tokens: Of each continuation, equally many.
+        texts: The same as texts; by default the numbers.
+        prompts: Texts that were continued.
+    """
+    asked = list(prompts) or [f"Prompt {number}" for number in range(len(tokens))]
+    kinds = [("question", "code")[number % 2] for number in range(len(asked))]
+    quality = next(record.quality for record in made if record.quality)
+    quality.generation = GenerationResult(
+        protocol="greedy-1",
+        asked=AskedPrompts(sha256=short_hash(*map(ascii, asked)), kinds=kinds, texts=asked),
+        length=len(tokens[0]),
+        batch=8,
+        tokens=[list(ids) for ids in tokens],
+        texts=list(texts) or [" ".join(map(str, ids)) for ids in tokens],
+    )
 
 
 def compress_record() -> Record:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimbench.harness.measure import noise
+from slimbench.harness.stages import noise
 from slimbench.harness.store.partial import Part
 
 VOCABULARY = 50
