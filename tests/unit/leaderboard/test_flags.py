@@ -230,7 +230,7 @@ def order_statistic(count: int) -> int:
 
 def test_an_accuracy_at_chance_is_told(committed: list[Record]) -> None:
     flagged = {row.pipeline for row in rows(committed) if any("cannot be told from chance" in flag for flag in row.flags)}
-    assert {"gptq-2bit", "ternary-qat", "vptq"} <= flagged and not flagged & {"dense", "gptq", "rtn-3bit"}
+    assert {"gptq-2bit", "ternary-qat", "vptq-plain"} <= flagged and not flagged & {"dense", "gptq", "rtn-3bit"}
     lost = records(replace(GPTQ, accuracy=0.27))
     assert any(re.fullmatch(r"accuracy 2\d\.\d% cannot be told from chance, 25.0%", flag) for flag in row_of(lost).flags)
     lost[1].quality.zeroshot[0].chance = None  # type: ignore[union-attr]
