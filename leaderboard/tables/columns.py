@@ -38,7 +38,7 @@ RANK = (
 
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
-    "± is half of the 95 % interval, everywhere; of a skewed one, with one half a fifth longer than the other, both ends stand in brackets. "
+    "± is half of the 95 % interval, everywhere; where one half is a fifth longer than the other, both ends stand in brackets. "
     "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes.",
     "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
     "unresolved, with the number of windows or items that would resolve it four times in five.",
