@@ -99,7 +99,7 @@ class Column:
         if low is None or high is None:
             return value
         shorter, longer = sorted((getattr(row, self.key) - low, high - getattr(row, self.key)))
-        if longer > _SKEWED * shorter:
+        if longer > _SKEWED * shorter and self.format(longer) != self.format(shorter):
             return f"{value} [{self.interval(row)}]"
         return f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
 

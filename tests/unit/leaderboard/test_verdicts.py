@@ -274,6 +274,7 @@ def test_the_records_of_reference_are_mostly_resolved_in_perplexity_and_hardly_i
         (6245.0, 6464.0, "6345 ± 109.5"),
         (6245.0, 6466.0, "6345 [6245–6466]"),
         (6345.0, 6400.0, "6345 [6345–6400]"),
+        (6344.997, 6345.004, "6345 ± 0.00"),
         (None, None, "6345"),
     ],
 )
