@@ -135,6 +135,7 @@ _NOTE = (
     r"accuracy .+ cannot be told from chance, .+",
     r"few training steps: .+",
     r"byte-identical to .+",
+    r"scores every window as .+",
     r"speed-up .+ is above the ratio of bytes .+",
     r"the timed tokens differ from run to run: .+",
 )

@@ -51,7 +51,9 @@ def rows(records: Iterable[Record]) -> list[Row]:
     artefacts = {row.place: facts.artefact(index.of_row(row, Stage.COMPRESS)) for row in made}
     board = ranked([Measured(row, index.quality_of(row), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)])
     board = judged([Paired(row, index.quality_of(row), _reference_quality(row, index)) for row in board])
-    return sorted(facts.copies(spread(board, alike), artefacts), key=_order)
+    board = facts.copies(spread(board, alike), artefacts)
+    scored = {row.place: facts.likelihoods(index.quality_of(row)) for row in made}
+    return sorted(facts.same_answers(board, artefacts, scored), key=_order)
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -40,12 +40,15 @@ RANK = (
 
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
-    "± is half of the 95 % interval, everywhere. "
+    "± is half of the 95 % interval, everywhere; where one half is a fifth longer than the other, both ends stand in brackets. "
     "Δ % is perplexity above the reference, KL is in nats per token, MB are 10⁶ bytes.",
     "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
     "unresolved, with the number of windows or items that would resolve it four times in five.",
 )
 """How to read a table, in lines."""
+
+
+_SKEWED = 1.2  # one half of an interval over the other, above which half of the whole would say something false
 
 
 class Bounds(NamedTuple):
@@ -90,12 +93,17 @@ class Column:
         return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
 
     def plus_minus(self, row: Row) -> str:
-        """The number with half of its interval after `±`."""
+        """The number with half of its interval after `±`; with the whole of a skewed one in brackets."""
         value = self.value(row)
         if self.bounds is None or value == EMPTY:
             return value
         low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
-        return value if low is None or high is None else f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
+        if low is None or high is None:
+            return value
+        shorter, longer = sorted((getattr(row, self.key) - low, high - getattr(row, self.key)))
+        if longer > _SKEWED * shorter and self.format(longer) != self.format(shorter):
+            return f"{value} [{self.interval(row)}]"
+        return f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: 
 def _reading(board: Sequence[Row], shown: Row) -> str:
     """How to read a table, and what the whole one from which its rows are taken can resolve."""
     whole = [row for row in board if row.table_key == shown.table_key and not row.foreign]
-    return f"\n± is half of the 95 % interval. The {len(whole)} rows of which these are some: {' '.join(resolution(whole))}\n"
+    said = "± is half of the 95 % interval, which itself stands in brackets where it is skewed."
+    return f"\n{said} The {len(whole)} rows of which these are some: {' '.join(resolution(whole))}\n"
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:
