@@ -343,7 +343,7 @@ class Method(Settings, ABC):
         draws: Something in it is random, so that its artefact depends on the seed of the cell.
         weight_grid: What weights are rounded to, in the words of `methods.core.grids`; None where they keep their dtype.
         causal: The logits of a token depend on no later token and on no other sequence of the batch.
-        least_steps: Updates (`steps`) that a fair run takes: the paper's where it counts them, else 1,000; None: nothing is said of it.
+        least_steps: Updates (`steps`, `iterations`) of a fair run: the paper's where it counts them, else 1,000; None: nothing is said.
     """
 
     name: ClassVar[str]

@@ -62,6 +62,7 @@ _PROTOCOLS = {
     "llamacpp": _WINDOWS,
     "document": (f"{_MEASURE}.documents.measure",),
     "zeroshot": (f"{_MEASURE}.zeroshot.measure",),
+    "generation": (f"{_MEASURE}.generation.measure",),
     "divergence": (f"{_MEASURE}.divergence.Recorder", f"{_MEASURE}.divergence.Comparison"),
     "speed": ("slimbench.harness.stages.speed.run",),
 }
@@ -249,7 +250,8 @@ def _protocols(config: RunConfig, stage: Stage) -> list[str]:
     if stage is Stage.SPEED:
         return ["speed"]
     names = list(dict.fromkeys(wanted.protocol for wanted in config.suite.passes()))
-    return names + ["divergence"] * config.suite.divergence + ["zeroshot"] * bool(config.suite.tasks)
+    names += ["divergence"] * config.suite.divergence + ["zeroshot"] * bool(config.suite.tasks)
+    return names + ["generation"] * bool(config.suite.continuations)
 
 
 def _protocol_version(name: str) -> int:

@@ -141,11 +141,13 @@ class SuiteConfig(_Strict):
         add_bos: Put the beginning-of-sequence token before each window.
         divergence: Compare the next-token distributions with the reference's on the same tokens.
         top_k: Tokens of the reference's distribution that are kept for it one by one.
+        noise_windows: Windows on which the reference is compared with itself in another arithmetic; None for none.
         include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
         sample_seed: Draws those from the whole of each task; None takes the first.
         num_fewshot: Examples before each question.
+        continuations: Tokens by which each packaged prompt is continued greedily, to be held against the reference's; None: no prompts.
         batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
     """
 
@@ -159,11 +161,13 @@ class SuiteConfig(_Strict):
     add_bos: bool = False
     divergence: bool = True
     top_k: Whole = Field(default=1024, ge=1)
+    noise_windows: Whole | None = Field(default=None, ge=1)
     include_path: Folders = []
     tasks: Uris = []
     limit: Whole | None = Field(default=None, ge=1)
     sample_seed: Whole | None = Field(default=None, ge=0)
     num_fewshot: Whole = Field(default=0, ge=0)
+    continuations: Whole | None = Field(default=None, ge=1, le=4096)
     batch_tokens: Whole = Field(default=1024, ge=1)
 
     @field_validator("protocols")
@@ -231,10 +235,6 @@ class SpeedConfig(_Strict):
     @classmethod
     def _product(cls, grid: Any) -> Any:
         return [point for entry in grid for point in _points(entry)] if isinstance(grid, list) else grid
-
-    def protocol(self) -> dict[str, Any]:
-        """The fields that define the numbers."""
-        return self.model_dump(exclude={"name"})
 
 
 def _points(entry: Any) -> list[Any]:

@@ -13,7 +13,10 @@ first look after six pairs coverage is a point lower.
 
 from __future__ import annotations
 
+import hashlib
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +27,7 @@ from slimbench.harness.measure import energy, gpu
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.machine import CacheFlush, MachineProbe
 from slimbench.harness.measure.timer import Timer, timer
+from slimbench.harness.schema.generation import TimedTokens
 from slimbench.harness.schema.speed import EnergyResult, GpuState, Samples, SpeedPointResult
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
 from slimbench.harness.stats.speedups import middle, paired_speedup
@@ -67,10 +71,14 @@ class Instruments:
 
 @dataclass(frozen=True)
 class Run:
-    """One prefill and the decode steps after it: milliseconds, milliseconds a step, joules of the steps, the card at their end."""
+    """One prefill and the decode steps after it: milliseconds, milliseconds a step, joules of the steps, the card at their end.
+
+    `tokens` are those that were chosen, int64 [batch, new_tokens] on the CPU.
+    """
 
     prefill_ms: float
     decode_ms: float
+    tokens: torch.Tensor
     joules: float | None = None
     state: GpuState | None = None
 
@@ -143,6 +151,7 @@ def measure_point(
         kv_cache_bytes=cache,
         energy=_energy(instruments, taken.joules, point),
         gpu=taken.states,
+        tokens=taken.tokens(),
     )
 
 
@@ -169,6 +178,7 @@ def combined(parts: Sequence[SpeedPointResult], target: float) -> SpeedPointResu
             "energy": _energy_of([part.energy for part in parts if part.energy]),
             "load": {name: max(part.load.get(name, 0.0) for part in parts) for part in parts for name in part.load},
             "gpu": [state for part in parts for state in part.gpu],
+            "tokens": _tokens_of([(part.tokens, count) for part, count in zip(parts, runs, strict=True) if part.tokens]),
         }
     )
 
@@ -190,11 +200,26 @@ def _energy_of(parts: Sequence[EnergyResult]) -> EnergyResult | None:
     return parts[0].model_copy(update={"joules_per_token": joules / tokens, "tokens": tokens})
 
 
+def _tokens_of(parts: Sequence[tuple[TimedTokens, int]]) -> TimedTokens | None:
+    """The tokens of all processes, each with the number of its pairs."""
+    if not parts:
+        return None
+    candidate, reference = Counter[str](), Counter[str]()
+    for tokens, _ in parts:
+        candidate.update(tokens.candidate)
+        reference.update(tokens.reference)
+    shares = [(tokens.equal, count) for tokens, count in parts if tokens.equal is not None]
+    equal = sum(share * count for share, count in shares) / sum(count for _, count in shares) if shares else None
+    return TimedTokens(candidate=candidate, reference=reference, equal=equal)
+
+
 @dataclass
 class _Taken:
     """What the runs of a point gave so far. Throttled runs are dropped, and with each its neighbour."""
 
     samples: list[Samples]
+    chosen: list[Counter[str]] = field(default_factory=lambda: [Counter(), Counter()])
+    equal: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
     states: list[GpuState] = field(default_factory=list)
     dropped: int = 0
@@ -212,8 +237,15 @@ class _Taken:
         for index, run in runs.items():
             self.samples[index].prefill_ms.append(run.prefill_ms)
             self.samples[index].decode_ms.append(run.decode_ms)
+            self.chosen[index][sha256(run.tokens)] += 1
+        if len(runs) > 1:
+            self.equal.append(float((runs[0].tokens == runs[1].tokens).double().mean()))
         if runs[0].joules is not None:
             self.joules.append(runs[0].joules)
+
+    def tokens(self) -> TimedTokens:
+        equal = statistics.fmean(self.equal) if self.equal else None
+        return TimedTokens(candidate=self.chosen[0], reference=self.chosen[1], equal=equal)
 
     def check(self) -> None:
         if not self.pairs:
@@ -229,17 +261,24 @@ def run_once(model: Generates, ids: torch.Tensor, new_tokens: int, instruments: 
     model.synchronize()
     began = clock.mark(model.synchronize)
     step = model.prefill(ids, room=new_tokens)
-    first = clock.mark(model.synchronize)
+    first, chosen = clock.mark(model.synchronize), [step.token]
     model.synchronize()
     before = meter.snapshot() if meter else None
     start = clock.mark(model.synchronize)
     for _ in range(new_tokens - 1):
         step = model.decode_step(step)
+        chosen.append(step.token)
     end = clock.mark(model.synchronize)
     state = instruments.card.sample() if instruments.card else None
     model.synchronize()
     joules = meter.joules(before, meter.snapshot()) if meter else None
-    return Run(clock.milliseconds(began, first), clock.milliseconds(start, end) / (new_tokens - 1), joules, state)
+    tokens = torch.cat(chosen, 1).cpu()
+    return Run(clock.milliseconds(began, first), clock.milliseconds(start, end) / (new_tokens - 1), tokens, joules, state)
+
+
+def sha256(tokens: torch.Tensor) -> str:
+    """Hash of token ids [batch, new_tokens] as int64, little-endian, sequence by sequence."""
+    return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def order(repeat: int, models: int) -> list[int]:

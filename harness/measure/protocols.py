@@ -15,5 +15,8 @@ ZEROSHOT = 1
 DIVERGENCE = 1
 """Distance of next-token distributions from the reference's."""
 
+GENERATION = 1
+"""Greedy continuations of prompts."""
+
 SPEED = 2
 """Prefill, decode, memory and what else the stage `speed` measures."""

@@ -231,6 +231,11 @@ def _quality(before: QualityResult, after: QualityResult) -> tuple[Outcome, str]
         equal &= all(old == new for old, new in tasks)
         within &= changed <= ITEM_TOLERANCE * count
         figures.append(f"{changed} of {count} items changed")
+    if before.generation and after.generation:
+        written = list(zip(before.generation.tokens, after.generation.tokens, strict=True))
+        changed = sum(old != new for old, new in written)
+        equal &= not changed
+        figures.append(f"{changed} of {len(written)} continuations changed")
     return (Outcome.EQUAL if equal else Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
 
 

@@ -13,7 +13,7 @@ from slimbench.harness.config.schema import ModelConfig, RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
 from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part
-from slimbench.tasks import assets, calibration, corpora, gguf, zeroshot
+from slimbench.tasks import assets, calibration, corpora, gguf, prompts, zeroshot
 from slimbench.util.text import nearest
 
 
@@ -38,6 +38,7 @@ def keys(config: RunConfig) -> Keys:
             [corpora.fingerprint(spec) for spec in config.suite.corpus],
             zeroshot.fingerprint(config.suite.include_path, config.suite.tasks) if config.suite.tasks else None,
             protocol_versions(config.suite),
+            prompts.load().sha256 if config.suite.continuations else None,
         ),
         speed=speed_part(config.speed.model_dump(), protocols.SPEED),
         threads=config.device.threads,
@@ -49,7 +50,8 @@ def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:
     """The versions of what a suite measures with."""
     versions: dict[str, Any] = {p.protocol: protocols.PERPLEXITY[p.protocol] for p in suite.passes()}
     versions |= {"divergence": protocols.DIVERGENCE} if suite.divergence and suite.corpus else {}
-    return versions | ({"zeroshot": protocols.ZEROSHOT} if suite.tasks else {})
+    versions |= {"zeroshot": protocols.ZEROSHOT} if suite.tasks else {}
+    return versions | ({"generation": protocols.GENERATION} if suite.continuations else {})
 
 
 def calibration_fingerprint(config: RunConfig) -> str:

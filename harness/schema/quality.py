@@ -9,7 +9,8 @@ from pydantic import model_validator
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.harness.schema.work import GenerationResult, WorkResult
+from slimbench.harness.schema.generation import GenerationResult
+from slimbench.harness.schema.work import WorkResult
 
 
 class DivergenceResult(Schema):
@@ -36,6 +37,20 @@ class DivergenceResult(Schema):
     tail_error: float | None = None
 
 
+class NoiseResult(Schema):
+    """How far the reference moves from itself where nothing was compressed.
+
+    Attributes:
+        what: What was different: `batches of 1` (windows), `float32` or the name of an engine.
+        kl: Mean KL(reference ‖ the same weights again) in nats of each window.
+        kl_mean: Mean over windows.
+    """
+
+    what: str
+    kl: list[float]
+    kl_mean: float
+
+
 class PerplexityResult(Schema):
     """Negative log-likelihoods of one corpus under a protocol of windows with equally many labels.
 
@@ -45,6 +60,7 @@ class PerplexityResult(Schema):
         corpus_sha256: Hash of the text that was tokenized.
         divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
+        noise: Of the reference, what its arithmetic alone does; empty where it was not asked for.
     """
 
     corpus: str
@@ -56,6 +72,7 @@ class PerplexityResult(Schema):
     perplexity: float
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
+    noise: list[NoiseResult] = []
 
 
 class DocumentResult(Schema):
@@ -145,7 +162,7 @@ class QualityResult(Schema):
 
     Attributes:
         work: What ran for a token, where that differs from token to token.
-        generation: What it wrote, where it was asked to.
+        generation: What it wrote after prompts, where the suite has some and the engine generates.
         forward_tokens: Tokens that went through the model, padding included; 0 where they were not counted.
         seconds: Wall time of each part, by name.
         flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.

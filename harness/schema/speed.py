@@ -6,6 +6,7 @@ from typing import Literal
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.generation import TimedTokens
 
 
 class Samples(Schema):
@@ -94,6 +95,7 @@ class SpeedPointResult(Schema):
         kv_cache_bytes: KV cache of the batch halfway through decoding.
         load: What else ran on the machine meanwhile.
         gpu: State of the card at the end of each run, dropped ones included.
+        tokens: What was chosen in the counted runs; None in records from before it was kept.
     """
 
     batch: int
@@ -112,6 +114,7 @@ class SpeedPointResult(Schema):
     energy: EnergyResult | None = None
     load: dict[str, float] = {}
     gpu: list[GpuState] = []
+    tokens: TimedTokens | None = None
 
 
 class MemoryResult(Schema):

@@ -1,4 +1,4 @@
-"""What methods do whose work depends on the token, and what was generated or taught: groups of a record that most records do not have."""
+"""What methods do whose work depends on the token, and what was taught: groups of a record that most records do not have."""
 
 from __future__ import annotations
 
@@ -33,24 +33,6 @@ class WorkResult(Schema):
     active_parameters: Spread | None = None
     cache_tokens: Spread | None = None
     flags: list[str] = []
-
-
-class GenerationResult(Schema):
-    """Texts that the artefact wrote.
-
-    Attributes:
-        prompts: Texts that were asked for.
-        new_tokens: Tokens that were written, all texts together.
-        stopped: Texts that ended by themselves, before the longest length.
-        sha256: Hash of the token ids in order (int64, little-endian).
-        seconds: Wall time.
-    """
-
-    prompts: int
-    new_tokens: int
-    stopped: int
-    sha256: str
-    seconds: float
 
 
 class TeachingFacts(Schema):

@@ -1,19 +1,22 @@
-"""The stage `quality`: perplexity, divergence from the reference and zero-shot accuracy of an artefact loaded from disk."""
+"""The stage `quality`: perplexity, divergence from the reference, zero-shot accuracy and continuations of an artefact loaded from disk."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.measure import documents, perplexity, zeroshot
-from slimbench.harness.measure.loaded import Scores
+from slimbench.harness.config.schema import RunConfig, SuiteConfig
+from slimbench.harness.measure import documents, generation, perplexity, zeroshot
+from slimbench.harness.measure.loaded import Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
 from slimbench.harness.store.partial import Journal, Part
+from slimbench.methods.base import Unsupported
+from slimbench.tasks import prompts
 from slimbench.tasks.overlap import overlap
 
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
@@ -53,6 +56,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.calibration_overlap = None if seen is None else overlap(part.ids.numpy(), seen)
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
+    if suite.noise_windows and distributions.is_reference and windows:
+        with _timed(result, report, journal, "noise", "comparisons") as kept:
+            result.perplexity[0].noise = distributions.noise(model, windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
         with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
             scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress, kept)
@@ -62,8 +68,21 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         with _timed(result, report, journal, "zero-shot", "answers") as kept:
             result.zeroshot, tokens = zeroshot.measure(model, tokenizer, suite, report.progress, seen, kept)
         result.forward_tokens += tokens
-    result.flags = [*_flags(result, distributions), *journal.remarks()]
+    if suite.continuations:
+        _continue(loaded, tokenizer, suite, result, report, journal)
+    result.flags += [*_flags(result, distributions), *journal.remarks()]
     return result
+
+
+def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal) -> None:
+    """Let the model go on from prompts; where it cannot, say why."""
+    try:
+        model = Generates.of(loaded)
+        with _timed(result, report, journal, "continuations", "continuations") as kept:
+            result.generation, tokens = generation.measure(model, tokenizer, prompts.load(), suite, report.progress, kept)
+        result.forward_tokens += tokens
+    except Unsupported as error:
+        result.flags.append(f"no continuations: {error}")
 
 
 @contextmanager

@@ -88,7 +88,13 @@ def model_part(
     return present(**what, dtype=dtype, shape=shape, code=code or None, converter=converter if converter != 1 else None)
 
 
-def suite_part(settings: Mapping[str, Any], corpora: Sequence[str], tasks: str | None, versions: Mapping[str, Any]) -> dict[str, Any]:
+def suite_part(
+    settings: Mapping[str, Any],
+    corpora: Sequence[str],
+    tasks: str | None,
+    versions: Mapping[str, Any],
+    prompts: str | None = None,
+) -> dict[str, Any]:
     """What a suite measures.
 
     Args:
@@ -96,9 +102,10 @@ def suite_part(settings: Mapping[str, Any], corpora: Sequence[str], tasks: str |
         corpora: Fingerprints of its texts, the headline first.
         tasks: Fingerprint of its tasks.
         versions: Versions of its protocols by name.
+        prompts: Hash of the prompts that are continued; None where none are.
     """
     own = {name: value for name, value in settings.items() if name not in ("name", "batch_tokens", "corpus", "include_path", "tasks")}
-    return present(**own, corpora=list(corpora) or None, tasks=tasks, versions=dict(versions))
+    return present(**own, corpora=list(corpora) or None, tasks=tasks, versions=dict(versions), prompts_sha256=prompts)
 
 
 def speed_part(settings: Mapping[str, Any], version: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What many records hold alike, stored once in a results folder: `RESULTS/shared/<kind>-<hash>.json`.
 
-A list of packages is the same for every stage that ran in one environment, ids and prompt hashes of items for every cell of one suite.
+A list of packages is the same for every stage that ran in one environment, ids and prompt hashes of items, and the
+prompts that are continued, for every cell of one suite.
 In a record's file `{"$shared": "packages-<hash>"}` stands for the content of such a file, to which other keys of the same object are
 added. The name holds the first 32 hex digits of the SHA-256 of the file, so folders merge by copying and no part can change unnoticed.
 Nothing above the store knows of this: it writes and reads whole records.
@@ -85,6 +86,9 @@ def _places(data: Any) -> Iterator[tuple[str, dict[str, Any], str, tuple[str, ..
     for task in (quality.get("zeroshot") or []) if isinstance(quality, dict) else []:
         if isinstance(task, dict) and isinstance(task.get("items"), dict):
             yield "items", task, "items", ("ids", "hashes")
+    written = quality.get("generation") if isinstance(quality, dict) else None
+    if isinstance(written, dict) and isinstance(written.get("asked"), dict):
+        yield "prompts", written, "asked", ()
 
 
 def _part(name: Any, folder: Path | None) -> dict[str, Any]:

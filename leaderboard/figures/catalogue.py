@@ -9,6 +9,7 @@ from functools import partial
 from slimbench.harness.config.errors import ConfigError
 from slimbench.leaderboard.figures.bars import flips, memory
 from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.grids import grids
 from slimbench.leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
 from slimbench.leaderboard.figures.lines import bits, degradation, sparsity
 from slimbench.leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
@@ -45,6 +46,7 @@ KINDS = (
     Kind("accuracy-bits", "zero-shot accuracy against the bits of a weight", by_quality, partial(against, y=ACCURACY, x=BITS)),
     Kind("accuracy-speed", "zero-shot accuracy against decode speed", by_table, partial(against, y=ACCURACY, x=SPEED)),
     Kind("methods-bits", "perplexity over bits, a line for each method", by_quality, bits),
+    Kind("grids", "methods of equal bits on common grids", by_quality, grids),
     Kind("methods-sparsity", "perplexity over sparsity, a line for each method", by_quality, sparsity),
     Kind("degradation", "perplexity above dense over the size of the model", by_suite, degradation),
     Kind("speedup", "speed-up over batch and context, with the roofline", by_speed, speedups),

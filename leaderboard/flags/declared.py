@@ -28,7 +28,7 @@ def declared(record: Record) -> Iterator[str]:
 
 def _training(step: Mapping[str, Any], cls: type[Method]) -> Iterator[str]:
     settings = step.get("settings")
-    steps = settings.get("steps") if isinstance(settings, dict) else None
+    steps = settings.get("steps", settings.get("iterations")) if isinstance(settings, dict) else None
     if cls.least_steps and isinstance(steps, int) and steps < cls.least_steps:
         yield f"few training steps: {step['name']} took {steps:,}, a fair run takes {cls.least_steps:,} or more"
 

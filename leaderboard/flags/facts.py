@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 from slimbench.harness.schema.quality import QualityResult
@@ -15,6 +15,9 @@ from slimbench.harness.stats.speedups import paired_speedup
 from slimbench.leaderboard.rows.row import Row
 
 _LEVEL = 0.95
+
+Place = tuple[str, str, str, str]
+"""What tells a row from all others (`Row.place`)."""
 
 
 def of_speed(record: Record, rival: Record | None) -> Iterator[str]:
@@ -72,20 +75,46 @@ def artefact(record: Record | None) -> str | None:
     return " ".join(sorted(f"{file.name}={file.sha256}" for file in files)) if files and all(file.sha256 for file in files) else None
 
 
-def copies(board: Sequence[Row], artefacts: Mapping[tuple[str, str, str, str], str | None]) -> list[Row]:
+def likelihoods(result: QualityResult | None) -> tuple[float, ...]:
+    """The log-likelihood of every window of the headline; none where nothing was scored."""
+    return tuple(result.perplexity[0].window_nll) if result and result.perplexity else ()
+
+
+def copies(board: Sequence[Row], artefacts: Mapping[Place, str | None]) -> list[Row]:
     """The rows; those whose artefact is another one's byte by byte, on one engine of one table, with a flag that names the others.
 
     Args:
         artefacts: Of each row by its place, as `artefact` gives it.
     """
-    alike: dict[tuple[tuple[str, ...], str, str], list[Row]] = defaultdict(list)
-    for row in board:
-        if made := artefacts.get(row.place):
-            alike[row.table_key, row.engine_label, made].append(row)
-    twins = {row.place: [other.label for other in group if other is not row] for group in alike.values() for row in group}
+    twins = _twins(board, artefacts)
     return [
         row.model_copy(update={"flags": [*row.flags, f"byte-identical to {', '.join(others)}: what differs between them is noise"]})
-        if (others := twins.get(row.place))
+        if (others := [other.label for other in twins.get(row.place, ())])
         else row
         for row in board
     ]
+
+
+def same_answers(board: Sequence[Row], artefacts: Mapping[Place, str | None], scored: Mapping[Place, tuple[float, ...]]) -> list[Row]:
+    """The rows; those of other bytes that score every window to the last digit as another one on their engine, with a flag that says so.
+
+    Args:
+        artefacts: Of each row by its place, as `artefact` gives it; rows of unknown bytes are not looked at.
+        scored: Of each row by its place, as `likelihoods` gives it.
+    """
+    twins = _twins([row for row in board if artefacts.get(row.place)], scored)
+    return [
+        row.model_copy(update={"flags": [*row.flags, f"scores every window as {', '.join(others)}: on this engine they compute the same"]})
+        if (others := [other.label for other in twins.get(row.place, ()) if artefacts.get(other.place) != artefacts.get(row.place)])
+        else row
+        for row in board
+    ]
+
+
+def _twins(board: Sequence[Row], traits: Mapping[Place, Hashable]) -> dict[Place, list[Row]]:
+    """The other rows of each row's table and engine that share its trait, where it has one."""
+    alike: dict[Hashable, list[Row]] = defaultdict(list)
+    for row in board:
+        if trait := traits.get(row.place):
+            alike[row.table_key, row.engine_label, trait].append(row)
+    return {row.place: [other for other in group if other is not row] for group in alike.values() for row in group}

@@ -111,6 +111,7 @@ _NOTE = (
     # what is missing
     r"no divergence: .+",
     r"no speed-up: .+",
+    r"no continuations: .+",
     r"unsupported: .+",
     r".+: left out, .+",
     r".+: items left out, .+",
@@ -134,7 +135,9 @@ _NOTE = (
     r"accuracy .+ cannot be told from chance, .+",
     r"few training steps: .+",
     r"byte-identical to .+",
+    r"scores every window as .+",
     r"speed-up .+ is above the ratio of bytes .+",
+    r"the timed tokens differ from run to run: .+",
 )
 
 WITHOUT_MEANING = (

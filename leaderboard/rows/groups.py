@@ -106,12 +106,39 @@ class Divergence(Group):
     kl_low: float | None = Field(default=None, description="Lower bound of the KL, bootstrap over windows.")
     kl_high: float | None = Field(default=None, description="Upper bound of the KL, bootstrap over windows.")
     kl_p99: float | None = Field(default=None, description="99th percentile of the KL over tokens, in nats.")
+    kl_noise: float | None = Field(
+        default=None,
+        description="Noise floor of the KL: the largest of the reference's from itself in other batches, in float32, on another engine.",
+    )
     top1_agreement: float | None = Field(
         default=None, description="Fraction of tokens at which row and reference hold the same token most likely, 0..1."
     )
     delta_p: float | None = Field(
         default=None, description="Mean absolute difference to the reference in the probability of the true token, 0..1."
     )
+
+
+class Fidelity(Group):
+    """What the row writes freely after prompts, held against what the reference writes."""
+
+    continuations: int | None = Field(default=None, description="Prompts that row and reference have both continued greedily.")
+    continuation_tokens: int | None = Field(default=None, description="Tokens of a continuation.")
+    first_divergent: float | None = Field(
+        default=None,
+        description="Tokens of a continuation before the first that differs from the reference's, mean over prompts; all of them "
+        "where none does.",
+    )
+    first_divergent_low: float | None = Field(default=None, description="Lower bound of that number, bootstrap over prompts.")
+    first_divergent_high: float | None = Field(default=None, description="Upper bound of that number, bootstrap over prompts.")
+    divergent_share: float | None = Field(
+        default=None,
+        description="Share of the tokens of a continuation that differ from the reference's at the same place, mean over prompts, 0..1.",
+    )
+    divergent_low: float | None = Field(default=None, description="Lower bound of that share, bootstrap over prompts.")
+    divergent_high: float | None = Field(default=None, description="Upper bound of that share, bootstrap over prompts.")
+    same_continuations: float | None = Field(default=None, description="Share of the prompts whose continuation is the reference's, 0..1.")
+    divergent_by_kind: dict[str, float | None] = Field(default={}, description="Share of divergent tokens for each kind of prompt.")
+    continuations_reason: str | None = Field(default=None, description="Why the row's continuations are compared with none.")
 
 
 class Accuracy(Group):
@@ -231,6 +258,11 @@ class Speed(Timing):
     """Time, memory and energy of the speed stage; the timing is that of the first point, the headline."""
 
     speed_point: str | None = Field(default=None, description="Batch, prompt tokens and new tokens at which speed was measured.")
+    timed_equal: float | None = Field(
+        default=None,
+        description="Share of the tokens chosen in the timed runs of the first speed point that are the reference's at the same place, "
+        "mean over pairs of runs, 0..1.",
+    )
     copy_bandwidth_gbs: float | None = Field(
         default=None, description="Median of the copy-bandwidth probes while the headline point was measured, bytes read and written, GB/s."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 from slimbench.harness.schema.identity import Keys, Stage, Status
@@ -72,6 +72,15 @@ class Index:
         key = record.cell.reference.of(record.stage)
         same = self.on(record.hardware.fingerprint, record.stage, key)
         return self.newest(record.stage, key) if same is None and record.stage is Stage.QUALITY and record.cell.former_keys else same
+
+    def measured(self, artefact: str) -> Iterator[Record]:
+        """The records of quality of an artefact, on whatever engine and hardware.
+
+        Args:
+            artefact: Its compress key.
+        """
+        every = (record for of_key in self._records.values() for record in of_key.values())
+        return (record for record in every if record.stage is Stage.QUALITY and record.cell.keys.compress == artefact)
 
     def of_row(self, row: Row, stage: Stage) -> Record | None:
         """The record of a stage that a row shows."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from slimbench.harness.schema.generation import GenerationResult
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.stats.fidelity import Apart, apart
 
 T = TypeVar("T")
 
@@ -23,6 +25,11 @@ def documents_of(result: DocumentResult) -> tuple[Any, ...]:
 def items_of(result: ZeroshotResult) -> tuple[Any, ...]:
     """What identifies the items of a task and how they were asked."""
     return result.task, result.version, result.metric, result.num_fewshot, result.asked
+
+
+def prompts_of(result: GenerationResult) -> tuple[Any, ...]:
+    """What identifies the prompts of a result and how they were continued."""
+    return result.protocol, result.asked.sha256, result.length
 
 
 def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any]) -> list[tuple[T, T | None]]:
@@ -55,3 +62,12 @@ def name_of(result: PerplexityResult | DocumentResult) -> str:
     """Corpus and protocol for people: `bigbench-wikipedia window 512`, `bigbench-wikipedia document`."""
     protocol = result.protocol.partition("-")[0]
     return f"{result.corpus} {protocol}" + (f" {result.seqlen}" if isinstance(result, PerplexityResult) else "")
+
+
+def paired_continuations(ours: QualityResult, theirs: QualityResult | None) -> list[tuple[str, Apart]]:
+    """Kind of each prompt, and how far our continuation goes with theirs; empty where both have not continued the same prompts."""
+    mine, other = ours.generation, theirs.generation if theirs else None
+    if mine is None or other is None or prompts_of(mine) != prompts_of(other):
+        return []
+    written = zip(mine.asked.kinds, mine.tokens, other.tokens, strict=True)
+    return [(kind, apart(a, b)) for kind, a, b in written]

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+from slimbench.harness.schema.generation import GenerationResult
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.schema.record import Record
+from slimbench.harness.stats import fidelity as free_running
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, attempt
 from slimbench.harness.stats.significance import LEVEL, Flips
-from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Perplexity
-from slimbench.leaderboard.rows.pairing import name_of, paired_windows, partners, shared_items, windows_of
+from slimbench.leaderboard.rows.groups import Accuracy, Divergence, Fidelity, Perplexity
+from slimbench.leaderboard.rows.pairing import name_of, paired_continuations, paired_windows, partners, prompts_of, shared_items, windows_of
 from slimbench.tasks import zeroshot
 
 OTHER = "other"
@@ -65,19 +68,50 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     )
 
 
-def divergence(ours: QualityResult) -> Divergence:
-    """The distance of a row from its reference, on the first text."""
+def divergence(ours: QualityResult, theirs: QualityResult | None) -> Divergence:
+    """The distance of a row from its reference on the first text, and what arithmetic alone does there; arguments as of `perplexity`."""
     result = ours.perplexity[0].divergence if ours.perplexity else None
+    floor = max((again.kl_mean for head in (theirs or ours).perplexity[:1] for again in head.noise), default=None)
     if result is None:
-        return Divergence()
+        return Divergence(kl_noise=floor)
     low, high = attempt(stats.mean_interval, result.kl, otherwise=UNDEFINED)
     return Divergence(
         kl_mean=result.kl_mean,
         kl_low=low,
         kl_high=high,
         kl_p99=result.kl_p99,
+        kl_noise=floor,
         top1_agreement=fmean(result.top1_agreement),
         delta_p=fmean(result.delta_p),
+    )
+
+
+def fidelity(ours: QualityResult, theirs: QualityResult | None, dense: Iterable[Record]) -> Fidelity:
+    """What a row writes freely, held against the reference on the same engine and hardware.
+
+    Args:
+        ours: What was measured.
+        theirs: The same of the reference; None where it has no result there.
+        dense: Records of the reference's quality on any engine and hardware.
+    """
+    if ours.generation is None:
+        return Fidelity()
+    paired = paired_continuations(ours, theirs)
+    if not paired:
+        return Fidelity(continuations_reason=_uncompared(ours.generation, dense))
+    found = free_running.fidelity([apart for _, apart in paired])
+    kinds = dict.fromkeys(kind for kind, _ in paired)
+    return Fidelity(
+        continuations=len(paired),
+        continuation_tokens=ours.generation.length,
+        first_divergent=found.first.value,
+        first_divergent_low=found.first.low,
+        first_divergent_high=found.first.high,
+        divergent_share=found.divergent.value,
+        divergent_low=found.divergent.low,
+        divergent_high=found.divergent.high,
+        same_continuations=found.same,
+        divergent_by_kind={kind: fmean(apart.divergent for other, apart in paired if other == kind) for kind in kinds},
     )
 
 
@@ -117,6 +151,14 @@ def accuracy(ours: QualityResult, theirs: QualityResult | None) -> Accuracy:
         worst_task_low=worst_low,
         worst_task_high=worst_high,
     )
+
+
+def _uncompared(written: GenerationResult, dense: Iterable[Record]) -> str:
+    """Why continuations are compared with none, and where the reference has any."""
+    known = ((record, record.quality.generation) for record in dense if record.quality)
+    places = {f"{r.cell.engine} on {r.hardware.label}" for r, other in known if other and prompts_of(other) == prompts_of(written)}
+    elsewhere = f", only {', '.join(sorted(places))}" if places else ""
+    return f"the reference has not continued these prompts on this engine and machine{elsewhere}"
 
 
 def _documents(results: Iterable[DocumentResult]) -> dict[str, float | None]:

@@ -18,10 +18,10 @@ from slimbench.leaderboard.flags.collect import flags
 from slimbench.leaderboard.flags.joined import other_code
 from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
-from slimbench.leaderboard.rows.groups import Cost, Identity, Size, Speed
+from slimbench.leaderboard.rows.groups import Cost, Fidelity, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
-from slimbench.leaderboard.rows.pairing import items_of
-from slimbench.leaderboard.rows.quality import accuracy, divergence, losses, perplexity
+from slimbench.leaderboard.rows.pairing import items_of, prompts_of
+from slimbench.leaderboard.rows.quality import accuracy, divergence, fidelity, losses, perplexity
 from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.row import Row
@@ -51,7 +51,9 @@ def rows(records: Iterable[Record]) -> list[Row]:
     artefacts = {row.place: facts.artefact(index.of_row(row, Stage.COMPRESS)) for row in made}
     board = ranked([Measured(row, index.quality_of(row), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)])
     board = judged([Paired(row, index.quality_of(row), _reference_quality(row, index)) for row in board])
-    return sorted(facts.copies(spread(board, alike), artefacts), key=_order)
+    board = facts.copies(spread(board, alike), artefacts)
+    scored = {row.place: facts.likelihoods(index.quality_of(row)) for row in made}
+    return sorted(facts.same_answers(board, artefacts, scored), key=_order)
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -140,7 +142,8 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     return Row.of(
         identity,
         texts_measured,
-        divergence(result),
+        divergence(result, theirs),
+        Fidelity() if is_reference else fidelity(result, theirs, index.measured(cell.reference.compress)),
         tasks,
         speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
         _size(bearer, compress, evidences[0] if evidences else None),
@@ -219,7 +222,8 @@ def _texts(records: Sequence[Record]) -> dict[str, list[str]]:
         if record.quality:
             texts = {f"{p.protocol} {p.corpus_sha256} {p.seqlen}" for p in record.quality.perplexity}
             tasks = {f"{t.task} {t.version} {t.metric} {digest(items_of(t)[-1])}" for t in record.quality.zeroshot}
-            seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks)
+            written = {" ".join(map(str, prompts_of(record.quality.generation)))} if record.quality.generation else set()
+            seen.setdefault(record.cell.reference.quality, set()).update(texts | tasks | written)
     return {key: sorted(texts) for key, texts in seen.items()}
 
 

@@ -32,6 +32,7 @@ def speed(result: SpeedResult) -> Speed:
         speedup_low=first.speedup_low,
         speedup_high=first.speedup_high,
         throughput_tokens_per_s=first.throughput_tokens_per_s,
+        timed_equal=head.tokens.equal if head and head.tokens else None,
         roofline_fraction=first.roofline_fraction,
         copy_bandwidth_gbs=_bandwidth(result),
         energy_reason=energy.reason if energy else None,

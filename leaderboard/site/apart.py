@@ -56,7 +56,8 @@ def _part(board: Board, rows: Sequence[Row], name: str) -> Part | None:
     ranked.sort(key=lambda row: (getattr(row, rank), getattr(row, f"{rank}_last")))
     pairs = list(combinations(ranked, 2))
     told = sum(getattr(b, rank) > getattr(a, f"{rank}_last") for a, b in pairs)
-    said = f"Of {len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of the {len(ranked)} ranked rows, {told:,} are told apart." if pairs else ""
+    some = f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'}"
+    said = f"Of {some} of the {len(ranked)} ranked rows, {told:,} are told apart." if pairs else ""
     found = unresolved(rows, board.index, name)
     return Part(name, unit, margin, ranked, said, _cost(found, unit), [_open(one, name) for one in found], _groups(ranked, rank))
 
@@ -76,7 +77,8 @@ def _cost(found: Sequence[Open], unit: str) -> str:
     if known:
         some = "" if len(known) == len(possible) else ", as far as times are recorded"
         half = sorted(known)[: len(known) // 2]
-        parts.append(f"in all {duration(sum(known))} of one machine{some}" + (f", the cheaper half {duration(sum(half))}" if len(half) > 1 else ""))
+        parts.append(f"in all {duration(sum(known))} of one machine{some}")
+        parts += [f"the cheaper half {duration(sum(half))}"] if len(half) > 1 else []
     if never:
         parts.append(f"{never} so near the margin that no number will do")
     return "; ".join(parts) + "."

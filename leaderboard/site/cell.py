@@ -19,6 +19,7 @@ from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board, plural
+from slimbench.leaderboard.site.continuations import HEADER, worst
 from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.site.lines import Line
 from slimbench.leaderboard.site.method import steps
@@ -36,12 +37,13 @@ _BYTES = decimal(1, 1e-6)
 
 @dataclass(frozen=True)
 class Grid:
-    """A small table."""
+    """A small table. `kind` is `n` for numbers behind the first column, `words` for texts."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     facts: Sequence[tuple[str, str]] = ()
+    kind: str = "n"
 
 
 def render(board: Board, row: Row, line: Line) -> str:
@@ -78,7 +80,7 @@ def render(board: Board, row: Row, line: Line) -> str:
             for name, text in details(row)
             if name not in _SHOWN_APART
         ],
-        grids=[grid for grid in (_perplexities(row), _tasks(row), _speeds(row)) if grid.rows],
+        grids=[grid for grid in (_perplexities(row), _tasks(row), _astray(board, row), _speeds(row)) if grid.rows],
         evidence=list(_evidence(records)),
         provenance=list(_provenance(records)),
     )
@@ -117,6 +119,13 @@ def _tasks(row: Row) -> Grid:
         for task, value in row.task_accuracy.items()
     ]
     return Grid("Zero-shot tasks", ("Task", "Accuracy %", "Points above the reference", "p (Holm)"), rows)
+
+
+def _astray(board: Board, row: Row) -> Grid:
+    record = board.index.of_row(row, Stage.QUALITY)
+    reference = board.index.reference(record) if record and not row.is_reference else None
+    texts = worst(record.quality, reference.quality) if record and record.quality and reference else []
+    return Grid("Where it departs most from the reference", HEADER, texts, kind="words")
 
 
 def _speeds(row: Row) -> Grid:

@@ -55,8 +55,14 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Perplexity over seeds": seed_spread(row),
         "KL from the reference": _span(nats, row.kl_mean, row.kl_low, row.kl_high, " nats")
         + ("" if row.kl_p99 is None else f", 99th percentile {nats(row.kl_p99)}"),
+        "KL of the reference from itself": _text(decimal(6), row.kl_noise, " nats at most: other batches, other arithmetic"),
         "Same most likely token": _text(decimal(1, 100), row.top1_agreement, " %"),
         "Change of the true token's probability": _text(decimal(2, 100), row.delta_p, " points"),
+        "Same continuations": ""
+        if row.continuations is None or row.same_continuations is None
+        else f"{row.same_continuations * row.continuations:.0f} of {row.continuations} prompts, {row.continuation_tokens} tokens each",
+        "Divergent tokens by kind of prompt": _list(decimal(1, 100), row.divergent_by_kind, " %"),
+        "Continuations": "" if row.continuations_reason is None else f"not compared: {row.continuations_reason}",
         "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),
         "Accuracy difference": _span(points, row.accuracy_delta, row.accuracy_delta_low, row.accuracy_delta_high, " points")
         + _p(row.accuracy_p),
@@ -94,6 +100,7 @@ def _speed(row: Row) -> dict[str, str | None]:
     return {
         "Speed at": row.speed_point,
         "Speed over the grid": "; ".join(map(_point, row.speed_points)) if len(row.speed_points) > 1 else "",
+        "Timed tokens": _text(decimal(1, 100), row.timed_equal, " % as the reference's"),
         "Copy bandwidth meanwhile": _text(decimal(1), row.copy_bandwidth_gbs, " GB/s"),
         "Memory": ", ".join(f"{name} {megabytes(value)} MB" for name, value in memory.items() if value is not None),
         "Largest batch that fits": None if row.largest_batch is None else str(row.largest_batch),

@@ -17,7 +17,7 @@ from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK
 from slimbench.leaderboard.tables.columns import Column, rank_of, seed_spread
 from slimbench.leaderboard.tables.format import shorten
 
-_DETAILS = frozenset({"prefill_ms", "roofline_fraction", "disk_bytes"})
+_DETAILS = frozenset({"first_divergent", "prefill_ms", "roofline_fraction", "disk_bytes"})
 """Columns that the static tables leave to the pages of the cells."""
 
 

@@ -23,7 +23,10 @@ EXTRA = (
 ALL = (*COLUMNS, *EXTRA)
 CELLS = tuple(column for column in ALL if column.format is not str or isinstance(column, VerdictColumn))
 """Columns of numbers and verdicts; other texts are facets."""
-_HIDDEN = {"accuracy_delta", "accuracy_verdict", "prefill_ms", "roofline_fraction", "disk_bytes", "compress_seconds", "peak_memory_bytes"}
+_HIDDEN = {
+    *("first_divergent", "divergent_share", "accuracy_delta", "accuracy_verdict", "prefill_ms", "roofline_fraction", "disk_bytes"),
+    *("compress_seconds", "peak_memory_bytes"),
+}
 _LOGARITHMIC = {"perplexity", "kl_mean", "prefill_ms", "decode_tokens_per_s", "speedup"}
 _REFERENCE, _SIMULATED, _SMALLEST, _FASTEST, _FOREIGN = 1, 2, 4, 8, 16
 _CELL, _QUALITY, _DECODE, _MEMORY_FIGURE = 1, 2, 4, 8

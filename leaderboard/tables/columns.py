@@ -22,7 +22,9 @@ LEAST_FIRST = (
     "prefill_ms",
     "disk_bytes",
     "roofline_fraction",
+    "first_divergent",
     "accuracy_verdict",
+    "divergent_share",
     "effective_bits",
     "accuracy",
     "accuracy_delta",
@@ -43,13 +45,17 @@ RANK = (
 
 READING = (
     "# are the places that a row may hold by perplexity; rows without a common place differ significantly. "
-    "± is half of the 95 % interval, everywhere. KL is in nats per token, MB are 10⁶ bytes.",
+    "± is half of the 95 % interval, everywhere; where one half is a fifth longer than the other, both ends stand in brackets. "
+    "KL is in nats per token, MB are 10⁶ bytes.",
     "Δ % is perplexity above the reference on the same windows, Δ points accuracy above it on the same items: both are paired, and so are "
     "their intervals.",
     "A verdict is against the reference: equivalent, worse or better by the margin, each shown at 5 % over all rows of the table; or "
     "unresolved, with the number of windows or items that would resolve it four times in five.",
 )
 """How to read a table, in lines."""
+
+
+_SKEWED = 1.2  # one half of an interval over the other, above which half of the whole would say something false
 
 
 class Bounds(NamedTuple):
@@ -94,12 +100,17 @@ class Column:
         return (" to " if any(end[0] in "+−" for end in ends) else "–").join(ends)
 
     def plus_minus(self, row: Row) -> str:
-        """The number with half of its interval after `±`."""
+        """The number with half of its interval after `±`; with the whole of a skewed one in brackets."""
         value = self.value(row)
         if self.bounds is None or value == EMPTY:
             return value
         low, high = getattr(row, self.bounds.low), getattr(row, self.bounds.high)
-        return value if low is None or high is None else f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
+        if low is None or high is None:
+            return value
+        shorter, longer = sorted((getattr(row, self.key) - low, high - getattr(row, self.key)))
+        if longer > _SKEWED * shorter and self.format(longer) != self.format(shorter):
+            return f"{value} [{self.interval(row)}]"
+        return f"{value} ± {self.format((high - low) / 2).removeprefix('+')}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,23 @@ COLUMNS = (
         "Of the next-token distributions from those of the reference, in nats, mean over the same tokens; 95 % bootstrap interval.",
         decimal(4),
         Bounds("kl_low", "kl_high"),
+    ),
+    Column(
+        "first_divergent",
+        "1st\N{NO-BREAK SPACE}divergent",
+        "Tokens of a greedy continuation before the first that differs from the reference's, mean over prompts, all of them where "
+        "none does; 95 % bootstrap interval over prompts.",
+        decimal(1),
+        Bounds("first_divergent_low", "first_divergent_high"),
+        rising=True,
+    ),
+    Column(
+        "divergent_share",
+        "Divergent\N{NO-BREAK SPACE}%",
+        "Tokens of a greedy continuation that differ from the reference's at the same place, mean over prompts; 95 % bootstrap interval "
+        "over prompts.",
+        decimal(1, 100),
+        Bounds("divergent_low", "divergent_high"),
     ),
     Column(
         "accuracy",

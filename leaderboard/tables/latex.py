@@ -68,6 +68,7 @@ _OTHERS = {
 }
 _DAGGER, _STAR = r"\rlap{\textsuperscript{\ensuremath{\dagger}}}", r"\rlap{\textsuperscript{*}}"
 _BOTH = r"\rlap{\textsuperscript{\ensuremath{\dagger}*}}"
+_SKEWED = r"{\scriptsize~["
 _TESTED = frozenset({"perplexity", "accuracy"})
 _MARKED = r"r@{\hskip 14pt}"
 """A column whose marks hang into the space behind it."""
@@ -162,6 +163,7 @@ def _caption(table: Table, body: Sequence[str], part: str) -> str:
     lines = "\n".join(body)
     meanings = {
         r"\pm": r"after \ensuremath{\pm} half of the 95\,\% interval",
+        _SKEWED: "in square brackets the whole of a skewed one",
         r"\textbf": "bold: best of the compressed rows",
         r"\dagger": r"\textsuperscript{\ensuremath{\dagger}}: may hold a place of the best",
         "*}}": rf"\textsuperscript{{*}}: significantly worse than the reference ({100 * LEVEL:.0f}\,\%, Holm)",
@@ -200,9 +202,11 @@ def _note(text: str, number: int) -> str:
 
 def _cell(text: str, marks: Sequence[str]) -> str:
     value, plus, spread = text.partition(" ± ")
+    value, skewed, ends = value.partition(" [")
     shown = escape(value)
     shown = rf"\textbf{{{shown}}}" if "best" in marks else shown
     shown += rf"{{\scriptsize~{escape('±')}~{escape(spread)}}}" if plus else ""
+    shown += rf"{_SKEWED}{escape(ends)}}}" if skewed else ""
     if "level" in marks and "worse" in marks:
         return shown + _BOTH
     return shown + (_DAGGER if "level" in marks else _STAR if "worse" in marks else "")

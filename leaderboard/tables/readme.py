@@ -95,7 +95,10 @@ def _reading(board: Sequence[Row], shown: Sequence[Row]) -> str:
     """How to read a table, and what the whole one from which its rows are taken can resolve."""
     whole = [row for row in board if row.table_key == shown[0].table_key and not row.foreign]
     said = " ".join([*anchors(shown), f"The {len(whole)} rows of which these are some:", *resolution(whole)])
-    return f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, everywhere. {said}\n"
+    return (
+        f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, which itself stands in brackets "
+        f"where it is skewed. {said}\n"
+    )
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,9 @@ A weight is the sum, over one or more codebooks `k`, of a level times a scale; s
 
     w[o, i] = Σ_k scale[k, o, i // group] · table[k, o][code[k, o, i // dim], i % dim] · tensor_scale + offset[o, i // group]
 
+or, where columns are normalised, that times column_scale[i], plus column_offset[i]; or, where scales have two levels
+(`methods.formats.bilevel`), that less a zero point, times a scale.
+
 That covers formats of few bits (one table of scalars for the model), k-means (a table for a layer or for each row), vectors (`dim` > 1),
 residual and additive codebooks (several `k`) and binary coding (table -1, 1 and a scale for each `k`).
 
@@ -17,6 +20,10 @@ The folder holds an ordinary `config.json`, and `model.safetensors` in which eac
                     scale, groups is 1 for one a row; absent where there are none
     X.tensor_scale  float32 []; absent where it is 1
     X.offsets       [out, groups]; absent where there are none
+    X.column_scales, X.column_offsets
+                    [in] each; absent where columns are not normalised
+    X.group_codes, X.group_ranges
+                    scales and zero points of two levels; absent where there are none
     X.outlier_starts, X.outlier_columns, X.outlier_values
                     int32 [out + 1], int32 [n], model dtype [n]: these weights stand for themselves, by rows; absent where there are none
 
@@ -37,6 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.formats import storage
+from slimbench.methods.formats.bilevel import Bilevel
 from slimbench.methods.kernels.grid import PLANES, Outliers, pack, unpack
 from slimbench.methods.kernels.packed_linear import PackedEmbedding
 
@@ -46,6 +54,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 DESCRIPTION = "codebook.json"
 _SHARED = "codebooks."
+_OPTIONAL = ("scales", "tensor_scale", "offsets", "column_scales", "column_offsets")
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -61,6 +70,9 @@ class CodebookWeight:
         scales: [1 or books, out, groups] of any floating type, None where there are none.
         tensor_scale: float32 [], None where it is 1.
         offsets: [out, groups], None where there are none.
+        column_scales: [in], None where columns are not normalised.
+        column_offsets: [in], None where columns are not normalised.
+        bilevel: Scales and zero points of two levels, None where there are none.
         outliers: Weights that stand for themselves, None where there are none.
         along: Whether a vector covers consecutive inputs of a row or consecutive outputs of a column.
     """
@@ -72,6 +84,9 @@ class CodebookWeight:
     scales: Tensor | None = None
     tensor_scale: Tensor | None = None
     offsets: Tensor | None = None
+    column_scales: Tensor | None = None
+    column_offsets: Tensor | None = None
+    bilevel: Bilevel | None = None
     outliers: Outliers | None = None
     along: Literal["in", "out"] = "in"
 
@@ -109,6 +124,11 @@ class CodebookWeight:
             weight = weight.float().add_(self._scaled(book))
         if self.offsets is not None:
             weight = (weight.unflatten(1, (self.offsets.shape[1], -1)) + self.offsets.float().unsqueeze(-1)).flatten(1)
+        if self.bilevel is not None:
+            scales, zeros = (part.unsqueeze(-1) for part in self.bilevel.expand())
+            weight = ((weight.float().unflatten(1, (scales.shape[1], -1)) - zeros) * scales).flatten(1)
+        if self.column_scales is not None and self.column_offsets is not None:
+            weight = weight.float() * self.column_scales.float() + self.column_offsets.float()
         weight = weight.to(self.dtype)
         if self.outliers is not None:
             apart = self.outliers
@@ -121,7 +141,8 @@ class CodebookWeight:
         if self.scales is None:
             return self._look_up(codes, table)
         scales = self.scales[book % len(self.scales)]
-        alone = len(self.codes) == 1 and self.offsets is None and self.tensor_scale is None
+        others = (self.offsets, self.tensor_scale, self.column_scales, self.bilevel)
+        alone = len(self.codes) == 1 and all(part is None for part in others)
         if not (alone and table.dtype == scales.dtype == self.dtype):
             scales, table = scales.float(), table.float()
         if self.tensor_scale is not None:
@@ -142,15 +163,15 @@ class CodebookWeight:
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors as they are stored and kept in memory, by name."""
-        names = ("codes", "codebook", "scales", "tensor_scale", "offsets")
-        kept = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-        return kept if self.outliers is None else kept | self.outliers.parts()
+        kept = {name: tensor for name in ("codes", "codebook", *_OPTIONAL) if (tensor := getattr(self, name)) is not None}
+        return kept | (self.bilevel.parts() if self.bilevel else {}) | (self.outliers.parts() if self.outliers else {})
 
     @classmethod
     def from_parts(cls, parts: dict[str, Tensor], bits: int, dtype: torch.dtype, along: Literal["in", "out"]) -> CodebookWeight:
         """What `parts` took apart."""
-        more = {name: parts.get(name) for name in ("scales", "tensor_scale", "offsets")}
-        return cls(parts["codes"], parts["codebook"], bits, dtype, **more, outliers=Outliers.from_parts(parts), along=along)
+        more: dict[str, Any] = {name: parts.get(name) for name in _OPTIONAL}
+        more |= {"bilevel": Bilevel.from_parts(parts), "outliers": Outliers.from_parts(parts)}
+        return cls(parts["codes"], parts["codebook"], bits, dtype, **more, along=along)
 
 
 def _select(table: Tensor, index: Tensor) -> Tensor:

@@ -153,9 +153,9 @@ class Records:
                 found.add((*(record["cell"]["keys"][s] for s in ("compress", "quality", "speed")), record["hardware"]["fingerprint"]))
         return found
 
-    def items(self, task: Json) -> Json:
-        """The items of a task, with what it shares with other records."""
-        own = dict(task["items"])
+    def whole(self, part: Json) -> Json:
+        """A part of a record with what it shares with other records."""
+        own = dict(part)
         return self.parts[own.pop("$shared")] | own if "$shared" in own else own
 
 
@@ -169,6 +169,7 @@ def figures(row: Json, records: Records) -> Json:
         reference = None if is_reference else records.reference(quality)
         theirs = (reference or {}).get("quality") or {}
         found |= texts(quality["quality"], theirs) | tasks(quality["quality"], theirs, records)
+        found |= continuations(quality["quality"].get("generation"), theirs.get("generation"), records)
     simulated = compress and compress.get("compress") and compress["compress"]["claim"].get("simulated")
     if speed and speed.get("speed") and not simulated:
         found |= timing(speed["speed"])
@@ -207,14 +208,14 @@ def tasks(ours: Json, theirs: Json, records: Records) -> Json:
     """Zero-shot tasks: accuracies, and what changed against the reference on the same items."""
 
     def asked(task: Json) -> tuple[Any, ...]:
-        items = records.items(task)
+        items = records.whole(task["items"])
         return *(task[name] for name in ("task", "version", "metric", "num_fewshot")), tuple(items["ids"]), tuple(items["hashes"])
 
     measured = ours.get("zeroshot") or []
     if not measured:
         return {}
-    right = {task["task"]: np.array(records.items(task)["correct"], dtype=float) for task in measured}
-    partners = {asked(task): np.array(records.items(task)["correct"], dtype=float) for task in theirs.get("zeroshot") or []}
+    right = {task["task"]: np.array(records.whole(task["items"])["correct"], dtype=float) for task in measured}
+    partners = {asked(task): np.array(records.whole(task["items"])["correct"], dtype=float) for task in theirs.get("zeroshot") or []}
     changes = {task["task"]: right[task["task"]] - partners[asked(task)] for task in measured if asked(task) in partners}
     errors = [values.var(ddof=1) / len(values) for values in right.values()]
     found: Json = {
@@ -240,6 +241,26 @@ def tasks(ours: Json, theirs: Json, records: Records) -> Json:
     return found
 
 
+def continuations(ours: Json | None, theirs: Json | None, records: Records) -> Json:
+    """First divergent token and share of divergent tokens of greedy continuations, over prompts."""
+    if not ours or not theirs:
+        return {}
+    asked, known = (records.whole(side["asked"]) for side in (ours, theirs))
+    if [ours["protocol"], ours["length"], asked["sha256"]] != [theirs["protocol"], theirs["length"], known["sha256"]]:
+        return {}
+    mine, other = (np.array([text.split() for text in side["tokens"]]) for side in (ours, theirs))
+    differs = mine != other
+    first = np.where(differs.any(1), differs.argmax(1), ours["length"]).astype(float)
+    share, kinds = differs.mean(1), np.array(asked["kinds"])
+    found: Json = {"continuations": len(share), "continuation_tokens": ours["length"]}
+    found |= {"first_divergent": float(first.mean()), "divergent_share": float(share.mean())}
+    found["first_divergent_low"], found["first_divergent_high"] = mean_bounds(first)
+    found["divergent_low"], found["divergent_high"] = mean_bounds(share)
+    found["same_continuations"] = float((share == 0).mean())
+    found["divergent_by_kind"] = {str(kind): float(share[kinds == kind].mean()) for kind in set(kinds)}
+    return found
+
+
 def timing(speed: Json) -> Json:
     """Times, rates and speed-ups of the points; those of the first one are the row's."""
     points = []
@@ -260,6 +281,7 @@ def timing(speed: Json) -> Json:
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
     probes = [probe["copy_gbs"] for probe in speed["points"][0].get("probes", [])] if points else []
+    first["timed_equal"] = (speed["points"][0].get("tokens") or {}).get("equal") if points else None
     return first | {"speed_points": points} | ({"copy_bandwidth_gbs": float(np.median(probes))} if probes else {})
 
 
@@ -292,6 +314,11 @@ COMPARED = (
     *("speedup_high", "throughput_tokens_per_s", "roofline_fraction", "speed_points", "copy_bandwidth_gbs"),
     *("disk_bytes", "compression_ratio", "weight_bytes", "effective_bits"),
 )
+WRITTEN = (
+    *("continuations", "continuation_tokens", "first_divergent", "first_divergent_low", "first_divergent_high"),
+    *("divergent_share", "divergent_low", "divergent_high", "same_continuations", "divergent_by_kind", "timed_equal"),
+)
+"""Compared too; records that were made before there were prompts have none of them."""
 
 
 def deviation(ours: Any, theirs: Any) -> float:
@@ -328,7 +355,7 @@ def compare(table: Iterable[Json], records: Records, tell: Callable[[str], None]
         tell(f"{'no record' if missing in shown else 'no row'} of {' '.join(missing)}")
     for row in own:
         found = figures(row, records)
-        for column in COMPARED:
+        for column in (*COMPARED, *WRITTEN):
             for name, ours, theirs in pairs(column, found.get(column), row[column]):
                 apart = deviation(ours, theirs)
                 count += theirs is not None

@@ -20,6 +20,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
 from tests.support.running import Listener, cell, run
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
@@ -60,11 +61,37 @@ def test_dense_against_dense_has_no_divergence_and_no_other_likelihood(runner: R
     assert dense.perplexity[0].divergence is None
 
 
+def test_continuations_of_dense_against_itself_diverge_nowhere_and_those_of_a_rounded_model_do(
+    runner: Runner, overrides: list[str]
+) -> None:
+    asked = [*overrides, "suite.continuations=6"]
+    for more in (AGAIN, ["method=rtn-4bit"]):
+        quality(runner, cell(asked, *more))
+    again, rounded = (cell(asked, *more).identity.keys.quality for more in (AGAIN, ["method=rtn-4bit"]))
+    found = {row.keys.quality: row for row in rows(runner.store.scan()[0]) if row.continuation_tokens == 6}
+    same, apart = found[again], found[rounded]
+    assert (same.first_divergent, same.first_divergent_low, same.divergent_share, same.divergent_high) == (6, 6, 0, 0)
+    assert (same.continuations, same.same_continuations, set(same.divergent_by_kind.values())) == (100, 1, {0})
+    assert 0 < apart.divergent_low < apart.divergent_share < apart.divergent_high < 1 and apart.first_divergent < 6
+    assert len(apart.divergent_by_kind) == 5 and apart.same_continuations < 1
+
+
 def test_the_same_cell_twice_gives_identical_numbers(runner: Runner, overrides: list[str]) -> None:
     first, second = (quality(runner, cell(overrides, "method=rtn-4bit", "on_existing=all")) for _ in range(2))
     assert first.perplexity == second.perplexity
     assert first.perplexity[0].divergence
     assert 0 < first.perplexity[0].divergence.kl_mean < 1
+
+
+def test_the_reference_says_how_far_its_arithmetic_moves_it(runner: Runner, overrides: list[str]) -> None:
+    wanted = [*overrides, "model.dtype=bfloat16", "suite.noise_windows=2"]
+    dense = quality(runner, cell(wanted))
+    found = {again.what: again for again in dense.perplexity[0].noise}
+    assert set(found) == {"batches of 1", "float32"} and all(len(again.kl) == 2 for again in found.values())
+    assert 0 < found["float32"].kl_mean < 1e-3, "bfloat16 is not float32, and nothing was compressed"
+    assert not quality(runner, cell(wanted, "method=rtn-4bit")).perplexity[0].noise
+    (row,) = (r for r in rows(runner.store.scan()[0]) if r.kl_noise is not None and not r.is_reference)
+    assert row.kl_noise == max(again.kl_mean for again in found.values()) < row.kl_mean
 
 
 def test_distributions_that_are_gone_are_made_again(runner: Runner, overrides: list[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from slimbench.harness.schema.compress import ArtefactFile, CompressResult
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.generation import AskedPrompts, GenerationResult
 from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.identity import CellIdentity, Keys, Stage, Status
 from slimbench.harness.schema.quality import (
@@ -95,6 +97,28 @@ def records(spec: Spec) -> list[Record]:
         if stage is Stage.COMPRESS and made[-1].status is not Status.OK:
             break
     return made
+
+
+def write(made: Sequence[Record], tokens: Sequence[list[int]], texts: Sequence[str] = (), prompts: Sequence[str] = ()) -> None:
+    """Let a cell have continued prompts of two kinds in turn.
+
+    Args:
+        made: Its records, which are changed.
+        tokens: Of each continuation, equally many.
+        texts: The same as texts; by default the numbers.
+        prompts: Texts that were continued.
+    """
+    asked = list(prompts) or [f"Prompt {number}" for number in range(len(tokens))]
+    kinds = [("question", "code")[number % 2] for number in range(len(asked))]
+    quality = next(record.quality for record in made if record.quality)
+    quality.generation = GenerationResult(
+        protocol="greedy-1",
+        asked=AskedPrompts(sha256=short_hash(*map(ascii, asked)), kinds=kinds, texts=asked),
+        length=len(tokens[0]),
+        batch=8,
+        tokens=[list(ids) for ids in tokens],
+        texts=list(texts) or [" ".join(map(str, ids)) for ids in tokens],
+    )
 
 
 def compress_record() -> Record:
@@ -355,3 +379,31 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
 def site_files(board: Board, beside: Mapping[str, bytes], gallery: Gallery) -> dict[str, bytes]:
     """Every file of the site, beside tables and plots that are there already."""
     return {path: content for part in parts(board, gallery) for path, content in part()} | dict(last(board, beside, gallery))
+
+
+def equal_grid(
+    methods: Mapping[str, float], grids: Mapping[str, float], draw: Callable[[int], float] = lambda seed: 1.0, both: bool = False
+) -> list[Record]:
+    """Dense, and methods of 4 bits on grids, whose losses multiply; rounding to nearest has one draw, the others three.
+
+    Args:
+        draw: What a draw of the calibration text does to the perplexity.
+        both: Rounding to nearest has three draws, too.
+    """
+    made = records(Spec())
+    for (method, loss), (grid, factor) in itertools.product(methods.items(), grids.items()):
+        usual = "rtn-4bit" if method == "rtn" and grid.endswith("min-max") else method if "searched" in grid and method != "rtn" else None
+        for seed in range(3 if method != "rtn" or both else 1):
+            name = usual or f"{method}-{grid.replace(', ', '-')}"
+            spec = Spec(name, "quantization", loss=loss * factor * draw(seed), bits=4.25, size=0.426, seed=seed)
+            for record in records(spec):
+                record.cell.steps = [{"name": name, "method": method, "settings": {"group_size": 64}, "grid": _full(grid)}]
+                record.cell.calibration = None if method == "rtn" and not both else f"text-{seed}"
+                record.config |= {"calibration": {"source": "text", "samples": 32, "length": 256, "seed": seed}}
+                record.cell.reference = made[0].cell.keys
+                made.append(record)
+    return made
+
+
+def _full(grid: str) -> str:
+    return grid if "," in grid else f"{grid}, min-max"

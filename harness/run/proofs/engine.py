@@ -84,6 +84,8 @@ def _judge(loaded: Loaded) -> str:
         step = writer.decode_step(step)
         tokens.append(step.token.cpu())
     chosen = torch.cat(tokens, dim=1)
+    if writer.generate(ids, _STEPS) != chosen.tolist():
+        return "FAILED: decoding chooses other tokens the second time"
     scores = model.logits(torch.cat([ids, chosen], dim=1), start=_WINDOW - 1)[:, :-1].float().cpu()
     if (scores.amax(-1) - scores.gather(2, chosen.unsqueeze(-1))[..., 0] > bound).any():
         return "FAILED: decoding does not choose the likeliest token"

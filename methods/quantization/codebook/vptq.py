@@ -5,6 +5,11 @@ and not its rows, all weights of a column weigh alike, H_jj: the table is the re
 counts with the H_jj of its column, and a column is rounded by the nearest entries, after which the columns that follow take up its error
 through the inverse Hessian (`methods.core.second_order`). A second table is learned on what the first leaves (residual).
 
+One table serves a whole layer, so weights are made alike first: w = n · scale + offset, and the n are looked up. The authors' program
+(`enable_norm`, on in all its examples; the paper has no word of it) normalises columns: offset is the smallest weight of the column,
+scale its range. Or every row is divided by its standard deviation, which is ours. Errors are fed back, and count in the k-means, in the
+units of the weights; the program leaves both in those of n, where they are no longer errors of the outputs.
+
 Left out: separate tables for columns with outliers, and the fine-tuning of tables and norms afterwards.
 """
 
@@ -33,13 +38,11 @@ _SAMPLES_PER_ENTRY = 256
 class VPTQ(SecondOrder, Method):
     """Vector quantization with second-order information, weight only: `tables · index_bits / vector` bits a weight, and the tables.
 
-    On smollm2-135m two bits a weight (tables of 256 entries of four weights, 32 × 256 calibration tokens) reach a perplexity of 6345, no
-    better than a plain two-bit grid: tables this small, without the fine-tuning of the paper, do not carry a model of this size.
-
     Attributes:
         vector: Outputs that share an index.
         index_bits: Bits of an index; a table has 2^index_bits entries for each layer.
         tables: 2: a residual table too, of the same size.
+        normalise: `columns` as the authors do, by range and smallest weight; `rows` by their standard deviation; None: not at all.
         act_order: Columns with the largest inputs first.
         steps: Of k-means, at most; on up to 256 vectors for each entry.
         seed: Of the first choice of entries.
@@ -56,6 +59,7 @@ class VPTQ(SecondOrder, Method):
     vector: Literal[2, 4, 8] = 4
     index_bits: Literal[4, 6, 8, 10, 12] = 8
     tables: Literal[1, 2] = 1
+    normalise: Literal["rows", "columns"] | None = None
     act_order: bool = True
     steps: int = 30
     seed: int = 0
@@ -95,33 +99,53 @@ class VPTQ(SecondOrder, Method):
 
         solver = Solver(self.act_order, self.dampening)
         order = solver.order(moments.hessian)
-        tables = self.learn(weight, moments.hessian.diagonal()).to(weight.dtype)
+        dense, parts = weight.float(), self.norms(weight)
+        scale, offset = (part.float().expand_as(dense) for part in parts)
+        tables = self.learn((dense - offset) / scale, scale.square() * moments.hessian.diagonal()).to(weight.dtype)
         entries = tables.float()
         found = torch.empty(self.tables, weight.shape[1], weight.shape[0] // self.vector, dtype=torch.int32, device=weight.device)
         columns = order.tolist()
 
         def rounder(place: int, pending: Tensor) -> Tensor:
-            left = pending[0].view(-1, self.vector)
+            column = columns[place]
+            left = ((pending[0] - offset[:, column]) / scale[:, column]).view(-1, self.vector)
             rounded = torch.zeros_like(left)
             for table, indices in zip(entries, found, strict=True):
                 index, _ = nearest_vectors(left - rounded, table)
-                indices[columns[place]] = index
+                indices[column] = index
                 rounded = rounded + table[index]
-            return rounded.flatten()
+            return rounded.flatten() * scale[:, column] + offset[:, column]
 
-        sweep(weight.float()[:, order], inverse_factor(moments.hessian[order][:, order], self.dampening), rounder)
+        sweep(dense[:, order], inverse_factor(moments.hessian[order][:, order], self.dampening), rounder)
         indices = found.mT if self.index_bits > 8 else found.mT.to(torch.uint8)
-        return CodebookWeight.of(indices, tables.unsqueeze(1), self.index_bits, weight.dtype, along="out")
+        normed: dict[str, Tensor] = {}
+        if self.normalise == "rows":
+            normed["scales"] = parts[0].unsqueeze(0)
+        elif self.normalise == "columns":
+            normed["column_scales"], normed["column_offsets"] = (part.flatten() for part in parts)
+        return CodebookWeight.of(indices, tables.unsqueeze(1), self.index_bits, weight.dtype, along="out", **normed)
 
-    def learn(self, weight: Tensor, importance: Tensor) -> Tensor:
-        """Tables [tables, entries, vector] for a weight [out, in] whose columns weigh as `importance` [in] says."""
+    def norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of a weight [out, in], in its dtype: [out, 1] each by rows, [1, in] by columns, [1, 1] where nothing is done."""
+        import torch
+
+        if self.normalise == "columns":
+            offset, high = weight.aminmax(dim=0, keepdim=True)
+            scale = high - offset
+        else:
+            scale = weight.float().std(1, keepdim=True).to(weight.dtype) if self.normalise else weight.new_ones(1, 1)
+            offset = torch.zeros_like(scale)
+        return torch.where(scale == 0, torch.ones_like(scale), scale), offset
+
+    def learn(self, weight: Tensor, cost: Tensor) -> Tensor:
+        """Tables [tables, entries, vector] for a weight [out, in], whose squared errors count as `cost` [out, in] says."""
         import torch
 
         from slimbench.methods.quantization.grids.k_means import kmeans_vectors, nearest_vectors
 
         generator = torch.Generator().manual_seed(self.seed)
-        vectors = weight.float().T.reshape(-1, self.vector)
-        counts = importance.float().repeat_interleave(len(vectors) // weight.shape[1])
+        vectors, counts = (of.float().T.reshape(-1, self.vector) for of in (weight, cost))
+        counts = counts.mean(1)
         size = _SAMPLES_PER_ENTRY * 2**self.index_bits
         if len(vectors) > size:
             chosen = torch.randperm(len(vectors), generator=generator)[:size].to(vectors.device)

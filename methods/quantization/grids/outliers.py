@@ -85,6 +85,13 @@ def costs(factor: Tensor) -> Tensor:
     return factor.diagonal().square().reciprocal()
 
 
+def threshold_of(weight: Tensor, cost: Tensor, grid: Grid, size: int, dtype: torch.dtype, symmetric: bool, fraction: float) -> float:
+    """The gain that a fraction of the weights [out, in] exceed, float32, in groups of `size` inputs."""
+    groups = zip(weight.split(size, dim=1), cost.split(size), strict=True)
+    gained = torch.cat([gains(group, price, grid, dtype, symmetric).flatten() for group, price in groups])
+    return float(gained.kthvalue(max(1, round((1 - fraction) * len(gained)))).values)
+
+
 def quantize(
     weight: Tensor, moments: Moments, grid: Grid, dampening: float, fraction: float, symmetric: bool = True, clip: bool = True
 ) -> QuantizedWeight:
@@ -92,10 +99,7 @@ def quantize(
     assert grid.group_size is not None
     dense, solver = weight.float(), Solver(act_order=False, dampening=dampening)
     factor = inverse_factor(moments.hessian, dampening)
-    cost = costs(factor).split(grid.group_size)
-    groups = dense.split(grid.group_size, dim=1)
-    gained = torch.cat([gains(g, c, grid, weight.dtype, symmetric).flatten() for g, c in zip(groups, cost, strict=True)])
-    threshold = float(gained.kthvalue(max(1, round((1 - fraction) * len(gained)))).values)
+    threshold = threshold_of(dense, costs(factor), grid, grid.group_size, weight.dtype, symmetric, fraction)
     zeros = pruned(dense) if symmetric else None
     rounder = OutlierRounder(dense, grid, weight.dtype, factor, threshold, symmetric, clip, zeros)
     run(dense, moments, solver, torch.arange(dense.shape[1], device=dense.device), rounder, factor)

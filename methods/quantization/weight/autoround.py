@@ -49,6 +49,7 @@ class SignRound(Grouped, Method):
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("auto_round",))
     produces = "packed"
     draws = True
+    least_steps = 200  # the paper's
 
     bits: Literal[2, 3, 4] = 4
     group_size: Literal[32, 64, 128, 256] = 64

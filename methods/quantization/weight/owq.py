@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class OWQ(Grouped, SecondOrder, Method):
     """Weak columns are those with the largest λ_j ‖ΔW_j‖²: λ_j the diagonal of the Hessian, ΔW_j the rounding error of column j.
 
-    They have no part in the grids, come last, and so take up the error of all other columns before they are stored. The packed
-    format holds single weights beside the grid, each with the 32 bits of its position, so that a column of 16-bit weights costs 48
-    bits a weight here, where the paper's own layout needs 16. Weight only; embeddings and output head keep their dtype.
+    They have no part in the grids, come last, and so take up the error of all other columns before they are stored. As in the paper
+    each row has one grid, with an offset, in the range that is best for its weights (by squared errors here, by the power 2.4 in the
+    authors' program). The packed format holds single weights beside the grid, each with the 32 bits of its position, so that a column
+    of 16-bit weights costs 48 bits a weight here, where the paper's own layout needs 16. Weight only; embeddings and output head keep
+    their dtype.
 
     Attributes:
         bits: Bits of the weights in all other columns, before scales.
+        group_size: Consecutive inputs that share one scale; None for one scale a row, as in the paper.
         column_fraction: Share of the columns of each layer that keep 16 bits, rounded up to whole columns, 0..0.5.
         symmetric: Centre the grid on zero; else fit it to both ends of the range.
         clip: Search the range of each group that has the least squared rounding error; else from the smallest to the largest weight.
@@ -41,8 +44,9 @@ class OWQ(Grouped, SecondOrder, Method):
     produces = "packed"
 
     bits: Literal[2, 3, 4] = 3
+    group_size: Literal[32, 64, 128, 256] | None = None
     column_fraction: float = 0.0075
-    symmetric: bool = True
+    symmetric: bool = False
     clip: bool = True
     act_order: bool = True
 

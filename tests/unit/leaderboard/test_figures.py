@@ -31,7 +31,7 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.format import decimal
 from slimbench.leaderboard.tables.tables import pareto, tables
-from tests.support.board_records import Spec, board, records
+from tests.support.board_records import Spec, board, equal_grid, records
 
 SCATTER = ("perplexity-bytes", "perplexity-bits", "perplexity-speed", "accuracy-bytes", "accuracy-bits", "accuracy-speed", "divergence")
 HOSTILE = "$x_1$ <b>&\"' \\frac{"
@@ -88,6 +88,7 @@ def sized(sizes: Sequence[int]) -> list[Record]:
 
 EVERYTHING = {
     "methods-bits": lambda: [*records(Spec()), *family("RTN", [("rtn-3bit", 3.25, 6.0), ("rtn-4bit", 4.25, 1.4), ("rtn-8bit", 8.0, 1.01)])],
+    "grids": lambda: equal_grid({"rtn": 1.4, "gptq": 1.3}, {"symmetric, min-max": 1.0, "symmetric, searched": 0.8}),
     "methods-sparsity": lambda: [*records(Spec()), *family("Wanda", [("wanda", 0.5, 1.9), ("wanda(sparsity=0.7)", 0.7, 9.0)], "pruning")],
     "degradation": lambda: sized([10_000_000, 300_000_000]),
     "speedup": lambda: grid([*records(Spec()), *records(Spec("gptq", "quantization", decode_ms=23.0))], [1, 4], [128, 512]),
@@ -418,3 +419,17 @@ def test_all_text_is_large_enough_to_read(realistic: list[Row]) -> None:
     for plot in of(realistic):
         sizes = [text.get_fontsize() for text in shown(plot).findobj(Text) if isinstance(text, Text) and text.get_text()]
         assert min(sizes) >= 7.5, plot.name
+
+
+def test_methods_on_common_grids_stand_where_their_rows_do() -> None:
+    made = sample("grids")
+    (plot,) = of(made, "grids")
+    (ax,) = shown(plot).axes
+    drawn = sorted(float(line.get_xdata()[0]) for line in ax.get_lines() if line.get_markersize() == 7 and len(line.get_xdata()))
+    cells: dict[tuple[str, str | None], list[float]] = {}
+    for row in made:
+        if row.grid:
+            cells.setdefault((row.methods[0], row.grid), []).append(row.perplexity_delta_percent or 0.0)
+    assert drawn == pytest.approx(sorted(fmean(values) for values in cells.values())) and len(drawn) == 4
+    assert plot.reading.startswith("gptq loses least") and "(symmetric, searched)" in plot.reading
+    assert reasons(sample("board"), "grids") == ["no two methods stand on two grids at equal bits"]

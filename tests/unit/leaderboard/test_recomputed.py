@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from slimbench.harness.schema.generation import TimedTokens
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.rows.speed import speed
+from slimbench.leaderboard.tables.writers import to_json
 from tests.bench import recompute
-from tests.support.board_records import board
+from tests.support.board_records import Spec, board, records, write
 from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
 
@@ -57,10 +61,29 @@ def test_figures_of_several_processes_are_those_of_the_raw_samples_too() -> None
     for result in results:
         result.points[0].processes = [7, 8, 6]
         shown, again = speed(result).model_dump(), recompute.timing(result.model_dump(mode="json"))
-        names = again.keys() - {"speed_points", "roofline_fraction"}  # that of these records is made up
+        names = again.keys() - {"speed_points", "timed_equal", "roofline_fraction"}  # that of these records is made up
         assert names >= {"prefill_low", "decode_tokens_per_s", "decode_high", "speedup", "speedup_low"}
         assert {name: shown[name] for name in names} == pytest.approx({name: again[name] for name in names}, rel=1e-9)
     assert len(results) > 5
+
+
+def test_figures_of_continuations_are_those_of_the_raw_samples_too(tmp_path: Path) -> None:
+    dense, gptq = records(Spec()), records(Spec("gptq", "quantization", loss=1.3))
+    write(dense, [[7, 8, 9, n] for n in range(10)])
+    write(gptq, [[7, 8, n % 4, 3] for n in range(10)])
+    gptq[2].speed.points[0].tokens = TimedTokens(candidate={"a": 21}, reference={"b": 21}, equal=0.8125)  # type: ignore[union-attr]
+    for record in dense + gptq:
+        Store(tmp_path).put(record)
+    table, told = json.loads(to_json(rows(dense + gptq))), list[str]()
+    (row,) = (row for row in table if row["pipeline"] == "gptq")
+    assert all(row[name] not in (None, {}) for name in recompute.WRITTEN)
+    raw = recompute.Records(tmp_path)
+    shown = recompute.figures(row, raw)
+    for name in recompute.WRITTEN:
+        assert all(recompute.deviation(a, b) <= 1e-9 for _, a, b in recompute.pairs(name, shown[name], row[name])), name
+    row["divergent_low"] *= 1 + 1e-8
+    recompute.compare(table, raw, told.append)
+    assert any(": divergent_low is " in line for line in told)
 
 
 def nudged(name: str, by: float) -> Callable[[list[dict[str, Any]]], None]:

@@ -95,12 +95,13 @@ def test_the_command_of_a_row_makes_what_was_measured(text: str, shown: str) -> 
     assert steps.command(text, cell(pipeline, *before, step("gptq", "gptq", **OLD | {"observer": "mse"}))) == text
 
 
-def test_the_committed_records_of_gptq_are_shown_as_the_variant_and_keep_key_and_settings(
+def test_committed_records_are_shown_as_the_variant_that_they_are_and_keep_key_and_settings(
     board: list[Row], committed: list[Record]
 ) -> None:
     recorded = {record.cell.pipeline for record in committed}
     renamed = {row.pipeline for row in board} - recorded
-    assert renamed == {name.replace("gptq", "gptq-minmax") for name in recorded if name == "gptq" or name.startswith("gptq(")}
+    of_gptq = {name.replace("gptq", "gptq-minmax") for name in recorded if name == "gptq" or name.startswith("gptq(")}
+    assert renamed == of_gptq | {"owq-group64", "vptq-plain"}
     assert {"gptq-minmax", "gptq-minmax(bits=2)", "gptq-minmax(bits=3,group_size=32)", "gptq-minmax(group_size=32)"} <= renamed
     (row,) = (row for row in board if row.pipeline == "gptq-minmax" and row.calibration_seed == 2)
     config = resolve(["calibration_samples=32", "calibration_length=256", "calibration_seed=2", "method=gptq-minmax"])

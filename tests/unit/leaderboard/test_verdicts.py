@@ -203,6 +203,17 @@ def test_every_table_says_margin_difference_and_adjacent_rows() -> None:
     assert wanted[0] in Board.of(made).settings[0]["resolution"]
 
 
+def test_a_table_says_how_far_the_reference_is_from_itself() -> None:
+    (table,) = tables(rows(board()))
+    distances = sorted(row.kl_low for row in table.rows if row.kl_low is not None)
+    assert len(distances) > 2
+    floored = [row.model_copy(update={"kl_noise": distances[1]}) for row in table.rows]
+    last = resolution(floored)[-1]
+    assert last.startswith(f"KL: dense is up to {distances[1]:.2g} nats from itself") and last.endswith(
+        "; 2 rows cannot be told from that."
+    )
+
+
 def test_a_table_without_comparisons_claims_nothing() -> None:
     assert resolution(rows(cells(DENSE))) == []
     assert "verdicts at" not in to_markdown(rows(cells(DENSE)))
@@ -264,3 +275,23 @@ def test_the_records_of_reference_are_mostly_resolved_in_perplexity_and_hardly_i
     judged = [row for row in table if row.accuracy_verdict]
     assert sum(row.accuracy_verdict == "unresolved" for row in judged) > 0.8 * len(judged), "160 items show little"
     assert 0.06 < median(row.accuracy_detectable or 0 for row in judged) < 0.08
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (3403.0, 11502.0, "6345 [3403–11502]"),
+        (6282.0, 6408.0, "6345 ± 63.00"),
+        (6245.0, 6464.0, "6345 ± 109.5"),
+        (6245.0, 6466.0, "6345 [6245–6466]"),
+        (6345.0, 6400.0, "6345 [6345–6400]"),
+        (6344.997, 6345.004, "6345 ± 0.00"),
+        (None, None, "6345"),
+    ],
+)
+def test_half_of_a_skewed_interval_is_not_what_a_table_shows(low: float | None, high: float | None, shown: str) -> None:
+    (column,) = (column for column in COLUMNS if column.key == "perplexity")
+    row = rows(cells(DENSE))[0].model_copy(update={"perplexity": 6345.0, "perplexity_low": low, "perplexity_high": high})
+    assert column.plus_minus(row) == shown
+    latex = to_latex([row])
+    assert (r"6345{\scriptsize~[" in latex) is ("[" in shown) and ("[" not in shown or "square brackets" in latex)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from pathlib import Path
@@ -15,14 +16,18 @@ from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import SpeedConfig, SpeedPoint
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
-from slimbench.harness.measure.latency import Instruments, Throttled, first_call, half_widths, measure_point, order, precise
+from slimbench.harness.measure.latency import Instruments, Throttled, combined, first_call, half_widths, measure_point, order, precise
 from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.soundness import flags
 from slimbench.harness.measure.timer import Timer, WallTimer
+from slimbench.harness.schema.generation import TimedTokens
 from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
-from slimbench.harness.schema.speed import GpuState, Probe, Samples
+from slimbench.harness.schema.speed import GpuState, Probe, Samples, SpeedPointResult
 from slimbench.harness.stats.intervals import median_interval
 from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.harness.store.keys import speed_part
+from slimbench.leaderboard.flags.kinds import Kind, kind
 from tests.support.paths import RECORDS
 
 POINT = SpeedPoint(batch=1, prompt=4, new_tokens=2)
@@ -177,6 +182,43 @@ def test_a_throttled_run_is_dropped_with_its_partner_and_counted() -> None:
         measure_point(*models, POINT, config(max_repeats=4), simulated(clock, Card(*range(100))), lambda f: None)  # type: ignore[misc]
 
 
+class Wandering(Simulated):
+    """A model that chooses another token in every so-manieth run."""
+
+    def __init__(self, clock: Clock, every: int = 0) -> None:
+        super().__init__(clock, np.random.default_rng(0), 10.0, 0.001, 0.0)
+        self.every, self.runs = every, 0
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        self.runs += 1
+        return super().prefill(ids, room)
+
+    def decode_step(self, step: Step) -> Step:
+        other = bool(self.every) and self.runs % self.every == 0
+        return Step(super().decode_step(step).token + other, None)
+
+
+def test_timed_tokens_are_hashed_counted_and_held_against_the_reference() -> None:
+    def point(every: int) -> SpeedPointResult:
+        clock = Clock()
+        models, wanted = (Wandering(clock, every), Wandering(clock)), config(min_repeats=8, max_repeats=8, warmup=1)
+        return measure_point(*models, POINT, wanted, simulated(clock), lambda f: None)
+
+    steady, wandering = point(0), point(3)
+    same, other = (hashlib.sha256(np.array([[0, last]], "<i8").tobytes()).hexdigest() for last in (0, 1))
+    assert steady.tokens == TimedTokens(candidate={same: 8}, reference={same: 8}, equal=1.0)
+    assert wandering.tokens and wandering.tokens.reference == {same: 8}
+    assert set(wandering.tokens.candidate) == {same, other} and sum(wandering.tokens.candidate.values()) == 8
+    assert wandering.tokens.equal == pytest.approx(1 - wandering.tokens.candidate[other] / 8 / POINT.new_tokens)
+    both = combined([steady, wandering], 0.03)
+    assert both.tokens and both.tokens.candidate == {same: 8 + wandering.tokens.candidate[same], other: wandering.tokens.candidate[other]}
+    assert both.tokens.reference == {same: 16} and both.tokens.equal == pytest.approx((1 + wandering.tokens.equal) / 2)
+    assert SpeedPointResult.model_validate_json(both.model_dump_json()).tokens == both.tokens
+    assert flags(steady, [], is_reference=False) == []
+    (told,) = flags(both, [], is_reference=False)
+    assert told == "the timed tokens differ from run to run: 2 continuations in 16 runs (1×4+2)" and kind(told) is Kind.NOTE
+
+
 def test_a_real_model_is_measured_against_itself(tiny: Path) -> None:
     model = TransformersModel(load_pretrained(tiny, "cpu"), "cpu")
     point = SpeedPoint(batch=2, prompt=8, new_tokens=4)
@@ -192,6 +234,10 @@ def test_a_real_model_is_measured_against_itself(tiny: Path) -> None:
     assert result.kv_cache_bytes == 2 * layers * heads * width * 4 * 2 * (8 + 2), "halfway: prompt and half of the new tokens"
     assert result.energy is not None and (result.energy.joules_per_token, result.energy.reason) == (None, "no counter")
     assert told and told == sorted(told)
+    assert result.tokens and result.tokens.candidate == result.tokens.reference and result.tokens.equal == 1
+    ids = torch.randint(0, model.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    expected = np.array(model.generate(ids, 4), "<i8")
+    assert list(result.tokens.candidate) == [hashlib.sha256(expected.tobytes()).hexdigest()], "the tokens of the loop that was timed"
 
 
 def test_lists_in_a_grid_stand_for_their_product() -> None:
@@ -217,12 +263,13 @@ def test_a_grid_that_is_wrong_is_one_clear_line(grid: str, message: str) -> None
 
 def test_the_protocol_is_part_of_the_key_but_its_name_is_not() -> None:
     base, flushed = resolve([]).speed, resolve(["speed.flush_cache=true"]).speed
-    assert base.protocol() != flushed.protocol() and "name" not in base.protocol()
+    assert speed_part(base.model_dump(), 2) != speed_part(flushed.model_dump(), 2)
 
 
 def test_speed_records_of_schema_1_are_read() -> None:
     old = RECORDS / "speed-schema-1.json"
     record = Record.model_validate(migrate(json.loads(old.read_text())))
     assert record.schema_version == 1 and record.speed and record.speed.points
+    assert all(point.tokens is None for point in record.speed.points)
     for point in record.speed.points:
         assert point.first_call_ms and point.probes and point.probes[0].matmul_gflops is None

@@ -82,6 +82,16 @@ def test_an_engine_that_can_do_one_thing(
     assert str(refusal.value) == line
 
 
+def test_an_engine_that_does_not_generate_says_so_in_place_of_continuations(cell: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TransformersEngine.open
+    monkeypatch.setattr(TransformersEngine, "open", lambda *arguments: OnlyScores(whole(*arguments)))
+    config, key = cell
+    suite = config.suite.model_copy(update={"continuations": 4})
+    result = quality.run(config.model_copy(update={"suite": suite}), key, key, Silent())
+    assert result.generation is None and result.perplexity
+    assert result.flags == ["no continuations: this engine does not generate"]
+
+
 def test_an_engine_that_does_not_generate_answers_no_task_that_asks_for_a_text(tmp_path: Path) -> None:
     model = OnlyScores(TransformersModel(tiny.save_model(tmp_path).load(), "cpu"))
     with pytest.raises(Unsupported, match="this engine does not generate"):

@@ -33,6 +33,7 @@ SUITE = [
     "suite.chunk=32",
     "suite.batch_tokens=256",
     "suite.tasks=[likely,written]",
+    "suite.continuations=3",
 ]
 
 
@@ -150,7 +151,8 @@ def test_after_the_last_batch_nothing_is_left_to_do(config: RunConfig, measure: 
     assert len(meter.seen) == 1, "one prefill, for the evidence of what was loaded"
     assert numbers(again) == numbers(calm)
     assert again.flags == [
-        "went on after an interruption: 40 of 40 windows, 39 of 39 windows of documents, 24 of 24 answers were there before"
+        "went on after an interruption: 40 of 40 windows, 39 of 39 windows of documents, 24 of 24 answers, "
+        "100 of 100 continuations were there before"
     ]
     assert again.seconds.keys() == calm.seconds.keys()
     assert all(again.seconds[part] >= 0.5 * calm.seconds[part] for part in calm.seconds), "seconds are those of both attempts"
@@ -267,7 +269,7 @@ def test_what_was_measured_otherwise_is_not_used(
     config: RunConfig, measure: Callable[..., QualityResult], meter: Meter, keys: dict[str, str], change: str
 ) -> None:
     name, suite = uuid4().hex, config.suite
-    config = config.model_copy(update={"suite": suite.model_copy(update={"tasks": [], "protocols": ["window"]})})
+    config = config.model_copy(update={"suite": suite.model_copy(update={"tasks": [], "protocols": ["window"], "continuations": None})})
     measure(config, "rounded", name, fresh=True)
     calls, meter.seen = len(meter.seen), []
     if change == "since":

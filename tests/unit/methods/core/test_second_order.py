@@ -23,7 +23,7 @@ from slimbench.methods.quantization.weight.gptq import GPTQ
 from slimbench.methods.quantization.weight.mixed_precision import MixedPrecision
 from slimbench.methods.quantization.weight.owq import OWQ
 from slimbench.methods.quantization.weight.quip import QuIP
-from slimbench.methods.quantization.weight.spqr import SpQR
+from slimbench.methods.quantization.weight.spqr import SpQR, SpQRBilevel
 from tests.support import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=64)
@@ -253,22 +253,22 @@ def test_gptaq_comes_nearer_to_the_dense_model(dense: DenseModel, tmp_path: Path
 
 
 def test_owq_keeps_the_columns_that_cost_most(dense: DenseModel, tmp_path: Path) -> None:
-    method = OWQ(group_size=32, column_fraction=0.04)
+    method = OWQ(column_fraction=0.04)
     claim, layers = compress(method, dense, tmp_path)
     name = "model.layers.0.self_attn.q_proj"
     weight, x = dense.load().get_submodule(name).weight.detach(), inputs_in(dense.load(), name)
-    change = (round_to_grid(weight, Grid(3, 32), clip=True).dequantize().float() - weight.float()).square().sum(0)
+    change = (round_to_grid(weight, Grid(3), symmetric=False, clip=True).dequantize().float() - weight.float()).square().sum(0)
     weakest = (x.float().square().mean(0) * change).topk(3).indices.sort().values
     kept = layers[name].outliers
-    assert kept is not None and kept.columns.unique().tolist() == weakest.tolist()
+    assert kept is not None and layers[name].groups == 1 and kept.columns.unique().tolist() == weakest.tolist()
     assert claim.bits == 3 and claim.details["outlier_fraction"] == pytest.approx(3 / 64, abs=0.01)
 
 
 def test_owq_beats_the_same_grid_without_weak_columns() -> None:
-    x, weight, grid = correlated(128, 1500, 9), weight_of(48, 128, 9), Grid(3, 32)
-    keep = OWQ(group_size=32, column_fraction=0.05).weak_columns(weight, moments_of(x))
+    x, weight, grid = correlated(128, 1500, 9), weight_of(48, 128, 9), Grid(3)
+    keep = OWQ(column_fraction=0.05).weak_columns(weight, moments_of(x))
     assert int(keep.sum()) == 7
-    with_columns, plain = (quantize(weight, moments_of(x), grid, Solver(), keep=mask) for mask in (keep, None))
+    with_columns, plain = (quantize(weight, moments_of(x), grid, Solver(), symmetric=False, keep=mask) for mask in (keep, None))
     assert layer_error(with_columns, weight, x) < 0.8 * layer_error(plain, weight, x)
 
 
@@ -308,7 +308,7 @@ def test_spqr_keeps_the_planted_outliers(symmetric: bool) -> None:
     assert layer_error(got, weight, x) < 0.7 * layer_error(plain, weight, x)
 
 
-@pytest.mark.parametrize("method", [OWQ(group_size=32), SpQR()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [OWQ(), OWQ(group_size=32, symmetric=True), SpQR()], ids=lambda m: type(m).__name__)
 def test_claimed_bits_are_those_in_memory(method: Method, dense: DenseModel, tmp_path: Path) -> None:
     claim, layers = compress(method, dense, tmp_path)
     stored = sum(t.nbytes for layer in layers.values() for t in layer.buffers())
@@ -317,7 +317,9 @@ def test_claimed_bits_are_those_in_memory(method: Method, dense: DenseModel, tmp
     assert all(layer.outliers is not None for layer in layers.values()) and len(layers) == LAYERS
 
 
-@pytest.mark.parametrize("method", [GPTQ(), GPTAQ(), OWQ(), SpQR(), MixedPrecision(), QuIP()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [GPTQ(), GPTAQ(), OWQ(), SpQR(), SpQRBilevel(), MixedPrecision(), QuIP()], ids=lambda m: type(m).__name__
+)
 def test_bad_calibration_is_one_line_before_work(method: Method, dense: DenseModel, tmp_path: Path) -> None:
     missing = dataclasses.replace(dense, path=tmp_path / "nowhere")
     for ids, error, message in (
@@ -330,7 +332,7 @@ def test_bad_calibration_is_one_line_before_work(method: Method, dense: DenseMod
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [GPTQ, GPTAQ, OWQ, SpQR, MixedPrecision, QuIP])
+@pytest.mark.parametrize("kind", [GPTQ, GPTAQ, OWQ, SpQR, SpQRBilevel, MixedPrecision, QuIP])
 def test_settings_that_do_not_fit_are_one_line(kind: Any) -> None:
     with pytest.raises(ValueError, match="dampening must be positive, not 0") as caught:
         kind(dampening=0)
@@ -341,7 +343,7 @@ def test_settings_that_do_not_fit_are_one_line(kind: Any) -> None:
 
 
 def test_heads_and_embeddings_keep_their_dtype(dense: DenseModel, tmp_path: Path) -> None:
-    compress(OWQ(group_size=32), dense, tmp_path)
+    compress(OWQ(), dense, tmp_path)
     model, source = packed.load(tmp_path), dense.load()
     assert torch.equal(model.get_output_embeddings().weight, source.get_output_embeddings().weight)  # type: ignore[operator]
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]

@@ -58,6 +58,8 @@ def exact(weight: CodebookWeight) -> Tensor:
                 result[o, i] += level if weight.tensor_scale is None else level * weight.tensor_scale.double()
             if weight.offsets is not None:
                 result[o, i] += weight.offsets[o, i * weight.offsets.shape[1] // width].double()
+            if weight.column_scales is not None and weight.column_offsets is not None:
+                result[o, i] = result[o, i] * weight.column_scales[i].double() + weight.column_offsets[i].double()
     if weight.outliers is not None:
         for o in range(out):
             for n in range(int(weight.outliers.starts[o]), int(weight.outliers.starts[o + 1])):
@@ -92,6 +94,12 @@ def kinds() -> dict[str, CodebookWeight]:
         "12 bits, additive vectors": random_weight(12, books=2, dim=8, width=128),
         "16 bits along the outputs": random_weight(16, dim=2, along="out"),
         "outliers": random_weight(3, tables=OUT, outliers=outliers()),
+        "normalised columns": random_weight(
+            8, dim=4, along="out", column_scales=torch.rand(IN).to(BF16), column_offsets=torch.randn(IN).to(BF16)
+        ),
+        "scales and normalised columns": random_weight(
+            4, scales=scales.to(BF16), column_scales=torch.rand(IN).to(BF16), column_offsets=torch.randn(IN).to(BF16)
+        ),
     }
 
 
@@ -101,7 +109,7 @@ def test_dequantized_weight_is_its_definition(kind: str) -> None:
     got, want = weight.dequantize(), exact(weight)
     assert got.dtype is weight.dtype and got.shape == weight.shape
     assert torch.allclose(got.double(), want, rtol=2**-8 if got.dtype is BF16 else 1e-6, atol=1e-6)
-    single = len(weight.codes) == 1 and weight.scales is None and weight.offsets is None
+    single = len(weight.codes) == 1 and weight.scales is None and weight.offsets is None and weight.column_scales is None
     assert not single or torch.equal(got, want.to(got.dtype))
     if weight.outliers is not None:
         assert torch.equal(got[weight.outliers.rows, weight.outliers.columns.long()], weight.outliers.values)
@@ -124,7 +132,7 @@ def test_parts_take_the_bytes_that_the_format_implies_and_come_back(kind: str) -
     held = {name: buffer.nbytes for name, buffer in layer.named_buffers()}
     books, dim = len(weight.codes), weight.codebook.shape[3]
     assert held.pop("codes") == books * weight.shape[0] * weight.shape[1] // dim * weight.bits / 8
-    others = (weight.codebook, weight.scales, weight.tensor_scale, weight.offsets)
+    others = (weight.codebook, weight.scales, weight.tensor_scale, weight.offsets, weight.column_scales, weight.column_offsets)
     expected = sum(t.nbytes for t in others if t is not None)
     expected += 4 * (OUT + 1) + (4 + 2) * len(weight.outliers.columns) if weight.outliers else 0
     assert sum(held.values()) == expected

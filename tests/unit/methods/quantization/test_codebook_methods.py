@@ -343,44 +343,84 @@ def test_blockwise_equals_the_library(dense: DenseModel, tmp_path: Path) -> None
         assert torch.equal(weights[name].dequantize(), functional.dequantize_blockwise(codes, state))
 
 
-def test_vptq_entries_are_runs_of_outputs_and_feedback_helps() -> None:
+@pytest.mark.parametrize("normalise", ["rows", "columns"])
+def test_vptq_entries_are_runs_of_outputs_and_feedback_helps(normalise: Any) -> None:
     torch.manual_seed(0)
-    weight, mixing = torch.randn(32, 64).bfloat16(), torch.randn(64, 64)
+    weight, mixing = torch.randn(32, 64) * torch.linspace(0.2, 3, 32)[:, None] + torch.linspace(-2, 2, 64), torch.randn(64, 64)
+    weight = weight.bfloat16()
     moments = Moments.zeros(64, torch.device("cpu"))
     moments.add(torch.randn(500, 64) @ mixing * torch.linspace(0.1, 3, 64))
-    method = VPTQ(vector=4, index_bits=6)
+    method = VPTQ(vector=4, index_bits=6, normalise=normalise)
     made = method.encode(weight, moments)
     table, index, got = made.codebook[0, 0], made.indices()[0].long(), made.dequantize()
     assert index.shape == (8, 64) and table.shape == (64, 4)
-    assert all(torch.equal(got[4 * v : 4 * v + 4, c], table[index[v, c]]) for v in range(8) for c in range(64))
-    vectors = weight.float().T.reshape(-1, 4)
-    near = table.float()[_kmeans.nearest_vectors(vectors, table.float())[0]].view(64, 32).T
+    if normalise == "rows":
+        scale, offset = weight.float().std(1, keepdim=True).bfloat16().float(), torch.zeros(1, 1)
+    else:
+        scale, offset = (weight.amax(0) - weight.amin(0)).float(), weight.amin(0).float()
+    entries = table.float()[index].transpose(1, 2).flatten(0, 1)
+    assert torch.equal(got, (entries * scale + offset).bfloat16())
+    near = _kmeans.nearest_vectors(((weight.float() - offset) / scale).T.reshape(-1, 4), table.float())[0]
+    to_nearest = table.float()[near].view(64, 32).T * scale + offset
 
     def output_error(approximation: torch.Tensor) -> torch.Tensor:
         change = approximation.float() - weight.float()
         return ((change @ moments.hessian) * change).sum()
 
     error = output_error(got)
-    assert error < output_error(near)
-    residual = VPTQ(vector=4, index_bits=6, tables=2).encode(weight, moments)
+    assert error < output_error(to_nearest)
+    residual = VPTQ(vector=4, index_bits=6, tables=2, normalise=normalise).encode(weight, moments)
     assert output_error(residual.dequantize()) < 0.3 * error
 
 
-def test_vptq_table_follows_the_diagonal() -> None:
+def test_vptq_normalised_weights_do_not_depend_on_the_size_of_rows_or_columns() -> None:
+    """What is divided away comes back exactly: powers of two on rows, or on columns with a shift, change the scales alone."""
+    torch.manual_seed(0)
+    weight = torch.randint(-8, 9, (32, 64)).bfloat16()
+    moments = Moments.zeros(64, torch.device("cpu"))
+    moments.add(torch.eye(64).repeat(4, 1))
+    by_row, by_column = 2.0 ** torch.randint(-3, 4, (32, 1)), 2.0 ** torch.randint(-3, 4, (64,))
+    weight[0] = 8 * (-1) ** torch.arange(64)
+    weight[1] = -weight[0]  # so that all columns have one range
+    rows, columns = (VPTQ(index_bits=6, normalise=kind, act_order=False, steps=5) for kind in ("rows", "columns"))
+    even = moments.hessian.diagonal().expand_as(weight)
+    for method, scaled in ((rows, weight * by_row.bfloat16()), (columns, weight * by_column.bfloat16())):
+        (scale, offset), (other, shift) = method.norms(weight), method.norms(scaled)
+        assert torch.equal((weight - offset) / scale, (scaled - shift) / other)
+        table = method.learn((scaled.float() - shift.float()) / other.float(), even)
+        assert torch.equal(table, method.learn((weight.float() - offset.float()) / scale.float(), even))
+
+
+def test_vptq_carries_rows_of_very_different_size() -> None:
+    """One table for rows that differ a hundredfold: without their scales the small ones are lost."""
+    torch.manual_seed(0)
+    weight = (torch.randn(64, 64) * torch.logspace(-2, 0, 64)[torch.randperm(64), None]).bfloat16()
+    moments = Moments.zeros(64, torch.device("cpu"))
+    moments.add(torch.randn(500, 64))
+    rows, columns = (VPTQ(index_bits=8, normalise=kind).encode(weight, moments).dequantize() for kind in ("rows", "columns"))
+
+    def relative(approximation: Tensor) -> Tensor:
+        return ((approximation - weight).float().norm(dim=1) / weight.float().norm(dim=1)).median()
+
+    assert relative(rows) < 0.5 < 0.6 < relative(columns)
+
+
+def test_vptq_table_follows_the_cost() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 64).bfloat16()
-    importance = torch.where(torch.arange(64) < 8, 100.0, 0.01)
-    table = VPTQ(index_bits=4).learn(weight, importance)[0]
-    plain = VPTQ(index_bits=4).learn(weight, torch.ones(64))[0]
+    cost = torch.where(torch.arange(64) < 8, 100.0, 0.01).expand_as(weight)
+    table = VPTQ(index_bits=4).learn(weight, cost)[0]
+    plain = VPTQ(index_bits=4).learn(weight, torch.ones(64, 64))[0]
     vectors = weight.float().T.reshape(64, -1, 4)[:8].flatten(0, 1)
     assert _kmeans.nearest_vectors(vectors, table)[1].sum() < 0.8 * _kmeans.nearest_vectors(vectors, plain)[1].sum()
 
 
-def test_vptq_stores_codes_and_tables(dense: DenseModel, tmp_path: Path) -> None:
-    claim, weights = run(VPTQ(index_bits=6, tables=2), dense, tmp_path)
+@pytest.mark.parametrize(("normalise", "norms"), [("rows", lambda o, i: 16 * o), ("columns", lambda o, i: 2 * 16 * i)])
+def test_vptq_stores_codes_tables_and_norms(dense: DenseModel, tmp_path: Path, normalise: Any, norms: Any) -> None:
+    claim, weights = run(VPTQ(index_bits=6, tables=2, steps=5, normalise=normalise), dense, tmp_path)
     assert claim.bits == 3
-    bits = implied(weights, lambda o, i: 3 * o * i + 2 * 64 * 4 * 16)
-    assert claim.details["stored_bits"] == pytest.approx(bits, rel=1e-3)
+    bits = implied(weights, lambda o, i: 3 * o * i + 2 * 64 * 4 * 16 + norms(o, i))
+    assert claim.details["stored_bits"] == pytest.approx(bits, rel=1e-4)
 
 
 @pytest.mark.parametrize(

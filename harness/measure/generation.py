@@ -1,0 +1,81 @@
+"""Greedy continuations of prompts: what a model writes where nothing holds it to a text.
+
+The tokens come out of the loop of prefill and decode steps that the stage `speed` times. Prompts of equally many tokens go through
+it together, since padding would change numbers. A batch that they do not fill is filled up with the last of them: each prompt is
+continued in a batch of one size, and an engine that compiles sees few shapes. The token that ends a text is one like others: a model
+that ends at once would otherwise say nothing of how it goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.measure import protocols
+from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.schema.generation import AskedPrompts, GenerationResult
+from slimbench.harness.store.partial import Part
+from slimbench.methods.base import Unsupported
+from slimbench.tasks.prompts import Prompts
+
+_BATCH = 8
+
+
+def measure(
+    model: Generates,
+    tokenizer: Any,
+    asked: Prompts,
+    suite: SuiteConfig,
+    on_progress: Callable[[int, int], None],
+    part: Part | None = None,
+) -> tuple[GenerationResult, int]:
+    """Continue prompts by `suite.continuations` tokens.
+
+    Args:
+        tokenizer: That of the source model.
+        on_progress: Called with prompts done and prompts in all.
+        part: Keeps each batch; what it has of an earlier attempt is not written again.
+
+    Returns:
+        The result, and how many tokens went through the model.
+
+    Raises:
+        methods.base.Unsupported: A prompt and its continuation are longer than the model was made for.
+    """
+    length, part, batch = suite.continuations or 0, part or Part(), model.batch(_BATCH)
+    start = [tokenizer.bos_token_id] if suite.add_bos else []
+    ids = [start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in asked.texts]
+    if (most := max(map(len, ids)) + length) > model.max_length:
+        raise Unsupported(f"the longest prompt and its continuation are {most} tokens, the model takes {model.max_length}")
+    written: dict[int, list[int]] = {}
+    through = 0
+    on_progress(0, len(ids))
+    for places in _batches(ids, batch):
+        rows = torch.tensor([ids[place] for place in places] + [ids[places[-1]]] * (batch - len(places)))
+        found = part.once(rows.numpy().tobytes(), len(places), partial(model.generate, rows, length))
+        written |= dict(zip(places, found, strict=False))
+        through += batch * (rows.shape[1] + length - 1)
+        on_progress(len(written), len(ids))
+    tokens = [written[place] for place in range(len(ids))]
+    result = GenerationResult(
+        protocol=f"greedy-{protocols.GENERATION}",
+        asked=AskedPrompts(sha256=asked.sha256, kinds=list(asked.kinds), texts=list(asked.texts)),
+        length=length,
+        batch=batch,
+        tokens=tokens,
+        texts=[tokenizer.decode(found, clean_up_tokenization_spaces=False) for found in tokens],
+    )
+    return result, through
+
+
+def _batches(ids: list[list[int]], most: int) -> list[list[int]]:
+    """The places of prompts that are continued together: equally long ones, the shortest first."""
+    alike: dict[int, list[int]] = defaultdict(list)
+    for place, tokens in enumerate(ids):
+        alike[len(tokens)].append(place)
+    return [places[first : first + most] for _, places in sorted(alike.items()) for first in range(0, len(places), most)]

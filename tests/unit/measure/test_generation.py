@@ -1,0 +1,107 @@
+"""Continuations of prompts: those of the model alone, in the order of the prompts, whatever the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
+from slimbench.harness.measure.generation import measure
+from slimbench.harness.run.cell import make_cell
+from slimbench.harness.schema.generation import GenerationResult
+from slimbench.methods.base import Unsupported
+from slimbench.tasks import prompts
+from slimbench.tasks.prompts import Prompts
+
+TEXTS = ("aa", "bbbbbb", "cc", "dd", *(f"e{n}" for n in range(9)), "ffffff")
+ASKED = Prompts(tuple("xy" * 7), TEXTS)
+
+
+class Watched(TransformersModel):
+    """Remembers the shape of every prompt batch; takes so many sequences at a time."""
+
+    def __init__(self, module: Any, most: int | None = None) -> None:
+        super().__init__(module, "cpu")
+        self.shapes: list[tuple[int, ...]] = []
+        self.max_batch = most
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Any:
+        self.shapes.append(tuple(ids.shape))
+        return super().prefill(ids, room)
+
+
+def written(model: Any, tiny: Path, length: int = 5, asked: Prompts = ASKED, **suite: Any) -> tuple[GenerationResult, int]:
+    wanted = resolve([]).suite.model_copy(update={"continuations": length} | suite)
+    return measure(model, AutoTokenizer.from_pretrained(tiny), asked, wanted, lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def module(tiny: Path) -> Any:
+    return load_pretrained(tiny, "cpu")
+
+
+def test_each_prompt_goes_on_as_it_does_alone_by_the_likeliest_token(module: Any, tiny: Path) -> None:
+    model, tokenizer = Watched(module), AutoTokenizer.from_pretrained(tiny)
+    result, through = written(model, tiny)
+    for text, tokens, shown in zip(TEXTS, result.tokens, result.texts, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for token in tokens:
+            assert token == int(model.logits(torch.tensor([ids]))[0, -1].argmax())
+            ids.append(token)
+        assert shown == tokenizer.decode(tokens)
+    assert len(set(map(tuple, result.tokens))) > 1
+    assert result.asked.texts == list(TEXTS) and result.asked.sha256 == ASKED.sha256 and result.length == 5
+    assert model.shapes == [(8, 2), (8, 2), (8, 6)], "equally long prompts together, each batch full"
+    assert through == 8 * (2 * (2 + 4) + 6 + 4)
+
+
+def test_a_policy_that_runs_one_sequence_at_a_time_gets_one_at_a_time(module: Any, tiny: Path) -> None:
+    single = Watched(module, most=1)
+    result, _ = written(single, tiny)
+    assert result.batch == 1 and {shape[0] for shape in single.shapes} == {1} and len(single.shapes) == len(TEXTS)
+    assert result.tokens == written(Watched(module), tiny)[0].tokens
+
+
+def test_the_token_that_ends_a_text_is_one_like_others(module: Any, tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    result, _ = written(Watched(module), tiny)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(result.tokens[0][1])
+    assert tokenizer.eos_token_id == result.tokens[0][1]
+    wanted = resolve(["suite.continuations=5"]).suite
+    again, _ = measure(Watched(module), tokenizer, ASKED, wanted, lambda done, total: None)
+    assert again.tokens == result.tokens and {len(tokens) for tokens in again.tokens} == {5}
+
+
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_written(module: Any, tiny: Path) -> None:
+    model = Watched(module)
+    with pytest.raises(Unsupported, match=rf"the longest prompt and its continuation are {model.max_length + 1} tokens, the model takes"):
+        written(model, tiny, length=model.max_length - 5)
+    assert model.shapes == []
+
+
+def test_token_ids_are_one_text_each_in_a_file_and_come_back(module: Any, tiny: Path) -> None:
+    result, _ = written(Watched(module), tiny)
+    text = result.model_dump_json()
+    assert f'"{" ".join(map(str, result.tokens[0]))}"' in text
+    assert GenerationResult.model_validate_json(text) == result
+    data = result.model_dump(mode="json")
+    for tokens in (["1 2 x 4 5"], ["1 2 3 4"], ["1 2 -3 4 5"], []):
+        with pytest.raises(ValueError):
+            GenerationResult.model_validate(data | {"tokens": [*tokens, *data["tokens"][1:]]})
+
+
+def test_prompts_move_the_quality_key_of_the_suites_that_ask_for_them_only(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(*more: str) -> Any:
+        return make_cell(resolve([*overrides, *more])).identity.keys
+
+    without, some, more = keys(), keys("suite.continuations=4"), keys("suite.continuations=5")
+    assert len({k.quality for k in (without, some, more)}) == 3 and len({(k.compress, k.speed) for k in (without, some, more)}) == 1
+    monkeypatch.setattr(prompts, "load", lambda: ASKED)
+    assert keys() == without
+    assert keys("suite.continuations=4").quality != some.quality, "other prompts are another measurement"
+    assert [resolve([f"suite={name}"]).suite.continuations for name in ("quick", "screen", "local", "front")] == [None, None, None, 32]
