@@ -222,8 +222,8 @@ class Timing(Group):
     )
     roofline_fraction: float | None = Field(
         default=None,
-        description="Least time of a decode step, if weights and KV cache came at the measured copy bandwidth, over the median time; "
-        "above 1 the measurement is defective.",
+        description="Least time of a decode step, if weights and KV cache came at the measured bandwidth (`roofline_bandwidth`), over the "
+        "median time; above 1 the measurement is defective.",
     )
 
 
@@ -231,6 +231,13 @@ class Speed(Timing):
     """Time, memory and energy of the speed stage; the timing is that of the first point, the headline."""
 
     speed_point: str | None = Field(default=None, description="Batch, prompt tokens and new tokens at which speed was measured.")
+    roofline_bandwidth: str | None = Field(
+        default=None,
+        description="Whose bandwidth the roof is: `read`, or in older records `copy`, which a step may exceed.",
+    )
+    read_bandwidth_gbs: float | None = Field(
+        default=None, description="Median of the read-bandwidth probes while the headline point was measured, GB/s."
+    )
     copy_bandwidth_gbs: float | None = Field(
         default=None, description="Median of the copy-bandwidth probes while the headline point was measured, bytes read and written, GB/s."
     )

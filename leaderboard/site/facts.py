@@ -94,6 +94,8 @@ def _speed(row: Row) -> dict[str, str | None]:
     return {
         "Speed at": row.speed_point,
         "Speed over the grid": "; ".join(map(_point, row.speed_points)) if len(row.speed_points) > 1 else "",
+        "Roof": _roof(row),
+        "Read bandwidth meanwhile": _text(decimal(1), row.read_bandwidth_gbs, " GB/s"),
         "Copy bandwidth meanwhile": _text(decimal(1), row.copy_bandwidth_gbs, " GB/s"),
         "Memory": ", ".join(f"{name} {megabytes(value)} MB" for name, value in memory.items() if value is not None),
         "Largest batch that fits": None if row.largest_batch is None else str(row.largest_batch),
@@ -103,6 +105,14 @@ def _speed(row: Row) -> dict[str, str | None]:
         if row.energy_reason
         else None,
     }
+
+
+def _roof(row: Row) -> str:
+    """`43 % of what the read bandwidth allows`; of an older row it says what that bandwidth is not."""
+    if row.roofline_fraction is None:
+        return ""
+    of_copies = "" if row.roofline_bandwidth == "read" else ", measured before reads alone were: these can be faster"
+    return f"{decimal(0, 100)(row.roofline_fraction)} % of what the {row.roofline_bandwidth} bandwidth allows{of_copies}"
 
 
 def _point(point: Mapping[str, Any]) -> str:
