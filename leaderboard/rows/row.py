@@ -5,10 +5,22 @@ from __future__ import annotations
 from pydantic import Field
 
 from slimbench.harness.stats.bootstrap import normal_quantile
-from slimbench.leaderboard.rows.groups import Accuracy, Calibration, Cost, Divergence, Equivalence, Group, Identity, Perplexity, Size, Speed
+from slimbench.leaderboard.rows.groups import (
+    Accuracy,
+    Cache,
+    Calibration,
+    Cost,
+    Divergence,
+    Equivalence,
+    Group,
+    Identity,
+    Perplexity,
+    Size,
+    Speed,
+)
 
 
-class Row(Calibration, Cost, Size, Speed, Equivalence, Accuracy, Divergence, Perplexity, Identity):
+class Row(Calibration, Cost, Cache, Size, Speed, Equivalence, Accuracy, Divergence, Perplexity, Identity):
     """One cell of the board: its groups, and what it is among the other rows."""
 
     rank: int | None = Field(
