@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,13 @@ StopAfter = Annotated[
 Detach = Annotated[
     bool, typer.Option("--detach", help="With launcher=slurm, ray or workers: leave the stages to the jobs and do not wait.")
 ]
+Anchors = Annotated[
+    str | None,
+    typer.Option(
+        help="Cells of the sweep, such as dense,rtn-4bit: what is recorded of them is measured again first, "
+        "and nothing is added to records that they do not reproduce."
+    ),
+]
 
 
 def run(
@@ -48,9 +56,10 @@ def sweep(
     format: Format = "terminal",
     stop_after: StopAfter = None,
     detach: Detach = False,
+    anchors: Anchors = None,
 ) -> None:
     """Run the product of several values, such as experiment=demo or method=rtn-4bit,gptq; what is recorded is not run again."""
-    _measure(overrides or [], True, plan, format, stop_after, detach)
+    _measure(overrides or [], True, plan, format, stop_after, detach, anchors.split(",") if anchors else [])
 
 
 def seconds_of(text: str | None) -> float | None:
@@ -61,9 +70,12 @@ def seconds_of(text: str | None) -> float | None:
         raise ConfigError(f"--stop-after: {error}") from error
 
 
-def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None, detach: bool) -> None:
+def _measure(
+    overrides: list[str], several: bool, plan_only: bool, format: str, stop_after: str | None, detach: bool, anchors: Sequence[str] = ()
+) -> None:
     check_choice("--format", format, FORMATS)
     seconds = seconds_of(stop_after)
+    from slimbench.harness.launch import anchors as anchoring
     from slimbench.harness.launch import signals
     from slimbench.harness.launch import sweep as sweeps
 
@@ -80,10 +92,15 @@ def _measure(overrides: list[str], several: bool, plan_only: bool, format: str, 
     told, asked = console(stderr=True), [cell for cell in plan.cells if cell.asked]
     try:
         told.print(f"{len(asked)} cell{'s' * (len(asked) > 1)} → {results}/")
+        if anchors:
+            with signals.raised():
+                anchoring.hold(plan, anchors, store, told)
         with signals.raised(), ProgressDisplay(plan, store, told) as display:
             ledger = sweeps.launch(plan, results, display, seconds, lambda cell: track(cell, store), detach)
     except signals.Stopped as stopped:
         fail(f"stopped by {stopped.name}; the same command goes on where it stopped", ExitCode.STOPPED)
+    except anchoring.Drifted as drifted:
+        fail(str(drifted), ExitCode.FAILED)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on where it stopped", ExitCode.INTERRUPTED)
     code = of(ledger)

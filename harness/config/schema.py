@@ -141,6 +141,7 @@ class SuiteConfig(_Strict):
         add_bos: Put the beginning-of-sequence token before each window.
         divergence: Compare the next-token distributions with the reference's on the same tokens.
         top_k: Tokens of the reference's distribution that are kept for it one by one.
+        noise_windows: Windows on which the reference is compared with itself in another arithmetic; None for none.
         include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
         tasks: Names of zero-shot tasks.
         limit: Items of each task at most; None for all.
@@ -159,6 +160,7 @@ class SuiteConfig(_Strict):
     add_bos: bool = False
     divergence: bool = True
     top_k: Whole = Field(default=1024, ge=1)
+    noise_windows: Whole | None = Field(default=None, ge=1)
     include_path: Folders = []
     tasks: Uris = []
     limit: Whole | None = Field(default=None, ge=1)
@@ -231,10 +233,6 @@ class SpeedConfig(_Strict):
     @classmethod
     def _product(cls, grid: Any) -> Any:
         return [point for entry in grid for point in _points(entry)] if isinstance(grid, list) else grid
-
-    def protocol(self) -> dict[str, Any]:
-        """The fields that define the numbers."""
-        return self.model_dump(exclude={"name"})
 
 
 def _points(entry: Any) -> list[Any]:

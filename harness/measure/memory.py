@@ -17,6 +17,7 @@ import torch
 
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.gpu import Monitor
+from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.latency import prompts
 from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.schema.speed import MemoryResult
@@ -98,6 +99,13 @@ def resident_bytes() -> int:
         except psutil.Error:
             continue
     return total
+
+
+def room(device: torch.device) -> int:
+    """Bytes that may still be taken on a device: of a CPU, by this process beside what it has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, available_memory() - resident_bytes())
 
 
 def _generate(model: Generates, point: SpeedPoint) -> Step:

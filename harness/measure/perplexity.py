@@ -30,7 +30,8 @@ from slimbench.util import checksums, files
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest, hash_file
 
-_BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024
+"""Tokens of the windows that are scored at once."""
 _TOKENS = "tokens.npy"
 
 OnProgress = Callable[[int, int], None]
@@ -130,7 +131,7 @@ def measure(
         return watcher.restore(kept["seen"]) if watcher else True
 
     on_progress(0, len(ids))
-    for batch in ids.split(model.batch(max(1, _BATCH_TOKENS // wanted.seqlen))):
+    for batch in ids.split(model.batch(max(1, BATCH_TOKENS // wanted.seqlen))):
         nll += part.once(batch.numpy().tobytes(), len(batch), partial(score, batch), accept)["nll"]
         if not all(map(math.isfinite, nll)):
             raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")

@@ -92,26 +92,35 @@ def audit(
     Raises:
         ConfigError: The folder holds no such record.
     """
+    drawn = draw(results, sample, seed, stages)
+    with _surroundings(trusted, use_cache) as folder:
+        planned = [plan(record, trusted) for record in drawn]
+        refused = [item for item in planned if isinstance(item, Verdict)]
+        return refused + _repeated([item for item in planned if isinstance(item, Repeat)], folder, results, console)
+
+
+def repeat(repeats: Sequence[Repeat], results: Path, console: Console) -> list[Verdict]:
+    """Run stages of cells of one's own again, from the model on, and hold each against its record; the folder is left as it is."""
+    with _surroundings(trusted=False, use_cache=False) as folder:
+        return _repeated(repeats, folder, results, console)
+
+
+def _repeated(repeats: Sequence[Repeat], folder: Path, results: Path, console: Console) -> list[Verdict]:
     from slimbench.harness.run.planning.plan import make_plan, task_name
     from slimbench.harness.run.planning.progress import ProgressDisplay
     from slimbench.harness.run.runner import Runner
 
-    drawn = draw(results, sample, seed, stages)
-    with _surroundings(trusted, use_cache) as folder:
-        planned = [plan(record, trusted) for record in drawn]
-        verdicts = [item for item in planned if isinstance(item, Verdict)]
-        repeats = [item for item in planned if isinstance(item, Repeat)]
-        for repeat in repeats:
-            console.print(f"runs again: {repeat.cell.label}, {repeat.record.stage}: {_sources(repeat.cell)}", soft_wrap=True)
-        if not repeats:
-            return verdicts
-        shown = make_plan(r.cell for r in repeats).only({task_name(r.cell.identity, r.record.stage) for r in repeats})
-        with ProgressDisplay(shown, Store(folder), console, timings=Store(results)) as display:
-            runner = Runner(Store(folder), display)
-            try:
-                return verdicts + [compare(r.record, _again(runner, r)) for r in repeats]
-            finally:
-                runner.close()
+    for item in repeats:
+        console.print(f"runs again: {item.cell.label}, {item.record.stage}: {_sources(item.cell)}", soft_wrap=True)
+    if not repeats:
+        return []
+    shown = make_plan(r.cell for r in repeats).only({task_name(r.cell.identity, r.record.stage) for r in repeats})
+    with ProgressDisplay(shown, Store(folder), console, timings=Store(results)) as display:
+        runner = Runner(Store(folder), display)
+        try:
+            return [compare(r.record, _again(runner, r)) for r in repeats]
+        finally:
+            runner.close()
 
 
 def _again(runner: Runner, repeat: Repeat) -> Record:

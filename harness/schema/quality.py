@@ -36,6 +36,20 @@ class DivergenceResult(Schema):
     tail_error: float | None = None
 
 
+class NoiseResult(Schema):
+    """How far the reference moves from itself where nothing was compressed.
+
+    Attributes:
+        what: What was different: `batches of 1` (windows), `float32` or the name of an engine.
+        kl: Mean KL(reference ‖ the same weights again) in nats of each window.
+        kl_mean: Mean over windows.
+    """
+
+    what: str
+    kl: list[float]
+    kl_mean: float
+
+
 class PerplexityResult(Schema):
     """Negative log-likelihoods of one corpus under a protocol of windows with equally many labels.
 
@@ -46,6 +60,7 @@ class PerplexityResult(Schema):
         divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
         exact_keys: Share of the pairs of a scored token and one that it attends to whose key was exact; None where no policy rounds keys.
+        noise: Of the reference, what its arithmetic alone does; empty where it was not asked for.
     """
 
     corpus: str
@@ -58,6 +73,7 @@ class PerplexityResult(Schema):
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
     exact_keys: float | None = None
+    noise: list[NoiseResult] = []
 
 
 class DocumentResult(Schema):

@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import shutil
+from collections.abc import Callable
+from typing import Any
 
+from slimbench.harness.config import engines
 from slimbench.harness.config.schema import RunConfig
-from slimbench.harness.measure import divergence, perplexity
+from slimbench.harness.measure import divergence, noise, perplexity
 from slimbench.harness.measure.loaded import Scores
+from slimbench.harness.measure.memory import room
 from slimbench.harness.measure.perplexity import Windows
-from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.harness.schema.quality import NoiseResult, PerplexityResult
 from slimbench.harness.stages.common import Reporter, load
+from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.tasks import corpora
 from slimbench.util.hashing import digest
+
+_FLOAT32_PEAK = 3.5  # times the bytes of its files, two a parameter: the model as loaded, the same in float32, and some room
 
 
 class Distributions:
@@ -53,6 +60,27 @@ class Distributions:
         measured.divergence = comparison.result(len(windows.ids))
         return measured
 
+    def noise(self, model: Scores, windows: Windows, part: Part) -> list[NoiseResult]:
+        """How far the reference moves from itself on the first windows of a pass.
+
+        In other batches; where memory holds them, on the reference engine and in float32, too.
+        """
+        count = min(self.config.suite.noise_windows or 0, len(windows.ids))
+        return noise.measure(model, windows, count, self._arithmetics(model), self.report.progress, part)
+
+    def _arithmetics(self, model: Scores) -> dict[str, Callable[[], Scores]]:
+        """The same weights otherwise computed with."""
+        key, config = self.reference_key, self.config.model_copy(update={"engine": engines.get("transformers")})
+        assert key is not None, "the reference is measured"
+        if room(model.device) < _FLOAT32_PEAK * artefact.disk_bytes(artefact.location(key)):
+            return {}
+
+        def plain() -> Scores:
+            return Scores.of(load(config, key, self.report, "load reference")[0])
+
+        found = {} if self.config.engine.name == "transformers" else {"transformers": plain}
+        return found if config.model.dtype == "float32" else found | {"float32": lambda: _in_float32(plain())}
+
     def _record(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
         key, positions = self._key(windows), len(windows.ids) * windows.labels
         folder = self.journal.folder / f"distributions-{key}" if self.journal.folder else None
@@ -81,3 +109,8 @@ class Distributions:
                 "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
             }
         )
+
+
+def _in_float32(model: Any) -> Scores:
+    model.module.float()
+    return Scores.of(model)

@@ -54,6 +54,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)])
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
+    if suite.noise_windows and distributions.is_reference and windows:
+        with _timed(result, report, journal, "noise", "comparisons") as kept:
+            result.perplexity[0].noise = distributions.noise(model, windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
         with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
             scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress, kept)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.flags.kinds import competes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
 
@@ -105,12 +106,16 @@ def points(rows: Iterable[Row], x: Measure, y: Measure, limit: float = float("in
 
 
 def front(shown: Sequence[Point], x: Measure, y: Measure) -> list[Point]:
-    """The points that no other beats on both axes at once, best `y` first. Only rows that ended well take part."""
+    """The points that no other beats on both axes at once, best `y` first.
+
+    Only rows that ended well take part, and whose figures no flag takes away.
+    """
     across, up = (-1 if measure.rising else 1 for measure in (x, y))
     members: list[Point] = []
     best = float("inf")
     for point in sorted(shown, key=lambda p: (up * p.y, across * p.x)):
-        if point.row.status in (Status.OK, INCOMPLETE) and across * point.x < best:
+        is_valid = point.row.status in (Status.OK, INCOMPLETE) and competes(point.row.flags, x.key, y.key)
+        if is_valid and across * point.x < best:
             members.append(point)
             best = across * point.x
     return members

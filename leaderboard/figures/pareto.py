@@ -27,7 +27,7 @@ def caption(table: Table) -> str:
     group = _group(table)
     limit = off_scale(group, OFF_SCALE)
     hidden = left_out(group, [p.row for _, shown in _drawn(table) for p in shown] + above(group, limit), "both numbers")
-    note = "Bars are 95 % intervals; the line joins the rows that none beats in both."
+    note = "Bars are 95 % intervals; the line joins the rows that none beats in both, those with an invalidating flag apart."
     return " ".join(filter(None, [note, off_text(group, limit), hidden]))
 
 

@@ -38,7 +38,7 @@ def against(group: Group, y: Measure, x: Measure) -> Plot:
     shown = points(group.rows, x, y, limit)
     if len(shown) < 2:
         raise Unplottable(f"{_rows(len(shown))} with both {y.missing} and {x.missing}")
-    note = "Bars are 95 % intervals; the line joins the rows that none beats in both."
+    note = "Bars are 95 % intervals; the line joins the rows that none beats in both, those with an invalidating flag apart."
     hidden = left_out(group, [p.row for p in shown] + above(group, limit), f"{y.missing} or {x.missing}")
     text = " ".join(filter(None, [note, off_text(group, limit), hidden]))
     title = f"{y.name.capitalize()} against {x.missing}"

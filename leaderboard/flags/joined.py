@@ -23,13 +23,26 @@ def strangers(found: Found, label: str) -> list[str]:
     compress = found.get(Stage.COMPRESS)
     elsewhere = [record for record in found.values() if record.hardware.label != label and label and record.hardware.label]
     measured = [record for stage, record in found.items() if stage is not Stage.COMPRESS]
-    return [*map(_elsewhere, elsewhere), *(flag for record in measured if compress and (flag := _of_other_bytes(record, compress)))]
+    return [
+        *(_elsewhere(record, found) for record in elsewhere),
+        *(flag for record in measured if compress and (flag := _of_other_bytes(record, compress))),
+    ]
 
 
-def _elsewhere(record: Record) -> str:
+def _elsewhere(record: Record, found: Found) -> str:
     if record.stage is Stage.COMPRESS:
         return f"compressed on {record.hardware.label}: the times of compression are of that"
+    if record.quality and (loaded := _bytes(record)) and all(_bytes(other) == loaded for other in found.values()):
+        return f"of the same bytes: quality from {record.hardware.label}"
     return f"{'quality' if record.quality else 'speed'} measured on {record.hardware.label}"
+
+
+def _bytes(record: Record) -> str | None:
+    """The SHA-256 of the artefact that a record made or loaded, where it says so."""
+    if record.compress:
+        return record.compress.artefact
+    result = record.quality or record.speed
+    return result.evidence.artefact if result and result.evidence else None
 
 
 def _of_other_bytes(record: Record, compress: Record) -> str | None:
@@ -37,7 +50,7 @@ def _of_other_bytes(record: Record, compress: Record) -> str | None:
     made = compress.compress.artefact if compress.compress else None
     if result is None or result.evidence is None or made is None:
         return None
-    loaded = result.evidence.artefact
+    loaded = _bytes(record)
     if loaded is None and record.started < compress.started:
         return f"{record.stage} is older than the artefact, and does not say of which bytes it is"
     if loaded is None or loaded == made:

@@ -105,6 +105,7 @@ _NOTE = (
     r"foreign: .+",
     r"imported from .+",
     r"compressed on .+: the times of compression are of that",
+    r"of the same bytes: quality from .+",
     r"\S+ is older than the artefact, and does not say of which bytes it is",
     r".+: .+ of other code than in the newest row of the table",
     r"\S+ was cut off .+",
@@ -201,3 +202,15 @@ def invalidating(flags: Iterable[str], figures: Iterable[Figure]) -> list[str]:
     wanted = frozenset(figures)
     known = [(flag, found) for flag in flags if (found := meaning(flag)) and found.kind is Kind.INVALID]
     return [flag for flag, found in known if not found.spoils or found.spoils & wanted]
+
+
+_OF_FIELD = {
+    **dict.fromkeys(("perplexity", "kl_mean", "accuracy"), Figure.QUALITY),
+    **dict.fromkeys(("decode_tokens_per_s", "speedup"), Figure.DECODE),
+    "prefill_ms": Figure.PREFILL,
+}
+
+
+def competes(flags: Iterable[str], *fields: str) -> bool:
+    """Whether a row may stand on a front of these fields: no flag takes one of them away, or says that the row is not what it is called."""
+    return not invalidating(flags, [_OF_FIELD[field] for field in fields if field in _OF_FIELD])

@@ -106,6 +106,10 @@ class Divergence(Group):
     kl_low: float | None = Field(default=None, description="Lower bound of the KL, bootstrap over windows.")
     kl_high: float | None = Field(default=None, description="Upper bound of the KL, bootstrap over windows.")
     kl_p99: float | None = Field(default=None, description="99th percentile of the KL over tokens, in nats.")
+    kl_noise: float | None = Field(
+        default=None,
+        description="Noise floor of the KL: the largest of the reference's from itself in other batches, in float32, on another engine.",
+    )
     top1_agreement: float | None = Field(
         default=None, description="Fraction of tokens at which row and reference hold the same token most likely, 0..1."
     )

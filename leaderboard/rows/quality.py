@@ -65,17 +65,19 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     )
 
 
-def divergence(ours: QualityResult) -> Divergence:
-    """The distance of a row from its reference, on the first text."""
+def divergence(ours: QualityResult, theirs: QualityResult | None) -> Divergence:
+    """The distance of a row from its reference on the first text, and what arithmetic alone does there; arguments as of `perplexity`."""
     result = ours.perplexity[0].divergence if ours.perplexity else None
+    floor = max((again.kl_mean for head in (theirs or ours).perplexity[:1] for again in head.noise), default=None)
     if result is None:
-        return Divergence()
+        return Divergence(kl_noise=floor)
     low, high = attempt(stats.mean_interval, result.kl, otherwise=UNDEFINED)
     return Divergence(
         kl_mean=result.kl_mean,
         kl_low=low,
         kl_high=high,
         kl_p99=result.kl_p99,
+        kl_noise=floor,
         top1_agreement=fmean(result.top1_agreement),
         delta_p=fmean(result.delta_p),
     )

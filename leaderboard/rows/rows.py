@@ -140,7 +140,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
     return Row.of(
         identity,
         texts_measured,
-        divergence(result),
+        divergence(result, theirs),
         tasks,
         speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
         _size(bearer, compress, evidences[0] if evidences else None),

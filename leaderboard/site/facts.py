@@ -56,6 +56,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Perplexity over seeds": seed_spread(row),
         "KL from the reference": _span(nats, row.kl_mean, row.kl_low, row.kl_high, " nats")
         + ("" if row.kl_p99 is None else f", 99th percentile {nats(row.kl_p99)}"),
+        "KL of the reference from itself": _text(decimal(6), row.kl_noise, " nats at most: other batches, other arithmetic"),
         "Same most likely token": _text(decimal(1, 100), row.top1_agreement, " %"),
         "Change of the true token's probability": _text(decimal(2, 100), row.delta_p, " points"),
         "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),

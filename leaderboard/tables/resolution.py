@@ -30,12 +30,12 @@ _MEASURES = (
 
 
 def resolution(rows: Sequence[Row]) -> list[str]:
-    """A line for each measure in which any row of a table was compared with the reference.
+    """A line for each measure in which any row of a table was compared with the reference, and one for the noise floor of the KL.
 
     `Perplexity on 16 windows, verdicts at ± 1 %: 12 equivalent, 68 worse, 0 unresolved; the median row can show a difference of 5.2 %
     (80 % power); 3 of 80 adjacent rows are told apart.`
     """
-    return [line for measure in _MEASURES if (line := _line(measure, rows))]
+    return [line for line in (*(_line(measure, rows) for measure in _MEASURES), _noise(rows)) if line]
 
 
 def shown_by(row: Row, name: str) -> str:
@@ -62,3 +62,12 @@ def _line(measure: _Measure, rows: Sequence[Row]) -> str:
     apart = [value for row in rows if (value := getattr(row, f"{measure.name}_apart")) is not None]
     adjacent = f"; {sum(apart)} of {len(apart)} adjacent rows are told apart" if apart else ""
     return f"{measure.name.capitalize()} on {shared} {measure.items}, verdicts at ± {measure.margin}: {', '.join(told)}{shown}{adjacent}."
+
+
+def _noise(rows: Sequence[Row]) -> str:
+    floors = [row.kl_noise for row in rows if row.kl_noise is not None]
+    if not floors:
+        return ""
+    near = sum(1 for row in rows if row.kl_low is not None and row.kl_low <= max(floors))
+    floor = f"KL: dense is up to {max(floors):.2g} nats from itself in other batches or another arithmetic"
+    return f"{floor}; {near or 'no'} row{'s' * (near != 1)} cannot be told from that."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slimbench.harness.schema.identity import Status
+from slimbench.leaderboard.flags.kinds import competes
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
 
@@ -77,7 +78,8 @@ def titles(found: Sequence[Table]) -> list[str]:
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
     """The rows that no other beats in perplexity and in `axis` at once: fewest bytes, or most tokens per second.
 
-    Only rows that ended well take part, foreign ones only where there are no others. Sorted from the lowest perplexity on.
+    Only rows that ended well take part, and whose figures no flag takes away; foreign ones only where there are no others. Sorted from the
+    lowest perplexity on.
     """
     sign = -1 if axis == "decode_tokens_per_s" else 1
     foreign_too = all(row.foreign for row in table)
@@ -94,4 +96,5 @@ def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
 
 
 def _competes(row: Row, axis: Axis) -> bool:
-    return row.status in (Status.OK, INCOMPLETE) and row.perplexity is not None and getattr(row, axis) is not None
+    measured = row.perplexity is not None and getattr(row, axis) is not None
+    return measured and row.status in (Status.OK, INCOMPLETE) and competes(row.flags, "perplexity", axis)

@@ -20,6 +20,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.rows import rows
 from tests.support.running import Listener, cell, run
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
@@ -65,6 +66,17 @@ def test_the_same_cell_twice_gives_identical_numbers(runner: Runner, overrides: 
     assert first.perplexity == second.perplexity
     assert first.perplexity[0].divergence
     assert 0 < first.perplexity[0].divergence.kl_mean < 1
+
+
+def test_the_reference_says_how_far_its_arithmetic_moves_it(runner: Runner, overrides: list[str]) -> None:
+    wanted = [*overrides, "model.dtype=bfloat16", "suite.noise_windows=2"]
+    dense = quality(runner, cell(wanted))
+    found = {again.what: again for again in dense.perplexity[0].noise}
+    assert set(found) == {"batches of 1", "float32"} and all(len(again.kl) == 2 for again in found.values())
+    assert 0 < found["float32"].kl_mean < 1e-3, "bfloat16 is not float32, and nothing was compressed"
+    assert not quality(runner, cell(wanted, "method=rtn-4bit")).perplexity[0].noise
+    (row,) = (r for r in rows(runner.store.scan()[0]) if r.kl_noise is not None and not r.is_reference)
+    assert row.kl_noise == max(again.kl_mean for again in found.values()) < row.kl_mean
 
 
 def test_distributions_that_are_gone_are_made_again(runner: Runner, overrides: list[str]) -> None:

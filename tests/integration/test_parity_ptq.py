@@ -99,8 +99,8 @@ def test_fp4_reloads_to_what_the_library_quantized(dense: DenseModel, tmp_path: 
     "grid",
     [
         AWQ(group_size=32),
-        AWQ(bits=3, group_size=32),
-        AWQ(group_size=32, symmetric=True),
+        pytest.param(AWQ(bits=3, group_size=32), marks=pytest.mark.full),
+        pytest.param(AWQ(group_size=32, symmetric=True), marks=pytest.mark.full),
         AWQ(group_size=32, symmetric=True, observer="mse"),
     ],
     ids=["4 bits", "3 bits", "symmetric", "symmetric mse"],
@@ -148,7 +148,10 @@ def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> Non
     assert errors["awq"] < 0.9 * errors["rtn"]
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "clip"), [(4, True, None), (4, True, False), (3, False, None), (2, True, None)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "clip"),
+    [(4, True, None), (3, False, None), *(pytest.param(*case, marks=pytest.mark.full) for case in [(4, True, False), (2, True, None)])],
+)
 @pytest.mark.usefixtures("quick_collections")
 def test_signround_equals_auto_round(dense: DenseModel, tmp_path: Path, bits: int, symmetric: bool, clip: Any) -> None:
     """The library's documented call leaves rounded weights in the model; symmetric ones are packed without any loss."""

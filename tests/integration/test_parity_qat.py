@@ -32,7 +32,9 @@ def packed_weights(folder: Path) -> dict[str, Tensor]:
     return {n: m.dequantize() for n, m in packed.load(folder).named_modules() if isinstance(m, packed.PackedLinear)}
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (3, 64), (8, None)])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(4, 32), pytest.param(3, 64, marks=pytest.mark.full), pytest.param(8, None, marks=pytest.mark.full)]
+)
 def test_qat_equals_torchao_prepared_and_converted(tmp_path: Path, bits: Any, group_size: Any) -> None:
     """In float32 the artefact holds the weights of `QATConfig(base, step="convert")` after the same training."""
     pytest.importorskip("torchao")

@@ -36,6 +36,8 @@ READERS = {
     "leaderboard/site/facts.py": "prints those of a row",
     "leaderboard/site/lines.py": "prints those of a row",
     "leaderboard/site/ranking.py": "reads those of a row",
+    "leaderboard/figures/measures.py": "reads those of rows",
+    "leaderboard/tables/tables.py": "reads those of rows",
     "leaderboard/tables/columns.py": "prints those of a row",
     "leaderboard/tables/readme.py": "of a regular expression",
     "leaderboard/verdicts/gate.py": "prints those of a row",

@@ -54,13 +54,13 @@
   const percent = (p) => (p > 0.999 ? "> 99.9 %" : p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
   const line = (title, held, extra = "") => element("p", {}, element("b", {}, `${title} `), element("a", { href: held.row.href }, held.row.name), ` (${held.row.engine}): ${words(held.row)}${extra}`);
 
-  const flags = (held) => held.row.flags.map((text) => element("p", { className: "flag" }, text));
+  const flags = (held, wanted = () => true) => held.row.flags.filter(wanted).map((text) => element("p", { className: "flag" }, text));
 
   const MOST_LEFT_OUT = 5;
   const leftOut = (box, out) => {
     if (!out.length) return;
     box.append(element("p", { className: "setting" }, `Left out for an invalidating flag${out.length > MOST_LEFT_OUT ? `, ${out.length} in all` : ""}:`));
-    for (const h of out.slice(0, MOST_LEFT_OUT)) box.append(element("p", {}, element("span", {}, `${h.row.name} (${h.row.engine}): ${words(h.row)}`)), ...flags(h));
+    for (const h of out.slice(0, MOST_LEFT_OUT)) box.append(element("p", {}, element("span", {}, `${h.row.name} (${h.row.engine}): ${words(h.row)}`)), ...flags(h, (text) => text.startsWith("invalid: ")));
   };
 
   const advise = (inView, set) => {

@@ -1,7 +1,7 @@
 "use strict";
 // Quality against cost: one point for each cell of a set, its intervals, and the line of those that none beats in both.
 (() => {
-  const { columns, sets, position, value, bounds, offScale, format, element, state, changed, MARKS } = window.slim;
+  const { columns, sets, position, value, bounds, offScale, format, element, state, changed, MARKS, INVALID } = window.slim;
   const AXES = ["weight_bytes", "decode_tokens_per_s", "speedup", "effective_bits", "disk_bytes", "prefill_ms"].filter((key) => key in position);
   const NS = "http://www.w3.org/2000/svg";
   const [LEFT, RIGHT, TOP, BOTTOM] = [58, 14, 12, 44];
@@ -43,7 +43,8 @@
 
   const front = (points, rising) => {
     let best = Infinity;
-    return points.filter((p) => ["ok", "incomplete"].includes(p.row.status)).sort((a, b) => a.y - b.y || (rising ? b.x - a.x : a.x - b.x))
+    const spoiled = INVALID.cell | INVALID.quality | (["decode_tokens_per_s", "speedup"].includes(state.axis) ? INVALID.decode : 0);
+    return points.filter((p) => ["ok", "incomplete"].includes(p.row.status) && !(p.row.invalid & spoiled)).sort((a, b) => a.y - b.y || (rising ? b.x - a.x : a.x - b.x))
       .filter((p) => { const cost = rising ? -p.x : p.x; if (cost >= best) return false; best = cost; return true; });
   };
 
@@ -90,7 +91,7 @@
       root.append(svg("text", { class: "label", x: at.x, y: at.y }, name));
     }
     const families = [...new Set(points.map((p) => p.row.colour))];
-    const legend = element("p", { className: "legend" }, ...families.map((family) => element("span", {}, element("i", { className: `dot ${family}` }), family)), element("span", {}, "dashed: Pareto front"));
+    const legend = element("p", { className: "legend" }, ...families.map((family) => element("span", {}, element("i", { className: `dot ${family}` }), family)), element("span", {}, "dashed: Pareto front, without what a flag takes away"));
     box.append(root, legend);
   };
 

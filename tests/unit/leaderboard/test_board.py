@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -289,6 +290,23 @@ def test_the_front_holds_exactly_the_rows_that_none_beats() -> None:
     ]
     assert {r.pipeline for r in front} == {r.pipeline for r in points} - {r.pipeline for r in beaten}
     assert pareto(made, "decode_tokens_per_s")[0].pipeline in {"dense", "int8"}
+
+
+def test_a_row_stands_on_no_front_of_a_figure_that_a_flag_takes_away() -> None:
+    made = [row for row in rows(board()) if row.status == "ok" and row.perplexity and row.weight_bytes and row.speedup]
+    best = pareto(made, "decode_tokens_per_s")[0]
+    others = [row for row in made if row is not best]
+
+    def stands(flag: str, axis: Literal["weight_bytes", "decode_tokens_per_s"]) -> bool:
+        flagged = best.model_copy(update={"flags": [*best.flags, flag]})
+        return flagged in pareto([*others, flagged], axis)
+
+    assert best in pareto(made, "weight_bytes")
+    assert stands("speed measured on another machine", "weight_bytes")
+    assert not stands("speed measured on another machine", "decode_tokens_per_s")
+    assert not stands("not causal: activations have one scale", "weight_bytes")
+    assert not stands("claims 4 bits, stores 16", "decode_tokens_per_s")
+    assert stands("other load: 1.2 cores", "decode_tokens_per_s")
 
 
 def test_order_of_records_is_without_effect() -> None:

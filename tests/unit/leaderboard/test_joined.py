@@ -81,10 +81,21 @@ def test_a_speed_that_is_older_than_the_artefact_says_so_unless_it_knows_its_byt
 
 
 def test_a_quality_of_another_machine_says_so(made: list[Record]) -> None:
+    record = of(made, Stage.QUALITY)
+    record.hardware = HardwareIdentity(fingerprint="0badcafe", label="Another CPU · 4 threads · 8 GB")
+    assert record.quality and record.quality.evidence
+    for loaded in (None, OTHER):
+        record.quality.evidence.artefact = loaded
+        mine = next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s)
+        assert "quality measured on Another CPU · 4 threads · 8 GB" in mixed(mine.flags)
+        assert invalidating(mine.flags, [Figure.QUALITY]) and not invalidating(mine.flags, [Figure.DECODE, Figure.COST])
+
+
+def test_a_quality_of_the_same_bytes_is_no_less_for_having_been_measured_elsewhere(made: list[Record]) -> None:
     of(made, Stage.QUALITY).hardware = HardwareIdentity(fingerprint="0badcafe", label="Another CPU · 4 threads · 8 GB")
     mine = next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s)
-    assert mixed(mine.flags) == ["quality measured on Another CPU · 4 threads · 8 GB"]
-    assert invalidating(mine.flags, [Figure.QUALITY]) and not invalidating(mine.flags, [Figure.DECODE, Figure.COST])
+    assert "of the same bytes: quality from Another CPU · 4 threads · 8 GB" in mine.flags
+    assert not mixed(mine.flags) and not invalidating(mine.flags, [Figure.QUALITY])
 
 
 def test_a_row_of_older_code_than_its_table_says_so_and_one_of_its_own_method_does_not(made: list[Record]) -> None:

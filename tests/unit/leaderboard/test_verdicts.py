@@ -203,6 +203,17 @@ def test_every_table_says_margin_difference_and_adjacent_rows() -> None:
     assert wanted[0] in Board.of(made).settings[0]["resolution"]
 
 
+def test_a_table_says_how_far_the_reference_is_from_itself() -> None:
+    (table,) = tables(rows(board()))
+    distances = sorted(row.kl_low for row in table.rows if row.kl_low is not None)
+    assert len(distances) > 2
+    floored = [row.model_copy(update={"kl_noise": distances[1]}) for row in table.rows]
+    last = resolution(floored)[-1]
+    assert last.startswith(f"KL: dense is up to {distances[1]:.2g} nats from itself") and last.endswith(
+        "; 2 rows cannot be told from that."
+    )
+
+
 def test_a_table_without_comparisons_claims_nothing() -> None:
     assert resolution(rows(cells(DENSE))) == []
     assert "verdicts at" not in to_markdown(rows(cells(DENSE)))
