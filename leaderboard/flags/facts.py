@@ -81,8 +81,10 @@ def never_exercised(result: QualityResult, theirs: QualityResult | None, compres
     if texts := [text.corpus for text in result.perplexity if text.exact_keys == 1]:
         yield f"policy never exercised by {', '.join(texts)}: the windows are no longer than what stays exact"
     if tasks := [task.task for task in result.zeroshot if task.exact_keys == 1]:
-        which = "any task" if len(tasks) == len(result.zeroshot) else ", ".join(tasks)
-        yield f"policy never exercised in {which}: no prompt is longer than what stays exact"
+        if len(tasks) == len(result.zeroshot):
+            yield "policy never exercised in any task: no prompt is longer than what stays exact"
+        else:
+            yield f"policy never exercised in {', '.join(tasks)}: no prompt is longer than what stays exact"
     claim = compress.compress.claim if compress and compress.compress else None
     if claim is None or theirs is None or claim.format not in _POLICIES or any(task.exact_keys is not None for task in result.zeroshot):
         return

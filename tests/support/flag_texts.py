@@ -40,7 +40,9 @@ READERS = {
     "leaderboard/tables/tables.py": "reads those of rows",
     "leaderboard/tables/columns.py": "prints those of a row",
     "leaderboard/tables/readme.py": "of a regular expression",
+    "leaderboard/tables/verdict.py": "reads those of a row",
     "leaderboard/verdicts/gate.py": "prints those of a row",
+    "leaderboard/verdicts/judged.py": "reads those of a row",
     "leaderboard/tracking/wandb.py": "sends those of a row",
 }
 """Modules that name flags and write none."""
