@@ -70,7 +70,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Groups of tasks %": ", ".join(_changed(group, value, row.group_delta.get(group)) for group, value in row.group_accuracy.items())
         + ("" if row.group_spread is None else f"; changes spread over {decimal(1, 100)(row.group_spread)} points"),
         "Exact keys": _text(
-            decimal(1, 100), row.exact_keys, " % of the attended keys in the windows of the perplexity: the policy rounds the rest"
+            decimal(1, 100), row.exact_keys, " % of the keys that the tokens of the windows attend to; the others are rounded"
         ),
         "Worst task": ""
         if row.worst_task is None

@@ -270,8 +270,8 @@ def test_bytes_by_formula_are_those_of_a_cache_that_a_model_has_filled(name: str
 
 
 def test_two_bits_with_a_residual_are_more_bytes_than_four_without_at_short_contexts_only() -> None:
-    more = [FORMULAS["kv-kivi-2bit"](tokens) > FORMULAS["kv-int4"](tokens) for tokens in (144, 1024, 32768)]
-    assert more == [True, False, False]
+    more = [FORMULAS["kv-kivi-2bit"](tokens) > FORMULAS["kv-int4"](tokens) for tokens in (144, 767, 768, 1024, 32768)]
+    assert more == [True, True, False, False, False]
 
 
 # ----------------------------------------------------------------------------------------------------------------- what stays exact
