@@ -37,7 +37,9 @@ def bench_kernels(
     output_folder(out)
     if device == "cuda" and not hardware().gpus:
         fail("--device cuda, but this machine has no CUDA card that torch can use", 1)
-    table = bench.write(wanted, batch, device, threads, out, console())
+    table, defects = bench.write(wanted, batch, device, threads, out, console())
     from slimbench.leaderboard.figures import kernels
 
     print(f"{len(wanted)} layers → {', '.join(str(path) for path in [table, *kernels.plot(table)])}")
+    if defects:
+        print(f"{defects} rows read faster than memory was read beside them, a defect of the measurement: column `defect`")

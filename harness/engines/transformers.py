@@ -25,8 +25,8 @@ class TransformersModel(LoadedModel):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
-    too, in pieces of the cache's `chunk` tokens: what the cache does to the numbers is seen by every protocol. `scoring` and `max_batch` of
-    the module are those of its policy.
+    too, in pieces that end where a multiple of the cache's `chunk` tokens does: what the cache does to the numbers is seen by every
+    protocol. `scoring`, `max_batch` and `exact_keys` of the module are those of its policy.
     """
 
     def __init__(self, module: Any, device: str) -> None:
@@ -35,6 +35,7 @@ class TransformersModel(LoadedModel):
         self._device = torch.device(device)
         self._devices = [self._device, *sorted({p.device for p in module.parameters() if p.is_cuda} - {self._device}, key=str)]
         self.scoring, self.max_batch = getattr(module, "scoring", "exact"), getattr(module, "max_batch", None)
+        self.exact_keys = getattr(module, "exact_keys", None)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
         if head := module.get_output_embeddings():
@@ -69,8 +70,12 @@ class TransformersModel(LoadedModel):
     @torch.inference_mode()
     def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
         cache = self._new_cache() if state is None else state
-        out = self.module(ids.to(self._device), past_key_values=cache, use_cache=True)
-        return out.logits, out.past_key_values
+        parts = []
+        for piece in _pieces(ids, cache):
+            out = self.module(piece.to(self._device), past_key_values=cache, use_cache=True)
+            parts.append(out.logits)
+            cache = out.past_key_values
+        return torch.cat(parts, 1), cache
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
@@ -113,6 +118,15 @@ class TransformersModel(LoadedModel):
 
 def _library_default() -> None:
     """No cache: the library makes one that keeps everything."""
+
+
+def _pieces(ids: torch.Tensor, cache: Any) -> list[torch.Tensor]:
+    """Tokens [B, T] as they go through a cache after those that it holds: those of a cache with a `chunk` end where one of these does."""
+    chunk = getattr(cache, "chunk", None)
+    if chunk is None:
+        return [ids]
+    first = min(ids.shape[1], chunk - cache.get_seq_length() % chunk)
+    return [ids[:, :first], *(ids[:, first:].split(chunk, 1) if first < ids.shape[1] else ())]
 
 
 def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,9 @@
 """The kernel benchmark: products of packed and dense weights over layer shapes and batches, against the measured roofline.
 
 A product is timed on copies of the weight that together exceed the last-level cache, used in turn, so that each call reads its
-weight from memory, as decoding a large model does. Layers so small that 64 copies do not exceed it are marked `cache`.
+weight from memory, as decoding a large model does. Layers so small that 64 copies do not exceed it are marked `cache`. The roof is
+the bandwidth of reading as many bytes over and over, measured before and after; a product that reads from memory and exceeds it is a
+defect of the measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.sources import CONF_DIR
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.hardware import available_cores, available_memory, hardware
-from slimbench.harness.measure.machine import MachineProbe, last_level_cache
+from slimbench.harness.measure.machine import BandwidthProbe, last_level_cache
 from slimbench.harness.measure.timer import timer
 from slimbench.harness.stats.intervals import median_interval
 from slimbench.util.files import write_atomically
@@ -48,9 +50,11 @@ class KernelRow:
         gigabytes_per_s: Bytes of weight, inputs and outputs over that time.
         gigaflops: 2 · outputs · inputs · batch over that time.
         copy_gbs: Copy bandwidth measured beside it, bytes read and bytes written counted.
-        bandwidth_fraction: `gigabytes_per_s` / `copy_gbs`.
+        read_gbs: Read bandwidth measured before and after it, the better of both, over as many bytes as the copies have together.
+        bandwidth_fraction: `gigabytes_per_s` / `read_gbs`; in tables without a column `read_gbs`, of earlier versions, / `copy_gbs`.
         compute_fraction: `gigaflops` / those of a large matrix product of the same dtype measured beside it.
         speedup: Time of the dense product of the same layer and batch over this one.
+        defect: It reads from memory, and faster than memory was read beside it: a defect of the measurement.
     """
 
     hardware: str
@@ -70,9 +74,11 @@ class KernelRow:
     gigabytes_per_s: float
     gigaflops: float
     copy_gbs: float
+    read_gbs: float
     bandwidth_fraction: float
     compute_fraction: float
     speedup: float
+    defect: bool
 
 
 def plan() -> dict[str, Any]:
@@ -95,11 +101,11 @@ def layers(pattern: str) -> list[tuple[str, int, int]]:
 
 def write(
     layers: Sequence[tuple[str, int, int]], batches: Sequence[int] | None, device: str, threads: int | None, out: Path, console: Console
-) -> Path:
+) -> tuple[Path, int]:
     """Measure and write `kernels-HARDWARE.csv`, row after row, so that what is measured stays if the run is cut short.
 
     Returns:
-        The table.
+        The table, and how many of its rows are defects of the measurement.
     """
     import pandas as pd
     from rich.progress import Progress
@@ -115,7 +121,7 @@ def write(
         for row in run(layers, batches or plan()["batch"], device, threads, show):
             rows.append(to_row(row))
             write_atomically(table, pd.DataFrame(rows).to_csv(index=False).encode())
-    return table
+    return table, sum(row["defect"] for row in rows)
 
 
 def run(
@@ -130,7 +136,7 @@ def run(
     torch.set_num_threads(threads)
     where, dtype = torch.device(device), getattr(torch, plan()["dtype"])
     subjects = list(locate(plan()["subjects"])(where, dtype))
-    probe, peak = MachineProbe(where), _peak_gigaflops(where, dtype)
+    peak = _peak_gigaflops(where, dtype)
     name = hardware().identity(where.type, where.index or 0, threads).label
     total, done = len(layers) * len(subjects), itertools.count(1)
     for model, outputs, inputs in layers:
@@ -140,11 +146,16 @@ def run(
             on_progress(next(done), total)
             if not copies:
                 continue
-            size, copy_gbs = _bytes(copies[0]), probe.read().copy_gbs
+            size = _bytes(copies[0])
             reads = "memory" if size * len(copies) > last_level_cache(where) else "cache"
+            probe = BandwidthProbe(where, reads=size * len(copies))
+            copy_gbs, after = probe.copy_gbs(), probe.read_gbs()
             for batch in batches:
                 x = torch.randn(batch, inputs, device=where).to(dtype)
+                before = after
                 middle, low, high = _time(copies, x)
+                after = probe.read_gbs()
+                read_gbs = max(before, after)
                 dense.setdefault(batch, middle)
                 moved, flops = size + (inputs + outputs) * batch * dtype.itemsize, 2 * outputs * inputs * batch
                 rate, work = moved / middle / 1e3, flops / middle / 1e3
@@ -166,9 +177,11 @@ def run(
                     rate,
                     work,
                     copy_gbs,
-                    rate / copy_gbs,
+                    read_gbs,
+                    rate / read_gbs,
                     work / peak,
                     dense[batch] / middle,
+                    reads == "memory" and rate > read_gbs,
                 )
 
 

@@ -57,8 +57,12 @@ class Instruments:
     flush: CacheFlush | None = None
 
     @classmethod
-    def of(cls, device: torch.device, flush_cache: bool = False, cards: int = 1) -> Instruments:
-        """Everything that this machine has for a device; of several cards the first is watched, and energy is not counted."""
+    def of(cls, device: torch.device, flush_cache: bool = False, cards: int = 1, reads: int = 0) -> Instruments:
+        """Everything that this machine has for a device; of several cards the first is watched, and energy is not counted.
+
+        Args:
+            reads: Bytes that a decode step reads, as of `MachineProbe`.
+        """
         card, meter, missing = gpu.monitor(device), None, None
         try:
             if cards > 1:
@@ -66,7 +70,7 @@ class Instruments:
             meter = energy.meter(device, card)
         except energy.NotReadable as error:
             missing = str(error)
-        return cls(timer(device), MachineProbe(device), meter, missing, card, CacheFlush(device) if flush_cache else None)
+        return cls(timer(device), MachineProbe(device, reads), meter, missing, card, CacheFlush(device) if flush_cache else None)
 
 
 @dataclass(frozen=True)

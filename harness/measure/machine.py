@@ -19,6 +19,8 @@ _BUSY = 0.25
 _STEAL = 0.05
 _BUFFER = 128 * 2**20
 _CACHES = 4
+_LONGEST_READ = 2**30
+_SETTLED = 2**31  # bytes of a reading on a card, so that launches of some microseconds do not count
 _BEST_OF = 5
 _SIDE = {"cpu": 768, "cuda": 4096}
 _UNKNOWN_CACHE = 32 * 2**20
@@ -47,23 +49,63 @@ class CacheFlush:
         self._buffer.zero_()
 
 
-class MachineProbe:
-    """Copy bandwidth and a matrix product on a device, each the best of five.
+class BandwidthProbe:
+    """Copy and read bandwidth of a device, each the best of five.
 
     The copy goes from one buffer to another, each at least four times the last-level cache and written beforehand (untouched
-    memory is one page of zeros, read from the cache). Bytes read and bytes written are both counted. The product is of square
-    float32 matrices, some ten milliseconds on two cores and a few on a card.
+    memory is one page of zeros, read from the cache). Bytes read and bytes written are both counted.
+
+    The read sums float32 numbers over and over, with all threads of torch, as many bytes as a decode step reads: what a cache keeps of
+    them from one step to the next it keeps here too. Of torch's reductions and products the sum reads fastest, on two cores as fast as
+    own code with explicit prefetches (`tests/bench/read_bandwidth.py`).
+
+    Args:
+        reads: Bytes that a decode step reads, where they are known. Those that fit into the last-level cache have no bound by memory;
+            then as much is read as is copied.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._timer = timer(device)
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        size = max(_BUFFER, _CACHES * last_level_cache(device))
-        self._source, self._target = (torch.ones(size // 4, device=device) for _ in range(2))
+    def __init__(self, device: torch.device, reads: int = 0) -> None:
+        self._stopwatch = Stopwatch(device)
+        cache = last_level_cache(device)
+        size = max(_BUFFER, _CACHES * cache)
+        span = min(reads, max(size, _LONGEST_READ)) if reads > cache else size
+        numbers = torch.ones(max(size, span) // 4, device=device)
+        self._source, self._span = numbers[: size // 4], numbers[: span // 4]
+        self._target = torch.ones_like(self._source)
+        self._rounds = math.ceil(_SETTLED / span) if device.type == "cuda" else 1
+        self._copy()
+
+    def copy_gbs(self) -> float:
+        """Measure copies now, GB/s."""
+        return 2 * self._source.nbytes / self._stopwatch.best(self._copy) / 1e6
+
+    def read_gbs(self) -> float:
+        """Measure reads now, GB/s."""
+        self._sum()
+        return self._rounds * self._span.nbytes / self._stopwatch.best(self._sum) / 1e6
+
+    def _copy(self) -> None:
+        self._target.copy_(self._source)
+
+    def _sum(self) -> None:
+        for _ in range(self._rounds):
+            self._total = self._span.sum()
+
+
+class MachineProbe:
+    """Bandwidths and a matrix product on a device, each the best of five.
+
+    The product is of square float32 matrices, some ten milliseconds on two cores and a few on a card.
+
+    Args:
+        reads: Bytes that a decode step reads, as of `BandwidthProbe`.
+    """
+
+    def __init__(self, device: torch.device, reads: int = 0) -> None:
+        self._stopwatch, self._bandwidth = Stopwatch(device), BandwidthProbe(device, reads)
         side = _SIDE.get(device.type, _SIDE["cpu"])
         self._left, self._right, self._product = (torch.ones(side, side, device=device) for _ in range(3))
         self._began = time.perf_counter()
-        self._copy()
         self._multiply()
 
     def restart(self) -> None:
@@ -73,23 +115,29 @@ class MachineProbe:
     def read(self) -> Probe:
         """Measure now."""
         seconds = time.perf_counter() - self._began
-        copy, product = math.inf, math.inf
-        for _ in range(_BEST_OF):
-            copy = min(copy, self._timed(self._copy))
-            product = min(product, self._timed(self._multiply))
         return Probe(
-            copy_gbs=2 * self._source.nbytes / copy / 1e6,
-            matmul_gflops=2 * self._left.shape[0] ** 3 / product / 1e6,
+            copy_gbs=self._bandwidth.copy_gbs(),
+            read_gbs=self._bandwidth.read_gbs(),
+            matmul_gflops=2 * self._left.shape[0] ** 3 / self._stopwatch.best(self._multiply) / 1e6,
             seconds=seconds,
         )
-
-    def _copy(self) -> None:
-        self._target.copy_(self._source)
 
     def _multiply(self) -> None:
         torch.mm(self._left, self._right, out=self._product)
 
-    def _timed(self, work: Callable[[], object]) -> float:
+
+class Stopwatch:
+    """Times work on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._timer = timer(device)
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def best(self, work: Callable[[], object]) -> float:
+        """The least milliseconds of five calls."""
+        return min(self._once(work) for _ in range(_BEST_OF))
+
+    def _once(self, work: Callable[[], object]) -> float:
         self._wait()
         start = self._timer.mark()
         work()

@@ -18,38 +18,48 @@ _EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 
 
 def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool) -> None:
-    """Complete a result whose points are measured: best copy bandwidth, rooflines, highest load, flags.
+    """Complete a result whose points are measured: best bandwidths, rooflines, highest load, flags.
 
     Args:
         disturbances: For each point the flags of its `LoadWatch`.
         cache_size: Bytes of the last-level cache.
         is_reference: Candidate and reference are the same loaded model.
     """
-    result.copy_bandwidth_gbs = max(probe.copy_gbs for point in result.points for probe in point.probes)
+    probes = [probe for point in result.points for probe in point.probes]
+    result.copy_bandwidth_gbs = max(probe.copy_gbs for probe in probes)
+    result.read_bandwidth_gbs = max((probe.read_gbs for probe in probes if probe.read_gbs), default=None)
     for point, seen in zip(result.points, disturbances, strict=True):
         if result.evidence:
-            point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, cache_size)
+            point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)
 
 
-def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, cache_size: int) -> Roofline:
-    """The least time that a decode step can take at the measured copy bandwidth, and the fraction of it that was reached.
+def weights_read(evidence: Evidence) -> int:
+    """Bytes of the weights that a decode step reads: each once for the batch, wherever it lies.
 
-    Every weight is read once for the batch, wherever it lies, the KV cache once for each sequence. Of an embedding table only a
-    few rows are read, unless it is the head too. There is no such bound where all of it fits into the cache, or where
-    only some of the experts of a mixture are read.
+    Of an embedding table only a few rows are read, unless it is the head too.
+    """
+    tied = not any(layer.bytes for layer in evidence.layers if layer.role == "head")
+    return sum(layer.bytes for layer in evidence.layers if layer.role != "embedding" or tied)
+
+
+def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, read_gbs: float | None, cache_size: int) -> Roofline:
+    """The least time that a decode step can take at the measured bandwidth, and the fraction of it that was reached.
+
+    A step reads its weights once, and the KV cache of each sequence. There is no such bound where all of it fits into the cache, or
+    where only some of the experts of a mixture are read.
 
     Args:
         evidence: Of the loaded candidate; gives the bytes of each kind of layer.
         copy_gbs: Best copy bandwidth seen, GB/s.
+        read_gbs: Best read bandwidth seen, GB/s; None where points of an earlier version were gone on with: then the copy's is the roof.
         cache_size: Bytes of the last-level cache.
 
     Source: Williams, Waterman and Patterson, Roofline, CACM 2009.
     """
-    tied = not any(layer.bytes for layer in evidence.layers if layer.role == "head")
-    weights = sum(layer.bytes for layer in evidence.layers if layer.role != "embedding" or tied)
-    found = Roofline(weight_bytes=weights, cache_bytes=point.kv_cache_bytes)
+    weights = weights_read(evidence)
+    found = Roofline(weight_bytes=weights, cache_bytes=point.kv_cache_bytes, bandwidth="read" if read_gbs else "copy")
     if any(_EXPERTS.search(layer.layer) for layer in evidence.layers):
         found.reason = "a mixture of experts reads only some of its weights in each step"
     elif point.kv_cache_bytes is None:
@@ -57,7 +67,7 @@ def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, cache
     elif weights + point.kv_cache_bytes <= cache_size:
         found.reason = "weights and KV cache fit into the last-level cache"
     else:
-        found.bound_ms = (weights + point.kv_cache_bytes) / copy_gbs / 1e6
+        found.bound_ms = (weights + point.kv_cache_bytes) / (read_gbs or copy_gbs) / 1e6
         found.fraction = found.bound_ms / middle(point.candidate.decode_ms, point.processes).value
     return found
 
@@ -76,8 +86,8 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
             found.append(f"A/A: the reference differs from itself by {abs(ratio - 1):.1%}; the machine was not steady")
     if (drift := _drift(point.probes)) > DRIFT:
         found.append(f"the machine's matrix product changed by {drift:.0%}")
-    if point.roofline and point.roofline.fraction is not None and point.roofline.fraction > 1:
-        found.append(f"roofline: {point.roofline.fraction:.0%} of the measured bandwidth: a defect of the measurement")
+    if (roof := point.roofline) and roof.fraction is not None and roof.fraction > 1:
+        found.append(f"roofline: {roof.fraction:.0%} of the measured {roof.bandwidth} bandwidth: a defect of the measurement")
     if point.dropped:
         found.append(f"{point.dropped} pairs of runs dropped: the card was throttled")
     if point.tokens and len(point.tokens.candidate) > 1:

@@ -46,6 +46,8 @@ class EngineLM(TemplateLM):
         self.batch_tokens, self.on_progress = batch_tokens, on_progress
         self.part = part or Part()
         self.forward_tokens = 0
+        self.scored: dict[Any, tuple[int, int]] = {}
+        """Of each text whose likelihood was asked the first position whose logits tell it, and the length."""
 
     @property
     def eot_token_id(self) -> int:
@@ -69,8 +71,10 @@ class EngineLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         self.model.check_scoring("exact", "chunk")
         by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, (_, context, continuation) in enumerate(requests):
-            by_input[tuple((context + continuation)[-(self.model.max_length + 1) :][:-1])].append(index)
+        for index, (text, context, continuation) in enumerate(requests):
+            ids = tuple((context + continuation)[-(self.model.max_length + 1) :][:-1])
+            by_input[ids].append(index)
+            self.scored[text] = max(0, len(ids) - len(continuation)), len(ids)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
         self.on_progress(0, len(requests))
@@ -196,6 +200,9 @@ def measure(
         log_samples=True,
     )
     results = [_result(task, out, suite) for task in sorted(out["samples"])]
+    for result in results:
+        texts = {tuple(asked) for sample in out["samples"][result.task] for asked in sample["arguments"] if isinstance(asked[-1], str)}
+        result.exact_keys = model.exact_share(lm.scored[text] for text in texts if text in lm.scored)
     if calibration is not None:
         for result in results:
             questions = {sample["arguments"][0][0] for sample in out["samples"][result.task]}

@@ -60,6 +60,7 @@ class PerplexityResult(Schema):
         corpus_sha256: Hash of the text that was tokenized.
         divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
+        exact_keys: Share of the pairs of a scored token and one that it attends to whose key was exact; None where no policy rounds keys.
         noise: Of the reference, what its arithmetic alone does; empty where it was not asked for.
     """
 
@@ -72,6 +73,7 @@ class PerplexityResult(Schema):
     perplexity: float
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
+    exact_keys: float | None = None
     noise: list[NoiseResult] = []
 
 
@@ -131,7 +133,8 @@ class ZeroshotItems(Schema):
 
 
 class ZeroshotResult(Schema):
-    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's; `calibration_overlap` as of a perplexity.
+    """One task. `chance` is the mean of 1 / number of choices; `stderr` is lm-eval's; `calibration_overlap` and `exact_keys` as of a
+    perplexity, the latter over the answers whose likelihood was asked.
 
     `items` is empty where an imported file has none: then nothing is paired.
     """
@@ -145,6 +148,7 @@ class ZeroshotResult(Schema):
     num_fewshot: int
     items: ZeroshotItems
     calibration_overlap: float | None = None
+    exact_keys: float | None = None
 
     @cached_property
     def asked(self) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -25,11 +25,13 @@ class Probe(Schema):
 
     Attributes:
         copy_gbs: Copy bandwidth in GB/s, bytes read and bytes written counted.
+        read_gbs: Read bandwidth in GB/s, of as many bytes as a decode step reads; None in records of schema 7.
         matmul_gflops: Product of float32 matrices in GFLOP/s; None in records of schema 1.
         seconds: Since the first counted run of the point; None in records of schema 1.
     """
 
     copy_gbs: float
+    read_gbs: float | None = None
     matmul_gflops: float | None = None
     seconds: float | None = None
 
@@ -45,18 +47,21 @@ class GpuState(Schema):
 
 
 class Roofline(Schema):
-    """The least time of a decode step, if all that must be read came at the measured copy bandwidth.
+    """The least time of a decode step, if all that must be read came at the measured bandwidth.
 
     Attributes:
         weight_bytes: Weights that every step reads, offloaded ones too: all but an embedding table apart from the head.
         cache_bytes: KV cache of the batch halfway through decoding.
-        bound_ms: Their sum / best copy bandwidth of the stage.
+        bandwidth: Which one that is. A step only reads, so it is that of reads; in records of schema 7 it is that of copies, which a
+            step may exceed.
+        bound_ms: Their sum / best such bandwidth of the stage.
         fraction: `bound_ms` / middle decode time: the share of the bandwidth that was reached.
         reason: Why there is no bound.
     """
 
     weight_bytes: int
     cache_bytes: int | None = None
+    bandwidth: Literal["read", "copy"] = "copy"
     bound_ms: float | None = None
     fraction: float | None = None
     reason: str | None = None
@@ -162,6 +167,7 @@ class SpeedResult(Schema):
     Attributes:
         copy_bandwidth_gbs: Best reading of all probes. In schema 1 the source of the copy was untouched memory, so that the figure may
             be that of a cache.
+        read_bandwidth_gbs: The same of reads; None in records of schema 7.
         load: Highest reading of the points, by name.
         flags: One line for each fact that makes a figure doubtful.
     """
@@ -170,6 +176,7 @@ class SpeedResult(Schema):
     memory: MemoryResult = MemoryResult()
     evidence: Evidence | None = None
     copy_bandwidth_gbs: float | None = None
+    read_bandwidth_gbs: float | None = None
     largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
     flags: list[str] = []

@@ -57,7 +57,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     report.phase("first calls")
     first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
-    instruments = latency.Instruments.of(model.device, protocol.flush_cache, cards=len(model.devices))
+    instruments = latency.Instruments.of(model.device, protocol.flush_cache, len(model.devices), soundness.weights_read(found))
     result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)

@@ -113,7 +113,7 @@ def _speed_faults(speed: SpeedResult, imported: bool) -> Iterator[str]:
         if point.reference and len(point.reference.decode_ms) != len(point.candidate.decode_ms):
             yield f"{len(point.candidate.decode_ms)} runs, but {len(point.reference.decode_ms)} of the reference beside them"
         if point.roofline and (point.roofline.fraction or 0) > 1:
-            yield f"{point.roofline.fraction:.0%} of what the copy bandwidth allows"
+            yield f"{point.roofline.fraction:.0%} of what the {point.roofline.bandwidth} bandwidth allows"
     if speed.points and not imported and not (speed.evidence and speed.evidence.kernel):
         yield "a speed without the kernel that ran"
 

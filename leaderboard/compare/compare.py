@@ -144,7 +144,8 @@ def of_rows(index: Index, one: Row, other: Row) -> Comparison:
     Args:
         index: The records that the rows were made of.
     """
-    refused = {figure: flags for figure in (Figure.QUALITY, Figure.DECODE, Figure.PREFILL) if (flags := _of_one_alone(one, other, figure))}
+    figures = (Figure.QUALITY, Figure.ACCURACY, Figure.DECODE, Figure.PREFILL)
+    refused = {figure: flags for figure in figures if (flags := _of_one_alone(one, other, figure))}
     ours, theirs = (None, None) if Figure.QUALITY in refused else (index.quality_of(one), index.quality_of(other))
     return Comparison(
         a=one,
@@ -152,7 +153,7 @@ def of_rows(index: Index, one: Row, other: Row) -> Comparison:
         refused=[Refusal(figure=figure, flags=flags) for figure, flags in refused.items()],
         texts=texts(ours, theirs) if ours and theirs else [],
         divergence=divergence(index, one, other) if ours and theirs else None,
-        accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs else None,
+        accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs and Figure.ACCURACY not in refused else None,
         speed=[speed for speed in _speed(index, one, other) if Figure(speed.phase) not in refused],
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
         disk_ratio=_ratio(one.disk_bytes, other.disk_bytes),

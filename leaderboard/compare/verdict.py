@@ -41,7 +41,9 @@ def verdict(comparison: Comparison) -> str:
     else:
         parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
         parts += [_divergence(comparison.divergence)] if comparison.divergence else []
-        parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else "no accuracy to compare")
+        why = refused.get(Figure.ACCURACY)
+        missing = f"no difference in accuracy, {why}" if why else "no accuracy to compare"
+        parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else missing)
     decode = next((s for s in comparison.speed if s.phase == "decode"), None)
     why = refused.get(Figure.DECODE)
     parts.append(_speed(decode) if decode else f"no ratio of speed, {why}" if why else "no speed to compare")

@@ -1,4 +1,6 @@
-"""The kernel benchmark as a plot: achieved share of the copy bandwidth, and speed against the dense product.
+"""The kernel benchmark as a plot: achieved share of the read bandwidth, and speed against the dense product.
+
+Tables of earlier versions have no read bandwidth: theirs is the share of the copy bandwidth, and says so.
 
 With one batch every layer is a dot beside the name of the kernel; with several the largest layer of each model is a line over them.
 """
@@ -33,10 +35,23 @@ class _Panel(NamedTuple):
     line: float
 
 
-_PANELS = (
-    _Panel("bandwidth_fraction", 100, "% of the copy bandwidth", 100),
-    _Panel("speedup", 1, "times as fast as dense", 1),
-)
+def _panels(table: pd.DataFrame) -> tuple[_Panel, ...]:
+    return (
+        _Panel("bandwidth_fraction", 100, f"% of the {_roof(table)} bandwidth", 100),
+        _Panel("speedup", 1, "times as fast as dense", 1),
+    )
+
+
+def _roof(table: pd.DataFrame) -> str:
+    return "read" if "read_gbs" in table else "copy"
+
+
+def _beyond(table: pd.DataFrame) -> str:
+    """What more than 100 % means."""
+    if _roof(table) == "copy":
+        return "Reads alone can be faster than a copy, so a kernel that does little but read its weight can exceed 100 %."
+    defects = int(table["defect"].sum())
+    return f"More than 100 % from memory is a defect of the measurement: {defects or 'none'} of {len(table)} rows."
 
 
 def plot(path: Path) -> list[Path]:
@@ -83,12 +98,12 @@ def _dots(table: pd.DataFrame) -> Figure:
     rows = table["batch"].iloc[0]
     caption = (
         f"Products at batch {rows}: median of repeated calls, lines are 95 % intervals. Each dot is a layer, the "
-        f"largest of them ({order[0][1]}) on top; hollow where the weight may lie in the cache. Reads alone can be faster than a copy, "
-        "so a kernel that does little but read its weight can exceed 100 %."
+        f"largest of them ({order[0][1]}) on top; hollow where the weight may lie in the cache. {_beyond(table)}"
     )
     height = 1.7 + _ROW * len(subjects)
-    figure, axes = canvas("Packed and dense products", _setting(table), caption, 11, height, len(_PANELS), sharey=True)
-    for ax, panel in zip(axes, _PANELS, strict=True):
+    panels = _panels(table)
+    figure, axes = canvas("Packed and dense products", _setting(table), caption, 11, height, len(panels), sharey=True)
+    for ax, panel in zip(axes, panels, strict=True):
         ax.axvline(panel.line, color=MUTED, linewidth=0.8)
         for model in models:
             _layers(ax, panel, table[table["model"] == model], subjects, order, palette.look(model))
@@ -117,10 +132,11 @@ def _lines(table: pd.DataFrame) -> Figure:
     models = list(dict.fromkeys(table["model"]))
     palette = Palette(tuple(name for name in dict.fromkeys(table["subject"]) if not name.startswith(DENSE)))
     figure = Figure(figsize=(11, 0.8 + 2.9 * len(models)), dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(models), len(_PANELS), squeeze=False)
+    panels = _panels(table)
+    axes = figure.subplots(len(models), len(panels), squeeze=False)
     for row, model in zip(axes, models, strict=True):
         layer = _largest(table[table["model"] == model])
-        for ax, panel in zip(row, _PANELS, strict=True):
+        for ax, panel in zip(row, panels, strict=True):
             ax.axhline(panel.line, color=MUTED, linewidth=0.8)
             _over_batch(ax, panel, layer, palette)
             ax.set_title(f"{model} · {layer['layer'].iloc[0]}", parse_math=False)

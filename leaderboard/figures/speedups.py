@@ -62,7 +62,8 @@ def speedups(group: Group) -> Plot:
     bases = [row for row in group.rows if row.is_reference]
     note = (
         "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals. Thin dotted lines with hollow "
-        "marks: the speed-up if the row moved its weights and KV cache at the measured copy bandwidth (roofline)."
+        "marks: the speed-up if the row read its weights and KV cache at the measured bandwidth (roofline: of reads, in older rows of "
+        "copies)."
     )
     text = " ".join(filter(None, [note, left_out(group, [*shown, *bases], "several speed points")]))
     title = "Speed-up over batch and context"

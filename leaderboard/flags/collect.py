@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from slimbench.harness.schema.evidence import Evidence, simulation
 from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.flags import facts
 from slimbench.leaderboard.flags.declared import declared
@@ -23,13 +24,21 @@ _ROUNDED = 0.06
 _SIMULATED = "simulated: "
 
 
-def flags(bearer: Record, found: Mapping[Stage, Record], rival: Record | None, loss: float | None, losses: list[str]) -> list[str]:
+def flags(
+    bearer: Record,
+    found: Mapping[Stage, Record],
+    rival: Record | None,
+    theirs: QualityResult | None,
+    loss: float | None,
+    losses: list[str],
+) -> list[str]:
     """One line for each thing that a reader must know about a row.
 
     Args:
         bearer: A record with the row's cell.
         found: Its records.
         rival: The speed record of its reference; None for the reference itself.
+        theirs: The quality of its reference; None for the reference itself.
         loss: Perplexity above the reference in per cent.
         losses: What is flagged of its tasks.
     """
@@ -43,6 +52,7 @@ def flags(bearer: Record, found: Mapping[Stage, Record], rival: Record | None, l
     lines += speed.speed.flags if speed and speed.speed else []
     lines += facts.of_speed(speed, rival) if speed and not (compress and compress.simulated) else []
     lines += [*quality.quality.flags, *facts.of_quality(quality.quality)] if quality and quality.quality else []
+    lines += facts.never_exercised(quality.quality, theirs, compress) if quality and quality.quality else []
     lines += losses
     lines += compress.compress.flags if compress and compress.compress else []
     lines += declared(bearer) if quality and quality.quality else []

@@ -12,9 +12,12 @@ from slimbench.harness.schema.speed import SpeedPointResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats.bootstrap import attempt, normal_quantile
 from slimbench.harness.stats.speedups import paired_speedup
+from slimbench.leaderboard.rows.pairing import shared_items
 from slimbench.leaderboard.rows.row import Row
 
 _LEVEL = 0.95
+_POLICIES = ("policy", "kv-cache")
+"""Formats of artefacts that have one; the second is a name of earlier records."""
 
 Place = tuple[str, str, str, str]
 """What tells a row from all others (`Row.place`)."""
@@ -67,6 +70,32 @@ def of_quality(result: QualityResult) -> Iterator[str]:
     accuracy, chance = fmean(task.accuracy for task in tasks), fmean(chances)
     if error is not None and accuracy - normal_quantile(_LEVEL) * error <= chance:
         yield f"accuracy {accuracy:.1%} cannot be told from chance, {chance:.1%}"
+
+
+def never_exercised(result: QualityResult, theirs: QualityResult | None, compress: Record | None) -> Iterator[str]:
+    """Texts and tasks in which a policy did nothing, since they are no longer than what it leaves exact.
+
+    Records of earlier versions do not say how much was exact. There answers whose log-likelihoods are all those of the reference tell it.
+
+    Args:
+        theirs: The quality of the reference, None for the reference itself.
+        compress: The compression, of whose artefact it is known whether it has a policy.
+    """
+    if texts := [text.corpus for text in result.perplexity if text.exact_keys == 1]:
+        yield f"policy never exercised by {', '.join(texts)}: the windows are no longer than what stays exact"
+    if tasks := [task.task for task in result.zeroshot if task.exact_keys == 1]:
+        if len(tasks) == len(result.zeroshot):
+            yield "policy never exercised in any task: no prompt is longer than what stays exact"
+        else:
+            yield f"policy never exercised in {', '.join(tasks)}: no prompt is longer than what stays exact"
+    claim = compress.compress.claim if compress and compress.compress else None
+    if claim is None or theirs is None or claim.format not in _POLICIES or any(task.exact_keys is not None for task in result.zeroshot):
+        return
+    pairs = shared_items(result.zeroshot, theirs.zeroshot)
+    answers = [(ours.items.loglikelihoods, reference.items.loglikelihoods) for ours, reference in pairs if reference]
+    if answers and len(answers) == len(pairs) and all(ours and ours == reference for ours, reference in answers):
+        count = sum(len(ours) for ours, _ in answers)
+        yield f"policy never exercised in any task: all {count:,} items have the log-likelihoods of the reference, to the last digit"
 
 
 def artefact(record: Record | None) -> str | None:

@@ -28,6 +28,7 @@ class Figure(StrEnum):
 
     Attributes:
         QUALITY: Perplexity, KL and accuracy.
+        ACCURACY: Accuracy alone.
         DECODE: Decode times and what follows from them: tokens/s, speed-up.
         PREFILL: Time to the first token.
         MEMORY: Activations, and so the memory that a run needs.
@@ -35,6 +36,7 @@ class Figure(StrEnum):
     """
 
     QUALITY = "quality"
+    ACCURACY = "accuracy"
     DECODE = "decode"
     PREFILL = "prefill"
     MEMORY = "memory"
@@ -74,6 +76,8 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"calibration text inside the test text: .+": (Figure.QUALITY,),
     r"the source was made from .+": (Figure.QUALITY,),
     r"not causal: .+": (Figure.QUALITY,),
+    r"policy never exercised by .+": (Figure.QUALITY,),
+    r"policy never exercised in .+": (Figure.ACCURACY,),
     r"quality measured on .+": (Figure.QUALITY,),
     r"quality of other bytes than the compression .+": (Figure.QUALITY,),
     # times and bytes of something else

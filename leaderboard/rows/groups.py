@@ -249,8 +249,8 @@ class Timing(Group):
     )
     roofline_fraction: float | None = Field(
         default=None,
-        description="Least time of a decode step, if weights and KV cache came at the measured copy bandwidth, over the median time; "
-        "above 1 the measurement is defective.",
+        description="Least time of a decode step, if weights and KV cache came at the measured bandwidth (`roofline_bandwidth`), over the "
+        "median time; above 1 the measurement is defective.",
     )
 
 
@@ -262,6 +262,13 @@ class Speed(Timing):
         default=None,
         description="Share of the tokens chosen in the timed runs of the first speed point that are the reference's at the same place, "
         "mean over pairs of runs, 0..1.",
+    )
+    roofline_bandwidth: str | None = Field(
+        default=None,
+        description="Whose bandwidth the roof is: `read`, or in older records `copy`, which a step may exceed.",
+    )
+    read_bandwidth_gbs: float | None = Field(
+        default=None, description="Median of the read-bandwidth probes while the headline point was measured, GB/s."
     )
     copy_bandwidth_gbs: float | None = Field(
         default=None, description="Median of the copy-bandwidth probes while the headline point was measured, bytes read and written, GB/s."
@@ -305,6 +312,33 @@ class Size(Group):
         default=None, description="Bits stored for each weight of the compressed layers, scales and zeros included."
     )
     sparsity: float | None = Field(default=None, description="Fraction of zeros among the weights of the linear layers, 0..1.")
+
+
+class Cache(Group):
+    """The key-value cache: its bytes where a method rounds it, and of the reference beside such rows; how much of it stayed exact."""
+
+    exact_keys: float | None = Field(
+        default=None,
+        description="Share of the pairs of a scored token and one that it attends to whose key was exact, 0..1, in the windows of the "
+        "first perplexity; none where no policy rounds keys, and in older records.",
+    )
+    cache_bytes_1k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 1,024 tokens.")
+    cache_bytes_2k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 2,048 tokens.")
+    cache_bytes_4k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 4,096 tokens.")
+    cache_bytes_8k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 8,192 tokens.")
+    cache_bytes_16k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 16,384 tokens.")
+    cache_bytes_32k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 32,768 tokens.")
+
+    @classmethod
+    def of_sizes(cls, sizes: object, exact_keys: float | None = None) -> Cache:
+        """From the bytes by number of tokens, as a claim tells them; what is no such number is left out."""
+        known = sizes if isinstance(sizes, dict) else {}
+        told = {f"cache_bytes_{int(tokens) // 1024}k": known[tokens] for tokens in CACHE_TOKENS if isinstance(known.get(tokens), int)}
+        return cls(exact_keys=exact_keys, **told)
+
+
+CACHE_TOKENS = ("1024", "2048", "4096", "8192", "16384", "32768")
+"""Lengths at which a claim tells the bytes of a cache."""
 
 
 class Cost(Group):

@@ -7,6 +7,7 @@ from pydantic import Field
 from slimbench.harness.stats.bootstrap import normal_quantile
 from slimbench.leaderboard.rows.groups import (
     Accuracy,
+    Cache,
     Calibration,
     Cost,
     Divergence,
@@ -20,7 +21,7 @@ from slimbench.leaderboard.rows.groups import (
 )
 
 
-class Row(Calibration, Cost, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
+class Row(Calibration, Cost, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
     """One cell of the board: its groups, and what it is among the other rows."""
 
     rank: int | None = Field(

@@ -18,7 +18,7 @@ from slimbench.leaderboard.flags.collect import flags
 from slimbench.leaderboard.flags.joined import other_code
 from slimbench.leaderboard.rows import changes, steps
 from slimbench.leaderboard.rows import speed as speeds
-from slimbench.leaderboard.rows.groups import Cost, Fidelity, Identity, Size, Speed
+from slimbench.leaderboard.rows.groups import Cache, Cost, Fidelity, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.pairing import items_of, prompts_of
 from slimbench.leaderboard.rows.quality import accuracy, divergence, fidelity, losses, perplexity
@@ -46,7 +46,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     texts = {foreign: _texts([r for r in ordered if foreign or not r.foreign]) for foreign in (False, True)}
     bearers = list(cells(ordered).values())
     alone = list(mapped(lambda bearer: _row(bearer, index if bearer.foreign else index.own, texts[bearer.foreign]), bearers))
-    made = _of_one_code(alone, index)
+    made = _of_one_code(_with_dense_caches(alone, index), index)
     alike = families(zip(made, bearers, strict=True))
     artefacts = {row.place: facts.artefact(index.of_row(row, Stage.COMPRESS)) for row in made}
     board = ranked([Measured(row, index.quality_of(row), family, artefacts[row.place]) for row, family in zip(made, alike, strict=True)])
@@ -129,7 +129,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         hardware=measured.hardware.label,
         fingerprint=here,
         seed=cell.seed,
-        flags=flags(bearer, found, rival, texts_measured.perplexity_delta_percent, losses(tasks)),
+        flags=flags(bearer, found, rival, theirs, texts_measured.perplexity_delta_percent, losses(tasks)),
         foreign=bearer.foreign,
         imported=imported.label if imported else None,
         reason=reason,
@@ -148,6 +148,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         speeds.speed(speed.speed) if speed and speed.speed and not simulated else Speed(),
         _size(bearer, compress, evidences[0] if evidences else None),
         _cost(compress),
+        _cache(compress, result),
         calibration(bearer),
     )
 
@@ -212,6 +213,26 @@ def _cost(record: Record | None) -> Cost:
         trained_parameters=result.trained_parameters,
         tuning_free=result.tuning_free,
     )
+
+
+def _cache(record: Record | None, quality: QualityResult) -> Cache:
+    details = record.compress.claim.details if record and record.compress else {}
+    return Cache.of_sizes(details.get("cache_bytes"), quality.perplexity[0].exact_keys if quality.perplexity else None)
+
+
+def _with_dense_caches(board: Sequence[Row], index: Index) -> list[Row]:
+    """The rows; references with the bytes of their cache, which the claims of rows of the same model and dtype tell beside their own."""
+    dense: dict[tuple[str, str | None], Cache] = {}
+    for row in board:
+        record = index.of_row(row, Stage.COMPRESS) if row.cache_bytes_1k else None
+        if record and record.compress:
+            dense[row.model, row.dtype] = Cache.of_sizes(record.compress.claim.details.get("dense_cache_bytes"))
+    return [
+        row.model_copy(update=found.model_dump(exclude={"exact_keys"}))
+        if row.is_reference and (found := dense.get((row.model, row.dtype)))
+        else row
+        for row in board
+    ]
 
 
 def _texts(records: Sequence[Record]) -> dict[str, list[str]]:

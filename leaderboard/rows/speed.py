@@ -34,7 +34,9 @@ def speed(result: SpeedResult) -> Speed:
         throughput_tokens_per_s=first.throughput_tokens_per_s,
         timed_equal=head.tokens.equal if head and head.tokens else None,
         roofline_fraction=first.roofline_fraction,
-        copy_bandwidth_gbs=_bandwidth(result),
+        roofline_bandwidth=head.roofline.bandwidth if head and head.roofline and head.roofline.fraction is not None else None,
+        read_bandwidth_gbs=_bandwidth([probe.read_gbs for probe in head.probes]) if head else None,
+        copy_bandwidth_gbs=_bandwidth([probe.copy_gbs for probe in head.probes]) if head else None,
         energy_reason=energy.reason if energy else None,
         energy_j_per_token=energy.joules_per_token if energy else None,
         speed_points=[
@@ -48,9 +50,10 @@ def speed(result: SpeedResult) -> Speed:
     )
 
 
-def _bandwidth(result: SpeedResult) -> float | None:
-    """Median of the copy-bandwidth probes around the headline point, GB/s."""
-    return median(probe.copy_gbs for probe in result.points[0].probes) if result.points and result.points[0].probes else None
+def _bandwidth(readings: Sequence[float | None]) -> float | None:
+    """Median of the readings of a probe, GB/s; None where not all of its readings are known."""
+    known = [reading for reading in readings if reading is not None]
+    return median(known) if known and len(known) == len(readings) else None
 
 
 def _timing(point: SpeedPointResult) -> Timing:

@@ -14,6 +14,7 @@ from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.settings import Setting, setting
+from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import Column, comparable
 from slimbench.leaderboard.tables.tables import Axis, Table, pareto, tables, titles
 
@@ -50,7 +51,12 @@ class Board:
     @cached_property
     def settings(self) -> list[Setting]:
         """What stands above the rows of each table."""
-        return list(map(setting, self.tables, titles(self.tables)))
+        return [setting(table, name, self._dense_beside(table)) for table, name in zip(self.tables, titles(self.tables), strict=True)]
+
+    def _dense_beside(self, table: Table) -> str:
+        """How fast dense is on other engines than that of the speed-ups of a table; empty where that is not known."""
+        rows = [row for row in table.rows if row.speedup is not None]
+        return told(dense_by_engine(self.rows, rows[0]), rows[0].engine) if rows else ""
 
     @cached_property
     def table_of(self) -> dict[Place, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.flags.kinds import Figure, labelled, spoiling
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.cache import CACHE
 from slimbench.leaderboard.tables.columns import COLUMNS, places, seed_spread
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, shorten
 from slimbench.leaderboard.tables.resolution import shown_by
@@ -73,6 +74,9 @@ def _quality(row: Row) -> dict[str, str | None]:
         else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",
         "Groups of tasks %": ", ".join(_changed(group, value, row.group_delta.get(group)) for group, value in row.group_accuracy.items())
         + ("" if row.group_spread is None else f"; changes spread over {decimal(1, 100)(row.group_spread)} points"),
+        "Exact keys": _text(
+            decimal(1, 100), row.exact_keys, " % of the keys that the tokens of the windows attend to; the others are rounded"
+        ),
         "Worst task": ""
         if row.worst_task is None
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
@@ -101,8 +105,11 @@ def _speed(row: Row) -> dict[str, str | None]:
         "Speed at": row.speed_point,
         "Speed over the grid": "; ".join(map(_point, row.speed_points)) if len(row.speed_points) > 1 else "",
         "Timed tokens": _text(decimal(1, 100), row.timed_equal, " % as the reference's"),
+        "Roof": _roof(row),
+        "Read bandwidth meanwhile": _text(decimal(1), row.read_bandwidth_gbs, " GB/s"),
         "Copy bandwidth meanwhile": _text(decimal(1), row.copy_bandwidth_gbs, " GB/s"),
         "Memory": ", ".join(f"{name} {megabytes(value)} MB" for name, value in memory.items() if value is not None),
+        "Cache of one sequence": _caches(row),
         "Largest batch that fits": None if row.largest_batch is None else str(row.largest_batch),
         "Energy": _text(decimal(3), row.energy_j_per_token, " J a token")
         if row.energy_j_per_token is not None
@@ -110,6 +117,20 @@ def _speed(row: Row) -> dict[str, str | None]:
         if row.energy_reason
         else None,
     }
+
+
+def _caches(row: Row) -> str:
+    """`1k tokens 5.6 MB, 2k tokens 10.0 MB, …`."""
+    sizes = [column for column in CACHE if column.key.startswith("cache_bytes")] if row.cache_bytes_1k else []
+    return ", ".join(f"{column.header} tokens {column.value(row)} MB" for column in sizes)
+
+
+def _roof(row: Row) -> str:
+    """`43 % of what the read bandwidth allows`; of an older row it says what that bandwidth is not."""
+    if row.roofline_fraction is None:
+        return ""
+    of_copies = "" if row.roofline_bandwidth == "read" else ", measured before reads alone were: these can be faster"
+    return f"{decimal(0, 100)(row.roofline_fraction)} % of what the {row.roofline_bandwidth} bandwidth allows{of_copies}"
 
 
 def _point(point: Mapping[str, Any]) -> str:

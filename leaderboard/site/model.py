@@ -12,6 +12,7 @@ from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board, plural
 from slimbench.leaderboard.site.lines import Line, heads
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from slimbench.leaderboard.tables import cache
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
 
@@ -59,7 +60,7 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         sizes: There is a plot over model sizes.
     """
     sections = [
-        {**setting, "lines": [lines[names.cell(row)] for row in table.rows], "heads": heads(board, number)}
+        {**setting, "lines": [lines[names.cell(row)] for row in table.rows], "heads": heads(board, number), "cache": _caches(table.rows)}
         for number, (table, setting) in enumerate(zip(board.tables, board.settings, strict=True))
         if table.rows[0].model == name
     ]
@@ -76,6 +77,16 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         relatives=_relatives(board, name),
         sizes=sizes,
     )
+
+
+def _caches(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What the key-value caches of a set take at each length; None where no method rounds them."""
+    known = cache.shown(rows)[:_MOST_SCALED]
+    if not known:
+        return None
+    header, texts = cache.cells(known)
+    shown = [[shorten(name, LONGEST_REMARK), *numbers] for name, *numbers in texts]
+    return {"title": cache.TITLE, "reading": cache.READING, "header": header, "rows": shown}
 
 
 def _parameters(rows: Sequence[Row]) -> int | None:

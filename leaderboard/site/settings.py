@@ -13,11 +13,12 @@ from slimbench.leaderboard.tables.tables import Table
 Setting = dict[str, Any]
 
 
-def setting(table: Table, name: str) -> Setting:
+def setting(table: Table, name: str, dense: str = "") -> Setting:
     """Id, name, title, setting, what it can resolve, notes and reference of a table, for its heading.
 
     Args:
         name: What the table is called among all others; the title alone may be that of several.
+        dense: How fast the dense model is on other engines.
     """
     row = table.rows[0]
     notes = [f"The dense source was not of full precision: it was made from {shorten(p, 60)} weights." for p in precisions(table)]
@@ -30,7 +31,12 @@ def setting(table: Table, name: str) -> Setting:
         "name": shorten(name, LONGEST_REMARK),
         "title": shorten(table.title, LONGEST_NAME),
         "setting": shorten(table.setting, LONGEST_REMARK),
-        "resolution": [*anchors(table.rows), *resolution(table.rows), "Intervals are 95 %."],
+        "resolution": [
+            *anchors(table.rows),
+            *resolution(table.rows),
+            *([shorten(dense, LONGEST_REMARK)] if dense else []),
+            "Intervals are 95 %.",
+        ],
         "notes": notes,
         "reference": None if table.reference is None else names.cell_id(table.reference),
     }

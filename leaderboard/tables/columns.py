@@ -226,7 +226,8 @@ COLUMNS = (
     Column(
         "roofline_fraction",
         "Roof\N{NO-BREAK SPACE}%",
-        "Of the decode rate that the measured copy bandwidth would allow, if only weights and KV cache had to be moved.",
+        "Of the decode rate that the measured read bandwidth would allow (of older rows: the copy bandwidth), if only weights and KV cache "
+        "had to be read.",
         decimal(0, 100),
         rising=True,
     ),

@@ -16,6 +16,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import escape
 from slimbench.leaderboard.tables.resolution import anchors, resolution
@@ -40,7 +41,9 @@ def methods(board: Sequence[Row]) -> str:
     """One model under one suite on one engine: what methods cost and give."""
     chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "quick") and row.engine == "transformers"}
     lines = [([escape(name)], chosen[name]) for name in _METHODS]
-    return _table(["Pipeline"], lines, _SHOWN) + _reading(board, [lines[0][1]])
+    dense = lines[0][1]
+    beside = told(dense_by_engine(board, dense), dense.engine)
+    return _table(["Pipeline"], lines, _SHOWN) + _reading(board, [dense]) + (f"\n{beside}\n" if beside else "")
 
 
 def engines(board: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slimbench.harness.stats.equivalence import Verdict
 from slimbench.harness.stats.significance import LEVEL
+from slimbench.leaderboard.flags.kinds import Figure, spoiling
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal
 
@@ -60,7 +61,7 @@ def _perplexity(row: Row) -> str:
 
 
 def _accuracy(row: Row) -> str:
-    if row.accuracy_delta is None or row.accuracy_p is None:
+    if row.accuracy_delta is None or row.accuracy_p is None or spoiling(row.flags, Figure.ACCURACY):
         return ""
     points = decimal(1, 100, signed=True)(row.accuracy_delta)
     if row.accuracy_verdict == Verdict.EQUIVALENT:

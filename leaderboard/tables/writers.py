@@ -17,6 +17,7 @@ from slimbench.leaderboard.rows.row import Row
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from slimbench.leaderboard.tables import cache
 from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
 from slimbench.leaderboard.tables.resolution import anchors, resolution
@@ -68,7 +69,16 @@ def _markdown_table(table: Table) -> str:
         cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in columns), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     said = [line for text in (*anchors(table.rows), *resolution(table.rows)) for line in ("", escape(text))]
-    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), *said, "", *lines, ""])
+    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), *said, "", *lines, *_markdown_cache(table), ""])
+
+
+def _markdown_cache(table: Table) -> list[str]:
+    rows = cache.shown(table.rows)
+    if not rows:
+        return []
+    heads, texts = cache.cells(rows)
+    lines = [heads, ["---", *("--:" for _ in heads[1:])], *([escape(name), *numbers] for name, *numbers in texts)]
+    return ["", f"### {cache.TITLE}", "", cache.READING, "", *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 def to_terminal(board: Sequence[Row]) -> RenderableType:
@@ -83,8 +93,26 @@ def to_terminal(board: Sequence[Row]) -> RenderableType:
             for note in notes_of(row):
                 numbers.setdefault(note, len(numbers) + 1)
         notes = [Text(f"{number:>3}  {shorten(note, 300)}", style="dim") for note, number in numbers.items()]
-        parts += [_Fitted(table, numbers), *notes, Text("")]
+        parts += [_Fitted(table, numbers), *notes, Text(""), *_terminal_cache(table)]
     return Group(*parts, Text("\n".join(READING), style="dim"))
+
+
+def _terminal_cache(table: Table) -> list[RenderableType]:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    rows = cache.shown(table.rows)
+    if not rows:
+        return []
+    heads, texts = cache.cells(rows)
+    printed = RichTable(title=Text(cache.TITLE), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    printed.add_column(heads[0], overflow="fold", min_width=12)
+    for head in heads[1:]:
+        printed.add_column(head, justify="right")
+    for name, *numbers in texts:
+        printed.add_row(Text(shorten(name, 60)), *map(Text, numbers))
+    return [printed, Text(cache.READING, style="dim"), Text("")]
 
 
 @dataclass(frozen=True)

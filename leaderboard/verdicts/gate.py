@@ -26,6 +26,7 @@ from slimbench.leaderboard.tables.format import decimal
 
 Metric = Literal["accuracy", "perplexity"]
 _UNITS: dict[Metric, str] = {"accuracy": "items", "perplexity": "windows"}
+_READS: dict[Metric, tuple[Figure, ...]] = {"accuracy": (Figure.QUALITY, Figure.ACCURACY), "perplexity": (Figure.QUALITY,)}
 _LISTED = 8
 _percent = decimal(1, 100)
 
@@ -104,7 +105,7 @@ def gate(
     recovery, count = _recovery(metric, row, _quality(index, row), _quality(index, reference))
     level = 1 - confidence
     above, below = recovery.above(asked), recovery.below(asked)
-    flags = [] if include_flagged else invalidating([*row.flags, *reference.flags], [Figure.QUALITY])
+    flags = [] if include_flagged else invalidating([*row.flags, *reference.flags], _READS[metric])
     answer = Answer.UNDECIDED if flags else Answer.SHOWN if above <= level else Answer.BELOW if below <= level else Answer.UNDECIDED
     open_question = answer is Answer.UNDECIDED and not flags and not math.isnan(above)
     low, high = recovery.bounds(confidence)

@@ -15,6 +15,7 @@ from slimbench.harness.stats.bootstrap import attempt
 from slimbench.harness.stats.equivalence import ACCURACY_MARGIN, PERPLEXITY_MARGIN, Verdict
 from slimbench.harness.stats.losses import AnswerLoss, Loss, MeanLoss
 from slimbench.harness.stats.significance import LEVEL
+from slimbench.leaderboard.flags.kinds import Figure, spoiling
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.pairing import paired_answers, paired_windows
 from slimbench.leaderboard.rows.row import Row
@@ -34,6 +35,7 @@ class Measure:
 
     Attributes:
         name: Beginning of the row's fields.
+        figure: What an invalidating flag takes away of a row that has no verdict for it; None: none does.
         margin: In the unit of the loss.
         rank: Field of the rank: rows that have one share their items.
         merit: By which the rows of a table are adjacent; more is better.
@@ -44,6 +46,7 @@ class Measure:
     """
 
     name: str
+    figure: Figure | None
     margin: float
     rank: str
     merit: Callable[[Row], float]
@@ -65,6 +68,7 @@ def _of_items(loss: Loss) -> dict[str, Any]:
 MEASURES = (
     Measure(
         "perplexity",
+        None,
         PERPLEXITY_MARGIN,
         "rank",
         lambda row: -(row.perplexity or math.inf),
@@ -75,6 +79,7 @@ MEASURES = (
     ),
     Measure(
         "accuracy",
+        Figure.ACCURACY,
         ACCURACY_MARGIN,
         "accuracy_rank",
         lambda row: row.accuracy or 0.0,
@@ -110,7 +115,8 @@ def judged(board: Sequence[Paired]) -> list[Row]:
 
 def _verdicts(measure: Measure, table: dict[int, Paired]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The verdict of each row of a table that shares something with its reference, and what would resolve it."""
-    losses = {place: loss for place, (_, *results) in table.items() if (loss := _loss(measure, *results))}
+    sound = {place: results for place, (row, *results) in table.items() if not (measure.figure and spoiling(row.flags, measure.figure))}
+    losses = {place: loss for place, results in sound.items() if (loss := _loss(measure, *results))}
     judgements = equivalence.judge([equivalence.p_values(loss, measure.margin) for loss in losses.values()])
     unresolved = sum(verdict is Verdict.UNRESOLVED and not math.isnan(p) for verdict, p in judgements)
     for (place, loss), (verdict, p) in zip(losses.items(), judgements, strict=True):

@@ -280,9 +280,11 @@ def timing(speed: Json) -> Json:
             found["speedup"], (found["speedup_low"], found["speedup_high"]) = middle(ratios.tolist(), runs)
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
-    probes = [probe["copy_gbs"] for probe in speed["points"][0].get("probes", [])] if points else []
+    probes = speed["points"][0].get("probes", []) if points else []
     first["timed_equal"] = (speed["points"][0].get("tokens") or {}).get("equal") if points else None
-    return first | {"speed_points": points} | ({"copy_bandwidth_gbs": float(np.median(probes))} if probes else {})
+    readings = {name: [probe.get(f"{name}_gbs") for probe in probes] for name in ("copy", "read")}
+    bandwidths = {f"{name}_bandwidth_gbs": float(np.median(seen)) for name, seen in readings.items() if seen and None not in seen}
+    return first | {"speed_points": points} | bandwidths
 
 
 def size(compress: Json | None, quality: Json | None, speed: Json | None) -> Json:

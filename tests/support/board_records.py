@@ -351,12 +351,19 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
                 candidate=Samples(prefill_ms=around(4 * spec.decode_ms), decode_ms=around(spec.decode_ms)),
                 reference=Samples(prefill_ms=around(184.0), decode_ms=around(46.0)),
                 first_call_ms=900.0,
-                probes=[Probe(copy_gbs=gbs, matmul_gflops=gflops, seconds=t) for gbs, gflops, t in ((10.6, 96.0, 0.0), (11.0, 99.0, 9.0))],
+                probes=[
+                    Probe(copy_gbs=gbs, read_gbs=gbs + 1.5, matmul_gflops=gflops, seconds=t)
+                    for gbs, gflops, t in ((10.6, 96.0, 0.0), (11.0, 99.0, 9.0))
+                ],
                 half_widths={"decode": 0.021, "prefill": 0.027, "reference_decode": 0.019, "speedup": 0.024},
                 stopped="target",
                 kv_cache_bytes=3_317_760,
                 roofline=Roofline(
-                    weight_bytes=round(DENSE_BYTES * spec.size), cache_bytes=3_317_760, bound_ms=24.8, fraction=24.8 / spec.decode_ms
+                    weight_bytes=round(DENSE_BYTES * spec.size),
+                    cache_bytes=3_317_760,
+                    bandwidth="read",
+                    bound_ms=24.8,
+                    fraction=24.8 / spec.decode_ms,
                 ),
                 energy=EnergyResult(reason="RAPL not readable: Permission denied"),
                 load={"other_cores": 0.02, "steal": 0.0, "load_average": 2.1},
@@ -371,6 +378,7 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
         ),
         evidence=_evidence(spec, spec.flags),
         copy_bandwidth_gbs=11.0,
+        read_bandwidth_gbs=12.5,
         largest_batch=LargestBatch(batch=64, limited_by="cap", bytes_per_sequence=6_100_000),
         flags=["load average 3.1 on 2 cores while measuring"] if spec.pipeline == "nf4" else [],
     )

@@ -18,7 +18,7 @@ WRITERS = {
     "harness/store/partial.py": ("Journal.remarks",),
     "leaderboard/flags/collect.py": ("_cut_off", "_grid_of_the_source"),
     "leaderboard/flags/declared.py": ("declared", "_training"),
-    "leaderboard/flags/facts.py": ("of_speed", "_above_the_bytes", "of_quality"),
+    "leaderboard/flags/facts.py": ("of_speed", "_above_the_bytes", "of_quality", "never_exercised"),
     "leaderboard/flags/joined.py": ("strangers", "_elsewhere", "_of_other_bytes", "other_code"),
     "leaderboard/rows/quality.py": ("losses",),
 }
@@ -40,7 +40,9 @@ READERS = {
     "leaderboard/tables/tables.py": "reads those of rows",
     "leaderboard/tables/columns.py": "prints those of a row",
     "leaderboard/tables/readme.py": "of a regular expression",
+    "leaderboard/tables/verdict.py": "reads those of a row",
     "leaderboard/verdicts/gate.py": "prints those of a row",
+    "leaderboard/verdicts/judged.py": "reads those of a row",
     "leaderboard/tracking/wandb.py": "sends those of a row",
 }
 """Modules that name flags and write none."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
-from slimbench.methods.formats.kv.scheme import Scheme
+from slimbench.methods.formats.kv.scheme import CHUNK, Scheme
 from slimbench.methods.formats.policy import Policy, Scoring
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class CachePolicy(Policy):
     def scoring(self) -> Scoring:
         return "chunk" if self.residual_length else "exact"
 
+    @abstractmethod
+    def exact_keys(self, tokens: int) -> int:
+        """Pairs of a query and a key that it attends to, itself included, whose key is not rounded, of the `tokens` · (`tokens` + 1) / 2
+        pairs of a text that is scored from its first token on.
+        """
+
     def neutral(self) -> CachePolicy:
         return replace(self, residual_length=_ALL)  # type: ignore[type-var]
 
@@ -43,7 +49,7 @@ class CachePolicy(Policy):
         """An empty cache for a model of this config."""
 
     def install(self, model: Any) -> None:
-        model.new_cache = lambda: self.new(model.config)
+        model.new_cache, model.exact_keys = (lambda: self.new(model.config)), self.exact_keys
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,19 @@ class OwnCache(CachePolicy):
         if shape.head_dim % 8:
             raise Unsupported(f"the head dimension {shape.head_dim} is not a multiple of 8")
 
+    def exact_keys(self, tokens: int) -> int:
+        """Without a residual none; else a token sees those keys exactly that came since the residual was full last, and itself."""
+        if not self.residual_length:
+            return 0
+        whole, rest = divmod(tokens, self.residual_length)
+        return whole * _pairs(self.residual_length) + _pairs(rest)
+
     def new(self, config: Any) -> Cache:
         from slimbench.methods.formats.kv.quantized import QuantizedLayer, StoredCache
 
         layers = full_attention_layers(config)
         cache = StoredCache([QuantizedLayer(self.keys, self.values, self.residual_length) for _ in range(layers)])
-        cache.chunk = math.gcd(cache.chunk, self.residual_length)
+        cache.chunk = math.gcd(CHUNK, self.residual_length)
         return cache
 
 
@@ -103,13 +116,29 @@ class TransformersCache(CachePolicy):
         if shape.head_dim % self.q_group_size:
             raise Unsupported(f"group_size {self.q_group_size} does not divide the head dimension {shape.head_dim}")
 
+    def exact_keys(self, tokens: int) -> int:
+        """A piece sees itself and the residual exactly. The first is rounded at once; later ones stay until the residual is full."""
+        exact = residual = 0
+        chunk = math.gcd(CHUNK, self.residual_length)
+        for first in range(0, tokens, chunk):
+            piece = min(chunk, tokens - first)
+            exact += piece * residual + _pairs(piece)
+            leaves = first == 0 or (residual and residual + 1 >= self.residual_length)
+            residual = 0 if leaves else residual + piece
+        return exact
+
     def new(self, config: Any) -> Cache:
         from slimbench.methods.formats.kv.quantized import LibraryCache
 
         full_attention_layers(config)
         cache = LibraryCache(config=config, **asdict(self))
-        cache.chunk = math.gcd(cache.chunk, self.residual_length)
+        cache.chunk = math.gcd(CHUNK, self.residual_length)
         return cache
+
+
+def _pairs(tokens: int) -> int:
+    """Pairs of a token and one that it attends to, itself included."""
+    return tokens * (tokens + 1) // 2
 
 
 def facts(policy: CachePolicy, dense: DenseModel) -> dict[str, Any]:

@@ -9,10 +9,11 @@ Integers lie on the grid of `methods.kernels.grid`, `x ≈ (q - mid) · s + o`, 
 `x ≈ q · s` with s = max|x| / 448 over the row. Scales and offsets are kept in the dtype of the model.
 
 With a residual the newest tokens stay as they are, in the order of KIVI (arXiv 2402.02750, Algorithm 1): new tokens attend to the stored
-history, to the residual and to each other exactly, and only then the cache is brought up to date. Along channels the residual leaves
-whenever `residual_length` tokens are full (so it holds 0 to `residual_length` - 1 tokens), along tokens only what is older than the
-newest `residual_length` leaves. Without a residual new tokens are stored first, and attention reads what is stored, the tokens
-themselves included; then it makes no difference in how many pieces a text goes through the cache.
+history, to the residual and to each other exactly, and only then the cache is brought up to date. Keys leave the residual whenever
+`residual_length` tokens are full (so it holds 0 to `residual_length` - 1 of them), of the values only what is older than the newest
+`residual_length` leaves, whatever their axis: so caches of one residual hold the same tokens exactly. Without a residual new tokens are
+stored first, and attention reads what is stored, the tokens themselves included; then it makes no difference in how many pieces a text
+goes through the cache.
 
 A text that is scored goes through a cache with a residual in pieces that divide the residual: so each token sees the keys that it would
 see if tokens came one by one. Of the values it sees the newest `residual_length` and those of its own piece exactly, at most one piece
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache
 
-from slimbench.methods.formats.kv.scheme import Scheme
+from slimbench.methods.formats.kv.scheme import CHUNK, Scheme
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight, unpack
 from slimbench.methods.kernels.rounding import round_to_grid
 from slimbench.util.compat.transformers import quantized_states
@@ -113,10 +114,11 @@ class Side:
 
     Args:
         residual_length: Newest tokens that stay exact; 0: none.
+        at_once: They leave together when so many are full, as keys do; else each when it is older than that.
     """
 
-    def __init__(self, scheme: Scheme, residual_length: int) -> None:
-        self.scheme, self.residual_length = scheme, residual_length
+    def __init__(self, scheme: Scheme, residual_length: int, at_once: bool) -> None:
+        self.scheme, self.residual_length, self.at_once = scheme, residual_length, at_once
         self.stored: Stored | None = None
         self.residual: Tensor | None = None
 
@@ -135,7 +137,7 @@ class Side:
         return seen
 
     def _leaving(self, recent: int) -> int:
-        if self.scheme.axis == "channel":
+        if self.at_once:
             return recent // self.residual_length * self.residual_length
         return max(0, recent - self.residual_length)
 
@@ -160,7 +162,7 @@ class QuantizedLayer(DynamicLayer):
 
     def __init__(self, keys: Scheme, values: Scheme, residual_length: int) -> None:
         super().__init__()
-        self._make = lambda: (Side(keys, residual_length), Side(values, residual_length))
+        self._make = lambda: (Side(keys, residual_length, at_once=True), Side(values, residual_length, at_once=False))
         self.sides, self.length = self._make(), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -202,7 +204,7 @@ class StoredCache(Cache):
         chunk: Tokens that go through it at once while whole texts are scored.
     """
 
-    chunk = 64
+    chunk = CHUNK
 
     def stored_bytes(self) -> int:
         return sum(layer_bytes(layer) for layer in self.layers)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+CHUNK = 64
+"""Tokens that go through a cache at once while a text is scored, or as many as divide these and the residual."""
+
 
 @dataclass(frozen=True)
 class Scheme:

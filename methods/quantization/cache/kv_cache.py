@@ -36,12 +36,13 @@ class _KVCache(Method):
 
 @dataclass(frozen=True)
 class KVInt(_KVCache):
-    """Each token by itself, rounded to nearest as soon as it comes: attention reads nothing that is not rounded.
+    """Each token by itself, rounded to nearest; without a residual as soon as it comes, so that attention reads only what is rounded.
 
     Attributes:
         bits: Bits of a number, before scales.
         group_size: Numbers of a token and head that share a scale, a divisor of the head dimension; None: all of them.
         symmetric: Centre the grid on zero; else fit it to the smallest and largest number of the group.
+        residual_length: Newest tokens that stay exact, as in KIVI: then only the axis of the keys differs from it; None: no token does.
     """
 
     name = "kv-int"
@@ -50,10 +51,15 @@ class KVInt(_KVCache):
     bits: Literal[2, 4, 8] = 8
     group_size: Literal[32, 64, 128] | None = None
     symmetric: bool = True
+    residual_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.residual_length is not None and self.residual_length < 1:
+            raise ValueError(f"residual_length must be positive, not {self.residual_length}; without one no token stays exact")
 
     def policy(self) -> CachePolicy:
         scheme = Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        return OwnCache(scheme, scheme)
+        return OwnCache(scheme, scheme, self.residual_length or 0)
 
 
 @dataclass(frozen=True)

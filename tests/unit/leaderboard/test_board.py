@@ -453,10 +453,12 @@ def test_decode_time_over_model_sizes_is_drawn_with_its_bound() -> None:
     board = rows([r for spec in specs for r in records(spec)])
     (drawn,) = scaling.series(board)
     assert [point[0] for point in drawn.points] == ["a", "b", "c"]
-    assert drawn.points[2][2] == pytest.approx(350, rel=0.1) and drawn.copy_gbs > 0
+    assert drawn.points[2][2] == pytest.approx(350, rel=0.1) and (drawn.gbs, drawn.bandwidth) == (12.3, "read")
     slower = replace(drawn, name="slower", points=tuple((model, size, 1.5 * ms) for model, size, ms in drawn.points))
     picture = scaling.draw([slower, drawn], "svg")
-    assert b"copy bandwidth" in picture and [picture.count(b">%c</text>" % model) for model in b"abc"] == [1, 1, 1]
+    assert b"bound at 12 GB/s, the read bandwidth" in picture and [picture.count(b">%c</text>" % model) for model in b"abc"] == [1, 1, 1]
+    older = replace(drawn, name="older", gbs=9.0, bandwidth="copy")
+    assert b"bound at 9 GB/s, the copy bandwidth" in scaling.draw([drawn, older], "svg"), "what reads could do there is not known"
     assert scaling.series(rows(records(Spec()))) == []
 
 

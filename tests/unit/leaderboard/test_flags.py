@@ -15,11 +15,15 @@ from slimbench.harness.schema.evidence import simulation
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.compare.compare import compare
+from slimbench.leaderboard.compare.verdict import verdict
 from slimbench.leaderboard.flags.kinds import CATALOGUE, WITHOUT_MEANING, Figure, Kind, invalidating, kind, meaning, shown, spoiling
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names, ranking
 from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.tables.verdict import verdict as sentence
+from slimbench.leaderboard.verdicts.gate import Answer, gate
 from slimbench.methods.base import Claim
 from tests.support import flag_texts
 from tests.support.board_records import Spec, board, records
@@ -235,6 +239,79 @@ def test_an_accuracy_at_chance_is_told(committed: list[Record]) -> None:
     assert any(re.fullmatch(r"accuracy 2\d\.\d% cannot be told from chance, 25.0%", flag) for flag in row_of(lost).flags)
     lost[1].quality.zeroshot[0].chance = None  # type: ignore[union-attr]
     assert row_of(lost).flags == [], "chance is not known for all tasks"
+
+
+def with_policy(tasks: float | None = None, windows: float | None = None, format_: str = "policy") -> list[Record]:
+    """Dense and a method with a policy of the cache, of which so much was exact; its answers are another method's."""
+    made = records(DENSE) + records(GPTQ)
+    made[3].compress.claim = replace(made[3].compress.claim, format=format_)  # type: ignore[union-attr]
+    ours = made[4].quality
+    assert ours
+    for task in ours.zeroshot:
+        task.exact_keys = tasks
+    ours.perplexity[0].exact_keys = windows
+    return made
+
+
+def alike(made: list[Record], but: int = 0) -> list[Record]:
+    """The method gives the log-likelihoods of dense, but for so many items."""
+    ours, theirs = made[4].quality, made[1].quality
+    assert ours and theirs
+    for task, other in zip(ours.zeroshot, theirs.zeroshot, strict=True):
+        other.items.loglikelihoods = [[-1.5, -2.25 - number] for number in range(len(other.items))]
+        task.items.loglikelihoods = [list(values) for values in other.items.loglikelihoods]
+        for number in range(but):
+            task.items.loglikelihoods[number][0] -= 1e-4
+    return made
+
+
+def unexercised(made: list[Record]) -> list[str]:
+    assert not [flag for flag in row_of(made, "dense").flags if flag.startswith("policy")], "the reference has no policy"
+    return [flag for flag in row_of(made).flags if flag.startswith("policy never exercised")]
+
+
+def test_tasks_and_texts_that_exercise_no_policy_are_told() -> None:
+    assert unexercised(with_policy(tasks=0.999, windows=0.06)) == []
+    assert unexercised(with_policy(tasks=1.0, windows=0.06)) == [
+        "policy never exercised in any task: no prompt is longer than what stays exact"
+    ]
+    assert unexercised(with_policy(tasks=0.5, windows=1.0)) == [
+        "policy never exercised by wikipedia: the windows are no longer than what stays exact"
+    ]
+    some = with_policy(tasks=0.5)
+    some[4].quality.zeroshot[1].exact_keys = 1.0  # type: ignore[union-attr]
+    name = some[4].quality.zeroshot[1].task  # type: ignore[union-attr]
+    assert unexercised(some) == [f"policy never exercised in {name}: no prompt is longer than what stays exact"]
+
+
+def test_answers_of_older_records_that_are_those_of_dense_exercise_no_policy() -> None:
+    told = ["policy never exercised in any task: all 600 items have the log-likelihoods of the reference, to the last digit"]
+    assert unexercised(alike(with_policy())) == unexercised(alike(with_policy(format_="kv-cache"))) == told
+    assert unexercised(alike(with_policy(), but=1)) == []
+    assert unexercised(with_policy()) == [], "no likelihoods are kept"
+    assert unexercised(alike(with_policy(format_="huggingface"))) == [], "weights have no policy"
+    assert unexercised(alike(with_policy(tasks=0.5))) == [], "it is known how much was exact"
+
+
+def test_the_committed_rows_whose_tasks_exercise_no_policy(committed: list[Record]) -> None:
+    found = {row.pipeline: flag for row in rows(committed) for flag in row.flags if flag.startswith("policy never exercised")}
+    assert found.keys() == {"kv-kivi-4bit", "kv-kivi-2bit"} and all("all 160 items" in flag for flag in found.values())
+
+
+def test_an_accuracy_that_exercised_no_policy_is_no_pass() -> None:
+    """Whether answers were recorded as equal or not: no verdict, no comparison, no gate by it; perplexity stands."""
+    made = alike(with_policy(tasks=1.0, windows=0.06))
+    for task, other in zip(made[4].quality.zeroshot, made[1].quality.zeroshot, strict=True):  # type: ignore[union-attr]
+        task.items.correct = list(other.items.correct)
+    row = row_of(made)
+    assert invalidating(row.flags, [Figure.ACCURACY]) and not invalidating(row.flags, [Figure.QUALITY])
+    assert row.accuracy_verdict is None and row.perplexity_verdict is not None
+    assert "accuracy" not in sentence(row, row_of(made, "dense")) and "perplexity" in sentence(row, row_of(made, "dense"))
+    found = compare(made, "gptq", None)
+    assert found.accuracy is None and found.texts and "no difference in accuracy, since gptq has the flag" in verdict(found)
+    assert gate(made, "gptq", 0.5).answer is Answer.UNDECIDED and gate(made, "gptq", 0.5, metric="perplexity").answer is Answer.SHOWN
+    exercised = alike(with_policy(tasks=0.5))
+    assert row_of(exercised).accuracy_verdict is not None and gate(exercised, "gptq", 0.5).answer is Answer.SHOWN
 
 
 def files(made: list[Record], sha256: str) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.measure import kernels as bench
+from slimbench.harness.measure import machine
 from slimbench.leaderboard.figures import kernels
 
 LAYERS = [("small", 64, 256), ("small", 48, 128)]
@@ -23,11 +25,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_COPIES", 2)
     monkeypatch.setattr(bench, "_SAMPLES", 7)
     monkeypatch.setattr(bench, "_SAMPLE_MS", 0.05)
+    monkeypatch.setattr(machine, "_BUFFER", 2**20)
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 2**18)
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> pd.DataFrame:
-    return pd.read_csv(bench.write(LAYERS, [1, 3], "cpu", 1, tmp_path, Console(quiet=True)))
+    return pd.read_csv(bench.write(LAYERS, [1, 3], "cpu", 1, tmp_path, Console(quiet=True))[0])
 
 
 def test_each_row_describes_itself_and_its_figures_agree(table: pd.DataFrame) -> None:
@@ -40,7 +44,27 @@ def test_each_row_describes_itself_and_its_figures_agree(table: pd.DataFrame) ->
     assert own["gigabytes_per_s"] == pytest.approx(moved / own["microseconds"] / 1e3, rel=1e-2)
     assert own["gigaflops"] == pytest.approx(2 * 64 * 256 * own["batch"] / own["microseconds"] / 1e3, rel=1e-2)
     assert (table["low"] <= table["microseconds"]).all() and (table["microseconds"] <= table["high"]).all()
-    assert (table["reads"] == "cache").all()
+    assert (table["reads"] == "cache").all() and not table["defect"].any(), "memory is no roof of what lies in the cache"
+    assert table["bandwidth_fraction"].to_numpy() == pytest.approx((table["gigabytes_per_s"] / table["read_gbs"]).to_numpy(), rel=1e-2)
+
+
+def test_a_product_from_memory_that_is_faster_than_reading_it_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "last_level_cache", lambda device: 1)
+    monkeypatch.setattr(bench.BandwidthProbe, "read_gbs", lambda probe: next(readings))
+    readings = itertools.cycle([1e-6, 1e9, 1e-6])
+    path, defects = bench.write(LAYERS[:1], [1, 3], "cpu", 1, tmp_path, Console(quiet=True))
+    written = pd.read_csv(path)
+    assert (written["reads"] == "memory").all() and defects == 0, "the better of the readings before and after is the roof"
+    readings = itertools.repeat(1e-6)
+    path, defects = bench.write(LAYERS[:1], [1, 3], "cpu", 1, tmp_path, Console(quiet=True))
+    written = pd.read_csv(path)
+    assert written["defect"].all() and defects == len(written)
+    assert b"a defect of the measurement: " in kernels.draw(written[written["batch"] == 1], "svg").replace(b"\n", b" ")
+
+
+def test_tables_of_earlier_versions_are_shares_of_the_copy_bandwidth(table: pd.DataFrame) -> None:
+    older = table.drop(columns=["read_gbs", "defect"])
+    assert b"% of the copy bandwidth" in kernels.draw(older, "svg") and b"% of the read bandwidth" in kernels.draw(table, "svg")
 
 
 def test_the_plot_is_drawn_beside_the_table(table: pd.DataFrame, tmp_path: Path) -> None:

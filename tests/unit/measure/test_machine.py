@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pynvml
 import pytest
 import torch
 
 from slimbench.harness.measure import gpu, hardware, machine
-from slimbench.harness.measure.machine import CacheFlush, LoadWatch, MachineProbe, last_level_cache
+from slimbench.harness.measure.machine import BandwidthProbe, CacheFlush, LoadWatch, MachineProbe, last_level_cache
+from slimbench.util.compat.torch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 BUSY = [sys.executable, "-S", "-c", "import time\nend = time.time() + {}\nwhile time.time() < end: pass"]
@@ -25,9 +29,63 @@ def test_the_probe_reads_what_the_machine_can_do() -> None:
     probe = MachineProbe(CPU)
     probe.restart()
     reading = probe.read()
+    assert reading.read_gbs is not None and 0.1 < reading.read_gbs < 10_000
     assert 0.1 < reading.copy_gbs < 10_000 and reading.matmul_gflops is not None and reading.matmul_gflops > 0.1
     assert reading.seconds is not None and reading.seconds < 0.1
-    assert probe._source.nbytes >= 4 * last_level_cache(CPU), "else the cache is measured"
+    assert probe._bandwidth._source.nbytes >= 4 * last_level_cache(CPU), "else the cache is measured"
+
+
+class Reads(TorchDispatchMode):
+    """The bytes that sums read, told apart by where they lie, and how many times each was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sum.default:
+            self.seen[args[0].data_ptr(), args[0].nbytes] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("reads", "span"),
+    [
+        (0, 2**20),  # not known: four times the cache
+        (2**17, 2**20),  # lies in the cache, so memory is no bound
+        (3 * 2**18, 3 * 2**18),  # partly in the cache: as much as the step
+        (3 * 2**20, 3 * 2**20),
+        (2**40, 2**22),  # the longest that is read
+    ],
+)
+def test_as_much_is_read_as_a_step_reads_and_its_rate_is_bytes_over_time(reads: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_BUFFER", 2**18), ("_LONGEST_READ", 2**22), ("last_level_cache", lambda device: 2**18)):
+        monkeypatch.setattr(machine, name, value)
+    probe, times = BandwidthProbe(CPU, reads), iter([7.0, 3.0, 2.0, 5.0, 4.0])
+    timed: list[Counter[tuple[int, int]]] = []
+
+    def once(work: Callable[[], object]) -> float:
+        with Reads() as seen:
+            work()
+        timed.append(seen.seen)
+        return next(times)
+
+    monkeypatch.setattr(probe._stopwatch, "_once", once)
+    assert probe.read_gbs() == pytest.approx(span / 2.0 / 1e6), "the best of five"
+    assert len(timed) == 5 and all(list(seen.items()) == [((probe._span.data_ptr(), span), 1)] for seen in timed)
+    assert probe._source.nbytes == probe._target.nbytes == 2**20, "as much is copied whatever is read"
+
+
+def test_every_number_is_read_anew() -> None:
+    probe = BandwidthProbe(CPU)
+    assert probe._span.nbytes >= 4 * last_level_cache(CPU), "else the cache is measured"
+    assert probe._span.untyped_storage().nbytes() >= probe._span.nbytes, "no number stands for several"
+    for place in (0, probe._span.numel() // 3, -1):
+        probe._sum()
+        before = float(probe._total)
+        probe._span[place] += 2**20
+        probe._sum()
+        assert float(probe._total) == before + 2**20
 
 
 def test_sizes_of_caches_are_read_as_the_kernel_writes_them() -> None:

@@ -33,32 +33,35 @@ def point(decode_ms: float = 50.0, reference_ms: float | None = None, probes: tu
         new_tokens=17,
         candidate=samples(decode_ms),
         reference=samples(reference_ms) if reference_ms else None,
-        probes=[Probe(copy_gbs=gbs, matmul_gflops=10 * gbs) for gbs in probes],
+        probes=[Probe(copy_gbs=gbs, read_gbs=1.3 * gbs, matmul_gflops=10 * gbs) for gbs in probes],
         stopped="target",
         kv_cache_bytes=9_000_000,
     )
 
 
-def test_the_bound_is_the_bytes_that_must_move_over_the_bandwidth() -> None:
-    found = roofline(point(50.0), TIED, copy_gbs=10.0, cache_size=CACHE)
+def test_the_bound_is_the_bytes_that_must_be_read_over_the_bandwidth_of_reads() -> None:
+    found = roofline(point(50.0), TIED, copy_gbs=7.0, read_gbs=10.0, cache_size=CACHE)
+    assert found.bandwidth == "read"
     assert (found.weight_bytes, found.cache_bytes) == (251_000_000, 9_000_000), "a tied embedding is read as the head"
     assert found.bound_ms == pytest.approx(26.0)
     assert found.fraction == pytest.approx(0.52, rel=0.01)
-    assert roofline(point(), UNTIED, 10.0, CACHE).weight_bytes == 250_000_000, "only rows of the embedding are read"
+    assert roofline(point(), UNTIED, 7.0, 10.0, CACHE).weight_bytes == 250_000_000, "only rows of the embedding are read"
 
 
 def test_where_there_is_no_bound_there_is_a_reason() -> None:
-    small = roofline(point(), evidence(layer("linear", 1000)), 10.0, CACHE)
-    experts = roofline(point(), evidence(layer("linear", 10**9), layer("other", 10**9, "MixtralExperts")), 10.0, CACHE)
-    hidden = roofline(point().model_copy(update={"kv_cache_bytes": None}), TIED, 10.0, CACHE)
+    small = roofline(point(), evidence(layer("linear", 1000)), 7.0, 10.0, CACHE)
+    experts = roofline(point(), evidence(layer("linear", 10**9), layer("other", 10**9, "MixtralExperts")), 7.0, 10.0, CACHE)
+    hidden = roofline(point().model_copy(update={"kv_cache_bytes": None}), TIED, 7.0, 10.0, CACHE)
     assert small.fraction is experts.fraction is hidden.fraction is None
     assert "fit into" in (small.reason or "") and "experts" in (experts.reason or "") and "KV cache" in (hidden.reason or "")
 
 
 def test_more_than_the_bandwidth_is_a_defect() -> None:
     measured = point(20.0)
-    measured.roofline = roofline(measured, TIED, 10.0, CACHE)
-    assert flags(measured, [], False) == ["roofline: 130% of the measured bandwidth: a defect of the measurement (1×128+17)"]
+    measured.roofline = roofline(measured, TIED, 7.0, 10.0, CACHE)
+    assert flags(measured, [], False) == ["roofline: 130% of the measured read bandwidth: a defect of the measurement (1×128+17)"]
+    measured.roofline = roofline(measured, TIED, 7.0, 13.1, CACHE)
+    assert flags(measured, [], False) == [], "faster than a copy, and no faster than reads can be"
 
 
 def test_a_reference_that_differs_from_itself_is_flagged() -> None:
@@ -86,6 +89,16 @@ def test_a_result_is_judged_by_the_best_bandwidth_of_all_its_points() -> None:
     memory = MemoryResult(weight_bytes=1, process_bytes=1, process_peak_bytes=1)
     result = SpeedResult(points=points, memory=memory, evidence=TIED, copy_bandwidth_gbs=0.0)
     judge(result, [["busy"], []], CACHE, is_reference=False)
-    assert result.copy_bandwidth_gbs == 10.0
-    assert [p.roofline.bound_ms for p in points if p.roofline] == pytest.approx([26.0, 26.0])
+    assert (result.copy_bandwidth_gbs, result.read_bandwidth_gbs) == (10.0, 13.0)
+    assert [p.roofline.bound_ms for p in points if p.roofline] == pytest.approx([20.0, 20.0])
     assert (result.load, result.flags) == ({"other_cores": 0.5}, ["busy (1×128+17)"])
+
+
+def test_points_of_an_earlier_version_keep_the_bandwidth_of_copies_as_their_roof() -> None:
+    old = point()
+    for probe in old.probes:
+        probe.read_gbs = None
+    result = SpeedResult(points=[old], evidence=TIED)
+    judge(result, [[]], CACHE, is_reference=False)
+    assert result.read_bandwidth_gbs is None and old.roofline is not None
+    assert (old.roofline.bandwidth, old.roofline.bound_ms) == ("copy", pytest.approx(26.0))

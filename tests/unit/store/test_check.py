@@ -58,7 +58,7 @@ def _linear_of_eight_bits(data: dict[str, Any]) -> None:
         (Stage.QUALITY, _linear_of_eight_bits, "claims 4.25 bits for 400000000 weights, but its files have only"),
         (Stage.QUALITY, _set(4.0, "quality", "evidence", "layers", 0, "bits_per_weight"), "4 bits a weight of Linear, but 2000 bytes"),
         (Stage.COMPRESS, _set(7, "compress", "disk_bytes"), "disk_bytes 7, but its files have"),
-        (Stage.SPEED, _set(1.2, "speed", "points", 0, "roofline", "fraction"), "120% of what the copy bandwidth allows"),
+        (Stage.SPEED, _set(1.2, "speed", "points", 0, "roofline", "fraction"), "120% of what the read bandwidth allows"),
         (Stage.SPEED, _set(None, "speed", "evidence", "kernel"), "a speed without the kernel that ran"),
         (Stage.SPEED, lambda data: data["speed"]["points"][0]["reference"]["decode_ms"].pop(), "21 runs, but 20 of the reference"),
         (Stage.SPEED, lambda data: data.pop("stage"), "not a valid record: stage"),

@@ -226,10 +226,99 @@ def test_the_claim_tells_the_bytes_from_1k_to_32k_tokens(name: str, tmp_path: Pa
     steps = [(taken[str(2 * n)] - taken[str(n)]) / n for n in LENGTHS[:-1]]
     assert max(steps) == min(steps), "bytes of a token, whatever came before it"
     scale_bits = {"kv-int8": 32 / 32, "kv-fp8": 32 / 32}.get(name, 64 / 32)
-    bits = {"kv-int8": 8, "kv-fp8": 8, "kv-int4": 4, "kv-kivi-4bit": 4, "kv-kivi-2bit": 2}[name]
+    bits = {"kv-int8": 8, "kv-fp8": 8, "kv-int4": 4, "kv-int4-residual": 4, "kv-kivi-4bit": 4, "kv-kivi-2bit": 2}[name]
     assert steps[0] == 2 * LAYERS * HEAD_DIM * (bits + scale_bits) / 8
     assert claim.details["cache_bits"] == pytest.approx(bits + scale_bits, rel=0.02)
     assert claim.bits is None and not claim.simulated
+
+
+FORMULAS = {
+    "kv-int8": lambda tokens: 2 * tokens * (HEAD_DIM + 4),
+    "kv-fp8": lambda tokens: 2 * tokens * (HEAD_DIM + 4),
+    "kv-int4": lambda tokens: 2 * tokens * (HEAD_DIM // 2 + 8),
+    "kv-int4-residual": lambda tokens: _with_residual(tokens, HEAD_DIM // 2 + 8),
+    "kv-kivi-4bit": lambda tokens: _with_residual(tokens, HEAD_DIM // 2 + 8),
+    "kv-kivi-2bit": lambda tokens: _with_residual(tokens, HEAD_DIM // 4 + 8),
+    "dense": lambda tokens: 2 * tokens * HEAD_DIM * 4,
+}
+"""Bytes of a layer with one head of float32: codes, a float32 scale and, but for symmetric and floating grids, an offset for 32 numbers."""
+
+
+def _with_residual(tokens: int, rounded: int) -> int:
+    """Keys leave when 128 are there; of the values the newest 128 are exact, 4 bytes a number.
+
+    Args:
+        rounded: Bytes of a token that is rounded.
+    """
+    old_keys, old_values = tokens // 128 * 128, max(0, tokens - 128)
+    return (old_keys + old_values) * rounded + (2 * tokens - old_keys - old_values) * HEAD_DIM * 4
+
+
+@pytest.mark.parametrize("name", [*OWN, "dense"])
+def test_bytes_by_formula_are_those_of_a_cache_that_a_model_has_filled(name: str, tmp_path: Path, dense: DenseModel) -> None:
+    """At a length that the claim tells, and at one that leaves a residual."""
+    model = loaded(entry(name).method, dense, tmp_path)
+    claim = artefact.read_manifest(tmp_path).claim
+    for tokens in (200, 1024):
+        seen = model.cache_bytes(model.prefill(tiny.tokens(samples=1, length=tokens).ids).state)
+        assert seen == LAYERS * FORMULAS[name](tokens)
+    if name != "dense":
+        assert (claim.details["cache_bytes"]["1024"], claim.details["dense_cache_bytes"]["1024"]) == (
+            seen,
+            LAYERS * FORMULAS["dense"](1024),
+        )
+
+
+def test_two_bits_with_a_residual_are_more_bytes_than_four_without_at_short_contexts_only() -> None:
+    more = [FORMULAS["kv-kivi-2bit"](tokens) > FORMULAS["kv-int4"](tokens) for tokens in (144, 767, 768, 1024, 32768)]
+    assert more == [True, True, False, False, False]
+
+
+# ----------------------------------------------------------------------------------------------------------------- what stays exact
+
+
+class Tagged(QuantizedLayer):
+    """A layer that counts, token by token, which of the keys that it gives to attention are the ones that came."""
+
+    came: Tensor
+    exact = pairs = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        before = self.length
+        self.came = torch.cat([self.came, key_states], 2) if before else key_states
+        seen = super().update(key_states, value_states)
+        kept = (seen[0] == self.came).all(-1)[0, 0]
+        for token in range(before, self.length):
+            self.exact += int(kept[: token + 1].sum())
+            self.pairs += token + 1
+        return seen
+
+
+@pytest.mark.parametrize("tokens", [100, 128, 129, 300, 512])
+@pytest.mark.parametrize("name", OWN)
+def test_exact_keys_are_those_that_attention_is_given_unrounded(name: str, tokens: int) -> None:
+    """Counted in a cache that is filled as texts are scored: none is right for all lengths but the count."""
+    policy = entry(name).method.policy()  # type: ignore[attr-defined]
+    cache = policy.new(config())
+    layer = Tagged(policy.keys, policy.values, policy.residual_length)
+    for piece in states(1, 1, tokens, 32).split(cache.chunk, 2):
+        layer.update(piece, piece)
+    assert (layer.exact, layer.pairs) == (policy.exact_keys(tokens), tokens * (tokens + 1) // 2)
+    assert (layer.exact == layer.pairs) == (policy.residual_length >= tokens)
+
+
+def test_int4_with_the_residual_of_kivi_holds_the_same_tokens_exactly() -> None:
+    ours, theirs = (entry(name).method.policy() for name in ("kv-int4-residual", "kv-kivi-4bit"))  # type: ignore[attr-defined]
+    assert dataclasses.replace(ours, keys=theirs.keys) == theirs, "but for the axis of the keys they are one"
+    layers = [policy.new(config()).layers[0] for policy in (ours, theirs)]
+    x = states(1, 1, 150, 32)
+    for layer in layers:
+        for piece in x.split(50, 2):
+            seen = layer.update(piece, piece)
+        keys, values = seen
+        assert torch.equal(keys, x) and torch.equal(values, x), "the residual was full within the last piece"
+        keys, values = layer.update(x[:, :, :1], x[:, :, :1])
+        assert [int((part[:, :, :150] == x).all(-1).sum()) for part in (keys, values)] == [150 - 128, 128]
 
 
 # --------------------------------------------------------------------------------------------------------------- through the engine
@@ -249,7 +338,8 @@ def run(method: Method, dense: DenseModel, out: Path) -> Claim:
 def loaded(method: Method, dense: DenseModel, out: Path) -> TransformersModel:
     claim = run(method, dense, out)
     artefact.write_manifest(out, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))
-    model = TransformersEngine({FORMAT: "slimbench.methods.formats.policy.load"}).load(out, "cpu")
+    loaders = {FORMAT: "slimbench.methods.formats.policy.load", "huggingface": "slimbench.harness.engines.transformers.load_pretrained"}
+    model = TransformersEngine(loaders).load(out, "cpu")
     assert isinstance(model, TransformersModel)
     return model
 
@@ -295,6 +385,25 @@ def test_without_a_residual_chunks_make_no_difference_to_logits(method: Method, 
     whole = model.logits(IDS[:, :80])
     for chunk in (1, 17):
         torch.testing.assert_close(through(model, IDS[:, :80], chunk), whole, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [64, 128, 200])
+def test_long_pieces_go_through_the_cache_in_those_of_the_policy(chunk: int, dense: DenseModel, tmp_path: Path) -> None:
+    """`suite.chunk` cannot make a window exact that would not be."""
+    model = loaded(KIVI_2, dense, tmp_path)
+    logits = through(model, IDS, chunk)
+    torch.testing.assert_close(logits, model.logits(IDS))
+    assert (logits - dense.load()(IDS).logits).abs().max() > 1e-2
+
+
+def test_the_share_of_exact_keys_is_of_the_tokens_that_are_scored(dense: DenseModel, tmp_path: Path) -> None:
+    plain = TransformersModel(dense.load(), "cpu")
+    assert plain.exact_share([(0, 200)]) is None, "nothing rounds keys"
+    model = loaded(KIVI_2, dense, tmp_path)
+    assert model.exact_share([(0, 64)]) == 1 and model.exact_share([]) is None
+    assert model.exact_share([(64, 66)]) == (1 + 2) / (65 + 66), "the second window of 64 has begun"
+    assert model.exact_share([(64, 66), (0, 1)]) == (1 + 2 + 1) / (65 + 66 + 1)
+    assert loaded(KVInt(), dense, tmp_path / "int8").exact_share([(0, 200)]) == 0
 
 
 def test_kivi_is_exact_until_something_leaves_the_residual(dense: DenseModel, tmp_path: Path) -> None:
@@ -390,6 +499,8 @@ def test_what_does_not_fit_is_refused_in_one_line(dense: DenseModel, tmp_path: P
         KIVI(residual_length=40)
     with pytest.raises(ValueError, match="positive multiple of group_size 32, not 0"):
         KIVI(residual_length=0)
+    with pytest.raises(ValueError, match="residual_length must be positive, not 0; without one no token stays exact"):
+        KVInt(residual_length=0)
     with pytest.raises(ValueError, match="e4m3 floats have 8 bits"):
         Scheme(number="e4m3", bits=4)
     with pytest.raises(ValueError, match="group_size is missing"):
