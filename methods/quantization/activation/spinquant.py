@@ -12,8 +12,9 @@ On SmolLM2-135M W4A4 is no better than QuaRot: perplexity 48.7 against 45.8 (den
 the authors' 8 × 2048. The grid of inputs is not why: under one random rotation, with weights in full precision, this one loses less than
 QuaRot's. Nor is the output projection, whose inputs both transform within heads there, in the weights. What learning has to beat is strong:
 it starts from Hadamard matrices, which spread an outlier evenly, where orthogonal matrices without that structure lose far more. The
-bound on a step, not the rate, sets its length as long as gradients are large, so that steps of few tokens, mostly noise, lead away from there:
-60 random steps of that length cost a tenth of the perplexity. `spinquant-w4a4-sym` rounds inputs as QuaRot does.
+bound on a step, not the rate, sets its length as long as gradients are large, so that steps of few tokens, mostly noise, lead away from
+there: the loss of the first batch went from 4.27 to 4.25 in the 100 steps of that run. A rate that is smaller by as much as a step sees
+fewer tokens (0.05) is the setting to try. `spinquant-w4a4-sym` rounds inputs as QuaRot does.
 """
 
 from __future__ import annotations
