@@ -53,14 +53,15 @@ lock: setup
 board: setup
 	$(BIN)/slimbench board build --results results --out board
 
-# The two pictures of the README, from the records of reference.
+# The pictures of README and docs, from the records of reference.
 pictures: board
 	cp board/pareto-smollm2-135m-quick-quick-cpu.png docs/images/front.png
 	cp board/sizes.png docs/images/sizes.png
+	cp board/figures/grids-smollm2-135m-screen.png docs/images/grids.png
 
 # The tables of README and docs, from the records of reference.
 readme: setup
-	$(BIN)/python -P -m slimbench.leaderboard.tables.readme results README.md docs/methods.md
+	$(BIN)/python -P -m slimbench.leaderboard.tables.readme results README.md docs/methods.md docs/grids.md
 
 clean:
 	rm -rf $(VENV) runs board

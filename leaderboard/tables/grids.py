@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,15 @@ def splits(study: Study) -> Lines:
     ]
 
 
-def markdown(studies: list[Study]) -> str:
+def markdown(studies: Sequence[Study]) -> str:
     """All tables, those of a study under its title."""
-    return "\n".join(_markdown(studies))
+    return "".join(f"{line}\n" for line in _markdown(studies))
 
 
-def _markdown(studies: list[Study]) -> Iterator[str]:
+def _markdown(studies: Sequence[Study]) -> Iterator[str]:
     for study in studies:
-        yield f"**{study.title}, {len(study.dense)} windows**\n"
+        yield f"**{study.title}, {len(study.dense)} windows**"
+        yield ""
         for lines in (losses(study), orders(study), splits(study)):
             if lines:
                 yield from (f"| {' | '.join(words)} |" for words in (lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)))

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard import coverage
+from slimbench.leaderboard.compare.grids import Study, studies
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables import grids
 from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import escape
@@ -63,15 +65,21 @@ def coverage_totals(board: Sequence[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"methods": methods, "engines": engines, "coverage": coverage_totals}
+GRIDS = "grids"
 
 
-def filled(text: str, board: Sequence[Row]) -> str:
-    """The text with every table that it asks for written anew."""
+def filled(text: str, board: Sequence[Row], studies: Sequence[Study] = ()) -> str:
+    """The text with every table that it asks for written anew.
+
+    Args:
+        studies: Methods on common grids, for the tables of those.
+    """
 
     def write(found: re.Match[str]) -> str:
-        return f"<!-- {found[1]}: begin -->\n{TABLES[found[1]](board)}<!-- {found[1]}: end -->"
+        table = grids.markdown(studies) if found[1] == GRIDS else TABLES[found[1]](board)
+        return f"<!-- {found[1]}: begin -->\n{table}<!-- {found[1]}: end -->"
 
-    return re.sub(rf"<!-- ({'|'.join(TABLES)}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join([*TABLES, GRIDS])}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
 
 
 def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
@@ -110,9 +118,10 @@ def _lines(cells: Sequence[Sequence[str]]) -> str:
 
 def main(results: Path, files: Sequence[Path]) -> None:
     """Write the tables of the files anew."""
-    board = rows(Store(results).scan()[0])
+    records = Store(results).scan()[0]
+    board, found = rows(records), studies(records)
     for file in files:
-        write_atomically(file, filled(file.read_text(encoding="utf-8"), board).encode())
+        write_atomically(file, filled(file.read_text(encoding="utf-8"), board, found).encode())
 
 
 if __name__ == "__main__":
