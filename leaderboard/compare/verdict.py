@@ -42,7 +42,7 @@ def verdict(comparison: Comparison) -> str:
         parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
         parts += [_divergence(comparison.divergence)] if comparison.divergence else []
         why = refused.get(Figure.ACCURACY)
-        missing = f"no difference in accuracy, {why}" if why else "no accuracy to compare"
+        missing = f"accuracy is not compared, {why}" if why else "no accuracy to compare"
         parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else missing)
     decode = next((s for s in comparison.speed if s.phase == "decode"), None)
     why = refused.get(Figure.DECODE)

@@ -74,9 +74,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",
         "Groups of tasks %": ", ".join(_changed(group, value, row.group_delta.get(group)) for group, value in row.group_accuracy.items())
         + ("" if row.group_spread is None else f"; changes spread over {decimal(1, 100)(row.group_spread)} points"),
-        "Exact keys": _text(
-            decimal(1, 100), row.exact_keys, " % of the keys that the tokens of the windows attend to; the others are rounded"
-        ),
+        "Exact keys": _text(decimal(1, 100), row.exact_keys, " % of the keys that tokens of the windows attend to; the others are rounded"),
         "Worst task": ""
         if row.worst_task is None
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
