@@ -242,9 +242,8 @@ def _points(entry: Any) -> list[Any]:
     if not isinstance(entry, dict):
         return [entry]
     values = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
-    for key, value in values.items():
-        if not value:
-            raise ValueError(f"the list of '{key}' is empty; give at least one number")
+    if empty := [key for key, value in values.items() if not value]:
+        raise ValueError(f"the list of '{empty[0]}' is empty; give at least one number")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 

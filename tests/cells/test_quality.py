@@ -22,6 +22,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.rows import rows
 from tests.support.running import Listener, cell, run
+from tests.support.tiny import save_talking
 
 AGAIN = ["~method.dense", "+method.again._target_=tests.support.again.DenseAgain"]
 
@@ -62,9 +63,9 @@ def test_dense_against_dense_has_no_divergence_and_no_other_likelihood(runner: R
 
 
 def test_continuations_of_dense_against_itself_diverge_nowhere_and_those_of_a_rounded_model_do(
-    runner: Runner, overrides: list[str]
+    runner: Runner, overrides: list[str], text: Path, tmp_path: Path
 ) -> None:
-    asked = [*overrides, "suite.continuations=6"]
+    asked = [*overrides, f"model.source=file:{save_talking(tmp_path, text)}", "suite.continuations=6"]
     for more in (AGAIN, ["method=rtn-4bit"]):
         quality(runner, cell(asked, *more))
     again, rounded = (cell(asked, *more).identity.keys.quality for more in (AGAIN, ["method=rtn-4bit"]))

@@ -67,6 +67,25 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
+def save_talking(folder: Path, text: Path) -> Path:
+    """As `save_tiny`, trained on a text for a second: what it writes depends on its blocks, where `save_tiny`'s repeats the last token."""
+    import torch
+    from transformers import AutoTokenizer
+
+    dense = save_model(folder, "float32", vocab_size=257, tie_word_embeddings=False)
+    save_tokenizer(folder)
+    model, ids = dense.load(), torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=5e-3), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        first = torch.randint(0, len(ids) - 48, (8, 1), generator=generator)
+        batch = ids[first + torch.arange(48)]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer of one token a byte, and one for the end of a text, into the folder of a model."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

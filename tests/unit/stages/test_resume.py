@@ -25,6 +25,8 @@ from slimbench.harness.stages import compress, stage
 from slimbench.harness.stages.common import identity
 from slimbench.harness.store import partial
 from slimbench.harness.store.partial import Journal
+from slimbench.tasks import prompts
+from slimbench.tasks.prompts import Prompts
 from tests.unit.measure.test_lies import Silent
 
 SUITE = [
@@ -95,7 +97,9 @@ def keys(overrides: list[str]) -> dict[str, str]:
 
 
 @pytest.fixture
-def config(overrides: list[str], tasks: Path) -> RunConfig:
+def config(overrides: list[str], tasks: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    packaged = prompts.load()
+    monkeypatch.setattr(prompts, "load", lambda: Prompts(packaged.kinds[::10], packaged.texts[::10]))
     return resolve([*overrides, *SUITE, f"suite.include_path={tasks}"])
 
 
@@ -152,7 +156,7 @@ def test_after_the_last_batch_nothing_is_left_to_do(config: RunConfig, measure: 
     assert numbers(again) == numbers(calm)
     assert again.flags == [
         "went on after an interruption: 40 of 40 windows, 39 of 39 windows of documents, 24 of 24 answers, "
-        "100 of 100 continuations were there before"
+        "10 of 10 continuations were there before"
     ]
     assert again.seconds.keys() == calm.seconds.keys()
     assert all(again.seconds[part] >= 0.5 * calm.seconds[part] for part in calm.seconds), "seconds are those of both attempts"
