@@ -180,7 +180,7 @@ def test_rows_that_differ_only_in_their_seed_are_replicates_with_a_spread() -> N
     alone = next(row for row in board if row.calibration_text == "lee-news, 32 × 512 tokens")
     assert (alone.label, alone.replicates, alone.perplexity_seed_sd) == ("gptq", None, None), "another amount of text is no replicate"
     text = "27.00 to 29.00 over 3 seeds, standard deviation 1.00"
-    console = Console(width=160, file=io.StringIO(), record=True)
+    console = Console(width=240, file=io.StringIO(), record=True)
     console.print(to_terminal(board))
     printed = console.export_text()
     assert printed.count(text) == 1 and "gptq · calibration seed 2" in printed
