@@ -22,6 +22,7 @@ MARGIN = 0.15
 _SHARE = 0.95  # of the memory of a machine: what a stage may take without a limit of its own
 _PROCESS = 510_000_000  # an interpreter with torch and transformers
 _SCORED_TOKENS = 1024  # of one batch of windows
+_CALIBRATED_TOKENS = 4096  # of one batch that goes through a block
 _COPY_BYTES, _COPY_CACHES = 128 << 20, 4  # a buffer of the bandwidth probe, at least so many bytes and last-level caches
 _UNKNOWN_CACHE = 32 << 20
 _INDEX_BYTES = 6  # of a distribution: a log-probability and its token
@@ -183,13 +184,15 @@ def cards_for(size: int | None, card_bytes: int) -> int:
 
 
 def _compression(config: RunConfig, methods: Sequence[Method], model: _Model) -> Estimate:
-    """The whole model, what is made of it, and the hidden states of the calibration text before and after a block."""
+    """The whole model, what is made of it, the hidden states of the calibration text before and after a block, and a batch within it."""
     if not any(method.needs.weights for method in methods):
         return Estimate(generated := model.bytes if config.model.is_random else 0, generated)
     needs, left = [method.needs for method in methods], _compressed(methods, model)
     work = left.bytes
     if model.shape and any(need.calibration for need in needs):
-        work += 2 * config.calibration.samples * config.calibration.length * model.shape.hidden_size * model.width
+        tokens = config.calibration.samples * config.calibration.length
+        work += 2 * tokens * model.shape.hidden_size * model.width
+        work += 4 * min(tokens, _CALIBRATED_TOKENS) * (3 * model.shape.hidden_size + model.shape.intermediate_size)
     foreign = any(need.training or need.environment or need.extra == "engines" for need in needs)
     return Estimate(model.bytes, model.bytes, work=work, trusted=left.is_known and not foreign)
 

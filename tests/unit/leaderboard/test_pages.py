@@ -83,9 +83,10 @@ def test_actions_are_pinned_and_no_secret_is_asked_for() -> None:
 
 def test_pictures_are_small_and_the_readme_shows_them() -> None:
     pictures = sorted((ROOT / "docs" / "images").glob("*.png"))
-    assert [path.name for path in pictures] == ["front.png", "sizes.png"]
-    shown = re.findall(r"!\[[^]]*]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    assert all((ROOT / path).is_file() for path in shown) and "docs/images/front.png" in shown
+    assert [path.name for path in pictures] == ["front.png", "grids.png", "sizes.png"]
+    shown = {file.name: re.findall(r"!\[[^]]*]\(([^)]+)\)", file.read_text()) for file in (ROOT / "README.md", ROOT / "docs" / "grids.md")}
+    assert all((ROOT / path).is_file() for path in shown["README.md"]) and "docs/images/front.png" in shown["README.md"]
+    assert shown["grids.md"] == ["images/grids.png"]
     for path in pictures:
         assert path.stat().st_size <= 150_000
         with Image.open(path) as picture:
