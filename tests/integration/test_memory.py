@@ -66,7 +66,8 @@ def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_
         eager, kept = fresh.submit(_eager_and_compiled, tmp_path).result()
     assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
     assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.7 * eager.activation_bytes, "taken off twice, little would be left"
-    assert 0.5 < kept.activation_bytes / eager.activation_bytes < 1.3
+    taken_off = (kept.activation_bytes - kept.kv_cache_bytes) / eager.activation_bytes
+    assert taken_off < 0.1 < 0.3 < kept.activation_bytes / eager.activation_bytes < 1.3, "the eager peak has two values, 11 and 16 MB"
 
 
 def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path, uncompiled: None) -> None:
