@@ -91,7 +91,7 @@ def publish(hub: HubServer, folder: Path, size: int, name: str = "org/model") ->
     return content
 
 
-@pytest.mark.parametrize("kind", ["stall", "cut"])
+@pytest.mark.parametrize("kind", ["stall", pytest.param("cut", marks=pytest.mark.full)])
 def test_a_download_that_breaks_off_goes_on_where_it_was(home: Home, tmp_path: Path, kind: str) -> None:
     """By a range, after the client's own time-out. It writes in pieces of 10 MiB: what is in the file is not sent again."""
     content = publish(home.hub, tmp_path / "model", 32 << 20)
@@ -109,8 +109,8 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(home: Home, tmp_path: P
         Fault(WEIGHTS, status=429, headers={"Retry-After": "1"}, times=2),
         Fault("/large/*", status=503, headers={"Retry-After": "1"}),
         Fault("/large/*", "reset", after=100_000),
-        Fault("/api/models/*", status=503),
-        Fault(WEIGHTS, status=503, method="HEAD"),
+        pytest.param(Fault("/api/models/*", status=503), marks=pytest.mark.full),
+        pytest.param(Fault(WEIGHTS, status=503, method="HEAD"), marks=pytest.mark.full),
     ],
     ids=lambda fault: f"{fault.method} {fault.path} {fault.kind} {fault.status}",
 )

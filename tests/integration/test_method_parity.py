@@ -95,10 +95,10 @@ def broken_groups(weights: dict[str, Tensor]) -> float:
     [
         GPTQ(group_size=32),
         GPTQ(group_size=32, act_order=False),
-        GPTQ(bits=3, group_size=32),
+        pytest.param(GPTQ(bits=3, group_size=32), marks=pytest.mark.full),
         GPTQ(bits=3, group_size=32, observer="mse"),
-        GPTQ(bits=2, group_size=32, observer="mse", asymmetric=True),
-        GPTQ(bits=8, group_size=None),
+        pytest.param(GPTQ(bits=2, group_size=32, observer="mse", asymmetric=True), marks=pytest.mark.full),
+        pytest.param(GPTQ(bits=8, group_size=None), marks=pytest.mark.full),
     ],
     ids=["4 bits", "4 bits in order", "3 bits", "3 bits mse", "2 bits asymmetric", "8 bits by row"],
 )
@@ -165,7 +165,7 @@ def test_gptq_serves_the_calibrated_outputs_better_than_rtn(dense: DenseModel, t
     assert errors["GPTQ"] < 0.9 * errors["RTN"]
 
 
-@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("pattern", [pytest.param(None, marks=pytest.mark.full), "2:4"])
 def test_sparsegpt_equals_llmcompressor(dense: DenseModel, tmp_path: Path, pattern: str | None) -> None:
     pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.pruning import SparseGPTModifier
@@ -179,7 +179,7 @@ def test_sparsegpt_equals_llmcompressor(dense: DenseModel, tmp_path: Path, patte
     assert not list(tmp_path.glob("recipe*"))
 
 
-@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("pattern", [pytest.param(None, marks=pytest.mark.full), "2:4"])
 def test_wanda_equals_llmcompressor(dense: DenseModel, tmp_path: Path, pattern: str | None) -> None:
     pytest.importorskip("llmcompressor")
     from llmcompressor.modifiers.pruning import WandaPruningModifier

@@ -81,6 +81,7 @@ def test_ctrl_c_ends_what_runs_and_says_how_it_goes_on(overrides: list[str], tmp
     assert not Store(results).holders()
 
 
+@pytest.mark.full
 def test_ray_that_ends_with_its_program_is_not_left_alone(tmp_path: Path, overrides: list[str], cache: Path) -> None:
     done = subprocess.run(
         [
