@@ -61,13 +61,14 @@ def _eager_and_compiled(folder: Path) -> list[MemoryResult]:
 
 
 @pytest.mark.skipif(not memory._reset_peak(), reason="the system keeps no peak that can be reset")
-def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path) -> None:
+def test_a_cache_that_stays_with_the_model_is_not_taken_off_the_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threshold in ("MMAP", "TRIM"):  # blocks are given back one by one, so that peaks are those of needs, not of a heap with holes
+        monkeypatch.setenv(f"MALLOC_{threshold}_THRESHOLD_", "65536")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # as a stage: what earlier tests let go of would hide needs
         eager, kept = fresh.submit(_eager_and_compiled, tmp_path).result()
     assert eager.activation_bytes and eager.kv_cache_bytes and kept.kv_cache_bytes
     assert min(eager.kv_cache_bytes, kept.kv_cache_bytes) > 0.7 * eager.activation_bytes, "taken off twice, little would be left"
-    taken_off = (kept.activation_bytes - kept.kv_cache_bytes) / eager.activation_bytes
-    assert taken_off < 0.1 < 0.3 < kept.activation_bytes / eager.activation_bytes < 1.3, "the eager peak has two values, 11 and 16 MB"
+    assert 0.8 < kept.activation_bytes / eager.activation_bytes < 1.2
 
 
 def test_caches_of_earlier_tries_are_gone_when_a_larger_batch_is_tried(tiny: Path, uncompiled: None) -> None:

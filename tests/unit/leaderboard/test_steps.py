@@ -102,6 +102,7 @@ def test_committed_records_are_shown_as_the_variant_that_they_are_and_keep_key_a
     renamed = {row.pipeline for row in board} - recorded
     of_gptq = {name.replace("gptq", "gptq-minmax") for name in recorded if name == "gptq" or name.startswith("gptq(")}
     assert renamed == (of_gptq | {"owq-group64", "vptq-plain"}) - recorded
+    assert "gptq-minmax" in {row.pipeline for row in board}
     assert {"gptq-minmax(bits=2)", "gptq-minmax(bits=3,group_size=32)", "gptq-minmax(group_size=32)"} <= renamed
     (row,) = (row for row in board if (row.pipeline, row.calibration_seed, row.suite) == ("gptq-minmax", 2, "quick"))
     config = resolve(["calibration_samples=32", "calibration_length=256", "calibration_seed=2", "method=gptq-minmax"])
