@@ -14,6 +14,14 @@ Found = Mapping[Stage, Record]
 _MIXED = re.compile("(quality|speed) (measured on|of other bytes|is older than the artefact)|.*of other code than in the newest row")
 
 
+def artefact_of(record: Record) -> str | None:
+    """The SHA-256 of the artefact that a record made or loaded; None where it does not say so."""
+    if record.compress:
+        return record.compress.artefact
+    result = record.quality or record.speed
+    return result.evidence.artefact if result and result.evidence else None
+
+
 def strangers(found: Found, label: str) -> list[str]:
     """Flags of a row whose records are of other bytes, or of another machine than the row is of.
 
@@ -32,17 +40,9 @@ def strangers(found: Found, label: str) -> list[str]:
 def _elsewhere(record: Record, found: Found) -> str:
     if record.stage is Stage.COMPRESS:
         return f"compressed on {record.hardware.label}: the times of compression are of that"
-    if record.quality and (loaded := _bytes(record)) and all(_bytes(other) == loaded for other in found.values()):
+    if record.quality and (loaded := artefact_of(record)) and all(artefact_of(other) == loaded for other in found.values()):
         return f"of the same bytes: quality from {record.hardware.label}"
     return f"{'quality' if record.quality else 'speed'} measured on {record.hardware.label}"
-
-
-def _bytes(record: Record) -> str | None:
-    """The SHA-256 of the artefact that a record made or loaded, where it says so."""
-    if record.compress:
-        return record.compress.artefact
-    result = record.quality or record.speed
-    return result.evidence.artefact if result and result.evidence else None
 
 
 def _of_other_bytes(record: Record, compress: Record) -> str | None:
@@ -50,7 +50,7 @@ def _of_other_bytes(record: Record, compress: Record) -> str | None:
     made = compress.compress.artefact if compress.compress else None
     if result is None or result.evidence is None or made is None:
         return None
-    loaded = _bytes(record)
+    loaded = artefact_of(record)
     if loaded is None and record.started < compress.started:
         return f"{record.stage} is older than the artefact, and does not say of which bytes it is"
     if loaded is None or loaded == made:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from slimbench.harness.schema.identity import Keys, Stage, Status
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.flags.joined import artefact_of
 from slimbench.leaderboard.rows.row import Row
 
 
@@ -61,9 +62,21 @@ class Index:
         return next(reversed(self._records.get((stage, key), {}).values()), None)
 
     def of(self, stage: Stage, keys: Keys, fingerprint: str) -> Record | None:
-        """The record of a stage of a cell on some hardware; compression and quality of other hardware where it has none of its own."""
-        key = keys.of(stage)
-        return self.on(fingerprint, stage, key) or (self.newest(stage, key) if stage is not Stage.SPEED else None)
+        """The record of a stage of a cell on some hardware; compression and quality of other hardware where it has none of its own.
+
+        Of several it is the newest of the bytes that the cell's own records made or loaded. Where none is known to be, it is the newest
+        compression before those records, or else the first one after them; of qualities the newest.
+        """
+        own = {known: record for known in Stage if (record := self.on(fingerprint, known, keys.of(known)))}
+        if stage in own or stage is Stage.SPEED:
+            return own.get(stage)
+        others = list(self._records.get((stage, keys.of(stage)), {}).values())
+        known = {artefact for record in own.values() if (artefact := artefact_of(record))}
+        fitting = [record for record in others if artefact_of(record) in known]
+        if not fitting and stage is Stage.COMPRESS:
+            measured = max((record.started for record in own.values()), default="")
+            fitting = [record for record in others if record.started <= measured] or (others[:1] if measured else [])
+        return next(reversed(fitting or others), None)
 
     def reference(self, record: Record) -> Record | None:
         """The same stage of the reference on the same hardware; for results that were recorded before hardware was told apart, on any."""

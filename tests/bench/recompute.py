@@ -9,11 +9,13 @@ no function of kept samples (99th percentile of the KL, costs), and rows of othe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,16 @@ def around(middle: float, error: float, level: float = LEVEL) -> Bounds:
 # Records to rows
 
 
+def artefact(record: Json) -> str | None:
+    """What identifies the bytes that a record made or loaded, where it tells: of files `sha256sum * | sha256sum`."""
+    files = (record.get("compress") or {}).get("files") or []
+    if files and all(file.get("sha256") for file in files):
+        lines = [f"{file['sha256']}  {file['name']}\n" for file in sorted(files, key=lambda file: file["name"])]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    evidence = (record.get("quality") or record.get("speed") or {}).get("evidence") or {}
+    return evidence.get("artefact")
+
+
 class Records:
     """A results folder: of each stage, key and hardware the newest record."""
 
@@ -133,10 +145,24 @@ class Records:
             known.pop(record["hardware"]["fingerprint"], None)
             known[record["hardware"]["fingerprint"]] = record
 
-    def of(self, stage: str, key: str, hardware: str) -> Json | None:
-        """Of a stage on some hardware; for compression and quality that of other hardware where there is none."""
-        known = self.newest.get((stage, key), {})
-        return known.get(hardware) or (next(reversed(known.values()), None) if stage != "speed" else None)
+    def of(self, stage: str, keys: Json, hardware: str) -> Json | None:
+        """Of a stage on some hardware; for compression and quality that of other hardware where there is none.
+
+        Then one of the bytes that the row's own records name goes first, then a compression from before them, then the next one after.
+        """
+        here = {name: self.newest.get((name, key), {}).get(hardware) for name, key in keys.items()}
+        if here[stage] or stage == "speed":
+            return here[stage]
+        mine = [record for record in here.values() if record]
+        loaded = {artefact(record) for record in mine} - {None}
+        last = max((record["started"] for record in mine), default="9999")
+
+        def fits(record: Json) -> tuple[bool, bool, float]:
+            late = stage == "compress" and record["started"] > last
+            moment = datetime.fromisoformat(record["started"]).timestamp()
+            return artefact(record) in loaded, not late, -moment if late else moment
+
+        return max(self.newest.get((stage, keys[stage]), {}).values(), key=fits, default=None)
 
     def reference(self, quality: Json) -> Json | None:
         """What a quality was compared with: dense on the same hardware, on any for records from before hardware was told apart."""
@@ -162,7 +188,7 @@ class Records:
 def figures(row: Json, records: Records) -> Json:
     """What the records say of a row, under the names of its fields."""
     hardware, keys = row["fingerprint"], row["keys"]
-    compress, quality, speed = (records.of(stage, keys[stage], hardware) for stage in ("compress", "quality", "speed"))
+    compress, quality, speed = (records.of(stage, keys, hardware) for stage in ("compress", "quality", "speed"))
     found = size(compress, quality, speed)
     if quality and quality.get("quality"):
         is_reference = keys["compress"] == quality["cell"]["reference"]["compress"]

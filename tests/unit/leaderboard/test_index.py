@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from slimbench.harness.schema.compress import ArtefactFile, content
+from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
@@ -61,3 +63,58 @@ def test_a_processor_that_compresses_for_a_card_has_no_row() -> None:
         record.config["device"] = {"name": "cuda", "index": 0, "compress": "cpu"}
     (row,) = rows(made)
     assert row.fingerprint != OTHER.fingerprint and row.compress_seconds is not None
+
+
+def compressed(started: str, artefact: str | None, fingerprint: str) -> Record:
+    """A compression of gptq, of some bytes."""
+    (made,) = (record.model_copy(deep=True) for record in records(GPTQ) if record.stage is Stage.COMPRESS)
+    assert made.compress
+    made.compress.files = [ArtefactFile(name="model.safetensors", bytes=1, sha256=artefact)]
+    return made.model_copy(update={"started": started, "hardware": HardwareIdentity(fingerprint=fingerprint, label="Example CPU")})
+
+
+def _content(file: str | None) -> str | None:
+    return content([ArtefactFile(name="model.safetensors", bytes=1, sha256=file)])
+
+
+def scored(started: str, artefact: str | None) -> Record:
+    """A quality of gptq on the other machine, of some bytes."""
+    (made,) = (record.model_copy(deep=True) for record in records(GPTQ) if record.stage is Stage.QUALITY)
+    assert made.quality
+    made.quality.evidence = Evidence(
+        artefact=_content(artefact), weight_bytes=1, parameters=1, layers=[], effective_bits=4.25, sparsity=0.0
+    )
+    return made.model_copy(update={"started": started, "hardware": OTHER})
+
+
+def shown(stage: Stage, *made: Record, fingerprint: str = OTHER.fingerprint) -> tuple[str, str] | None:
+    """When and where that was measured which a row of a machine shows of a stage."""
+    found = Index(oldest_first(made)).of(stage, made[0].cell.keys, fingerprint)
+    return (found.started, found.hardware.fingerprint) if found else None
+
+
+EARLY, MIDDLE, LATE, LAST = (f"2026-01-0{day}T00:00:00+00:00" for day in range(1, 5))
+
+
+def test_of_the_compressions_of_other_machines_a_row_shows_that_of_its_own_bytes() -> None:
+    made = [compressed(EARLY, "a" * 64, "aaaaaaaa"), compressed(MIDDLE, "b" * 64, "bbbbbbbb"), compressed(LAST, "c" * 64, "cccccccc")]
+    for letter, started in (("a", EARLY), ("b", MIDDLE), ("c", LAST)):
+        assert shown(Stage.COMPRESS, scored(LATE, letter * 64), *made) == (started, letter * 8)
+    (row,) = [row for row in rows([scored(LATE, "a" * 64), *made]) if row.fingerprint == OTHER.fingerprint]
+    assert not [flag for flag in row.flags if "other bytes" in flag]
+
+
+def test_without_known_bytes_it_shows_the_last_compression_before_its_own_results() -> None:
+    made = [compressed(EARLY, "a" * 64, "aaaaaaaa"), compressed(MIDDLE, "b" * 64, "bbbbbbbb"), compressed(LAST, "c" * 64, "cccccccc")]
+    assert shown(Stage.COMPRESS, scored(LATE, None), *made) == (MIDDLE, "b" * 8)
+    assert shown(Stage.COMPRESS, scored(LATE, "d" * 64), *made) == (MIDDLE, "b" * 8), "none is of these bytes"
+    after = scored(EARLY, None).model_copy(update={"started": "2025-12-31T00:00:00+00:00"})
+    assert shown(Stage.COMPRESS, after, *made) == (EARLY, "a" * 8), "of those after it the first"
+    assert shown(Stage.COMPRESS, scored(LATE, None), *made, compressed(LAST, "e" * 64, OTHER.fingerprint)) == (LAST, OTHER.fingerprint)
+
+
+def test_of_the_qualities_of_other_machines_a_row_shows_that_of_its_own_bytes() -> None:
+    there = scored(EARLY, "a" * 64).model_copy(update={"hardware": HardwareIdentity(fingerprint="aaaaaaaa", label="Example CPU")})
+    for letter, expected in (("a", (EARLY, "aaaaaaaa")), ("b", (LATE, OTHER.fingerprint)), ("c", (LATE, OTHER.fingerprint))):
+        made = [there, scored(LATE, "b" * 64), compressed(MIDDLE, letter * 64, "bbbbbbbb")]
+        assert shown(Stage.QUALITY, *made, fingerprint="bbbbbbbb") == expected
