@@ -38,6 +38,8 @@ def of_speed(record: Record, rival: Record | None) -> Iterator[str]:
             yield f"speed of {'1 run' if runs == 1 else f'{runs} runs'}, too few for an interval {place}"
         elif isinstance(target, float) and (reached := max(filter(None, point.half_widths.values()), default=0.0)) > target:
             yield f"speed within ± {reached:.1%}, aimed at ± {target:.0%} {place}"
+    if any(len(point.processes) < 2 <= len(point.candidate.decode_ms) for point in points) and record.imported is None:
+        yield "speed of one process: its intervals do not hold what differs from process to process"
     if points and rival and rival.speed and rival.speed.points:
         yield from _above_the_bytes(points[0], rival.speed.points[0])
 

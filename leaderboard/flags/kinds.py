@@ -97,6 +97,7 @@ _NOISE = (
     r"the machine's matrix product changed by .+",
     r"\S+ pairs of runs dropped: .+",
     r"speed of .+ runs?, too few for an interval.*",
+    r"speed of one process: .+",
     r"speed within ± .+, aimed at ± .+",
 )
 

@@ -15,6 +15,7 @@ from slimbench.methods.base import DenseModel
 from slimbench.methods.formats import packed
 from slimbench.methods.quantization.weight.autoround import SignRound
 from slimbench.methods.quantization.weight.awq import AWQ
+from slimbench.methods.quantization.weight.awq_clip import AWQClip
 from slimbench.methods.quantization.weight.bitsandbytes import FP4
 from slimbench.methods.quantization.weight.hqq import HQQ
 from slimbench.methods.quantization.weight.rtn import RTN
@@ -146,6 +147,26 @@ def test_awq_spares_salient_features(salient: DenseModel, tmp_path: Path) -> Non
         method.compress(salient, CALIBRATION, tmp_path / name)
         errors[name] = logits_error(packed.load(tmp_path / name), salient)
     assert errors["awq"] < 0.9 * errors["rtn"]
+
+
+def test_awq_with_clipping_is_awq_but_for_the_ranges(salient: DenseModel, tmp_path: Path) -> None:
+    """The same factors, the same q and k; of the other layers some groups reach less far, none further, and outputs come closer.
+
+    The library divides by scales in bfloat16, which sends one weight in some 200 to the next point.
+    """
+    pytest.importorskip("llmcompressor")
+    for name, method in {"awq": AWQ(bits=3, symmetric=True), "clip": AWQClip(bits=3, symmetric=True)}.items():
+        (tmp_path / name).mkdir()
+        method.compress(salient, CALIBRATION, tmp_path / name)
+    plain, clipped = (packed.load(tmp_path / name) for name in ("awq", "clip"))
+    assert all(torch.equal(p, clipped.get_parameter(name)) for name, p in plain.named_parameters() if "norm" in name)
+    layers = packed_layers(tmp_path / "clip")
+    for name, layer in packed_layers(tmp_path / "awq").items():
+        assert (layers[name].scales <= layer.scales).all()
+        same = torch.equal(layer.scales, layers[name].scales)
+        assert same == name.endswith(("q_proj", "k_proj"))
+        assert not same or (layer.dequantize() != layers[name].dequantize()).float().mean() < 0.01
+    assert logits_error(clipped, salient) < logits_error(plain, salient)
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,7 @@ def _speed(spec: Spec, rng: np.random.Generator) -> SpeedResult:
                 ],
                 half_widths={"decode": 0.021, "prefill": 0.027, "reference_decode": 0.019, "speedup": 0.024},
                 stopped="target",
+                processes=[7, 7, 7],
                 kv_cache_bytes=3_317_760,
                 roofline=Roofline(
                     weight_bytes=round(DENSE_BYTES * spec.size),

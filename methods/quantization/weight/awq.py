@@ -27,13 +27,14 @@ class AWQ(Grouped, Method):
     For the inputs of q, k and v, of gate and up, and of down, the library tries `candidates` vectors of factors
     s = mean|x|^r / mean|w|^(1 - r), r from 0 to 1, and keeps the one whose rounded layers come closest to the outputs of the dense
     ones. The factors go into the norm or the projection before, so the artefact has no layers of its own for them. What is
-    rounded is the scaled weight, to the nearest point; the search for clipping that the paper's code adds is not in the library,
-    and the observer "mse" stands in for it. Where a query head does not have a key head of its own, o is not scaled.
+    rounded is the scaled weight, to the nearest point; the search for clipping that the paper's code adds is not in the library:
+    `awq-clip` has it. Where a query head does not have a key head of its own, o is not scaled.
 
     Attributes:
         bits: Bits of a weight, before scales.
         candidates: Vectors of factors that are tried for a set of layers, as in the paper's code; the time is proportional to it.
-        observer: `mse` shrinks the range of a group where that rounds it better; None takes it from the smallest to the largest weight.
+        observer: `mse` shrinks the range of a group where that rounds its scaled weights better, though the library searched the factors
+            with whole ranges; None takes it from the smallest to the largest weight.
         symmetric: Centre the grid on zero; None: it has a zero point, as in the paper.
     """
 

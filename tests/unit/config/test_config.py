@@ -118,6 +118,7 @@ def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_
         **{("rtn", 4, grid): {0} for grid in (*symmetric[:2], offsets[0])},
         **{(name, 4, grid): {0, 1, 2} for name in ("gptq", "gptaq") for grid in (*symmetric[:2], offsets[0])},
         **{("awq", 4, grid): {0, 1, 2} for grid in (*symmetric[:2], offsets[0])},
+        **{("awq-clip", 4, grid): {0, 1, 2} for grid in (symmetric[1], "with offsets, searched")},
         **{("signround", 4, grid): {0, 1, 2} for grid in (symmetric[0], symmetric[2], offsets[1])},
         **{("mixed-precision", 4, grid): {0} for grid in (*symmetric[:2], offsets[0])},
         **{("omniquant", 4, grid): {0} for grid in (symmetric[2], offsets[1])},
@@ -129,7 +130,7 @@ def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_
     }
     assert set(refused) == {"hqq(symmetric=True)", "hqq(symmetric=True,clip=False)", "omniquant(symmetric=True,clip=False)"}
     assert all("fits" in reason for reason in refused.values())
-    assert len(found.cells) == 56 and sum(planned.identity.pipeline == "dense" for planned in found.cells) == 1
+    assert len(found.cells) == 62 and sum(planned.identity.pipeline == "dense" for planned in found.cells) == 1
 
 
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:

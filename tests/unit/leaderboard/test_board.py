@@ -47,6 +47,7 @@ def printed(made: list[Record], width: int) -> str:
 
 def test_a_cell_joins_its_stages_and_its_reference() -> None:
     dense, gptq = records(Spec()), records(GPTQ)
+    gptq[2].speed.points[0].processes = []  # type: ignore[union-attr]
     row = row_of(dense + gptq, "gptq")
     ours, theirs = (r[1].quality.perplexity[0] for r in (gptq, dense))  # type: ignore[union-attr]
     assert row.status == "ok" and row.reason is None and not row.is_reference
@@ -104,6 +105,7 @@ def test_too_few_samples_have_no_interval() -> None:
     point = made[2].speed.points[0]  # type: ignore[union-attr]
     for samples in (point.candidate, point.reference):
         del samples.prefill_ms[5:], samples.decode_ms[5:]
+    point.processes = [5]
     row = row_of(made, "gptq")
     assert row.speedup is not None and row.decode_tokens_per_s is not None
     assert row.prefill_low is row.decode_low is row.speedup_low is row.speedup_high is None

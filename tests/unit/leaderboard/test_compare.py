@@ -207,6 +207,7 @@ def test_too_few_windows_and_runs_have_no_test_and_no_interval() -> None:
         for samples in (speed.points[0].candidate, speed.points[0].reference):  # type: ignore[union-attr]
             samples.decode_ms = samples.decode_ms[:3]
             samples.prefill_ms = samples.prefill_ms[:3]
+        speed.points[0].processes = [3]  # type: ignore[union-attr]
     found = compare(made, "gptq")
     assert (found.texts[0].p, found.texts[0].ratio.low, found.speed[0].ratio.low) == (None, None, None)
     assert "too few windows for a test" in verdict(found) and "too few runs for an interval" in verdict(found)

@@ -13,7 +13,7 @@ import pytest
 from slimbench.harness.schema.compress import ArtefactFile
 from slimbench.harness.schema.evidence import simulation
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.record import Imported, Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import compare
 from slimbench.leaderboard.compare.verdict import verdict
@@ -182,9 +182,23 @@ def test_speed_that_was_not_measured_for_long_enough(runs: int, widths: dict[str
     point = made[5].speed.points[0]  # type: ignore[union-attr]
     for samples in (point.candidate, point.reference):
         del samples.decode_ms[runs:], samples.prefill_ms[runs:]
+    point.processes = [runs - runs // 2, runs // 2]
     point.half_widths = widths
     point.stopped = "budget"
     assert row_of(made).flags == ([says] if says else []) and (says is None or kind(says) is Kind.NOISE)
+
+
+@pytest.mark.parametrize(
+    ("processes", "imported", "flagged"), [([7, 7, 7], False, False), ([21], False, True), ([], False, True), ([], True, False)]
+)
+def test_a_speed_of_one_process_is_told(processes: list[int], imported: bool, flagged: bool) -> None:
+    """What differs from process to process is larger than what repeats within one: its interval is too narrow."""
+    made = records(DENSE) + records(GPTQ)
+    made[5].speed.points[0].processes = processes  # type: ignore[union-attr]
+    if imported:
+        made[5] = made[5].model_copy(update={"imported": Imported(file="t.json", sha256="0" * 64, tool="lm-eval", version="1")})
+    found = [flag for flag in row_of(made).flags if flag.startswith("speed of one process")]
+    assert bool(found) is flagged and all(kind(flag) is Kind.NOISE for flag in found)
 
 
 @pytest.mark.parametrize(
