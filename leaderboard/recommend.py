@@ -41,7 +41,7 @@ class Budget(BaseModel):
         min_speed: Decoded tokens per second of one sequence.
         min_speedup: Decode time of the reference / decode time on the same engine.
         max_disk_bytes: Size of the artefact's files.
-        max_weight_bytes: Tensors of the loaded artefact that stay in memory.
+        max_weight_bytes: Tensors of the loaded artefact, wherever they are kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -312,7 +312,7 @@ def _limits(row: Row, budget: Budget, include_flagged: bool) -> Iterator[Limit]:
     if budget.max_disk_bytes is not None:
         yield _at_most("disk", None, row.disk_bytes, budget.max_disk_bytes)
     if budget.max_weight_bytes is not None:
-        yield _at_most("weights", None, row.weight_bytes, budget.max_weight_bytes)
+        yield _at_most("weights", None, row.held_bytes, budget.max_weight_bytes)
     if budget.max_drop is not None:
         limit = _at_most("perplexity ratio", Figure.QUALITY, ratio, 1 + budget.max_drop)
         sure = 1.0 if row.is_reference else _keeps(ratio, row.perplexity_ratio_low, row.perplexity_ratio_high, limit.limit, -1)

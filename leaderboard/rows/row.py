@@ -71,6 +71,11 @@ class Row(Calibration, Cost, Cache, Size, Speed, Equivalence, Accuracy, Fidelity
         return 0.0 if self.is_reference and self.perplexity is not None else self.perplexity_delta_percent
 
     @property
+    def held_bytes(self) -> int | None:
+        """Bytes of the weights, wherever they are kept while their layer does not compute."""
+        return None if self.weight_bytes is None else self.weight_bytes + (self.offloaded_bytes or 0)
+
+    @property
     def accuracy_low(self) -> float | None:
         """Lower bound of the accuracy's 95 % interval."""
         return self._accuracy_bound(-1)

@@ -135,6 +135,13 @@ class VerdictColumn(Column):
         return self.value(row) if count is None else f"{self.value(row)} ({count:,})"
 
 
+class WeightsColumn(Column):
+    """Bytes in memory, and after a `+` those that are kept elsewhere."""
+
+    def value(self, row: Row) -> str:
+        return f"{super().value(row)} + {self.format(row.offloaded_bytes)}" if row.offloaded_bytes else super().value(row)
+
+
 COLUMNS = (
     Column(
         "perplexity",
@@ -239,7 +246,12 @@ COLUMNS = (
         Bounds("speedup_low", "speedup_high"),
         rising=True,
     ),
-    Column("weight_bytes", "Weights MB", "Tensors of the loaded artefact that stay in memory, in 10⁶ bytes.", decimal(1, 1e-6)),
+    WeightsColumn(
+        "weight_bytes",
+        "Weights MB",
+        "Tensors of the loaded artefact that stay in memory, in 10⁶ bytes; after + those that are kept elsewhere.",
+        decimal(1, 1e-6),
+    ),
     Column("disk_bytes", "Disk MB", "Files of the artefact, in 10⁶ bytes.", decimal(1, 1e-6)),
     Column(
         "grid",

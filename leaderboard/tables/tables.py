@@ -76,16 +76,16 @@ def titles(found: Sequence[Table]) -> list[str]:
 
 
 def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
-    """The rows that no other beats in quality and in `axis` at once: fewest bytes, or most tokens per second.
+    """The rows that no other beats in quality and in `axis` at once: fewest bytes, wherever they are kept, or most tokens per second.
 
     Quality is the perplexity above the reference, which is that of the same engine; where no row has one, the perplexity. Only rows that
     ended well take part, and whose figures no flag takes away; foreign ones only where there are no others. Sorted from the best on.
     """
-    sign = -1 if axis == "decode_tokens_per_s" else 1
+    sign, cost_field = (-1, axis) if axis == "decode_tokens_per_s" else (1, "held_bytes")
     quality = quality_field(table)
     foreign_too = all(row.foreign for row in table)
     points = [
-        (getattr(row, quality), sign * getattr(row, axis), row)
+        (getattr(row, quality), sign * getattr(row, cost_field), row)
         for row in table
         if _competes(row, quality, axis) and (foreign_too or not row.foreign)
     ]

@@ -22,7 +22,7 @@ def verdict(row: Row, reference: Row | None) -> str:
     """
     if row.is_reference:
         return ""
-    parts = [_speed(row), _weights(_bytes(row), _bytes(reference) if reference else 0), _perplexity(row), _accuracy(row)]
+    parts = [_speed(row), _weights(row.held_bytes, reference.held_bytes if reference else None), _perplexity(row), _accuracy(row)]
     return ", ".join(filter(None, parts))
 
 
@@ -36,12 +36,7 @@ def _speed(row: Row) -> str:
     return f"{decimal(2)(row.speedup)} × as fast"
 
 
-def _bytes(row: Row) -> int:
-    """Bytes of the weights, wherever they are kept."""
-    return (row.weight_bytes or 0) + (row.offloaded_bytes or 0)
-
-
-def _weights(ours: int, theirs: int) -> str:
+def _weights(ours: int | None, theirs: int | None) -> str:
     if not ours or not theirs:
         return ""
     ratio = ours / theirs

@@ -372,6 +372,14 @@ def test_markdown_says_how_to_read_its_columns() -> None:
 def test_weights_that_are_kept_elsewhere_are_told_beside_those_in_memory() -> None:
     row = rows(records(Spec()))[0].model_copy(update={"weight_bytes": 0, "offloaded_bytes": 269_030_016})
     assert "269 MB of its weights are kept elsewhere until their layer computes" in to_markdown([row])
+    assert "| 0.0 + 269 |" in to_markdown([row])
+
+
+def test_weights_that_are_kept_elsewhere_are_no_fewer() -> None:
+    small, *_ = rows(records(GPTQ))
+    offloaded = small.model_copy(update={"weight_bytes": 0, "offloaded_bytes": 269_030_016, "perplexity": small.perplexity + 1})  # type: ignore[operator]
+    assert pareto([small, offloaded], "weight_bytes") == [small]
+    assert pareto([offloaded], "weight_bytes") == [offloaded]
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -468,4 +476,4 @@ def test_a_speed_up_names_its_engine_and_kernel() -> None:
     board = rows(records(Spec()) + records(GPTQ))
     row = next(r for r in board if r.pipeline == "gptq")
     assert row.kernel and row.path_label == f"transformers · bfloat16 · {row.kernel}"
-    assert row.path_label.split(" · ")[2] in to_markdown([row]).replace("\\", "")
+    assert row.path_label.split(" · ")[2] in to_markdown([row])

@@ -105,6 +105,9 @@ def test_weights_alone_are_a_limit(measured: list[Record]) -> None:
     found = choose(_without(measured, "activation_bytes"), Index(measured), MODEL, Budget(max_weight_bytes=heavy["eight"]))
     assert found.choice and found.choice.row.pipeline == "eight"
     assert found.considered == len(SPECS) and not found.unmeasured
+    elsewhere = [row.model_copy(update={"weight_bytes": 0, "offloaded_bytes": row.weight_bytes}) for row in rows(measured)]
+    same = choose(elsewhere, Index(measured), MODEL, Budget(max_weight_bytes=heavy["eight"]))
+    assert same.choice and same.choice.row.pipeline == "eight", "what is offloaded counts"
 
 
 def test_what_fits_in_other_sets_is_said_with_the_option_that_asks_for_it(measured: list[Record]) -> None:
