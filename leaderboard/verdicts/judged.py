@@ -35,7 +35,7 @@ class Measure:
 
     Attributes:
         name: Beginning of the row's fields.
-        figure: What an invalidating flag takes away of a row that has no verdict for it; None: none does.
+        figures: What an invalidating flag takes away of a row that has no verdict for it.
         margin: In the unit of the loss.
         rank: Field of the rank: rows that have one share their items.
         merit: By which the rows of a table are adjacent; more is better.
@@ -46,7 +46,7 @@ class Measure:
     """
 
     name: str
-    figure: Figure | None
+    figures: tuple[Figure, ...]
     margin: float
     rank: str
     merit: Callable[[Row], float]
@@ -68,7 +68,7 @@ def _of_items(loss: Loss) -> dict[str, Any]:
 MEASURES = (
     Measure(
         "perplexity",
-        None,
+        (Figure.QUALITY,),
         PERPLEXITY_MARGIN,
         "rank",
         lambda row: -(row.perplexity or math.inf),
@@ -79,7 +79,7 @@ MEASURES = (
     ),
     Measure(
         "accuracy",
-        Figure.ACCURACY,
+        (Figure.QUALITY, Figure.ACCURACY),
         ACCURACY_MARGIN,
         "accuracy_rank",
         lambda row: row.accuracy or 0.0,
@@ -115,7 +115,7 @@ def judged(board: Sequence[Paired]) -> list[Row]:
 
 def _verdicts(measure: Measure, table: dict[int, Paired]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The verdict of each row of a table that shares something with its reference, and what would resolve it."""
-    sound = {place: results for place, (row, *results) in table.items() if not (measure.figure and spoiling(row.flags, measure.figure))}
+    sound = {place: results for place, (row, *results) in table.items() if not any(spoiling(row.flags, f) for f in measure.figures)}
     losses = {place: loss for place, results in sound.items() if (loss := _loss(measure, *results))}
     judgements = equivalence.judge([equivalence.p_values(loss, measure.margin) for loss in losses.values()])
     unresolved = sum(verdict is Verdict.UNRESOLVED and not math.isnan(p) for verdict, p in judgements)

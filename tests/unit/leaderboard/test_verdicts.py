@@ -295,3 +295,23 @@ def test_half_of_a_skewed_interval_is_not_what_a_table_shows(low: float | None, 
     assert column.plus_minus(row) == shown
     latex = to_latex([row])
     assert (r"6345{\scriptsize~[" in latex) is ("[" in shown) and ("[" not in shown or "square brackets" in latex)
+
+
+@pytest.mark.parametrize(
+    ("flag", "left"),
+    [
+        ("not causal: activations have one scale", {"near"}),
+        ("calibration text inside the test text: 11.6% of wikipedia", {"near"}),
+        ("other load: 2.0 cores", {"near", "far"}),
+    ],
+)
+def test_a_quality_that_a_flag_takes_away_has_no_verdict_and_no_share_in_what_the_table_resolves(flag: str, left: set[str]) -> None:
+    made = cells(DENSE, NEAR, FAR)
+    (quality,) = (record.quality for record in made if record.cell.pipeline == "far" and record.quality)
+    quality.flags.append(flag)
+    found, alone = by_name(made), by_name(cells(DENSE, NEAR))
+    assert {name for name, row in found.items() if row.perplexity_verdict} == left
+    assert {name for name, row in found.items() if row.accuracy_verdict} == left
+    if left == {"near"}:
+        assert resolution(list(found.values())) != resolution(list(by_name(cells(DENSE, NEAR, FAR)).values()))
+        assert found["near"].perplexity_verdict_p == alone["near"].perplexity_verdict_p, "Holm counts the rows that have one"
