@@ -24,7 +24,8 @@ test: setup
 	$(BIN)/slimbench assets fetch
 	$(BIN)/python -m pytest tests/unit
 	$(BIN)/python -m pytest tests/contract tests/cells tests/chaos
-	$(BIN)/python -m pytest -n 0 tests/integration
+	$(BIN)/python -m pytest -m 'not full and not alone' tests/integration
+	$(BIN)/python -m pytest -n 0 -m 'alone and not full' tests/integration
 
 # What `make test` leaves out: what a smaller test of it proves too, or what takes minutes.
 test-full: test
@@ -37,7 +38,8 @@ contract: setup
 	$(BIN)/python -m pytest tests/contract tests/cells tests/chaos
 
 integration: setup
-	$(BIN)/python -m pytest -n 0 tests/integration
+	$(BIN)/python -m pytest -m 'not full and not alone' tests/integration
+	$(BIN)/python -m pytest -n 0 -m 'alone and not full' tests/integration
 
 lint: setup
 	$(BIN)/ruff check .

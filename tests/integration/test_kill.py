@@ -24,6 +24,7 @@ from tests.support import watched
 from tests.support.caches import with_kernels
 from tests.support.running import Listener, cell
 
+pytestmark = pytest.mark.alone
 MOST_LOST_S = 30
 ENGINE = "engine._target_=tests.support.watched.Watched"
 ITEMS = ["suite.protocols=[window,document]", "suite.documents=2", "suite.include_path=asset:bigbench", "suite.limit=4"]

@@ -16,6 +16,7 @@ from slimbench.harness.run.planning import plan as plans
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.store.store import Store
 
+pytestmark = pytest.mark.alone
 STAGES, SECONDS, WORKERS = 64, 2.0, 8
 
 
