@@ -125,12 +125,12 @@ def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_
         ("hqq", 4, "with offsets, searched"): {0},
     }
     assert {(name, grid) for name, bits, grid in cells if bits == 3} == {
-        *((name, symmetric[1]) for name in ("rtn", "gptq", "gptaq", "awq", "mixed-precision")),
+        *((name, symmetric[1]) for name in ("rtn", "gptq", "gptaq", "awq", "awq-clip", "mixed-precision")),
         *((name, symmetric[2]) for name in ("signround", "omniquant")),
     }
     assert set(refused) == {"hqq(symmetric=True)", "hqq(symmetric=True,clip=False)", "omniquant(symmetric=True,clip=False)"}
     assert all("fits" in reason for reason in refused.values())
-    assert len(found.cells) == 62 and sum(planned.identity.pipeline == "dense" for planned in found.cells) == 1
+    assert len(found.cells) == 63 and sum(planned.identity.pipeline == "dense" for planned in found.cells) == 1
 
 
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
