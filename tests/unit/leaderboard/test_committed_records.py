@@ -18,6 +18,7 @@ RESULTS = ROOT / "results"
 MODEL = "smollm2-135m"
 MISSES = (
     *("awq-3bit", "gptq-3bit", "signround-3bit", "rtn-3bit", "hqq-3bit", "kmeans-3bit", "kmeans-4bit"),
+    *("awq-3bit-sym-mse", "awq-clip-3bit-sym", "gptaq-3bit", "omniquant-3bit-sym", "rtn-3bit-mse"),
     *("gptq-2bit", "quip-2bit", "ternary-qat", "vptq", "mxfp4"),
     *(f"{name}(bits=3{group})" for name in ("gptq", "hqq", "rtn-4bit") for group in ("", ",group_size=32")),
     "gptq(bits=2,group_size=32)",
