@@ -399,7 +399,11 @@ def test_what_a_method_says_of_itself_is_told(made: Callable[[], list[Record]], 
 
 def test_the_committed_rows_of_methods_that_say_something_of_themselves(committed: list[Record]) -> None:
     told = {row.pipeline: kind(flag) for row in rows(committed) for flag in row.flags if flag.startswith(("few training", "not causal"))}
-    few = ("omniquant-3bit", "qat-int4", "llm-qat", "ternary-qat", "signround", "signround-3bit")
+    few = (
+        *("qat-int4", "llm-qat", "ternary-qat"),
+        *("omniquant", "omniquant(symmetric=True)", "omniquant-3bit", "omniquant-3bit-sym"),
+        *("signround", "signround-minmax", "signround-asym", "signround-3bit", "signround-3bit-sym"),
+    )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 
 

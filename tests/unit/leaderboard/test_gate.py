@@ -222,7 +222,7 @@ def test_what_was_not_measured_alike_is_refused_and_the_other_metric_named() -> 
         (["gptq-minmax", "--suite", "quick"], 3, "items would decide, 160 are there"),
         (["qa-lora", *QA_LORA], 3, "which counts for nothing (`--include-flagged` counts it): the source was made from q4_1"),
         (["qa-lora", *QA_LORA, "--include-flagged"], 0, "shown: qa-lora keeps 101 % of dense in perplexity"),
-        (["signround", "--metric", "perplexity"], 1, "below: signround keeps 87.8 % of dense in perplexity"),
+        (["signround", "--suite", "quick", "--metric", "perplexity"], 1, "below: signround keeps 87.8 % of dense in perplexity"),
     ],
 )
 def test_the_records_of_reference_answer(words: list[str], code: int, says: str) -> None:
