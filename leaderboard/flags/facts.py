@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 from slimbench.harness.schema.quality import QualityResult
@@ -51,7 +52,7 @@ def _above_the_bytes(ours: SpeedPointResult, theirs: SpeedPointResult) -> Iterat
     """
     moved = [point.roofline.weight_bytes + (point.roofline.cache_bytes or 0) if point.roofline else 0 for point in (ours, theirs)]
     times = (ours.candidate.decode_ms, ours.reference.decode_ms) if ours.reference else ([], [])
-    speedup = attempt(paired_speedup, *times, otherwise=None)
+    speedup = attempt(partial(paired_speedup, runs=ours.processes), *times, otherwise=None)
     if speedup is None or not all(moved):
         return
     least = speedup.low if len(times[0]) >= stats.FEWEST_FOR_MEDIAN else speedup.value

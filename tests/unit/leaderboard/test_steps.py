@@ -108,7 +108,7 @@ def test_committed_records_are_shown_as_the_variant_that_they_are_and_keep_key_a
     config = resolve(["calibration_samples=32", "calibration_length=256", "calibration_seed=2", "method=gptq-minmax"])
     assert make_cell(config).identity.keys.compress == row.keys.compress, "the name makes that very artefact"
     pages = users(Board.of(committed))
-    assert len(pages["gptq-minmax"]) >= 11 and not [row for row in pages["gptq"] if row.suite == "quick"]
+    assert len(pages["gptq-minmax"]) >= 11 and {row.grid for row in pages["gptq"]} == {"symmetric, searched"}
 
 
 def test_every_committed_row_says_its_grid_and_the_evidence_bears_it_out(board: list[Row]) -> None:
