@@ -65,7 +65,7 @@ class Index:
         """The record of a stage of a cell on some hardware; compression and quality of other hardware where it has none of its own.
 
         Of several it is the newest of the bytes that the cell's own records made or loaded. Where none is known to be, it is the newest
-        compression before those records, or else the first one after them; of qualities the newest.
+        before those records, or else the first one after them: what is measured later elsewhere changes no row.
         """
         own = {known: record for known in Stage if (record := self.on(fingerprint, known, keys.of(known)))}
         if stage in own or stage is Stage.SPEED:
@@ -73,7 +73,7 @@ class Index:
         others = list(self._records.get((stage, keys.of(stage)), {}).values())
         known = {artefact for record in own.values() if (artefact := artefact_of(record))}
         fitting = [record for record in others if artefact_of(record) in known]
-        if not fitting and stage is Stage.COMPRESS:
+        if not fitting:
             measured = max((record.started for record in own.values()), default="")
             fitting = [record for record in others if record.started <= measured] or (others[:1] if measured else [])
         return next(reversed(fitting or others), None)

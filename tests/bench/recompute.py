@@ -148,7 +148,7 @@ class Records:
     def of(self, stage: str, keys: Json, hardware: str) -> Json | None:
         """Of a stage on some hardware; for compression and quality that of other hardware where there is none.
 
-        Then one of the bytes that the row's own records name goes first, then a compression from before them, then the next one after.
+        Then one of the bytes that the row's own records name goes first, then one from before them, then the next one after.
         """
         here = {name: self.newest.get((name, key), {}).get(hardware) for name, key in keys.items()}
         if here[stage] or stage == "speed":
@@ -158,7 +158,7 @@ class Records:
         last = max((record["started"] for record in mine), default="9999")
 
         def fits(record: Json) -> tuple[bool, bool, float]:
-            late = stage == "compress" and record["started"] > last
+            late = record["started"] > last
             moment = datetime.fromisoformat(record["started"]).timestamp()
             return artefact(record) in loaded, not late, -moment if late else moment
 

@@ -113,8 +113,8 @@ def test_without_known_bytes_it_shows_the_last_compression_before_its_own_result
     assert shown(Stage.COMPRESS, scored(LATE, None), *made, compressed(LAST, "e" * 64, OTHER.fingerprint)) == (LAST, OTHER.fingerprint)
 
 
-def test_of_the_qualities_of_other_machines_a_row_shows_that_of_its_own_bytes() -> None:
+def test_of_the_qualities_of_other_machines_a_row_shows_that_of_its_own_bytes_or_the_last_before_its_own_results() -> None:
     there = scored(EARLY, "a" * 64).model_copy(update={"hardware": HardwareIdentity(fingerprint="aaaaaaaa", label="Example CPU")})
-    for letter, expected in (("a", (EARLY, "aaaaaaaa")), ("b", (LATE, OTHER.fingerprint)), ("c", (LATE, OTHER.fingerprint))):
+    for letter, expected in (("a", (EARLY, "aaaaaaaa")), ("b", (LATE, OTHER.fingerprint)), ("c", (EARLY, "aaaaaaaa"))):
         made = [there, scored(LATE, "b" * 64), compressed(MIDDLE, letter * 64, "bbbbbbbb")]
         assert shown(Stage.QUALITY, *made, fingerprint="bbbbbbbb") == expected
