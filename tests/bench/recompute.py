@@ -340,6 +340,7 @@ COMPARED = (
     *("worst_task", "worst_task_delta", "worst_task_low", "worst_task_high"),
     *("prefill_ms", "prefill_low", "prefill_high", "decode_tokens_per_s", "decode_low", "decode_high", "speedup", "speedup_low"),
     *("speedup_high", "throughput_tokens_per_s", "roofline_fraction", "speed_points", "copy_bandwidth_gbs"),
+    "read_bandwidth_gbs",
     *("disk_bytes", "compression_ratio", "weight_bytes", "effective_bits"),
 )
 WRITTEN = (
