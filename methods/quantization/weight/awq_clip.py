@@ -85,7 +85,8 @@ class AWQClip(Grouped, Method):
         symmetric = bool(self.symmetric)
         for name, layer in layers.items():
             weight, gram = layer.weight.detach(), inputs[name].gram
-            if not name.endswith(_UNCLIPPED) and gram is not None:
+            if not name.endswith(_UNCLIPPED):
+                assert gram is not None
                 weight = clipped(weight, gram, grid, symmetric)
             yield name, round_to_grid(weight, grid, symmetric)
 
