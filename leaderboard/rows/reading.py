@@ -1,4 +1,7 @@
-"""Records as a board needs them: without the log-likelihoods of zero-shot items, which are most of a file and on no page."""
+"""Records as a board needs them: of the log-likelihoods of zero-shot items, which are most of a file and on no page, only their sums.
+
+The sums tell whether two records have the same ones.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ def lean(path: Path) -> Record | str:
     try:
         data = migrate(shared.join(decode(path.read_bytes()), shared.folder_of(path)))
         for task in (data.get("quality") or {}).get("zeroshot") or []:
-            task["items"]["loglikelihoods"] = []
+            items = task["items"]
+            items["loglikelihoods"] = [[sum(choices)] for choices in items.get("loglikelihoods") or []]
         return Record.model_validate(data)
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return read(path)

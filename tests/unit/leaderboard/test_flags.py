@@ -22,6 +22,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import compare
 from slimbench.leaderboard.compare.verdict import verdict
 from slimbench.leaderboard.flags.kinds import CATALOGUE, WITHOUT_MEANING, Figure, Kind, invalidating, kind, meaning, shown, spoiling
+from slimbench.leaderboard.rows.reading import lean
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names, ranking
@@ -450,3 +451,12 @@ def test_the_ranking_knows_what_flags_take_away() -> None:
     found = {row.pipeline: raw[names.cell_id(row)] for row in shown_.rows}
     assert [found[name][19] for name in ("rtn", "awq", "nf4", "int8", "shortgpt(blocks=3)")] == [8, 2, 4, 1, 0]
     assert found["rtn"][16] is None and found["awq"][16] is not None, "what older code took is no memory to choose by"
+
+
+def test_a_board_of_lean_records_says_of_each_row_what_whole_records_say(committed: list[Record]) -> None:
+    """The command reads records without what most of a file is; a flag that hangs on it would be lost without a word."""
+    light = [record for path in Store(ROOT / "results").files() if isinstance(record := lean(path), Record)]
+    assert len(light) == len(committed)
+    said = {row.place: (row.flags, row.accuracy_verdict) for row in rows(committed)}
+    assert {row.place: (row.flags, row.accuracy_verdict) for row in rows(light)} == said
+    assert any(flag.startswith("policy never exercised") for flags, _ in said.values() for flag in flags)
