@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.support.caches import with_kernels
+from tests.support.fixtures import isolated_cache
 from tests.support.paths import SLIMBENCH
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # other work may run beside them
@@ -19,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache for one module: those that come after it, in any order, find the user's again, where the real model is."""
+    with isolated_cache(tmp_path_factory.mktemp("own")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

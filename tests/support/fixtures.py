@@ -17,16 +17,20 @@ from tests.support.running import Listener
 from tests.support.tiny import save_text, save_tiny, tiny_overrides
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@contextlib.contextmanager
+def isolated_cache(folder: Path) -> Iterator[Path]:
     """A cache of the tests' own, but for compiled kernels; what uses it asks no network, and waits for no stage of another test run."""
-    folder = with_kernels(tmp_path_factory.mktemp("cache"))
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SLIMBENCH_CACHE", str(folder))
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    patch.setenv("SLIMBENCH_TURNS", str(tmp_path_factory.mktemp("turns")))
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMBENCH_CACHE", str(with_kernels(folder / "cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("SLIMBENCH_TURNS", str(folder / "turns"))
+        yield folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with isolated_cache(tmp_path_factory.mktemp("own")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
