@@ -58,7 +58,11 @@ def indirect_speedup(
 ) -> Estimate:
     """How many times faster the candidate is than another that was measured apart, through the reference that both ran next to.
 
-    The ratio of their paired speed-ups; drift between the two measurements cancels as far as the reference shows it too.
+    The ratio of their paired speed-ups; drift between the two measurements cancels as far as the reference shows it too. A machine whose
+    memory others use as well slows dense weights down more than packed ones, so a speed-up is larger in a busy hour than in a calm one.
+    How much of what the reference suffered the candidates did is not known: all of it, and the ratio of speed-ups holds; none of it, and
+    that of the candidates' own times does. Over processes the interval reaches over those of both. Whatever share it is between the two,
+    it then covers the ratio as often as each of them does, since a mixture of two estimates lies within the hull of their intervals.
 
     Args:
         candidate: Times of the candidate and of the reference next to them, each of shape [pairs].
@@ -66,7 +70,7 @@ def indirect_speedup(
         level: Confidence, 0..1.
         resamples: Bootstrap samples drawn, of the pairs of each measurement.
         seed: Seed of the draw.
-        runs: How many pairs each process of the candidate has, and of the other; with several on both sides `ratio_over` them.
+        runs: How many pairs each process of the candidate has, and of the other; of several on both sides `ratio_over` them.
 
     Returns:
         Ratio of the middle speed-ups, lower bound, upper bound. Of one process, coverage within it is 95 to 97.5 %, and fewer than six
@@ -79,7 +83,9 @@ def indirect_speedup(
     """
     ours, theirs = _speedups(*candidate), _speedups(*other)
     if min(map(len, runs)) > 1:
-        return ratio_over((ours, runs[0]), (theirs, runs[1]), level)
+        relative = ratio_over((ours, runs[0]), (theirs, runs[1]), level)
+        absolute = ratio_over((other[0], runs[1]), (candidate[0], runs[0]), level)
+        return Estimate(relative.value, min(relative.low, absolute.low), max(relative.high, absolute.high))
     ratio = float(np.median(ours) / np.median(theirs))
     if min(len(ours), len(theirs)) < FEWEST_FOR_MEDIAN:
         return Estimate(ratio, *UNDEFINED)

@@ -51,6 +51,48 @@ def test_the_numbers_are_those_of_scipy_on_the_logarithms_of_the_medians() -> No
     assert ratio_over((ours, [5] * 4), (theirs, [7] * 3))[1:] == pytest.approx(np.exp([welch.low, welch.high]))
 
 
+def measured(rng: np.random.Generator, true: float, states: float, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times of a candidate and of its reference in three processes of eight runs, on a machine that was busier or calmer meanwhile.
+
+    Args:
+        true: Speed-up on a calm machine.
+        states: Standard deviation of the logarithm of what others slow the reference down by, between measurements; a third of it between
+            processes.
+        share: Of that slowness which the candidate does not suffer.
+    """
+    busy = rng.normal(0, states) + rng.normal(0, states / 3, (3, 1)) + np.zeros((3, 8))
+    reference = 22 * np.exp(busy + rng.normal(0, 0.01, (3, 8)))
+    return (22 / true * np.exp((1 - share) * busy + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.01, (3, 8)))).ravel(), reference.ravel()
+
+
+RUNS = ([8] * 3, [8] * 3)
+
+
+@pytest.mark.parametrize("states", [0.0, 0.05, 0.15])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_equal_rows_of_a_busy_and_a_calm_hour_are_called_different_in_five_of_a_hundred_at_most(states: float, share: float) -> None:
+    """Where the hour matters, the plain ratio of the speed-ups errs several times as often."""
+    rng = np.random.default_rng(6)
+    apart = plain = 0
+    for _ in range(TRIALS // 2):
+        ours, theirs = (measured(rng, 2.0, states, share) for _ in range(2))
+        ratio, low, high = indirect_speedup(ours, theirs, runs=RUNS)
+        relative = ratio_over((ours[1] / ours[0], RUNS[0]), (theirs[1] / theirs[0], RUNS[1]))
+        apart += not low <= 1 <= high
+        plain += not relative.low <= 1 <= relative.high
+        assert low <= relative.low and high >= relative.high and ratio == relative.value
+    assert apart / (TRIALS // 2) <= 0.05
+    assert states * share < 0.1 or plain / (TRIALS // 2) > 0.2
+
+
+@pytest.mark.parametrize(("states", "least"), [(0.0, 0.9), (0.05, 0.5)])
+def test_rows_that_differ_by_a_sixth_are_told_apart(states: float, least: float) -> None:
+    rng = np.random.default_rng(5)
+    found = [indirect_speedup(measured(rng, 2.3, states, 0.3), measured(rng, 2.0, states, 0.3), runs=RUNS) for _ in range(400)]
+    assert np.mean([low > 1 for _, low, _ in found]) > least
+    assert np.median([value for value, _, _ in found]) == pytest.approx(1.15, rel=0.01)
+
+
 def test_speed_ups_of_processes_pair_within_and_compare_between_them() -> None:
     rng = np.random.default_rng(4)
     drift = np.exp(rng.normal(0, 0.3, 24))
