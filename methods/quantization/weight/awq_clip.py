@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _STEPS = 20
 """Of the whole range; half of them are tried."""
-_UNCLIPPED = ("q_proj", "k_proj")
+_UNCLIPPED = ("q_proj", "k_proj", "qkv_proj", "query", "key", "query_key_value", "Wqkv")
 """Their outputs are multiplied with each other, so the error of one of them says little."""
 
 
@@ -74,7 +74,7 @@ class AWQClip(Grouped, Method):
         grid = packed.Grid(self.bits, self.group_size)
         _llmcompressor.oneshot(model, self._scaling().modifiers(), calibration, dense.progress)
         model.apply(disable_quantization)
-        weights = self._codes(layers, of_model(model, calibration.ids, gram=True), grid)
+        weights = self._codes(layers, of_model(model, calibration.ids, dense.progress, gram=True), grid)
         packed.save(model, weights, out)
         return Claim(self.produces, bits=self.bits, group_size=self.group_size, details={"symmetric": bool(self.symmetric)})
 
