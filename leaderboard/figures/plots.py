@@ -16,10 +16,10 @@ from slimbench.leaderboard.tables.tables import Table, titles
 FIGURES = "figures"
 STEMS = ("pareto", "pareto-*-*-*-*", "sizes")
 """What files of plots are called without an ending: the fullest table's, those of model, suite, speed and device, that over sizes."""
-MOST_PLOTTED, MOST_LINES, MOST_POINTS = 3, 8, 10
-MANY = 12
+MOST_PLOTTED, MOST_LINES, MOST_POINTS = 4, 8, 10
+MANY = 16
 """Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages."""
-MOST_FIGURES = 40
+MOST_FIGURES = 60
 """Above so many figures none of the catalogue is drawn: each takes about a second of one core."""
 
 

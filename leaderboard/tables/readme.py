@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 
 from slimbench.harness.store.store import Store
@@ -27,30 +28,54 @@ from slimbench.util.files import write_atomically
 _MODEL = "smollm2-135m"
 _PROCESSOR = "AMD EPYC"
 _METHODS = (
-    *("dense", "rtn-8bit", "int8-dynamic", "kv-int8", "signround", "awq", "qat-int4"),
-    *("rtn-4bit", "gptq-minmax", "signround-3bit", "gptq-3bit", "gptq-2bit"),
+    *(
+        "dense",
+        "rtn-8bit",
+        "gptq-8bit",
+        "int8-dynamic",
+        "smoothquant",
+        "kv-int8",
+        "signround",
+        "gptaq",
+        "awq-clip",
+        "awq",
+        "gptq",
+        "gptq-asym",
+        "hqq",
+    ),
+    *("mixed-precision", "nf4", "rtn-4bit", "rtn-4bit-asym", "gptq-3bit"),
 )
 _ENGINES = (
     *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
     *(("compiled", "dense"), ("compiled", "rtn-4bit-head8")),
     *(("llamacpp", "dense"), ("llamacpp", "rtn-4bit-head8")),
 )
-_SHOWN = ("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "speedup", "weight_bytes", "grid", "effective_bits")
+_SHOWN = (
+    "perplexity_delta_percent",
+    "perplexity_verdict",
+    "kl_mean",
+    "accuracy_delta",
+    "speedup",
+    "weight_bytes",
+    "grid",
+    "effective_bits",
+)
 _OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits")
 
 
 def methods(board: Sequence[Row]) -> str:
-    """One model under one suite on one engine: what methods cost and give."""
-    chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "quick") and row.engine == "transformers"}
-    lines = [([escape(name)], chosen[name]) for name in _METHODS]
-    dense = lines[0][1]
+    """The front table: what methods cost and give under one suite on one engine, the smallest loss first."""
+    chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "front", "front") and row.engine == "transformers"}
+    dense, *others = (chosen[name] for name in _METHODS)
+    ranked = sorted(others, key=lambda row: row.perplexity or inf)
+    lines = [([escape(row.pipeline)], row) for row in (dense, *ranked)]
     beside = told(dense_by_engine(board, dense), dense.engine)
     return _table(["Pipeline"], lines, _SHOWN) + _reading(board, [dense]) + (f"\n{beside}\n" if beside else "")
 
 
 def engines(board: Sequence[Row]) -> str:
     """The same weights on several engines."""
-    chosen = {(row.engine, row.pipeline): row for row in _lowest_seeds_last(board) if _is_shown(row, "engines")}
+    chosen = {(row.engine, row.pipeline): row for row in _lowest_seeds_last(board) if _is_shown(row, "engines", "quick")}
     lines = [([engine, escape(name)], chosen[engine, name]) for engine, name in _ENGINES]
     return _table(["Engine", "Pipeline"], lines, _OF_ENGINES) + _reading(board, [row for _, row in lines])
 
@@ -87,8 +112,8 @@ def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
     return sorted(board, key=lambda row: (row.seed, row.calibration_seed or 0), reverse=True)
 
 
-def _is_shown(row: Row, suite: str) -> bool:
-    return not row.foreign and row.model == _MODEL and row.suite == suite and row.speed == "quick" and _PROCESSOR in row.hardware
+def _is_shown(row: Row, suite: str, speed: str) -> bool:
+    return not row.foreign and (row.model, row.suite, row.speed) == (_MODEL, suite, speed) and _PROCESSOR in row.hardware
 
 
 def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -113,10 +114,17 @@ def _cell(record: Json, place: str, newest: Mapping[tuple[str, str, str], Json])
         memory=None if None in memory else weights + sum(memory),
         weights=weights,
         disk=made["compress"]["disk_bytes"],
-        speed=1000 / median(point["candidate"]["decode_ms"]) if point else None,
-        speedup=median(ratios) if ratios else None,
+        speed=1000 / _middle(point["candidate"]["decode_ms"], point) if point else None,
+        speedup=_middle(ratios, point) if point and ratios else None,
         spoiled=frozenset(_spoiled(cell, made["compress"]["claim"], ratio, scored["quality"], speed)),
     )
+
+
+def _middle(samples: list[float], point: Json) -> float:
+    """The median of one process, or the geometric mean of those of several."""
+    left = iter(samples)
+    runs = point.get("processes") or [len(samples)]
+    return math.exp(fmean(math.log(median(islice(left, count))) for count in runs))
 
 
 def _spoiled(cell: Json, claim: Json, ratio: float | None, quality: Json, speed: Json | None) -> set[str]:

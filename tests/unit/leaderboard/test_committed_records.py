@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 
 from slimbench.harness.schema.identity import Stage, Status
@@ -10,6 +12,8 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.intervals import perplexity_ratio_interval
 from slimbench.harness.stats.significance import paired_p_value, standard_errors
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.compare.compare import of_rows
+from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.methods.base import Claim
 from tests.support.paths import ROOT
@@ -74,6 +78,18 @@ def test_the_reference_against_itself_is_one(committed: list[Record]) -> None:
     flagged = [row for row, low, high in measured if not low <= 1 <= high]
     assert all(any(flag.startswith("A/A") for flag in row.flags) for row in flagged)
     assert len(flagged) <= max(1, 0.2 * len(measured))
+
+
+def test_rows_of_one_format_and_as_many_bytes_are_as_fast(committed: list[Record]) -> None:
+    """At most one pair in twenty of the front table is called different in decode speed where the same kernel reads as many bytes."""
+    ordered = oldest_first(committed)
+    index = Index(ordered)
+    front = [row for row in rows(ordered) if (row.suite, row.speed) == ("front", "front") and row.speedup is not None]
+    alike = [(a, b) for a, b in combinations(front, 2) if (a.kernel, a.weight_bytes) == (b.kernel, b.weight_bytes)]
+    found = {f"{a.pipeline} v {b.pipeline}": of_rows(index, a, b).speed[0] for a, b in alike}
+    assert {speed.phase for speed in found.values()} == {"decode"} and len(found) >= 20
+    apart = [pair for pair, speed in found.items() if speed.significant]
+    assert len(apart) <= 0.05 * len(found), apart
 
 
 @pytest.fixture(scope="module")

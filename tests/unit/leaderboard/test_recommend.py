@@ -305,6 +305,23 @@ def test_no_cell_of_the_committed_records_is_better_than_the_choice(
     assert len(chosen) > 3 and without and bool(out) is not include_flagged, "the budgets must try something"
 
 
+FRONT = "de7cbd33"
+"""The machine of the front table of the committed records."""
+
+
+@pytest.mark.parametrize("objective", ["quality", "speed", "size"])
+def test_of_the_front_table_the_best_under_150_mb_and_a_fifth_is_named(committed: tuple[list[Row], Index], objective: Any) -> None:
+    """Against a brute force over the JSON of the records; its memory is measured, so no flag hides the cells that could win."""
+    every = cells(ROOT / "results" / "smollm2-135m", FRONT, model="smollm2-135m", suite="front", speed="front", device="cpu")
+    budget = dict.fromkeys(("max_disk_bytes", "min_speed", "min_speedup")) | {"memory_bytes": 150_000_000, "max_drop": 0.2}
+    expected, left_out = best(every, budget, objective, False)
+    found = choose(*committed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), objective, suite="front")
+    assert expected and found.choice and found.choice.row.keys.compress == expected.compress
+    assert {left.row.keys.compress for left in found.left_out} == left_out and not left_out
+    fitting = [cell for cell in every if cell.memory and cell.memory <= 150_000_000]
+    assert len(every) >= 24 and len(fitting) > 10 and expected in fitting
+
+
 def test_a_stale_memory_does_not_hide_the_best_cell_in_silence(committed: tuple[list[Row], Index]) -> None:
     """45 rows carry the bytes of a copy that is no longer made: the answer must name those that it could not judge."""
     found = choose(*committed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), suite="quick")
