@@ -43,7 +43,7 @@ _METHODS = (
         "gptq-asym",
         "hqq",
     ),
-    *("mixed-precision", "nf4", "rtn-4bit", "rtn-4bit-asym", "gptq-3bit"),
+    *("mixed-precision", "rtn-4bit", "rtn-4bit-asym", "signround-3bit", "gptq-3bit"),
 )
 _ENGINES = (
     *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
