@@ -28,22 +28,8 @@ from slimbench.util.files import write_atomically
 _MODEL = "smollm2-135m"
 _PROCESSOR = "AMD EPYC"
 _METHODS = (
-    *(
-        "dense",
-        "rtn-8bit",
-        "gptq-8bit",
-        "int8-dynamic",
-        "smoothquant",
-        "kv-int8",
-        "signround",
-        "gptaq",
-        "awq-clip",
-        "awq",
-        "gptq",
-        "gptq-asym",
-        "hqq",
-    ),
-    *("mixed-precision", "rtn-4bit", "rtn-4bit-asym", "signround-3bit", "gptq-3bit"),
+    *("dense", "rtn-8bit", "gptq-8bit", "int8-dynamic", "smoothquant", "kv-int8", "signround", "gptaq", "awq-clip", "awq"),
+    *("gptq", "gptq-asym", "hqq", "mixed-precision", "rtn-4bit", "rtn-4bit-asym", "signround-3bit", "gptq-3bit"),
 )
 _ENGINES = (
     *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
@@ -51,14 +37,8 @@ _ENGINES = (
     *(("llamacpp", "dense"), ("llamacpp", "rtn-4bit-head8")),
 )
 _SHOWN = (
-    "perplexity_delta_percent",
-    "perplexity_verdict",
-    "kl_mean",
-    "accuracy_delta",
-    "speedup",
-    "weight_bytes",
-    "grid",
-    "effective_bits",
+    *("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "accuracy_delta"),
+    *("speedup", "weight_bytes", "grid", "effective_bits"),
 )
 _OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits")
 
