@@ -62,7 +62,8 @@ def indirect_speedup(
     memory others use as well slows dense weights down more than packed ones, so a speed-up is larger in a busy hour than in a calm one.
     How much of what the reference suffered the candidates did is not known: all of it, and the ratio of speed-ups holds; none of it, and
     that of the candidates' own times does. Over processes the interval reaches over those of both. Whatever share it is between the two,
-    it then covers the ratio as often as each of them does, since a mixture of two estimates lies within the hull of their intervals.
+    the same for both candidates, it then covers the ratio as often as each of them does: a mixture of two estimates lies within the hull
+    of their intervals. Rows that suffer more than the reference, or each in its own way, have no one ratio.
 
     Args:
         candidate: Times of the candidate and of the reference next to them, each of shape [pairs].

@@ -90,6 +90,9 @@ def test_rows_of_one_format_and_as_many_bytes_are_as_fast(committed: list[Record
     assert {speed.phase for speed in found.values()} == {"decode"} and len(found) >= 20
     apart = [pair for pair, speed in found.items() if speed.significant]
     assert len(apart) <= 0.05 * len(found), apart
+    measured = [(row, row.speedup) for row in front if row.speedup and not row.is_reference]
+    far = [(a, b) for (a, ours), (b, theirs) in combinations(measured, 2) if max(ours / theirs, theirs / ours) > 1.25]
+    assert len(far) > 100 and all(of_rows(index, a, b).speed[0].significant for a, b in far), "intervals that hold everything tell nothing"
 
 
 @pytest.fixture(scope="module")
