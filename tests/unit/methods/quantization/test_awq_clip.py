@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.core.statistics import Inputs
 from slimbench.methods.kernels.grid import Grid
+from slimbench.methods.kernels.rounding import round_to_grid
 from slimbench.methods.quantization.weight.awq_clip import AWQClip, clipped
 
 
@@ -62,3 +64,25 @@ def test_its_settings_are_those_of_awq() -> None:
     with pytest.raises(ValueError, match="candidates must be at least 3"):
         AWQClip(candidates=2)
     assert AWQClip().weight_grid == "with offsets, searched" and AWQClip(symmetric=True).weight_grid == "symmetric, searched"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("q_proj", True),
+        ("k_proj", True),
+        ("qkv_proj", True),
+        ("query_key_value", True),
+        ("Wqkv", True),
+        ("v_proj", False),
+        ("down_proj", False),
+    ],
+)
+def test_queries_and_keys_are_not_clipped_fused_ones_neither(name: str, whole: bool) -> None:
+    """As in the authors' code; the other layers are, where that brings outputs closer."""
+    torch.manual_seed(0)
+    layer, x, grid = torch.nn.Linear(64, 32, bias=False), torch.randn(256, 64), Grid(3, 32)
+    seen = Inputs(x.amin(0), x.amax(0), x.square().mean(0), x.T @ x / len(x), len(x))
+    ((_, made),) = AWQClip(bits=3, group_size=32)._codes({f"model.layers.0.{name}": layer}, {f"model.layers.0.{name}": seen}, grid)
+    plain = round_to_grid(layer.weight.detach(), grid, False)
+    assert torch.equal(made.dequantize(), plain.dequantize()) is whole
