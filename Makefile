@@ -57,7 +57,7 @@ board: setup
 
 # The pictures of README and docs, from the records of reference.
 pictures: board
-	cp board/pareto-smollm2-135m-front-front-cpu.png docs/images/front.png
+	cp board/pareto.png docs/images/front.png
 	cp board/sizes.png docs/images/sizes.png
 	cp board/figures/grids-smollm2-135m-screen.png docs/images/grids.png
 

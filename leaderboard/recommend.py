@@ -26,6 +26,7 @@ from slimbench.leaderboard.flags.kinds import Figure, invalidating, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.tables.tables import evidence
 from slimbench.util.text import nearest
 
 Objective = Literal["quality", "speed", "size"]
@@ -158,7 +159,7 @@ def recommend(
 ) -> Recommendation:
     """The best cell of a model under a budget.
 
-    Where several tables remain (other suites, hardware, protocols), the one with the most finished rows answers.
+    Where several tables remain (other suites, hardware, protocols), the one of the most `evidence` answers.
 
     Args:
         include_flagged: Cells with an invalidating flag are candidates too, by their figures as they are recorded.
@@ -198,7 +199,7 @@ def choose(
     tables: dict[tuple[str, ...], list[Row]] = {}
     for row in finished:
         tables.setdefault(row.table_key, []).append(row)
-    table = max(tables.values(), key=lambda group: (len(group), group[0].table_key))
+    table = max(tables.values(), key=lambda group: (evidence(group), group[0].table_key))
     candidates, left_out = _held(table, budget, objective, include_flagged)
     fitting = [candidate for candidate in candidates if candidate.fits]
     choice, runner_up = (*fitting, None, None)[:2]
@@ -241,9 +242,9 @@ def _unmeasured(candidates: Sequence[Candidate]) -> list[str]:
 def _elsewhere(
     table: Sequence[Row], others: Iterable[Sequence[Row]], budget: Budget, objective: Objective, include_flagged: bool
 ) -> Iterator[Elsewhere]:
-    """The best cell within the budget of each other table, the fullest table first."""
+    """The best cell within the budget of each other table, that of the most evidence first."""
     here = table[0]
-    for other in sorted(others, key=lambda group: (-len(group), group[0].table_key)):
+    for other in sorted(others, key=lambda group: (evidence(group), group[0].table_key), reverse=True):
         there = other[0]
         fitting = [c for c in _held(other, budget, objective, include_flagged)[0] if c.fits and not c.row.is_reference]
         if there.table_key != here.table_key and fitting and budget != Budget():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,16 +12,14 @@ from slimbench.leaderboard.figures import catalogue, pareto, scaling
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site.board import Board
-from slimbench.leaderboard.tables.tables import Table, titles
+from slimbench.leaderboard.tables.tables import evidence, titles
 
 FIGURES = "figures"
 STEMS = ("pareto", "pareto-*-*-*-*", "sizes")
-"""What files of plots are called without an ending: the fullest table's, those of model, suite, speed and device, that over sizes."""
+"""What files of plots are called without an ending: the first table's, those of model, suite, speed and device, that over sizes."""
 MOST_PLOTTED, MOST_LINES, MOST_POINTS = 4, 8, 10
-MANY = 16
-"""Above so many tables only the fullest is plotted for print: a plot takes as long as hundreds of pages."""
 MOST_FIGURES = 60
-"""Above so many figures none of the catalogue is drawn: each takes about a second of one core."""
+"""So many figures of the catalogue are drawn, and no more: each takes about half a second of one core, as long as hundreds of pages."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Gallery:
     Attributes:
         plots: By their path without an ending.
         absent: For each kind of which there is no figure the reason.
-        without: Why the catalogue was not drawn; empty if it was.
+        without: Why figures that the records allow were not drawn; empty if all were.
     """
 
     plots: Mapping[str, Plot] = field(default_factory=dict)
@@ -39,43 +38,50 @@ class Gallery:
 
 
 def gallery(board: Board, figures: bool) -> Gallery:
-    """The plots of the fullest tables and over model sizes, and the catalogue's figures unless there are too many tables.
+    """The plots of the tables of most evidence and over model sizes, and the catalogue's figures, up to `MOST_FIGURES`.
 
     Args:
         figures: Whether the catalogue is wanted.
     """
-    plots = {**_pareto(board.tables), **_sizes(board.rows)}
+    plots = {**_pareto(board), **_sizes(board.rows)}
     if not figures:
         return Gallery(plots, without="This board was built without them.")
-    if len(board.tables) > MANY:
-        sets = len(board.tables)
-        return Gallery(plots, without=f"With more than {MANY} sets of cells that were measured alike, here {sets}, they are not drawn.")
     found = list(catalogue.figures(board.rows))
     drawn = [plot for plot in found if isinstance(plot, Plot)]
-    if len(drawn) > MOST_FIGURES:
-        return Gallery(plots, without=f"These records allow {len(drawn)} figures; above {MOST_FIGURES} they are not drawn.")
     kinds = {plot.kind for plot in drawn}
     nearest: dict[str, catalogue.Absent] = {}
     for gone in found:
         if isinstance(gone, catalogue.Absent) and gone.kind not in kinds and gone.rows >= nearest.get(gone.kind, gone).rows:
             nearest[gone.kind] = gone
-    return Gallery(plots | {f"{FIGURES}/{plot.name}": plot for plot in drawn}, list(nearest.values()))
+    kept = _first(drawn)
+    left = f"These records allow {len(drawn):,} figures; of each kind those of most evidence are drawn." if len(kept) < len(drawn) else ""
+    return Gallery(plots | {f"{FIGURES}/{plot.name}": plot for plot in kept}, list(nearest.values()), left)
 
 
-def _pareto(tables: Sequence[Table]) -> dict[str, Plot]:
-    """The plots of the fullest tables: the first is `pareto`, others are named by model and suite."""
-    plotted = [(table, title) for table, title in zip(tables, titles(tables), strict=True) if pareto.plottable(table)]
-    measured = [sum(row.perplexity is not None for row in table.rows) for table, _ in plotted]
-    fullest = sorted(range(len(plotted)), key=lambda number: (-measured[number], number))
-    fullest = fullest[: MOST_PLOTTED if len(plotted) <= MANY else 1]
+def _first(drawn: Sequence[Plot]) -> list[Plot]:
+    """As many as are drawn, in their order: the first of every kind, then the second of every kind, and so on, by evidence."""
+    place: dict[int, int] = {}
+    seen: Counter[str] = Counter()
+    for plot in sorted(drawn, key=lambda plot: evidence(plot.group.rows), reverse=True):
+        place[id(plot)] = seen[plot.kind]
+        seen[plot.kind] += 1
+    kept = {id(plot) for plot in sorted(drawn, key=lambda plot: place[id(plot)])[:MOST_FIGURES]}
+    return [plot for plot in drawn if id(plot) in kept]
+
+
+def _pareto(board: Board) -> dict[str, Plot]:
+    """The plots of the tables of most evidence: the first is `pareto`, others are named by model and suite."""
+    names = titles(board.tables)
+    plottable = [number for number in board.sequence if pareto.plottable(board.tables[number])]
     plots: dict[str, Plot] = {}
-    for table, title in (plotted[number] for number in sorted(fullest)):
+    for number in plottable[:MOST_PLOTTED]:
+        table = board.tables[number]
         row = table.rows[0]
         words = [row.model, row.suite, row.speed, row.device] if plots else []
         stem = "-".join(["pareto", *(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.")[:40] for word in words)])
         while stem in plots:
             stem += "-2"
-        plots[stem] = pareto.plot(table, title)
+        plots[stem] = pareto.plot(table, names[number])
     return plots
 
 

@@ -16,7 +16,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.settings import Setting, setting
 from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import Column, comparable
-from slimbench.leaderboard.tables.tables import Axis, Table, pareto, tables, titles
+from slimbench.leaderboard.tables.tables import Axis, Table, evidence, pareto, tables, titles
 
 Place = tuple[str, str, str, str]
 SMALLEST, FASTEST = "size", "speed"
@@ -47,6 +47,12 @@ class Board:
     @cached_property
     def tables(self) -> list[Table]:
         return tables(self.rows)
+
+    @cached_property
+    def sequence(self) -> list[int]:
+        """The positions of the tables, that of the most evidence first."""
+        weights = [evidence(table.rows) for table in self.tables]
+        return sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
 
     @cached_property
     def settings(self) -> list[Setting]:

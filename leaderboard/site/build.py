@@ -37,7 +37,7 @@ def build(results: Path, out: Path, figures: bool = True) -> list[Path]:
 
     Returns:
         The files written: `index.html` and the pages, scripts and styles that it leads to, `table.md`, `table.csv`, `table.json`,
-        and as PNG, SVG and PDF `pareto` of the fullest tables, `sizes` where several models were measured alike, and `figures/`.
+        and as PNG, SVG and PDF `pareto` of the tables of most evidence, `sizes` where several models were measured alike, and `figures/`.
 
     Raises:
         BoardError: The folder holds no record, or `out` cannot be written.

@@ -15,6 +15,7 @@ from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS, MARGIN, Column, VerdictColumn, comparable
 from slimbench.leaderboard.tables.format import decimal, shorten
+from slimbench.leaderboard.tables.tables import ENOUGH
 
 EXTRA = (
     Column("compress_seconds", "Compress\N{NO-BREAK SPACE}s", "Wall time of the compression.", decimal(1)),
@@ -55,6 +56,8 @@ def data(board: Board) -> str:
         "columns": [_column(column, shown=column not in COLUMNS or column in first) for column in CELLS],
         "margin": MARGIN,
         "sets": board.settings,
+        "sequence": board.sequence,
+        "enough": ENOUGH,
         "rows": rows,
         "texts": list(texts),
     }

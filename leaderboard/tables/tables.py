@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from slimbench.harness.schema.identity import Status
@@ -13,6 +14,8 @@ from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import INCOMPLETE
 
 Axis = Literal["weight_bytes", "decode_tokens_per_s"]
+ENOUGH = 5
+"""A table of fewer rows never stands before one that has as many, however finely its rows were measured."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,17 @@ def pareto(table: Sequence[Row], axis: Axis) -> list[Row]:
             front.append(row)
             best = cost
     return front
+
+
+def evidence(rows: Iterable[Row]) -> tuple[bool, float, float, int]:
+    """How much the rows of a table say. Of several tables the greatest stands first, and answers where one must.
+
+    Whether rows are enough to choose from; then the windows and the items that the median row was measured on, as these decide what
+    differences are seen; then the rows. Only rows that ended well and have a perplexity count.
+    """
+    finished = [row for row in rows if row.status == Status.OK and row.perplexity is not None]
+    windows, items = ([getattr(row, name) or 0 for row in finished] for name in ("perplexity_windows", "accuracy_items"))
+    return len(finished) >= ENOUGH, median(windows or [0]), median(items or [0]), len(finished)
 
 
 def quality_field(rows: Sequence[Row]) -> Literal["loss_percent", "perplexity"]:

@@ -1,7 +1,7 @@
 "use strict";
 // The rows that `data/rows.js` brings, with names, and numbers as the other renderings of the board print them.
 (() => {
-  const { columns, sets, texts, rows, margin } = window.BOARD;
+  const { columns, sets, sequence, enough, texts, rows, margin } = window.BOARD;
   const text = (index) => (index === null ? "" : texts[index]);
   const WIDTH = 20;
   const MARKS = { reference: 1, simulated: 2, size: 4, speed: 8, foreign: 16 };
@@ -65,5 +65,5 @@
     made.append(...children);
     return made;
   };
-  window.slim = { columns, sets, margin, rows: table, position, value, bounds, loss, offScale, format, interval, element, MARKS, INVALID, BITS, SIZES };
+  window.slim = { columns, sets, sequence, enough, margin, rows: table, position, value, bounds, loss, offScale, format, interval, element, MARKS, INVALID, BITS, SIZES };
 })();

@@ -1,7 +1,7 @@
 "use strict";
 // What the reader wants to see, kept in the address so that a view can be shared: search, facets, set, sort, columns, budget.
 (() => {
-  const { rows, sets, columns, element, BITS, SIZES } = window.slim;
+  const { rows, sets, sequence, enough, columns, element, BITS, SIZES } = window.slim;
   const FACETS = [["model", "Model"], ["size", "Size", SIZES], ["family", "Family"], ["engine", "Engine"], ["device", "Device"], ["bits", "Bits", BITS], ["grid", "Grid"], ["verdict", "Verdict"], ["status", "Status"]];
   const NUMBERS = ["memory", "drop", "speed"];
   const defaults = () => ({ q: "", set: "", facets: Object.fromEntries(FACETS.map(([key]) => [key, new Set()])), sort: null, shown: null, group: true, page: 0,
@@ -118,11 +118,13 @@
     window.addEventListener("hashchange", () => { read(); for (const listener of listeners) listener("all"); });
   };
 
-  /** The set that chart and budget speak of: the chosen one, or the one with most of the rows in view that have a perplexity. */
+  /** The set that chart and budget speak of: the chosen one, or the first that has enough rows with a perplexity in view, or the one with most of them. */
   const focus = (kept) => {
     if (state.set) return sets.findIndex((set) => set.id === state.set);
     const counts = new Map();
     for (const row of kept) if (row.cells[0] !== null) counts.set(row.set, (counts.get(row.set) ?? 0) + 1);
+    const first = sequence.find((set) => (counts.get(set) ?? 0) >= enough);
+    if (first !== undefined) return first;
     return [...counts].reduce((best, entry) => (entry[1] > best[1] ? entry : best), [-1, 0])[0];
   };
 

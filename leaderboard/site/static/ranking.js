@@ -1,7 +1,7 @@
 "use strict";
 // The table of all cells, and what happens when the reader changes something.
 (() => {
-  const { columns, sets, rows, position, value, bounds, offScale, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
+  const { columns, sets, sequence, rows, position, value, bounds, offScale, format, interval, element, state, mask, select, focus, changed, show, showFacets, build, onChange, save, chart, budget, MARKS } = window.slim;
   const TEXTS = [["model", "Model"], ["family", "Family"], ["engine", "Engine"], ["kernel", "Kernel"], ["device", "Device"], ["grid", "Grid"], ["status", "Status"]];
   const PAGE = 50;
   const MOST_PRINTED = 1000;
@@ -30,9 +30,6 @@
     for (const flag of row.flags) box.append(element("p", { className: "flag" }, flag));
     return box;
   };
-
-  const sizes = sets.map(() => 0);
-  for (const row of rows) if (row.status === "ok" && row.cells[0] !== null) sizes[row.set] += 1;
 
   const members = sets.map(() => []);
   for (const row of rows) members[row.set].push(row);
@@ -73,11 +70,10 @@
     return box;
   };
 
-  const full = sets.map((_, set) => set).sort((a, b) => sizes[b] - sizes[a] || a - b);
-  const fullest = sets.map((_, set) => full.indexOf(set));
+  const places = sets.map((_, set) => sequence.indexOf(set));
   const column = (key, title, sort, display, more = {}) => ({ name: key, title, type: "nlast", searchable: false, data: (row, type) => (type === "display" ? display(row) : type === "filter" ? "" : sort(row)), ...more });
   const layout = [
-    column("set", "Set", (row) => fullest[row.set], (row) => String(row.set), { visible: false }),
+    column("set", "Set", (row) => places[row.set], (row) => String(row.set), { visible: false }),
     column("rank", "Rank", (row) => row.rank, (row) => (row.rank === null ? "–" : row.rank === row.rankLast ? String(row.rank) : `${row.rank}–${row.rankLast}`), { className: "rank" }),
     column("name", "Pipeline", (row) => row.name, nameCell, { cellType: "th", createdCell: (cell) => { cell.scope = "row"; } }),
     ...TEXTS.map(([key, title]) => column(key, title, (row) => row[key] || null, (row) => row[key] || "–", { className: "wrap" })),

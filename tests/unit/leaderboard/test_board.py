@@ -24,11 +24,12 @@ from slimbench.harness.store.store import Store, Unreadable
 from slimbench.leaderboard.figures import caption, draw, plottable, scaling
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
+from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.build import BoardError, build, contents
 from slimbench.leaderboard.tables.columns import COLUMNS, comparable, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 from slimbench.leaderboard.tables.resolution import anchors
-from slimbench.leaderboard.tables.tables import Row, pareto, tables
+from slimbench.leaderboard.tables.tables import ENOUGH, Row, evidence, pareto, tables
 from slimbench.leaderboard.tables.writers import to_csv, to_json, to_markdown, to_terminal
 from tests.support.board_records import Spec, board, failure, records
 
@@ -161,6 +162,22 @@ def test_random_weights_are_complete_without_quality() -> None:
     for record in made:
         record.config["model"] = {"source": "random"}
     assert row_of(made, "gptq").status == "ok"
+
+
+def test_of_several_tables_the_one_on_most_text_stands_first_if_it_has_rows_to_choose_from() -> None:
+    (row,) = rows(records(Spec()))
+
+    def made(count: int, windows: int, items: int | None) -> list[Row]:
+        return [row.model_copy(update={"perplexity_windows": windows, "accuracy_items": items})] * count
+
+    quick, screen, front = made(80, 16, 160), made(60, 64, None), made(ENOUGH, 64, 1162)
+    few, failed = made(ENOUGH - 1, 128, 4000), [row.model_copy(update={"status": Status.FAILED, "perplexity": None})] * 90
+    assert sorted([few, failed, quick, front, screen], key=evidence, reverse=True) == [front, screen, quick, few, failed]
+    assert evidence([*front, *failed]) == evidence(front) < evidence(made(ENOUGH + 1, 64, 1162)), "only what was measured counts"
+    board_ = Board.of(
+        [record for suite, n in (("a", 3), ("b", ENOUGH)) for i in range(n) for record in records(Spec(f"m{i}", suite=suite))]
+    )
+    assert [board_.tables[number].rows[0].suite for number in board_.sequence] == ["b", "a"]
 
 
 def test_different_texts_are_never_paired() -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -23,7 +24,8 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable, read
 from slimbench.leaderboard.figures import catalogue
-from slimbench.leaderboard.figures.plots import MANY, MOST_FIGURES, Gallery, gallery
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.plots import MOST_FIGURES, MOST_PLOTTED, Gallery, gallery
 from slimbench.leaderboard.flags.kinds import folded, labelled
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
@@ -312,18 +314,26 @@ def test_figures_come_out_the_same_from_records_in_any_order(drawn: dict[str, by
     assert dict(last(board_, beside, found))["figures.html"] == drawn["figures.html"]
 
 
-def test_a_board_of_many_tables_says_how_to_draw_the_figures() -> None:
-    several = [r for number in range(MANY + 1) for spec in (Spec(), GPTQ) for r in records(replace(spec, model=f"tiny-{number}"))]
+def test_a_board_of_many_tables_draws_the_figures_of_most_evidence_and_says_how_to_draw_all() -> None:
+    several = [r for number in range(17) for spec in (Spec(), GPTQ) for r in records(replace(spec, model=f"tiny-{number}"))]
+    several += [r for name in "abc" for r in records(replace(GPTQ, pipeline=name, model="tiny-9"))]
     board_ = Board.of(several)
-    few = gallery(board_, figures=True)
-    assert set(few.plots) == {"pareto", "sizes"} and f"here {MANY + 1}" in few.without
-    for found in (few, gallery(board_, figures=False)):
+    many, none = gallery(board_, figures=True), gallery(board_, figures=False)
+    drawn = [plot for path, plot in many.plots.items() if path.startswith("figures/")]
+    assert len(drawn) == MOST_FIGURES and set(none.plots) == set(many.plots) - {f"figures/{plot.name}" for plot in drawn}
+    assert len(none.plots) == MOST_PLOTTED + 1 and none.plots["pareto"].group.title.startswith("tiny-9")
+    allowed = [plot for plot in catalogue.figures(board_.rows) if isinstance(plot, Plot)]
+    assert f"allow {len(allowed)} figures" in many.without and len(allowed) > 2 * MOST_FIGURES
+    kept, all_ = Counter(plot.kind for plot in drawn), Counter(plot.kind for plot in allowed)
+    shares = [kept[kind] for kind in all_ if kept[kind] < all_[kind]]
+    assert kept.keys() == all_.keys() and max(shares) - min(shares) <= 1
+    of_richest = [[plot.kind for plot in plots if "tiny-9" in plot.group.title] for plots in (drawn, allowed)]
+    assert of_richest[0] == of_richest[1] and len(of_richest[0]) > 8
+    for found in (many, none):
         beside = {f"{path}.svg": plot.draw("svg") for path, plot in found.plots.items()}
         page = Elements(dict(last(board_, beside, found))["figures.html"].decode())
         assert found.without in page.text and "slimbench board figures" in page.text
-        assert len([tag for tag, _ in page.found if tag == "img"]) == 2
-    fewer = gallery(Board.of(several[: -len(several) // (MANY + 1)]), figures=True)
-    assert f"above {MOST_FIGURES} they are not drawn" in fewer.without and set(fewer.plots) >= {"pareto", "sizes"}
+        assert len([tag for tag, _ in page.found if tag == "img"]) == len(found.plots)
 
 
 @pytest.fixture(scope="module")
