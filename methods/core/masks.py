@@ -1,13 +1,78 @@
-"""Patterns of zeros: what they mean, whether layers hold them, how many zeros there are."""
+"""Which weights become zero: masks of exactly as many as asked for, patterns, and how many zeros there are.
+
+A mask is boolean and true where a weight goes. Of equal scores the earlier weight goes first, so that a mask is a pure function of the
+scores and never has more zeros than were asked for: checkpoints whose weights lie on a grid have many equal magnitudes.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import ModelShape, Unsupported
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+Scope = Literal["row", "layer"]
+"""Among which weights scores are compared: those of one output, or all of a layer."""
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count` lowest of all scores, as a mask of their shape.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    import torch
+
+    flat = scores.flatten()
+    if not 0 <= count <= len(flat):
+        raise ValueError(f"{count} of {len(flat)} scores were asked for")
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = flat.kthvalue(count).values
+    chosen = flat < limit
+    ties = (flat == limit).nonzero().squeeze(1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view_as(scores)
+
+
+def lowest_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` [rows] lowest scores of each row, as a mask [rows, n]."""
+    import torch
+
+    order = scores.argsort(dim=-1, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < counts.unsqueeze(-1)
+    return torch.zeros_like(first.expand_as(scores)).scatter(-1, order, first.expand_as(scores))
+
+
+def choose(scores: Tensor, zeros: int, scope: Scope = "layer", pattern: str | None = None) -> Tensor:
+    """The weights of a layer that go, by their scores [out, in], as a mask.
+
+    Args:
+        zeros: How many; with the scope `row` each row loses as many, or one more where they do not divide. A pattern says it itself.
+        pattern: `n:m` takes the n lowest of each m consecutive inputs.
+    """
+    import torch
+
+    if pattern:
+        n, m = parse_pattern(pattern)
+        runs = scores.reshape(-1, m)
+        return lowest_of_rows(runs, torch.full((len(runs),), n, device=scores.device)).view_as(scores)
+    if scope == "layer":
+        return lowest(scores, zeros)
+    steps = torch.arange(len(scores) + 1, device=scores.device) * zeros // len(scores)
+    return lowest_of_rows(scores, steps.diff())
+
+
+def across(scores: Mapping[str, Tensor], zeros: int) -> dict[str, Tensor]:
+    """The weights that go among all layers, by one threshold, as masks by layer."""
+    import torch
+
+    chosen = lowest(torch.cat([values.flatten() for values in scores.values()]), zeros)
+    parts = chosen.split([values.numel() for values in scores.values()])
+    return {name: part.view_as(values) for (name, values), part in zip(scores.items(), parts, strict=True)}
 
 
 def zero_fraction(layers: dict[str, nn.Linear]) -> float:

@@ -1,8 +1,8 @@
 """The training loop of every method that learns by gradient descent: warm-up and decay, batches in a seeded order, exact resumption.
 
 A run is a pure function of the settings, the initial parameters and the text: the batch of a step depends on the seed and the step
-alone, and a checkpoint holds parameters, moments of the optimizer and the state of the random numbers. So on a CPU an interrupted
-and resumed run ends with the same bits as one that ran through.
+alone, and a checkpoint holds parameters, moments of the optimizer, the state of the random numbers and what a method keeps between steps
+(`core.learning.hooks`). So on a CPU an interrupted and resumed run ends with the same bits as one that ran through.
 
 Weights are float32 whatever the model's dtype; products are computed in bfloat16 where the model is bfloat16.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
+from slimbench.methods.core.learning.hooks import Hooks, regroup
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _CURVE_POINTS = 100
 _STATE = "training"
+_HOOKS = "hooks/"
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,14 @@ class Trained:
         )
 
 
-def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> Trained:
+def train(
+    settings: LoopSettings,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Loss,
+    windows: Tensor,
+    dense: DenseModel,
+    hooks: Hooks | None = None,
+) -> Trained:
     """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
 
     Args:
@@ -145,6 +154,7 @@ def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: 
         parameters: By unique names; nothing else is updated, gradients of others are neither computed nor kept.
         windows: Token ids, int64 [n, length].
         dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
+        hooks: What the method does between the parts of a step; None: nothing.
 
     Raises:
         RuntimeError: The loss is no longer finite.
@@ -155,24 +165,28 @@ def train(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], loss: 
 
     settings = replace(settings, seed=settings.seed + dense.seed)
     values = list(parameters.values())
+    hooks = hooks or Hooks()
     optimizer = settings.optimizer(values)
-    identity = _identity(settings, parameters, windows) if dense.checkpoints else ""
+    regroup(optimizer, parameters, hooks.groups())
+    identity = _identity(settings, {**parameters, **_state(hooks)}, windows) if dense.checkpoints else ""
     with _seeded(settings.seed, dense.device):
-        losses, due = _resume(dense, identity, parameters, optimizer), _checkpoints.Due()
+        losses, due = _resume(dense, identity, parameters, optimizer, hooks), _checkpoints.Due()
         for step in range(len(losses), settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
+                group["lr"] = settings.rate(step) * group.get("factor", 1.0)
             losses.append(_gradient(settings, loss, batch(windows, settings, step).to(dense.device)))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"the loss is {losses[-1]} in step {step + 1} of {settings.steps}; a smaller learning_rate may help")
+            hooks.after_backward(step)
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(values, settings.clip)
             optimizer.step()
+            hooks.after_step(step, optimizer)
             optimizer.zero_grad(set_to_none=True)
             dense.progress(step + 1, settings.steps)
             if dense.checkpoints and ((step + 1) % settings.checkpoint_every == 0 or due):
                 with due.saving():
-                    _keep(dense, identity, parameters, optimizer, losses)
+                    _keep(dense, identity, parameters, optimizer, losses, hooks)
         with torch.no_grad():
             after = float(loss(batch(windows, settings, 0).to(dense.device)))
     tokens = settings.steps * settings.batch_size * windows.shape[1]
@@ -223,6 +237,10 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
     return loss
 
 
+def _state(hooks: Hooks) -> dict[str, Tensor]:
+    return {f"{_HOOKS}{name}": tensor for name, tensor in hooks.state().items()}
+
+
 def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:
     """Add the gradient of a batch to the parameters, piece by piece, and return its mean loss."""
     total = 0.0
@@ -234,7 +252,12 @@ def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:
 
 
 def _keep(
-    dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+    dense: DenseModel,
+    identity: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    hooks: Hooks,
 ) -> None:
     import torch
 
@@ -243,13 +266,16 @@ def _keep(
     assert dense.checkpoints is not None
     tensors: dict[str, Tensor] = {f"parameter/{name}": value for name, value in parameters.items()}
     tensors |= {f"{key}/{name}": state for name, value in parameters.items() for key, state in optimizer.state[value].items()}
+    tensors |= _state(hooks)
     tensors["random"] = torch.get_rng_state()
     if dense.device == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     _checkpoints.save(dense.checkpoints, _STATE, identity, tensors, {"step": len(losses), "losses": losses})
 
 
-def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+def _resume(
+    dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, hooks: Hooks
+) -> list[float]:
     """Put a checkpoint back and return the losses of its steps; without one, nothing changes and there are none."""
     import torch
 
@@ -262,6 +288,7 @@ def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parame
     torch.set_rng_state(tensors.pop("random"))
     if "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors.pop("random/cuda"))
+    hooks.load({name.removeprefix(_HOOKS): tensors.pop(name) for name in [*tensors] if name.startswith(_HOOKS)})
     with torch.no_grad():
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
@@ -273,12 +300,12 @@ def _resume(dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parame
     return list(facts["losses"])
 
 
-def _identity(settings: LoopSettings, parameters: Mapping[str, nn.Parameter], windows: Tensor) -> str:
+def _identity(settings: LoopSettings, tensors: Mapping[str, Tensor], windows: Tensor) -> str:
     """Hash of all that the result depends on: settings, text, names and initial values."""
     import torch
 
     digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in [("windows", windows), *parameters.items()]:
+    for name, tensor in [("windows", windows), *tensors.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,18 +9,11 @@ All influences are measured on the dense model at once; the blocks with the lowe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.formats.huggingface import save_dense
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,7 @@ class ShortGPT(Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.surgery import counts, remove_blocks
+        from slimbench.methods.core.statistics import block_influence
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
@@ -71,41 +65,3 @@ class ShortGPT(Method):
             "parameters_before": before,
         }
         return Claim(HUGGINGFACE, **counts(model), details=details)
-
-
-def block_influence(model: Any, ids: Tensor, progress: Callable[[float, float], None] | None = None) -> list[float]:
-    """BI of each block.
-
-    Args:
-        ids: Calibration tokens, int64 [samples, length].
-        progress: Told of finished batches.
-
-    Raises:
-        Unsupported: The model has no list of blocks.
-    """
-    import torch
-
-    from slimbench.methods.formats.architecture.structure import blocks_of
-
-    blocks = blocks_of(model)
-    similarity = [0.0] * len(blocks)
-
-    def add(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
-        before, after = args[0] if args else kwargs["hidden_states"], made[0] if isinstance(made, tuple) else made
-        similarity[index] += float(torch.cosine_similarity(before.double(), after.double(), dim=-1).sum())
-
-    hooks = [
-        block.register_forward_hook(lambda _, args, kwargs, made, index=index: add(index, args, kwargs, made), with_kwargs=True)
-        for index, block in enumerate(blocks.values())
-    ]
-    batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
-    try:
-        with torch.inference_mode():
-            for done, batch in enumerate(batches):
-                model.base_model(batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(done + 1, len(batches))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [1 - total / ids.numel() for total in similarity]

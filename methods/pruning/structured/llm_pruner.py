@@ -1,11 +1,7 @@
 """LLM-Pruner: structures that hang together go together, those first whose removal changes the loss least.
 
-In a block like those of Llama and OPT these weights depend on each other and make one structure:
-
-    channel     a row of up, and of gate if there is one, and the column of down that reads what they make
-    heads       a key and a value head with the query heads that share them, and the columns of the output projection that read these
-
-The biases of rows go with them; for the importance of a structure they do not count.
+A structure is a channel or a group of heads of a block, with all weights that depend on each other (`core.architecture.units`). Biases go
+with them; for the importance of a structure they do not count.
 
 What a weight w does for the loss L over the calibration text is estimated by its Taylor series around w, with the diagonal of the
 Hessian replaced by that of the Fisher information:
@@ -25,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.architecture.units import Structures, structures
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from slimbench.methods.core.architecture.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class LLMPruner(Method):
         model = dense.load()
         before = model.num_parameters()
         blocks = anatomy(model)
-        chosen = [structures(blocks[index]) for index in self.pruned(len(blocks))]
+        chosen: list[list[Structures]] = [structures(blocks[index]) for index in self.pruned(len(blocks))]
         layers = [layer for kinds in chosen for kind in kinds for layer in (*kind.makes, kind.reads)]
         scores = importance(model, layers, calibration.ids, self.order, dense.progress)
         kept = {"channels": 0, "head_groups": 0}
@@ -105,50 +100,6 @@ class LLMPruner(Method):
         return Claim(EDITED, **counts(model), cache_bytes_per_token=cache_bytes_per_token(model), details=details)
 
 
-@dataclass(frozen=True)
-class Structures:
-    """All structures of a kind in a block: the i-th one is the i-th run of rows of `makes` and the i-th run of columns of `reads`."""
-
-    name: str
-    count: int
-    makes: tuple[nn.Linear, ...]
-    reads: nn.Linear
-
-    def scores(self, importance: dict[nn.Linear, Tensor], aggregate: Literal["sum", "max", "last"]) -> Tensor:
-        """Importance of each structure [count], from that of the weights [out, in] of the layers."""
-        import torch
-
-        rows = [importance[layer].view(self.count, -1).sum(1) for layer in self.makes]
-        columns = importance[self.reads].T.reshape(self.count, -1).sum(1)
-        parts = torch.stack([*rows, columns])
-        return {"sum": parts.sum(0), "max": parts.amax(0), "last": columns}[aggregate]
-
-    def cut(self, model: Any, chosen: Tensor) -> None:
-        """Leave only some structures, in place."""
-        from slimbench.methods.core.architecture.surgery import keep, name_of
-
-        for layer in self.makes:
-            keep(model, f"{name_of(model, layer)}.weight", chosen, self.count, 0)
-            if layer.bias is not None:
-                keep(model, f"{name_of(model, layer)}.bias", chosen, self.count, 0)
-        keep(model, f"{name_of(model, self.reads)}.weight", chosen, self.count, 1)
-
-
-def structures(block: Block) -> list[Structures]:
-    """The kinds of coupled structures of a block.
-
-    Raises:
-        Unsupported: A norm couples all heads, or there are experts.
-    """
-    attention, mlp = block.attention, block.mlp
-    if attention.joined:
-        raise Unsupported(f"{type(block.module).__name__} has a norm over all heads together, which change if one goes")
-    return [
-        Structures("head_groups", attention.groups, (attention.q, attention.k, attention.v), attention.out),
-        Structures("channels", mlp.down.in_features, mlp.makes, mlp.down),
-    ]
-
-
 def importance(
     model: Any, layers: list[nn.Linear], ids: Tensor, order: Literal[1, 2], progress: Callable[[float, float], None] | None = None
 ) -> dict[nn.Linear, Tensor]:
@@ -160,21 +111,14 @@ def importance(
     """
     import torch
 
-    from slimbench.methods.core.losses import next_token
+    from slimbench.methods.core.statistics import gradients
 
-    model.requires_grad_(False)
-    for layer in layers:
-        layer.weight.requires_grad_(True)
     first = {layer: torch.zeros_like(layer.weight, dtype=torch.float32, requires_grad=False) for layer in layers}
     second = {layer: torch.zeros_like(total) for layer, total in first.items()} if order == 2 else {}
-    for done, sample in enumerate(ids.to(model.device).split(1)):
-        loss = next_token(model(sample, use_cache=False).logits, sample)
-        for layer, gradient in zip(layers, torch.autograd.grad(loss, [layer.weight for layer in layers]), strict=True):
+    for of_sample in gradients(model, layers, ids, progress):
+        for layer, gradient in zip(layers, of_sample, strict=True):
             change = layer.weight.detach().float() * gradient.float()
             first[layer] += change / len(ids)
             if order == 2:
                 second[layer] += change.square() / len(ids)
-        if progress:
-            progress(done + 1, len(ids))
-    model.requires_grad_(False)
     return {layer: (total - second[layer] / 2 if order == 2 else total).abs() for layer, total in first.items()}

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.rotation import untie
+from slimbench.methods.core.statistics import block_influence
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.structure import blocks_of
-from slimbench.methods.pruning.depth.shortgpt import ShortGPT, block_influence
+from slimbench.methods.pruning.depth.shortgpt import ShortGPT
 from slimbench.methods.pruning.structured.llm_pruner import LLMPruner, importance, structures
 from slimbench.methods.pruning.structured.slicegpt import SliceGPT, components
 from tests.support import tiny

@@ -82,7 +82,7 @@ def test_queries_and_keys_are_not_clipped_fused_ones_neither(name: str, whole: b
     """As in the authors' code; the other layers are, where that brings outputs closer."""
     torch.manual_seed(0)
     layer, x, grid = torch.nn.Linear(64, 32, bias=False), torch.randn(256, 64), Grid(3, 32)
-    seen = Inputs(x.amin(0), x.amax(0), x.square().mean(0), x.T @ x / len(x), len(x))
+    seen = Inputs(x.amin(0), x.amax(0), x.mean(0), x.square().mean(0), x.T @ x / len(x), len(x))
     ((_, made),) = AWQClip(bits=3, group_size=32)._codes({f"model.layers.0.{name}": layer}, {f"model.layers.0.{name}": seen}, grid)
     plain = round_to_grid(layer.weight.detach(), grid, False)
     assert torch.equal(made.dequantize(), plain.dequantize()) is whole

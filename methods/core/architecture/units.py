@@ -1,0 +1,79 @@
+"""Units of a block: weights that hang together, so that they stay or go as one.
+
+In a block like those of Llama and OPT these weights depend on each other:
+
+    channel     a row of up, and of gate if there is one, and the column of down that reads what they make
+    heads       a key and a value head with the query heads that share them, and the columns of the output projection that read these
+
+The biases of rows go with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimbench.methods.base import Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from slimbench.methods.core.architecture.anatomy import Block
+
+
+@dataclass(frozen=True)
+class Structures:
+    """All structures of a kind in a block: the i-th one is the i-th run of rows of `makes` and the i-th run of columns of `reads`."""
+
+    name: str
+    count: int
+    makes: tuple[nn.Linear, ...]
+    reads: nn.Linear
+
+    def scores(self, importance: dict[nn.Linear, Tensor], aggregate: Literal["sum", "max", "last"]) -> Tensor:
+        """Importance of each structure [count], from that of the weights [out, in] of the layers."""
+        import torch
+
+        rows = [importance[layer].view(self.count, -1).sum(1) for layer in self.makes]
+        columns = importance[self.reads].T.reshape(self.count, -1).sum(1)
+        parts = torch.stack([*rows, columns])
+        return {"sum": parts.sum(0), "max": parts.amax(0), "last": columns}[aggregate]
+
+    def cut(self, model: Any, chosen: Tensor) -> None:
+        """Leave only some structures, in place."""
+        from slimbench.methods.core.architecture.surgery import keep, name_of
+
+        for layer in self.makes:
+            keep(model, f"{name_of(model, layer)}.weight", chosen, self.count, 0)
+            if layer.bias is not None:
+                keep(model, f"{name_of(model, layer)}.bias", chosen, self.count, 0)
+        keep(model, f"{name_of(model, self.reads)}.weight", chosen, self.count, 1)
+
+
+def head_groups(block: Block) -> Structures:
+    """The groups of heads of a block.
+
+    Raises:
+        Unsupported: A norm couples all heads.
+    """
+    attention = block.attention
+    if attention.joined:
+        raise Unsupported(f"{type(block.module).__name__} has a norm over all heads together, which change if one goes")
+    return Structures("head_groups", attention.groups, (attention.q, attention.k, attention.v), attention.out)
+
+
+def structures(block: Block) -> list[Structures]:
+    """The kinds of coupled structures of a block: its groups of heads and its channels.
+
+    Raises:
+        Unsupported: A norm couples all heads, or there are experts.
+    """
+    mlp = block.mlp
+    return [head_groups(block), Structures("channels", mlp.down.in_features, mlp.makes, mlp.down)]
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` units of the highest scores [units], in their order; of equal scores the later unit stays."""
+    from slimbench.methods.core.masks import lowest
+
+    return (~lowest(scores, len(scores) - count)).nonzero().squeeze(1)
