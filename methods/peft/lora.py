@@ -10,17 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.settings import Adapters
 from slimbench.methods.core.training import TrainingSettings
-from slimbench.methods.formats.huggingface import save_dense
-
-if TYPE_CHECKING:
-    from torch import nn
-
-_SPARSE = 0.01  # share of zeros from which on a layer was pruned
 
 
 @dataclass(frozen=True)
@@ -37,27 +31,16 @@ class LoRA(Adapters, TrainingSettings, Method):
     rank: int = 8
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
-        import torch
-
         from slimbench.methods.core.layers import block_linears
         from slimbench.methods.core.low_rank import train_adapters
+        from slimbench.methods.peft import finetune
 
         assert calibration is not None
-        model = dense.load(dtype=torch.float32).requires_grad_(False)
+        model = finetune.load(dense)
         layers = block_linears(model)
-        _check_zeros(layers)
+        finetune.check_zeros(layers)
         made, done = train_adapters(model, self, self.rank, self.alpha, calibration.ids, dense)
         for name, (reduce, expand) in made.items():
             layers[name].weight += expand @ reduce
-        dtype = getattr(torch, dense.dtype)
-        model.to(dtype)
-        model.config.dtype = dtype
-        save_dense(model, out)
-        teacher = "the model that the pipeline began with" if self.loss == "distillation" else None
-        return done.added_to(Claim(HUGGINGFACE, teacher=teacher, details={"rank": self.rank}))
-
-
-def _check_zeros(layers: dict[str, nn.Linear]) -> None:
-    for name, layer in layers.items():
-        if (zeros := float((layer.weight == 0).float().mean())) > _SPARSE:
-            raise Unsupported(f"{name} has {zeros:.0%} zeros, which merged adapters would fill")
+        finetune.save(model, dense, out)
+        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self), details={"rank": self.rank}))

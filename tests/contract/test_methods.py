@@ -32,6 +32,7 @@ FLAGS = {
     "codebook": {DEQUANTIZED},
     "fp8-dynamic": {DEQUANTIZED, "claims 8-bit activations, computes in bfloat16"},
     "fp8-weight": {DEQUANTIZED},
+    "ria-permuted": {"2:4 mask without a sparse kernel"},
 }
 """By format or name: what a processor cannot do, and the evidence therefore says."""
 FINISHED_AT_ONCE = {"signround": "its library learns a block in one go"}
