@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.huggingface import save_dense
 from slimbench.methods.pruning.structured.llm_pruner import Structures, structures
@@ -45,7 +45,6 @@ class FLAP(Method):
     name = "flap"
     citation = Citation("FLAP", year=2023, arxiv="2312.11983", covers=("pruning/flap",))
     needs = Needs(calibration=True)
-    accepts = DENSE
     produces = EDITED
 
     ratio: float = 0.25

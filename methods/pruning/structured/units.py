@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import (
-    DENSE,
     EDITED,
     HUGGINGFACE,
     Calibration,
@@ -100,7 +99,6 @@ class HeadImportance(Method):
     name = "head-importance"
     citation = Citation("Are sixteen heads really better than one?", year=2019, arxiv="1905.10650", covers=("pruning/michel-et-al",))
     needs = Needs(calibration=True)
-    accepts = DENSE
     produces = EDITED
 
     ratio: float = 0.4

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
 from slimbench.methods.core.masks import choose, holds_pattern, parse_pattern, zero_fraction
 from slimbench.methods.core.settings import Sparse
@@ -91,7 +91,6 @@ class DSnoT(Sparse, Method):
     """
 
     name = "dsnot"
-    accepts = DENSE
     citation = Citation("DSnoT", year=2023, arxiv="2310.08915", covers=("pruning/dsnot",))
     needs = Needs(calibration=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
-from slimbench.methods.core.masks import choose, parse_pattern, zero_fraction
+from slimbench.methods.core.masks import Scope, choose, parse_pattern, zero_fraction
 from slimbench.methods.core.settings import Sparse
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from slimbench.methods.core.masks import Scope
     from slimbench.methods.core.statistics import Inputs
     from slimbench.methods.core.walk import Block
 
