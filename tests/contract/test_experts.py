@@ -10,7 +10,7 @@ from slimbench.methods.base import DenseModel, Unsupported
 from tests.contract.shipped import classes, make, runnable
 
 REACH = {"wanda", "sparsegpt"}
-KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping"}
+KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP and method.produces != "policy"]
 
 
