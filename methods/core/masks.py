@@ -114,3 +114,10 @@ def check_pattern(shape: ModelShape, pattern: str | None) -> None:
     for width in (shape.hidden_size, shape.intermediate_size):
         if pattern and width % parse_pattern(pattern)[1]:
             raise Unsupported(f"pattern {pattern} does not divide the input features {width}")
+
+
+def check_runs(layers: Mapping[str, nn.Linear], pattern: str | None) -> None:
+    """Raise `Unsupported` unless the runs of a pattern tile the inputs of every layer."""
+    for name, layer in layers.items():
+        if pattern and layer.in_features % parse_pattern(pattern)[1]:
+            raise Unsupported(f"pattern {pattern} does not divide the {layer.in_features} inputs of {name}")

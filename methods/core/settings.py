@@ -83,6 +83,22 @@ class Sparse(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smaller(Method):
+    """A method that takes parameters away.
+
+    Attributes:
+        ratio: Share that goes, above 0 and below 1; of what, the method says.
+    """
+
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapters(Method):
     """A method that trains low-rank adapters.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.core.losses import next_token
-from slimbench.methods.core.walk import Block, walk
+from slimbench.methods.core.walk import Block, Progress, batches, walk
 from slimbench.methods.formats.architecture.structure import blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLE = 512
-_BATCH_TOKENS = 2048
 
 
 @dataclass
@@ -92,15 +91,13 @@ def samples(block: Block, layers: Sequence[str], tokens: int = _SAMPLE) -> dict[
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def of_model(
-    model: PreTrainedModel, ids: Tensor, progress: Callable[[float, float], None] | None = None, gram: bool = False
-) -> dict[str, Inputs]:
+def of_model(model: PreTrainedModel, ids: Tensor, progress: Progress | None = None, gram: bool = False) -> dict[str, Inputs]:
     """Statistics of the inputs of all linear layers in the blocks of an unchanged model."""
     return {name: statistics for block in walk(model, ids, progress) for name, statistics in inputs(block, gram=gram).items()}
 
 
 def gradients(
-    model: PreTrainedModel, layers: Sequence[nn.Linear], ids: Tensor, progress: Callable[[float, float], None] | None = None
+    model: PreTrainedModel, layers: Sequence[nn.Linear], ids: Tensor, progress: Progress | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
     """For one sample after the other the gradients [out, in] of its mean next-token loss for the weights of some layers.
 
@@ -121,9 +118,7 @@ def gradients(
         model.requires_grad_(False)
 
 
-def block_influence(
-    model: PreTrainedModel, ids: Tensor, progress: Callable[[float, float], None] | None = None, last: bool = False
-) -> list[float]:
+def block_influence(model: PreTrainedModel, ids: Tensor, progress: Progress | None = None, last: bool = False) -> list[float]:
     """One minus the mean cosine between the inputs and the outputs of each block: how much it turns the hidden states.
 
     Args:
@@ -146,13 +141,10 @@ def block_influence(
         block.register_forward_hook(lambda _, args, kwargs, made, index=index: add(index, args, kwargs, made), with_kwargs=True)
         for index, block in enumerate(blocks.values())
     ]
-    batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
     try:
         with torch.inference_mode():
-            for done, batch in enumerate(batches):
-                model.base_model(batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(done + 1, len(batches))
+            for batch in batches(ids, model.device, progress):
+                model.base_model(batch, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

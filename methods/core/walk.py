@@ -26,6 +26,28 @@ Observer = Callable[[str, Tensor], None]
 """Told the full name of a linear layer and its inputs [tokens, in] of one batch."""
 
 
+Progress = Callable[[float, float], None]
+"""Told how much of the work is done, (done, total)."""
+
+
+def passes(progress: Progress, count: int) -> list[Progress]:
+    """Reports of several passes, one after the other, as that of one."""
+
+    def of(index: int) -> Progress:
+        return lambda done, total: progress(index * total + done, count * total)
+
+    return [of(index) for index in range(count)]
+
+
+def batches(ids: Tensor, device: torch.device | str, progress: Progress | None = None) -> Iterator[Tensor]:
+    """Tokens [samples, length] in batches of about two thousand, on a device; each is reported once the caller is done with it."""
+    parts = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+    for done, part in enumerate(parts):
+        yield part.to(device)
+        if progress:
+            progress(done + 1, len(parts))
+
+
 class _Caught(Exception):
     """Ends a forward pass when nothing more is wanted of it."""
 
@@ -123,7 +145,7 @@ class Block:
 def walk(
     model: PreTrainedModel,
     ids: Tensor,
-    progress: Callable[[float, float], None] | None = None,
+    progress: Progress | None = None,
     dense: bool = False,
     samples: int = 1,
 ) -> Iterator[Block]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from slimbench.methods.base import Calibration, DenseModel, ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 SHAPE: dict[str, Any] = {
@@ -48,6 +49,32 @@ def dense_model(folder: Path, dtype: str = "bfloat16", **settings: Any) -> Dense
     """A folder on disk as the input of a method, on the CPU. `settings` are further fields."""
     shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
     return DenseModel(path=folder, tokenizer_path=folder, dtype=dtype, device="cpu", shape=shape, **settings)
+
+
+def saved(model: Any, folder: Path) -> DenseModel:
+    """Write a float32 model into a new folder and return it as the input of a method."""
+    folder.mkdir()
+    model.save_pretrained(folder)
+    return dense_model(folder, "float32")
+
+
+def block_layers(model: Any) -> dict[str, Any]:
+    """The linear layers of the blocks by name."""
+    import torch
+
+    return {name: module for name, module in model.named_modules() if ".layers." in name and type(module) is torch.nn.Linear}
+
+
+def layer_inputs(model: Any, name: str, ids: torch.Tensor) -> torch.Tensor:
+    """Inputs [tokens, in] of a layer in a pass of the whole model, float64."""
+    import torch
+
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    hook.remove()
+    return torch.cat(seen)
 
 
 def tokens(samples: int = 4, length: int = 32, seed: int = 0) -> Calibration:

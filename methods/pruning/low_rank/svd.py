@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
+from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Of the parameters of a weight: what ASVD tries to keep."""
-_BATCH_TOKENS = 2048
 _FLOOR = 1e-6  # of the mean eigenvalue: what directions count for in which inputs never point
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -46,7 +46,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Truncation(Method):
+class Truncation(Smaller, Method):
     """A method that replaces linear layers of the blocks by pairs of thin ones; layers for which no pair pays stay whole.
 
     Attributes:
@@ -57,11 +57,6 @@ class Truncation(Method):
     produces = EDITED
 
     ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
 
     @abstractmethod
     def truncate(self, model: Any, shapes: Shapes, budget: int, dense: DenseModel, calibration: Calibration) -> int:
@@ -159,8 +154,9 @@ class ASVD(Truncation):
         import torch
 
         from slimbench.methods.core.losses import next_token
+        from slimbench.methods.core.walk import batches
 
-        batches = ids.to(model.device).split(max(1, _BATCH_TOKENS // ids.shape[1]))
+        parts = list(batches(ids, model.device))
         found: dict[tuple[str, float], float] = {}
         with torch.no_grad():
             for done, (name, (first, second)) in enumerate(made.items()):
@@ -169,7 +165,7 @@ class ASVD(Truncation):
                 for share in SHARES:
                     rank = rank_of(shapes[name], share)
                     weight.copy_(second[:, :rank].float() @ first[:rank].float())
-                    found[name, share] = sum(float(next_token(model(x, use_cache=False).logits, x)) * len(x) for x in batches) / len(ids)
+                    found[name, share] = sum(float(next_token(model(x, use_cache=False).logits, x)) * len(x) for x in parts) / len(ids)
                 weight.copy_(whole)
                 dense.progress(done + 1, len(made))
         return found

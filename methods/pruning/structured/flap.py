@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.core.architecture.units import Structures, structures
+from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.pruning.structured.llm_pruner import Structures, structures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FLAP(Method):
+class FLAP(Smaller, Method):
     """Structured pruning without training; blocks keep different numbers of heads and channels.
 
     Attributes:
@@ -46,13 +47,6 @@ class FLAP(Method):
     citation = Citation("FLAP", year=2023, arxiv="2312.11983", covers=("pruning/flap",))
     needs = Needs(calibration=True)
     produces = EDITED
-
-    ratio: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.anatomy import anatomy

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.architecture.units import Structures, structures
+from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LLMPruner(Method):
+class LLMPruner(Smaller, Method):
     """Structured pruning without the training that follows in the paper; the artefact holds layers of the sizes that are left.
 
     Attributes:
@@ -46,15 +47,13 @@ class LLMPruner(Method):
     needs = Needs(calibration=True)
     produces = EDITED
 
-    ratio: float = 0.25
     order: Literal[1, 2] = 1
     aggregate: Literal["sum", "max", "last"] = "sum"
     keep_first: float = 0.125
     keep_last: float = 0.0625
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
+        super().__post_init__()
         if min(self.keep_first, self.keep_last) < 0 or self.keep_first + self.keep_last >= 1:
             raise ValueError(f"keep_first and keep_last must be shares that leave blocks, not {self.keep_first} and {self.keep_last}")
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
@@ -35,14 +36,11 @@ if TYPE_CHECKING:
 
     from slimbench.methods.core.architecture.anatomy import Block
     from slimbench.methods.core.architecture.uniform import Sizes
-
-    Progress = Callable[[float, float], None]
-
-_BATCH_TOKENS = 2048
+    from slimbench.methods.core.walk import Progress
 
 
 @dataclass(frozen=True)
-class Minitron(Method):
+class Minitron(Smaller, Method):
     """The pruning of Minitron without the distillation that follows in the paper.
 
     Attributes:
@@ -56,15 +54,12 @@ class Minitron(Method):
     citation = Citation("Minitron", year=2024, arxiv="2407.14679", covers=("pruning/minitron",))
     needs = Needs(calibration=True)
 
-    ratio: float = 0.25
     depth: float = 0.0
     multiple: int = 32
     blocks_by: Literal["influence", "loss"] = "influence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
         if not 0 <= self.depth <= 1:
             raise ValueError(f"depth must be a share from 0 to 1, not {self.depth}")
         if self.multiple < 1:
@@ -79,15 +74,16 @@ class Minitron(Method):
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts, remove_blocks
         from slimbench.methods.core.architecture.uniform import Kept, narrow, sizes_of
         from slimbench.methods.core.architecture.units import best
+        from slimbench.methods.core.walk import passes
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model: Any = dense.load()
         before, full, left = model.num_parameters(), sizes_of(model), self.sizes(model)
         ids, narrower = calibration.ids, replace(left, blocks=full.blocks) != full
-        passes = iter(_parts(dense.progress, narrower + (left.blocks < full.blocks)))
-        scores = activations(model, ids, next(passes)) if narrower else None
-        removed = self.weakest(model, ids, full.blocks - left.blocks, next(passes)) if left.blocks < full.blocks else []
+        reports = iter(passes(dense.progress, narrower + (left.blocks < full.blocks)))
+        scores = activations(model, ids, next(reports)) if narrower else None
+        removed = self.weakest(model, ids, full.blocks - left.blocks, next(reports)) if left.blocks < full.blocks else []
         remove_blocks(model, removed)
         if scores is not None:
             stay = [index for index in range(full.blocks) if index not in removed]
@@ -164,8 +160,9 @@ def activations(model: Any, ids: Tensor, progress: Progress | None = None) -> Ac
     import torch
 
     from slimbench.methods.core.architecture.anatomy import anatomy
+    from slimbench.methods.core.walk import batches
 
-    blocks, batches = anatomy(model), ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+    blocks = anatomy(model)
     squares: dict[Any, Tensor] = {}
     samples = 0
 
@@ -189,11 +186,9 @@ def activations(model: Any, ids: Tensor, progress: Progress | None = None) -> Ac
     hooks += [block.mlp.down.register_forward_pre_hook(partial(channels_made, block)) for block in blocks]
     try:
         with torch.inference_mode():
-            for done, batch in enumerate(batches):
+            for batch in batches(ids, model.device, progress):
                 samples = len(batch)
-                model.base_model(batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(done + 1, len(batches))
+                model.base_model(batch, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -214,23 +209,22 @@ def losses_without(model: Any, ids: Tensor, progress: Progress | None = None) ->
     import torch
 
     from slimbench.methods.core.losses import next_token
+    from slimbench.methods.core.walk import batches, passes
     from slimbench.methods.formats.architecture.structure import blocks_of
 
     def skip(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> Any:
         entering = args[0] if args else kwargs["hidden_states"]
         return (entering, *made[1:]) if isinstance(made, tuple) else entering
 
-    blocks, batches = blocks_of(model), ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+    blocks = blocks_of(model)
     found = [0.0] * len(blocks)
+    reports = passes(progress or (lambda done, total: None), len(blocks))
     for index, block in enumerate(blocks.values()):
         hook = block.register_forward_hook(skip, with_kwargs=True)
         try:
             with torch.inference_mode():
-                for done, batch in enumerate(batches):
-                    batch = batch.to(model.device)
+                for batch in batches(ids, model.device, reports[index]):
                     found[index] += float(next_token(model(batch, use_cache=False).logits, batch)) * len(batch) / len(ids)
-                    if progress:
-                        progress(index * len(batches) + done + 1, len(blocks) * len(batches))
         finally:
             hook.remove()
     return found
@@ -250,8 +244,3 @@ def _candidates(start: Sizes, count: Callable[[Sizes], int], most: int, multiple
 def _shares(sizes: Sizes, full: Sizes) -> list[float]:
     """Shares of hidden size, groups and channels that are left, the smallest first."""
     return sorted((sizes.hidden / full.hidden, sizes.groups / full.groups, sizes.channels / full.channels))
-
-
-def _parts(progress: Progress, parts: int) -> list[Progress]:
-    """Reports of several passes, one after the other, as that of one."""
-    return [lambda done, total, part=part: progress(part * total + done, parts * total) for part in range(parts)]  # type: ignore[misc]

@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration
-from slimbench.methods.core.masks import choose, lowest, zero_fraction
+from slimbench.methods.core.masks import check_runs, choose, lowest, zero_fraction
 from slimbench.methods.core.settings import SecondOrder, Sparse
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.pruning.unstructured.scored import check_runs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
-from slimbench.methods.core.masks import choose, holds_pattern, parse_pattern, zero_fraction
+from slimbench.methods.core.masks import check_runs, choose, holds_pattern, parse_pattern, zero_fraction
 from slimbench.methods.core.settings import Sparse
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.pruning.unstructured.scored import check_runs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

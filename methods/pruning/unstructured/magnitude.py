@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.layers import block_linears
-from slimbench.methods.core.masks import parse_pattern, zero_fraction
+from slimbench.methods.core.masks import choose, zero_fraction
 from slimbench.methods.core.settings import Sparse
 from slimbench.methods.formats.huggingface import save_dense
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -42,19 +38,9 @@ class Magnitude(Sparse, Method):
         layers = block_linears(model)
         for layer in layers.values():
             if self.pattern:
-                prune.custom_from_mask(layer, "weight", _pattern_mask(layer, self.pattern))
+                prune.custom_from_mask(layer, "weight", ~choose(layer.weight.detach().abs(), 0, pattern=self.pattern))
             else:
                 prune.l1_unstructured(layer, "weight", amount=self.sparsity)
             prune.remove(layer, "weight")
         save_dense(model, out)
         return Claim(HUGGINGFACE, sparsity=zero_fraction(layers), pattern=self.pattern)
-
-
-def _pattern_mask(layer: nn.Linear, pattern: str) -> Tensor:
-    """1 where a weight is kept: all but the n smallest of each m."""
-    import torch
-
-    n, m = parse_pattern(pattern)
-    groups = layer.weight.detach().abs().unflatten(1, (-1, m))
-    smallest = groups.argsort(dim=-1, stable=True)[..., :n]
-    return torch.ones_like(groups).scatter_(-1, smallest, 0).flatten(1)

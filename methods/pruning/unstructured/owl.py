@@ -15,7 +15,7 @@ differ in size, or a fraction would leave its range, all others move alike (`met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from slimbench.methods.core.statistics import Inputs
-
-Progress = Callable[[float, float], None]
+    from slimbench.methods.core.walk import Progress
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,13 @@ class OWL(Method):
             raise ValueError(f"spread must be between 0 and 1, both excluded, not {self.spread}")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.walk import passes
+
         check_calibration(calibration, dense.shape)
         model = dense.load()
         layers = block_linears(model)
-        measuring, pruning = _halves(dense.progress)
-        outliers, sizes = self.measure(model, calibration.ids, dense.progress if self.base == "magnitude" else measuring)
+        measuring, pruning = (dense.progress,) * 2 if self.base == "magnitude" else passes(dense.progress, 2)
+        outliers, sizes = self.measure(model, calibration.ids, measuring)
         zeros = self.budgets(outliers, sizes)
         details = {
             "block_outliers": [round(share, 6) for share in outliers.values()],
@@ -162,8 +163,3 @@ def _in_order_of_the_library(model: PreTrainedModel, budgets: Mapping[str, float
     from slimbench.methods.pruning.unstructured.library import TARGETS
 
     return [budgets.get(name, others) for name, _ in match_named_modules(model, TARGETS["targets"])]
-
-
-def _halves(progress: Progress) -> tuple[Progress, Progress]:
-    """Progress of the first and of the second half of the work."""
-    return lambda done, total: progress(done, 2 * total), lambda done, total: progress(done + total, 2 * total)

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
-from slimbench.methods.core.masks import choose, parse_pattern, zero_fraction
+from slimbench.methods.core.masks import check_runs, choose, parse_pattern, zero_fraction
 from slimbench.methods.pruning.unstructured.ria import RIA
-from slimbench.methods.pruning.unstructured.scored import check_runs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears, check_calibration
-from slimbench.methods.core.masks import Scope, choose, parse_pattern, zero_fraction
+from slimbench.methods.core.masks import Scope, check_runs, choose, zero_fraction
 from slimbench.methods.core.settings import Sparse
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -76,10 +76,3 @@ class Scored(Sparse, Method):
             layer.weight.data.masked_fill_(choose(scores, zeros, self.scope, self.pattern), 0.0)
         save_dense(model, out)
         return Claim(HUGGINGFACE, sparsity=zero_fraction(layers), pattern=self.pattern)
-
-
-def check_runs(layers: Mapping[str, nn.Linear], pattern: str | None) -> None:
-    """Raise `Unsupported` unless the runs of a pattern tile the inputs of every layer."""
-    for name, layer in layers.items():
-        if pattern and layer.in_features % parse_pattern(pattern)[1]:
-            raise Unsupported(f"pattern {pattern} does not divide the {layer.in_features} inputs of {name}")

@@ -156,20 +156,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return tiny.save_model(tmp_path_factory.mktemp("dense"), "float32")
 
 
-def linears(model: Any) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if ".layers." in name and type(module) is torch.nn.Linear}
-
-
-@torch.no_grad()
-def inputs_of(model: Any, name: str) -> Tensor:
-    """Inputs [tokens, in] of a layer in a pass of the whole model, float64."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
-    model(CALIBRATION.ids, use_cache=False)
-    hook.remove()
-    return torch.cat(seen)
-
-
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.6, None), (0.5, "2:4")])
 def test_layers_of_a_model_are_nearer_than_with_the_mask_alone(
     dense: DenseModel, tmp_path: Path, sparsity: float, pattern: str | None
@@ -177,16 +163,16 @@ def test_layers_of_a_model_are_nearer_than_with_the_mask_alone(
     """On inputs from the pruned blocks before them; all zeros are exact, and the pattern lies along the inputs."""
     claim = ADMM(sparsity=sparsity, pattern=pattern).compress(dense, CALIBRATION, tmp_path)
     got, whole = tiny.dense_model(tmp_path, "float32").load(), dense.load()
-    weights = {name: layer.weight.detach().clone() for name, layer in linears(got).items()}
+    weights = {name: layer.weight.detach().clone() for name, layer in tiny.block_layers(got).items()}
     for index in (1, 0):
         got.model.layers[index].load_state_dict(whole.model.layers[index].state_dict())
-        for name, layer in linears(got).items():
+        for name, layer in tiny.block_layers(got).items():
             if f"layers.{index}." not in name:
                 continue
             gone, original = weights[name] == 0, layer.weight.detach().double()
             assert int(gone.sum()) == round(sparsity * gone.numel())
             assert pattern is None or bool((gone.unflatten(1, (-1, 4)).sum(-1) == 2).all())
-            x = inputs_of(got, name)
+            x = tiny.layer_inputs(got, name, CALIBRATION.ids)
             errors = [((w.double() - original) @ x.T).norm() for w in (weights[name], original.masked_fill(gone, 0))]
             assert errors[0] < 0.97 * errors[1]
             if index == 0:
@@ -197,29 +183,23 @@ def test_layers_of_a_model_are_nearer_than_with_the_mask_alone(
     assert claim.sparsity == count / size and claim.pattern == pattern
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 def test_opt_is_pruned_keeps_its_biases_and_comes_out_the_same_twice(tmp_path: Path) -> None:
     model = make("opt")
-    source, states = saved(model, tmp_path / "source"), []
+    source, states = tiny.saved(model, tmp_path / "source"), []
     for name in ("one", "two"):
         (out := tmp_path / name).mkdir()
         assert ADMM().compress(source, CALIBRATION, out).sparsity == 0.5
         states.append(tiny.dense_model(out, "float32").load().state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     pruned, before = states[0], model.state_dict()
-    for name in linears(model):
+    for name in tiny.block_layers(model):
         assert torch.equal(pruned[f"{name}.bias"], before[f"{name}.bias"])
         assert not torch.equal(pruned[f"{name}.weight"], before[f"{name}.weight"].masked_fill(pruned[f"{name}.weight"] == 0, 0))
 
 
 def test_stacked_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="holds 4 experts in one tensor; only linear layers can be handled") as caught:
-        ADMM().compress(saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
+        ADMM().compress(tiny.saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -15,17 +15,12 @@ from transformers import AutoModelForCausalLM
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
 from slimbench.methods.core.statistics import block_influence
 from slimbench.methods.formats.architecture.structure import blocks_of
-from slimbench.methods.pruning.depth.layers import ContributionDropping, EveryOther, LayerDropping, Strategy, places
+from slimbench.methods.pruning.depth.layer_dropping import ContributionDropping, LayerDropping, Strategy, places
+from slimbench.methods.pruning.depth.layerdrop import EveryOther
 from tests.support import tiny
 from tests.support.architectures import make
 
 CALIBRATION = tiny.tokens(samples=6, length=24)
-
-
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +30,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     for factor, block in zip((1, 4, 0.2, 8, 0.5, 3), model.model.layers, strict=True):
         block.mlp.down_proj.weight.data *= factor
         block.self_attn.o_proj.weight.data *= factor
-    return saved(model, tmp_path_factory.mktemp("depth") / "source")
+    return tiny.saved(model, tmp_path_factory.mktemp("depth") / "source")
 
 
 def logits(model: Any) -> Tensor:
@@ -80,7 +75,7 @@ def test_other_numbers_of_blocks(strategy: Strategy, blocks: int, count: int, re
 )
 def test_layerdrop_leaves_out_every_block_at_a_multiple_of_the_period(rate: float, blocks: int, numbers: list[int]) -> None:
     method = EveryOther(rate=rate)
-    chosen = method.chosen(None, blocks, Calibration.none(), None)  # type: ignore[arg-type]
+    chosen, _ = method.chosen(None, blocks, Calibration.none(), None)  # type: ignore[arg-type]
     assert [index + 1 for index in chosen] == numbers and method.count(blocks) == len(numbers)
 
 
@@ -136,7 +131,7 @@ def test_the_blocks_that_contribute_least_go(dense: DenseModel, tmp_path: Path) 
 @pytest.mark.parametrize("architecture", ["opt", "mixtral", "gpt2"])
 @pytest.mark.parametrize("method", [LayerDropping(strategy="symmetric"), ContributionDropping(), EveryOther()])
 def test_other_decoders_lose_blocks_too(architecture: str, method: Any, tmp_path: Path) -> None:
-    dense = saved(make(architecture), tmp_path / "source")
+    dense = tiny.saved(make(architecture), tmp_path / "source")
     claims = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

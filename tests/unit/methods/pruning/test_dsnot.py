@@ -208,25 +208,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return dense
 
 
-def linears(model: Any) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if ".layers." in name and type(module) is torch.nn.Linear}
-
-
-@torch.no_grad()
-def inputs_of(model: Any, name: str) -> Tensor:
-    """Inputs [tokens, in] of a layer in a pass of the whole model, float64."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
-    model(CALIBRATION.ids, use_cache=False)
-    hook.remove()
-    return torch.cat(seen)
-
-
 def compressed(chosen: DSnoT, dense: DenseModel, out: Path) -> tuple[Any, dict[str, Tensor]]:
     """The claim and the weights of an artefact."""
     out.mkdir()
     claim = chosen.compress(dense, CALIBRATION, out)
-    return claim, {name: layer.weight.detach() for name, layer in linears(tiny.dense_model(out, "float32").load()).items()}
+    return claim, {name: layer.weight.detach() for name, layer in tiny.block_layers(tiny.dense_model(out, "float32").load()).items()}
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -234,7 +220,7 @@ def test_the_attention_of_a_model_is_refined_and_nothing_else(dense: DenseModel,
     chosen = method(pattern)
     claim, got = compressed(chosen, dense, tmp_path / "out")
     model, sample, touched = dense.load(), len(CALIBRATION.ids), 0
-    for name, weight in linears(model).items():
+    for name, weight in tiny.block_layers(model).items():
         gone, whole = got[name] == 0, weight.weight.detach()
         assert torch.equal(got[name][~gone], whole[~gone]), "no weight is updated"
         assert int(gone.sum()) == round(chosen.sparsity * gone.numel()) and int(gone.sum(1).max() - gone.sum(1).min()) <= 1
@@ -242,7 +228,7 @@ def test_the_attention_of_a_model_is_refined_and_nothing_else(dense: DenseModel,
             assert bool((gone.unflatten(1, (-1, 4)).sum(-1) == 2).all())
         if ".layers.0." not in name:
             continue
-        x = inputs_of(model, name)
+        x = tiny.layer_inputs(model, name, CALIBRATION.ids)
         channels = Channels(x.sum(0).float() / sample, x.var(0, unbiased=False).float(), x.norm(dim=0).float())
         mask = chosen.first_mask(whole, statistics(x))
         changed = int((gone != mask).sum())
@@ -277,20 +263,20 @@ def test_the_mask_of_an_earlier_step_is_refined_with_the_dense_weights(dense: De
     (first_step := tmp_path / "first").mkdir()
     Magnitude(sparsity=0.5, pattern=pattern).compress(dense, CALIBRATION, first_step)
     model = tiny.dense_model(first_step, "float32").load()
-    for layer in linears(model).values():
+    for layer in tiny.block_layers(model).values():
         layer.weight.data *= 1.03  # as an update of what remains
     model.save_pretrained(first_step)
     pruned = tiny.dense_model(first_step, "float32", original=dense.path)
     chosen = DSnoT(start=None, sparsity=0.5, pattern=pattern, refined="all", threshold=0.01)
     claim, got = compressed(chosen, pruned, tmp_path / "out")
-    whole, sparse = linears(dense.load()), linears(model)
+    whole, sparse = tiny.block_layers(dense.load()), tiny.block_layers(model)
     for name, weight in got.items():
         before, after, original = sparse[name].weight == 0, weight == 0, whole[name].weight
         assert torch.equal(before.sum(1), after.sum(1))
         assert torch.equal(weight[~before & ~after], sparse[name].weight[~before & ~after])
         assert torch.equal(weight[before & ~after], original[before & ~after])
         if ".layers.0." in name and "q_proj" in name:
-            x = inputs_of(model, name)
+            x = tiny.layer_inputs(model, name, CALIBRATION.ids)
             errors = [((original - w).double() @ x.sum(0) / len(CALIBRATION.ids)).abs() for w in (sparse[name].weight, weight)]
             touched = (before != after).any(1)
             assert (
@@ -327,18 +313,12 @@ def test_sizes_that_an_earlier_step_changed_are_refused(dense: DenseModel, tmp_p
         DSnoT(start=None).compress(tiny.dense_model(first_step, "float32", original=other.path), CALIBRATION, tmp_path)
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 def test_opt_is_pruned_and_keeps_its_biases(tmp_path: Path) -> None:
     model = make("opt")
-    source = saved(model, tmp_path / "source")
+    source = tiny.saved(model, tmp_path / "source")
     claim, got = compressed(method(), source, tmp_path / "out")
-    biases = {name: layer.bias for name, layer in linears(tiny.dense_model(tmp_path / "out", "float32").load()).items()}
-    assert all(torch.equal(bias, linears(model)[name].bias) for name, bias in biases.items())
+    biases = {name: layer.bias for name, layer in tiny.block_layers(tiny.dense_model(tmp_path / "out", "float32").load()).items()}
+    assert all(torch.equal(bias, tiny.block_layers(model)[name].bias) for name, bias in biases.items())
     assert all(int((weight == 0).sum()) == round(0.6 * weight.numel()) for weight in got.values())
     assert claim.details["swaps"] > 0
     again, same = compressed(method(), source, tmp_path / "again")
@@ -351,7 +331,7 @@ def test_opt_is_pruned_and_keeps_its_biases(tmp_path: Path) -> None:
 )
 def test_other_decoders_are_refused(architecture: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=message) as caught:
-        DSnoT().compress(saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
+        DSnoT().compress(tiny.saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
 
 

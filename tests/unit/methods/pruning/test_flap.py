@@ -38,22 +38,16 @@ def uneven(model: Any, reads: tuple[str, ...], groups: int = 4) -> Any:
     return model
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """Eight query heads in four groups: a group has 3,072 parameters and a channel 192, sixteen to one."""
     model = make("llama", num_attention_heads=8, num_key_value_heads=4)
-    return saved(uneven(model, tuple(LLAMA)), tmp_path_factory.mktemp("llama") / "model")
+    return tiny.saved(uneven(model, tuple(LLAMA)), tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
-    return saved(uneven(make("opt"), tuple(OPT)), tmp_path_factory.mktemp("opt") / "model")
+    return tiny.saved(uneven(make("opt"), tuple(OPT)), tmp_path_factory.mktemp("opt") / "model")
 
 
 def compressed(dense: DenseModel, out: Path, ratio: float = 0.25) -> Claim:
@@ -241,7 +235,7 @@ def test_a_second_cut_adds_to_the_biases_of_the_first(llama: DenseModel, tmp_pat
 )
 def test_other_decoders_are_refused_in_one_line(architecture: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=message) as caught:
-        FLAP().compress(saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
+        FLAP().compress(tiny.saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
 
 

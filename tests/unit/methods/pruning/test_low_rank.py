@@ -21,12 +21,6 @@ from tests.support.architectures import make
 CALIBRATION = tiny.tokens(samples=6, length=48)
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """Three blocks of Llama with grouped queries, widths that differ, and hidden states whose channels differ in strength."""
@@ -36,7 +30,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator).square().mul(3).add(0.05))
-    return saved(model, tmp_path_factory.mktemp("dense") / "model")
+    return tiny.saved(model, tmp_path_factory.mktemp("dense") / "model")
 
 
 def loaded(dense: DenseModel) -> Any:
@@ -249,7 +243,7 @@ def test_sequential_whitening_takes_the_inputs_that_truncated_blocks_make(dense:
 @pytest.mark.parametrize("batch", [2048, 64])
 def test_losses_are_those_of_the_model_with_one_layer_truncated(dense: DenseModel, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches of equal and of different numbers of samples."""
-    monkeypatch.setattr("slimbench.methods.pruning.low_rank.svd._BATCH_TOKENS", batch)
+    monkeypatch.setattr("slimbench.methods.core.walk._BATCH_TOKENS", batch)
     model, name, ids = loaded(dense), "model.layers.1.mlp.down_proj", CALIBRATION.ids[:3, :32]
     first, second = factors(model.get_submodule(name).weight, 41)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -285,7 +279,7 @@ def test_whitening_loses_least_of_what_layers_compute(dense: DenseModel, tmp_pat
 @pytest.mark.parametrize("method", [SVD(), ASVD(tokens=96), SVDLLM()], ids=lambda method: method.name)
 def test_opt_keeps_its_biases(method: Any, tmp_path: Path) -> None:
     """The artefact computes what the dense model does with the products in the place of its weights."""
-    dense = saved(make("opt"), tmp_path / "source")
+    dense = tiny.saved(make("opt"), tmp_path / "source")
     claim = compressed(method, dense, tmp_path / "out")
     model, whole = edited.load(tmp_path / "out"), loaded(dense)
     for name, pair in linears(model).items():
@@ -306,7 +300,7 @@ def test_opt_keeps_its_biases(method: Any, tmp_path: Path) -> None:
 )
 def test_other_weights_are_refused_in_one_line(method: Any, architecture: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=message) as caught:
-        method.compress(saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
+        method.compress(tiny.saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -255,14 +255,8 @@ def test_the_mixed_model_loses_blocks_and_width(dense: DenseModel, tmp_path: Pat
     assert claim.parameters == cut.num_parameters() == closed_form(left) <= 0.34 * closed_form(Sizes(4, 64, 2, 128))
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 def test_opt_is_cut_with_its_biases_and_positions_where_heads_and_hidden_size_agree(tmp_path: Path) -> None:
-    dense = saved(make("opt"), tmp_path / "source")
+    dense = tiny.saved(make("opt"), tmp_path / "source")
     (out := tmp_path / "out").mkdir()
     claim = Minitron(ratio=0.5, multiple=16).compress(dense, CALIBRATION, out)
     left = Sizes(**claim.details["sizes_left"])
@@ -297,7 +291,7 @@ def test_what_is_narrow_in_memory_is_narrow_on_disk(architecture: str, more: Any
         return torch.randperm(full, generator=generator)[:count].sort().values
 
     narrow(model, Kept(some(64, sizes.hidden), [some(2, sizes.groups)] * 3, [some(128, sizes.channels)] * 3))
-    saved(model, tmp_path / "out")
+    tiny.saved(model, tmp_path / "out")
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(cut), logits(model), rtol=1e-5, atol=1e-5)
     assert uniform.parameters(grown, sizes) == cut.num_parameters() == sum(p.numel() for p in model.parameters())
@@ -337,7 +331,7 @@ def test_blocks_of_different_sizes_have_none_in_common() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_is_measured(method: Any, architecture: str, message: str, tmp_path: Path) -> None:
-    dense = replace(saved(make(architecture), tmp_path / "source"), progress=lambda done, total: pytest.fail("it was measured"))
+    dense = replace(tiny.saved(make(architecture), tmp_path / "source"), progress=lambda done, total: pytest.fail("it was measured"))
     with pytest.raises(Unsupported, match=message) as refusal:
         method.compress(dense, CALIBRATION, tmp_path)
     assert "\n" not in str(refusal.value) and not (tmp_path / "model.safetensors").exists()

@@ -39,10 +39,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return dense
 
 
-def linears(model: Any) -> dict[str, Any]:
-    return {name: layer for name, layer in model.named_modules() if ".layers." in name and type(layer) is torch.nn.Linear}
-
-
 def norms(model: Any, ids: Tensor) -> dict[str, np.ndarray]:
     """‖X_j‖₂ of the inputs of each layer, in a pass of the whole model."""
     seen: dict[str, np.ndarray] = {}
@@ -52,7 +48,7 @@ def norms(model: Any, ids: Tensor) -> dict[str, np.ndarray]:
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0].view(*ids.shape, -1)))
-        for name, layer in linears(model).items()
+        for name, layer in tiny.block_layers(model).items()
     ]
     with torch.no_grad():
         model(ids, use_cache=False)
@@ -67,7 +63,7 @@ def block_of(name: str) -> int:
 
 def paper(model: Any, ids: Tensor, sparsity: float, spread: float, times: float) -> tuple[np.ndarray, np.ndarray]:
     """D and the fraction that is kept, for each block."""
-    strength, layers = norms(model, ids), linears(model)
+    strength, layers = norms(model, ids), tiny.block_layers(model)
     shares = []
     for index in range(1 + max(map(block_of, layers))):
         held = {name: layer.weight.detach().double().numpy() for name, layer in layers.items() if block_of(name) == index}
@@ -80,7 +76,7 @@ def paper(model: Any, ids: Tensor, sparsity: float, spread: float, times: float)
 
 def zeros(folder: Path) -> dict[str, Tensor]:
     """Masks of the layers of an artefact."""
-    return {name: layer.weight == 0 for name, layer in linears(tiny.dense_model(folder, "float32").load()).items()}
+    return {name: layer.weight == 0 for name, layer in tiny.block_layers(tiny.dense_model(folder, "float32").load()).items()}
 
 
 @pytest.mark.parametrize("times", [5.0, 7.0])
@@ -92,8 +88,8 @@ def test_shares_of_outliers_and_budgets_are_those_of_the_paper(dense: DenseModel
     assert list(outliers.values()) == pytest.approx(shares.tolist(), abs=1e-6) and len(set(shares)) == 4
     million = {block: {f"{name}*": 1_000_000 for name in layers} for block, layers in sizes.items()}
     counts = method.budgets(outliers, million)
-    assert [1 - counts[f"{name}*"] / 1e6 for name in linears(model)] == pytest.approx(
-        [keep[block_of(n)] for n in linears(model)], abs=1.1e-6
+    assert [1 - counts[f"{name}*"] / 1e6 for name in tiny.block_layers(model)] == pytest.approx(
+        [keep[block_of(n)] for n in tiny.block_layers(model)], abs=1.1e-6
     )
     assert keep.max() - keep.min() == pytest.approx(0.2) and keep.argmin() == 1 and keep.argmax() == 2
 
@@ -119,7 +115,7 @@ def test_wanda_goes_by_rows_on_inputs_from_the_pruned_blocks_before(dense: Dense
     for index in (3, 2, 1, 0):
         model.model.layers[index].load_state_dict(whole.model.layers[index].state_dict())
         strength = norms(model, CALIBRATION.ids)
-        for name, layer in linears(model).items():
+        for name, layer in tiny.block_layers(model).items():
             if block_of(name) == index:
                 scores = layer.weight.detach().abs().double().numpy() * strength[name]
                 for row, gone in zip(scores, masks[name].numpy(), strict=True):
@@ -129,7 +125,7 @@ def test_wanda_goes_by_rows_on_inputs_from_the_pruned_blocks_before(dense: Dense
 def test_magnitude_takes_the_smallest_of_a_layer(dense: DenseModel, tmp_path: Path) -> None:
     OWL(base="magnitude").compress(dense, CALIBRATION, tmp_path)
     masks = zeros(tmp_path)
-    for name, layer in linears(dense.load()).items():
+    for name, layer in tiny.block_layers(dense.load()).items():
         assert layer.weight[masks[name]].abs().max() <= layer.weight[~masks[name]].abs().min()
     assert any(int(mask.sum(1).max() - mask.sum(1).min()) > 1 for mask in masks.values())
 
@@ -147,7 +143,9 @@ def test_the_library_prunes_each_block_to_its_budget(dense: DenseModel, tmp_path
     )
     for name, mask in masks.items():
         assert float(mask.float().mean()) == pytest.approx(1 - keep[block_of(name)], abs=2e-3)
-        assert not torch.equal(linears(model)[name].weight[~mask], linears(dense.load())[name].weight[~mask]), "what remains is updated"
+        assert not torch.equal(tiny.block_layers(model)[name].weight[~mask], tiny.block_layers(dense.load())[name].weight[~mask]), (
+            "what remains is updated"
+        )
     assert claim.sparsity == pytest.approx(0.7, abs=1e-3) and claim.details["failed_inverses"] == 0
     assert told == sorted(told) and told[-1] == 1
     assert torch.equal(model.lm_head.weight, dense.load().lm_head.weight)
@@ -176,12 +174,6 @@ def test_the_same_model_gives_the_same_artefact(dense: DenseModel, tmp_path: Pat
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 @pytest.mark.parametrize("base", ["wanda", "sparsegpt", "magnitude"])
 def test_opt_is_pruned_and_keeps_its_biases(tmp_path: Path, base: Any) -> None:
     if base == "sparsegpt":
@@ -189,19 +181,19 @@ def test_opt_is_pruned_and_keeps_its_biases(tmp_path: Path, base: Any) -> None:
     model = make("opt")
     plant(model, model.model.decoder.layers)
     (out := tmp_path / "out").mkdir()
-    claim = OWL(base=base).compress(saved(model, tmp_path / "source"), CALIBRATION, out)
+    claim = OWL(base=base).compress(tiny.saved(model, tmp_path / "source"), CALIBRATION, out)
     masks, pruned = zeros(out), tiny.dense_model(out, "float32").load()
     _, keep = paper(model, CALIBRATION.ids, 0.7, 0.08, 5.0)
     assert claim.sparsity == pytest.approx(0.7, abs=2e-3) and max(keep) - min(keep) == pytest.approx(0.16)
     for name, mask in masks.items():
         assert float(mask.float().mean()) == pytest.approx(1 - keep[block_of(name)], abs=2e-3)
-        assert torch.equal(linears(pruned)[name].bias, linears(model)[name].bias)
+        assert torch.equal(tiny.block_layers(pruned)[name].bias, tiny.block_layers(model)[name].bias)
 
 
 @pytest.mark.parametrize("base", ["wanda", "sparsegpt"])
 def test_stacked_experts_are_refused(tmp_path: Path, base: Any) -> None:
     with pytest.raises(Unsupported, match="holds 4 experts in one tensor; only linear layers can be handled") as caught:
-        OWL(base=base).compress(saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
+        OWL(base=base).compress(tiny.saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
 
 

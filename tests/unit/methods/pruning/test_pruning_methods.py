@@ -181,15 +181,9 @@ def test_pruned_heads_go_with_their_cache(deep: DenseModel, tmp_path: Path) -> N
         torch.testing.assert_close(stepped, model(ids, use_cache=False).logits[:, 30:], rtol=1e-4, atol=1e-4)
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 def test_llm_pruner_cuts_opt_with_its_biases(tmp_path: Path) -> None:
     """The artefact equals the whole model in which nothing reads the structures that are gone."""
-    dense, ids = saved(make("opt"), tmp_path / "source"), CALIBRATION.ids
+    dense, ids = tiny.saved(make("opt"), tmp_path / "source"), CALIBRATION.ids
     (out := tmp_path / "out").mkdir()
     method = LLMPruner(keep_first=0.3, keep_last=0, ratio=0.3)
     claim = method.compress(dense, CALIBRATION, out)
@@ -223,7 +217,7 @@ def test_llm_pruner_cuts_opt_with_its_biases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "opt"])
 def test_a_second_cut_goes_by_the_heads_that_are_left(architecture: str, tmp_path: Path) -> None:
-    dense = saved(make(architecture, num_attention_heads=8), tmp_path / "source")
+    dense = tiny.saved(make(architecture, num_attention_heads=8), tmp_path / "source")
     method, groups = LLMPruner(keep_first=0, keep_last=0, ratio=0.5), []
     for step in ("one", "two"):
         (out := tmp_path / step).mkdir()
@@ -247,7 +241,7 @@ def test_a_second_cut_goes_by_the_heads_that_are_left(architecture: str, tmp_pat
 )
 def test_other_decoders_are_refused(method: Any, architecture: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=message):
-        method.compress(saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
+        method.compress(tiny.saved(make(architecture), tmp_path / "source"), CALIBRATION, tmp_path)
 
 
 def test_heads_that_share_a_norm_are_not_cut() -> None:

@@ -18,24 +18,19 @@ from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.units import best, structures
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.structured import llm_pruner
-from slimbench.methods.pruning.structured.units import GroupNorm, HeadImportance, importance, of_groups, weakest
+from slimbench.methods.pruning.structured.group_norm import GroupNorm
+from slimbench.methods.pruning.structured.head_importance import HeadImportance, importance, of_groups, weakest
 from tests.support import tiny
 from tests.support.architectures import make
 
 CALIBRATION = tiny.tokens(samples=5, length=24)
 
 
-def saved(model: Any, folder: Path) -> DenseModel:
-    folder.mkdir()
-    model.save_pretrained(folder)
-    return tiny.dense_model(folder, "float32")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """Three blocks of eight query heads in four groups."""
     model = make("llama", num_attention_heads=8, num_key_value_heads=4)
-    return saved(model, tmp_path_factory.mktemp("units") / "source")
+    return tiny.saved(model, tmp_path_factory.mktemp("units") / "source")
 
 
 def logits(model: Any) -> Tensor:
@@ -96,7 +91,7 @@ def test_units_of_equal_weights_go_in_exact_numbers(tmp_path: Path) -> None:
                 parameter.fill_(0.5)
                 if ".0.mlp.up_proj" in name:
                     parameter.copy_(torch.where(torch.arange(128)[:, None] % 2 == 0, 0.5, -0.5))
-    dense = saved(model, tmp_path / "source")
+    dense = tiny.saved(model, tmp_path / "source")
     (out := tmp_path / "out").mkdir()
     claim = GroupNorm().compress(dense, Calibration.none(), out)
     assert claim.details["sizes_left"] == {"blocks": 3, "hidden": 64, "groups": 1, "channels": 96}
@@ -107,7 +102,7 @@ def test_units_of_equal_weights_go_in_exact_numbers(tmp_path: Path) -> None:
 
 def test_opt_loses_channels_but_no_head_to_its_group_norms(tmp_path: Path) -> None:
     """In an ordinary OPT all heads together are as wide as the hidden states."""
-    dense = saved(make("opt"), tmp_path / "source")
+    dense = tiny.saved(make("opt"), tmp_path / "source")
     (out := tmp_path / "out").mkdir()
     with pytest.raises(Unsupported, match="OPTForCausalLM cannot have 3 heads, hidden size 64") as refusal:
         GroupNorm().compress(dense, Calibration.none(), out)
@@ -225,7 +220,7 @@ def test_rounds_remove_exactly_the_share(ratio: float, step: float, rounds: list
 @pytest.mark.parametrize("architecture", ["opt", "mixtral", "qwen3"])
 def test_heads_of_other_decoders_go_with_their_biases(architecture: str, tmp_path: Path) -> None:
     """The artefact is the model in which nothing reads the heads that are gone."""
-    dense = saved(make(architecture), tmp_path / "source")
+    dense = tiny.saved(make(architecture), tmp_path / "source")
     (out := tmp_path / "out").mkdir()
     method = HeadImportance(ratio=0.3)
     method.check(dense.shape)
@@ -255,7 +250,7 @@ def test_heads_of_other_decoders_go_with_their_biases(architecture: str, tmp_pat
     ],
 )
 def test_what_does_not_fit_is_refused(method: Any, architecture: str, message: str, tmp_path: Path) -> None:
-    dense = saved(make(architecture), tmp_path / "source")
+    dense = tiny.saved(make(architecture), tmp_path / "source")
     with pytest.raises(Unsupported, match=message) as refusal:
         method.check(dense.shape)
         method.compress(dense, CALIBRATION, tmp_path)

@@ -1,10 +1,6 @@
-"""Two rankings of whole units of a block, groups of heads and channels: by their weights alone, and by how the loss depends on a head.
+"""Head importance (Michel et al., arXiv 1905.10650): heads go on whose outputs the loss hardly depends, round after round.
 
-Norm of a group (as Torch-Pruning has it): of all weights w of a unit, in every layer that would lose some,
-
-    ‖w‖₂ = (Σ w²)^½        or        Σ |w|
-
-Head importance (Michel et al.): with a mask ξ_h that the outputs of head h are multiplied by, and L(x) the loss of a sample,
+With a mask ξ_h that the outputs of head h are multiplied by, and L(x) the loss of a sample,
 
     I_h = E_x | ∂L(x) / ∂ξ_h |  at ξ = 1        = E_x | Σ_tokens Att_h · ∂L / ∂Att_h |
 
@@ -16,23 +12,13 @@ measured anew. Query heads that share a key and a value head go together: the sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import (
-    EDITED,
-    HUGGINGFACE,
-    Calibration,
-    Citation,
-    Claim,
-    DenseModel,
-    Method,
-    ModelShape,
-    Needs,
-    Unsupported,
-)
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
+from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
@@ -40,55 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GroupNorm(Method):
-    """Each block loses the same number of groups of heads and of channels, so that an ordinary checkpoint is left.
-
-    Attributes:
-        ratio: Share of the groups of heads and of the channels that goes, rounded to whole ones; one of each stays.
-        norm: 2 for the root of the sum of squares, 1 for the sum of magnitudes.
-    """
-
-    name = "group-norm"
-    citation = Citation("Group norm", year=2023, arxiv="2301.12900")
-
-    ratio: float = 0.25
-    norm: Literal[1, 2] = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
-
-    def left(self, count: int) -> int:
-        """How many of that many units stay."""
-        return max(1, count - int(self.ratio * count + 0.5))
-
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        import torch
-
-        from slimbench.methods.core.architecture.anatomy import anatomy
-        from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
-        from slimbench.methods.core.architecture.uniform import Kept, check, narrow, sizes_of
-        from slimbench.methods.core.architecture.units import best, structures
-
-        model: Any = dense.load()
-        before, full = model.num_parameters(), sizes_of(model)
-        left = replace(full, groups=self.left(full.groups), channels=self.left(full.channels))
-        check(model, left)
-        kept: dict[str, list[Tensor]] = {"head_groups": [], "channels": []}
-        for done, block in enumerate(anatomy(model)):
-            for kind in structures(block):
-                powers = {layer: layer.weight.detach().float().abs() ** self.norm for layer in (*kind.makes, kind.reads)}
-                kept[kind.name].append(best(kind.scores(powers, "sum") ** (1 / self.norm), self.left(kind.count)))
-            dense.progress(done + 1, full.blocks)
-        narrow(model, Kept(torch.arange(full.hidden), kept["head_groups"], kept["channels"]))
-        save_dense(model, out)
-        details = {"sizes_before": asdict(full), "sizes_left": asdict(left), "parameters_before": before}
-        return Claim(HUGGINGFACE, **counts(model), cache_bytes_per_token=cache_bytes_per_token(model), details=details)
-
-
-@dataclass(frozen=True)
-class HeadImportance(Method):
+class HeadImportance(Smaller, Method):
     """Blocks keep different numbers of heads, at least one group each; nothing is trained.
 
     Attributes:
@@ -106,8 +44,6 @@ class HeadImportance(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be between 0 and 1, both excluded, not {self.ratio}")
         if not 0 < self.step <= 1:
             raise ValueError(f"step must be above 0 and at most 1, not {self.step}")
 
@@ -130,6 +66,7 @@ class HeadImportance(Method):
         from slimbench.methods.core.architecture.anatomy import anatomy
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
         from slimbench.methods.core.architecture.units import head_groups
+        from slimbench.methods.core.walk import passes
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
@@ -137,11 +74,7 @@ class HeadImportance(Method):
         before, blocks = model.num_parameters(), anatomy(model)
         groups = [head_groups(block).count for block in blocks]
         rounds = self.rounds(sum(groups), len(blocks))
-        for index, count in enumerate(rounds):
-
-            def progress(done: float, total: float, index: int = index) -> None:
-                dense.progress(index * total + done, len(rounds) * total)
-
+        for count, progress in zip(rounds, passes(dense.progress, len(rounds)), strict=True):
             found = importance(model, calibration.ids, progress)
             kinds = {block.name: head_groups(block) for block in blocks}
             gone = weakest({name: of_groups(heads, kinds[name].count) for name, heads in found.items()}, count)
