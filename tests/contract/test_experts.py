@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slimbench.methods.base import DenseModel, Unsupported
 from tests.contract.shipped import classes, make, runnable
+from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
+JOINED = "head-importance"
+"""It cuts heads, and those of these experts' model hang together."""
+LEAVE = sorted(KEEP - {"gguf", JOINED})
 REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP and method.produces != "policy"]
 
 
@@ -19,3 +25,24 @@ def test_a_method_that_sees_linear_layers_alone_refuses_them(name: str, experts:
     with pytest.raises(Unsupported, match="4 experts in one tensor") as refusal:
         make(runnable(name), experts, tmp_path / "artefact")
     assert "\n" not in str(refusal.value) and not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", LEAVE)
+def test_a_method_that_leaves_experts_alone_keeps_their_weights(name: str, experts: DenseModel, tmp_path: Path) -> None:
+    made = make(runnable(name), experts, tmp_path / "artefact")
+    before, after = (stacked(folder) for folder in (experts.path, made.folder))
+    assert after and len(after) <= len(before)
+    assert all(any(torch.equal(tensor, source) for source in before.values()) for tensor in after.values())
+    assert bool(torch.isfinite(made.load().logits(tiny.tokens(2, 12).ids)).all())
+
+
+def test_heads_that_hang_together_are_not_cut(experts: DenseModel, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="a norm over all heads together"):
+        make(runnable(JOINED), experts, tmp_path / "artefact")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def stacked(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of experts by name."""
+    found = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    return {name: tensor for name, tensor in found.items() if "experts" in name}
