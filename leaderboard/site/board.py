@@ -50,8 +50,9 @@ class Board:
 
     @cached_property
     def sequence(self) -> list[int]:
-        """The positions of the tables, that of the most evidence first."""
-        weights = [evidence(table.rows) for table in self.tables]
+        """The positions of the tables, that of the most evidence first; rows of strangers count where one's own say as little."""
+        own = [[row for row in table.rows if not row.foreign] for table in self.tables]
+        weights = [(evidence(rows), evidence(table.rows)) for rows, table in zip(own, self.tables, strict=True)]
         return sorted(range(len(weights)), key=weights.__getitem__, reverse=True)
 
     @cached_property

@@ -77,6 +77,16 @@ def test_a_foreign_row_is_marked_and_stands_behind_one_s_own() -> None:
     assert '["foreign' in (text := data(Board(board))) or "foreign: recorded" in text
 
 
+def test_tables_of_strangers_stand_behind_one_s_own_however_much_they_say() -> None:
+    mine = [record for name in "abcde" for record in records(Spec(name, suite="mine"))]
+    theirs = foreign([record for name in "abcdefgh" for record in records(Spec(name, suite="theirs"))])
+    both = Board.of(theirs + mine)
+    assert [both.tables[number].rows[0].suite for number in both.sequence] == ["mine", "theirs"]
+    few = foreign(records(Spec(suite="few")))
+    alone = Board.of(few + theirs)
+    assert [alone.tables[number].rows[0].suite for number in alone.sequence] == ["theirs", "few"]
+
+
 def test_a_table_for_programs_says_which_rows_are_foreign(tmp_path: Path) -> None:
     mine, theirs = Store(tmp_path / "mine"), Store(tmp_path / "theirs")
     for store, spec in ((mine, DENSE), (mine, GPTQ), (theirs, Spec("awq", "quantization", loss=1.2, bits=4.25))):
