@@ -10,7 +10,7 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.latency import prompts
 from slimbench.harness.measure.loaded import Generates, Step
-from slimbench.harness.measure.memory import peak_of, resident_bytes
+from slimbench.harness.measure.memory import give_back, peak_of, resident_bytes
 from slimbench.harness.schema.speed import LargestBatch
 
 _SHARE = 0.9
@@ -30,7 +30,7 @@ def largest_batch(model: Generates, point: SpeedPoint, cap: int, memory_bytes: i
     began = time.perf_counter()
     batch, seen = 1, [(0, 0)]
     while True:
-        if model.device.type == "cpu" and resident_bytes() + _predicted(seen, batch) > _SHARE * memory_bytes:
+        if model.device.type == "cpu" and _needed() + _predicted(seen, batch) > _SHARE * memory_bytes:
             return _result(seen, "memory")
         try:
             seen.append((batch, _taken(model, point.model_copy(update={"batch": batch}))))
@@ -45,6 +45,12 @@ def largest_batch(model: Generates, point: SpeedPoint, cap: int, memory_bytes: i
         if time.perf_counter() - began > budget_s:
             return _result(seen, "budget")
         batch = min(2 * batch, cap)
+
+
+def _needed() -> int:
+    """Bytes that this process cannot do without."""
+    give_back()
+    return resident_bytes()
 
 
 def _predicted(seen: list[tuple[int, int]], batch: int) -> float:

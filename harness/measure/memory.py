@@ -83,7 +83,7 @@ def peak_of(devices: Sequence[torch.device], work: Callable[[], _T]) -> Peak[_T]
         for device in devices:
             torch.cuda.synchronize(device)
         return Peak(before, sum(map(torch.cuda.max_memory_allocated, devices)) or None, result)
-    _give_back()
+    give_back()
     known = _reset_peak()
     before = psutil.Process().memory_info().rss
     result = work()
@@ -119,7 +119,8 @@ def _highest_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """Return to the system what no object holds any more: garbage, and pages that the C library keeps for later."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)

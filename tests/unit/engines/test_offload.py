@@ -155,7 +155,7 @@ def test_the_memory_measurement_shows_what_is_saved(make: Make) -> None:
     away = load("offload", folder)
     memory._generate(away, point)
     found = away.evidence()
-    memory._give_back()  # of earlier tests: free memory would hide what the eager engine takes
+    memory.give_back()  # of earlier tests: free memory would hide what the eager engine takes
     split = memory.measure(away, point, found.weight_bytes)
     assert found.offloaded_bytes > 50 * MB and split.weight_bytes == found.weight_bytes < 1000
     assert split.activation_bytes is not None and split.activation_bytes < 12 * MB
