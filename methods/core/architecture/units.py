@@ -10,6 +10,7 @@ The biases of rows go with them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +71,48 @@ def structures(block: Block) -> list[Structures]:
     """
     mlp = block.mlp
     return [head_groups(block), Structures("channels", mlp.down.in_features, mlp.makes, mlp.down)]
+
+
+def price(kind: Structures) -> int:
+    """Parameters that go with one structure."""
+    makes = sum(parameter.numel() for layer in kind.makes for parameter in layer.parameters())
+    return (makes + kind.reads.weight.numel()) // kind.count
+
+
+def cheapest(scores: Mapping[str, Tensor], kinds: Mapping[str, Structures], wanted: int, biased: bool = False) -> dict[str, Tensor]:
+    """The structures with the lowest scores that hold so many parameters together, as masks [count] by the layer that reads them.
+
+    Of each kind the one with the highest score stays.
+
+    Args:
+        scores: [count] of each kind, by the name of the layer that reads it; lower ones go first.
+        kinds: By the same names.
+        wanted: Parameters.
+        biased: A layer without a bias that loses a structure gets one, which is taken from what has gone.
+
+    Raises:
+        Unsupported: All others do not hold so many.
+    """
+    import torch
+
+    from slimbench.methods.core.masks import across
+
+    free = {name: values.index_fill(0, values.argmax(), torch.inf) for name, values in scores.items()}
+    held, owners = [], []
+    for index, kind in enumerate(kinds.values()):
+        held.append(torch.full((kind.count,), price(kind)))
+        owners.append(torch.full((kind.count,), index))
+    order = torch.cat(list(free.values())).cpu().argsort(stable=True)
+    lost, owner = torch.cat(held)[order], torch.cat(owners)[order]
+    for index, kind in enumerate(kinds.values()):
+        if biased and kind.reads.bias is None:
+            lost[(owner == index).nonzero()[0]] -= kind.reads.out_features
+    total = lost[: len(lost) - len(kinds)].cumsum(0)
+    count = int((total < wanted).sum()) + 1
+    if count > len(total):
+        most = int(total[-1]) if len(total) else 0
+        raise Unsupported(f"one group of heads and one channel in each block leave {most} parameters to prune, fewer than {wanted}")
+    return across(free, count)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

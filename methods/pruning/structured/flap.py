@@ -18,13 +18,13 @@ All scores and means are those of the dense model. Where query heads share a key
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
-from slimbench.methods.core.architecture.units import Structures, structures
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.architecture.units import Structures, cheapest, structures
 from slimbench.methods.core.settings import Smaller
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.huggingface import save_dense
@@ -63,7 +63,7 @@ class FLAP(Smaller, Method):
             seen |= moments(block, kinds)
         scores = {name: kind_scores(kind, seen[name].variance) for name, kind in kinds.items()}
         wanted = math.ceil(self.ratio * sum(p.numel() for block in blocks_of(model).values() for p in block.parameters()) - 1e-6)
-        gone = cheapest(scores, kinds, wanted)
+        gone = cheapest(scores, kinds, wanted, biased=True)
         for name, kind in kinds.items():
             if gone[name].any():
                 cut(model, name, kind, gone[name], seen[name].mean)
@@ -119,42 +119,6 @@ def kind_scores(kind: Structures, variance: Tensor) -> Tensor:
         scores = scores.square()
     spread = scores.std().clamp_min(torch.finfo(torch.float64).tiny)
     return ((scores - scores.mean()) / spread).view(kind.count, -1).mean(1)
-
-
-def price(kind: Structures) -> int:
-    """Parameters that go with one structure."""
-    makes = sum(parameter.numel() for layer in kind.makes for parameter in layer.parameters())
-    return (makes + kind.reads.weight.numel()) // kind.count
-
-
-def cheapest(scores: Mapping[str, Tensor], kinds: Mapping[str, Structures], wanted: int) -> dict[str, Tensor]:
-    """The structures with the lowest scores that hold so many parameters together, as masks [count] by the layer that reads them.
-
-    Of each kind the one with the highest score stays. A layer that gets a bias takes its parameters from what has gone.
-
-    Raises:
-        Unsupported: All others do not hold so many.
-    """
-    import torch
-
-    from slimbench.methods.core.masks import across
-
-    free = {name: values.index_fill(0, values.argmax(), torch.inf) for name, values in scores.items()}
-    held, owners = [], []
-    for index, kind in enumerate(kinds.values()):
-        held.append(torch.full((kind.count,), price(kind)))
-        owners.append(torch.full((kind.count,), index))
-    order = torch.cat(list(free.values())).cpu().argsort(stable=True)
-    lost, owner = torch.cat(held)[order], torch.cat(owners)[order]
-    for index, kind in enumerate(kinds.values()):
-        if kind.reads.bias is None:
-            lost[(owner == index).nonzero()[0]] -= kind.reads.out_features
-    total = lost[: len(lost) - len(kinds)].cumsum(0)
-    count = int((total < wanted).sum()) + 1
-    if count > len(total):
-        most = int(total[-1]) if len(total) else 0
-        raise Unsupported(f"one group of heads and one channel in each block leave {most} parameters to prune, fewer than {wanted}")
-    return across(free, count)
 
 
 def cut(model: Any, name: str, kind: Structures, gone: Tensor, mean: Tensor) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import Claim, DenseModel, Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
+from slimbench.methods.core.architecture.units import Structures, cheapest, price, structures
 from slimbench.methods.formats import edited
-from slimbench.methods.pruning.structured.flap import FLAP, cheapest, kind_scores, price
-from slimbench.methods.pruning.structured.llm_pruner import Structures, structures
+from slimbench.methods.pruning.structured.flap import FLAP, kind_scores
 from tests.support import tiny
 from tests.support.architectures import make
 
@@ -205,13 +205,13 @@ def test_equal_scores_go_in_order_and_the_best_of_a_kind_stays() -> None:
     kinds = {"heads": kind_of("head_groups", 3, 5), "channels": kind_of("channels", 6, 1)}
     scores = {"heads": torch.tensor([0.0, -1.0, 0.0]), "channels": torch.zeros(6)}
     assert [price(kind) for kind in kinds.values()] == [60, 12]
-    masks = [cheapest(scores, kinds, wanted) for wanted in (1, 56, 57, 117)]
+    masks = [cheapest(scores, kinds, wanted, biased=True) for wanted in (1, 56, 57, 117)]
     heads, channels = ([mask[name].int().tolist() for mask in masks] for name in kinds)
     assert heads == [[0, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 1]]
     assert channels == [[0, 0, 0, 0, 0, 0]] * 3 + [[0, 1, 0, 0, 0, 0]]
     with pytest.raises(Unsupported, match="leave 172 parameters to prune, fewer than 173"):
-        cheapest(scores, kinds, 173)
-    assert cheapest(scores, kinds, 172)["channels"].tolist() == [False] + [True] * 5
+        cheapest(scores, kinds, 173, biased=True)
+    assert cheapest(scores, kinds, 172, biased=True)["channels"].tolist() == [False] + [True] * 5
 
 
 def test_a_second_cut_adds_to_the_biases_of_the_first(llama: DenseModel, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Hard concrete gates: their law by draws and formulas, the direction of the Lagrangian, and a cut that agrees with the masked model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimbench.methods.base import Unsupported
+from slimbench.methods.core.architecture.anatomy import anatomy
+from slimbench.methods.core.architecture.surgery import name_of
+from slimbench.methods.core.architecture.units import Structures, price, structures
+from slimbench.methods.core.learning.gates import Gates, HardConcrete, multiplied
+from slimbench.methods.core.training import TrainingSettings, train
+from tests.support import tiny
+from tests.support.architectures import make
+
+IDS = torch.arange(40).reshape(2, 20) % 90
+
+
+def kinds_of(model: Any) -> dict[str, Structures]:
+    return {name_of(model, kind.reads): kind for block in anatomy(model) for kind in structures(block)}
+
+
+@pytest.mark.parametrize("alpha", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("law", [HardConcrete(), HardConcrete(0.33, -0.2, 1.3)])
+def test_the_law_is_that_of_the_paper(alpha: float, law: HardConcrete) -> None:
+    even = torch.rand(200_000, generator=torch.Generator().manual_seed(3))
+    drawn = law.draw(torch.full_like(even, alpha), even)
+    u, wide = float(even[7]), law.high - law.low
+    s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + alpha) / law.temperature))
+    assert float(drawn[7]) == pytest.approx(min(1.0, max(0.0, s * wide + law.low)), abs=1e-5)
+    stays = 1 / (1 + math.exp(-(alpha - law.temperature * math.log(-law.low / law.high))))
+    assert float((drawn > 0).float().mean()) == pytest.approx(stays, abs=0.005)
+    assert float(law.stays(torch.tensor(alpha))) == pytest.approx(stays, abs=1e-6)
+    assert float(law.settled(torch.tensor(alpha))) == pytest.approx(min(1.0, max(0.0, wide / (1 + math.exp(-alpha)) + law.low)), abs=1e-6)
+
+
+def test_the_expected_share_is_the_counted_one_where_gates_are_shut_or_open() -> None:
+    kinds = kinds_of(make("llama"))
+    gates = Gates(kinds, 0.5, 1)
+    held = gone = 0
+    with torch.no_grad():
+        for index, (name, alpha) in enumerate(gates.alphas.items()):
+            shut = torch.arange(len(alpha)) % (index + 2) == 0
+            alpha.copy_(torch.where(shut, -50.0, 50.0))
+            gone += int(shut.sum()) * price(kinds[name])
+            held += len(alpha) * price(kinds[name])
+    assert float(gates.gone()) == pytest.approx(gone / held, abs=1e-6)
+
+
+def test_the_multipliers_climb_and_the_gates_follow_the_target(tmp_path: Path) -> None:
+    tiny_dense = tiny.save_model(tmp_path, "float32")
+    model = tiny_dense.load(dtype=torch.float32).requires_grad_(False)
+    gates = Gates(kinds_of(model), 0.4, warm=20, begin=6.0, rate=100.0, multiplier_rate=300.0)
+    settings = TrainingSettings(steps=120, batch_size=2, length=16, learning_rate=1e-3, clip=None, schedule="constant", warmup=0)
+
+    def loss(ids: Tensor) -> Tensor:
+        with gates.drawn():
+            logits = model(input_ids=ids, use_cache=False).logits
+        return logits.square().mean() * 0 + gates.penalty()
+
+    train(settings, gates.parameters, loss, IDS, tiny_dense, gates)
+    gone, target, *_ = (list(column) for column in zip(*gates.path, strict=True))
+    assert target[0] == pytest.approx(0.02) and target[19:] == pytest.approx([0.4] * 101)
+    assert gates.path[0][2] < 0, "too little is gone: λ₁ falls, so that its product with the gap grows"
+    assert gone[-1] == pytest.approx(0.4, abs=0.05)
+    assert all(value >= 0 for *_, value in gates.path), "λ₂ of a square can only climb"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_what_is_cut_is_what_was_masked(architecture: str) -> None:
+    model = make(architecture)
+    kinds = kinds_of(model)
+    gates = Gates(kinds, 0.3, 1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for alpha in gates.alphas.values():
+            alpha.copy_(2 * torch.randn(len(alpha), generator=generator))
+    wanted = round(0.3 * gates.total)
+    before, gone = model.num_parameters(), gates.chosen(wanted)
+    settled = {name: gates.law.settled(alpha.detach()).masked_fill(gone[name], 0.0) for name, alpha in gates.alphas.items()}
+    with torch.no_grad(), multiplied(kinds, settled):
+        masked = model(IDS, use_cache=False).logits
+    assert gates.finish(model, wanted).keys() == gone.keys()
+    with torch.no_grad():
+        assert (model(IDS, use_cache=False).logits - masked).abs().max() < 1e-4
+    removed = sum(int(mask.sum()) * price_ for mask, price_ in zip(gone.values(), gates_prices(architecture), strict=True))
+    assert before - model.num_parameters() == removed
+    assert wanted <= removed < wanted + max(gates_prices(architecture)), "to less than one unit"
+
+
+def gates_prices(architecture: str) -> list[int]:
+    """Parameters of a unit of each kind, counted by hand from the shapes."""
+    block = anatomy(make(architecture))[0]
+    hidden, heads, groups = 64, block.attention.head_dim * block.attention.repeats, block.attention.head_dim
+    biases = architecture == "opt"
+    group = hidden * (heads + 2 * groups + heads) + biases * (heads + 2 * groups)
+    channel = hidden * (2 if biases else 3) + biases
+    return [group, channel] * 3
+
+
+def test_no_more_than_there_is_can_go() -> None:
+    gates = Gates(kinds_of(make("llama")), 0.3, 1)
+    with pytest.raises(Unsupported, match="one group of heads and one channel"):
+        gates.finish(make("llama"), gates.total)
+
+
+def test_a_drawn_model_differs_and_an_open_one_does_not() -> None:
+    model = make("llama")
+    gates = Gates(kinds_of(model), 0.3, 1, begin=50.0)
+    with torch.no_grad():
+        plain = model(IDS, use_cache=False).logits
+        with gates.drawn():
+            assert torch.equal(model(IDS, use_cache=False).logits, plain)
+        for alpha in gates.alphas.values():
+            alpha.zero_()
+        with gates.drawn():
+            assert not torch.allclose(model(IDS, use_cache=False).logits, plain)
+        assert torch.equal(model(IDS, use_cache=False).logits, plain)
