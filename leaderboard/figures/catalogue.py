@@ -11,9 +11,11 @@ from slimbench.leaderboard.figures.bars import flips, memory
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.grids import grids
 from slimbench.leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
-from slimbench.leaderboard.figures.lines import bits, degradation, sparsity
+from slimbench.leaderboard.figures.joint import joint
+from slimbench.leaderboard.figures.lines import bits, degradation, removed, sparsity
 from slimbench.leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
 from slimbench.leaderboard.figures.palette import Palette
+from slimbench.leaderboard.figures.recovery import recovery
 from slimbench.leaderboard.figures.scatter import against, divergence
 from slimbench.leaderboard.figures.seeds import seeds
 from slimbench.leaderboard.figures.speedups import speedups
@@ -48,6 +50,9 @@ KINDS = (
     Kind("methods-bits", "perplexity over bits, a line for each method", by_quality, bits),
     Kind("grids", "methods of equal bits on common grids", by_quality, grids),
     Kind("methods-sparsity", "perplexity over sparsity, a line for each method", by_quality, sparsity),
+    Kind("methods-removed", "perplexity over the parameters removed, a line for each method", by_quality, removed),
+    Kind("recovery", "perplexity over the tokens of recovery, from the pruned model on", by_quality, recovery),
+    Kind("joint", "pipelines beside their steps alone", by_quality, joint),
     Kind("degradation", "perplexity above dense over the size of the model", by_suite, degradation),
     Kind("speedup", "speed-up over batch and context, with the roofline", by_speed, speedups),
     Kind("memory", "weights, KV cache and activations", by_speed, memory),

@@ -1,4 +1,4 @@
-"""Settings of one method joined by a line: perplexity over bits and over sparsity, degradation over model size."""
+"""Settings of one method joined by a line: perplexity over bits, sparsity and parameters removed, degradation over model size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimbench.leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axi
 from slimbench.leaderboard.figures.drawing import INK, MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
 from slimbench.leaderboard.figures.labels import Named, place
-from slimbench.leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, SPARSITY, Measure, Point, front, points
+from slimbench.leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, REMOVED, SPARSITY, Measure, Point, front, points
 from slimbench.leaderboard.figures.palette import method_of
 from slimbench.leaderboard.figures.scatter import UNNAMED, corpus, settle
 from slimbench.leaderboard.rows.row import Row
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 OFF_SCALE = 20.0
 _DENSE_BITS = 15.5
 _LEAST_ZEROS = 0.02
+_LEAST_REMOVED = 0.001
 
 
 def bits(group: Group) -> Plot:
@@ -51,6 +52,19 @@ def sparsity(group: Group) -> Plot:
     return _settings(group, SPARSITY, pruned, "zeros in pruned weights")
 
 
+def removed(group: Group) -> Plot:
+    """Perplexity over the share of all parameters that each method's settings take away.
+
+    Raises:
+        Unplottable: Fewer than two rows with fewer parameters.
+    """
+
+    def smaller(row: Row) -> bool:
+        return (row.removed or 0) > _LEAST_REMOVED
+
+    return _settings(group, REMOVED, smaller, "parameters removed")
+
+
 def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: str) -> Plot:
     limit = off_scale(group, OFF_SCALE)
     all_of_them = points([row for row in group.rows if belongs(row)], x, PERPLEXITY)
@@ -70,7 +84,7 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
     def make() -> Figure:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 6)
         paths = _by_method(ax, shown, off, group, x)
-        bit_axis(ax, [p.x for p in all_of_them]) if x is BITS else ax.set_xlim(0, 100)
+        _across(ax, x, [p.x for p in all_of_them])
         base = [reference.perplexity] if reference and reference.perplexity else []
         spread_axis(ax, "y", [*([limit] if off else []), *(p.y for p in shown), *base])
         ax.margins(x=0.1)
@@ -90,6 +104,13 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
 
     best = [p.row for p in front(all_of_them, _least(x), PERPLEXITY)]
     return Plot(f"methods-{x.name}", group, title, unbeaten(group, len(all_of_them), best), text, make)
+
+
+def _across(ax: Axes, x: Measure, values: Sequence[float]) -> None:
+    if x is BITS:
+        bit_axis(ax, values)
+    else:
+        ax.set_xlim(0, 100 if x is SPARSITY else min(100.0, 1.15 * max(values)))
 
 
 def _named(group: Group, point: Point, y: float, more: str = "") -> Named:
@@ -134,7 +155,7 @@ def _by_method(ax: Axes, shown: Sequence[Point], off: Sequence[Point], group: Gr
 
 
 def _least(x: Measure) -> Measure:
-    """The measure with less of it taken as better for bits, more for sparsity: what compresses more."""
+    """The measure with less of it taken as better for bits, more of zeros and of what is removed: what compresses more."""
     return x if x is BITS else Measure(x.key, x.label, x.missing, x.name, x.scale, rising=True)
 
 

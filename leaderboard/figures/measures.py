@@ -87,6 +87,8 @@ SPEED = Measure(
     rising=True,
 )
 SPARSITY = Measure("sparsity", "zeros among the weights of the linear layers, %", "sparsity", "sparsity", 100)
+REMOVED = Measure("removed", "parameters removed of all of the model's, %", "parameters", "removed", 100)
+TOKENS = Measure("training_tokens", "tokens of training", "training", "recovery")
 
 
 def quality(rows: Sequence[Row]) -> Measure:

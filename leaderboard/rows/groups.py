@@ -312,6 +312,11 @@ class Size(Group):
         default=None, description="Bits stored for each weight of the compressed layers, scales and zeros included."
     )
     sparsity: float | None = Field(default=None, description="Fraction of zeros among the weights of the linear layers, 0..1.")
+    removed: float | None = Field(
+        default=None,
+        description="Share of the dense model's parameters, embeddings and head included, that the loaded model has fewer; negative where "
+        "it has more.",
+    )
 
 
 class Cache(Group):

@@ -193,6 +193,7 @@ def _size(bearer: Record, record: Record | None, evidence: Evidence | None) -> S
         compression_ratio=result.dense_bytes / result.disk_bytes if result and result.disk_bytes else None,
         effective_bits=evidence.effective_bits if evidence else None,
         sparsity=evidence.sparsity if evidence else None,
+        removed=1 - evidence.parameters / bearer.cell.parameters if evidence and bearer.cell.parameters else None,
     )
 
 

@@ -26,6 +26,7 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Kernels": row.kernel,
         "Smaller on disk by": _text(decimal(2), row.compression_ratio, " ×"),
         "Zeros": _text(decimal(1, 100), row.sparsity, " %"),
+        "Parameters removed": _text(decimal(1, 100), row.removed, " %"),
         **_cost(row),
         "Source precision": row.source_precision,
         "Calibration": " · ".join(part for part in (row.calibration_text, row.calibration) if part),

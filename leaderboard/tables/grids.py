@@ -35,7 +35,7 @@ def losses(study: Study) -> Lines:
 def orders(study: Study) -> Lines:
     """A line for each two neighbours on a grid, the better one first: how much more the other loses, and whether that is certain."""
     return [
-        {"grid": grid, "method": ours.method, "next": theirs.method, "more": _span(found), "told apart": "yes" if found.low > 1 else "no"}
+        {"grid": grid, "method": ours.method, "next": theirs.method, "more": span(found), "told apart": "yes" if found.low > 1 else "no"}
         for grid in GRIDS
         for ours, theirs in itertools.pairwise(study.order(grid))
         for found in [ratio(crossed_mean(difference(theirs, ours)))]
@@ -48,9 +48,9 @@ def splits(study: Study) -> Lines:
         {
             "row": split.ours.row.pipeline,
             "against": split.theirs.row.pipeline,
-            "whole": _span(ratio(split.whole)),
-            "method": _span(ratio(split.method)),
-            "grid": _span(ratio(split.grid)),
+            "whole": span(ratio(split.whole)),
+            "method": span(ratio(split.method)),
+            "grid": span(ratio(split.grid)),
             "share of the grid": f"{decimal(0, 100)(split.grid.value / split.whole.value)} %" if _is_certain(split.whole) else "",
         }
         for split in study.splits()
@@ -76,10 +76,10 @@ def _loss(study: Study, cell: Cell | None) -> str:
     if cell is None:
         return "–"
     draws = f", {len(cell.draws)} draws" if len(cell.draws) > 1 else ""
-    return f"{_span(study.above_dense(cell))}{draws}"
+    return f"{span(study.above_dense(cell))}{draws}"
 
 
-def _span(found: Estimate) -> str:
+def span(found: Estimate) -> str:
     """A ratio as a change in per cent with its interval."""
     value, low, high = (decimal(1, signed=True)(100 * (bound - 1)) for bound in found)
     return f"{value} ({low} to {high})"

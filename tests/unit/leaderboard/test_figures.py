@@ -86,10 +86,49 @@ def sized(sizes: Sequence[int]) -> list[Record]:
     return made
 
 
+def thinner(sizes: dict[str, tuple[float, float]]) -> list[Record]:
+    """Rows of one pruning method: the share of the parameters that are left, and the loss."""
+    made = []
+    for label, (left, loss) in sizes.items():
+        for record in records(Spec(label, "pruning", loss=loss, size=left)):
+            record.cell.steps = [{"name": label, "method": "FLAP"}]
+            record.cell.parameters = 1_000_000
+            for evidence in (part.evidence for part in (record.quality, record.speed) if part and part.evidence):
+                evidence.parameters = int(left * 1_000_000)
+            made.append(record)
+    return made
+
+
+def recovered(prune: str, start: float, losses: dict[int, float]) -> list[Record]:
+    """A pruned row, and the same with LoRA of so many tokens."""
+    made = records(Spec(prune, "pruning", loss=start))
+    for tokens, loss in losses.items():
+        for record in records(Spec(f"{prune}+lora(steps={tokens // 512})", "pruning", loss=loss)):
+            if record.compress:
+                record.compress.training_tokens = tokens
+            made.append(record)
+    return made
+
+
+def together(first: float, second: float, both: float) -> list[Record]:
+    """Dense, two steps, and both of them, with these losses."""
+    steps = {"wanda": first, "gptq": second, "wanda+gptq": both}
+    made = records(Spec())
+    for name, loss in steps.items():
+        for record in records(Spec(name, "pruning", loss=loss, bits=4.25)):
+            record.cell.steps = [{"name": step, "method": step, "settings": {}} for step in name.split("+")]
+            record.cell.reference = made[0].cell.keys
+            made.append(record)
+    return made
+
+
 EVERYTHING = {
     "methods-bits": lambda: [*records(Spec()), *family("RTN", [("rtn-3bit", 3.25, 6.0), ("rtn-4bit", 4.25, 1.4), ("rtn-8bit", 8.0, 1.01)])],
     "grids": lambda: equal_grid({"rtn": 1.4, "gptq": 1.3}, {"symmetric, min-max": 1.0, "symmetric, searched": 0.8}),
     "methods-sparsity": lambda: [*records(Spec()), *family("Wanda", [("wanda", 0.5, 1.9), ("wanda(sparsity=0.7)", 0.7, 9.0)], "pruning")],
+    "methods-removed": lambda: [*records(Spec()), *thinner({"flap(ratio=0.1)": (0.9, 1.4), "flap": (0.75, 3.0)})],
+    "recovery": lambda: [*records(Spec()), *recovered("shortgpt", 3.0, {4000: 2.1, 16000: 1.6})],
+    "joint": lambda: together(1.5, 1.4, 2.6),
     "degradation": lambda: sized([10_000_000, 300_000_000]),
     "speedup": lambda: grid([*records(Spec()), *records(Spec("gptq", "quantization", decode_ms=23.0))], [1, 4], [128, 512]),
     "seeds": lambda: [*records(Spec()), *seeded([0, 1, 2])],

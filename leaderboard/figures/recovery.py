@@ -1,0 +1,71 @@
+"""What training gives back: perplexity over the tokens of recovery, from the pruned model on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
+from slimbench.leaderboard.figures.drawing import INK
+from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
+from slimbench.leaderboard.figures.measures import PERPLEXITY, TOKENS, Point, points
+from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.figures.scatter import corpus
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import decimal, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def recovery(group: Group) -> Plot:
+    """A line for each pruned model and each way of its recovery, beginning with the model that was not trained.
+
+    Raises:
+        Unplottable: No pruned model was measured before and after a training.
+    """
+    by_pipeline = {row.pipeline: row for row in group.rows if row.perplexity is not None}
+    series: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in group.rows:
+        before, plus, last = row.pipeline.rpartition("+")
+        if plus and before in by_pipeline and row.training_tokens and row.perplexity is not None:
+            series[before, last.partition("(")[0]].append(row)
+    if not series:
+        raise Unplottable("no pruned model was measured before and after a training")
+    drawn = {key: [by_pipeline[key[0]], *sorted(own, key=lambda row: row.training_tokens or 0)] for key, own in sorted(series.items())}
+    shown = [row for own in drawn.values() for row in own]
+    hidden = left_out(group, shown + [row for row in group.rows if row.is_reference], "recovery")
+    text = " ".join(filter(None, ["Bars are 95 % intervals. Lines begin with the model as it was pruned.", hidden]))
+    title = "Perplexity over the tokens of recovery"
+    dense = group.reference.perplexity if group.reference else None
+
+    def make() -> Figure:
+        figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 5.6)
+        for (before, last), own in drawn.items():
+            look = group.palette.look(method_of(own[-1]))
+            line = _line(own)
+            style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 6.5, "mec": "white", "mew": 0.7}
+            spread = [[p.y - p.low for p in line], [p.high - p.y for p in line]]
+            label = shorten(f"{before} + {last}", 44)
+            ax.errorbar([p.x / 1000 for p in line], [p.y for p in line], yerr=spread, lw=1.5, elinewidth=1, label=label, **style)
+        if dense:
+            ax.axhline(dense, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
+        spread_axis(ax, "y", [row.perplexity or 1.0 for row in shown] + ([dense] if dense else []))
+        ax.set_xlim(left=0)
+        ax.margins(x=0.06)
+        ax.set_xlabel("tokens of training, thousands")
+        ax.set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
+        side_legend(ax)
+        return figure
+
+    gains = [((own[-1].perplexity or 1.0) / (own[0].perplexity or 1.0) - 1, own) for own in drawn.values()]
+    gain, own = min(gains, key=lambda pair: pair[0])
+    tokens = f"{(own[-1].training_tokens or 0):,} tokens"
+    reading = f"{own[-1].label} gains most: perplexity {decimal(1, 100, signed=True)(gain)} % by {tokens}."
+    return Plot(TOKENS.name, group, title, reading, text, make)
+
+
+def _line(own: list[Row]) -> list[Point]:
+    """The pruned row at no tokens, and the others at theirs."""
+    start = points([own[0].model_copy(update={"training_tokens": 0})], TOKENS, PERPLEXITY)
+    return start + points(own[1:], TOKENS, PERPLEXITY)
