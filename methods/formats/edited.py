@@ -10,10 +10,11 @@ these, and its module one of `methods.formats.architecture.modules`. Full names 
     resize        tensor, shape                       a parameter of another size; what a module says of its sizes and heads follows
     bias          module                              a linear layer gets a bias
     factor        module, rank                        a linear layer becomes X.reduce [rank, in] and X.expand [out, rank]
+    factor-plus   module, rank, rows                  the same, and X.sparse [rows, in] adds to the outputs X.kept [rows]
     remove-block  module                              a block is gone; the later ones move up, and so do their places in the cache
     remove-part   module, part: attention | mlp       so is one half of a block with its norm; it adds nothing to the residual connection
-    insert        module, as_, kind, place, arguments X.as_ is a linear layer, a norm or a bottleneck adapter (kind) on the inputs or the
-                                                      outputs of X (place: before | after)
+    insert        module, as_, kind, place, arguments X.as_ is a linear layer, a norm, a bottleneck adapter or a fusion of several (kind)
+                                                      on the inputs or the outputs of X (place: before | after)
     shortcuts     module, attention, mlp              each residual connection of a block gets a matrix [out, in] of that shape:
                                                       h = attention(norm(x)) + attention_shortcut(x)
                                                       y = mlp(norm(h)) + mlp_shortcut(h)

@@ -9,6 +9,9 @@ other fields are the settings of the kind. The kinds that there are:
 
     cache   quantized      keys and values in few bits (`methods.formats.kv.cache.OwnCache`)
             transformers   the quantized cache of transformers (`TransformersCache`)
+            prefix         virtual tokens before every text (`methods.formats.kv.prefix.Prefix`)
+
+Tensors that a policy brings lie in `policy.safetensors` as `SLOT.NAME`.
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
 `chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
@@ -21,25 +24,36 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape
 from slimbench.methods.formats.huggingface import link_files, link_source
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMAT = "policy"
 DESCRIPTION = "policy.json"
+TENSORS = "policy.safetensors"
 SCHEMA = 1
 Slot = Literal["attention", "cache", "depth", "experts", "draft", "route"]
 Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
 """From the least to the most that a policy asks: of several, that of the strictest holds."""
 
+_BROUGHT = "tensors"
 _FORMATS = "slimbench.methods.formats"
 _KINDS = {
     ("cache", "quantized"): f"{_FORMATS}.kv.cache.OwnCache",
     ("cache", "transformers"): f"{_FORMATS}.kv.cache.TransformersCache",
+    ("cache", "prefix"): f"{_FORMATS}.kv.prefix.Prefix",
 }
+
+
+def tensors() -> Any:
+    """A field of a policy that holds tensors by name; they are no settings, and none where only the settings are known."""
+    return field(default_factory=dict, repr=False, compare=False, metadata={_BROUGHT: True})
 
 
 class Policy(ABC):
@@ -77,16 +91,22 @@ class Policy(ABC):
 
 
 def save(policy: Policy, dense: DenseModel, out: Path) -> None:
-    """Write the base as it is, and the policy beside it."""
+    """Write the base as it is, and the policy with its tensors beside it."""
+    from safetensors.torch import save_file
+
     if dense.format == HUGGINGFACE:
         link_source(dense, out)
     else:
         link_files(dense.path, out)
+    if brought := {f"{policy.slot}.{key}": value for name in _held(type(policy)) for key, value in getattr(policy, name).items()}:
+        save_file({key: value.detach().cpu().contiguous() for key, value in brought.items()}, out / TENSORS, metadata={"format": "pt"})
+    bare: Any = replace(policy, **{name: {} for name in _held(type(policy))})  # type: ignore[type-var]
+    settings = {name: value for name, value in asdict(bare).items() if name not in _held(type(policy))}
     described = {
         "format": f"slimbench {FORMAT}",
         "schema": SCHEMA,
         "base": dense.format,
-        "slots": {policy.slot: {"kind": policy.kind} | asdict(policy)},  # type: ignore[call-overload]
+        "slots": {policy.slot: {"kind": policy.kind} | settings},
         "scoring": policy.scoring,
         "max_batch": policy.max_batch,
     }
@@ -109,20 +129,29 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
 
 
 def read(folder: Path) -> tuple[list[Policy], str]:
-    """The policies of an artefact, and the format of its base. Errors as of `load`."""
+    """The policies of an artefact, their tensors on the CPU, and the format of its base. Errors as of `load`."""
+    from safetensors.torch import load_file
+
     described = json.loads((folder / DESCRIPTION).read_text())
     if described["schema"] > SCHEMA:
         raise ValueError(f"{FORMAT} schema {described['schema']} is newer than {SCHEMA}; update slimbench")
-    return [_policy(slot, **settings) for slot, settings in described["slots"].items()], described["base"]
+    brought = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
+    return [_policy(slot, brought, **settings) for slot, settings in described["slots"].items()], described["base"]
 
 
-def _policy(slot: str, kind: str, **settings: Any) -> Policy:
+def _policy(slot: str, brought: dict[str, Tensor], kind: str, **settings: Any) -> Policy:
     path = _KINDS.get((slot, kind))
     if path is None:
         raise ValueError(f"there is no policy '{kind}' for the slot '{slot}'")
     module, _, name = path.rpartition(".")
-    policy: Policy = getattr(importlib.import_module(module), name)(**settings)
-    return policy
+    made: type[Policy] = getattr(importlib.import_module(module), name)
+    own = {key.removeprefix(f"{slot}."): value for key, value in brought.items() if key.startswith(f"{slot}.")}
+    return made(**settings, **dict.fromkeys(_held(made), own))
+
+
+def _held(kind: type[Policy]) -> list[str]:
+    """The fields of a kind of policy that hold tensors."""
+    return [f.name for f in fields(kind) if f.metadata.get(_BROUGHT)]  # type: ignore[arg-type]
 
 
 def _load_base(folder: Path, base: str, device: str, trust_remote_code: bool) -> Any:

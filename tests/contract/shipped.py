@@ -22,33 +22,59 @@ from tests.support import tiny
 CALIBRATION = tiny.tokens(samples=8, length=32)
 TRAINED = {"steps": 21, "batch_size": 2, "length": 16}
 CHEAP: dict[str, dict[str, Any]] = {
+    "accuracy-predictor": {"configurations": 12, "candidates": 50, "tokens": 64},
+    "adalora": TRAINED,
+    "adapter": TRAINED,
+    "adapterdrop": TRAINED,
+    "adapterfusion": TRAINED,
     "adaround": {"steps": 3},
     "asvd": {"tokens": 64},
     "awq": {"candidates": 4},
     "bcq": {"rounds": 2},
+    "besa": {"steps": 4},
     "bitfit": TRAINED,
+    "block-lasso": TRAINED,
+    "block-movement": TRAINED,
+    "compacter": TRAINED,
     "dylora": TRAINED,
     "flexround": {"steps": 3},
+    "gmp": TRAINED,
+    "gum": TRAINED,
     "kmeans": {"steps": 5},
     "llm-qat": TRAINED | {"sequences": 4, "generation_batch": 4},
+    "llm-surgeon": {"shots": 2, "correlated": 100},
+    "llm-surgeon-units": {"shots": 2},
     "loftq": TRAINED,
+    "lottery": TRAINED,
     "mask-lora": TRAINED,
     "mixed-precision": {"average_bits": 4.0},
+    "movement": TRAINED,
     "norms": TRAINED,
+    "obert": TRAINED | {"steps": 3, "prunes": 2},
     "omniquant": {"steps": 3},
     "peqa": TRAINED,
+    "platon": TRAINED,
+    "prefix-tuning": TRAINED | {"hidden": 32},
+    "pst": TRAINED,
     "qa-lora": TRAINED,
     "qlora": TRAINED,
+    "rpp": TRAINED,
     "scale-lora": TRAINED,
     "signround": {"iterations": 12, "batch_size": 2},
+    "soft-movement": TRAINED,
+    "soup": TRAINED,
+    "sparse-adapter": TRAINED | {"batches": 2},
     "sparse-ft": TRAINED,
     "spinquant": TRAINED,
     "spinquant-rtn": TRAINED,
     "squeezellm": {"steps": 5},
+    "sr-ste": TRAINED,
+    "static-pruning": TRAINED,
     "ternary-qat": TRAINED,
     "torchao-qat": TRAINED,
     "vptq": {"index_bits": 6, "steps": 5},
     "zeroquant-lkd": {"steps": 3},
+    "ziplm": {"cost": "products", "candidates": 8},
 }
 """By a method's name: what it is asked to do less of."""
 
@@ -98,6 +124,8 @@ def opened(engine: EngineConfig, folder: Path) -> LoadedModel:
 def make(method: Method, dense: DenseModel, out: Path) -> Made:
     out.mkdir(parents=True)
     method.check(dense.shape)
+    if method.needs.zeros:
+        dense = tiny.sparse(dense, dense.path.with_name(f"{dense.path.name}-sparse"))
     claim = method.compress(dense, CALIBRATION if method.needs.calibration else Calibration.none(), out)
     dense_parameters = models.matrix_parameters(dense.path)
     manifest = artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim, dense_parameters=dense_parameters)

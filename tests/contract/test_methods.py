@@ -32,7 +32,7 @@ FLAGS = {
     "codebook": {DEQUANTIZED},
     "fp8-dynamic": {DEQUANTIZED, "claims 8-bit activations, computes in bfloat16"},
     "fp8-weight": {DEQUANTIZED},
-    **{name: {"2:4 mask without a sparse kernel"} for name in ("admm", "dsnot", "ria-permuted")},
+    **{name: {"2:4 mask without a sparse kernel"} for name in ("admm", "dsnot", "llm-surgeon", "ria-permuted", "sr-ste")},
 }
 """By format or name: what a processor cannot do, and the evidence therefore says."""
 FINISHED_AT_ONCE = {"signround": "its library learns a block in one go"}

@@ -10,15 +10,17 @@ budget is held by a Lagrangian: with the share ŝ of the parameters that is expe
 
     min over α, max over λ₁, λ₂:    loss + λ₁ (ŝ − t) + λ₂ (ŝ − t)²
 
-(Wang et al., arXiv 1910.04732): the multipliers climb, so that the price of a gap rises for as long as there is one. t grows from zero
-over the first steps. At the end the units of the lowest ẑ go, exactly as many as the budget asks for, and the ẑ of those that stay is
-multiplied into the weights that read them.
+(Wang et al., arXiv 1910.04732): the multipliers climb, so that the price of a gap rises for as long as there is one. t grows over the
+first steps from the ŝ that there is before them. λ₁ adds up gaps, and where steps are few it overshoots; λ₂ answers to the gap that there
+is, so it may have a higher rate. At the end the units of the lowest ẑ go, exactly as many as the budget asks for, and the ẑ of those that
+stay is multiplied into the weights that read them.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 
 from slimbench.methods.core.architecture.units import Structures, cheapest, price
 from slimbench.methods.core.learning.hooks import Group, Hooks
+
+_ROWS = 50  # of a path in a claim
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,121 @@ class HardConcrete:
         return (shares * (self.high - self.low) + self.low).clamp(0, 1)
 
 
-class Gates(Hooks):
-    """A gate for each unit of some kinds, and the Lagrangian that holds their budget.
+class Lagrangian(Hooks):
+    """Gates of some kinds, and the Lagrangian that holds their budget.
 
     Attributes:
-        kinds: By the full name of the layer that reads the units.
-        parameters: α of each kind, [count], and the two multipliers; what `train` gets, beside whatever else learns.
+        alphas: α by kind.
+        multipliers: λ₁ and λ₂.
+        start: ŝ before the first step.
         path: For each step the share ŝ that was expected to go after it, the share t that should, λ₁ and λ₂.
+    """
+
+    def __init__(
+        self,
+        alphas: Mapping[str, Tensor],
+        share: float,
+        warm: int,
+        law: HardConcrete | None = None,
+        rate: float = 1.0,
+        multiplier_rate: float = 1.0,
+        square_rate: float | None = None,
+    ) -> None:
+        """Gates with the α that they have before the first step.
+
+        Args:
+            share: Of the parameters of all units, that shall go.
+            warm: Steps in which the target grows to that share.
+            rate: Factor of the learning rate for α.
+            multiplier_rate: The same for λ₁.
+            square_rate: The same for λ₂; None: as λ₁.
+        """
+        self.alphas = {name: nn.Parameter(alpha) for name, alpha in alphas.items()}
+        self.share, self.warm, self.law = share, warm, law or HardConcrete()
+        device = next(iter(alphas.values())).device
+        self.multipliers = tuple(nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
+        self.rate, self.multiplier_rates = rate, (multiplier_rate, multiplier_rate if square_rate is None else square_rate)
+        with torch.no_grad():
+            self.start = float(self.gone())
+        self.step = 0
+        self.path: list[tuple[float, ...]] = []
+
+    @abstractmethod
+    def gone(self) -> Tensor:
+        """ŝ, a scalar with its gradient: the share of the parameters of all units that is expected to go."""
+
+    @abstractmethod
+    def applied(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Units multiplied for a while by values of the shapes of `alphas`; gradients flow to these."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """α of each kind and the multipliers; what `train` gets, beside whatever else learns."""
+        gates = {f"gates/{name}": alpha for name, alpha in self.alphas.items()}
+        return gates | {f"multipliers/{index + 1}": value for index, value in enumerate(self.multipliers)}
+
+    def target(self) -> float:
+        """t, of the step that is on."""
+        return self.start + (self.share - self.start) * self.grown
+
+    @property
+    def grown(self) -> float:
+        """How much of the target there is in the step that is on, 0..1."""
+        return min(1.0, (self.step + 1) / max(1, self.warm))
+
+    def penalty(self) -> Tensor:
+        """λ₁ (ŝ − t) + λ₂ (ŝ − t)², a scalar to add to the loss."""
+        gap = self.gone() - self.target()
+        return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+
+    def draws(self) -> dict[str, Tensor]:
+        """z of each kind, drawn from torch's own random numbers: those of `train`, which a checkpoint holds."""
+        even = {name: torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6) for name, alpha in self.alphas.items()}
+        return {name: self.law.draw(alpha, even[name]) for name, alpha in self.alphas.items()}
+
+    def drawn(self) -> AbstractContextManager[None]:
+        """Units multiplied by gates drawn now."""
+        return self.applied(self.draws())
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Units multiplied by ẑ."""
+        return self.applied({name: self.law.settled(alpha.detach()) for name, alpha in self.alphas.items()})
+
+    def groups(self) -> Sequence[Group]:
+        gates = Group(tuple(f"gates/{name}" for name in self.alphas), factor=self.rate, weight_decay=0.0)
+        rates = enumerate(self.multiplier_rates)
+        return gates, *(Group((f"multipliers/{index + 1}",), rate, weight_decay=0.0, maximize=True) for index, rate in rates)
+
+    def row(self) -> tuple[float, ...]:
+        """What `path` says of the step that is on."""
+        first, second = self.multipliers
+        return float(self.gone()), self.target(), float(first), float(second)
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            self.path.append(self.row())
+        self.step = step + 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {"path": torch.tensor(self.path, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.path = [tuple(row) for row in state["path"].tolist()]
+        self.step = len(self.path)
+
+    def told(self) -> dict[str, Any]:
+        """What a claim says of the gates: at most 50 rows of the path, the first and the last among them, and ŝ at the end."""
+        last = len(self.path) - 1
+        steps = range(last + 1) if last < _ROWS else sorted({round(row * last / (_ROWS - 1)) for row in range(_ROWS)})
+        rows = [[step + 1, *(round(value, 6) for value in self.path[step])] for step in steps]
+        return {"expected_gone": self.path[-1][0] if self.path else 0.0, "path": rows}
+
+
+class Gates(Lagrangian):
+    """A gate for each unit of some kinds.
+
+    Attributes:
+        kinds: By the full name of the layer that reads the units; so are `alphas`, [count].
     """
 
     def __init__(
@@ -79,32 +191,20 @@ class Gates(Hooks):
         begin: float = 2.0,
         rate: float = 1.0,
         multiplier_rate: float = 1.0,
+        square_rate: float | None = None,
     ) -> None:
         """All gates start open alike.
 
         Args:
             kinds: What may go; layers are those of the model that learns.
-            share: Of the parameters of all these units, that shall go.
-            warm: Steps in which the target grows to that share.
             begin: α before the first step.
-            rate: Factor of the learning rate for α.
-            multiplier_rate: The same for λ₁ and λ₂.
         """
-        device = next(iter(kinds.values())).reads.weight.device
-        self.kinds, self.share, self.warm, self.law = dict(kinds), share, warm, law or HardConcrete()
-        self.alphas = {name: nn.Parameter(torch.full((kind.count,), begin, device=device)) for name, kind in kinds.items()}
-        self.multipliers = nn.Parameter(torch.zeros(2, device=device))
-        self.rate, self.multiplier_rate = rate, multiplier_rate
-        self.step = 0
-        self.path: list[tuple[float, float, float, float]] = []
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"gates/{name}": alpha for name, alpha in self.alphas.items()} | {"multipliers": self.multipliers}
+        self.kinds = dict(kinds)
+        alphas = {name: torch.full((kind.count,), begin, device=kind.reads.weight.device) for name, kind in kinds.items()}
+        super().__init__(alphas, share, warm, law, rate, multiplier_rate, square_rate)
 
     def gone(self) -> Tensor:
-        """ŝ, a scalar with its gradient: the share of the parameters of all units that is expected to go."""
-        stay = [price(self.kinds[name]) * self.law.stays(alpha).sum() for name, alpha in self.alphas.items()]
+        stay = [price(kind) * self.law.stays(self.alphas[name]).sum() for name, kind in self.kinds.items()]
         return 1 - torch.stack(stay).sum() / self.total
 
     @property
@@ -112,46 +212,8 @@ class Gates(Hooks):
         """Parameters of all units."""
         return sum(price(kind) * kind.count for kind in self.kinds.values())
 
-    def target(self) -> float:
-        """t, of the step that is on."""
-        return self.share * min(1.0, (self.step + 1) / max(1, self.warm))
-
-    def penalty(self) -> Tensor:
-        """λ₁ (ŝ − t) + λ₂ (ŝ − t)², a scalar to add to the loss."""
-        gap = self.gone() - self.target()
-        return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
-
-    @contextmanager
-    def drawn(self) -> Iterator[None]:
-        """Units multiplied by gates drawn now, from torch's own random numbers: those of `train`, which a checkpoint holds."""
-        even = {name: torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6) for name, alpha in self.alphas.items()}
-        with multiplied(self.kinds, {name: self.law.draw(alpha, even[name]) for name, alpha in self.alphas.items()}):
-            yield
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Units multiplied by ẑ."""
-        with multiplied(self.kinds, {name: self.law.settled(alpha.detach()) for name, alpha in self.alphas.items()}):
-            yield
-
-    def groups(self) -> Sequence[Group]:
-        return (
-            Group(tuple(f"gates/{name}" for name in self.alphas), factor=self.rate, weight_decay=0.0),
-            Group(("multipliers",), factor=self.multiplier_rate, weight_decay=0.0, maximize=True),
-        )
-
-    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        with torch.no_grad():
-            first, second = self.multipliers.tolist()
-            self.path.append((float(self.gone()), self.target(), first, second))
-        self.step = step + 1
-
-    def state(self) -> dict[str, Tensor]:
-        return {"path": torch.tensor(self.path, dtype=torch.float64).reshape(-1, 4)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self.path = [(row[0], row[1], row[2], row[3]) for row in state["path"].tolist()]
-        self.step = len(self.path)
+    def applied(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return multiplied(self.kinds, values)
 
     def chosen(self, wanted: int) -> dict[str, Tensor]:
         """The units that go for so many parameters, those of the lowest P(z ≠ 0) first, as masks by the names of `kinds`.
@@ -170,10 +232,6 @@ class Gates(Hooks):
             if bool(gone[name].any()):
                 kind.cut(model, (~gone[name]).nonzero().squeeze(1))
         return gone
-
-    def told(self) -> dict[str, Any]:
-        """What a claim says of the gates: the path of ŝ, t and the multipliers, and ŝ at the end."""
-        return {"expected_gone": self.path[-1][0] if self.path else 0.0, "path": [[round(value, 6) for value in row] for row in self.path]}
 
 
 def spread(values: Tensor, kind: Structures) -> Tensor:

@@ -89,4 +89,4 @@ def straight_through(weight: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
         kept: M, of the weight's dtype, 1 where a weight stays.
         scores: S, of which M was made.
     """
-    return weight * (kept + scores - scores.detach())
+    return weight * (kept + (scores - scores.detach()))

@@ -22,6 +22,8 @@ from slimbench.methods.formats.architecture.modules import (
     Bottleneck,
     Extended,
     FactorPair,
+    FactorPairPlus,
+    Fusion,
     KeptLogits,
     KeptRows,
     NoAttention,
@@ -99,6 +101,24 @@ class Factor(Edit):
 
 
 @dataclass(frozen=True)
+class FactorPlus(Edit):
+    """As `Factor`, with some rows of a weight beside it: `X.sparse` [rows, in], and `X.kept` [rows] says to which outputs they add."""
+
+    name = "factor-plus"
+    module: str
+    rank: int
+    rows: int
+
+    def apply(self, model: Any) -> None:
+        layer = _linear(model, self.module)
+        sizes, place = (
+            (layer.in_features, self.rank, layer.out_features, self.rows),
+            {"device": layer.weight.device, "dtype": layer.weight.dtype},
+        )
+        model.set_submodule(self.module, FactorPairPlus(*sizes, layer.bias is not None, **place))
+
+
+@dataclass(frozen=True)
 class RemoveBlock(Edit):
     """One decoder block less; those after it, and their places in the cache, move up."""
 
@@ -149,13 +169,14 @@ class RemovePart(Edit):
 class Insert(Edit):
     """A module that sees what another one gets (`before`), or what it gives (`after`); its tensors are `module.as_.…`.
 
-    `kind` is `linear` (inputs, outputs, bias), `norm` (width, eps: RMS norm with a gain) or `bottleneck` (width, size, activation).
+    `kind` is `linear` (inputs, outputs, bias), `norm` (width, eps: RMS norm with a gain), `bottleneck` (width, size, activation) or
+    `fusion` of so many of these (width, size, count, activation).
     """
 
     name = "insert"
     module: str
     as_: str
-    kind: Literal["linear", "norm", "bottleneck"]
+    kind: Literal["linear", "norm", "bottleneck", "fusion"]
     place: Literal["before", "after"]
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -217,12 +238,13 @@ class Vocabulary(Edit):
 
 
 EDITS: dict[str, type[Edit]] = {
-    kind.name: kind for kind in (Resize, AddBias, Factor, RemoveBlock, RemovePart, Insert, Shortcuts, Vocabulary)
+    kind.name: kind for kind in (Resize, AddBias, Factor, FactorPlus, RemoveBlock, RemovePart, Insert, Shortcuts, Vocabulary)
 }
 _MODULES: dict[str, Any] = {
     "linear": lambda inputs, outputs, bias=False, **place: nn.Linear(inputs, outputs, bias=bias, **place),
     "norm": lambda width, eps=1e-6, **place: nn.RMSNorm(width, eps=eps, **place),
     "bottleneck": Bottleneck,
+    "fusion": Fusion,
 }
 
 

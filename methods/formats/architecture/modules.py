@@ -16,6 +16,20 @@ class FactorPair(nn.Sequential):
         self.reduce, self.expand = nn.Linear(inputs, rank, bias=False, **place), nn.Linear(rank, outputs, bias=bias, **place)
 
 
+class FactorPairPlus(FactorPair):
+    """A pair and some rows of a weight beside it: to the outputs `kept` [rows], int32, those of `sparse` [rows, in] are added."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, rows: int, bias: bool, **place: Any) -> None:
+        super().__init__(inputs, rank, outputs, bias, **place)
+        self.sparse = nn.Linear(inputs, rows, bias=False, **place)
+        self.kept: Tensor
+        self.register_buffer("kept", torch.zeros(rows, dtype=torch.int32, device=place.get("device")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.expand(self.reduce(x))
+        return made.index_add(-1, self.kept, self.sparse(x).to(made.dtype))
+
+
 class Nothing(nn.Module):
     """In the place of a layer: adds nothing to the residual connection."""
 
@@ -41,7 +55,32 @@ class Bottleneck(nn.Module):
         self.activation = self.activations[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(self.activation(self.down(x)))
+        made: Tensor = x + self.change(x)
+        return made
+
+    def change(self, x: Tensor) -> Tensor:
+        """What the adapter adds to its inputs."""
+        changed: Tensor = self.up(self.activation(self.down(x)))
+        return changed
+
+
+class Fusion(nn.Module):
+    """x + Σ_n s_n V z_n: a token attends over what adapters add to it (AdapterFusion, arXiv 2005.00247), hidden states [..., width].
+
+    z_n is the change of adapter n, and s the softmax over n of the products (Q x + q) · (K z_n + k).
+    """
+
+    def __init__(self, width: int, size: int, count: int, activation: str = "gelu", **place: Any) -> None:
+        super().__init__()
+        self.adapters: Any = nn.ModuleList(Bottleneck(width, size, activation, **place) for _ in range(count))
+        self.query, self.key = nn.Linear(width, width, **place), nn.Linear(width, width, **place)
+        self.value = nn.Linear(width, width, bias=False, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes = torch.stack([adapter.change(x) for adapter in self.adapters], -2)
+        shares = (self.key(changes) @ self.query(x).unsqueeze(-1)).squeeze(-1).softmax(-1)
+        mixed: Tensor = (shares.unsqueeze(-2) @ self.value(changes)).squeeze(-2)
+        return x + mixed
 
 
 class Extended:

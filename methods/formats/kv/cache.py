@@ -187,7 +187,7 @@ def full_attention_layers(config: Any) -> int:
 
     kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     if others := sorted(set(kinds) - {"full_attention"}):
-        raise Unsupported(f"a quantized cache is for layers that attend to all tokens; this model has {', '.join(others)}")
+        raise Unsupported(f"a policy of the cache is for layers that attend to all tokens; this model has {', '.join(others)}")
     return len(kinds)
 
 

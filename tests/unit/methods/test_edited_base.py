@@ -24,7 +24,8 @@ from tests.support.architectures import make
 from tests.unit.methods.formats.test_edited import cut_channels, cut_heads
 
 FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::-1] if EDITED in item.method.accepts}
-SHORT = {"steps": 2, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4, "growth": 1}
+SHORT = {"steps": 4, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4, "growth": 1}
+SHORT |= {"rounds": 1, "runs": 2}
 DROPPING = {"ShortGPT", "LayerDropping", "ContributionDropping", "EveryOther"}
 """Methods that leave out one of three blocks."""
 NO_KERNEL = "fell back to dequantize + dense matmul"
@@ -55,6 +56,8 @@ def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseMode
     if method.needs.missing_modules():
         pytest.skip(f"{name} needs {', '.join(method.needs.missing_modules())}")
     method.check(dense.shape)
+    if method.needs.zeros:
+        dense = tiny.sparse(dense, dense.path.with_name(f"{dense.path.name}-sparse"))
     claim = before.then(method.compress(dense, tiny.tokens(16, 32) if method.needs.calibration else None, tmp_path))
     assert claim.format == method.produces_after(EDITED)
     artefact.write_manifest(tmp_path, artefact.Manifest(key="k", model="tiny", pipeline=[], claim=claim))

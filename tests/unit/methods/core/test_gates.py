@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_the_multipliers_climb_and_the_gates_follow_the_target(tmp_path: Path) -
 
     train(settings, gates.parameters, loss, IDS, tiny_dense, gates)
     gone, target, *_ = (list(column) for column in zip(*gates.path, strict=True))
-    assert target[0] == pytest.approx(0.02) and target[19:] == pytest.approx([0.4] * 101)
+    first = 1 - 1 / (1 + math.exp(-6 + 2 / 3 * math.log(1 / 11)))
+    assert target[0] == pytest.approx(first + (0.4 - first) / 20, abs=1e-6) and target[19:] == pytest.approx([0.4] * 101)
     assert gates.path[0][2] < 0, "too little is gone: λ₁ falls, so that its product with the gap grows"
     assert gone[-1] == pytest.approx(0.4, abs=0.05)
     assert all(value >= 0 for *_, value in gates.path), "λ₂ of a square can only climb"
@@ -122,3 +124,21 @@ def test_a_drawn_model_differs_and_an_open_one_does_not() -> None:
         with gates.drawn():
             assert not torch.allclose(model(IDS, use_cache=False).logits, plain)
         assert torch.equal(model(IDS, use_cache=False).logits, plain)
+
+
+def test_a_claim_tells_fifty_rows_of_the_path_and_a_run_goes_on_where_it_was() -> None:
+    gates, other = (Gates(kinds_of(make("llama")), 0.3, 4, begin=2.0, rate=2.0, multiplier_rate=3.0, square_rate=5.0) for _ in range(2))
+    assert [group.factor for group in gates.groups()] == [2.0, 3.0, 5.0]
+    assert [group.maximize for group in gates.groups()] == [False, True, True]
+    assert {name for group in gates.groups() for name in group.names} == gates.parameters.keys()
+    targets = []
+    for step in range(200):
+        targets.append(gates.target())
+        gates.after_step(step, None)  # type: ignore[arg-type]
+    begun = float(gates.gone().detach())
+    assert targets[:5] == pytest.approx([begun + (0.3 - begun) * share for share in (0.25, 0.5, 0.75, 1.0, 1.0)])
+    rows = gates.told()["path"]
+    assert len(rows) == 50 and [rows[0][0], rows[-1][0]] == [1, 200] and all(a[0] < b[0] for a, b in pairwise(rows))
+    assert rows[-1][1] == round(gates.told()["expected_gone"], 6) == round(begun, 6)
+    other.load(gates.state())
+    assert (other.step, other.path, other.target()) == (gates.step, gates.path, gates.target())
