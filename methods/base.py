@@ -24,7 +24,7 @@ HUGGINGFACE = "huggingface"
 EDITED = "edited"
 DENSE = (HUGGINGFACE, EDITED)
 """Formats whose weights are as a model was trained with them: `DenseModel.load` gives an ordinary module."""
-ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitsandbytes")
+ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitmap", "bitsandbytes")
 """Every format whose loader gives a module of transformers, so that a policy can sit on it."""
 
 
@@ -68,6 +68,7 @@ class Needs:
         environment: Name in `slimbench env list` of the environment that compression runs in; None for the harness's own.
         hours: Hours that it takes on one accelerator for a model of a billion parameters, where that is more than one.
         weights: It reads the weights of the model; false for what passes its files on as they are.
+        zeros: It has nothing to do where no earlier step, nor the source, has made zeros.
     """
 
     calibration: bool = False
@@ -80,6 +81,7 @@ class Needs:
     environment: str | None = None
     hours: float | None = None
     weights: bool = True
+    zeros: bool = False
 
     def missing_modules(self) -> list[str]:
         """Import names that this Python cannot find; nothing is imported."""

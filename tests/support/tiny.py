@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,22 @@ def dense_model(folder: Path, dtype: str = "bfloat16", **settings: Any) -> Dense
     """A folder on disk as the input of a method, on the CPU. `settings` are further fields."""
     shape = ModelShape.from_config(json.loads((folder / "config.json").read_text()))
     return DenseModel(path=folder, tokenizer_path=folder, dtype=dtype, device="cpu", shape=shape, **settings)
+
+
+def sparse(dense: DenseModel, folder: Path) -> DenseModel:
+    """The same model with the smaller half of each linear layer in its blocks zero, written into a folder unless it is there."""
+    import torch
+
+    from slimbench.methods.formats.huggingface import save_dense
+
+    if not folder.is_dir():
+        model = dense.load()
+        with torch.no_grad():
+            for layer in block_layers(model).values():
+                layer.weight[layer.weight.abs() < layer.weight.abs().float().median()] = 0
+        folder.mkdir()
+        save_dense(model, folder)
+    return replace(dense, path=folder)
 
 
 def saved(model: Any, folder: Path) -> DenseModel:

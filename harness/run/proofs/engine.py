@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.loaded import Generates, Loaded, Scores
 from slimbench.harness.run.proofs.engines import Checked, to_line
-from slimbench.harness.run.proofs.method import tiny_model
+from slimbench.harness.run.proofs.method import sparse_model, tiny_model
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
@@ -58,7 +59,10 @@ def _artefacts(format_: str, scratch: Path) -> Iterator[Path]:
             return
         out = scratch / f"artefact-{index}"
         out.mkdir()
-        claim = chosen.method.compress(dense, Calibration(ids, "check") if chosen.method.needs.calibration else Calibration.none(), out)
+        start = dense
+        if chosen.method.needs.zeros:
+            start = replace(dense, path=sparse_model(source, scratch / f"sparse-{index}"))
+        claim = chosen.method.compress(start, Calibration(ids, "check") if chosen.method.needs.calibration else Calibration.none(), out)
         artefact.write_manifest(out, artefact.Manifest(key="check", model="tiny", pipeline=[], claim=claim))
         yield out
 
