@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import torch
 
-from slimbench.methods.kernels.cpu.build import FLAGS, NotBuilt, compiler
 from slimbench.util import locks
 from slimbench.util.files import atomic_file, cache_dir
+
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-DAT_PARALLEL_OPENMP=1")
+
+
+class NotBuilt(Exception):
+    """The kernel could not be compiled. The message says what would help."""
 
 
 def load(source: Path) -> None:
@@ -27,6 +33,18 @@ def load(source: Path) -> None:
         if not library.is_file():
             _compile(source, library)
     torch.ops.load_library(library)
+
+
+def compiler() -> str:
+    """The C++ compiler: `CXX`, or the first of g++ and clang++ that is there.
+
+    Raises:
+        NotBuilt: There is none.
+    """
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise NotBuilt("no C++ compiler (g++ or clang++) to build the CPU kernel with; install one, or name it in CXX")
 
 
 def _library(source: Path) -> Path:

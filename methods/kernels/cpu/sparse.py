@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.kernels.cpu import library
-from slimbench.methods.kernels.cpu.build import NotBuilt
+from slimbench.methods.kernels.cpu.library import NotBuilt
 
 NAME = "slimbench sparse_mm"
 SOURCE = Path(__file__).with_name("sparse_mm.cpp")

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from slimbench.methods.kernels.cpu.build import NotBuilt, compiler
+from slimbench.methods.kernels.cpu.library import NotBuilt, compiler
 from slimbench.util import locks
 from slimbench.util.files import atomic_file, cache_dir
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from slimbench.methods.formats import packed
 from slimbench.methods.kernels.base import Kernel
-from slimbench.methods.kernels.cpu import build
+from slimbench.methods.kernels.cpu import build, library
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid, LowRank, Outliers, QuantizedWeight, unpack
 from slimbench.methods.kernels.packed_linear import KERNELS, PackedEmbedding, PackedLinear
@@ -202,7 +202,7 @@ def test_a_compiler_that_fails_is_one_line_and_asked_once(monkeypatch: pytest.Mo
     monkeypatch.setenv("CXX", "false")
     try:
         assert build.missing() == "false could not build the CPU kernel: no message"
-        monkeypatch.setattr(build, "compiler", lambda: pytest.fail("asked again"))
+        monkeypatch.setattr(library, "compiler", lambda: pytest.fail("asked again"))
         assert "could not build" in (build.missing() or "")
     finally:
         build.missing.cache_clear()

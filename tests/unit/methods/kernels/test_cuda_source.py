@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimbench.methods.kernels.cpu.build import compiler
+from slimbench.methods.kernels.cpu.library import compiler
 from slimbench.methods.kernels.cuda import build
 from slimbench.methods.kernels.cuda.kernel import OwnCuda, decode, warps
 from slimbench.methods.kernels.grid import Grid, QuantizedWeight
