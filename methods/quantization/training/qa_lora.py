@@ -34,7 +34,7 @@ class QALoRA(Adapters, TrainingSettings, Grouped, Method):
 
     name = "qa-lora"
     accepts = DENSE
-    citation = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora",))
+    citation = Citation("QA-LoRA", year=2023, arxiv="2309.14717", covers=("quantization/qa-lora", "peft/qlora-qa-lora"))
     needs = Needs(calibration=True, training=True)
     produces = "packed"
     weight_grid = uniform_grid(symmetric=False, range_="learned")

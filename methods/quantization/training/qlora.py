@@ -30,7 +30,7 @@ class QLoRA(Adapters, TrainingSettings, Method):
     """
 
     name = "qlora"
-    citation = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora",))
+    citation = Citation("QLoRA", year=2023, arxiv="2305.14314", covers=("quantization/parameter-efficient-qlora", "peft/qlora-qa-lora"))
     reference = "peft:LoraConfig"
     needs = Needs(calibration=True, training=True, extra="quantization", modules=("bitsandbytes", "peft"))
     produces = "adapters"
