@@ -13,13 +13,13 @@ from tests.contract.shipped import classes, make, runnable
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
-KEEP = {"dense", "shortgpt", "sublayer-dropping", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
+KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 JOINED = "head-importance"
 """It cuts heads, and those of these experts' model hang together."""
 LEAVE = sorted(KEEP - {"gguf", JOINED})
-INSERT = {"adapter", "adapterdrop", "adapterfusion", "compacter", "sparse-adapter"}
-"""They stand beside the blocks; tests of their own hold that experts stay as they are."""
-REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP | INSERT and method.produces != "policy"]
+EDIT = {"adapter", "adapterdrop", "adapterfusion", "compacter", "sparse-adapter", "sublayer-dropping"}
+"""They work beside the experts, in the format `edited`, which stacks them; tests of their own hold that these stay as they are."""
+REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP | EDIT and method.produces != "policy"]
 
 
 @pytest.mark.parametrize("name", REFUSE)

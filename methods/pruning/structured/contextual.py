@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.architecture.units import Structures, best
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -44,7 +44,6 @@ class ContextualPruning(Method):
     name = "contextual-pruning"
     citation = Citation("Mini-GPTs", year=2023, arxiv="2312.12682", covers=("pruning/mini-gpts-contextual-pruning",))
     needs = Needs(calibration=True)
-    accepts = DENSE
     produces = EDITED
 
     epsilon: float = 1e-3

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import EDITED, Citation, Claim, DenseModel, Unsupported
+from slimbench.methods.base import EDITED, HUGGINGFACE, Citation, Claim, DenseModel, ModelShape, Unsupported
 from slimbench.methods.core.masks import across, zero_fraction
 from slimbench.methods.pruning.training.movement import Passing
 from slimbench.methods.pruning.training.scored import Masks, ScoredTraining, Units
@@ -41,6 +41,7 @@ class BlockMovement(ScoredTraining):
 
     name = "block-movement"
     citation = Citation("Block movement pruning", year=2021, arxiv="2109.04838", covers=("pruning/block-movement-pruning",))
+    accepts = (HUGGINGFACE,)
     produces = EDITED
 
     score_rate: float = 2000.0
@@ -56,6 +57,12 @@ class BlockMovement(ScoredTraining):
             raise ValueError(f"penalty must not be negative, not {self.penalty}")
         if self.tile < 1:
             raise ValueError(f"tile must be at least 1, not {self.tile}")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        for features in (shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim):
+            if features % self.tile:
+                raise Unsupported(f"tiles of {self.tile} × {self.tile} do not divide {features} features of the attention")
 
     def masks(self, model: Any, layers: Mapping[str, nn.Linear], seed: int) -> Blocks:
         shapes, units = channels(model)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import EDITED, Citation, Claim, DenseModel
+from slimbench.methods.base import EDITED, HUGGINGFACE, Citation, Claim, DenseModel
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.masks import across
 from slimbench.methods.pruning.training.block_movement import channels, cut, spared
@@ -45,6 +45,7 @@ class GUM(ScoredTraining):
 
     name = "gum"
     citation = Citation("GUM", year=2023, arxiv="2302.03773")
+    accepts = (HUGGINGFACE,)
     produces = EDITED
 
     sparsity: float = 0.25

@@ -46,7 +46,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseModel, Claim]:
 
 
 def brief(method: Method) -> Method:
-    changed = {name: value for name, value in SHORT.items() if getattr(method, name, None) is not None}
+    settings = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    changed = {name: value for name, value in SHORT.items() if name in settings and getattr(method, name) is not None}
     return dataclasses.replace(method, **changed)  # type: ignore[type-var]
 
 

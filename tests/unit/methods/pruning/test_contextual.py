@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from slimbench.methods.base import Calibration, Claim, DenseModel, Unsupported
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.structured.contextual import ContextualPruning
-from slimbench.methods.pruning.structured.flap import FLAP
 from tests.support import tiny
 from tests.support.architectures import make
 
@@ -154,18 +153,6 @@ def test_tokens_that_the_text_hardly_has_lose_their_rows(frequency: float, tied:
         assert torch.equal(model(torch.tensor([[gone[0]]])).logits, model(torch.tensor([[kept[0]]])).logits), "read as the first that stays"
     torch.testing.assert_close(got[..., kept], want[..., kept])
     assert (got[..., gone] == torch.finfo(torch.float32).min).all()
-
-
-def test_a_model_that_was_cut_before_is_cut_again(llama: DenseModel, tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    first = FLAP().compress(llama, CALIBRATION, tmp_path / "one")
-    again = tiny.dense_model(tmp_path / "one", "float32", format="edited")
-    second = compressed(again, tmp_path / "two", epsilon=EPSILON)
-    model = edited.load(tmp_path / "two")
-    assert first.parameters and second.parameters == model.num_parameters() < first.parameters
-    assert second.details["channels_left"][1] == sum(first.details["channels_by_block"])
-    with pytest.raises(Unsupported, match="has no embedding of the usual class"):
-        compressed(tiny.dense_model(tmp_path / "two", "float32", format="edited"), tmp_path / "three")
 
 
 def test_where_nothing_is_quiet_there_is_nothing_to_cut(llama: DenseModel, tmp_path: Path) -> None:
