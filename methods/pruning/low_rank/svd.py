@@ -10,6 +10,13 @@ For a weight W [out, in] and a matrix S that says how much each direction of the
 
 Since Σ Vᵀ S⁻¹ = Uᵀ W, the product is U Uᵀ W, and nothing is ever divided by S.
 
+SVD-LLM (first versions of arXiv 2403.07378) then updates U in closed form, layer by layer, on the inputs X' that the truncated blocks
+before make. With D = √Σ Vᵀ S⁻¹ X' it takes, by least squares, what the whole weight would give for them:
+
+    U' √Σ = argmin_B ‖W X' - B D‖² = W X' Dᵀ (D Dᵀ)⁻¹
+
+The last version of the paper trains the factors with LoRA in place of that; here this is a step of its own.
+
 A pair of rank r has r (in + out) parameters and pays if these are less than in · out. Ranks are such that the blocks lose the share of
 their parameters that was asked for, norms and biases counted, to less than a rank of one layer. SVD and SVD-LLM keep the same share of
 each weight. ASVD measures the loss of the model with one layer truncated to each of some shares; the truncations that raise it least
@@ -18,6 +25,7 @@ are made, one after the other, until enough is gone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -173,37 +181,42 @@ class ASVD(Truncation):
 
 @dataclass(frozen=True)
 class SVDLLM(Truncation):
-    """SVD-LLM without the fine-tuning of the factors that follows in the paper: inputs are whitened before weights are truncated.
+    """SVD-LLM: the inputs of the dense model are whitened before weights are truncated, and what is left is updated in closed form.
 
     Attributes:
-        sequential: Whiten the inputs that the truncated blocks before make, in place of those of the dense model, which the paper takes.
+        update: Update U on the inputs that the truncated blocks before make; without, it is SVD-LLM (W) of the paper.
+        sequential: Whiten those inputs, in place of the dense model's, which the paper takes; U is then the best that an update could find.
     """
 
     name = "svd-llm"
+    version = 2
     citation = Citation("SVD-LLM", year=2024, arxiv="2403.07378", covers=("pruning/asvd-svd-llm",))
     needs = Needs(calibration=True)
 
+    update: bool = True
     sequential: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update and self.sequential:
+            raise ValueError("update must be false with sequential: it would change nothing")
 
     def truncate(self, model: Any, shapes: Shapes, budget: int, dense: DenseModel, calibration: Calibration) -> int:
         from slimbench.methods.core.statistics import inputs
         from slimbench.methods.core.walk import walk
 
+        def grams(block: Block) -> dict[str, Tensor]:
+            return {name: seen.gram for name, seen in inputs(block, gram=True).items() if seen.gram is not None}
+
         ranks = uniform_ranks(shapes, budget)
-        waiting: dict[str, Factors] = {}
-        for block in walk(model, calibration.ids, dense.progress):
-            replace(model, waiting)  # the walk is past the block that they belong to, which made dense outputs
-            seen = inputs(block, gram=True)
-            waiting = {}
-            for name, layer in block.linears().items():
-                gram = seen[name].gram
-                assert gram is not None
-                if name in ranks:
-                    waiting[name] = factors(layer.weight, ranks[name], whitening(gram))
-            if self.sequential:
-                replace(model, waiting)
-                waiting = {}
-        replace(model, waiting)
+        for block in walk(model, calibration.ids, dense.progress, dense=not self.sequential):
+            seen = grams(block if self.sequential else dataclasses.replace(block, inputs=block.dense_inputs))
+            weights = {name: layer.weight for name, layer in block.linears().items() if name in ranks}
+            made = {name: factors(weight, ranks[name], whitening(seen[name])) for name, weight in weights.items()}
+            if self.update:
+                seen = grams(block)
+                made = {name: updated(weight, made[name], whitening(seen[name])) for name, weight in weights.items()}
+            replace(model, made)
         return len(ranks)
 
 
@@ -222,6 +235,21 @@ def factors(weight: Tensor, rank: int, scale: Tensor | None = None) -> Factors:
     _, second = closest(scaled, rank)
     singular = second.square().sum(0).clamp_min(torch.finfo(torch.float64).tiny)
     return second.T @ whole / singular.unsqueeze(1), second
+
+
+def updated(weight: Tensor, made: Factors, scale: Tensor) -> Factors:
+    """Factors [rank, in] and [out, rank] of a weight [out, in] with the second one by least squares, in float64.
+
+    Args:
+        scale: A root of the mean of x xᵀ for the inputs whose outputs are to be met, float64 [in, in]. Where the first factor makes
+            nothing of them, the second one stays.
+    """
+    import torch
+
+    first, second = made
+    reduced = first @ scale
+    missed = (weight.detach().double() - second @ first) @ scale
+    return first, second + missed @ reduced.T @ torch.linalg.pinv(reduced @ reduced.T, hermitian=True)
 
 
 def whitening(gram: Tensor) -> Tensor:

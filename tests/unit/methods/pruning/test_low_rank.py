@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from slimbench.methods.base import Claim, DenseModel, Unsupported
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.modules import FactorPair
-from slimbench.methods.pruning.low_rank.svd import ASVD, SHARES, SVD, SVDLLM, factors, ranks_by_loss, uniform_ranks, whitening
+from slimbench.methods.pruning.low_rank.svd import ASVD, SHARES, SVD, SVDLLM, factors, ranks_by_loss, uniform_ranks, updated, whitening
 from tests.support import tiny
 from tests.support.architectures import make
 
@@ -120,6 +121,34 @@ def test_inputs_of_too_few_tokens_cost_nothing_and_leave_the_rest_of_the_rank_to
     assert float((weight - made).square().sum()) == pytest.approx(float(dropped), rel=1e-2)
 
 
+def least_squares(x: Tensor, first: Tensor, weight: Tensor) -> Tensor:
+    """U' √Σ [out, rank] that makes the outputs of a weight of what √Σ Vᵀ S⁻¹ leaves of inputs [tokens, in], by NumPy."""
+    return torch.from_numpy(np.linalg.lstsq((x @ first.T).numpy(), (x @ weight.T).numpy(), rcond=None)[0].T)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(14, 22), (22, 14)])
+def test_the_updated_factor_is_least_squares_on_other_inputs(rows: int, columns: int) -> None:
+    weight, x = problem(rows, columns)
+    generator = torch.Generator().manual_seed(9)
+    later = x @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator)).double()
+    made = factors(weight, 6, whitening(x.T @ x))
+    first, second = updated(weight, made, whitening(later.T @ later))
+    assert torch.equal(first, made[0])
+    torch.testing.assert_close(second, least_squares(later, first, weight), rtol=1e-7, atol=1e-7)
+    lost = [float(((weight - factor @ first) @ later.T).norm()) for factor in (second, made[1])]
+    assert lost[0] < 0.95 * lost[1]
+    torch.testing.assert_close(updated(weight, made, whitening(x.T @ x))[1], made[1], rtol=1e-7, atol=1e-7)
+
+
+def test_an_update_on_too_few_tokens_meets_them_and_stays_small() -> None:
+    weight, x = problem(14, 22)
+    few = x[:4]
+    made = factors(weight, 6, whitening(x.T @ x))
+    first, second = updated(weight, made, whitening(few.T @ few - 1e-9 * torch.eye(22, dtype=torch.float64)))
+    assert float(((weight - second @ first) @ few.T).norm()) < 1e-2 * float(((weight - made[1] @ first) @ few.T).norm())
+    assert float((second - made[1]).norm()) < 2 * float(made[1].norm())
+
+
 SHAPES = {"a": (64, 64), "b": (32, 64), "c": (160, 64), "d": (64, 160), "thin": (1, 64)}
 
 
@@ -184,7 +213,7 @@ def test_ranks_by_loss_are_those_of_the_authors_search_but_for_what_is_too_much(
         ranks_by_loss(losses, shapes, int(0.39 * budget / target))
 
 
-@pytest.mark.parametrize("method", [SVD(), ASVD(tokens=96), SVDLLM(), SVDLLM(sequential=True), SVD(ratio=0.6)], ids=repr)
+@pytest.mark.parametrize("method", [SVD(), ASVD(tokens=96), SVDLLM(), SVDLLM(update=False, sequential=True), SVD(ratio=0.6)], ids=repr)
 def test_the_artefact_has_the_parameters_that_were_asked_for(method: Any, dense: DenseModel, tmp_path: Path) -> None:
     claim = compressed(method, dense, tmp_path / "out")
     model, whole = edited.load(tmp_path / "out"), loaded(dense)
@@ -210,7 +239,7 @@ def test_the_artefact_has_the_parameters_that_were_asked_for(method: Any, dense:
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [(SVD(), "svd"), (ASVD(tokens=96), "asvd"), (ASVD(tokens=96, alpha=1.0), "asvd"), (SVDLLM(), "svd-llm")]
+    ("method", "kind"), [(SVD(), "svd"), (ASVD(tokens=96), "asvd"), (ASVD(tokens=96, alpha=1.0), "asvd"), (SVDLLM(update=False), "svd-llm")]
 )
 def test_each_layer_is_truncated_by_the_inputs_of_the_dense_model(method: Any, kind: str, dense: DenseModel, tmp_path: Path) -> None:
     compressed(method, dense, tmp_path / "out")
@@ -227,7 +256,7 @@ def test_each_layer_is_truncated_by_the_inputs_of_the_dense_model(method: Any, k
 
 
 def test_sequential_whitening_takes_the_inputs_that_truncated_blocks_make(dense: DenseModel, tmp_path: Path) -> None:
-    compressed(SVDLLM(ratio=0.5, sequential=True), dense, tmp_path / "out")
+    compressed(SVDLLM(ratio=0.5, update=False, sequential=True), dense, tmp_path / "out")
     model, mixed = edited.load(tmp_path / "out"), loaded(dense)
     name = "model.layers.2.self_attn.v_proj"
     for index in (0, 1):
@@ -238,6 +267,33 @@ def test_sequential_whitening_takes_the_inputs_that_truncated_blocks_make(dense:
     want, other = (transcribed(weight, scale_of("svd-llm", inputs_of(source, name)), rank) for source in (mixed, loaded(dense)))
     lost = float((weight.double() - want).norm())
     assert float((made - want).norm()) < 1e-3 * lost < 0.1 * float((other - want).norm())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_each_layer_is_updated_on_the_inputs_that_truncated_blocks_make(architecture: str, dense: DenseModel, tmp_path: Path) -> None:
+    """The first factor is that of the truncation alone; the second one meets the outputs of the dense layer, its bias left out."""
+    source = dense if architecture == "llama" else tiny.saved(make("opt"), tmp_path / "source")
+    for name, method in (("plain", SVDLLM(ratio=0.5, update=False)), ("out", SVDLLM(ratio=0.5))):
+        compressed(method, source, tmp_path / name)
+    plain, model, mixed = edited.load(tmp_path / "plain"), edited.load(tmp_path / "out"), loaded(source)
+    made, blocks = (m.model.layers if architecture == "llama" else m.model.decoder.layers for m in (model, mixed))
+    for index, block in enumerate(made):
+        for name, pair in linears(model).items():
+            if f".layers.{index}." not in name:
+                continue
+            weight, x = mixed.get_submodule(name).weight.detach().double(), inputs_of(mixed, name)
+            truncated = plain.get_submodule(name)
+            assert torch.equal(pair.reduce.weight, truncated.reduce.weight)
+            first = pair.reduce.weight.detach().double()
+            reduced, want = x @ first.T, least_squares(x, first, weight)
+            second, before = (layer.expand.weight.detach().double() for layer in (pair, truncated))
+            lost = [float((x @ weight.T - reduced @ factor.T).norm()) for factor in (second, before)]
+            if index == 0:
+                assert lost[0] == pytest.approx(lost[1], rel=1e-4), "nothing before it is truncated"
+            else:
+                assert float((reduced @ (second - want).T).norm()) < 1e-3 * float((reduced @ (before - want).T).norm()), name
+                assert lost[0] < 0.99 * lost[1], name
+        blocks[index] = block
 
 
 @pytest.mark.parametrize("batch", [2048, 64])
@@ -271,7 +327,7 @@ def output_error(dense: DenseModel, folder: Path) -> float:
 
 
 def test_whitening_loses_least_of_what_layers_compute(dense: DenseModel, tmp_path: Path) -> None:
-    for name, method in (("svd", SVD()), ("svd-llm", SVDLLM())):
+    for name, method in (("svd", SVD()), ("svd-llm", SVDLLM(update=False))):
         compressed(method, dense, tmp_path / name)
     assert output_error(dense, tmp_path / "svd-llm") < 0.8 * output_error(dense, tmp_path / "svd")
 
@@ -325,6 +381,8 @@ def test_settings_out_of_range() -> None:
             method(ratio=1.0)
     with pytest.raises(ValueError, match=r"ratio must be at most 0\.6"):
         ASVD(ratio=0.7)
+    with pytest.raises(ValueError, match="update must be false with sequential: it would change nothing"):
+        SVDLLM(sequential=True)
     with pytest.raises(ValueError, match="alpha must not be negative"):
         ASVD(alpha=-0.5)
     with pytest.raises(ValueError, match="tokens must be at least 2"):
