@@ -11,6 +11,7 @@ these, and its module one of `methods.formats.architecture.modules`. Full names 
     bias          module                              a linear layer gets a bias
     factor        module, rank                        a linear layer becomes X.reduce [rank, in] and X.expand [out, rank]
     factor-plus   module, rank, rows                  the same, and X.sparse [rows, in] adds to the outputs X.kept [rows]
+    kept          module, side, count                 a linear layer reads the inputs, or makes the outputs (side), X.kept [count] alone
     remove-block  module                              a block is gone; the later ones move up, and so do their places in the cache
     remove-part   module, part: attention | mlp       so is one half of a block with its norm; it adds nothing to the residual connection
     insert        module, as_, kind, place, arguments X.as_ is a linear layer, a norm, a bottleneck adapter or a fusion of several (kind)

@@ -73,17 +73,18 @@ class AdaLoRA(Adapters, TrainingSettings, Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.layers import block_linears
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.peft import finetune
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         layers = block_linears(model)
         finetune.check_zeros(layers)
         changes, ranks, done = self.train(model, list(layers), calibration.ids, dense)
         for name, change in changes.items():
             layers[name].weight += change
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         facts = {"rank": self.rank, "total_rank": sum(ranks.values()), "ranks": ranks}
-        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self), details=facts))
+        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self), details=facts))
 
     def train(
         self, model: PreTrainedModel, names: list[str], ids: Tensor, dense: DenseModel

@@ -57,11 +57,11 @@ class SparseAdapter(Bottlenecks):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.surgery import counts
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.core.learning.hooks import Locked
         from slimbench.methods.core.training import cut, objective, train
-        from slimbench.methods.peft import finetune
 
-        model: Any = finetune.load(dense)
+        model: Any = trained.load(dense)
         adapters = insert(model, {place: {"width": width, "size": self.size(width)} for place, width in sublayers(model).items()})
         generator, parameters = self.generator(dense), dict[str, Any]()
         for place, adapter in adapters.items():
@@ -75,9 +75,9 @@ class SparseAdapter(Bottlenecks):
         locked = Locked(weights, masks)
         done = train(self, parameters, loss, windows, dense, locked)
         done = replace(done, parameters=done.parameters - locked.count)
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         facts = {"adapters": len(adapters), "adapter_sparsity": locked.count / sum(value.numel() for value in weights.values())}
-        return done.added_to(Claim(EDITED, **counts(model), teacher=finetune.teacher(self), details=facts))
+        return done.added_to(Claim(EDITED, **counts(model), teacher=trained.teacher(self), details=facts))
 
     def masks(self, weights: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> dict[str, Tensor]:
         """The weights that go, as masks by name: exactly so many of all, the lowest |w ∂L/∂w|."""
@@ -131,9 +131,10 @@ class Compacter(Bottlenecks):
         from torch.nn import functional
 
         from slimbench.methods.core.architecture.surgery import counts
-        from slimbench.methods.peft import finetune
+        from slimbench.methods.core.learning import trained
+        from slimbench.methods.core.learning.adapters import computing
 
-        model: Any = finetune.load(dense)
+        model: Any = trained.load(dense)
         adapters = insert(model, {place: {"width": width, "size": self.size(width)} for place, width in sublayers(model).items()})
         factors = self.start(adapters, self.generator(dense), dense)
         biases = {f"{place}.{side}.bias": getattr(adapter, side).bias for place, adapter in adapters.items() for side in ("down", "up")}
@@ -145,15 +146,15 @@ class Compacter(Bottlenecks):
             inside = adapter.activation(functional.linear(x, weight(place, "down"), adapter.down.bias))
             return x + functional.linear(inside, weight(place, "up"), adapter.up.bias)
 
-        with finetune.computing(adapters, product):
-            done = finetune.fit(self, model, {**factors, **biases, **norms(model)}, calibration.ids, dense)
+        with computing(adapters, product):
+            done = trained.fit(self, model, {**factors, **biases, **norms(model)}, calibration.ids, dense)
         with torch.no_grad():
             for place, adapter in adapters.items():
                 for side in ("down", "up"):
                     getattr(adapter, side).weight.copy_(weight(place, side))
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         facts = {"adapters": len(adapters), "compacter_parameters": sum(value.numel() for value in (*factors.values(), *biases.values()))}
-        return done.added_to(Claim(EDITED, **counts(model), teacher=finetune.teacher(self), details=facts))
+        return done.added_to(Claim(EDITED, **counts(model), teacher=trained.teacher(self), details=facts))
 
     def start(self, adapters: Mapping[str, Any], generator: torch.Generator, dense: DenseModel) -> dict[str, nn.Parameter]:
         """A [n, n, n], and of each layer s [n, out / n, 1] and t [n, 1, in / n], at first; s of W_up is zero, as are biases."""
@@ -204,13 +205,13 @@ class AdapterFusion(Bottlenecks):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.surgery import counts
+        from slimbench.methods.core.learning import adapters, trained
         from slimbench.methods.core.training import cut, objective
-        from slimbench.methods.peft import finetune
 
         windows = cut(calibration.ids, self.length)
         if len(windows) < self.adapters:
             raise Unsupported(f"{len(windows)} windows of text are fewer than the {self.adapters} adapters")
-        model: Any = finetune.load(dense)
+        model: Any = trained.load(dense)
         widths = sublayers(model, parts=("mlp",))
         sizes = {place: {"width": width, "size": self.size(width), "count": self.adapters} for place, width in widths.items()}
         fusions, generator = insert(model, sizes, "fusion"), self.generator(dense)
@@ -221,18 +222,18 @@ class AdapterFusion(Bottlenecks):
         loss = objective(self, model, dense)
         stages: list[Trained] = []
         for index, part in enumerate(windows.tensor_split(self.adapters)):
-            with finetune.computing(fusions, chosen(index)):
+            with adapters.computing(fusions, chosen(index)):
                 stages.append(self.stage(index, of(fusions, f"adapters.{index}."), loss, part, dense))
 
         def regularized(ids: Tensor) -> Tensor:
             return loss(ids) + self.value_decay * strangeness(fusions)
 
         stages.append(self.stage(self.adapters, of(fusions, "query.", "key.", "value."), regularized, windows, dense))
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         losses = [{"loss_before": stage.curve[0][1], "loss_after": stage.loss_after} for stage in stages[:-1]]
         facts = {"adapters": self.adapters * len(fusions), "adapter_training": losses}
         whole = replace(stages[-1], tokens=sum(stage.tokens for stage in stages), parameters=sum(stage.parameters for stage in stages))
-        return whole.added_to(Claim(EDITED, **counts(model), teacher=finetune.teacher(self), details=facts))
+        return whole.added_to(Claim(EDITED, **counts(model), teacher=trained.teacher(self), details=facts))
 
     def stage(self, index: int, parameters: Mapping[str, nn.Parameter], loss: Loss, windows: Tensor, dense: DenseModel) -> Trained:
         """Train some parameters alone: one of `adapters` + 1 trainings, with a part of the progress and a folder of checkpoints each."""

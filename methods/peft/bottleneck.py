@@ -71,10 +71,10 @@ class Inserted(Bottlenecks):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.surgery import counts
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.formats.architecture.structure import blocks_of
-        from slimbench.methods.peft import finetune
 
-        model: Any = finetune.load(dense)
+        model: Any = trained.load(dense)
         first = self.dropped(len(blocks_of(model)))
         places, generator = sublayers(model, first), self.generator(dense)
         adapters = insert(model, {place: {"width": width, "size": self.size(width)} for place, width in places.items()})
@@ -82,10 +82,10 @@ class Inserted(Bottlenecks):
         for place, adapter in adapters.items():
             begin(adapter, generator)
             parameters |= {f"{place}.{NAME}.{name}": value for name, value in adapter.named_parameters()}
-        done = finetune.fit(self, model, parameters, calibration.ids, dense)
-        finetune.save(model, dense, out)
+        done = trained.fit(self, model, parameters, calibration.ids, dense)
+        trained.save(model, dense, out)
         facts = {"adapters": len(adapters), "blocks_without_adapters": first}
-        return done.added_to(Claim(EDITED, **counts(model), teacher=finetune.teacher(self), details=facts))
+        return done.added_to(Claim(EDITED, **counts(model), teacher=trained.teacher(self), details=facts))
 
 
 @dataclass(frozen=True)

@@ -56,34 +56,35 @@ class DyLoRA(Adapters, TrainingSettings, Method):
         """Train adapters: the factors by layer, and what the training was."""
         import torch
 
-        from slimbench.methods.peft import finetune
+        from slimbench.methods.core.learning import adapters, trained
 
         seed = self.seed + dense.seed
         generator, ranks = torch.Generator().manual_seed(seed), Ranks(self.rank, self.steps, seed)
-        factors = finetune.learned({name: finetune.adapter(layer, self.rank, generator) for name, layer in layers.items()})
+        factors = adapters.learned({name: adapters.adapter(layer, self.rank, generator) for name, layer in layers.items()})
 
         def product(name: str, layer: nn.Linear, x: Tensor) -> Tensor:
             return torch.nn.functional.linear(x, layer.weight, layer.bias) + self.product(x, *factors[name], ranks.now)
 
-        with finetune.computing(layers, product):
-            done = finetune.fit(self, model, finetune.named(factors), ids, dense, ranks)
+        with adapters.computing(layers, product):
+            done = trained.fit(self, model, adapters.named(factors), ids, dense, ranks)
         return factors, done
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core.layers import block_linears
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.peft import finetune
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         layers = block_linears(model)
         finetune.check_zeros(layers)
         factors, done = self.train(model, layers, calibration.ids, dense)
         with torch.no_grad():
             for name, (reduce, expand) in factors.items():
                 layers[name].weight += self.alpha / self.rank * (expand @ reduce)
-        finetune.save(model, dense, out)
-        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self), details={"rank": self.rank}))
+        trained.save(model, dense, out)
+        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self), details={"rank": self.rank}))
 
 
 @dataclass

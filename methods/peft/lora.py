@@ -32,15 +32,16 @@ class LoRA(Adapters, TrainingSettings, Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration | None, out: Path) -> Claim:
         from slimbench.methods.core.layers import block_linears
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.core.low_rank import train_adapters
         from slimbench.methods.peft import finetune
 
         assert calibration is not None
-        model = finetune.load(dense)
+        model = trained.load(dense)
         layers = block_linears(model)
         finetune.check_zeros(layers)
         made, done = train_adapters(model, self, self.rank, self.alpha, calibration.ids, dense)
         for name, (reduce, expand) in made.items():
             layers[name].weight += expand @ reduce
-        finetune.save(model, dense, out)
-        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self), details={"rank": self.rank}))
+        trained.save(model, dense, out)
+        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self), details={"rank": self.rank}))

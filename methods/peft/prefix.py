@@ -50,11 +50,11 @@ class PrefixTuning(TrainingSettings, Method):
         import torch
 
         from slimbench.methods.core.architecture.surgery import counts
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, objective, train
         from slimbench.methods.formats.kv.prefix import Prefix, PrefixCache, heads_of
-        from slimbench.methods.peft import finetune
 
-        model: Any = finetune.load(dense)
+        model: Any = trained.load(dense)
         heads = heads_of(model)
         parameters = self.start(model.get_input_embeddings().embedding_dim, heads, dense)
 
@@ -72,7 +72,7 @@ class PrefixTuning(TrainingSettings, Method):
         bytes_ = sum(state.numel() * state.element_size() for state in stored.values())
         facts = {"prefix_tokens": self.tokens, "prefix_parameters": size, "prefix_cache_bytes": bytes_}
         whole = size + counts(model)["parameters"]
-        return done.added_to(Claim(self.produces, parameters=whole, teacher=finetune.teacher(self), details=facts))
+        return done.added_to(Claim(self.produces, parameters=whole, teacher=trained.teacher(self), details=facts))
 
     def start(self, width: int, heads: Sequence[int], dense: DenseModel) -> dict[str, nn.Parameter]:
         """E, W₁, b₁, W₂ and b₂ as training begins: E normal, W₁ as a linear layer has it, the others zero."""

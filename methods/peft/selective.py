@@ -45,16 +45,16 @@ class BitFit(TrainingSettings, Method):
 
         from slimbench.methods.core.architecture.surgery import add_bias, counts
         from slimbench.methods.core.layers import block_linears
-        from slimbench.methods.peft import finetune
+        from slimbench.methods.core.learning import trained
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         bare = {name: layer for name, layer in block_linears(model).items() if layer.bias is None}
         for name, layer in bare.items():
             add_bias(model, name, torch.zeros(layer.out_features))
         biases = {name: value for name, value in model.named_parameters() if name.endswith(".bias")}
-        done = finetune.fit(self, model, biases, calibration.ids, dense)
-        finetune.save(model, dense, out)
-        return done.added_to(Claim(EDITED, **counts(model), teacher=finetune.teacher(self), details={"biases_added": len(bare)}))
+        done = trained.fit(self, model, biases, calibration.ids, dense)
+        trained.save(model, dense, out)
+        return done.added_to(Claim(EDITED, **counts(model), teacher=trained.teacher(self), details={"biases_added": len(bare)}))
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,16 @@ class Norms(TrainingSettings, Method):
     schedule: Literal["cosine", "linear", "constant"] = "linear"
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.peft import finetune
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         gains = {name: value for name, value in finetune.vectors(model).items() if name.endswith(".weight")}
         if not gains:
             raise Unsupported(f"{type(model).__name__} has no norms with gains")
-        done = finetune.fit(self, model, gains, calibration.ids, dense)
-        finetune.save(model, dense, out)
-        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self)))
+        done = trained.fit(self, model, gains, calibration.ids, dense)
+        trained.save(model, dense, out)
+        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self)))
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,18 @@ class SparseFinetune(TrainingSettings, Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.layers import block_linears
+        from slimbench.methods.core.learning import trained
         from slimbench.methods.core.learning.hooks import Locked
         from slimbench.methods.core.training import cut, train
-        from slimbench.methods.peft import finetune
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         layers = block_linears(model)
         teacher = dense.load_original().requires_grad_(False)
         _check_alike(model, teacher)
         parameters = dict(model.requires_grad_(True).named_parameters())
         locked = Locked.zeros({key: parameters[key] for key in (f"{name}.weight" for name in layers)})
         done = train(self, parameters, self.objective(model, teacher, dense), cut(calibration.ids, self.length), dense, locked)
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         done = replace(done, parameters=done.parameters - locked.count)
         return done.added_to(Claim(HUGGINGFACE, teacher="the model that the pipeline began with"))
 

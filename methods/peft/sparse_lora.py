@@ -71,29 +71,30 @@ class SparseLoRA(TrainingSettings, Method):
         """Train adapters, and biases and norms in place; the factors by layer, and what the training was."""
         import torch
 
+        from slimbench.methods.core.learning import adapters, trained
         from slimbench.methods.peft import finetune
 
         generator = torch.Generator().manual_seed(self.seed + dense.seed)
-        factors = finetune.learned({name: self.start(layer, generator) for name, layer in layers.items()})
-        with finetune.computing(layers, lambda name, layer, x: self.product(layer, x, *factors[name])):
-            done = finetune.fit(self, model, finetune.named(factors) | finetune.vectors(model), ids, dense)
+        factors = adapters.learned({name: self.start(layer, generator) for name, layer in layers.items()})
+        with adapters.computing(layers, lambda name, layer, x: self.product(layer, x, *factors[name])):
+            done = trained.fit(self, model, adapters.named(factors) | finetune.vectors(model), ids, dense)
         return factors, done
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core.layers import block_linears
-        from slimbench.methods.peft import finetune
+        from slimbench.methods.core.learning import trained
 
-        model = finetune.load(dense)
+        model = trained.load(dense)
         layers = block_linears(model)
         factors, done = self.train(model, layers, calibration.ids, dense)
         with torch.no_grad():
             for name, (reduce, expand) in factors.items():
                 layers[name].weight.copy_(self.merged(layers[name].weight, reduce, expand))
-        finetune.save(model, dense, out)
+        trained.save(model, dense, out)
         rank = max(len(reduce) for reduce, _ in factors.values())
-        return done.added_to(Claim(HUGGINGFACE, teacher=finetune.teacher(self), details={"rank": rank}))
+        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self), details={"rank": rank}))
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class MaskLoRA(Adapters, SparseLoRA):
     alpha: float = 32.0
 
     def start(self, layer: nn.Linear, generator: torch.Generator) -> Factors:
-        from slimbench.methods.peft import finetune
+        from slimbench.methods.core.learning import adapters
 
-        return finetune.adapter(layer, self.rank, generator)
+        return adapters.adapter(layer, self.rank, generator)
 
     def changed(self, weight: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:
         return weight + self.alpha / self.rank * (expand @ reduce)

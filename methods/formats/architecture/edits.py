@@ -24,7 +24,9 @@ from slimbench.methods.formats.architecture.modules import (
     FactorPair,
     FactorPairPlus,
     Fusion,
+    KeptInputs,
     KeptLogits,
+    KeptOutputs,
     KeptRows,
     NoAttention,
     Nothing,
@@ -116,6 +118,27 @@ class FactorPlus(Edit):
             {"device": layer.weight.device, "dtype": layer.weight.dtype},
         )
         model.set_submodule(self.module, FactorPairPlus(*sizes, layer.bias is not None, **place))
+
+
+@dataclass(frozen=True)
+class Kept(Edit):
+    """A linear layer reads, or makes, some of its inputs or outputs alone, of which `X.kept` [count] tells the places; others are zero."""
+
+    name = "kept"
+    module: str
+    side: Literal["inputs", "outputs"]
+    count: int
+
+    def apply(self, model: Any) -> None:
+        layer, inputs = _linear(model, self.module), self.side == "inputs"
+        width = layer.in_features if inputs else layer.out_features
+        shape = (layer.out_features, self.count) if inputs else (self.count, layer.in_features)
+        Resize(f"{self.module}.weight", shape).apply(model)
+        if layer.bias is not None and not inputs:
+            Resize(f"{self.module}.bias", (self.count,)).apply(model)
+        layer.width = width
+        layer.register_buffer("kept", torch.zeros(self.count, dtype=torch.int32, device=layer.weight.device))
+        mix(layer, KeptInputs if inputs else KeptOutputs)
 
 
 @dataclass(frozen=True)
@@ -238,7 +261,7 @@ class Vocabulary(Edit):
 
 
 EDITS: dict[str, type[Edit]] = {
-    kind.name: kind for kind in (Resize, AddBias, Factor, FactorPlus, RemoveBlock, RemovePart, Insert, Shortcuts, Vocabulary)
+    kind.name: kind for kind in (Resize, AddBias, Factor, FactorPlus, Kept, RemoveBlock, RemovePart, Insert, Shortcuts, Vocabulary)
 }
 _MODULES: dict[str, Any] = {
     "linear": lambda inputs, outputs, bias=False, **place: nn.Linear(inputs, outputs, bias=bias, **place),

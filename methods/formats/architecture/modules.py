@@ -138,6 +138,24 @@ class KeptLogits:
         return logits[..., rows.clamp_min(0)].masked_fill_(rows < 0, torch.finfo(logits.dtype).min)
 
 
+class KeptInputs:
+    """Mixed into the class of a linear layer that reads some of its inputs alone: `kept` [n], int32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        made: Tensor = super().forward(x.index_select(-1, module.kept))  # type: ignore[misc]
+        return made
+
+
+class KeptOutputs:
+    """Mixed into the class of a linear layer that makes some of its outputs alone, `kept` [n], int32; the others are zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        made: Tensor = super().forward(x)  # type: ignore[misc]
+        return made.new_zeros((*made.shape[:-1], module.width)).index_add(-1, module.kept, made)
+
+
 def mix(module: nn.Module, mixin: type) -> None:
     """Put a mixin before the class of a module, in place."""
     if not isinstance(module, mixin):

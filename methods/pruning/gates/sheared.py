@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 @dataclass(frozen=True)
 class Sheared(Smaller, Gated):
     """Targeted structured pruning with dynamic batch loading.

@@ -47,7 +47,7 @@ class ScoredTraining(TrainingSettings, Method):
         score_rate: Factor of the learning rate for what the scores are made of.
     """
 
-    accepts = DENSE
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     needs = Needs(calibration=True, training=True)
     least_steps = 1000
     frozen: ClassVar[bool] = False

@@ -13,7 +13,7 @@ import pytest
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries
-from slimbench.harness.config.sources import shipped
+from slimbench.harness.config.sources import read_yaml, shipped
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.coverage import Answer, Notes, Status, System
 from tests.support.paths import ROOT
@@ -21,6 +21,8 @@ from tests.unit.cli.test_cli import slimbench
 
 MATHEMATICS = ("tests/unit/methods/*/**/test_*.py", "tests/integration/test_*.py")
 """Where tests hold what a method computes, beside the contract suite, which holds what all promise."""
+FORMULAS = ROOT / "tests/unit/methods/formulas.yaml"
+"""Which test holds the formula of each system that is pruned or recovered here."""
 FOUND = [
     System("pruning/a", "2.1 First", "A", "2020", "survey"),
     System("pruning/b", "2.1 First", "B", "2021", "survey"),
@@ -54,6 +56,24 @@ def test_what_a_method_covers_is_held_by_a_test_of_that_method() -> None:
     tested = {name for pattern in MATHEMATICS for file in ROOT.glob(pattern) for name in imported(file)}
     assert len(claimed) > 50 and "slimbench.methods.dense.Dense" in tested
     assert [f"{id_}: no test imports {name}" for id_, name in sorted(claimed) if name not in tested] == []
+
+
+def test_every_answer_of_pruning_and_recovery_names_the_test_that_holds_its_formula() -> None:
+    held = read_yaml(FORMULAS)
+    classes = {entry.name: f"{type(entry.method).__module__}.{type(entry.method).__name__}" for entry in entries()}
+    answered = [answer for branch in ("pruning", "peft") for answer in coverage.table(branch) if answer.status is not Status.MISSING]
+    assert sorted(held) == sorted(answer.system.id for answer in answered)
+    for answer in answered:
+        file, _, test = held[answer.system.id].partition("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, held[answer.system.id]
+        owners = {classes[name] for name in answer.methods if name in classes}
+        assert owners & imported(ROOT / file) or {name.rpartition(".")[0] for name in owners} & modules(ROOT / file), answer.system.id
+
+
+def modules(file: Path) -> set[str]:
+    """The modules of which a file takes something."""
+    return {node.module or "" for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)}
 
 
 def imported(file: Path) -> set[str]:

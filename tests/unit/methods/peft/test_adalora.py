@@ -14,9 +14,9 @@ from torch import Tensor
 
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.learning import trained
 from slimbench.methods.core.losses import next_token, soft_cross_entropy
 from slimbench.methods.core.training import batch, cut
-from slimbench.methods.peft import finetune
 from slimbench.methods.peft.adalora import AdaLoRA, Allocation, skewness
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from tests.support import tiny
@@ -122,7 +122,7 @@ def test_importance_and_budget_are_those_of_the_paper(share: float, last: int, d
 
     after_step, log, kept = Allocation.after_step, list[Any](), list[Any]()
     monkeypatch.setattr(Allocation, "after_step", watch)
-    model, method = finetune.load(dense), AdaLoRA(**SHORT | {"start": 0.2, "end": share})
+    model, method = trained.load(dense), AdaLoRA(**SHORT | {"start": 0.2, "end": share})
     _, ranks, _ = method.train(model, list(block_linears(model)), TOKENS.ids, dense)
     left, budgets = paper(log, 4, 2, 2, last)
     assert budgets[:2] == [56, 56] and budgets[-1] == 28 and budgets == sorted(budgets, reverse=True) and len(set(budgets)) > 5
@@ -153,7 +153,7 @@ def test_the_merged_change_has_the_rank_that_is_told(kind: str, dense: DenseMode
         values = torch.linalg.svdvals(change)
         assert int((values > 1e-3 * values[0].clamp_min(1e-4)).sum()) == rank, name
     merged, ids = tiny.dense_model(out, "float32").load(), batch(cut(TOKENS.ids, 32), method, 0)
-    model = finetune.load(source)
+    model = trained.load(source)
     with torch.inference_mode():
         lost = float(soft_cross_entropy(merged(ids).logits, source.load_original()(ids).logits))
         base = float(soft_cross_entropy(model(ids).logits, source.load_original()(ids).logits))
@@ -175,7 +175,7 @@ def test_changes_are_the_scaled_products(dense: DenseModel, monkeypatch: pytest.
 
     after_step = Allocation.after_step
     monkeypatch.setattr(Allocation, "after_step", watch)
-    model, method = finetune.load(dense), AdaLoRA(loss="nll", **SHORT)
+    model, method = trained.load(dense), AdaLoRA(loss="nll", **SHORT)
     changes, _, done = method.train(model, list(block_linears(model)), TOKENS.ids, dense)
     for name, change in changes.items():
         p, q, e = (held[f"{name}.{part}"].double() for part in ("lora_B", "lora_A", "lora_E"))
@@ -198,7 +198,7 @@ def test_changes_are_the_scaled_products(dense: DenseModel, monkeypatch: pytest.
 
 
 def test_without_orthogonality_the_loss_is_the_loss_alone(dense: DenseModel) -> None:
-    model, method = finetune.load(dense), AdaLoRA(loss="nll", orthogonality=0.0, **SHORT)
+    model, method = trained.load(dense), AdaLoRA(loss="nll", orthogonality=0.0, **SHORT)
     ids = batch(cut(TOKENS.ids, 32), method, 0)
     with torch.inference_mode():
         before = float(next_token(model(ids).logits, ids))

@@ -18,13 +18,14 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import claims
 from slimbench.methods.base import DenseModel, Method, Unsupported
 from slimbench.methods.core.architecture import surgery
+from slimbench.methods.core.learning import trained
 from slimbench.methods.core.losses import next_token, soft_cross_entropy
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.edits import Insert, apply
 from slimbench.methods.formats.architecture.modules import Fusion
 from slimbench.methods.formats.huggingface import save_dense
-from slimbench.methods.peft import adapter_variants, finetune
+from slimbench.methods.peft import adapter_variants
 from slimbench.methods.peft.adapter_variants import AdapterFusion, Compacter, SparseAdapter, kronecker
 from slimbench.methods.peft.bottleneck import Adapter, AdapterDrop
 from tests.support import tiny
@@ -245,8 +246,8 @@ def test_compacter_shares_a_and_is_stored_as_the_matrices_that_it_equals(
         found.update(parameters)
         return fit(settings, model, parameters, *rest)
 
-    fit, found = finetune.fit, dict[str, nn.Parameter]()
-    monkeypatch.setattr(finetune, "fit", watch)
+    fit, found = trained.fit, dict[str, nn.Parameter]()
+    monkeypatch.setattr(trained, "fit", watch)
     claim = Compacter(**SHORT).compress(source, TOKENS, tmp_path)
     stored, kind = weights(tmp_path), "opt" if "OPT" in source.shape.architecture else "llama"
     places = ends(source.shape.num_layers, kind)

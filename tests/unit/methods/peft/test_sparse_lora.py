@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import Calibration, DenseModel, Method, Unsupported
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.learning import adapters, trained
 from slimbench.methods.core.losses import soft_cross_entropy
 from slimbench.methods.core.training import batch, cut
-from slimbench.methods.peft import finetune
 from slimbench.methods.peft.dylora import DyLoRA, Ranks
 from slimbench.methods.peft.sparse_lora import MaskLoRA, ScaleLoRA
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
@@ -93,7 +93,7 @@ def test_the_merged_model_is_the_trained_one(method: Any, architecture: str, den
     (out := tmp_path / "out").mkdir()
     claim = method.compress(source, TOKENS, out)
     merged = tiny.dense_model(out, "float32").load()
-    model = finetune.load(source)
+    model = trained.load(source)
     layers = block_linears(model)
     factors, _ = method.train(model, layers, TOKENS.ids, source)
 
@@ -105,7 +105,7 @@ def test_the_merged_model_is_the_trained_one(method: Any, architecture: str, den
         return made
 
     with torch.inference_mode():
-        with finetune.computing(layers, product):
+        with adapters.computing(layers, product):
             want = model(TOKENS.ids).logits
         torch.testing.assert_close(merged(TOKENS.ids).logits, want, rtol=0, atol=1e-5)
         ids = batch(cut(TOKENS.ids, 32), method, 0)
@@ -211,7 +211,7 @@ def test_dylora_multiplies_with_its_first_parts_and_scales_by_their_number(rank:
 def test_dylora_merges_all_parts(dense: DenseModel, tmp_path: Path) -> None:
     method = DyLoRA(alpha=6.0, **SHORT)
     claim = method.compress(dense, TOKENS, tmp_path)
-    model = finetune.load(dense)
+    model = trained.load(dense)
     factors, _ = method.train(model, block_linears(model), TOKENS.ids, dense)
     before, after = weights(dense.path), weights(tmp_path)
     for name, (reduce, expand) in factors.items():
@@ -232,7 +232,7 @@ def test_dylora_draws_each_rank_as_often_and_ends_with_all_parts(dense: DenseMod
     assert sum(abs(a - b) == 1 for a, b in pairwise(drawn)) < 1200, "the next rank does not follow from the last"
     assert ranks.now == 8 and drawn != [Ranks(8, 4000, seed=4).drawn(step) for step in range(4000)]
     seed = next(seed for seed in range(20) if Ranks(4, 1, seed).now == 2)
-    model, method = finetune.load(dense), DyLoRA(**SHORT | {"steps": 1, "seed": seed})
+    model, method = trained.load(dense), DyLoRA(**SHORT | {"steps": 1, "seed": seed})
     factors, _ = method.train(model, block_linears(model), TOKENS.ids, dense)
     assert all(expand[:, :2].all() and not expand[:, 2:].any() for _, expand in factors.values()), "the first step had rank 2"
 

@@ -1,8 +1,9 @@
-"""LoRAPrune against its formulas written out, on tiny random models."""
+"""LoRAPrune and LoRAShear against their formulas written out, on tiny random models."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.adapters.beside import Beside, estimate, goals
 from slimbench.methods.pruning.adapters.loraprune import Importance, LoRAPrune
+from slimbench.methods.pruning.adapters.lorashear import LoRAShear, Shear, deviations
 from slimbench.methods.pruning.gates.learned import kinds_of
 from tests.support import tiny
 from tests.support.architectures import make
@@ -211,6 +213,106 @@ def test_the_cut_model_computes_what_the_masked_one_with_adapters_did(
     torch.testing.assert_close(got, seen[0], rtol=1e-4, atol=1e-4)
 
 
+class Optimizer(torch.optim.Optimizer):
+    """Has no moments."""
+
+    def __init__(self) -> None:
+        self.state = defaultdict(dict)
+
+
+def shear(**settings: Any) -> tuple[Beside, Structures, Shear]:
+    """Layers with three structures, of which two fade, in one period of four steps after the first unless settings say otherwise."""
+    beside, kind = toy()
+    method = LoRAShear(**{"steps": 5, "begin": 0.2, "end": 1.0, "periods": 1} | settings)
+    hooks = Shear(beside, {"down": kind}, {"down": 2}, method)
+    hooks.averages["down"].copy_(torch.tensor([3.0, 1.0, 2.0]))
+    return beside, kind, hooks
+
+
+def test_redundant_groups_fade_and_are_zero_after_the_last_step() -> None:
+    beside, _, hooks = shear()
+    for _, second in beside.pairs.values():
+        second.data[2:] = 0
+    up, down = beside.layers["up"].weight.detach().clone(), beside.layers["down"].weight.detach().clone()
+    bias, change = beside.layers["up"].bias.detach().clone(), beside.change("up")
+    for step in range(5):
+        hooks.after_step(step, Optimizer())
+        left = [1, 3 / 4, 2 / 4, 1 / 4, 0][step]
+        merged = change if step == 4 else torch.zeros_like(change)
+        torch.testing.assert_close(beside.layers["up"].weight.detach()[:2], (up + merged)[:2])
+        torch.testing.assert_close(beside.layers["up"].weight.detach()[2:], left * up[2:])
+        torch.testing.assert_close(beside.layers["up"].bias.detach()[2:], left * bias[2:])
+    assert not beside.layers["gate"].weight[2:].any() and not beside.layers["up"].bias[2:].any()
+    assert torch.equal(beside.layers["up"].bias[:2], bias[:2])
+    torch.testing.assert_close(beside.layers["down"].weight.detach()[2:], down[2:])
+    assert hooks.gone["down"].tolist() == [False, True, True]
+    assert not any(bool(second.any()) for _, second in beside.pairs.values()), "merged, they begin anew"
+
+
+def test_a_step_is_that_of_the_paper_with_the_half_space_projection() -> None:
+    for epsilon, size, turned in ((0.0, 1.0, 1), (0.97, 0.1, 2)):
+        beside, kind, hooks = shear(epsilon=epsilon)
+        for _, second in beside.pairs.values():
+            second.data *= size
+        changes = {name: beside.change(name) for name in ("gate", "up")}
+        before = {name: beside.layers[name].weight.detach().clone() for name in ("gate", "up")}
+        hooks.after_step(0, Optimizer())
+        hooks.after_step(1, Optimizer())
+        zeros = 0
+        for group in (1, 2):
+            rows = slice(2 * group, 2 * group + 2)
+            x = torch.cat([before[name][rows].flatten() for name in ("gate", "up")])
+            moved = torch.cat([changes[name][rows].flatten() for name in ("gate", "up")])
+            trial = x + moved - float(x.norm()) / 4 * x / x.norm()
+            want = trial if float(trial @ x) >= epsilon * float(x @ x) else torch.zeros_like(x)
+            zeros += not bool(want.any())
+            got = torch.cat([beside.layers[name].weight.detach()[rows].flatten() for name in ("gate", "up")])
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            assert not beside.pairs["up"][1][rows].any() and beside.pairs["up"][1][:2].any()
+        assert zeros == turned
+        assert kind.count == 3
+
+
+def test_periods_share_the_steps_and_the_groups() -> None:
+    _, _, hooks = shear(steps=10, periods=3)
+    assert [hooks.place(step) for step in range(1, 10)] == [
+        None, (0, 0, 2), (0, 1, 2), (1, 0, 3), (1, 1, 3), (1, 2, 3), (2, 0, 3), (2, 1, 3), (2, 2, 3),
+    ]  # fmt: skip
+    counts = []
+    for step in range(10):
+        hooks.after_step(step, Optimizer())
+        counts.append((int(hooks.gone["down"].sum()), int(hooks.fading["down"].sum())))
+    assert counts == [(0, 0)] * 2 + [(1, 1)] * 2 + [(1, 0)] * 3 + [(2, 1)] * 3
+
+
+def test_layers_that_cannot_bear_it_are_spared(llama: DenseModel) -> None:
+    model = llama.load()
+    kinds = kinds_of(model)
+    ids = CALIBRATION.ids[:2, :16]
+    harm = deviations(model, kinds, ids, 0.25)
+    name = "model.layers.1.mlp.down_proj"
+    mlp = model.model.layers[1].mlp
+    norms = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1) + mlp.down_proj.weight.square().sum(0)
+    gone = norms.argsort()[:32]
+    before = model(ids, labels=ids).loss.item()
+    mlp.down_proj.weight.data[:, gone] = 0
+    assert harm[name] == pytest.approx(model(ids, labels=ids).loss.item() - before, abs=2e-5)
+
+
+def test_what_has_faded_is_cut_out(source: tuple[str, DenseModel], tmp_path: Path) -> None:
+    architecture, dense = source
+    claim = compressed(LoRAShear(**FEW, spared=0.2), dense, tmp_path / "out")
+    model, before = edited.load(tmp_path / "out"), dense.load().num_parameters()
+    group, channel = GROUP[architecture], CHANNEL[architecture]
+    lost = group * (3 * GROUPS[architecture] - sum(claim.details["head_groups_by_block"]))
+    lost += channel * (3 * 128 - sum(claim.details["channels_by_block"]))
+    total = 3 * (GROUPS[architecture] * group + 128 * channel)
+    assert round(0.25 * total) <= lost < round(0.25 * total) + channel
+    assert claim.parameters == model.num_parameters() == before - lost
+    assert len(claim.details["layers_spared"]) == 1
+    assert torch.isfinite(model(CALIBRATION.ids).logits).all()
+
+
 def test_other_decoders_and_settings_are_refused_in_one_line(llama: DenseModel, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="experts in one tensor") as caught:
         LoRAPrune(**FEW).compress(tiny.saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
@@ -219,17 +321,22 @@ def test_other_decoders_and_settings_are_refused_in_one_line(llama: DenseModel, 
         LoRAPrune(**FEW, ratio=0.66).compress(llama, CALIBRATION, tmp_path)
     with pytest.raises(Unsupported, match="no block of 1 is left"):
         LoRAPrune(**FEW).check(replace(llama.shape, num_layers=1))
+    wrong: dict[str, Any]
     for wrong in ({"begin": 0.9, "end": 0.2}, {"memory": 1.0}, {"keep_first": 1.0}, {"rank": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoRAPrune(**wrong)
+    for wrong in ({"periods": 0}, {"periods": 99}, {"epsilon": 1.0}, {"spared": 1.0}, {"memory": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LoRAShear(**wrong)
 
 
-def test_the_same_artefact_comes_twice_and_after_an_interruption(llama: DenseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [LoRAPrune, LoRAShear])
+def test_the_same_artefact_comes_twice_and_after_an_interruption(kind: Any, llama: DenseModel, tmp_path: Path) -> None:
     def stop(done: float, total: float) -> None:
         if done == 7:
             raise KeyboardInterrupt
 
-    method = LoRAPrune(**FEW | {"steps": 12, "checkpoint_every": 3})
+    method = kind(**FEW | {"steps": 12, "checkpoint_every": 3})
     first, second = (compressed(method, llama, tmp_path / name) for name in ("one", "two"))
     assert first == second
     kept = replace(llama, checkpoints=tmp_path / "kept")
