@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoSparse(Smaller, TrainingSettings, Method):
+class LoSparse(TrainingSettings, Smaller, Method):
     """A pair of thin layers and some rows in the place of the linear layers of the blocks. Takes nine numbers of four bytes a weight.
 
     Attributes:

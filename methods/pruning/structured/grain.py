@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GRAIN(Smaller, TrainingSettings, Method):
+class GRAIN(TrainingSettings, Smaller, Method):
     """Dimensions of values and channels; queries and keys go with the last dimension of their group.
 
     Attributes:
