@@ -6,7 +6,8 @@ calibration text,
     r = E ‖f(x)‖₂ / ‖x‖₂
 
 says how far it is from the identity x; sub-layers whose r is below a threshold are taken out, f = 0, each with its norm. Here the
-threshold is the one that takes out as many as were asked for. An attention that is gone keeps no keys and values.
+threshold is the one that takes out as many as were asked for. An attention that is gone keeps no keys and values; a block that loses
+both halves goes whole.
 
 The paper trains towards that: a prior pulls every sub-layer to the identity, and spectral normalization keeps the outputs of different
 ones comparable. Here the model was not trained so, and all r are those of the dense model: the choice alone is SNIP's. It is not the
@@ -64,7 +65,8 @@ class SublayerDropping(Smaller, Method):
         return removed
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts, remove_part
+        from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts, remove_blocks, remove_part
+        from slimbench.methods.formats.architecture.structure import blocks_of
 
         if not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
@@ -74,8 +76,11 @@ class SublayerDropping(Smaller, Method):
         removed = self.count(len(sublayers))
         found = changes(model, sublayers, calibration.ids, dense.progress)
         chosen = weakest(found, removed)
+        emptied = {name for name in blocks_of(model) if all(key in chosen for key in sublayers if key[0] == name)}
         for block, part in chosen:
-            remove_part(model, block, part)
+            if block not in emptied:
+                remove_part(model, block, part)
+        remove_blocks(model, [index for index, name in enumerate(blocks_of(model)) if name in emptied])
         save_dense(model, out)
         details: dict[str, Any] = {"parameters_before": before}
         for of in ("attention", "mlp"):

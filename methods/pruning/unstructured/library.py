@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Claim, DenseModel
+from slimbench.methods.base import HUGGINGFACE, Calibration, Claim, DenseModel, Unsupported
 from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.masks import holds_pattern, zero_fraction
@@ -27,9 +27,11 @@ def prune(
         The claim, and what the library had to say.
 
     Raises:
+        Unsupported: Checkpoints of the model name their experts otherwise than the library does.
         RuntimeError: The library left fewer zeros than asked for, or broke the pattern.
     """
     model = dense.load()
+    _check_names(model)
     report = _llmcompressor.oneshot(model, modifier, calibration, dense.progress)
     layers = block_linears(model)
     zeros = zero_fraction(layers)
@@ -39,3 +41,15 @@ def prune(
         raise RuntimeError(f"llmcompressor broke the pattern {pattern}")
     save_dense(model, out)
     return Claim(HUGGINGFACE, sparsity=zeros, pattern=pattern), report
+
+
+def _check_names(model: Any) -> None:
+    """Raise `Unsupported` where the linear layers that the library makes of experts would not be found again under their names."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
+        known = get_checkpoint_conversion_mapping(model.config.model_type) or []
+        if not any("gate_proj" in pattern for conversion in known for pattern in conversion.source_patterns):
+            raise Unsupported(
+                f"checkpoints of {type(model).__name__} name their experts otherwise than llm-compressor, which would write them"
+            )
