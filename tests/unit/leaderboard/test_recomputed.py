@@ -53,7 +53,8 @@ def test_every_figure_of_the_board_is_that_of_the_raw_samples(table: Path) -> No
     assert all(any(row[column] not in (None, {}, []) for row in rows) for column in recompute.COMPARED), "nothing is compared in vain"
     done = run(table)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith(f"{len(rows)} rows, ") and int(done.stdout.split()[2]) > 30 * len(rows)
+    measured = [row for row in rows if row["perplexity"] is not None or row["decode_tokens_per_s"] is not None]
+    assert done.stdout.startswith(f"{len(rows)} rows, ") and int(done.stdout.split()[2]) > 40 * len(measured) > 10_000
 
 
 def test_figures_of_several_processes_are_those_of_the_raw_samples_too() -> None:
