@@ -51,8 +51,8 @@ def recovery(group: Group) -> Plot:
         if dense:
             ax.axhline(dense, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
         spread_axis(ax, "y", [row.perplexity or 1.0 for row in shown] + ([dense] if dense else []))
-        last = max(row.training_tokens or 0 for row in shown) / 1000
-        ax.set_xlim(-0.03 * last, 1.06 * last)
+        most = max(row.training_tokens or 0 for row in shown) / 1000
+        ax.set_xlim(-0.03 * most, 1.06 * most)
         ax.set_xlabel("tokens of training, thousands")
         ax.set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
         side_legend(ax)
