@@ -11,13 +11,9 @@ While |ε| is above a threshold, one weight of the row grows back and one is pru
     ε ← ε - w_i x̄_i + w_j x̄_j
 
 With a pattern, j is of the same run of m inputs as i, whatever its sign, so that each run keeps its zeros. What has grown is not pruned
-again, what was pruned does not grow again, and a row loses as many weights as it gets. Nobody asks whether a swap brings ε nearer to
-zero: without a pattern ε may pass it, and comes back with the next swap; with one, a row is finished at its first swap after which ε
-would not have the sign any more that it had at the start.
-
-So far that is the authors' program (zyxxmu/DSnoT, `prune_DSnoT`). A row is finished too when nothing is left to swap, where the program
-goes on with weights that were never pruned and loses count. The variance is over all tokens; that of the program is the mean of those
-inside the samples. In a run j has the least |w_j| ‖x_j‖₂ too; with the program it has the least score of the first mask, whatever that is.
+again, what was pruned does not grow again, and a row loses as many weights as it gets. A row is finished at its first swap that would
+not bring ε nearer to zero, or when nothing is left to swap. The authors' program (zyxxmu/DSnoT) goes on in that case, or, with a
+pattern, ends where the sign of ε would change; and its variance is the mean of those inside the samples.
 
 Where an earlier step of the pipeline pruned, its mask is the start: w is then the dense weight where it is zero and the weight as that
 step left it elsewhere, and ε what the row has lost against the dense one, (w_dense - w_sparse) · x̄.
@@ -94,7 +90,6 @@ class DSnoT(Sparse, Method):
     """
 
     name = "dsnot"
-    version = 2
     citation = Citation("DSnoT", year=2023, arxiv="2310.08915", covers=("pruning/dsnot",))
     needs = Needs(calibration=True)
 
@@ -221,15 +216,16 @@ class DSnoT(Sparse, Method):
         leaving = None if self.pattern else _Queues([(-scores, ~mask & (side * gain < 0)) for side in (1, -1)], self.swaps)
         run = parse_pattern(self.pattern)[1] if self.pattern else 0
         mask, rows = mask.clone(), torch.arange(len(mask), device=mask.device)
-        active, swaps, sign = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows), error.sign()
+        active, swaps = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
         for _ in range(self.swaps):
             side = (error < 0).long()
             grows, able = growing.next(side)
-            goes, fits = _least_of_run(scores, grows, run) if leaving is None else leaving.next(side)
-            then = error - gain[rows, grows] + gain[rows, goes]
-            active = active & able & fits & (error.abs() > self.threshold)
             if leaving is None:
-                active &= then.sign() == sign
+                goes, fits = _least_of_run(scores, grows, run)
+            else:
+                goes, fits = leaving.next(side)
+            then = error - gain[rows, grows] + gain[rows, goes]
+            active = active & able & fits & (error.abs() > self.threshold) & (then.abs() < error.abs())
             if not bool(active.any()):
                 break
             changed = rows[active]
