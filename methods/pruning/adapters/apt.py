@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel
-from slimbench.methods.pruning.adapters.beside import AdapterPruning, Beside, finished
+from slimbench.methods.core.learning.beside import Beside
+from slimbench.methods.pruning.adapters.merging import AdapterPruning, finished
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

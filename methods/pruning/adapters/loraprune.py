@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, ModelShape, Unsupported
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.hooks import Hooks
-from slimbench.methods.pruning.adapters.beside import AdapterPruning, Beside, estimate, finished, goals, layers_of
+from slimbench.methods.pruning.adapters.merging import AdapterPruning, estimate, finished, goals, layers_of
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel
-from slimbench.methods.pruning.adapters.beside import AdapterPruning, Beside, finished, goals, layers_of
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.pruning.adapters.loraprune import Importance
+from slimbench.methods.pruning.adapters.merging import AdapterPruning, finished, goals, layers_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from slimbench.methods.core.architecture.units import Structures, cheapest, price
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.learning.hooks import Hooks
-from slimbench.methods.pruning.adapters.beside import Beside
 
 
 class Salience(Hooks):

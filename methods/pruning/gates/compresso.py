@@ -11,18 +11,16 @@ one in other words; fine-tuning after the cut is another step of a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.pruning.gates.cofi import NestedPruning
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from slimbench.methods.core.training import Loss
     from slimbench.methods.pruning.gates.nested import NestedGates
@@ -62,7 +60,6 @@ class Compresso(NestedPruning):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
-        from slimbench.methods.core.architecture.anatomy import anatomy
         from slimbench.methods.core.training import cut, train
         from slimbench.methods.pruning.gates import learned
         from slimbench.methods.pruning.gates.nested import NestedGates
@@ -70,14 +67,21 @@ class Compresso(NestedPruning):
         model = learned.load(dense).requires_grad_(False)
         before, gates = model.num_parameters(), NestedGates(model, self.ratio, parts=(), **self.pace())
         gates.check(self.wanted(gates))
-        adapters = Adapters([layer for block in anatomy(model) for layer in (block.attention.q, block.attention.v)], self, dense)
+        adapters = self.beside(model, dense)
         prompt = torch.tensor(dense.tokenizer()(self.prompt)["input_ids"] if self.prompt else [], dtype=torch.int64, device=model.device)
         loss, parameters = self.objective(model, gates, adapters, prompt, dense), adapters.parameters | gates.parameters
         done = train(self, parameters, loss, cut(calibration.ids, self.length), dense, gates)
         adapters.merge()
         return self.finished(model, gates, done, before, dense, out)
 
-    def objective(self, model: Any, gates: NestedGates, adapters: Adapters, prompt: Tensor, dense: DenseModel) -> Loss:
+    def beside(self, model: Any, dense: DenseModel) -> Beside:
+        """The adapters of queries and values, scaled by alpha / rank."""
+        from slimbench.methods.core.architecture.anatomy import anatomy
+
+        layers = {name: layer for block in anatomy(model) for name, layer in block.named(block.attention.q, block.attention.v).items()}
+        return Beside(layers, self.rank, self.alpha / self.rank, self.seed + dense.seed)
+
+    def objective(self, model: Any, gates: NestedGates, adapters: Beside, prompt: Tensor, dense: DenseModel) -> Loss:
         """The loss of a model with adapters whose gates are drawn anew each time."""
         import torch
 
@@ -96,52 +100,3 @@ class Compresso(NestedPruning):
             return soft_cross_entropy(logits, wanted) + gates.penalty()
 
         return loss
-
-
-class Adapters:
-    """Low-rank factors beside frozen layers.
-
-    Attributes:
-        pairs: A [r, in] and B [out, r] of each layer.
-    """
-
-    def __init__(self, layers: list[nn.Linear], settings: Compresso, dense: DenseModel) -> None:
-        import torch
-
-        generator = torch.Generator().manual_seed(settings.seed + dense.seed)
-        self.layers, self.scale = layers, settings.alpha / settings.rank
-        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        for layer in layers:
-            bound, place = layer.in_features**-0.5, layer.weight.device
-            first = torch.empty(settings.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-            second = torch.zeros(layer.out_features, settings.rank, device=place)
-            self.pairs.append((torch.nn.Parameter(first.to(place)), torch.nn.Parameter(second)))
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What `train` gets, beside the gates."""
-        return {f"adapters/{index}/{side}": value for index, pair in enumerate(self.pairs) for side, value in zip("AB", pair, strict=True)}
-
-    @contextmanager
-    def added(self) -> Iterator[None]:
-        """Let the layers add what the factors make of their inputs for a while."""
-        import torch
-
-        def add(pair: tuple[Tensor, Tensor], _: Any, args: tuple[Tensor], made: Tensor) -> Tensor:
-            linear = torch.nn.functional.linear
-            return made + self.scale * linear(linear(args[0], pair[0]), pair[1])
-
-        placed = [layer.register_forward_hook(partial(add, pair)) for layer, pair in zip(self.layers, self.pairs, strict=True)]
-        try:
-            yield
-        finally:
-            for hook in placed:
-                hook.remove()
-
-    def merge(self) -> None:
-        """Add the products to the weights, in place."""
-        import torch
-
-        with torch.no_grad():
-            for layer, (first, second) in zip(self.layers, self.pairs, strict=True):
-                layer.weight.add_(self.scale * (second @ first))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.gates import multiplied
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.losses import next_token
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.adapters.apt import APT, matched, objective, shared
-from slimbench.methods.pruning.adapters.beside import Beside
 from slimbench.methods.pruning.adapters.salience import Salience, kurtosis
 from slimbench.methods.pruning.gates.learned import kinds_of
 from tests.support import tiny

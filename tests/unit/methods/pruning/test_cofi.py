@@ -12,9 +12,10 @@ from torch import Tensor
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
+from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.gates.cofi import CoFi, matched, opened
-from slimbench.methods.pruning.gates.compresso import Adapters, Compresso
+from slimbench.methods.pruning.gates.compresso import Compresso
 from slimbench.methods.pruning.gates.nested import Nest, NestedGates
 from slimbench.methods.pruning.gates.stream import stream_of
 from tests.support import tiny
@@ -228,19 +229,20 @@ def test_the_budget_is_held_to_the_unit_and_the_path_is_told(kind: Any, architec
 def test_adapters_do_in_training_what_they_do_merged(tmp_path: Path) -> None:
     dense = tiny.saved(make("opt"), tmp_path / "model")
     model = dense.load()
-    layers = [layer for block in anatomy(model) for layer in (block.attention.q, block.attention.v)]
-    adapters, before = Adapters(layers, Compresso(rank=3, alpha=6.0), dense), layers[1].weight.detach().clone()
+    adapters, value = Compresso(rank=3, alpha=6.0).beside(model, dense), anatomy(model)[0].attention.v
+    assert [*adapters.layers.values()] == [layer for block in anatomy(model) for layer in (block.attention.q, block.attention.v)]
+    second_layer, before = list(adapters.layers)[1], value.weight.detach().clone()
     with adapters.added():
         assert torch.equal(logits(model), logits(dense.load())), "B is 0"
     with torch.no_grad():
-        for _, second in adapters.pairs:
+        for _, second in adapters.pairs.values():
             second.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     with adapters.added():
         wanted = logits(model)
+    down, up = (value.detach().clone() for value in adapters.pairs[second_layer])
     adapters.merge()
     assert (logits(model) - wanted).abs().max() < 1e-4
-    down, up = (value.detach() for value in adapters.pairs[1])
-    assert torch.allclose(layers[1].weight, before + 6 / 3 * up @ down, atol=1e-6)
+    assert torch.allclose(value.weight, before + 6 / 3 * up @ down, atol=1e-6)
 
 
 @pytest.mark.parametrize("prompt", [[], [7, 8, 9]])
@@ -248,7 +250,7 @@ def test_the_prompt_stands_before_each_text_and_is_not_learned(prompt: list[int]
     dense = tiny.saved(make("llama"), tmp_path / "model")
     model = dense.load()
     gates, method = NestedGates(model, 0.3, 10, parts=(), begin=50.0), Compresso()
-    adapters = Adapters([], method, dense)
+    adapters = Beside({}, 1, 1.0, 0)
     with torch.no_grad():
         loss = float(method.objective(model, gates, adapters, torch.tensor(prompt, dtype=torch.int64), dense)(IDS))
         whole = torch.cat([torch.tensor([prompt] * 2, dtype=torch.int64).reshape(2, -1), IDS], 1)

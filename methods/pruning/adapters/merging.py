@@ -1,9 +1,8 @@
-"""What the methods of this room share: low-rank adapters that learn beside frozen layers, how many structures go, the artefact."""
+"""What the methods of this room share: what is learned, how many structures go, the artefact of merged layers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,59 +51,6 @@ class AdapterPruning(Adapters, Smaller, TrainingSettings, Method):
     def growth(self) -> Cubic:
         """How much has gone of what shall, 0..1, by steps."""
         return Cubic(0.0, 1.0, round(self.begin * self.steps), round(self.end * self.steps))
-
-
-class Beside:
-    """Adapters of some layers: W x + b + s B A x.
-
-    Attributes:
-        layers: By full name; so are `pairs`, A [r, in] and B [out, r].
-        scale: s.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear], rank: int, scale: float, seed: int) -> None:
-        import torch
-
-        from slimbench.methods.core.learning import adapters
-
-        generator = torch.Generator().manual_seed(seed)
-        self.layers, self.scale = dict(layers), scale
-        self.pairs = adapters.learned({name: adapters.adapter(layer, rank, generator) for name, layer in layers.items()})
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of all layers, by name."""
-        return {f"{name}.{side}": value for name, pair in self.pairs.items() for side, value in zip("AB", pair, strict=True)}
-
-    @contextmanager
-    def added(self) -> Iterator[None]:
-        """Let the layers add what the adapters make of their inputs for a while."""
-        import torch
-
-        from slimbench.methods.core.learning import adapters
-
-        linear = torch.nn.functional.linear
-
-        def product(name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-            first, second = self.pairs[name]
-            return linear(x, layer.weight, layer.bias) + self.scale * linear(linear(x, first), second)
-
-        with adapters.computing(self.layers, product):
-            yield
-
-    def change(self, name: str) -> Tensor:
-        """s B A [out, in], without a gradient."""
-        first, second = (value.detach() for value in self.pairs[name])
-        return self.scale * (second @ first)
-
-    def merge(self) -> None:
-        """Add the products to the weights, in place, and begin anew: B is zero."""
-        import torch
-
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.weight.add_(self.change(name))
-                self.pairs[name][1].zero_()
 
 
 def layers_of(kinds: Mapping[str, Structures], model: Any) -> dict[str, nn.Linear]:
