@@ -92,6 +92,7 @@ class EngineConfig(_Strict):
         environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
         spreads: The formats of those that it spreads over several cards.
         memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
+        compiles: It makes code while it runs, by a compiler in its own process.
     """
 
     name: str
@@ -103,6 +104,7 @@ class EngineConfig(_Strict):
     environment: str | None = None
     spreads: list[str] = []
     memory: Literal["model", "layer"] | None = None
+    compiles: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ MARGIN = 0.15
 
 _SHARE = 0.95  # of the memory of a machine: what a stage may take without a limit of its own
 _PROCESS = 510_000_000  # an interpreter with torch and transformers
+_COMPILER = 150_000_000  # torch.compile beside them, and the graphs that it keeps
 _SCORED_TOKENS = 1024  # of one batch of windows
 _CALIBRATED_TOKENS = 4096  # of one batch that goes through a block
 _COPY_BYTES, _COPY_CACHES = 128 << 20, 4  # a buffer of the bandwidth probe, at least so many bytes and last-level caches
@@ -125,7 +126,8 @@ def estimate(
     model = _Model(config.model.parameters, dense // config.model.parameters, shape)
     need = _compression(config, methods, model) if stage is Stage.COMPRESS else _measurement(config, methods, stage, model, processor_cache)
     on_card = _device(config, stage) == "cuda"
-    return replace(need, process=0 if on_card else _PROCESS, trusted=need.trusted and shape is not None and not on_card)
+    process = _PROCESS + (_COMPILER if config.engine.compiles and stage is not Stage.COMPRESS else 0)
+    return replace(need, process=0 if on_card else process, trusted=need.trusted and shape is not None and not on_card)
 
 
 def room(config: RunConfig, stage: Stage) -> int:
@@ -184,11 +186,14 @@ def cards_for(size: int | None, card_bytes: int) -> int:
 
 
 def _compression(config: RunConfig, methods: Sequence[Method], model: _Model) -> Estimate:
-    """The whole model, what is made of it, the hidden states of the calibration text before and after a block, and a batch within it."""
+    """The whole model, what is made of it, the hidden states of the calibration text before and after a block, and a batch within it.
+
+    Methods that are written here leave dense weights where they were; libraries make tensors of their own.
+    """
     if not any(method.needs.weights for method in methods):
         return Estimate(generated := model.bytes if config.model.is_random else 0, generated)
     needs, left = [method.needs for method in methods], _compressed(methods, model)
-    work = left.bytes
+    work = 0 if left.format in DENSE and all(method.reference == "paper" for method in methods) else left.bytes
     if model.shape and any(need.calibration for need in needs):
         tokens = config.calibration.samples * config.calibration.length
         work += 2 * tokens * model.shape.hidden_size * model.width
