@@ -48,6 +48,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gum": TRAINED,
     "kmeans": {"steps": 5},
     "l0-weights": TRAINED,
+    "layerdrop": TRAINED,
     "llm-qat": TRAINED | {"sequences": 4, "generation_batch": 4},
     "llm-surgeon": {"shots": 2, "correlated": 100},
     "llm-surgeon-units": {"shots": 2},

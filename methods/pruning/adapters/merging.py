@@ -110,11 +110,16 @@ def finished(
     """Cut structures out of a model into which the adapters are merged, and write it.
 
     Args:
-        gone: Masks [count] by the full name of the layer that reads the structures.
+        gone: Masks [count] by the full name of the layer that reads the structures, and `hidden` [features], if features may have gone.
     """
     from slimbench.methods.pruning.gates import learned
+    from slimbench.methods.pruning.gates.stream import stream_of
 
-    before, kinds = model.num_parameters(), learned.kinds_of(model)
+    before, kinds, gone = model.num_parameters(), learned.kinds_of(model), dict(gone)
+    if (features := gone.pop("hidden", None)) is not None:
+        told["hidden"] = int((~features).sum())
+        if bool(features.any()):
+            stream_of(model).cut(model, (~features).nonzero().squeeze(1))
     for name, mask in gone.items():
         if bool(mask.any()):
             kinds[name].cut(model, (~mask).nonzero().squeeze(1))

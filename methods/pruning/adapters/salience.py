@@ -1,32 +1,46 @@
-"""What APT measures of heads and channels while adapters learn, and what it makes of it: masks that fade, and ranks that grow."""
+"""What APT measures of heads, channels and features while adapters learn, and what it makes of it: masks that fade, ranks that grow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from slimbench.methods.base import Unsupported
 from slimbench.methods.core.architecture.units import Structures, cheapest, price
 from slimbench.methods.core.learning.beside import Beside
+from slimbench.methods.core.learning.gates import multiplied
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.learning.hooks import Hooks
+from slimbench.methods.core.masks import across
+from slimbench.methods.pruning.gates.nested import Nest
+
+_WRITTEN = "written/"
 
 
 class Salience(Hooks):
     """Masks of structures and ranks of adapters.
 
     Attributes:
-        averages: S̄ [count] of each kind, by the full name of the layer that reads it; so are `gates`, 0..1, and `gone`.
+        averages: S̄ [count] of each kind, by the full name of the layer that reads it, and `hidden` [features], if features go; so are
+            `gates`, 0..1, and `gone`.
         ranks: Of each adapter, how many rows of A and columns of B take part; the others are not updated, and those of B are zero.
         teacher: A and B of each adapter as they were when pruning began.
         step: The one that is on.
     """
 
     def __init__(
-        self, beside: Beside, kinds: Mapping[str, Structures], wanted: int, growth: Cubic, memory: float, fade: float, rank: int
+        self,
+        beside: Beside,
+        kinds: Mapping[str, Structures],
+        wanted: int,
+        growth: Cubic,
+        memory: float,
+        fade: float,
+        rank: int,
+        nest: Nest | None = None,
     ) -> None:
         """Masks are open, and ranks as small as they ever are.
 
@@ -37,10 +51,14 @@ class Salience(Hooks):
             memory: β.
             fade: By how much a mask moves in a step.
             rank: Of all adapters at first.
+            nest: The same kinds and the stream, of which features go too; None: they stay.
         """
         self.beside, self.kinds, self.wanted, self.growth, self.memory, self.fade = beside, dict(kinds), wanted, growth, memory, fade
+        self.nest = nest
         self.first, self.most = rank, len(next(iter(beside.pairs.values()))[0])
         ones = {name: torch.ones(kind.count, device=kind.reads.weight.device) for name, kind in kinds.items()}
+        if nest is not None:
+            ones["hidden"] = torch.ones(nest.stream.width, device=nest.stream.head.weight.device)
         self.gates = {name: values.clone() for name, values in ones.items()}
         self.averages = {name: torch.zeros_like(values) for name, values in ones.items()}
         self.gone = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in ones.items()}
@@ -50,29 +68,33 @@ class Salience(Hooks):
         self.step = 0
         self.seen: dict[str, list[Tensor]] = {}
         self.names = {layer: name for name, layer in beside.layers.items()}
-        self.placed = [self._watch(name, kind.reads) for name, kind in kinds.items()]
+        self.placed = [kind.reads.register_forward_pre_hook(self._read(name)) for name, kind in kinds.items()]
+        if nest is not None:
+            self.placed += [kind.reads.register_forward_hook(self._written(name)) for name, kind in kinds.items()]
 
     def _copied(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (first.detach().clone(), second.detach().clone()) for name, (first, second) in self.beside.pairs.items()}
 
-    def _watch(self, name: str, reads: nn.Linear) -> RemovableHandle:
-        """Sum up the magnitudes of the inputs of a layer and of their gradients, and the inputs, over the tokens of a step."""
+    def _see(self, name: str, x: Tensor) -> None:
+        """Sum up the magnitudes of inputs or outputs of a layer and of their gradients, and themselves, over the tokens of a step."""
+        if not torch.is_grad_enabled():
+            return
+        flat = x.detach().flatten(0, -2).float()
+        held = self.seen.setdefault(name, [torch.zeros(flat.shape[1], device=flat.device) for _ in range(3)] + [torch.zeros(())])
+        held[0] += flat.abs().sum(0)
+        held[1] += flat.sum(0)
+        held[3] += len(flat)
 
-        def add(place: int, values: Tensor) -> None:
-            self.seen[name][place] += values
+        def add(gradient: Tensor) -> None:
+            held[2] += gradient.flatten(0, -2).float().abs().sum(0)
 
-        def see(_: Any, args: tuple[Tensor]) -> None:
-            if not torch.is_grad_enabled():
-                return
-            x = args[0]
-            flat = x.detach().flatten(0, -2).float()
-            held = self.seen.setdefault(name, [torch.zeros(flat.shape[1], device=flat.device) for _ in range(3)] + [torch.zeros(())])
-            held[0] += flat.abs().sum(0)
-            held[1] += flat.sum(0)
-            held[3] += len(flat)
-            x.register_hook(lambda gradient: add(2, gradient.flatten(0, -2).float().abs().sum(0)))
+        x.register_hook(add)
 
-        return reads.register_forward_pre_hook(see)
+    def _read(self, name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda _, args: self._see(name, args[0])
+
+    def _written(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda _, args, made: self._see(_WRITTEN + name, made)
 
     def finish(self) -> None:
         """Look at no more inputs."""
@@ -81,19 +103,38 @@ class Salience(Hooks):
 
     def salience(self, name: str) -> Tensor:
         """Ŝ [count] of the structures of a kind, of the step that is on."""
-        kind, (sizes, sums, gradients, tokens) = self.kinds[name], self.seen[name]
+        kind, (sizes, _, gradients, _) = self.kinds[name], self.seen[name]
         found = (sizes * gradients).view(kind.count, -1).sum(1)
         for layer in kind.makes:
             if (adapter := self.names.get(layer)) is not None:
                 second = self.beside.pairs[adapter][1]
                 assert second.grad is not None
                 found += self.beside.scale * (second.detach() * second.grad).abs().view(kind.count, -1).sum(1)
-        outputs = kind.reads.weight.detach().float() * (sums / tokens.to(sums.device))
-        return found + kurtosis(outputs.T.reshape(kind.count, -1)).clamp_min(0).sqrt()
+        return found + outliers(self._outputs(name).T.reshape(kind.count, -1))
+
+    def features(self) -> Tensor:
+        """Ŝ [features] of the stream, of the step that is on."""
+        found = torch.zeros_like(self.averages["hidden"])
+        for name in self.kinds:
+            sizes, _, gradients, _ = self.seen[_WRITTEN + name]
+            found += (sizes * gradients + outliers(self._outputs(name))).to(found.device)
+        return found
+
+    def _outputs(self, name: str) -> Tensor:
+        """What each input gives to each output of the layer that reads a kind, of the mean of the inputs, [out, in]."""
+        _, sums, _, tokens = self.seen[name]
+        return self.kinds[name].reads.weight.detach().float() * (sums / tokens.to(sums.device))
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """Structures multiplied by their masks for a while."""
+        with multiplied(self.kinds, self.gates) if self.nest is None else self.nest.applied(self.gates):
+            yield
 
     def after_backward(self, step: int) -> None:
-        for name in self.kinds:
-            self.averages[name].mul_(self.memory).add_(self.salience(name), alpha=1 - self.memory)
+        for name, average in self.averages.items():
+            found = self.salience(name) if name in self.kinds else self.features()
+            average.mul_(self.memory).add_(found, alpha=1 - self.memory)
         self.seen = {}
         for name, (first, second) in self.beside.pairs.items():
             assert first.grad is not None and second.grad is not None
@@ -106,16 +147,23 @@ class Salience(Hooks):
         begin, end = self.growth.begin, self.growth.end
         return 1 + (self.most / self.first - 1) * min(1.0, max(0.0, (step - begin) / (end - begin)))
 
-    def adjust(self, done: int, before: int) -> None:
-        """Choose anew what goes, and let the ranks of the more important half of the adapters grow.
+    def chosen(self, wanted: int) -> dict[str, Tensor]:
+        """The structures that go for so many parameters, those of the lowest S̄ per parameter, as masks.
+
+        Raises:
+            Unsupported: One structure of each kind stays, and all others do not hold so many.
+        """
+        if self.nest is None:
+            return cheapest({name: values / price(self.kinds[name]) for name, values in self.averages.items()}, self.kinds, wanted)
+        held = prices(self.nest, self.gone)
+        return fewest({name: values / held[name] for name, values in self.averages.items()}, self.nest, wanted)
+
+    def grow(self, done: int, before: int) -> None:
+        """Let the ranks of the more important half of the adapters grow.
 
         Args:
             before: The step after which that was done last.
         """
-        wanted = round(self.growth.at(done) * self.wanted)
-        if wanted:
-            densities = {name: values / price(self.kinds[name]) for name, values in self.averages.items()}
-            self.gone = cheapest(densities, self.kinds, wanted)
         order = sorted(self.importance, key=lambda name: -self.importance[name])
         for name in order[: len(order) // 2]:
             self.ranks[name] = min(self.most, int(self.ranks[name] * self.budget(done) / self.budget(before) + 1e-9))
@@ -124,9 +172,12 @@ class Salience(Hooks):
         done, growth = step + 1, self.growth
         if done == growth.begin:
             self.teacher = self._copied()
-        every = max(1, (growth.end - growth.begin) // 4)
-        if done == growth.end or (growth.begin < done < growth.end and (done - growth.begin) % every == 0):
-            self.adjust(done, max(growth.begin, growth.begin + (done - 1 - growth.begin) // every * every))
+        if growth.begin < done <= growth.end:
+            if wanted := round(growth.at(done) * self.wanted):
+                self.gone = self.chosen(wanted)
+            every = max(1, (growth.end - growth.begin) // 4)
+            if done == growth.end or (done - growth.begin) % every == 0:
+                self.grow(done, max(growth.begin, growth.begin + (done - 1 - growth.begin) // every * every))
         for name, gate in self.gates.items():
             gate.add_(torch.where(self.gone[name], -self.fade, self.fade)).clamp_(0, 1)
         self.step = done
@@ -147,6 +198,47 @@ class Salience(Hooks):
             second.copy_(state[f"teacher/{name}/B"])
         *ranks, self.step = state["ranks"].tolist()
         self.ranks = dict(zip(self.ranks, ranks, strict=True))
+
+
+def prices(nest: Nest, gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that each structure holds, by how much they would be fewer without it, where others have gone already."""
+    stays = {name: (~mask).double().requires_grad_(True) for name, mask in gone.items()}
+    with torch.enable_grad():
+        found = torch.autograd.grad(nest.size(stays), list(stays.values()))
+    return dict(zip(stays, found, strict=True))
+
+
+def fewest(densities: Mapping[str, Tensor], nest: Nest, wanted: int) -> dict[str, Tensor]:
+    """As few structures as hold so many parameters together, those of the lowest densities, as masks, by bisection.
+
+    Of each kind, and of the features, the one of the highest density stays.
+
+    Args:
+        densities: [count] of each kind, and `hidden` [features].
+
+    Raises:
+        Unsupported: All others do not hold so many.
+    """
+    free = {name: values.index_fill(0, values.argmax(), torch.inf) for name, values in densities.items()}
+
+    def lost(count: int) -> int:
+        return nest.total - round(float(nest.size({name: (~mask).double() for name, mask in across(free, count).items()})))
+
+    low, high = 0, sum(len(values) - 1 for values in free.values())
+    if lost(high) < wanted:
+        raise Unsupported(
+            f"one hidden feature, and one group of heads and one channel in each block, leave {lost(high)} parameters to prune,"
+            f" fewer than {wanted}"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if lost(middle) >= wanted else (middle + 1, high)
+    return across(free, low)
+
+
+def outliers(values: Tensor) -> Tensor:
+    """√max(0, Kurt) of values [n, count] along the last dimension, [n]."""
+    return kurtosis(values).clamp_min(0).sqrt()
 
 
 def kurtosis(values: Tensor) -> Tensor:

@@ -41,17 +41,22 @@ class Dropping(Method):
             raise Unsupported(f"{self.count(shape.num_layers)} blocks cannot be removed from {shape.num_layers}")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.architecture.surgery import counts, remove_blocks
-        from slimbench.methods.formats.architecture.structure import blocks_of
-
         if self.needs.calibration and not calibration.ids.numel():
             raise ValueError("calibration holds no tokens")
         model = dense.load()
+        claim = self.shorten(model, calibration, dense)
+        save_dense(model, out)
+        dense.progress(1, 1)
+        return claim
+
+    def shorten(self, model: Any, calibration: Calibration, dense: DenseModel) -> Claim:
+        """Take the chosen blocks out of a model, in place, and say what is left."""
+        from slimbench.methods.core.architecture.surgery import counts, remove_blocks
+        from slimbench.methods.formats.architecture.structure import blocks_of
+
         before = model.num_parameters()
         removed, details = self.chosen(model, len(blocks_of(model)), calibration, dense)
         remove_blocks(model, removed)
-        save_dense(model, out)
-        dense.progress(1, 1)
         return Claim(HUGGINGFACE, **counts(model), details=details | {"blocks_removed": removed, "parameters_before": before})
 
 

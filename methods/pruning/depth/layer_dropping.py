@@ -9,8 +9,8 @@ Strategies for K of L blocks, which are numbered from 1 at the bottom:
     symmetric         the K in the middle; where L-K is odd, one more stays at the bottom
     contribution      those whose outputs are most similar to their inputs: the highest mean cosine
 
-The paper measures contribution at the token that stands for a sentence, the first one of BERT; of a causal model that is the last one of
-a sample. It drops what lies above a threshold; here K says how many.
+The paper measures contribution at the token that stands for a sentence: the first one of BERT, the last one of XLNet. Of a causal model it
+is the last one of a sample. It drops what lies above a threshold; here K says how many.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ pass of the whole model and R what of it is spent outside of them, dynamic progr
     argmin Σ_layers c · error      so that      R + Σ_layers time <= T / speed-up
 
 first for c = 1; then some of the coefficients c, a tenth on average, are drawn anew from [0, 1], and are kept if the model that comes of
-them has a lower loss on calibration text. The distillation that follows in the paper is a step of its own.
+them has a lower loss on calibration text. That is the paper's post-training setting; its distillation is a step of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ZipLM(SecondOrder, Method):
         cost: What the table holds: measured `latency`, which is never twice the same, or `products` (multiplications), which is.
         batch: Sequences of a pass.
         length: Tokens of a sequence; 1 is a step of decoding without what a cache costs.
-        candidates: Choices of levels whose loss is measured; 1 takes that of the layers' errors alone. The paper takes 1,000.
+        candidates: Choices of levels whose loss is measured; 1 takes that of the layers' errors alone.
         tokens: Calibration tokens, in whole samples, for these losses.
     """
 
@@ -69,7 +69,7 @@ class ZipLM(SecondOrder, Method):
     cost: Literal["latency", "products"] = "latency"
     batch: int = 1
     length: int = 128
-    candidates: int = 100
+    candidates: int = 1000
     tokens: int = 2048
 
     def __post_init__(self) -> None:

@@ -11,9 +11,11 @@ While |ε| is above a threshold, one weight of the row grows back and one is pru
     ε ← ε - w_i x̄_i + w_j x̄_j
 
 With a pattern, j is of the same run of m inputs as i, whatever its sign, so that each run keeps its zeros. What has grown is not pruned
-again, what was pruned does not grow again, and a row loses as many weights as it gets. A row is finished at its first swap that would
-not bring ε nearer to zero, or when nothing is left to swap. The authors' program (zyxxmu/DSnoT) goes on in that case, or, with a
-pattern, ends where the sign of ε would change; and its variance is the mean of those inside the samples.
+again, what was pruned does not grow again, and a row loses as many weights as it gets. A row is finished at its first swap after which
+ε would have another sign than at first (`prune_DSnoT` of zyxxmu/DSnoT; told `--without_same_sign` it goes on, with a pattern never), or
+when nothing is left to swap. So ε comes nearer to zero with each swap; with a pattern too, where two rows of a hundred would make one
+that takes it away, and are finished there instead. In a run j has the least score of the first mask, where it is made here. Variances
+are over all tokens; those of the program are the mean of those inside the samples.
 
 Where an earlier step of the pipeline pruned, its mask is the start: w is then the dense weight where it is zero and the weight as that
 step left it elsewhere, and ε what the row has lost against the dense one, (w_dense - w_sparse) · x̄.
@@ -90,6 +92,7 @@ class DSnoT(Sparse, Method):
     """
 
     name = "dsnot"
+    version = 2
     citation = Citation("DSnoT", year=2023, arxiv="2310.08915", covers=("pruning/dsnot",))
     needs = Needs(calibration=True)
 
@@ -125,14 +128,15 @@ class DSnoT(Sparse, Method):
             seen = inputs(block, gram=self.start == "sparsegpt")
             for name, layer in block.linears().items():
                 now = layer.weight.detach().float()
-                mask = self.first_mask(now, seen[name]) if originals is None else now == 0
+                scores = self.first_scores(now, seen[name])
+                mask = self.first_mask(scores) if originals is None else now == 0
                 dense_weight = now if originals is None else originals[name].weight.detach().to(now)
                 kept = now.masked_fill(mask, 0.0)
                 if name in refined:
                     channels = _channels(seen[name], len(calibration.ids))
                     values = dense_weight.where(mask, now)
                     error = (dense_weight - kept).double() @ channels.total.double()
-                    done = self.refine(values, mask, channels, error)
+                    done = self.refine(values, mask, channels, error, scores if self.pattern and originals is None else None)
                     kept = values.masked_fill(done.mask, 0.0)
                     before, after = before + float(error.abs().sum()), after + float(done.error.abs().sum())
                     changed, rows, swaps = changed + int((done.swaps > 0).sum()), rows + len(now), swaps + int(done.swaps.sum())
@@ -176,8 +180,8 @@ class DSnoT(Sparse, Method):
             raise Unsupported("an earlier step changed the sizes of layers, so what it pruned cannot grow back")
         return originals
 
-    def first_mask(self, weight: Tensor, seen: Inputs) -> Tensor:
-        """The mask of a dense float32 weight [out, in] before any swap.
+    def first_scores(self, weight: Tensor, seen: Inputs) -> Tensor:
+        """What decides on the first mask of a dense float32 weight, [out, in]; Wanda's scores where an earlier step made it.
 
         Args:
             seen: Statistics of its inputs, with second moments for `sparsegpt`.
@@ -185,14 +189,18 @@ class DSnoT(Sparse, Method):
         from slimbench.methods.core.second_order import inverse_factor
 
         scores = weight.abs()
-        if self.start == "wanda":
-            scores = scores * seen.norm
-        elif self.start == "sparsegpt":
-            assert seen.gram is not None
-            scores = (scores / inverse_factor(seen.gram, _DAMPENING).diagonal()).square().masked_fill(seen.gram.diagonal() == 0, 0.0)
-        return choose(scores, round(self.sparsity * weight.numel()), "row", self.pattern)
+        if self.start == "magnitude":
+            return scores
+        if self.start != "sparsegpt":
+            return scores * seen.norm
+        assert seen.gram is not None
+        return (scores / inverse_factor(seen.gram, _DAMPENING).diagonal()).square().masked_fill(seen.gram.diagonal() == 0, 0.0)
 
-    def refine(self, weight: Tensor, mask: Tensor, channels: Channels, error: Tensor) -> Refined:
+    def first_mask(self, scores: Tensor) -> Tensor:
+        """The mask before any swap, from scores [out, in]."""
+        return choose(scores, round(self.sparsity * scores.numel()), "row", self.pattern)
+
+    def refine(self, weight: Tensor, mask: Tensor, channels: Channels, error: Tensor, scores: Tensor | None = None) -> Refined:
         """Swap in each row of a layer.
 
         Args:
@@ -200,32 +208,32 @@ class DSnoT(Sparse, Method):
             mask: Boolean [out, in]; true where a weight goes.
             channels: Of the inputs.
             error: ε, float64 [out].
+            scores: By them weights leave, [out, in]; None: |w_j| ‖x_j‖₂.
         """
         import torch
 
-        parts = [self._refine(*rows, channels) for rows in zip(weight.split(_ROWS), mask.split(_ROWS), error.split(_ROWS), strict=True)]
+        scores = weight.abs() * channels.norm if scores is None else scores
+        rows = zip(weight.split(_ROWS), mask.split(_ROWS), error.split(_ROWS), scores.split(_ROWS), strict=True)
+        parts = [self._refine(*of, channels) for of in rows]
         return Refined(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def _refine(self, weight: Tensor, mask: Tensor, error: Tensor, channels: Channels) -> Refined:
+    def _refine(self, weight: Tensor, mask: Tensor, error: Tensor, scores: Tensor, channels: Channels) -> Refined:
         import torch
 
         gain = weight.double() * channels.total.double()
         benefit = gain / channels.variance.double().clamp_min(_LEAST_VARIANCE) ** self.power
-        scores = (weight.abs() * channels.norm).masked_fill(mask, torch.inf)
+        scores = scores.masked_fill(mask, torch.inf)
         growing = _Queues([(side * benefit, mask & (side * gain > 0)) for side in (1, -1)], self.swaps)
         leaving = None if self.pattern else _Queues([(-scores, ~mask & (side * gain < 0)) for side in (1, -1)], self.swaps)
         run = parse_pattern(self.pattern)[1] if self.pattern else 0
         mask, rows = mask.clone(), torch.arange(len(mask), device=mask.device)
-        active, swaps = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+        active, swaps, sign = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows), error.sign()
         for _ in range(self.swaps):
             side = (error < 0).long()
             grows, able = growing.next(side)
-            if leaving is None:
-                goes, fits = _least_of_run(scores, grows, run)
-            else:
-                goes, fits = leaving.next(side)
+            goes, fits = _least_of_run(scores, grows, run) if leaving is None else leaving.next(side)
             then = error - gain[rows, grows] + gain[rows, goes]
-            active = active & able & fits & (error.abs() > self.threshold) & (then.abs() < error.abs())
+            active = active & able & fits & (error.abs() > self.threshold) & (then.sign() == sign) & (then.abs() < error.abs())
             if not bool(active.any()):
                 break
             changed = rows[active]

@@ -16,10 +16,13 @@ from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.gates import multiplied
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.losses import next_token
+from slimbench.methods.core.training import Trained
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.adapters.apt import APT, matched, objective, shared
+from slimbench.methods.pruning.adapters.merging import finished
 from slimbench.methods.pruning.adapters.salience import Salience, kurtosis
 from slimbench.methods.pruning.gates.learned import kinds_of
+from slimbench.methods.pruning.gates.nested import Nest
 from tests.support import tiny
 from tests.support.architectures import make
 
@@ -27,6 +30,8 @@ CALIBRATION = tiny.tokens(samples=8, length=32)
 FEW: dict[str, Any] = {"steps": 24, "batch_size": 2, "length": 16}
 GROUP, CHANNEL = {"llama": 16 * 64 * 6, "opt": 16 * (3 * 65 + 64)}, {"llama": 3 * 64, "opt": 65 + 64}
 GROUPS = {"llama": 2, "opt": 4}
+ONE = {"llama": (16 * 6, 0, 3, 0), "opt": (16 * 4, 16 * 3, 2, 1)}
+"""Weights of a group for each feature, its biases, and those of a channel."""
 SCALE = 2.0
 
 
@@ -46,15 +51,32 @@ def compressed(method: Method, dense: DenseModel, out: Path) -> Claim:
     return method.compress(dense, CALIBRATION, out)
 
 
-def watched(growth: Cubic | None = None, rank: int = 2, most: int = 4, wanted: int = 30_000) -> tuple[Any, Beside, Salience]:
-    """A model of one block with adapters on queries, values and up, whose B is not zero."""
-    model = make("llama", num_hidden_layers=1).requires_grad_(False)
-    ends = ("q_proj", "v_proj", "up_proj")
+def watched(
+    growth: Cubic | None = None, rank: int = 2, most: int = 4, wanted: int = 30_000, architecture: str = "llama", **more: Any
+) -> tuple[Any, Beside, Salience]:
+    """A model, of one block where nothing else is said, with adapters on queries, values and up, whose B is not zero."""
+    model = make(architecture, **(more or {"num_hidden_layers": 1})).requires_grad_(False)
+    ends = ("q_proj", "v_proj", "up_proj", "fc1")
     beside = Beside({name: layer for name, layer in tiny.block_layers(model).items() if name.endswith(ends)}, most, SCALE, 0)
     generator = torch.Generator().manual_seed(3)
     for _, second in beside.pairs.values():
         second.data[:, :rank] = 0.1 * torch.randn(second[:, :rank].shape, generator=generator)
-    return model, beside, Salience(beside, kinds_of(model), wanted, growth or Cubic(0.0, 1.0, 2, 6), 0.75, 0.25, rank)
+    nest = Nest(model) if more else None
+    return model, beside, Salience(beside, kinds_of(model), wanted, growth or Cubic(0.0, 1.0, 2, 6), 0.75, 0.25, rank, nest)
+
+
+def held(architecture: str, groups: int, channels: int, hidden: int) -> int:
+    """Parameters of so many groups of heads and channels of the whole model where so many features are left."""
+    group, biases, channel, bias = ONE[architecture]
+    return hidden * (group * groups + channel * channels) + biases * groups + bias * channels
+
+
+def lost(architecture: str, groups: int, channels: int, hidden: int, tied: bool = True) -> int:
+    """Parameters that go from a model of three blocks where so much is left: of units, and what else each feature has."""
+    blocks = {"llama": 2, "opt": 2 * 2 + 2}[architecture]  # gains of norms; biases of norms and of what writes the stream
+    outside = {"llama": 256 + 1, "opt": 256 + 256 + 2 + 2}[architecture] + (0 if tied else 256)
+    units = held(architecture, 3 * GROUPS[architecture], 3 * 128, 64) - held(architecture, groups, channels, hidden)
+    return units + (64 - hidden) * (3 * blocks + outside)
 
 
 def plain_kurtosis(values: list[float]) -> float:
@@ -124,6 +146,116 @@ def test_salience_is_that_of_activations_gradients_adapters_and_outliers() -> No
         assert not first.grad[2:].any() and not second.grad[:, 2:].any() and second.grad[:, :2].any(), "later ranks do not learn yet"
         of_second = SCALE * (layers[name].weight.grad @ beside.pairs[name][0].detach().T)
         assert hooks.importance[name] == pytest.approx(float((of_second * second.detach()).abs().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_salience_of_a_feature_is_summed_over_all_that_is_written_to_it(architecture: str) -> None:
+    """Against the model into which the adapters are merged; what is written counts before the mask."""
+    adapted, beside, hooks = watched(architecture=architecture, num_hidden_layers=2)
+    z = torch.linspace(0.4, 1.0, 64)
+    z[::5] = 0.0
+    hooks.gates["hidden"].copy_(z)
+    for parameter in beside.parameters.values():
+        parameter.requires_grad_(True)
+    ids = CALIBRATION.ids[:2, :12]
+    with beside.added(), hooks.masked():
+        next_token(adapted(ids, use_cache=False).logits, ids).backward()
+    hooks.after_backward(0)
+    merged = make(architecture, num_hidden_layers=2).requires_grad_(False)
+    layers = tiny.block_layers(merged)
+    for name, (first, second) in beside.pairs.items():
+        layers[name].weight.data += SCALE * (second @ first).detach()
+    merged.get_input_embeddings().weight.requires_grad_(True)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor, made: Tensor) -> None:
+        made.retain_grad()
+        inputs[name], outputs[name] = x, made
+
+    writers = [name for name in layers if name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))]
+    assert len(writers) == 4
+    for name in writers:
+        layers[name].register_forward_hook(lambda _, args, made, name=name: keep(name, args[0], made))
+    with Nest(merged).stream.masked(z):
+        next_token(merged(ids, use_cache=False).logits, ids).backward()
+    want = [0.0] * 64
+    for name in writers:
+        made, x, gradient = outputs[name], inputs[name], outputs[name].grad
+        assert gradient is not None
+        rows, slopes = made.detach().flatten(0, -2).tolist(), gradient.flatten(0, -2).tolist()
+        means, weight = x.detach().flatten(0, -2).mean(0).tolist(), layers[name].weight.tolist()
+        for j in range(64):
+            want[j] += sum(abs(row[j]) for row in rows) * sum(abs(row[j]) for row in slopes)
+            spread = plain_kurtosis([w * mean for w, mean in zip(weight[j], means, strict=True)])
+            want[j] += math.sqrt(max(0.0, spread))
+    torch.testing.assert_close(hooks.averages["hidden"], 0.25 * torch.tensor(want), rtol=2e-4, atol=1e-5)
+    assert not hooks.seen
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_what_is_left_is_a_product_of_features_and_of_heads_and_channels(architecture: str) -> None:
+    _, _, hooks = watched(architecture=architecture, num_hidden_layers=3)
+    generator, groups = torch.Generator().manual_seed(1), 3 * GROUPS[architecture]
+    names = list(hooks.averages)
+    group, biases, channel, bias = ONE[architecture]
+    left = {"group": groups, "channel": 3 * 128, "hidden": 64}
+    whole = held(architecture, groups, 3 * 128, 64)
+    assert names[-1] == "hidden" and hooks.nest is not None and hooks.nest.total == whole
+    for share in (0.3, 0.6):
+        prices = {"group": group * left["hidden"] + biases, "channel": channel * left["hidden"] + bias}
+        prices["hidden"] = group * left["group"] + channel * left["channel"]
+        kinds = {name: "hidden" if name == "hidden" else "group" if "attn" in name else "channel" for name in names}
+        for name in names:
+            drawn = torch.rand(len(hooks.averages[name]), generator=generator)
+            hooks.averages[name].copy_(drawn * prices[kinds[name]] * (3 if name == "hidden" else 1))
+        densities = [(float(v) / prices[kinds[name]], name, i) for name in names for i, v in enumerate(hooks.averages[name])]
+        densities = sorted(set(densities) - {max(entry for entry in densities if entry[1] == name) for name in names})
+        gone: set[tuple[str, int]] = set()
+        left = {"group": groups, "channel": 3 * 128, "hidden": 64}
+        while whole - held(architecture, *left.values()) < round(share * whole):
+            _, name, index = densities[len(gone)]
+            gone.add((name, index))
+            left[kinds[name]] -= 1
+        for wanted in (round(share * whole), whole - held(architecture, *left.values())):
+            chosen = hooks.chosen(wanted)
+            assert {(name, i) for name, mask in chosen.items() for i in mask.nonzero().flatten().tolist()} == gone
+        hooks.gone = chosen
+        assert min(left.values()) > 0 and left["hidden"] < 64 and left["group"] < groups and left["channel"] < 3 * 128
+    everything = whole - held(architecture, 3, 3, 1)
+    assert sum(int((~mask).sum()) for mask in hooks.chosen(everything).values()) == len(names)
+    with pytest.raises(Unsupported, match=f"leave {everything} parameters to prune, fewer than {everything + 1}"):
+        hooks.chosen(everything + 1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_masked_and_adapted_is_what_is_cut_and_merged(architecture: str, tied: bool, tmp_path: Path) -> None:
+    dense = tiny.saved(make(architecture, tie_word_embeddings=tied), tmp_path / "dense")
+    model, beside, hooks = watched(architecture=architecture, num_hidden_layers=3, tie_word_embeddings=tied)
+    generator, before = torch.Generator().manual_seed(2), model.num_parameters()
+    for average in hooks.averages.values():
+        average.copy_(torch.rand(len(average), generator=generator))
+    assert hooks.nest is not None
+    hooks.averages["hidden"].mul_(10)
+    hooks.gone = hooks.chosen(hooks.nest.total // 2)
+    hooks.gates = {name: (~mask).float() for name, mask in hooks.gone.items()}
+    with torch.no_grad(), beside.added():
+        plain = model(CALIBRATION.ids[:2], use_cache=False).logits
+        with hooks.masked():
+            wanted = model(CALIBRATION.ids[:2], use_cache=False).logits
+    hooks.finish()
+    beside.merge()
+    claim = finished(model, APT(**FEW), hooks.gone, Trained(0, 0, ((0, 0.0),), 0.0), dense, tmp_path)
+    cut = edited.load(tmp_path)
+    groups, channels = (sum(claim.details[f"{kind}_by_block"]) for kind in ("head_groups", "channels"))
+    hidden = claim.details["hidden"]
+    assert 1 < hidden < 64 and groups < 3 * GROUPS[architecture] and channels < 3 * 128
+    with torch.no_grad():
+        assert (cut(CALIBRATION.ids[:2]).logits - wanted).abs().max() < 1e-4
+    assert (plain - wanted).abs().max() > 1e-2
+    assert claim.parameters == cut.num_parameters()
+    assert before - cut.num_parameters() == lost(architecture, groups, channels, hidden, tied)
 
 
 def test_structures_of_the_lowest_salience_per_parameter_go_and_their_masks_fade() -> None:
@@ -205,9 +337,30 @@ def test_the_loss_goes_from_the_text_to_the_model_itself(llama: DenseModel) -> N
         assert float(loss(ids)) > 0.25 * entropy + 0.75 * text
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_features_that_no_block_writes_go_first_and_count_by_what_they_take(architecture: str, tmp_path: Path) -> None:
+    idle = make(architecture)
+    with torch.no_grad():
+        for name, layer in tiny.block_layers(idle).items():
+            if name.endswith(("o_proj", "out_proj", "down_proj", "fc2")):
+                for tensor in layer.parameters():
+                    tensor[:16] = 0.0
+    dense = tiny.saved(idle, tmp_path / "dense")
+    claim = compressed(APT(**FEW, ratio=0.3), dense, tmp_path / "out")
+    cut = edited.load(tmp_path / "out")
+    groups, channels = (sum(claim.details[f"{kind}_by_block"]) for kind in ("head_groups", "channels"))
+    whole = held(architecture, 3 * GROUPS[architecture], 3 * 128, 64)
+    gone = whole - held(architecture, groups, channels, 48)
+    assert claim.details["hidden"] == 48 and channels < 3 * 128
+    assert round(0.3 * whole) <= gone < round(0.3 * whole) + GROUP[architecture]
+    assert claim.parameters == cut.num_parameters() == idle.num_parameters() - lost(architecture, groups, channels, 48)
+    torch.testing.assert_close(cut.get_input_embeddings().weight, idle.get_input_embeddings().weight[:, 16:])
+    assert torch.isfinite(cut(CALIBRATION.ids).logits).all()
+
+
 def test_the_artefact_has_the_parameters_that_were_asked_for(source: tuple[str, DenseModel], tmp_path: Path) -> None:
     architecture, dense = source
-    claim = compressed(APT(**FEW), dense, tmp_path / "out")
+    claim = compressed(APT(**FEW, hidden=False), dense, tmp_path / "out")
     model, before = edited.load(tmp_path / "out"), dense.load().num_parameters()
     group, channel = GROUP[architecture], CHANNEL[architecture]
     heads, channels = claim.details["head_groups_by_block"], claim.details["channels_by_block"]
@@ -216,6 +369,7 @@ def test_the_artefact_has_the_parameters_that_were_asked_for(source: tuple[str, 
     assert round(0.25 * total) <= lost < round(0.25 * total) + group
     assert claim.parameters == model.num_parameters() == before - lost
     assert claim.details["ranks"][0] == 8 < claim.details["ranks"][1] <= 16
+    assert "hidden" not in claim.details and model.get_input_embeddings().weight.shape[1] == 64
     assert claim.layers == 3 and claim.training_tokens == 24 * 2 * 16
     assert torch.isfinite(model(CALIBRATION.ids).logits).all()
 
@@ -225,7 +379,14 @@ def test_other_decoders_and_settings_are_refused_in_one_line(llama: DenseModel, 
         APT(**FEW).compress(tiny.saved(make("mixtral"), tmp_path / "source"), CALIBRATION, tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(Unsupported, match="one group of heads and one channel in each block leave"):
-        APT(**FEW, ratio=0.99).compress(llama, CALIBRATION, tmp_path)
+        APT(**FEW, ratio=0.99, hidden=False).compress(llama, CALIBRATION, tmp_path)
+    with pytest.raises(Unsupported, match="one hidden feature, and one group of heads and one channel in each block, leave") as caught:
+        APT(**FEW, ratio=0.999).compress(llama, CALIBRATION, tmp_path)
+    assert "\n" not in str(caught.value)
+    scaled = tiny.saved(make("gemma"), tmp_path / "scaled")
+    with pytest.raises(Unsupported, match="no embedding and head of the usual classes"):
+        APT(**FEW).compress(scaled, CALIBRATION, tmp_path)
+    assert compressed(APT(**FEW, hidden=False), scaled, tmp_path / "scaled-out").parameters
     wrong: dict[str, Any]
     for wrong in ({"growing": 0.5}, {"memory": 1.0}, {"fade": 0.0}, {"loss": "distillation"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

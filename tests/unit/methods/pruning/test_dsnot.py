@@ -35,8 +35,8 @@ def row_by_row(
     power: float,
     run: int | None,
 ) -> tuple[list[bool], float, int]:
-    """The swaps of one row as the paper describes them."""
-    at_first, done = list(gone), 0
+    """The swaps of one row by the authors' rule, that the error keeps its sign; in a run it must come nearer to zero besides."""
+    at_first, done, positive = list(gone), 0, error > 0
     grown, left = set[int](), set[int]()
     for _ in range(swaps):
         if abs(error) <= threshold:
@@ -61,7 +61,7 @@ def row_by_row(
             break
         j = least[1]
         then = error - weight[i] * total[i] + weight[j] * total[j]
-        if abs(then) >= abs(error):
+        if not (then > 0 if positive else then < 0) or (run is not None and abs(then) >= abs(error)):
             break
         gone[i], gone[j], error, done = False, True, then, done + 1
         grown.add(i)
@@ -133,6 +133,7 @@ def test_rows_and_runs_keep_their_counts_and_the_error_falls(pattern: str | None
     touched = got.swaps > 0
     assert torch.equal(touched, (got.mask != mask).any(1)) and float(touched.float().mean()) > 0.5
     assert bool((got.error.abs() < error.abs())[touched].all()) and float(got.error.abs().sum()) < 0.5 * float(error.abs().sum())
+    assert torch.equal(got.error.sign(), error.sign())
     assert torch.equal(2 * got.swaps, (got.mask != mask).sum(1)), "what has changed does not change back"
 
 
@@ -148,6 +149,37 @@ def test_a_row_that_has_stopped_swaps_no_more(pattern: str | None) -> None:
         assert bool(same[stopped].all())
         stopped, before = stopped | same, now
     assert bool(stopped.all())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "weight", "gone", "left"),
+    [
+        (None, [4.0, 3.0, -6.0, 0.5], {0, 3}, 4.5),  # 0 for 2 would give 4.5 - 4 - 6: nothing is swapped
+        (None, [4.0, 3.0, -0.2, 0.5], {2, 3}, 0.3),  # 0 for 2: 4.5 - 4 - 0.2; nothing negative is left
+        ("2:4", [4.0, 3.0, -6.0, 0.5], {1, 3}, 3.5),  # 0 for 1: 4.5 - 4 + 3; then 3 for 2 would give -3
+        ("2:4", [4.0, 9.0, 8.0, 0.5], {0, 3}, 4.5),  # 0 for 2 would give 4.5 - 4 + 8, of the same sign but further away
+    ],
+)
+def test_a_row_by_hand(pattern: str | None, weight: list[float], gone: set[int], left: float) -> None:
+    ones, mask = torch.ones(4), torch.tensor([[True, False, False, True]])
+    for sign in (1, -1):
+        error = torch.tensor([sign * 4.5], dtype=torch.float64)
+        got = method(pattern).refine(sign * torch.tensor([weight]), mask, Channels(ones, ones, ones), error)
+        assert set(got.mask[0].nonzero().flatten().tolist()) == gone and float(got.error) == pytest.approx(sign * left)
+
+
+def test_in_a_run_the_scores_of_the_first_mask_say_what_leaves() -> None:
+    weight, channels = layer(4, False)
+    scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(7))
+    mask, chosen = method("2:4").first_mask(scores), method("2:4", swaps=1)
+    error = lost(weight, mask, channels)
+    got = chosen.refine(weight, mask, channels, error, scores)
+    went = (got.mask & ~mask).nonzero().tolist()
+    assert len(went) > 5
+    for row, j in went:
+        run = range(j // 4 * 4, j // 4 * 4 + 4)
+        assert float(scores[row, j]) == min(float(scores[row, k]) for k in run if not mask[row, k])
+    assert not torch.equal(got.mask, chosen.refine(weight, mask, channels, error).mask)
 
 
 def test_a_row_that_is_good_enough_is_left_alone() -> None:
@@ -189,7 +221,8 @@ def test_the_first_mask_is_that_of_its_method(start: Any) -> None:
     if start == "sparsegpt":
         scores[:, 5] = 0
     for sparsity, pattern in ((0.6, None), (0.5, "2:4")):
-        got = DSnoT(start=start, sparsity=sparsity, pattern=pattern).first_mask(weight, seen)
+        chosen = DSnoT(start=start, sparsity=sparsity, pattern=pattern)
+        got = chosen.first_mask(chosen.first_scores(weight, seen))
         m = 4 if pattern else 32
         for row, gone in zip(scores.reshape(-1, m), got.numpy().reshape(-1, m), strict=True):
             assert row[gone].max() <= row[~gone].min()
@@ -230,7 +263,7 @@ def test_the_attention_of_a_model_is_refined_and_nothing_else(dense: DenseModel,
             continue
         x = tiny.layer_inputs(model, name, CALIBRATION.ids)
         channels = Channels(x.sum(0).float() / sample, x.var(0, unbiased=False).float(), x.norm(dim=0).float())
-        mask = chosen.first_mask(whole, statistics(x))
+        mask = chosen.first_mask(chosen.first_scores(whole, statistics(x)))
         changed = int((gone != mask).sum())
         touched += changed
         assert (changed > 0) == ("self_attn" in name)
@@ -238,7 +271,8 @@ def test_the_attention_of_a_model_is_refined_and_nothing_else(dense: DenseModel,
             want = chosen.refine(whole, mask, channels, lost(whole, mask, channels)).mask
             assert float((want == gone).float().mean()) > 0.999, "statistics differ in their last digits"
     assert claim.sparsity == pytest.approx(chosen.sparsity, abs=1e-4) and claim.pattern == pattern
-    assert 2 * claim.details["swaps"] > touched > 0 and claim.details["error_left"] < 0.7 and claim.details["rows_changed"] > 0.3
+    assert 2 * claim.details["swaps"] > touched > 0 and claim.details["error_left"] < 0.7
+    assert claim.details["rows_changed"] > (0.25 if pattern else 0.3)
 
 
 def statistics(x: Tensor) -> Inputs:
