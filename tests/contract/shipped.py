@@ -20,7 +20,7 @@ from slimbench.methods.base import Calibration, Claim, DenseModel, Method, Unsup
 from tests.support import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
-TRAINED = {"steps": 21, "batch_size": 2, "length": 16}
+TRAINED = {"steps": 9, "batch_size": 2, "length": 16, "checkpoint_every": 4}
 CHEAP: dict[str, dict[str, Any]] = {
     "accuracy-predictor": {"configurations": 12, "candidates": 50, "tokens": 64},
     "adalora": TRAINED,

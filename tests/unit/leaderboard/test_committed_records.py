@@ -11,10 +11,9 @@ from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.intervals import perplexity_ratio_interval
 from slimbench.harness.stats.significance import paired_p_value, standard_errors
-from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import of_rows
 from slimbench.leaderboard.rows.index import Index, oldest_first
-from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.rows.row import Row
 from slimbench.methods.base import Claim
 from tests.support.paths import ROOT
 
@@ -29,13 +28,6 @@ MISSES = (
     *("admm-50", "sparsegpt", "sparsegpt+sparse-bitmap", "flap-25"),
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
-
-
-@pytest.fixture(scope="module")
-def committed() -> list[Record]:
-    records, unreadable = Store(RESULTS).scan()
-    assert records and not unreadable
-    return records
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +58,13 @@ def test_pairing_gains_as_much_where_windows_break(gains: dict[str, float], pipe
     assert gains[pipeline] >= 5
 
 
-def test_no_figure_breaks_the_roofline_and_each_speed_up_names_its_kernel(committed: list[Record]) -> None:
-    board = rows(committed)
-    assert all(row.roofline_fraction is None or row.roofline_fraction <= 1 for row in board)
-    assert all(row.kernel for row in board if row.speedup is not None)
+def test_no_figure_breaks_the_roofline_and_each_speed_up_names_its_kernel(committed_rows: list[Row]) -> None:
+    assert all(row.roofline_fraction is None or row.roofline_fraction <= 1 for row in committed_rows)
+    assert all(row.kernel for row in committed_rows if row.speedup is not None)
 
 
-def test_the_reference_against_itself_is_one(committed: list[Record]) -> None:
-    intervals = [(row, row.speedup_low, row.speedup_high) for row in rows(committed) if row.is_reference]
+def test_the_reference_against_itself_is_one(committed_rows: list[Row]) -> None:
+    intervals = [(row, row.speedup_low, row.speedup_high) for row in committed_rows if row.is_reference]
     measured = [(row, low, high) for row, low, high in intervals if low is not None and high is not None]
     assert len(measured) >= 5
     flagged = [row for row, low, high in measured if not low <= 1 <= high]
@@ -81,11 +72,10 @@ def test_the_reference_against_itself_is_one(committed: list[Record]) -> None:
     assert len(flagged) <= max(1, 0.2 * len(measured))
 
 
-def test_rows_of_one_format_and_as_many_bytes_are_as_fast(committed: list[Record]) -> None:
+def test_rows_of_one_format_and_as_many_bytes_are_as_fast(committed: list[Record], committed_rows: list[Row]) -> None:
     """At most one pair in twenty of the front table is called different in decode speed where the same kernel reads as many bytes."""
-    ordered = oldest_first(committed)
-    index = Index(ordered)
-    front = [row for row in rows(ordered) if (row.suite, row.speed) == ("front", "front") and row.speedup is not None]
+    index = Index(oldest_first(committed))
+    front = [row for row in committed_rows if (row.suite, row.speed) == ("front", "front") and row.speedup is not None]
     alike = [(a, b) for a, b in combinations(front, 2) if (a.kernel, a.weight_bytes) == (b.kernel, b.weight_bytes)]
     found = {f"{a.pipeline} v {b.pipeline}": of_rows(index, a, b).speed[0] for a, b in alike}
     assert {speed.phase for speed in found.values()} == {"decode"} and len(found) >= 20

@@ -48,11 +48,6 @@ OLDER = {"load average 3.1 on 2 cores while measuring"}
 STALE = "prefill and activations are with a copy of the dense head that is no longer made"
 
 
-@pytest.fixture(scope="module")
-def committed() -> list[Record]:
-    return Store(ROOT / "results").scan()[0]
-
-
 def recorded(made: list[Record]) -> set[str]:
     """Every flag that stands in a record, by a walk through its JSON."""
 
@@ -96,8 +91,8 @@ def test_every_module_that_writes_flags_is_read_for_them() -> None:
     assert flag_texts.called("leaderboard/flags/collect.py", "flags") <= writers | passing
 
 
-def test_every_flag_of_the_committed_records_has_a_meaning(committed: list[Record]) -> None:
-    found = recorded(committed) | {flag for row in rows(committed) for flag in row.flags}
+def test_every_flag_of_the_committed_records_has_a_meaning(committed: list[Record], committed_rows: list[Row]) -> None:
+    found = recorded(committed) | {flag for row in committed_rows for flag in row.flags}
     assert len(found) > 100
     known = {flag: [one.pattern for one in CATALOGUE if re.fullmatch(one.pattern, flag, re.DOTALL)] for flag in shown(found)}
     assert not {flag: patterns for flag, patterns in known.items() if len(patterns) != 1}
@@ -111,9 +106,9 @@ def text_of_the_reader() -> str:
     return "measured at 50 GB/s of copy bandwidth, the reference's row at 39: compare speed-ups, not tokens/s"
 
 
-def test_flags_that_predict_nothing_are_not_shown(committed: list[Record]) -> None:
+def test_flags_that_predict_nothing_are_not_shown(committed: list[Record], committed_rows: list[Row]) -> None:
     assert any("copy bandwidth" in flag for flag in recorded(committed)), "older records have them"
-    assert not [flag for row in rows(committed) for flag in row.flags if "bandwidth" in flag]
+    assert not [flag for row in committed_rows for flag in row.flags if "bandwidth" in flag]
 
 
 def test_a_text_that_is_not_known_is_a_note_that_is_shown() -> None:
@@ -130,9 +125,9 @@ def test_what_a_flag_takes_away() -> None:
     assert all(one.kind is Kind.INVALID for one in CATALOGUE if one.spoils)
 
 
-def test_what_is_simulated_is_told_once_and_as_it_is(committed: list[Record]) -> None:
+def test_what_is_simulated_is_told_once_and_as_it_is(committed_rows: list[Row]) -> None:
     """Of twelve such rows eight have packed weights, and records of seven of them call them dense."""
-    simulated = [row for row in rows(committed) if any(flag.startswith("simulated") for flag in row.flags)]
+    simulated = [row for row in committed_rows if any(flag.startswith("simulated") for flag in row.flags)]
     assert len(simulated) == 12 and all(sum("simulated" in flag for flag in row.flags) == 1 for row in simulated)
     dense = [row for row in simulated if any("dense storage" in flag for flag in row.flags)]
     assert sorted(row.pipeline for row in dense) == ["atom-w4a4", "mxfp4", "mxfp8", "nvfp4"]
@@ -158,12 +153,12 @@ def test_storage_is_called_dense_only_where_it_is(claim: Claim, stored: float, s
     assert evidence and simulation(claim, evidence.model_copy(update={"effective_bits": stored})).startswith(says)
 
 
-def test_bits_of_two_records_are_one_flag(committed: list[Record]) -> None:
+def test_bits_of_two_records_are_one_flag(committed_rows: list[Row]) -> None:
     """A record of speed sees weights after the first call alone, and an older one accused a library that repacks them."""
     for pipeline in ("qlora", "nf4"):
         (row,) = [
             r
-            for r in rows(committed)
+            for r in committed_rows
             if (r.pipeline, r.suite, r.engine, r.fingerprint) == (pipeline, "quick", "transformers", "06894688") and "AMD" in r.hardware
         ]
         assert len([flag for flag in row.flags if "bits" in flag]) == 1 and not invalidating(row.flags, [])
@@ -234,7 +229,7 @@ def test_a_speed_up_that_the_next_process_need_not_show_is_not_held_against_the_
     assert any(flag.startswith("speed-up") for flag in row_of(made).flags) is flagged
 
 
-def test_the_committed_rows_whose_speed_up_bytes_do_not_explain(committed: list[Record]) -> None:
+def test_the_committed_rows_whose_speed_up_bytes_do_not_explain(committed: list[Record], committed_rows: list[Row]) -> None:
     """Recomputed from the samples: ten rows whose speed is of one process, and the reference of none of them."""
     speeds = {(r.key, r.hardware.fingerprint): r for r in committed if r.speed}
     expected = set()
@@ -249,7 +244,7 @@ def test_the_committed_rows_whose_speed_up_bytes_do_not_explain(committed: list[
         low = lowest_over(point.candidate.decode_ms, point.reference.decode_ms, point.processes) if len(point.processes) > 1 else low  # type: ignore[union-attr]
         if len(moved) == 2 and moved[1] and low > moved[0] / moved[1]:
             expected.add((key, place))
-    found = [(row.keys.speed, row.fingerprint) for row in rows(committed) if any(flag.startswith("speed-up") for flag in row.flags)]
+    found = [(row.keys.speed, row.fingerprint) for row in committed_rows if any(flag.startswith("speed-up") for flag in row.flags)]
     of_one_process = {(key, place) for (key, place), record in speeds.items() if len(record.speed.points[0].processes) < 2}  # type: ignore[union-attr]
     assert set(found) == expected and sum(row in of_one_process for row in found) == 10
 
@@ -273,8 +268,8 @@ def order_statistic(count: int) -> int:
     raise AssertionError
 
 
-def test_an_accuracy_at_chance_is_told(committed: list[Record]) -> None:
-    flagged = {row.pipeline for row in rows(committed) if any("cannot be told from chance" in flag for flag in row.flags)}
+def test_an_accuracy_at_chance_is_told(committed_rows: list[Row]) -> None:
+    flagged = {row.pipeline for row in committed_rows if any("cannot be told from chance" in flag for flag in row.flags)}
     assert {"gptq-2bit", "ternary-qat", "vptq-plain"} <= flagged and not flagged & {"dense", "gptq", "rtn-3bit"}
     lost = records(replace(GPTQ, accuracy=0.27))
     assert any(re.fullmatch(r"accuracy 2\d\.\d% cannot be told from chance, 25.0%", flag) for flag in row_of(lost).flags)
@@ -334,8 +329,8 @@ def test_answers_of_older_records_that_are_those_of_dense_exercise_no_policy() -
     assert unexercised(alike(with_policy(tasks=0.5))) == [], "it is known how much was exact"
 
 
-def test_the_committed_rows_whose_tasks_exercise_no_policy(committed: list[Record]) -> None:
-    found = {row.pipeline: flag for row in rows(committed) for flag in row.flags if flag.startswith("policy never exercised")}
+def test_the_committed_rows_whose_tasks_exercise_no_policy(committed_rows: list[Row]) -> None:
+    found = {row.pipeline: flag for row in committed_rows for flag in row.flags if flag.startswith("policy never exercised")}
     assert found.keys() == {"kv-kivi-4bit", "kv-kivi-2bit"} and all("all 160 items" in flag for flag in found.values())
 
 
@@ -362,8 +357,8 @@ def files(made: list[Record], sha256: str) -> list[Record]:
     return made
 
 
-def test_rows_of_the_same_bytes_name_each_other(committed: list[Record]) -> None:
-    told = {row.pipeline: flag for row in rows(committed) for flag in row.flags if flag.startswith("byte-identical")}
+def test_rows_of_the_same_bytes_name_each_other(committed_rows: list[Row]) -> None:
+    told = {row.pipeline: flag for row in committed_rows for flag in row.flags if flag.startswith("byte-identical")}
     says = "what differs between them is noise"
     assert told == {"finequant": f"byte-identical to rtn-4bit: {says}", "rtn-4bit": f"byte-identical to finequant: {says}"}
     other = replace(GPTQ, pipeline="other")
@@ -373,9 +368,9 @@ def test_rows_of_the_same_bytes_name_each_other(committed: list[Record]) -> None
     assert not any(row.flags for row in rows(elsewhere)), "on another engine it is another row"
 
 
-def test_rows_of_other_bytes_that_answer_alike_to_the_last_digit_name_each_other(committed: list[Record]) -> None:
+def test_rows_of_other_bytes_that_answer_alike_to_the_last_digit_name_each_other(committed_rows: list[Row]) -> None:
     """llama.cpp rounds inputs by itself, so what `int8-dynamic` asks of an engine does nothing there."""
-    told = {(row.pipeline, row.engine): flag for row in rows(committed) for flag in row.flags if flag.startswith("scores every window")}
+    told = {(row.pipeline, row.engine): flag for row in committed_rows for flag in row.flags if flag.startswith("scores every window")}
     says = "on this engine they compute the same"
     assert told["int8-dynamic", "llamacpp"] == f"scores every window as rtn-8bit: {says}"
     assert "int8-dynamic" in told["rtn-8bit", "llamacpp"] and not any(name in ("gptq", "gptaq", "hqq") for name, _ in told)
@@ -424,8 +419,8 @@ def test_what_a_method_says_of_itself_is_told(made: Callable[[], list[Record]], 
     assert [flag[: len(says)] for flag in flags] == [says] if says else flags == []
 
 
-def test_the_committed_rows_of_methods_that_say_something_of_themselves(committed: list[Record]) -> None:
-    told = {row.pipeline: kind(flag) for row in rows(committed) for flag in row.flags if flag.startswith(("few training", "not causal"))}
+def test_the_committed_rows_of_methods_that_say_something_of_themselves(committed_rows: list[Row]) -> None:
+    told = {row.pipeline: kind(flag) for row in committed_rows for flag in row.flags if flag.startswith(("few training", "not causal"))}
     few = (
         *("qat-int4", "llm-qat", "ternary-qat"),
         *("omniquant", "omniquant(symmetric=True)", "omniquant-3bit", "omniquant-3bit-sym"),
@@ -453,10 +448,10 @@ def test_the_ranking_knows_what_flags_take_away() -> None:
     assert found["rtn"][16] is None and found["awq"][16] is not None, "what older code took is no memory to choose by"
 
 
-def test_a_board_of_lean_records_says_of_each_row_what_whole_records_say(committed: list[Record]) -> None:
+def test_a_board_of_lean_records_says_of_each_row_what_whole_records_say(committed: list[Record], committed_rows: list[Row]) -> None:
     """The command reads records without what most of a file is; a flag that hangs on it would be lost without a word."""
     light = [record for path in Store(ROOT / "results").files() if isinstance(record := lean(path), Record)]
     assert len(light) == len(committed)
-    said = {row.place: (row.flags, row.accuracy_verdict) for row in rows(committed)}
+    said = {row.place: (row.flags, row.accuracy_verdict) for row in committed_rows}
     assert {row.place: (row.flags, row.accuracy_verdict) for row in rows(light)} == said
     assert any(flag.startswith("policy never exercised") for flags, _ in said.values() for flag in flags)

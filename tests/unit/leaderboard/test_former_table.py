@@ -10,11 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from slimbench.harness.schema.record import Record
-from slimbench.harness.store.store import Store
-from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.rows.row import Row
 from slimbench.util.hashing import digest
 from tests.support.paths import ROOT
 
@@ -30,19 +27,14 @@ def _rounded(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-@pytest.fixture(scope="module")
-def records() -> list[Record]:
-    return Store(ROOT / "results").scan()[0]
-
-
-def test_every_figure_of_every_former_row_is_what_it_was(records: list[Record]) -> None:
+def test_every_figure_of_every_former_row_is_what_it_was(committed: list[Record], committed_rows: list[Row]) -> None:
     former = {
         (*record.cell.keys.model_dump().values(), record.hardware.fingerprint): "-".join(record.cell.former_keys[0].model_dump().values())
-        for record in records
+        for record in committed
         if record.cell.former_keys
     }
     figures = {}
-    for row in rows(records):
+    for row in committed_rows:
         if row.place in former:
             shown = row.model_dump(mode="json")
             figures[former[row.place]] = digest(_rounded({name: shown[name] for name in FORMER["columns"]}))
@@ -50,8 +42,8 @@ def test_every_figure_of_every_former_row_is_what_it_was(records: list[Record]) 
     assert {keys: figures.get(keys) for keys in FORMER["rows"]} == FORMER["rows"]
 
 
-def test_no_record_of_reference_names_a_path_of_a_class(records: list[Record]) -> None:
-    migrated = [record for record in records if record.cell.former_keys]
+def test_no_record_of_reference_names_a_path_of_a_class(committed: list[Record]) -> None:
+    migrated = [record for record in committed if record.cell.former_keys]
     assert len(migrated) == 523
     for record in migrated:
         text = json.dumps([record.cell.model_dump(), record.config])

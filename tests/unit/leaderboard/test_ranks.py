@@ -18,28 +18,20 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import accuracy_p_value
-from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.texts import headline
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from tests.support.board_records import Spec, records
-from tests.support.paths import ROOT
 
 LEVEL = 0.05
 
 
 @pytest.fixture(scope="module")
-def committed() -> list[Record]:
-    return Store(ROOT / "results").scan()[0]
-
-
-@pytest.fixture(scope="module")
-def board(committed: list[Record]) -> list[tuple[Row, QualityResult]]:
+def board(committed: list[Record], committed_rows: list[Row]) -> list[tuple[Row, QualityResult]]:
     """The rows that are ranked, each with its quality."""
-    ordered = oldest_first(committed)
-    index = Index(ordered)
-    found = [(row, record.quality) for row in rows(ordered) if (record := index.of_row(row, Stage.QUALITY)) and record.quality]
+    index = Index(oldest_first(committed))
+    found = [(row, record.quality) for row in committed_rows if (record := index.of_row(row, Stage.QUALITY)) and record.quality]
     return [(row, quality) for row, quality in found if row.rank is not None]
 
 
@@ -130,9 +122,9 @@ def test_rows_of_the_same_bytes_count_once_and_share_their_rank() -> None:
     assert ranks(made) == alone | {"twin": (None, None)}, "measured otherwise it has no rank that holds of it"
 
 
-def test_the_committed_copy_and_draws_do_not_count(committed: list[Record]) -> None:
+def test_the_committed_copy_and_draws_do_not_count(committed_rows: list[Row]) -> None:
     wanted = ("smollm2-135m", "quick", "quick", "06894688")
-    found = [row for row in rows(committed) if (row.model, row.suite, row.speed, row.fingerprint) == wanted]
+    found = [row for row in committed_rows if (row.model, row.suite, row.speed, row.fingerprint) == wanted]
     ranked = [row for row in found if row.rank is not None]
     draws = [row for row in found if (row.pipeline, row.engine) == ("gptq-minmax", "transformers")]
     assert [row.calibration_seed for row in draws if row.rank is not None] == [0] and len(draws) == 5

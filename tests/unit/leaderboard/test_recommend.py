@@ -252,9 +252,8 @@ PLACE = "06894688"
 
 
 @pytest.fixture(scope="module")
-def committed() -> tuple[list[Row], Index]:
-    ordered = oldest_first(Store(ROOT / "results").scan()[0])
-    return rows(ordered), Index(ordered)
+def indexed(committed: list[Record], committed_rows: list[Row]) -> tuple[list[Row], Index]:
+    return committed_rows, Index(oldest_first(committed))
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +261,9 @@ def tried() -> list[Cell]:
     return cells(ROOT / "results" / "smollm2-135m", PLACE, model="smollm2-135m", suite="quick", speed="quick", device="cpu")
 
 
-def test_the_figures_behind_a_choice_are_those_of_the_raw_records(committed: tuple[list[Row], Index], tried: list[Cell]) -> None:
+def test_the_figures_behind_a_choice_are_those_of_the_raw_records(indexed: tuple[list[Row], Index], tried: list[Cell]) -> None:
     table = {
-        r.keys.compress: r for r in committed[0] if (r.model, r.suite, r.speed, r.fingerprint) == ("smollm2-135m", "quick", "quick", PLACE)
+        r.keys.compress: r for r in indexed[0] if (r.model, r.suite, r.speed, r.fingerprint) == ("smollm2-135m", "quick", "quick", PLACE)
     }
     finished = {key for key, row in table.items() if row.status == "ok" and row.perplexity is not None}
     assert finished == {cell.compress for cell in tried} and len(tried) > 70
@@ -282,7 +281,7 @@ def test_the_figures_behind_a_choice_are_those_of_the_raw_records(committed: tup
 @pytest.mark.parametrize("include_flagged", [False, True])
 @pytest.mark.parametrize("objective", ["quality", "speed", "size"])
 def test_no_cell_of_the_committed_records_is_better_than_the_choice(
-    committed: tuple[list[Row], Index], tried: list[Cell], objective: Any, include_flagged: bool
+    indexed: tuple[list[Row], Index], tried: list[Cell], objective: Any, include_flagged: bool
 ) -> None:
     """For budgets drawn at random, all cells are tried, by figures that are taken from the JSON of the records."""
     rng = random.Random(f"{objective}{include_flagged}")
@@ -296,7 +295,7 @@ def test_no_cell_of_the_committed_records_is_better_than_the_choice(
     chosen, without, out = set(), 0, 0
     for _ in range(150):
         budget = {name: draw() if rng.random() < 0.4 else None for name, draw in draws.items()}
-        found = choose(*committed, "smollm2-135m", Budget(**budget), objective, suite="quick", include_flagged=include_flagged)
+        found = choose(*indexed, "smollm2-135m", Budget(**budget), objective, suite="quick", include_flagged=include_flagged)
         expected, left_out = best(tried, budget, objective, include_flagged)
         assert (found.choice and found.choice.row.keys.compress) == (expected and expected.compress), budget
         assert {left.row.keys.compress for left in found.left_out} == left_out, budget
@@ -310,28 +309,28 @@ FRONT = "de7cbd33"
 
 
 @pytest.mark.parametrize("objective", ["quality", "speed", "size"])
-def test_of_the_front_table_the_best_under_150_mb_and_a_fifth_is_named(committed: tuple[list[Row], Index], objective: Any) -> None:
+def test_of_the_front_table_the_best_under_150_mb_and_a_fifth_is_named(indexed: tuple[list[Row], Index], objective: Any) -> None:
     """Against a brute force over the JSON of the records; its memory is measured, so no flag hides the cells that could win."""
     every = cells(ROOT / "results" / "smollm2-135m", FRONT, model="smollm2-135m", suite="front", speed="front", device="cpu")
     budget = dict.fromkeys(("max_disk_bytes", "min_speed", "min_speedup")) | {"memory_bytes": 150_000_000, "max_drop": 0.2}
     expected, left_out = best(every, budget, objective, False)
-    found = choose(*committed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), objective, suite="front")
+    found = choose(*indexed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), objective, suite="front")
     assert expected and found.choice and found.choice.row.keys.compress == expected.compress
     assert {left.row.keys.compress for left in found.left_out} == left_out and not left_out
     fitting = [cell for cell in every if cell.memory and cell.memory <= 150_000_000]
     assert len(every) == 26 and len(fitting) > 10 and expected in fitting
-    unasked = choose(*committed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), objective)
+    unasked = choose(*indexed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), objective)
     assert (unasked.setting, unasked.choice) == (found.setting, found.choice), (
         "the table on most windows and items answers where no suite is asked for, not that of most rows"
     )
 
 
-def test_a_stale_memory_does_not_hide_the_best_cell_in_silence(committed: tuple[list[Row], Index]) -> None:
+def test_a_stale_memory_does_not_hide_the_best_cell_in_silence(indexed: tuple[list[Row], Index]) -> None:
     """45 rows carry the bytes of a copy that is no longer made: the answer must name those that it could not judge."""
-    found = choose(*committed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), suite="quick")
+    found = choose(*indexed, "smollm2-135m", Budget(memory_bytes=150_000_000, max_drop=0.2), suite="quick")
     named = {left.row.pipeline: left.flags for left in found.left_out}
     assert {"signround", "awq"} <= named.keys() and all(STALE in named[name] for name in ("signround", "awq"))
-    of_readme = choose(*committed, "smollm2-135m", Budget(memory_bytes=200_000_000, max_drop=0.05), suite="quick")
+    of_readme = choose(*indexed, "smollm2-135m", Budget(memory_bytes=200_000_000, max_drop=0.05), suite="quick")
     assert of_readme.choice and of_readme.choice.row.pipeline != "qa-lora"
     assert any(left.row.pipeline == "qa-lora" and any("the source was made from" in f for f in left.flags) for left in of_readme.left_out)
 

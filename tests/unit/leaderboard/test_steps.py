@@ -12,7 +12,6 @@ from slimbench.harness.config.registry import entries, entry
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.schema.identity import CellIdentity
 from slimbench.harness.schema.record import Record
-from slimbench.harness.store.store import Store
 from slimbench.leaderboard.exchange import parquet
 from slimbench.leaderboard.rows import steps
 from slimbench.leaderboard.rows.row import Row
@@ -23,7 +22,6 @@ from slimbench.leaderboard.tables import writers
 from slimbench.leaderboard.tables.latex import to_latex
 from slimbench.methods.core.grids import uniform_grid
 from tests.support.board_records import Spec, records
-from tests.support.paths import ROOT
 
 OLD = {"bits": 4, "group_size": 64, "act_order": True, "dampening": 0.01, "block_size": 128}
 """Settings of GPTQ as a record of the time had them that knew no observer: its range went to the largest weight."""
@@ -35,16 +33,6 @@ def step(name: str, method: str, **settings: Any) -> dict[str, Any]:
 
 def cell(pipeline: str, *found: dict[str, Any]) -> CellIdentity:
     return records(Spec())[0].cell.model_copy(update={"pipeline": pipeline, "steps": list(found)})
-
-
-@pytest.fixture(scope="module")
-def committed() -> list[Record]:
-    return Store(ROOT / "results").scan()[0]
-
-
-@pytest.fixture(scope="module")
-def board(committed: list[Record]) -> list[Row]:
-    return rows(committed)
 
 
 @pytest.mark.parametrize(
@@ -96,27 +84,28 @@ def test_the_command_of_a_row_makes_what_was_measured(text: str, shown: str) -> 
 
 
 def test_committed_records_are_shown_as_the_variant_that_they_are_and_keep_key_and_settings(
-    board: list[Row], committed: list[Record]
+    committed_rows: list[Row], committed: list[Record]
 ) -> None:
     recorded = {record.cell.pipeline for record in committed}
-    renamed = {row.pipeline for row in board} - recorded
+    renamed = {row.pipeline for row in committed_rows} - recorded
     of_gptq = {name.replace("gptq", "gptq-minmax") for name in recorded if name == "gptq" or name.startswith("gptq(")}
     assert renamed == (of_gptq | {"owq-group64", "vptq-plain"}) - recorded
-    assert "gptq-minmax" in {row.pipeline for row in board}
+    assert "gptq-minmax" in {row.pipeline for row in committed_rows}
     assert {"gptq-minmax(bits=2)", "gptq-minmax(bits=3,group_size=32)", "gptq-minmax(group_size=32)"} <= renamed
-    (row,) = (row for row in board if (row.pipeline, row.calibration_seed, row.suite) == ("gptq-minmax", 2, "quick"))
+    (row,) = (row for row in committed_rows if (row.pipeline, row.calibration_seed, row.suite) == ("gptq-minmax", 2, "quick"))
     config = resolve(["calibration_samples=32", "calibration_length=256", "calibration_seed=2", "method=gptq-minmax"])
     assert make_cell(config).identity.keys.compress == row.keys.compress, "the name makes that very artefact"
     pages = users(Board.of(committed))
     assert len(pages["gptq-minmax"]) >= 11 and {row.grid for row in pages["gptq"]} == {"symmetric, searched"}
 
 
-def test_every_committed_row_says_its_grid_and_the_evidence_bears_it_out(board: list[Row]) -> None:
+def test_every_committed_row_says_its_grid_and_the_evidence_bears_it_out(committed_rows: list[Row]) -> None:
     """Bits of the loaded layers tell offsets: 16 more for each group of weights that the method claims."""
-    told = {row.pipeline: row.grid for row in board}
-    assert all(row.grid for row in board if row.family == "quantization" and not row.pipeline.startswith("kv-"))
-    assert {row.grid for row in board if row.is_reference or row.family == "pruning"} == {None}
-    at_64 = {row.pipeline: row.effective_bits for row in board if row.effective_bits is not None and told[row.pipeline] is not None}
+    told = {row.pipeline: row.grid for row in committed_rows}
+    assert all(row.grid for row in committed_rows if row.family == "quantization" and not row.pipeline.startswith("kv-"))
+    assert {row.grid for row in committed_rows if row.is_reference or row.family == "pruning"} == {None}
+    known = [row for row in committed_rows if row.effective_bits is not None and told[row.pipeline] is not None]
+    at_64 = {row.pipeline: row.effective_bits for row in known}
     for name, bits in {"gptq-minmax": 4.25, "gptaq": 4.25, "signround": 4.25, "rtn-4bit": 4.25, "awq": 4.5, "hqq": 4.5}.items():
         assert at_64[name] == pytest.approx(bits, abs=1e-6) and (told[name] or "").startswith(
             "symmetric" if bits == 4.25 else "with offsets"

@@ -18,7 +18,6 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.equivalence import ACCURACY_MARGIN, PERPLEXITY_MARGIN, POWER, judge, p_values
 from slimbench.harness.stats.losses import AnswerLoss, MeanLoss
 from slimbench.harness.stats.significance import LEVEL, holm
-from slimbench.harness.store.store import Store
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
@@ -259,13 +258,8 @@ def test_no_table_page_or_document_calls_a_difference_none_that_was_not_found() 
     assert len(files) > 90 and found == ["leaderboard/figures/drawing.py: no difference"], "that one is of colours"
 
 
-@pytest.fixture(scope="module")
-def reference() -> list[Row]:
-    return rows(Store(ROOT / "results").scan()[0])
-
-
-def test_the_records_of_reference_are_mostly_resolved_in_perplexity_and_hardly_in_accuracy(reference: list[Row]) -> None:
-    (table,) = (t.rows for t in tables(reference) if t.rows[0].suite == "quick" and len(t.rows) > 50)
+def test_the_records_of_reference_are_mostly_resolved_in_perplexity_and_hardly_in_accuracy(committed_rows: list[Row]) -> None:
+    (table,) = (t.rows for t in tables(committed_rows) if t.rows[0].suite == "quick" and len(t.rows) > 50)
     found = {row.label: row for row in table}
     assert [found[name].perplexity_verdict for name in ("rtn-8bit", "kv-int8", "int8-dynamic", "gptq-3bit")] == [
         *("equivalent", "equivalent", "worse", "worse")

@@ -16,7 +16,6 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import holm, mcnemar
-from slimbench.harness.store.store import Store
 from slimbench.leaderboard.rows.groups import Accuracy
 from slimbench.leaderboard.rows.quality import losses
 from slimbench.leaderboard.rows.row import Row
@@ -24,7 +23,6 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.tables.writers import to_markdown, to_terminal
 from tests.support.board_records import Spec, records
-from tests.support.paths import ROOT
 
 GPTQ = Spec("gptq", "quantization", loss=1.3, bits=4.25, size=0.426)
 CALIBRATION = {"source": "lee-news", "samples": 128, "length": 512}
@@ -232,17 +230,16 @@ def test_a_setting_that_is_null_is_as_one_that_an_older_record_does_not_have() -
     assert [row.replicates for row in rows(made)] == [None, 2, 2], "another value is another setting"
 
 
-def test_the_spread_over_seeds_of_the_committed_records_loses_none() -> None:
+def test_the_spread_over_seeds_of_the_committed_records_loses_none(committed: list[Record], committed_rows: list[Row]) -> None:
     """gptq, gptq-minmax today, has five calibration draws.
 
     A record of an older version of its first has fewer settings, all of them null since.
     """
-    made = Store(ROOT / "results").scan()[0]
-    whole = [r for r in made if not (r.cell.steps and r.cell.steps[-1]["settings"].get("observer"))]
+    whole = [r for r in committed if not (r.cell.steps and r.cell.steps[-1]["settings"].get("observer"))]
     scored = [r for r in whole if r.quality and (r.cell.pipeline, r.cell.suite, r.cell.engine) == ("gptq", "quick", "transformers")]
     values = [math.exp(fmean(r.quality.perplexity[0].window_nll)) for r in scored if r.quality]
     assert len(values) == len({r.config["calibration"]["seed"] for r in scored}) == 5
-    board = [row for row in rows(made) if (row.pipeline, row.suite, row.engine) == ("gptq-minmax", "quick", "transformers")]
+    board = [row for row in committed_rows if (row.pipeline, row.suite, row.engine) == ("gptq-minmax", "quick", "transformers")]
     assert len(board) == 6, "the first draw has a row on another machine too"
     for row in board:
         assert row.replicates == 5 and row.perplexity_seed_sd == pytest.approx(stdev(values)) == pytest.approx(0.415, abs=1e-3)
