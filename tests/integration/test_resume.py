@@ -95,6 +95,7 @@ def test_killed_at_random_moments_it_goes_on_where_it_stopped(kills: int, sweep:
     assert "recorded" in finish(start(sweep, stormy, cache))
 
 
+@pytest.mark.full
 def test_two_sweeps_at_once_share_the_work(sweep: Sweep, tmp_path: Path) -> None:
     cache, results = with_kernels(tmp_path / "cache"), tmp_path / "results"
     first, second = (start(sweep, results, cache, QUALITY) for _ in range(2))
@@ -116,6 +117,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.full
 def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(sweep: Sweep, small_disk: Path, tmp_path: Path) -> None:
     cache = with_kernels(tmp_path / "cache")
     process = start(sweep, small_disk, cache, QUALITY)
