@@ -188,7 +188,8 @@ def cards_for(size: int | None, card_bytes: int) -> int:
 def _compression(config: RunConfig, methods: Sequence[Method], model: _Model) -> Estimate:
     """The whole model, what is made of it, the hidden states of the calibration text before and after a block, and a batch within it.
 
-    Methods that are written here leave dense weights where they were; libraries make tensors of their own.
+    Methods that are written here leave dense weights where they were; libraries make tensors of their own. Of several steps the first may
+    be there already, and leave fewer weights to the next: that is not foreseen, and not trusted.
     """
     if not any(method.needs.weights for method in methods):
         return Estimate(generated := model.bytes if config.model.is_random else 0, generated)
@@ -199,7 +200,8 @@ def _compression(config: RunConfig, methods: Sequence[Method], model: _Model) ->
         work += 2 * tokens * model.shape.hidden_size * model.width
         work += 4 * min(tokens, _CALIBRATED_TOKENS) * (3 * model.shape.hidden_size + model.shape.intermediate_size)
     foreign = any(need.training or need.environment or need.extra == "engines" for need in needs)
-    return Estimate(model.bytes, model.bytes, work=work, trusted=left.is_known and not foreign)
+    is_one_step = sum(need.weights for need in needs) == 1
+    return Estimate(model.bytes, model.bytes, work=work, trusted=left.is_known and is_one_step and not foreign)
 
 
 def _measurement(config: RunConfig, methods: Sequence[Method], stage: Stage, model: _Model, cache: int) -> Estimate:
