@@ -55,7 +55,8 @@ def wait_for(process: subprocess.Popen[str], results: Path, records: int) -> Non
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(14, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [3, 14])
 def test_killed_at_random_moments_it_goes_on_where_it_stopped(kills: int, sweep: Sweep, tmp_path: Path) -> None:
     """Moments are drawn in records, so that they fall into the work however fast the machine is."""
     cache, stormy = with_kernels(tmp_path / "cache"), tmp_path / "stormy"

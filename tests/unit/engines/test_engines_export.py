@@ -33,11 +33,11 @@ ENGINES = [
 ]
 QUANTIZED = [
     ("openvino", "openvino-int8", {}, 8 + 24 / 64, 0.1),
-    ("openvino", "openvino-int8", {"symmetric": True}, 8 + 16 / 64, 0.1),
+    pytest.param("openvino", "openvino-int8", {"symmetric": True}, 8 + 16 / 64, 0.1, marks=pytest.mark.full),
     ("openvino", "openvino-int4", {"group_size": 32}, 4 + 16 / 32, 0.6),
     ("openvino", "openvino-int4", {"group_size": 32, "symmetric": False}, 4 + 20 / 32, 0.6),
     ("onnxruntime", "onnx-int8", {}, 8 + 40 / 64, 0.1),
-    ("onnxruntime", "onnx-int4", {"group_size": 32}, 4 + 32 / 32, 0.6),
+    pytest.param("onnxruntime", "onnx-int4", {"group_size": 32}, 4 + 32 / 32, 0.6, marks=pytest.mark.full),
     ("onnxruntime", "onnx-int4", {"group_size": 32, "symmetric": False, "activation_bits": None}, 4 + 36 / 32, 0.6),
 ]
 
