@@ -28,6 +28,9 @@ from slimbench.leaderboard.rows.pairing import paired_windows
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 
+NOTHING = (None, None)
+"""Of a row that is calibrated on no text."""
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -61,7 +64,7 @@ class Joint:
 
 
 def joints(records: Iterable[Record]) -> list[Joint]:
-    """All pipelines whose steps were measured alone too, on the same model, text and engine; the largest interaction first."""
+    """All pipelines whose steps were measured alone too, on the same model, texts and engine; the largest interaction first."""
     ordered = oldest_first(records)
     index = Index(ordered)
     return joints_of(rows(ordered), index)
@@ -75,7 +78,7 @@ def joints_of(board: Iterable[Row], index: Index) -> list[Joint]:
         names = _steps(row, index)
         if row.perplexity is None or row.foreign or names is None:
             continue
-        known.setdefault((_setting(row), () if row.is_reference else names), row)
+        known.setdefault((_setting(row), () if row.is_reference else names, calibrated(row)), row)
         if len(names) > 1:
             whole.append((row, names))
     found = [joint for row, names in whole for joint in _joint(row, names, known, index)]
@@ -83,8 +86,9 @@ def joints_of(board: Iterable[Row], index: Index) -> list[Joint]:
 
 
 def _joint(row: Row, names: tuple[str, ...], known: Mapping[tuple[Any, ...], Row], index: Index) -> Iterator[Joint]:
-    dense = known.get((_setting(row), ()))
-    alone = tuple(part for name in names if (part := known.get((_setting(row), (name,)))))
+    dense = known.get((_setting(row), (), NOTHING))
+    found = [known.get((_setting(row), (name,), calibrated(row))) or known.get((_setting(row), (name,), NOTHING)) for name in names]
+    alone = tuple(part for part in found if part)
     reference = index.quality_of(dense) if dense else None
     if reference is None or len(alone) < len(names):
         return
@@ -102,6 +106,11 @@ def _joint(row: Row, names: tuple[str, ...], known: Mapping[tuple[Any, ...], Row
 
 def _setting(row: Row) -> tuple[Any, ...]:
     return row.quality_key, row.engine_label, row.seed, row.dtype
+
+
+def calibrated(row: Row) -> tuple[str | None, int | None]:
+    """The calibration text of a row and how it was drawn: a step alone is the same step where it had the pipeline's, or none at all."""
+    return row.calibration_text, row.calibration_seed
 
 
 def _steps(row: Row, index: Index) -> tuple[str, ...] | None:

@@ -53,6 +53,25 @@ def test_a_pipeline_without_one_of_its_steps_alone_is_left_out() -> None:
     assert not joints(made), "a step with other settings is another step"
 
 
+def test_a_step_alone_is_the_one_with_the_calibration_text_of_the_pipeline() -> None:
+    """Other texts make another artefact of the step; a step without calibration is the same beside any."""
+    made = together(1.5, 1.4, 2.6)
+    wrong = [r.model_copy(deep=True) for r in together(1.5, 2.2, 2.6) if r.cell.pipeline == "gptq"]
+    for text, samples, of in (("one", 32, [r for r in made if r.cell.pipeline not in ("dense", "wanda")]), ("two", 64, wrong)):
+        for record in of:
+            record.cell.calibration = text
+            record.config = {**record.config, "calibration": {"source": "news", "samples": samples, "length": 512, "seed": 0}}
+    for record in made:
+        if record.cell.pipeline in ("dense", "wanda"):
+            record.cell.calibration = None
+    for record in wrong:
+        record.key = record.key[::-1]
+        record.cell.keys = record.cell.keys.model_copy(update={name: key[::-1] for name, key in record.cell.keys.model_dump().items()})
+    for order in ([*wrong, *made], [*made, *wrong]):
+        (found,) = joints(order)
+        assert [loss.value for loss in found.losses] == pytest.approx([1.5, 1.4], rel=0.02)
+
+
 def test_the_command_the_table_and_the_figure_say_the_same(tmp_path) -> None:
     made = together(1.5, 1.4, 2.6)
     for record in made:
