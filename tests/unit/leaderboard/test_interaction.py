@@ -56,7 +56,7 @@ def test_a_pipeline_without_one_of_its_steps_alone_is_left_out() -> None:
 def test_a_step_alone_is_the_one_with_the_calibration_text_of_the_pipeline() -> None:
     """Other texts make another artefact of the step; a step without calibration is the same beside any."""
     made = together(1.5, 1.4, 2.6)
-    wrong = [r.model_copy(deep=True) for r in together(1.5, 2.2, 2.6) if r.cell.pipeline == "gptq"]
+    wrong = [r.model_copy(deep=True) for r in together(1.5, 1.2, 2.6) if r.cell.pipeline == "gptq"]
     for text, samples, of in (("one", 32, [r for r in made if r.cell.pipeline not in ("dense", "wanda")]), ("two", 64, wrong)):
         for record in of:
             record.cell.calibration = text
