@@ -28,9 +28,6 @@ from slimbench.leaderboard.rows.pairing import paired_windows
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 
-NOTHING = (None, None)
-"""Of a row that is calibrated on no text."""
-
 
 @dataclass(frozen=True)
 class Joint:
@@ -78,7 +75,7 @@ def joints_of(board: Iterable[Row], index: Index) -> list[Joint]:
         names = _steps(row, index)
         if row.perplexity is None or row.foreign or names is None:
             continue
-        known.setdefault((_setting(row), () if row.is_reference else names, calibrated(row)), row)
+        known.setdefault((_setting(row), () if row.is_reference else names, row.calibration), row)
         if len(names) > 1:
             whole.append((row, names))
     found = [joint for row, names in whole for joint in _joint(row, names, known, index)]
@@ -86,8 +83,9 @@ def joints_of(board: Iterable[Row], index: Index) -> list[Joint]:
 
 
 def _joint(row: Row, names: tuple[str, ...], known: Mapping[tuple[Any, ...], Row], index: Index) -> Iterator[Joint]:
-    dense = known.get((_setting(row), (), NOTHING))
-    found = [known.get((_setting(row), (name,), calibrated(row))) or known.get((_setting(row), (name,), NOTHING)) for name in names]
+    dense = known.get((_setting(row), (), None))
+    texts = (row.calibration, None)  # a step alone had the pipeline's text, or takes none
+    found = [next((part for text in texts if (part := known.get((_setting(row), (name,), text)))), None) for name in names]
     alone = tuple(part for part in found if part)
     reference = index.quality_of(dense) if dense else None
     if reference is None or len(alone) < len(names):
@@ -106,11 +104,6 @@ def _joint(row: Row, names: tuple[str, ...], known: Mapping[tuple[Any, ...], Row
 
 def _setting(row: Row) -> tuple[Any, ...]:
     return row.quality_key, row.engine_label, row.seed, row.dtype
-
-
-def calibrated(row: Row) -> tuple[str | None, int | None]:
-    """The calibration text of a row and how it was drawn: a step alone is the same step where it had the pipeline's, or none at all."""
-    return row.calibration_text, row.calibration_seed
 
 
 def _steps(row: Row, index: Index) -> tuple[str, ...] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slimbench.leaderboard.compare.interaction import NOTHING, calibrated
 from slimbench.leaderboard.figures.canvas import Plot, canvas, category_axis, legend
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
 from slimbench.leaderboard.rows.row import Row
@@ -23,10 +22,10 @@ def joint(group: Group) -> Plot:
         Unplottable: No pipeline was measured beside each of its steps.
     """
     judged = [row for row in group.rows if row.perplexity_delta_percent is not None]
-    alone = {(row.pipeline, calibrated(row)): row for row in judged if "+" not in row.pipeline}
+    alone = {(row.pipeline, row.calibration): row for row in judged if "+" not in row.pipeline}
     found: list[tuple[Row, float]] = []
     for row in group.rows:
-        parts = [alone.get((name, calibrated(row))) or alone.get((name, NOTHING)) for name in row.pipeline.split("+")]
+        parts = [alone.get((name, row.calibration)) or alone.get((name, None)) for name in row.pipeline.split("+")]
         if len(parts) > 1 and row.perplexity_delta_percent is not None and all(parts):
             expected = 1.0
             for part in parts:
