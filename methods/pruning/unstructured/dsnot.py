@@ -136,7 +136,7 @@ class DSnoT(Sparse, Method):
                     channels = _channels(seen[name], len(calibration.ids))
                     values = dense_weight.where(mask, now)
                     error = (dense_weight - kept).double() @ channels.total.double()
-                    done = self.refine(values, mask, channels, error, scores if self.pattern and originals is None else None)
+                    done = self.refine(values, mask, channels, error, scores if self.pattern else None)
                     kept = values.masked_fill(done.mask, 0.0)
                     before, after = before + float(error.abs().sum()), after + float(done.error.abs().sum())
                     changed, rows, swaps = changed + int((done.swaps > 0).sum()), rows + len(now), swaps + int(done.swaps.sum())

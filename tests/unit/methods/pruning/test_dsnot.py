@@ -236,7 +236,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     folder = tmp_path_factory.mktemp("dense")
     dense = tiny.save_model(folder, "float32", num_hidden_layers=3)
     model, generator = dense.load(), torch.Generator().manual_seed(4)
-    model.model.embed_tokens.weight.data += 0.02 * torch.randn(64, generator=generator)
+    model.model.embed_tokens.weight.data += 0.01 * torch.randn(64, generator=generator)
     model.save_pretrained(folder)
     return dense
 
@@ -271,8 +271,7 @@ def test_the_attention_of_a_model_is_refined_and_nothing_else(dense: DenseModel,
             want = chosen.refine(whole, mask, channels, lost(whole, mask, channels)).mask
             assert float((want == gone).float().mean()) > 0.999, "statistics differ in their last digits"
     assert claim.sparsity == pytest.approx(chosen.sparsity, abs=1e-4) and claim.pattern == pattern
-    assert 2 * claim.details["swaps"] > touched > 0 and claim.details["error_left"] < 0.7
-    assert claim.details["rows_changed"] > (0.25 if pattern else 0.3)
+    assert 2 * claim.details["swaps"] > touched > 0 and claim.details["error_left"] < 0.7 and claim.details["rows_changed"] > 0.3
 
 
 def statistics(x: Tensor) -> Inputs:
