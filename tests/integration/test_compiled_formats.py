@@ -22,7 +22,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return tiny.save_model(tmp_path_factory.mktemp("dense"))
 
 
-@pytest.mark.full
 def test_codebooks_give_the_numbers_of_the_eager_engine(dense: DenseModel, tmp_path: Path) -> None:
     write(dense, tmp_path)
     ids = tiny.tokens(1, 16).ids
