@@ -19,7 +19,7 @@ stay is multiplied into the weights that read them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from slimbench.methods.core.architecture.units import Structures, cheapest, pric
 from slimbench.methods.core.learning.hooks import Group, Hooks
 
 _ROWS = 50  # of a path in a claim
+_SURE = 30.0  # α of a gate that no draw moves
 
 
 @dataclass(frozen=True)
@@ -65,40 +66,48 @@ class HardConcrete:
         return (shares * (self.high - self.low) + self.low).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How gates learn.
+
+    Attributes:
+        warm: Steps in which the target grows to the whole share.
+        begin: α before the first step.
+        rate: Factor of the learning rate for α.
+        multiplier_rate: The same for λ₁.
+        square_rate: The same for λ₂; None: as λ₁.
+    """
+
+    warm: int
+    begin: float = 2.0
+    rate: float = 1.0
+    multiplier_rate: float = 1.0
+    square_rate: float | None = None
+
+
 class Lagrangian(Hooks):
     """Gates of some kinds, and the Lagrangian that holds their budget.
 
     Attributes:
-        alphas: α by kind.
+        alphas: α by kind; at first all are open alike.
         multipliers: λ₁ and λ₂.
+        fixed: No gate and no multiplier learns; see `fix`.
         start: ŝ before the first step.
         path: For each step the share ŝ that was expected to go after it, the share t that should, λ₁ and λ₂.
     """
 
     def __init__(
-        self,
-        alphas: Mapping[str, Tensor],
-        share: float,
-        warm: int,
-        law: HardConcrete | None = None,
-        rate: float = 1.0,
-        multiplier_rate: float = 1.0,
-        square_rate: float | None = None,
+        self, sizes: Mapping[str, Sequence[int]], device: torch.device, share: float, pace: Pace, law: HardConcrete | None = None
     ) -> None:
-        """Gates with the α that they have before the first step.
+        """Open gates.
 
         Args:
+            sizes: Shapes of α by kind.
             share: Of the parameters of all units, that shall go.
-            warm: Steps in which the target grows to that share.
-            rate: Factor of the learning rate for α.
-            multiplier_rate: The same for λ₁.
-            square_rate: The same for λ₂; None: as λ₁.
         """
-        self.alphas = {name: nn.Parameter(alpha) for name, alpha in alphas.items()}
-        self.share, self.warm, self.law = share, warm, law or HardConcrete()
-        device = next(iter(alphas.values())).device
+        self.alphas = {name: nn.Parameter(torch.full(tuple(size), pace.begin, device=device)) for name, size in sizes.items()}
+        self.share, self.pace, self.law, self.fixed = share, pace, law or HardConcrete(), False
         self.multipliers = tuple(nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
-        self.rate, self.multiplier_rates = rate, (multiplier_rate, multiplier_rate if square_rate is None else square_rate)
         with torch.no_grad():
             self.start = float(self.gone())
         self.step = 0
@@ -114,9 +123,27 @@ class Lagrangian(Hooks):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """α of each kind and the multipliers; what `train` gets, beside whatever else learns."""
+        """α of each kind and the multipliers, unless they are fixed; what `train` gets, beside whatever else learns."""
+        if self.fixed:
+            return {}
         gates = {f"gates/{name}": alpha for name, alpha in self.alphas.items()}
         return gates | {f"multipliers/{index + 1}": value for index, value in enumerate(self.multipliers)}
+
+    @torch.no_grad()
+    def fix(self, choose: Callable[[], Mapping[str, Tensor]], seed: int) -> None:
+        """Shut gates at random, for good: the control, which learned ones have to beat.
+
+        Args:
+            choose: The gates that are shut, as masks by kind, those of the lowest α first; of kinds that it leaves out all stay open.
+            seed: Of the α by which it chooses.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for alpha in self.alphas.values():
+            alpha.copy_(torch.randn(alpha.shape, generator=generator))
+        gone = choose()
+        for name, alpha in self.alphas.items():  # among those that are shut the order stays, by which they are cut in the end
+            alpha.add_(torch.where(gone[name], -_SURE, _SURE) if name in gone else _SURE)
+        self.fixed, self.start = True, float(self.gone())
 
     def target(self) -> float:
         """t, of the step that is on."""
@@ -125,10 +152,10 @@ class Lagrangian(Hooks):
     @property
     def grown(self) -> float:
         """How much of the target there is in the step that is on, 0..1."""
-        return min(1.0, (self.step + 1) / max(1, self.warm))
+        return min(1.0, (self.step + 1) / max(1, self.pace.warm))
 
     def penalty(self) -> Tensor:
-        """λ₁ (ŝ − t) + λ₂ (ŝ − t)², a scalar to add to the loss."""
+        """λ₁ (ŝ − t) + λ₂ (ŝ − t)², a scalar to add to the loss; 0 where the multipliers never moved, as those of fixed gates."""
         gap = self.gone() - self.target()
         return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
 
@@ -146,8 +173,10 @@ class Lagrangian(Hooks):
         return self.applied({name: self.law.settled(alpha.detach()) for name, alpha in self.alphas.items()})
 
     def groups(self) -> Sequence[Group]:
-        gates = Group(tuple(f"gates/{name}" for name in self.alphas), factor=self.rate, weight_decay=0.0)
-        rates = enumerate(self.multiplier_rates)
+        if self.fixed:
+            return ()
+        gates, first = Group(tuple(f"gates/{name}" for name in self.alphas), self.pace.rate, weight_decay=0.0), self.pace.multiplier_rate
+        rates = enumerate((first, first if self.pace.square_rate is None else self.pace.square_rate))
         return gates, *(Group((f"multipliers/{index + 1}",), rate, weight_decay=0.0, maximize=True) for index, rate in rates)
 
     def row(self) -> tuple[float, ...]:
@@ -182,26 +211,15 @@ class Gates(Lagrangian):
         kinds: By the full name of the layer that reads the units; so are `alphas`, [count].
     """
 
-    def __init__(
-        self,
-        kinds: Mapping[str, Structures],
-        share: float,
-        warm: int,
-        law: HardConcrete | None = None,
-        begin: float = 2.0,
-        rate: float = 1.0,
-        multiplier_rate: float = 1.0,
-        square_rate: float | None = None,
-    ) -> None:
-        """All gates start open alike.
+    def __init__(self, kinds: Mapping[str, Structures], share: float, pace: Pace, law: HardConcrete | None = None) -> None:
+        """Open gates.
 
         Args:
             kinds: What may go; layers are those of the model that learns.
-            begin: α before the first step.
         """
         self.kinds = dict(kinds)
-        alphas = {name: torch.full((kind.count,), begin, device=kind.reads.weight.device) for name, kind in kinds.items()}
-        super().__init__(alphas, share, warm, law, rate, multiplier_rate, square_rate)
+        device = next(iter(kinds.values())).reads.weight.device
+        super().__init__({name: (kind.count,) for name, kind in kinds.items()}, device, share, pace, law)
 
     def gone(self) -> Tensor:
         stay = [price(kind) * self.law.stays(self.alphas[name]).sum() for name, kind in self.kinds.items()]

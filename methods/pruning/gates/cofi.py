@@ -40,6 +40,11 @@ class NestedPruning(Cut):
             take from these.
     """
 
+    def prepare(self, gates: NestedGates, dense: DenseModel) -> None:
+        """Refuse before the work what cannot go; the control shuts heads and channels, no parts and no features."""
+        gates.units(self.wanted(gates))
+        self.control(gates, lambda: gates.units(self.wanted(gates)), dense)
+
     def finished(self, model: Any, gates: NestedGates, done: Trained, before: int, dense: DenseModel, out: Path) -> Claim:
         """Cut a trained model and write it."""
         from slimbench.methods.pruning.gates import learned
@@ -83,8 +88,8 @@ class CoFi(NestedPruning):
 
         model = learned.load(dense)
         check_parts(model)
-        before, gates = model.num_parameters(), NestedGates(model, self.ratio, **self.pace())
-        gates.check(self.wanted(gates))
+        before, gates = model.num_parameters(), NestedGates(model, self.ratio, self.pace())
+        self.prepare(gates, dense)
         teacher = dense.load_original().requires_grad_(False)
         widths: list[Any] = [each.get_input_embeddings().embedding_dim for each in (model, teacher)]
         if widths[0] != widths[1]:

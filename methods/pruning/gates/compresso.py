@@ -65,8 +65,8 @@ class Compresso(NestedPruning):
         from slimbench.methods.pruning.gates.nested import NestedGates
 
         model = learned.load(dense).requires_grad_(False)
-        before, gates = model.num_parameters(), NestedGates(model, self.ratio, parts=(), **self.pace())
-        gates.check(self.wanted(gates))
+        before, gates = model.num_parameters(), NestedGates(model, self.ratio, self.pace(), parts=())
+        self.prepare(gates, dense)
         adapters = self.beside(model, dense)
         prompt = torch.tensor(dense.tokenizer()(self.prompt)["input_ids"] if self.prompt else [], dtype=torch.int64, device=model.device)
         loss, parameters = self.objective(model, gates, adapters, prompt, dense), adapters.parameters | gates.parameters

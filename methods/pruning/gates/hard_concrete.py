@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slimbench.methods.core.learning.gates import Gates
-    from slimbench.methods.core.training import Trained
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class L0Weights(Gated):
 
         model = learned.load(dense)
         layers = block_linears(model)
-        gates = WeightGates(layers, self.sparsity, **self.pace())
+        gates = WeightGates(layers, self.sparsity, self.pace())
+        self.control(gates, gates.chosen, dense)
         plain = objective(self, model, dense)
 
         def loss(ids: Tensor) -> Tensor:
@@ -73,23 +73,20 @@ class L0Weights(Gated):
 class GatedUnits(Cut):
     """Gates on units of the blocks, of which each block keeps one of each kind."""
 
-    def fitted(self, model: Any, gates: Gates, calibration: Calibration, dense: DenseModel) -> Trained:
-        """Train a model and its gates."""
+    def fitted(self, model: Any, gates: Gates, wanted: int, calibration: Calibration, dense: DenseModel, out: Path) -> Claim:
+        """Train a model and its gates, cut so many parameters of units, and write it."""
         from slimbench.methods.core.training import cut, objective, train
         from slimbench.methods.pruning.gates import learned
 
+        gates.chosen(wanted)  # refuses before the work what cannot go
+        self.control(gates, lambda: gates.chosen(wanted), dense)
         plain = objective(self, model, dense)
 
         def loss(ids: Tensor) -> Tensor:
             with gates.drawn():
                 return plain(ids) + gates.penalty()
 
-        return train(self, learned.learning(model, gates), loss, cut(calibration.ids, self.length), dense, gates)
-
-    def finished(self, model: Any, gates: Gates, done: Trained, wanted: int, dense: DenseModel, out: Path) -> Claim:
-        """Cut so many parameters of units out of a trained model and write it."""
-        from slimbench.methods.pruning.gates import learned
-
+        done = train(self, learned.learning(model, gates), loss, cut(calibration.ids, self.length), dense, gates)
         before, total = model.num_parameters(), gates.total
         gates.finish(model, wanted)
         kinds = learned.kinds_of(model)
@@ -126,9 +123,8 @@ class HeadGates(GatedUnits):
         kinds = learned.groups_of(model)
         groups = sum(kind.count for kind in kinds.values())
         gone = going(self.ratio, groups, len(kinds))
-        gates = Gates(kinds, gone / groups, law=HardConcrete(temperature=0.33), **self.pace())
-        wanted = gone * price(next(iter(kinds.values())))
-        return self.finished(model, gates, self.fitted(model, gates, calibration, dense), wanted, dense, out)
+        gates = Gates(kinds, gone / groups, self.pace(), HardConcrete(temperature=0.33))
+        return self.fitted(model, gates, gone * price(next(iter(kinds.values()))), calibration, dense, out)
 
 
 @dataclass(frozen=True)
@@ -147,10 +143,8 @@ class HeadsAndChannels(GatedUnits):
         from slimbench.methods.pruning.gates import learned
 
         model = learned.load(dense)
-        gates = Gates(learned.kinds_of(model), self.ratio, **self.pace())
-        wanted = round(self.ratio * gates.total)
-        gates.chosen(wanted)  # refuses before the work what cannot go
-        return self.finished(model, gates, self.fitted(model, gates, calibration, dense), wanted, dense, out)
+        gates = Gates(learned.kinds_of(model), self.ratio, self.pace())
+        return self.fitted(model, gates, round(self.ratio * gates.total), calibration, dense, out)
 
 
 def _size(kinds: Mapping[str, Any]) -> dict[str, int]:

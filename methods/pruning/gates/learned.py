@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +13,10 @@ from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from slimbench.methods.core.architecture.units import Structures
-    from slimbench.methods.core.learning.gates import Lagrangian
+    from slimbench.methods.core.learning.gates import Lagrangian, Pace
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,18 @@ class Learned(TrainingSettings, Method):
 
 
 @dataclass(frozen=True)
-class Gated(Learned):
+class Chosen(Learned):
+    """What goes is chosen before the cut, one by one, for a budget.
+
+    Attributes:
+        choice: `learned`; or, as a control, `random`: what goes is drawn before the first step, and weights alone learn.
+    """
+
+    choice: Literal["learned", "random"] = "learned"
+
+
+@dataclass(frozen=True)
+class Gated(Chosen):
     """The budget of the gates is held by a Lagrangian.
 
     Attributes:
@@ -64,11 +75,18 @@ class Gated(Learned):
         if not 0 < self.growth <= 1:
             raise ValueError(f"growth must be above 0 and at most 1, not {self.growth}")
 
-    def pace(self) -> dict[str, Any]:
-        """How gates learn, in the words of `Lagrangian`."""
-        names = {"rate": self.gate_rate, "multiplier_rate": self.multiplier_rate, "square_rate": self.square_rate}
-        rates = {name: value / self.learning_rate for name, value in names.items()}
-        return rates | {"warm": max(1, round(self.growth * self.steps))}
+    def pace(self) -> Pace:
+        """How gates learn."""
+        from slimbench.methods.core.learning.gates import Pace
+
+        rates = (value / self.learning_rate for value in (self.gate_rate, self.multiplier_rate, self.square_rate))
+        rate, multiplier_rate, square_rate = rates
+        return Pace(max(1, round(self.growth * self.steps)), rate=rate, multiplier_rate=multiplier_rate, square_rate=square_rate)
+
+    def control(self, gates: Lagrangian, choose: Callable[[], Mapping[str, Tensor]], dense: DenseModel) -> None:
+        """Shut the gates that `choose` names for good, if they shall not be learned; see `Lagrangian.fix`."""
+        if self.choice == "random":
+            gates.fix(choose, self.seed + dense.seed)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.surgery import remove_part
 from slimbench.methods.core.architecture.units import Structures, cheapest, price, structures
-from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian, multiplied, spread
+from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian, Pace, multiplied, spread
 from slimbench.methods.core.masks import lowest
 from slimbench.methods.pruning.gates.stream import stream_of
 
@@ -170,31 +170,19 @@ class NestedGates(Lagrangian):
     """
 
     def __init__(
-        self,
-        model: Any,
-        share: float,
-        warm: int,
-        parts: tuple[str, ...] = ("attention", "mlp"),
-        law: HardConcrete | None = None,
-        begin: float = 2.0,
-        rate: float = 1.0,
-        multiplier_rate: float = 1.0,
-        square_rate: float | None = None,
+        self, model: Any, share: float, pace: Pace, parts: tuple[str, ...] = ("attention", "mlp"), law: HardConcrete | None = None
     ) -> None:
-        """All gates start open alike.
+        """Open gates.
 
         Args:
             share: Of the parameters of units.
             parts: Which gates of parts there are.
-            begin: α before the first step.
         """
         self.nest = Nest(model)
         self.whole = self.nest.total
         sizes = {name: kind.count for name, kind in self.nest.kinds.items()}
         sizes |= dict.fromkeys(parts, self.nest.blocks) | {"hidden": self.nest.stream.width}
-        device = self.nest.stream.head.weight.device
-        alphas = {name: torch.full((size,), begin, device=device) for name, size in sizes.items()}
-        super().__init__(alphas, share, warm, law, rate, multiplier_rate, square_rate)
+        super().__init__({name: (size,) for name, size in sizes.items()}, self.nest.stream.head.weight.device, share, pace, law)
 
     def stays(self) -> dict[str, Tensor]:
         """P(z ≠ 0) of all gates."""
@@ -210,13 +198,17 @@ class NestedGates(Lagrangian):
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
-            for alpha in self.alphas.values():
+            for alpha in () if self.fixed else self.alphas.values():
                 alpha.clamp_(*_FARTHEST)
         super().after_step(step, optimizer)
 
-    def check(self, wanted: int) -> None:
-        """Raise `Unsupported` if so many parameters cannot go."""
-        cheapest({name: self.alphas[name].detach() for name in self.nest.kinds}, self.nest.kinds, wanted)
+    def units(self, wanted: int) -> dict[str, Tensor]:
+        """The heads and channels of the lowest α that hold so many parameters, as masks by kind.
+
+        Raises:
+            Unsupported: There are not so many.
+        """
+        return cheapest({name: self.alphas[name].detach() for name in self.nest.kinds}, self.nest.kinds, wanted)
 
     def values(self) -> dict[str, Tensor]:
         """ẑ, or σ(α) where it is 0: what stays because the budget says so is not multiplied by 0."""

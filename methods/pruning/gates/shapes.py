@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slimbench.methods.core.architecture.surgery import remove_blocks
 from slimbench.methods.core.architecture.uniform import Kept, Sizes, narrow
 from slimbench.methods.core.architecture.units import best
+from slimbench.methods.core.learning.gates import Pace
 from slimbench.methods.core.masks import lowest
 from slimbench.methods.pruning.gates.nested import NestedGates
 
@@ -29,16 +30,10 @@ class ShapedGates(NestedGates):
             (the mean over blocks), t, λ₁ and λ₂ of each kind.
     """
 
-    def __init__(self, model: Any, full: Sizes, target: Sizes, warm: int, **settings: Any) -> None:
-        """All gates start open alike.
-
-        Args:
-            warm: Steps in which the targets grow.
-            settings: Of `NestedGates`.
-        """
+    def __init__(self, model: Any, full: Sizes, target: Sizes, pace: Pace) -> None:
         self.full, self.target_sizes = full, target
         self.shares = torch.tensor([1 - getattr(target, size) / getattr(full, size) for size in KINDS.values()])
-        super().__init__(model, 0.0, warm, ("blocks",), **settings)
+        super().__init__(model, 0.0, pace, ("blocks",))
         device = self.nest.stream.head.weight.device
         self.shares = self.shares.to(device)
         self.multipliers = tuple(nn.Parameter(torch.zeros(len(KINDS), device=device)) for _ in range(2))
@@ -70,6 +65,11 @@ class ShapedGates(NestedGates):
 
     def _kind(self, name: str) -> str:
         return self.nest.kinds[name].name if name in self.nest.kinds else name
+
+    def chosen(self) -> dict[str, Tensor]:
+        """What goes for the target, the blocks and the features of the lowest α and in each block the units of the lowest, as masks."""
+        left = {kind: getattr(self.target_sizes, size) for kind, size in KINDS.items()}
+        return {name: lowest(alpha.detach(), len(alpha) - left[self._kind(name)]) for name, alpha in self.alphas.items()}
 
     @torch.no_grad()
     def shape(self, model: Any) -> float:

@@ -82,7 +82,8 @@ class Sheared(Smaller, Gated):
 
         model = learned.load(dense)
         full, target = sizes_of(model), Minitron(ratio=self.ratio, depth=self.depth, multiple=self.multiple).sizes(model)
-        before, gates = model.num_parameters(), ShapedGates(model, full, target, **self.pace())
+        before, gates = model.num_parameters(), ShapedGates(model, full, target, self.pace())
+        self.control(gates, gates.chosen, dense)
         windows = cut(calibration.ids, self.length)
         mixture = Mixture(self, model, gates, windows, dense)
         plain = objective(self, model, dense)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, ModelShape, Unsupported
 from slimbench.methods.core.learning.hooks import Group, Hooks
 from slimbench.methods.core.settings import Smaller
-from slimbench.methods.pruning.gates.learned import Learned
+from slimbench.methods.pruning.gates.learned import Chosen
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +31,7 @@ HOT, COLD = 1000.0, 1e-8  # τ at first and at last
 
 
 @dataclass(frozen=True)
-class Subset(Smaller, Learned):
+class Subset(Smaller, Chosen):
     """A learned subset of the heads.
 
     Attributes:
@@ -81,6 +81,8 @@ class Subset(Smaller, Learned):
         kinds, before = learned.groups_of(model), model.num_parameters()
         groups = sum(kind.count for kind in kinds.values())
         chooser, plain = Chooser(self, kinds, groups - self.going(groups)), objective(self, model, dense)
+        if self.choice == "random":
+            chooser.fix(self.seed + dense.seed)
 
         def loss(ids: Tensor) -> Tensor:
             with chooser.drawn():
@@ -100,12 +102,13 @@ class Chooser(Hooks):
         kinds: Heads by the full name of the layer that reads them.
         kept: K.
         weights: w of all of them in turn, float64, zero at first: the noise decides.
+        fixed: The subset is drawn for good, and w does not learn.
     """
 
     def __init__(self, settings: Subset, kinds: Mapping[str, Structures], kept: int) -> None:
         import torch
 
-        self.settings, self.kinds, self.kept, self.step = settings, dict(kinds), kept, 0
+        self.settings, self.kinds, self.kept, self.step, self.fixed = settings, dict(kinds), kept, 0, False
         device = next(iter(kinds.values())).reads.weight.device
         count = sum(kind.count for kind in kinds.values())
         self.weights = torch.nn.Parameter(torch.zeros(count, dtype=torch.float64, device=device))
@@ -113,12 +116,21 @@ class Chooser(Hooks):
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What `train` gets, beside the weights of the model."""
-        return {"subset": self.weights}
+        return {} if self.fixed else {"subset": self.weights}
+
+    def fix(self, seed: int) -> None:
+        """Draw the subset at random, for good: the control, which a learned one has to beat."""
+        import torch
+
+        self.weights.data.copy_(torch.randn(len(self.weights), generator=torch.Generator().manual_seed(seed)))
+        self.fixed = True
 
     def drawn(self) -> Any:
-        """Heads multiplied for a while by a relaxed subset that is drawn now."""
+        """Heads multiplied for a while by a relaxed subset that is drawn now, or by the fixed one."""
         from slimbench.methods.core.learning.gates import multiplied
 
+        if self.fixed:
+            return multiplied(self.kinds, {name: (~gone).float() for name, gone in self.gone().items()})
         z = relaxed(self.weights, gumbel(self.weights), self.kept, self.settings.temperature(self.step)).float()
         return multiplied(self.kinds, self.split(z))
 
@@ -127,12 +139,17 @@ class Chooser(Hooks):
         parts = values.split([kind.count for kind in self.kinds.values()])
         return dict(zip(self.kinds, parts, strict=True))
 
+    def gone(self) -> dict[str, Tensor]:
+        """All but the K heads of the highest weights, as masks by kind."""
+        from slimbench.methods.core.masks import lowest
+
+        return self.split(lowest(self.weights.detach(), len(self.weights) - self.kept))
+
     def finish(self, model: Any) -> list[int]:
         """Cut all but the K heads of the highest weights, in place, and count those of each block."""
         from slimbench.methods.core.architecture.surgery import remove_part
-        from slimbench.methods.core.masks import lowest
 
-        gone = self.split(lowest(self.weights.detach(), len(self.weights) - self.kept))
+        gone = self.gone()
         blocks = {name: name.rpartition(".")[0].rpartition(".")[0] for name in self.kinds}
         for name, kind in self.kinds.items():
             if bool(gone[name].all()):
@@ -142,7 +159,7 @@ class Chooser(Hooks):
         return [int((~mask).sum()) for mask in gone.values()]
 
     def groups(self) -> Sequence[Group]:
-        return (Group(("subset",), self.settings.gate_rate / self.settings.learning_rate, weight_decay=0.0),)
+        return () if self.fixed else (Group(("subset",), self.settings.gate_rate / self.settings.learning_rate, weight_decay=0.0),)
 
     def after_step(self, step: int, optimizer: Any) -> None:
         self.step = step + 1

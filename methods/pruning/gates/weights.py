@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian
+from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian, Pace
 from slimbench.methods.core.masks import across
 
 
@@ -20,25 +20,10 @@ class WeightGates(Lagrangian):
         layers: By name; so are `alphas`, [out, in].
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Linear],
-        share: float,
-        warm: int,
-        law: HardConcrete | None = None,
-        begin: float = 2.0,
-        rate: float = 1.0,
-        multiplier_rate: float = 1.0,
-        square_rate: float | None = None,
-    ) -> None:
-        """All gates start open alike.
-
-        Args:
-            begin: α before the first step.
-        """
+    def __init__(self, layers: Mapping[str, nn.Linear], share: float, pace: Pace, law: HardConcrete | None = None) -> None:
         self.layers = dict(layers)
-        alphas = {name: torch.full_like(layer.weight.detach(), begin) for name, layer in layers.items()}
-        super().__init__(alphas, share, warm, law, rate, multiplier_rate, square_rate)
+        device = next(iter(layers.values())).weight.device
+        super().__init__({name: layer.weight.shape for name, layer in layers.items()}, device, share, pace, law)
 
     @property
     def total(self) -> int:
@@ -61,13 +46,17 @@ class WeightGates(Lagrangian):
             for layer in self.layers.values():
                 del layer.forward
 
+    def chosen(self) -> dict[str, Tensor]:
+        """The weights that become zero for the budget, those of the lowest P(z ≠ 0), as masks [out, in]."""
+        return across({name: self.law.stays(alpha.detach()) for name, alpha in self.alphas.items()}, round(self.share * self.total))
+
     @torch.no_grad()
     def finish(self) -> int:
-        """Zero the weights of the lowest P(z ≠ 0), as many as the budget asks for, multiply ẑ into the others, and count all zeros.
+        """Zero the weights that are `chosen`, multiply ẑ into the others, and count all zeros.
 
         Where more gates are shut than that, those that stay are multiplied by σ(α) in the place of their ẑ = 0.
         """
-        zeros = across({name: self.law.stays(alpha.detach()) for name, alpha in self.alphas.items()}, round(self.share * self.total))
+        zeros = self.chosen()
         for name, layer in self.layers.items():
             settled = self.law.settled(self.alphas[name])
             layer.weight.mul_(torch.where(settled > 0, settled, self.alphas[name].sigmoid())).masked_fill_(zeros[name], 0.0)

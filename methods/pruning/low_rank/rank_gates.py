@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.core.architecture.surgery import factorize
-from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian
+from slimbench.methods.core.learning.gates import HardConcrete, Lagrangian, Pace
 from slimbench.methods.core.low_rank import closest
 from slimbench.methods.core.masks import across
 from slimbench.methods.pruning.low_rank.svd import pays
@@ -30,27 +30,18 @@ class RankGates(Lagrangian):
         factors: Q [rank, in] and P [out, rank], which learn; at first their product is the weight.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Linear],
-        budget: int,
-        warm: int,
-        begin: float = 2.0,
-        rate: float = 1.0,
-        multiplier_rate: float = 1.0,
-        square_rate: float | None = None,
-    ) -> None:
-        """All gates start open alike, and the components are those of a whole singular value decomposition.
+    def __init__(self, layers: Mapping[str, nn.Linear], budget: int, pace: Pace) -> None:
+        """Open gates, on the components of a whole singular value decomposition.
 
         Args:
             budget: Parameters that all layers may have in the end, biases left out.
-            begin: α before the first step.
         """
         self.layers, self.budget = dict(layers), budget
         self.factors = {name: _factors(layer) for name, layer in layers.items()}
-        alphas = {name: torch.full((min(layer.weight.shape),), begin, device=layer.weight.device) for name, layer in layers.items()}
-        self.total = sum(sum(layer.weight.shape) * len(alphas[name]) for name, layer in layers.items())
-        super().__init__(alphas, 1 - budget / self.total, warm, LAW, rate, multiplier_rate, square_rate)
+        ranks = {name: min(layer.weight.shape) for name, layer in layers.items()}
+        self.total = sum(sum(layer.weight.shape) * ranks[name] for name, layer in layers.items())
+        device = next(iter(layers.values())).weight.device
+        super().__init__({name: (rank,) for name, rank in ranks.items()}, device, 1 - budget / self.total, pace, LAW)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.architecture.surgery import name_of
 from slimbench.methods.core.architecture.units import Structures, price, structures
-from slimbench.methods.core.learning.gates import Gates, HardConcrete, multiplied
+from slimbench.methods.core.learning.gates import Gates, HardConcrete, Pace, multiplied
 from slimbench.methods.core.training import TrainingSettings, train
 from tests.support import tiny
 from tests.support.architectures import make
@@ -43,7 +43,7 @@ def test_the_law_is_that_of_the_paper(alpha: float, law: HardConcrete) -> None:
 
 def test_the_expected_share_is_the_counted_one_where_gates_are_shut_or_open() -> None:
     kinds = kinds_of(make("llama"))
-    gates = Gates(kinds, 0.5, 1)
+    gates = Gates(kinds, 0.5, Pace(1))
     held = gone = 0
     with torch.no_grad():
         for index, (name, alpha) in enumerate(gates.alphas.items()):
@@ -57,7 +57,7 @@ def test_the_expected_share_is_the_counted_one_where_gates_are_shut_or_open() ->
 def test_the_multipliers_climb_and_the_gates_follow_the_target(tmp_path: Path) -> None:
     tiny_dense = tiny.save_model(tmp_path, "float32")
     model = tiny_dense.load(dtype=torch.float32).requires_grad_(False)
-    gates = Gates(kinds_of(model), 0.4, warm=20, begin=6.0, rate=100.0, multiplier_rate=300.0)
+    gates = Gates(kinds_of(model), 0.4, Pace(20, begin=6.0, rate=100.0, multiplier_rate=300.0))
     settings = TrainingSettings(steps=120, batch_size=2, length=16, learning_rate=1e-3, clip=None, schedule="constant", warmup=0)
 
     def loss(ids: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def test_the_multipliers_climb_and_the_gates_follow_the_target(tmp_path: Path) -
 def test_what_is_cut_is_what_was_masked(architecture: str) -> None:
     model = make(architecture)
     kinds = kinds_of(model)
-    gates = Gates(kinds, 0.3, 1)
+    gates = Gates(kinds, 0.3, Pace(1))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for alpha in gates.alphas.values():
@@ -107,14 +107,14 @@ def gates_prices(architecture: str) -> list[int]:
 
 
 def test_no_more_than_there_is_can_go() -> None:
-    gates = Gates(kinds_of(make("llama")), 0.3, 1)
+    gates = Gates(kinds_of(make("llama")), 0.3, Pace(1))
     with pytest.raises(Unsupported, match="one group of heads and one channel"):
         gates.finish(make("llama"), gates.total)
 
 
 def test_a_drawn_model_differs_and_an_open_one_does_not() -> None:
     model = make("llama")
-    gates = Gates(kinds_of(model), 0.3, 1, begin=50.0)
+    gates = Gates(kinds_of(model), 0.3, Pace(1, begin=50.0))
     with torch.no_grad():
         plain = model(IDS, use_cache=False).logits
         with gates.drawn():
@@ -127,7 +127,7 @@ def test_a_drawn_model_differs_and_an_open_one_does_not() -> None:
 
 
 def test_a_claim_tells_fifty_rows_of_the_path_and_a_run_goes_on_where_it_was() -> None:
-    gates, other = (Gates(kinds_of(make("llama")), 0.3, 4, begin=2.0, rate=2.0, multiplier_rate=3.0, square_rate=5.0) for _ in range(2))
+    gates, other = (Gates(kinds_of(make("llama")), 0.3, Pace(4, rate=2.0, multiplier_rate=3.0, square_rate=5.0)) for _ in range(2))
     assert [group.factor for group in gates.groups()] == [2.0, 3.0, 5.0]
     assert [group.maximize for group in gates.groups()] == [False, True, True]
     assert {name for group in gates.groups() for name in group.names} == gates.parameters.keys()

@@ -13,6 +13,7 @@ from torch import Tensor
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from slimbench.methods.core.architecture.anatomy import anatomy
 from slimbench.methods.core.learning.beside import Beside
+from slimbench.methods.core.learning.gates import Pace
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.gates.cofi import CoFi, matched, opened
 from slimbench.methods.pruning.gates.compresso import Compresso
@@ -68,7 +69,7 @@ def test_something_else_on_the_stream_is_refused() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_the_expected_size_is_a_sum_over_features_parts_and_units(architecture: str) -> None:
-    gates, generator = NestedGates(make(architecture), 0.3, 10), torch.Generator().manual_seed(2)
+    gates, generator = NestedGates(make(architecture), 0.3, Pace(10)), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for alpha in gates.alphas.values():
             alpha.copy_(3 * torch.randn(len(alpha), generator=generator))
@@ -94,7 +95,7 @@ def test_the_expected_size_is_a_sum_over_features_parts_and_units(architecture: 
 
 def uneven(model: Any, ratio: float) -> NestedGates:
     """Gates of which an attention, an MLP, features and units are likely to be shut."""
-    gates, generator = NestedGates(model, ratio, 10), torch.Generator().manual_seed(3)
+    gates, generator = NestedGates(model, ratio, Pace(10)), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for alpha in gates.alphas.values():
             alpha.copy_(1 + 1.5 * torch.randn(len(alpha), generator=generator))
@@ -142,7 +143,7 @@ def test_features_take_no_more_than_the_budget() -> None:
 
 def test_a_gate_has_a_gradient_through_everything_that_it_masks() -> None:
     model = make("opt")
-    gates = NestedGates(model, 0.3, 10, begin=0.0)
+    gates = NestedGates(model, 0.3, Pace(10, begin=0.0))
     torch.manual_seed(0)
     with gates.drawn():
         loss = model(IDS, use_cache=False).logits.square().mean()
@@ -151,7 +152,7 @@ def test_a_gate_has_a_gradient_through_everything_that_it_masks() -> None:
 
 
 def test_alphas_stay_within_bounds() -> None:
-    gates = NestedGates(make("llama"), 0.3, 10)
+    gates = NestedGates(make("llama"), 0.3, Pace(10))
     with torch.no_grad():
         gates.alphas["hidden"].fill_(9.0)
         gates.alphas["mlp"].fill_(-9.0)
@@ -183,7 +184,7 @@ def test_layers_are_matched_to_the_nearest_open_one() -> None:
 def test_the_loss_of_cofi_is_the_papers(tmp_path: Path) -> None:
     dense, teacher = tiny.saved(make("llama"), tmp_path / "model"), make("llama", num_hidden_layers=3, rms_norm_eps=1e-2)
     model = dense.load()
-    gates, matrix = NestedGates(model, 0.3, 10, begin=50.0), torch.eye(64) * 1.1
+    gates, matrix = NestedGates(model, 0.3, Pace(10, begin=50.0)), torch.eye(64) * 1.1
     with torch.no_grad():
         gates.multipliers[0].fill_(0.7)
         student, wanted = (each(IDS, use_cache=False, output_hidden_states=True) for each in (model, teacher))
@@ -249,7 +250,7 @@ def test_adapters_do_in_training_what_they_do_merged(tmp_path: Path) -> None:
 def test_the_prompt_stands_before_each_text_and_is_not_learned(prompt: list[int], tmp_path: Path) -> None:
     dense = tiny.saved(make("llama"), tmp_path / "model")
     model = dense.load()
-    gates, method = NestedGates(model, 0.3, 10, parts=(), begin=50.0), Compresso()
+    gates, method = NestedGates(model, 0.3, Pace(10, begin=50.0), parts=()), Compresso()
     adapters = Beside({}, 1, 1.0, 0)
     with torch.no_grad():
         loss = float(method.objective(model, gates, adapters, torch.tensor(prompt, dtype=torch.int64), dense)(IDS))

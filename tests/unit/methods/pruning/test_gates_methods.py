@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
-from slimbench.methods.core.learning.gates import HardConcrete
+from slimbench.methods.core.learning.gates import HardConcrete, Pace
 from slimbench.methods.formats import edited, huggingface
 from slimbench.methods.pruning.gates.hard_concrete import HeadGates, HeadsAndChannels, L0Weights
 from slimbench.methods.pruning.gates.simple import LassoMasks, Masks
@@ -55,7 +55,7 @@ def stays(alpha: float, temperature: float) -> float:
 def test_l0_counts_the_weights_that_are_expected_to_stay_and_multiplies_with_the_others() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
-    gates = WeightGates({"layer": layer}, 0.4, 10)
+    gates = WeightGates({"layer": layer}, 0.4, Pace(10))
     with torch.no_grad():
         gates.alphas["layer"].copy_(3 * torch.randn(3, 5))
     alphas = gates.alphas["layer"].tolist()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
+from slimbench.methods.core.learning.gates import Pace
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.architecture.modules import FactorPair, FactorPairPlus
@@ -55,7 +56,7 @@ def blocks(model: Any) -> Any:
 def two(budget: int = 60) -> RankGates:
     """Layers [6, 4] and [3, 5] with gates of different α."""
     torch.manual_seed(0)
-    gates = RankGates({"first": nn.Linear(4, 6), "second": nn.Linear(5, 3, bias=False)}, budget, 10)
+    gates = RankGates({"first": nn.Linear(4, 6), "second": nn.Linear(5, 3, bias=False)}, budget, Pace(10))
     with torch.no_grad():
         for alpha in gates.alphas.values():
             alpha.copy_(2 * torch.randn(alpha.shape))
@@ -119,7 +120,7 @@ def test_components_go_in_the_order_of_their_gates_until_the_budget_holds() -> N
 def test_what_is_left_is_what_the_settled_gates_computed(llama: DenseModel) -> None:
     model = llama.load()
     layers = linears(model)
-    gates = RankGates(layers, sum(layer.weight.numel() for layer in layers.values()) * 7 // 10, 1)
+    gates = RankGates(layers, sum(layer.weight.numel() for layer in layers.values()) * 7 // 10, Pace(1))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for alpha in gates.alphas.values():
@@ -165,7 +166,7 @@ def test_the_budget_is_met_to_less_than_a_component(dense: DenseModel, tmp_path:
 
 def test_nothing_is_lost_before_the_first_step(llama: DenseModel) -> None:
     model = llama.load()
-    gates = RankGates(linears(model), 10**6, 1)
+    gates = RankGates(linears(model), 10**6, Pace(1))
     with torch.inference_mode():
         want = model(CALIBRATION.ids).logits
         with gates.applied({name: torch.ones_like(alpha) for name, alpha in gates.alphas.items()}):

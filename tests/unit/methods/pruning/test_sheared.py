@@ -12,6 +12,7 @@ import torch
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from slimbench.methods.core.architecture.uniform import Sizes, sizes_of
+from slimbench.methods.core.learning.gates import Pace
 from slimbench.methods.formats import huggingface
 from slimbench.methods.pruning.gates.nested import Nest
 from slimbench.methods.pruning.gates.shapes import ShapedGates
@@ -33,7 +34,7 @@ def test_the_mix_grows_where_the_loss_lies_above_its_reference() -> None:
 
 
 def gates_of(model: Any, target: Sizes) -> ShapedGates:
-    gates, generator = ShapedGates(model, sizes_of(model), target, warm=10), torch.Generator().manual_seed(5)
+    gates, generator = ShapedGates(model, sizes_of(model), target, Pace(10)), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for alpha in gates.alphas.values():
             alpha.copy_(1 + 1.5 * torch.randn(len(alpha), generator=generator))
