@@ -8,7 +8,7 @@ a divergence of
 (the Fisher information of the outputs; what different tokens do to each other is left out). So the output error of every width is
 measured, and weighed by how much the predictions care about its direction; one backward pass serves all layers and widths.
 
-The choice of widths is a knapsack, solved exactly by dynamic programming.
+The choice of widths is a knapsack.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimbench.methods.core.knapsack import least
 from slimbench.methods.core.losses import cross_entropy
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.rounding import fit_groups, nearest_codes
@@ -97,22 +97,10 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[int], bits: Seque
     unit = max(math.gcd(*sizes), math.ceil(budget / _UNITS))
     units = [[math.ceil(size * width / unit) for width in bits] for size in sizes]
     total = math.floor(budget / unit + 1e-9)
-    best = np.zeros(total + 1)
-    chosen = np.zeros((len(sizes), total + 1), dtype=np.int8)
-    for layer, (prices, widths) in enumerate(zip(costs, units, strict=True)):
-        options = np.full((len(bits), total + 1), np.inf)
-        for index, (price, width) in enumerate(zip(prices, widths, strict=True)):
-            if width <= total:
-                options[index, width:] = best[: total + 1 - width] + price
-        chosen[layer] = options.argmin(0)
-        best = options.min(0)
-    if not np.isfinite(best[total]):
-        raise ValueError(f"{average:g} bits a weight are fewer than the smallest width, {min(bits)}, needs")
-    found, left = [], total
-    for layer in reversed(range(len(sizes))):
-        found.append(int(chosen[layer, left]))
-        left -= units[layer][found[-1]]
-    return found[::-1]
+    try:
+        return least(costs, units, total)
+    except ValueError:
+        raise ValueError(f"{average:g} bits a weight are fewer than the smallest width, {min(bits)}, needs") from None
 
 
 def _fit(weight: Tensor, grid: Grid, symmetric: bool, clip: bool) -> tuple[Tensor, Tensor | None]:

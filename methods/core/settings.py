@@ -26,6 +26,21 @@ class Grouped(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coded(Method):
+    """A method that writes a code for each weight; those of a row fill bytes.
+
+    Attributes:
+        bits: Bits of a code, before scales and tables.
+    """
+
+    bits: int = 4
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        check_codes(shape, self.bits)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FittedGrid(Method):
     """A method that fits its grids itself, so that there are grids which it has not.
 
@@ -118,3 +133,13 @@ class Adapters(Method):
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, not {self.alpha}")
+
+
+def check_codes(shape: ModelShape, bits: int) -> None:
+    """Raise `Unsupported` unless a code of so many bits for each input of a layer fills bytes."""
+    from slimbench.methods.kernels.grid import PLANES
+
+    multiple = 8 // min(PLANES[bits])
+    for width in shape.widths or (shape.hidden_size, shape.intermediate_size):
+        if width % multiple:
+            raise Unsupported(f"codes of {bits} bits for {width} input features do not fill bytes; a multiple of {multiple} does")

@@ -265,25 +265,13 @@ def cheapest(errors: Sequence[Sequence[float]], times: Sequence[Sequence[float]]
     Raises:
         Unsupported: No levels are so fast.
     """
-    import numpy as np
+    from slimbench.methods.core.knapsack import least
 
-    units = [[math.ceil(time / budget * _BUCKETS - 1e-6) for time in of] for of in times]
-    best = np.zeros(_BUCKETS + 1)
-    chosen = np.zeros((len(errors), _BUCKETS + 1), dtype=np.int16)
-    for layer, (costs, widths) in enumerate(zip(errors, units, strict=True)):
-        before, best = best, np.full(_BUCKETS + 1, np.inf)
-        for index, (cost, width) in enumerate(zip(costs, widths, strict=True)):
-            if width <= _BUCKETS:
-                sums, now = before[: _BUCKETS + 1 - width] + cost, best[width:]
-                better = sums < now
-                now[better], chosen[layer, width:][better] = sums[better], index
-    if not np.isfinite(best[_BUCKETS]):
-        raise Unsupported(f"the fastest levels take {sum(min(of) for of in times):.3g}, more than the {budget:.3g} of the budget")
-    found, left = [], _BUCKETS
-    for layer in reversed(range(len(errors))):
-        found.append(int(chosen[layer, left]))
-        left -= units[layer][found[-1]]
-    return found[::-1]
+    try:
+        return least(errors, [[math.ceil(time / budget * _BUCKETS - 1e-6) for time in of] for of in times], _BUCKETS)
+    except ValueError:
+        fastest = sum(min(of) for of in times)
+        raise Unsupported(f"the fastest levels take {fastest:.3g}, more than the {budget:.3g} of the budget") from None
 
 
 def search(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import Coded, Grouped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ _SMALLEST = 1e-5
 
 
 @dataclass(frozen=True)
-class FPTQ(Grouped, Method):
+class FPTQ(Coded, Grouped, Method):
     """W4A8. Weights are packed; the rounding of inputs is simulated.
 
     Attributes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from slimbench.methods.kernels.grid import Grid
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuaRotRTN(Grouped, Method):
+class QuaRotRTN(Coded, Grouped, Method):
     """QuaRot whose weights go to nearest. Rounding of inputs is simulated; weights are packed.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RPTQ(Grouped, SecondOrder, Method):
+class RPTQ(Coded, Grouped, SecondOrder, Method):
     """Weights are packed; the rounding of inputs is simulated.
 
     Attributes:

@@ -9,12 +9,12 @@ from typing import Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import Coded, Grouped
 from slimbench.methods.kernels.rounding import round_layers
 
 
 @dataclass(frozen=True)
-class RTNActivation(Grouped, Method):
+class RTNActivation(Coded, Grouped, Method):
     """Weights are packed; inputs are rounded by token, or by groups of a token, to numbers in the model's dtype (simulated).
 
     Attributes:

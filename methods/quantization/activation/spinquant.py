@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 from slimbench.methods.core.training import LoopSettings
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SpinQuantRTN(LoopSettings, Grouped, Method):
+class SpinQuantRTN(LoopSettings, Coded, Grouped, Method):
     """SpinQuant whose weights go to nearest. Rounding of inputs is simulated; weights are packed.
 
     Attributes:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape
+from slimbench.methods.core.settings import Grouped, check_codes
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class BCQ(Grouped, Method):
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, not {self.rounds}")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        check_codes(shape, 1)  # signs are stored plane by plane
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.settings import Coded
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _STEPS = 200
 
 
 @dataclass(frozen=True)
-class GOBO(Method):
+class GOBO(Coded, Method):
     """Centroids by layer and outliers by their density, weight only, no data.
 
     Attributes:

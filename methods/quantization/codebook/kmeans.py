@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
+from slimbench.methods.core.settings import Coded
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KMeans(Method):
+class KMeans(Coded, Method):
     """K-means levels, weight only, no data.
 
     With one table for a whole layer, as in the paper, smollm2-135m diverges at 3 and at 4 bits although the weights keep 15 to 19 dB of

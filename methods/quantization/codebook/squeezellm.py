@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.settings import Coded
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT, compress_layers
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SqueezeLLM(Method):
+class SqueezeLLM(Coded, Method):
     """Sensitivity-weighted k-means for each row, weight only.
 
     Attributes:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.grids import uniform_grid
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import Grouped, check_codes
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
     group_size: Literal[32, 64, 128, 256] | None = None
     steps: int = 30
     learning_rate: float = 5e-4
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        check_codes(shape, 2)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.layers import block_linears, check_calibration
 from slimbench.methods.core.settings import SecondOrder
 from slimbench.methods.quantization.grids.codebook_layers import FORMAT
@@ -68,6 +68,12 @@ class VPTQ(SecondOrder, Method):
         super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        for width in () if shape.widths else (shape.hidden_size, shape.intermediate_size):  # edited ones are looked at in `compress`
+            if width % self.vector:
+                raise Unsupported(f"vectors of {self.vector} do not divide {width} output features")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.formats import codebook

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import Coded, Grouped
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LLMQAT(TrainingSettings, Grouped, Method):
+class LLMQAT(TrainingSettings, Coded, Grouped, Method):
     """Full-parameter training of a weight-only quantized model; embeddings, norms and head are trained too, but keep their dtype.
 
     Attributes:

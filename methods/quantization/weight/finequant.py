@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears
+from slimbench.methods.core.settings import Coded
 from slimbench.methods.kernels.rounding import round_to_grid
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FineQuant(Method):
+class FineQuant(Coded, Method):
     """Round-to-nearest with groups whose size differs from layer to layer, weight only.
 
     Attributes:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from slimbench.methods.core.second_order import Solver
 
 
 @dataclass(frozen=True)
-class GPTAQ(Grouped, SecondOrder, Method):
+class GPTAQ(Coded, Grouped, SecondOrder, Method):
     """Asymmetric calibration: min over Q of ‖Q X - W X̃‖², X̃ the inputs of the uncompressed model, X those of the quantized one.
 
     The residual W (X̃ - X) is spread column by column through the inverse Hessian, see `methods.core.second_order`. Layers

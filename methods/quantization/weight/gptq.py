@@ -12,7 +12,7 @@ from slimbench.methods.core import llmcompressor as _llmcompressor
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
 from slimbench.methods.core.masks import zero_fraction
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 from slimbench.methods.quantization.grids.codes import check_equal, from_zero_points
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _PRUNED = 0.05
 
 
 @dataclass(frozen=True)
-class GPTQ(Grouped, SecondOrder, Method):
+class GPTQ(Coded, Grouped, SecondOrder, Method):
     """Weight only; embeddings and output head keep their dtype.
 
     The library's asymmetric grid has an integer zero point, so that a weight is `(q - z) * scale`. Its offset `(2^(bits - 1) - z) * scale`

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OWQ(Grouped, SecondOrder, Method):
+class OWQ(Coded, Grouped, SecondOrder, Method):
     """Weak columns are those with the largest λ_j ‖ΔW_j‖²: λ_j the diagonal of the Hessian, ΔW_j the rounding error of column j.
 
     They have no part in the grids, come last, and so take up the error of all other columns before they are stored. As in the paper

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_calibration, check_groups
-from slimbench.methods.core.settings import Grouped, SecondOrder
+from slimbench.methods.core.settings import Coded, Grouped, SecondOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuIP(Grouped, SecondOrder, Method):
+class QuIP(Coded, Grouped, SecondOrder, Method):
     """The inputs of every layer are rotated when the model runs: signs, and a Hadamard transform in blocks of the largest power of two
     that divides the inputs. See `methods.quantization.solvers.incoherence`.
 

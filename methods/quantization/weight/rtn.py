@@ -10,12 +10,12 @@ from typing import Literal
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.core.grids import uniform_grid
 from slimbench.methods.core.layers import block_linears, check_groups
-from slimbench.methods.core.settings import Grouped
+from slimbench.methods.core.settings import Coded, Grouped
 from slimbench.methods.kernels.rounding import round_head, round_layers
 
 
 @dataclass(frozen=True)
-class RTN(Grouped, Method):
+class RTN(Coded, Grouped, Method):
     """Round-to-nearest, weight only.
 
     Attributes:
