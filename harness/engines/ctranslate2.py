@@ -29,7 +29,7 @@ from slimbench.harness.engines.graph import Weight, evidence_of, read_config
 from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.measure.zeros import zeros
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.methods.base import Unsupported
+from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.util import files
 
 _DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # in the order of the file format's codes
@@ -54,13 +54,23 @@ def load_dense(folder: Path, scratch: Path, trust_remote_code: bool = False) -> 
     """Convert a dense source into a scratch folder and return it.
 
     Raises:
-        methods.base.Unsupported: The library has no converter for the architecture, or one that does not know this transformers.
+        methods.base.Unsupported: The library has no converter for the architecture, one that does not know this transformers, or one that
+            takes the width of a head from the hidden size where the config says another.
     """
     from ctranslate2.converters import TransformersConverter
 
+    shape = ModelShape.from_config(read_config(folder))
+
     class Converter(TransformersConverter):
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
-            return _Numbers(read_config(folder)["vocab_size"])
+            return _Numbers(shape.vocab_size)
+
+        def _load(self) -> Any:
+            spec = super()._load()
+            usual = shape.hidden_size // shape.num_heads
+            if shape.head_dim != usual and not hasattr(spec.decoder.layer[0].self_attention, "head_dim"):
+                raise NotImplementedError(f"its heads are {shape.head_dim} wide, and the converter takes {usual}, hidden size / heads")
+            return spec
 
     try:
         converter = Converter(str(folder), trust_remote_code=trust_remote_code)
@@ -123,6 +133,8 @@ class _Generation:
 
 class CTranslate2Model(LoadedModel):
     """A converted model. One generation runs at a time: a new prompt ends the one before it."""
+
+    shares_vectors = True
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import ctranslate2

@@ -36,6 +36,8 @@ class GraphModel(LoadedModel):
         config: The contents of the artefact's `config.json`.
     """
 
+    shares_vectors = True
+
     def __init__(self, config: dict[str, Any]) -> None:
         self.vocab_size = config["vocab_size"]
         self.max_length = config.get("max_position_embeddings", 2048)

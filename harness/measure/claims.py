@@ -15,6 +15,7 @@ from slimbench.methods.base import Claim, Needs
 _CACHE_TOKENS = 512
 _DENSE_BITS = 16
 _SLACK = 1.02
+_VECTORS = 0.005  # of the parameters, that lie in norms and biases at most
 
 
 def check(
@@ -35,7 +36,7 @@ def check(
         found.loaded_bits = loaded_bits
     if claim.cache_bytes_per_token is not None and isinstance(model, Generates):
         found.cache_bytes_per_token = cache_bytes_per_token(model)
-    found.flags = flags(claim, found, disk_bytes, needs, dense_parameters)
+    found.flags = flags(claim, found, disk_bytes, needs, dense_parameters, model.shares_vectors)
     return found
 
 
@@ -58,6 +59,7 @@ def flags(
     disk_bytes: int | None = None,
     needs: Sequence[Needs] = (),
     dense_parameters: int | None = None,
+    shares_vectors: bool = False,
 ) -> list[str]:
     """One line for each point in which claim and evidence differ; stored bits count as more than claimed from 2 % on.
 
@@ -66,6 +68,7 @@ def flags(
         needs: Of each method that made it; with none nothing is said of training.
         dense_parameters: In the matrices of the model that it was made from; None where they are not known. Some engines make one of
             equal norms or biases, so these do not count.
+        shares_vectors: As of `Loaded`: of the parameters claimed, those of norms and biases may be missing.
     """
     linear = [layer for layer in evidence.layers if layer.role == "linear"]
     return [
@@ -73,7 +76,7 @@ def flags(
         *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
         *_compute_flags(claim, linear),
         *_grid_flags(claim, linear),
-        *_architecture_flags(claim, evidence, dense_parameters),
+        *_architecture_flags(claim, evidence, dense_parameters, shares_vectors),
         *(_training_flags(claim, needs) if needs else []),
         *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
         *([simulation(claim, evidence)] if claim.simulated else []),
@@ -170,8 +173,9 @@ def _training_flags(claim: Claim, needs: Sequence[Needs]) -> Iterator[str]:
         yield "asks a teacher, claims none"
 
 
-def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int | None) -> Iterator[str]:
-    if claim.parameters is not None and evidence.parameters != claim.parameters:
+def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int | None, shares_vectors: bool) -> Iterator[str]:
+    missing = 0 if claim.parameters is None else claim.parameters - evidence.parameters
+    if claim.parameters is not None and not 0 <= missing <= (_VECTORS * claim.parameters if shares_vectors else 0):
         yield f"claims {claim.parameters:,} parameters, has {evidence.parameters:,}"
     elif claim.parameters is None and dense_parameters is not None and evidence.parameters < dense_parameters:
         yield f"claims no cut, has {evidence.parameters:,} parameters, fewer than the {dense_parameters:,} in the matrices of its source"

@@ -35,11 +35,13 @@ class Loaded(ABC):
         vocab_size: Token ids that it knows; the width of its logits.
         max_length: Positions that the model was made for.
         max_batch: Sequences that its policy runs at once at most; None without a limit.
+        shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters.
     """
 
     vocab_size: int
     max_length: int
     max_batch: int | None = None
+    shares_vectors: bool = False
 
     def batch(self, wanted: int) -> int:
         """So many sequences, or as many of them as run at once."""

@@ -348,6 +348,12 @@ def test_flags(claim: dict[str, Any], found: Evidence, disk_bytes: int | None, e
     assert flags(Claim("any", **claim), found, disk_bytes) == expected
 
 
+@pytest.mark.parametrize(("claimed", "flagged"), [(9_999, True), (10_000, False), (10_050, False), (10_051, True)])
+def test_an_engine_that_shares_norms_may_miss_those_alone(claimed: int, flagged: bool) -> None:
+    assert bool(flags(Claim("any", parameters=claimed), evidence(), shares_vectors=True)) is flagged
+    assert bool(flags(Claim("any", parameters=claimed), evidence())) is (claimed != 10_000)
+
+
 def test_claims_of_a_pipeline() -> None:
     pruned = Claim("huggingface", sparsity=0.5, pattern="2:4", details={"a": 1})
     rounded = Claim("huggingface", bits=6, group_size=64, simulated=True)
