@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
+from slimbench.harness.config.engines import catalogue
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.flags.kinds import Figure, labelled, spoiling
 from slimbench.leaderboard.rows.row import Row
@@ -27,6 +29,7 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Smaller on disk by": _text(decimal(2), row.compression_ratio, " ×"),
         "Zeros": _text(decimal(1, 100), row.sparsity, " %"),
         "Parameters removed": _text(decimal(1, 100), row.removed, " %"),
+        "Artefact": _artefact(row),
         **_cost(row),
         "Source precision": row.source_precision,
         "Calibration": " · ".join(part for part in (row.calibration_text, row.calibration) if part),
@@ -38,6 +41,19 @@ def details(row: Row) -> list[tuple[str, str]]:
         "Command": row.command,
     }
     return [(name, shorten(value, LONGEST_DETAIL)) for name, value in facts.items() if value and value != EMPTY]
+
+
+def _artefact(row: Row) -> str:
+    """`format huggingface, which transformers, compiled, … load`: where else the cell's artefact may be measured or used."""
+    if row.format is None:
+        return ""
+    loading = _loading(row.format)
+    return f"format {row.format}, which {', '.join(loading) or 'no engine'} load{'s' if len(loading) < 2 else ''}"
+
+
+@cache
+def _loading(format_: str) -> list[str]:
+    return [engine.name for engine in catalogue() if format_ in engine.loaders]
 
 
 def _quality(row: Row) -> dict[str, str | None]:

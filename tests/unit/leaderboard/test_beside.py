@@ -52,6 +52,20 @@ def test_caches_stand_in_a_table_of_their_own_beside_that_of_dense() -> None:
     assert [line[header.index("cache_bytes_32k")] for line in lines].count(str(CACHES["32768"])) == 1
 
 
+@pytest.mark.parametrize(
+    ("format_", "told"),
+    [
+        ("edited", "format edited, which transformers, offload load"),
+        ("gguf", "format gguf, which llamacpp loads"),
+        ("<b>", "format <b>, which no engine loads"),
+        (None, None),
+    ],
+)
+def test_a_row_says_which_engines_load_its_artefact(format_: str | None, told: str | None) -> None:
+    row = rows(records(Spec()))[0].model_copy(update={"format": format_})
+    assert dict(details(row)).get("Artefact") == told
+
+
 @pytest.mark.parametrize("sizes", [None, 7, "many", {"1024": "<b>"}, {"1024": None, "7": 1}])
 def test_what_a_record_says_of_its_cache_is_taken_for_numbers_only(sizes: Any) -> None:
     (row,) = (row for row in rows(with_caches(sizes)) if row.pipeline == "gptq")
