@@ -12,8 +12,12 @@ budget is held by a Lagrangian: with the share ŝ of the parameters that is expe
 
 (Wang et al., arXiv 1910.04732): the multipliers climb, so that the price of a gap rises for as long as there is one. t grows over the
 first steps from the ŝ that there is before them. λ₁ adds up gaps, and where steps are few it overshoots; λ₂ answers to the gap that there
-is, so it may have a higher rate. At the end the units of the lowest ẑ go, exactly as many as the budget asks for, and the ẑ of those that
-stay is multiplied into the weights that read them.
+is, so it may have a higher rate. At the end the units of the lowest P(z ≠ 0) go, exactly as many as the budget asks for, and the ẑ of those
+that stay is multiplied into the weights that read them. With a price in the place of a budget (Louizos et al.) the loss has
+
+    λ Σ P(z ≠ 0)      over all gates
+
+and in the end those go whose ẑ is 0, as many as there are.
 """
 
 from __future__ import annotations
@@ -57,6 +61,11 @@ class HardConcrete:
         """ẑ."""
         return self._stretched(torch.sigmoid(alpha))
 
+    def folded(self, alpha: Tensor) -> Tensor:
+        """What a unit is multiplied by that stays in the end: ẑ, or σ(α) where the budget keeps it although ẑ is 0."""
+        settled = self.settled(alpha)
+        return torch.where(settled > 0, settled, torch.sigmoid(alpha))
+
     def stays(self, alpha: Tensor) -> Tensor:
         """P(z ≠ 0)."""
         ratio = torch.tensor(-self.low / self.high, device=alpha.device)
@@ -76,6 +85,7 @@ class Pace:
         rate: Factor of the learning rate for α.
         multiplier_rate: The same for λ₁.
         square_rate: The same for λ₂; None: as λ₁.
+        price: λ of an open gate, which then stands in the place of the budget; None: there is one.
     """
 
     warm: int
@@ -83,6 +93,7 @@ class Pace:
     rate: float = 1.0
     multiplier_rate: float = 1.0
     square_rate: float | None = None
+    price: float | None = None
 
 
 class Lagrangian(Hooks):
@@ -155,9 +166,15 @@ class Lagrangian(Hooks):
         return min(1.0, (self.step + 1) / max(1, self.pace.warm))
 
     def penalty(self) -> Tensor:
-        """λ₁ (ŝ − t) + λ₂ (ŝ − t)², a scalar to add to the loss; 0 where the multipliers never moved, as those of fixed gates."""
+        """λ₁ (ŝ − t) + λ₂ (ŝ − t)² or λ Σ P(z ≠ 0), a scalar to add to the loss; 0 where gates are fixed."""
+        if self.pace.price is not None and not self.fixed:
+            return self.pace.price * torch.stack([self.law.stays(alpha).sum() for alpha in self.alphas.values()]).sum()
         gap = self.gone() - self.target()
         return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+
+    def shut(self) -> dict[str, Tensor]:
+        """The gates whose ẑ is 0, as masks by kind."""
+        return {name: self.law.settled(alpha.detach()) == 0 for name, alpha in self.alphas.items()}
 
     def draws(self) -> dict[str, Tensor]:
         """z of each kind, drawn from torch's own random numbers: those of `train`, which a checkpoint holds."""
@@ -236,17 +253,21 @@ class Gates(Lagrangian):
     def chosen(self, wanted: int) -> dict[str, Tensor]:
         """The units that go for so many parameters, those of the lowest P(z ≠ 0) first, as masks by the names of `kinds`.
 
+        With a price those go that are shut, but for one unit of each kind.
+
         Raises:
             Unsupported: One unit of each kind stays, and all others do not hold so many.
         """
+        if self.pace.price is not None and not self.fixed:
+            return {name: gone.index_fill(0, self.alphas[name].argmax(), False) for name, gone in self.shut().items()}
         return cheapest({name: self.law.stays(alpha.detach()) for name, alpha in self.alphas.items()}, self.kinds, wanted)
 
     @torch.no_grad()
     def finish(self, model: Any, wanted: int) -> dict[str, Tensor]:
-        """Cut the units that go out of a model and fold ẑ into the weights that read the others, in place; see `chosen`."""
+        """Cut the units that go out of a model and fold the others' gates into the weights that read them, in place; see `chosen`."""
         gone = self.chosen(wanted)
         for name, kind in self.kinds.items():
-            kind.reads.weight.mul_(spread(self.law.settled(self.alphas[name]), kind))
+            kind.reads.weight.mul_(spread(self.law.folded(self.alphas[name]), kind))
             if bool(gone[name].any()):
                 kind.cut(model, (~gone[name]).nonzero().squeeze(1))
         return gone

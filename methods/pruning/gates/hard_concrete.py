@@ -4,10 +4,10 @@
     Voita      a gate on each head, the same penalty over heads, β = 0.33 (arXiv 1905.09418)
     McCarley   gates on heads and on channels, distilled from the dense model (arXiv 1910.06360)
 
-All three set a price λ on an open gate and see what is left. With the share ŝ of what is expected to go, (1 − ŝ) · n is that sum of
-P(z ≠ 0), weighted by the parameters of the units where kinds are mixed, so that a multiplier of ŝ is such a price; here it climbs until
-the budget is met, and the units of the lowest P(z ≠ 0) go in the end, to the unit. Weights learn with their gates. A gate on a head is one
-on a key and a value head with the query heads that share them.
+All three set a price λ on an open gate and see what is left; `price` of the first two is that. Without one there is a budget: with the
+share ŝ of what is expected to go, (1 − ŝ) · n is that sum of P(z ≠ 0), weighted by the parameters of the units where kinds are mixed, so
+that a multiplier of ŝ is such a price; it climbs until the budget is met, and the units of the lowest P(z ≠ 0) go in the end, to the unit.
+Weights learn with their gates. A gate on a head is one on a key and a value head with the query heads that share them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, ModelShape
 from slimbench.methods.core.masks import check_sparsity
-from slimbench.methods.pruning.gates.learned import Cut, Gated, going
+from slimbench.methods.pruning.gates.learned import Cut, Priced, going
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class L0Weights(Gated):
+class L0Weights(Priced):
     """A gate on each weight of the linear layers in the blocks. Takes eight numbers of four bytes a weight.
 
     Attributes:
-        sparsity: Fraction of these weights that becomes zero, above 0 and below 1; layers have different ones.
+        sparsity: Fraction of these weights that becomes zero, above 0 and below 1; layers have different ones. With a price it is not used.
     """
 
     name = "l0-weights"
@@ -54,7 +54,7 @@ class L0Weights(Gated):
 
         model = learned.load(dense)
         layers = block_linears(model)
-        gates = WeightGates(layers, self.sparsity, self.pace())
+        gates = WeightGates(layers, self.sparsity, self.pace(self.price))
         self.control(gates, gates.chosen, dense)
         plain = objective(self, model, dense)
 
@@ -97,14 +97,15 @@ class GatedUnits(Cut):
 
 
 @dataclass(frozen=True)
-class HeadGates(GatedUnits):
+class HeadGates(Priced, GatedUnits):
     """Gates on heads alone.
 
     Attributes:
-        ratio: Share of all groups of heads that goes, rounded to whole ones, at least one.
+        ratio: Share of all groups of heads that goes, rounded to whole ones, at least one. With a price it is not used.
     """
 
     name = "voita-heads"
+    version = 2
     citation = Citation("Analyzing multi-head self-attention", year=2019, arxiv="1905.09418", covers=("pruning/voita-et-al",))
 
     ratio: float = 0.4
@@ -123,7 +124,7 @@ class HeadGates(GatedUnits):
         kinds = learned.groups_of(model)
         groups = sum(kind.count for kind in kinds.values())
         gone = going(self.ratio, groups, len(kinds))
-        gates = Gates(kinds, gone / groups, self.pace(), HardConcrete(temperature=0.33))
+        gates = Gates(kinds, gone / groups, self.pace(self.price), HardConcrete(temperature=0.33))
         return self.fitted(model, gates, gone * price(next(iter(kinds.values()))), calibration, dense, out)
 
 
@@ -136,6 +137,7 @@ class HeadsAndChannels(GatedUnits):
     """
 
     name = "mccarley"
+    version = 2
     citation = Citation("Structured pruning of a BERT-based question answering model", year=2019, arxiv="1910.06360")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:

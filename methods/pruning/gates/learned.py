@@ -75,18 +75,38 @@ class Gated(Chosen):
         if not 0 < self.growth <= 1:
             raise ValueError(f"growth must be above 0 and at most 1, not {self.growth}")
 
-    def pace(self) -> Pace:
+    def pace(self, price: float | None = None) -> Pace:
         """How gates learn."""
         from slimbench.methods.core.learning.gates import Pace
 
         rates = (value / self.learning_rate for value in (self.gate_rate, self.multiplier_rate, self.square_rate))
         rate, multiplier_rate, square_rate = rates
-        return Pace(max(1, round(self.growth * self.steps)), rate=rate, multiplier_rate=multiplier_rate, square_rate=square_rate)
+        return Pace(
+            max(1, round(self.growth * self.steps)), rate=rate, multiplier_rate=multiplier_rate, square_rate=square_rate, price=price
+        )
 
     def control(self, gates: Lagrangian, choose: Callable[[], Mapping[str, Tensor]], dense: DenseModel) -> None:
         """Shut the gates that `choose` names for good, if they shall not be learned; see `Lagrangian.fix`."""
         if self.choice == "random":
             gates.fix(choose, self.seed + dense.seed)
+
+
+@dataclass(frozen=True)
+class Priced(Gated):
+    """A price on open gates may stand in the place of the budget.
+
+    Attributes:
+        price: λ, in nats an open gate, the papers' own setting; None: the budget is held.
+    """
+
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.price is not None and not self.price > 0:
+            raise ValueError(f"price must be positive, not {self.price}")
+        if self.price is not None and self.choice != "learned":
+            raise ValueError("a price has no control: how much goes is not known before")
 
 
 @dataclass(frozen=True)

@@ -211,9 +211,8 @@ class NestedGates(Lagrangian):
         return cheapest({name: self.alphas[name].detach() for name in self.nest.kinds}, self.nest.kinds, wanted)
 
     def values(self) -> dict[str, Tensor]:
-        """ẑ, or σ(α) where it is 0: what stays because the budget says so is not multiplied by 0."""
-        settled = {name: (self.law.settled(alpha.detach()), alpha.detach().sigmoid()) for name, alpha in self.alphas.items()}
-        return {name: torch.where(shut == 0, share, shut) for name, (shut, share) in settled.items()}
+        """What all things are multiplied by that stay."""
+        return {name: self.law.folded(alpha.detach()) for name, alpha in self.alphas.items()}
 
     @torch.no_grad()
     def finish(self, model: Any, wanted: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,15 @@ class ShapedGates(NestedGates):
         device = self.nest.stream.head.weight.device
         self.shares = self.shares.to(device)
         self.multipliers = tuple(nn.Parameter(torch.zeros(len(KINDS), device=device)) for _ in range(2))
-        with torch.no_grad():
-            self.begun = torch.stack([shares.mean() for shares in self.each(self.stays())])
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.begun = torch.stack([shares.mean() for shares in self.each(self.stays())])
+
+    def fix(self, choose: Callable[[], Mapping[str, Tensor]], seed: int) -> None:
+        super().fix(choose, seed)
+        self._begin()
 
     def each(self, stays: Mapping[str, Tensor]) -> list[Tensor]:
         """ŝ of each kind: of heads and channels [blocks], of blocks and features [1]."""

@@ -5,7 +5,8 @@ With a weight w_h of each head of the whole model, Gumbel noise g and a temperat
     r¹ = w + g,    p^k = softmax(r^k / τ),    r^{k+1} = r^k + ln(1 − p^k),    z = Σ_k p^k
 
 so that Σ_h z_h = K. z multiplies the heads while weights and w learn; τ falls by the same factor each step from 1000 to 1e-8, where z is 0
-or 1. In the end the K heads of the highest w stay. Numbers are float64: at low temperatures nothing else tells p = 1 apart.
+or 1. In the end the K heads of the highest w stay. Numbers are float64: at low temperatures nothing else tells p = 1 apart. The gradient
+of w has a norm of at most 1, by itself; in the authors' program it is clipped with all others.
 
 A head is a key and a value head with the query heads that share them. A block that loses all of them loses its attention, as in the paper.
 """
@@ -40,6 +41,7 @@ class Subset(Smaller, Chosen):
     """
 
     name = "dsp-heads"
+    version = 2
     citation = Citation("Differentiable subset pruning", year=2021, arxiv="2108.04657", covers=("pruning/dsp",))
     produces = "edited"
 
@@ -160,6 +162,13 @@ class Chooser(Hooks):
 
     def groups(self) -> Sequence[Group]:
         return () if self.fixed else (Group(("subset",), self.settings.gate_rate / self.settings.learning_rate, weight_decay=0.0),)
+
+    def after_backward(self, step: int) -> None:
+        """Bound the gradient of w. Over K draws 1/(1 − p) and 1/τ multiply; clipped with it, the gradients of the model would vanish."""
+        if self.weights.grad is not None:
+            gradient = self.weights.grad.nan_to_num_(0.0, 0.0, 0.0)
+            gradient.div_(gradient.abs().max().clamp_min(1.0))
+            gradient.div_(gradient.norm().clamp_min(1.0))
 
     def after_step(self, step: int, optimizer: Any) -> None:
         self.step = step + 1

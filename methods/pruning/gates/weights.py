@@ -47,17 +47,15 @@ class WeightGates(Lagrangian):
                 del layer.forward
 
     def chosen(self) -> dict[str, Tensor]:
-        """The weights that become zero for the budget, those of the lowest P(z ≠ 0), as masks [out, in]."""
+        """The weights that become zero, as masks [out, in]: those of the lowest P(z ≠ 0) for a budget, those that are shut for a price."""
+        if self.pace.price is not None and not self.fixed:
+            return self.shut()
         return across({name: self.law.stays(alpha.detach()) for name, alpha in self.alphas.items()}, round(self.share * self.total))
 
     @torch.no_grad()
     def finish(self) -> int:
-        """Zero the weights that are `chosen`, multiply ẑ into the others, and count all zeros.
-
-        Where more gates are shut than that, those that stay are multiplied by σ(α) in the place of their ẑ = 0.
-        """
+        """Zero the weights that are `chosen`, fold the gates of the others into them, and count all zeros."""
         zeros = self.chosen()
         for name, layer in self.layers.items():
-            settled = self.law.settled(self.alphas[name])
-            layer.weight.mul_(torch.where(settled > 0, settled, self.alphas[name].sigmoid())).masked_fill_(zeros[name], 0.0)
+            layer.weight.mul_(self.law.folded(self.alphas[name])).masked_fill_(zeros[name], 0.0)
         return sum(int((layer.weight == 0).sum()) for layer in self.layers.values())

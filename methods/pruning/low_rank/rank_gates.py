@@ -90,12 +90,12 @@ class RankGates(Lagrangian):
 
     @torch.no_grad()
     def finish(self, model: Any) -> dict[str, Tensor]:
-        """Replace the layers by what is left of them, ẑ multiplied into P, in place; see `chosen` and `size`."""
+        """Replace the layers by what is left of them, the gates folded into P, in place; see `chosen` and `size`."""
         gone = self.chosen()
         for name, layer in self.layers.items():
             reduce, expand = (factor.detach() for factor in self.factors[name])
             kept = (~gone[name]).nonzero().squeeze(1)
-            first, second = reduce[kept], expand[:, kept] * self.law.settled(self.alphas[name].detach())[kept]
+            first, second = reduce[kept], expand[:, kept] * self.law.folded(self.alphas[name].detach())[kept]
             if pays((layer.out_features, layer.in_features), len(kept)):
                 factorize(model, name, first, second)
             else:

@@ -96,6 +96,20 @@ def test_what_is_cut_is_what_was_masked(architecture: str) -> None:
     assert wanted <= removed < wanted + max(gates_prices(architecture)), "to less than one unit"
 
 
+def test_a_unit_that_stays_is_never_multiplied_by_zero() -> None:
+    model = make("llama")
+    kinds = kinds_of(model)
+    gates = Gates(kinds, 0.3, Pace(1, begin=-3.0))
+    before = {name: kind.reads.weight.detach().clone() for name, kind in kinds.items()}
+    gone = gates.finish(model, 1)
+    assert sum(int(mask.sum()) for mask in gone.values()) == 1
+    share = 1 / (1 + math.exp(3.0))
+    assert 1.2 * share - 0.1 < 0, "ẑ is 0"
+    for name, kind in kinds.items():
+        if not bool(gone[name].any()):
+            assert torch.allclose(kind.reads.weight, before[name] * share, atol=1e-6)
+
+
 def gates_prices(architecture: str) -> list[int]:
     """Parameters of a unit of each kind, counted by hand from the shapes."""
     block = anatomy(make(architecture))[0]

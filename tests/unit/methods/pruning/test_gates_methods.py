@@ -86,6 +86,35 @@ def test_l0_counts_the_weights_that_are_expected_to_stay_and_multiplies_with_the
         assert float(layer.weight[row, column]) == pytest.approx(wanted, abs=1e-6)
 
 
+def test_a_price_stands_in_the_place_of_a_budget() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    gates = WeightGates({"layer": layer}, 0.4, Pace(10, price=0.02))
+    with torch.no_grad():
+        gates.alphas["layer"].copy_(3 * torch.randn(3, 5))
+        for multiplier in gates.multipliers:
+            multiplier.fill_(7.0)
+    alphas = [alpha for row in gates.alphas["layer"].tolist() for alpha in row]
+    assert float(gates.penalty().detach()) == pytest.approx(0.02 * sum(stays(alpha, 2 / 3) for alpha in alphas), abs=1e-6)
+    shut = sum(1.2 / (1 + math.exp(-alpha)) - 0.1 <= 0 for alpha in alphas)
+    assert gates.finish() == shut and 0 < shut < 15 and shut != 6
+
+
+@pytest.mark.parametrize("kind", [L0Weights, HeadGates])
+def test_a_higher_price_leaves_less(kind: Any, source: tuple[str, DenseModel], tmp_path: Path) -> None:
+    _, dense = source
+    prices = (1e-9, 1e-4) if kind is L0Weights else (1e-4, 5.0)
+    low, high = (compressed(kind(**FEW, price=price), dense, tmp_path / f"{price}") for price in prices)
+    gone = [claim.details["gates"]["gone"] for claim in (low, high)]
+    assert gone[0] < 0.02 and gone[1] > 0.2, gone
+    if kind is HeadGates:
+        assert min(high.details["head_groups_by_block"]) >= 1
+    with pytest.raises(ValueError, match="price"):
+        kind(price=0.0)
+    with pytest.raises(ValueError, match="no control"):
+        kind(price=1.0, choice="random")
+
+
 def test_l0_leaves_exactly_as_many_zeros_as_asked_for(source: tuple[str, DenseModel], tmp_path: Path) -> None:
     _, dense = source
     claim = compressed(L0Weights(sparsity=0.4, **FEW | {"steps": 60}), dense, tmp_path / "out")

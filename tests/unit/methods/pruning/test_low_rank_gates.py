@@ -124,9 +124,14 @@ def test_what_is_left_is_what_the_settled_gates_computed(llama: DenseModel) -> N
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for alpha in gates.alphas.values():
-            alpha.copy_(4 * torch.rand(alpha.shape, generator=generator))
+            alpha.copy_(12 * torch.rand(alpha.shape, generator=generator) - 11)
         gone = gates.chosen()
-        values = {name: gates.law.settled(alpha) * ~gone[name] for name, alpha in gates.alphas.items()}
+        values = {}
+        for name, alpha in gates.alphas.items():
+            share = torch.sigmoid(alpha)
+            settled = (1.2 * share - 0.1).clamp(0, 1)
+            assert bool((settled[~gone[name]] == 0).any()), "gates that stay and are shut"
+            values[name] = torch.where(settled > 0, settled, share) * ~gone[name]
         with gates.applied(values):
             want = model(CALIBRATION.ids).logits
         gates.finish(model)

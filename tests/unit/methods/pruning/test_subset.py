@@ -75,6 +75,19 @@ def test_gradients_raise_the_weight_of_a_head_that_helps() -> None:
     assert float(weights.grad[3]) < 0 < min(float(weights.grad[index]) for index in (0, 1, 2, 4))
 
 
+@pytest.mark.parametrize("step", [0, 20, 30, 44, 59])
+def test_gradients_of_a_large_model_are_finite_and_bounded(step: int) -> None:
+    settings = Subset()
+    chooser = Chooser(settings, groups_of(make("llama")), 614)
+    chooser.weights = torch.nn.Parameter(torch.zeros(1024, dtype=torch.float64))
+    torch.manual_seed(step)
+    z = relaxed(chooser.weights, gumbel(chooser.weights), 614, settings.temperature(step))
+    (z * torch.randn(1024, dtype=torch.float64)).sum().backward()
+    chooser.after_backward(step)
+    assert chooser.weights.grad is not None
+    assert torch.isfinite(chooser.weights.grad).all() and float(chooser.weights.grad.norm()) <= 1 + 1e-9
+
+
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_what_is_cut_is_what_was_masked_and_a_block_can_lose_its_attention(architecture: str) -> None:
     model = make(architecture)
