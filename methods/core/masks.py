@@ -6,13 +6,15 @@ scores and never has more zeros than were asked for: checkpoints whose weights l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from slimbench.methods.base import ModelShape, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_SAMPLE = 1 << 18
 
 Scope = Literal["row", "layer"]
 """Among which weights scores are compared: those of one output, or all of a layer."""
@@ -67,12 +69,43 @@ def choose(scores: Tensor, zeros: int, scope: Scope = "layer", pattern: str | No
 
 
 def across(scores: Mapping[str, Tensor], zeros: int) -> dict[str, Tensor]:
-    """The weights that go among all layers, by one threshold, as masks by layer."""
+    """The weights that go among all layers, by one threshold, as masks by layer: one byte a weight, and little more on the way.
+
+    Raises:
+        ValueError: There are not so many.
+    """
     import torch
 
-    chosen = lowest(torch.cat([values.flatten() for values in scores.values()]), zeros)
-    parts = chosen.split([values.numel() for values in scores.values()])
-    return {name: part.view_as(values) for (name, values), part in zip(scores.items(), parts, strict=True)}
+    total = sum(values.numel() for values in scores.values())
+    if not 0 <= zeros <= total:
+        raise ValueError(f"{zeros} of {total} scores were asked for")
+    if not zeros:
+        return {name: torch.zeros_like(values, dtype=torch.bool) for name, values in scores.items()}
+    limit = _smallest([values.flatten() for values in scores.values()], zeros, total)
+    masks = {name: (values < limit).contiguous() for name, values in scores.items()}
+    left = zeros - sum(int(mask.sum()) for mask in masks.values())
+    for name, mask in masks.items():
+        ties = (scores[name] == limit).flatten().nonzero().squeeze(1)[:left]
+        mask.view(-1)[ties] = True
+        left -= len(ties)
+    return masks
+
+
+def _smallest(scores: Sequence[Tensor], place: int, total: int) -> Tensor:
+    """The score at a place, counted from 1, among all in rising order; a sample gives two bounds, and only what lies between is sorted."""
+    import torch
+
+    low, high = (torch.tensor(bound, dtype=scores[0].dtype, device=scores[0].device) for bound in (float("-inf"), float("inf")))
+    if total > 4 * _SAMPLE:
+        stride = total // _SAMPLE
+        sample = torch.cat([values[::stride] for values in scores]).sort().values
+        middle, margin = place / total * len(sample), 5 * len(sample) ** 0.5
+        bounds = (sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))])
+        if sum(int((values < bounds[0]).sum()) for values in scores) < place <= sum(int((values <= bounds[1]).sum()) for values in scores):
+            low, high = bounds
+    below = sum(int((values < low).sum()) for values in scores)
+    inside = torch.cat([values[(values >= low) & (values <= high)] for values in scores])
+    return inside.kthvalue(place - below).values
 
 
 def zero_fraction(layers: dict[str, nn.Linear]) -> float:

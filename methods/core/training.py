@@ -80,6 +80,11 @@ class LoopSettings(Settings, ABC):
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
 
+    @property
+    def teacher_temperature(self) -> float:
+        """τ, by which the logits of student and teacher are divided in distillation; the loss is then τ² times as large."""
+        return 1.0
+
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         rising = math.ceil(self.warmup * self.steps)
@@ -123,7 +128,8 @@ class Trained:
         tokens: Tokens of all gradient steps.
         parameters: Number of parameters that were updated.
         curve: (step, training loss) of at most 100 steps, the first and the last among them.
-        loss_after: Loss of the first step's batch with the final parameters; to be held against the first loss of the curve.
+        loss_after: Loss of the first step's batch with the final parameters; to be held against the first loss of the curve, but where a
+            step has draws or prices of its own: units that are shut at random, texts that are drawn, multipliers that climbed.
     """
 
     tokens: int
@@ -221,7 +227,7 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
 
     from slimbench.methods.core.losses import next_token, soft_cross_entropy
 
-    bfloat16 = dense.dtype == "bfloat16"
+    bfloat16, temperature = dense.dtype == "bfloat16", settings.teacher_temperature
     if settings.loss == "distillation" and teacher is None:
         teacher = dense.load_original().requires_grad_(False)
 
@@ -232,7 +238,7 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
             return next_token(logits, ids)
         with torch.no_grad():
             wanted = teacher(input_ids=ids, use_cache=False).logits
-        return soft_cross_entropy(logits, wanted)
+        return temperature**2 * soft_cross_entropy(logits / temperature, wanted / temperature)
 
     return loss
 

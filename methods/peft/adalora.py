@@ -79,17 +79,13 @@ class AdaLoRA(Adapters, TrainingSettings, Method):
         model = trained.load(dense)
         layers = block_linears(model)
         finetune.check_zeros(layers)
-        changes, ranks, done = self.train(model, list(layers), calibration.ids, dense)
-        for name, change in changes.items():
-            layers[name].weight += change
+        ranks, done = self.train(model, list(layers), calibration.ids, dense)
         trained.save(model, dense, out)
         facts = {"rank": self.rank, "total_rank": sum(ranks.values()), "ranks": ranks}
         return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self), details=facts))
 
-    def train(
-        self, model: PreTrainedModel, names: list[str], ids: Tensor, dense: DenseModel
-    ) -> tuple[dict[str, Tensor], dict[str, int], Trained]:
-        """Train adapters on a frozen model, which is left as it was: α/r₀ · P Λ Q [out, in] and the rank by layer, and the training."""
+    def train(self, model: PreTrainedModel, names: list[str], ids: Tensor, dense: DenseModel) -> tuple[dict[str, int], Trained]:
+        """Train adapters on a frozen model and merge them, α/r₀ · P Λ Q [out, in] of each layer: the rank by layer, and the training."""
         import torch
         from peft import AdaLoraConfig, get_peft_model
 
@@ -123,10 +119,11 @@ class AdaLoRA(Adapters, TrainingSettings, Method):
 
         done = train(self, parameters, regularized, cut(ids, self.length), dense, allocation)
         with torch.no_grad():
-            changes = {name: layer.get_delta_weight("default") for name, layer in wrapped.items()}
+            for layer in wrapped.values():
+                layer.base_layer.weight += layer.get_delta_weight("default")
         ranks = {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in wrapped.items()}
         adapted.unload()
-        return changes, ranks, done
+        return ranks, done
 
 
 def skewness(parameters: Mapping[str, nn.Parameter]) -> Tensor:

@@ -44,6 +44,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "flexround": {"steps": 3},
     "flop": TRAINED,
     "gmp": TRAINED,
+    "gmp-star": TRAINED,
     "grain": TRAINED,
     "gum": TRAINED,
     "kmeans": {"steps": 5},

@@ -72,6 +72,7 @@ class LoRAShear(AdapterPruning):
 
         model: Any = trained.load(dense)
         kinds, windows = learned.kinds_of(model), cut(calibration.ids, self.length)
+        goals(kinds, kinds, self.ratio)  # refuses before the work what cannot go even where no kind is spared
         harm = deviations(model, kinds, windows[:_WINDOWS].to(model.device), self.ratio)
         order = sorted(kinds, key=harm.__getitem__)
         able = set(order[: len(order) - int(self.spared * len(order))])

@@ -5,8 +5,8 @@
 W is frozen, A, B and the gates learn. There are gates on heads, channels and hidden features, none on whole layers; size and Lagrangian
 are those of CoFi (`nested`, `core.learning.gates`). The loss is the cross entropy of the text alone, not of the prompt.
 
-The paper trains on instructions, with a long prompt of its own wording. Here the text is that of the calibration, and the prompt a short
-one in other words; fine-tuning after the cut is another step of a pipeline.
+The paper trains on instructions, with a long prompt of its own wording, which stands before each text at inference too. Here the text is
+that of the calibration, and the prompt a short one in other words, while pruning alone; fine-tuning after the cut is another step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Compresso(NestedPruning):
     """
 
     name = "compresso"
-    citation = Citation("Compresso", year=2023, arxiv="2310.05015", covers=("pruning/compresso",))
+    citation = Citation("Compresso", year=2023, arxiv="2310.05015")
 
     learning_rate: float = 5e-5
     loss: Literal["distillation", "nll"] = "nll"

@@ -58,7 +58,6 @@ class FLOP(Cut):
         for layer in layers.values():
             layer.weight.requires_grad_(False)
         gates = RankGates(layers, budget, self.pace())
-        gates.chosen()  # refuses before the work what cannot go
         self.control(gates, gates.chosen, dense)
         others = {name: value for name, value in model.named_parameters() if value.requires_grad}
         plain = objective(self, model, dense)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import EDITED, Calibration, Citation, Claim, DenseModel, Method, Needs, Unsupported
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.settings import Smaller
 from slimbench.methods.core.training import TrainingSettings
@@ -94,7 +94,11 @@ class LoSparse(TrainingSettings, Smaller, Method):
         layers = {name: layer for name, layer in block_linears(model).items() if name in shapes}
         for layer in layers.values():
             layer.weight.requires_grad_(False)
-        split = Split(layers, {name: self.rank(shape) for name, shape in shapes.items()})
+        ranks = {name: self.rank(shape) for name, shape in shapes.items()}
+        least = sum(min(ranks[name] * sum(shape), math.prod(shape)) for name, shape in shapes.items())
+        if least > budget:
+            raise Unsupported(f"{max(budget, 0)} parameters are fewer than the {least} that {len(shapes)} layers take at least")
+        split = Split(layers, ranks)
         hooks = Rows(
             split.sparse,
             schedule=Cubic(0.0, 1.0, round(self.begin * self.steps), round(self.end * self.steps)),
@@ -103,7 +107,6 @@ class LoSparse(TrainingSettings, Smaller, Method):
             split=split,
             budget=budget,
         )
-        hooks.choose(1.0)  # refuses before the work what cannot go
         others = {name: value for name, value in model.named_parameters() if value.requires_grad}
         plain = objective(self, model, dense)
 

@@ -35,13 +35,17 @@ class RankGates(Lagrangian):
 
         Args:
             budget: Parameters that all layers may have in the end, biases left out.
+
+        Raises:
+            Unsupported: One component of each layer alone is more; before anything is decomposed.
         """
         self.layers, self.budget = dict(layers), budget
-        self.factors = {name: _factors(layer) for name, layer in layers.items()}
         ranks = {name: min(layer.weight.shape) for name, layer in layers.items()}
         self.total = sum(sum(layer.weight.shape) * ranks[name] for name, layer in layers.items())
         device = next(iter(layers.values())).weight.device
         super().__init__({name: (rank,) for name, rank in ranks.items()}, device, 1 - budget / self.total, pace, LAW)
+        self.chosen()
+        self.factors = {name: _factors(layer) for name, layer in layers.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -67,7 +67,7 @@ class BlockFisher(Fisher):
 
 @dataclass(frozen=True, kw_only=True)
 class BrainDamage(Fisher):
-    """The diagonal of the Fisher matrix; what remains is not updated. It takes four bytes of memory for each weight of the blocks."""
+    """The diagonal of the Fisher matrix; what remains is not updated. It takes five bytes of memory for each weight of the blocks."""
 
     name = "obd"
     citation = Citation("Optimal Brain Damage", year=1989, covers=("pruning/obd",))

@@ -49,6 +49,8 @@ class FLAP(Smaller, Method):
     produces = EDITED
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        import torch
+
         from slimbench.methods.core.architecture.anatomy import anatomy
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts, name_of
         from slimbench.methods.core.walk import walk
@@ -58,11 +60,12 @@ class FLAP(Smaller, Method):
         model = dense.load()
         before = model.num_parameters()
         kinds = {name_of(model, kind.reads): kind for block in anatomy(model) for kind in structures(block)}
+        wanted = math.ceil(self.ratio * sum(p.numel() for block in blocks_of(model).values() for p in block.parameters()) - 1e-6)
+        cheapest({name: torch.zeros(kind.count) for name, kind in kinds.items()}, kinds, wanted, biased=True)  # refuses before the work
         seen: dict[str, Moments] = {}
         for block in walk(model, calibration.ids, dense.progress):
             seen |= moments(block, kinds)
         scores = {name: kind_scores(kind, seen[name].variance) for name, kind in kinds.items()}
-        wanted = math.ceil(self.ratio * sum(p.numel() for block in blocks_of(model).values() for p in block.parameters()) - 1e-6)
         gone = cheapest(scores, kinds, wanted, biased=True)
         for name, kind in kinds.items():
             if gone[name].any():

@@ -6,8 +6,12 @@ After the step t, of those from t₀ to t₁, the smallest |w| are set to zero, 
 
 of each layer, or of all layers together by one threshold. Masks are chosen anew every few steps; between two choices a weight that is
 zero has no gradient, no moment and no decay. Gordon et al. (arXiv 2002.08307) prune BERT so before it is fine-tuned. GMP★ (arXiv
-2210.06384) is the same with s_i of 50 to 70 %, the teacher's distribution as the only target and a tuned learning rate; its rewinds of
-the rate and its temperature are not here.
+2210.06384) is the same with a first step to an s_i of 50 to 70 %, one threshold for all layers, the teacher's distribution at a temperature
+as the only target, and a learning rate that begins anew after each choice:
+
+    η_t = η (1 − 0.99 t / t₀)  before t₀,    η (1 − 0.5 ((t − t₀) mod Δt) / Δt)  up to t₁,    η (1 − 0.99 (t − t₁) / (T − t₁))  afterwards
+
+The shape and the numbers of the rate, hardness 1 and the temperature 5 are those of the authors' recipes for models of this size.
 """
 
 from __future__ import annotations
@@ -64,6 +68,43 @@ class GradualMagnitude(SparseTraining):
 
     def hooks(self, weights: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> Magnitudes:
         return Magnitudes(weights, schedule=self.cubic, every=self.every, scope=self.scope)
+
+
+@dataclass(frozen=True)
+class GMPStar(GradualMagnitude):
+    """GMP★: well-tuned pruning by magnitude; the learning rate has the course above.
+
+    Attributes:
+        teacher_temperature: τ of both distributions; the loss is τ² times their cross entropy.
+    """
+
+    name = "gmp-star"
+    citation = Citation("GMP★", year=2022, arxiv="2210.06384", covers=("pruning/gmp-b",))
+
+    initial: float = 0.7
+    scope: Literal["layer", "model"] = "model"
+    loss: Literal["distillation"] = "distillation"
+    learning_rate: float = 5e-4
+    schedule: Literal["linear"] = "linear"
+    warmup: float = 0.0
+    teacher_temperature: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup:
+            raise ValueError(f"warmup must be 0, not {self.warmup}: the rate has a course of its own")
+        if not self.teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature must be positive, not {self.teacher_temperature}")
+
+    def rate(self, step: int) -> float:
+        begin, end = self.cubic.begin, self.cubic.end
+        if step < begin:
+            fallen = 0.99 * step / begin
+        elif step < end:
+            fallen = 0.5 * ((step - begin) % self.every) / self.every
+        else:
+            fallen = 0.99 * (step - end) / (self.steps - end)
+        return self.learning_rate * (1 - fallen)
 
 
 class Magnitudes(Growing):

@@ -187,7 +187,7 @@ class Votes(Rewinding):
         super().__post_init__()
         import torch
 
-        self.votes = {name: torch.zeros_like(value.detach()) for name, value in self.parameters.items()}
+        self.votes = {name: torch.zeros_like(value.detach(), dtype=torch.uint8) for name, value in self.parameters.items()}
         self.magnitudes = {name: torch.zeros_like(value.detach()) for name, value in self.parameters.items()}
 
     def choose(self, training: int) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class ScoredTraining(TrainingSettings, Method):
         check_sparsity(self.sparsity, None)
         if not 0 <= self.begin < self.end <= 1:
             raise ValueError(f"begin and end must be shares of the steps, the first below the second, not {self.begin} and {self.end}")
+        if self.frozen and self.weight_decay:
+            raise ValueError(f"weight_decay must be 0 where weights do not learn, not {self.weight_decay}")
         if not self.score_rate > 0:
             raise ValueError(f"score_rate must be positive, not {self.score_rate}")
         if (cubic := self.growth(self.sparsity)).begin == cubic.end:

@@ -9,7 +9,8 @@ and of s, the sparsity asked for, block b departs so that its layers keep the fr
 
     1 - s + 2 λ (D_b - min D) / (max D - min D) - mean        mean: of the term before it over the blocks
 
-of their weights. So the fractions of two blocks differ by 2 λ at most. All blocks together have the sparsity s to one weight: where they
+of their weights. So the fractions of two blocks differ by 2 λ at most. All blocks together have the sparsity s to one weight (SparseGPT's
+masks, which are llm-compressor's, to a weight in each run of 128 inputs of a layer, or more where scores are equal): where they
 differ in size, or a fraction would leave its range, all others move alike (`methods.core.budgets`).
 """
 

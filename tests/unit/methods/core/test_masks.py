@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from slimbench.methods.core import masks
 from slimbench.methods.core.budgets import exact, outlier_weighted, uniform
 from slimbench.methods.core.masks import across, choose, lowest, lowest_of_rows
 
@@ -93,3 +94,22 @@ def test_shares_by_outliers_are_those_of_the_paper() -> None:
     assert [1 - count / 1e6 for count in zeros.values()] == pytest.approx(keep.tolist(), abs=2e-6)
     assert max(keep) - min(keep) == pytest.approx(2 * spread) and zeros["c"] < zeros["b"]
     assert outlier_weighted(dict.fromkeys("ab", 0.2), 0.08) == {"a": 0.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+@pytest.mark.parametrize("zeros", [0, 1, 17, 999, 1500, 2995, 3000])
+def test_one_threshold_is_found_without_sorting_everything(zeros: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stable sort of all scores, with samples that are small beside them, many ties, infinities and a transposed matrix."""
+    monkeypatch.setattr(masks, "_SAMPLE", 64)
+    generator = torch.Generator().manual_seed(levels)
+    drawn = [torch.randint(levels, shape, generator=generator).double() / levels - 0.3 for shape in ((40, 25), (25, 40), (1000,))]
+    drawn[0][3] = torch.inf
+    scores = {"a": drawn[0], "b": drawn[1].T, "c": drawn[2]}
+    flat = torch.cat([values.flatten() for values in scores.values()])
+    wanted = torch.zeros(3000, dtype=torch.bool)
+    wanted[flat.argsort(stable=True)[:zeros]] = True
+    found = across(scores, zeros)
+    assert torch.equal(torch.cat([found[name].flatten() for name in scores]), wanted)
+    assert all(found[name].shape == scores[name].shape for name in scores)
+    with pytest.raises(ValueError, match="3001 of 3000"):
+        across(scores, 3001)

@@ -29,11 +29,12 @@ from tests.support.architectures import make
 
 TOKENS = tiny.tokens(8, 32)
 SHORT: dict[str, Any] = {"steps": 12, "batch_size": 2, "length": 16, "learning_rate": 1e-3, "checkpoint_every": 3, "weight_decay": 0.1}
+FROZEN = SHORT | {"weight_decay": 0.0}
 METHODS: list[Any] = [
     Movement(**SHORT),
     SoftMovement(**SHORT),
-    StaticPruning(**SHORT),
-    PST(**SHORT),
+    StaticPruning(**FROZEN),
+    PST(**FROZEN),
     BlockMovement(tile=16, sparsity=0.5, **SHORT),
     GUM(**SHORT),
 ]
@@ -343,7 +344,7 @@ def test_half_of_the_weights_of_opt_are_zero(method: Any, tmp_path: Path) -> Non
 
 
 def test_each_place_has_its_share_and_layers_differ(dense: DenseModel, tmp_path: Path) -> None:
-    claim = StaticPruning(**(SHORT | {"score_rate": 3000.0})).compress(dense, TOKENS, tmp_path)
+    claim = StaticPruning(**(FROZEN | {"score_rate": 3000.0})).compress(dense, TOKENS, tmp_path)
     told = claim.details["sparsity_by_layer"]
     places = {name.partition(".layers.")[2].partition(".")[2] for name in told}
     assert len(places) == 7
@@ -445,6 +446,7 @@ def test_tiles_that_do_not_fit_are_refused(dense: DenseModel, tmp_path: Path) ->
         (SoftMovement, {"penalty": -1.0}, "penalty must not be negative"),
         (StaticPruning, {"temperature": 0.0}, "temperature must be positive"),
         (StaticPruning, {"penalty": -1.0}, "penalty must not be negative"),
+        (StaticPruning, {"weight_decay": 0.1}, "weight_decay must be 0 where weights do not learn"),
         (BlockMovement, {"tile": 0}, "tile must be at least 1"),
         (BlockMovement, {"threshold": 0.0}, "threshold must be between 0 and 0.5"),
         (BlockMovement, {"penalty": -1.0}, "penalty must not be negative"),
