@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(dense: DenseModel) -> PreTrainedModel:
-    """The model as it is trained: parameters in float32, without gradients as yet."""
+    """The model as it is trained: parameters in float32, four bytes each whether they learn or not, without gradients as yet."""
     return dense.load(dtype=torch.float32).requires_grad_(False)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewound(SparseTraining):
-    """Several trainings, each from θ₀ and with a schedule of the learning rate of its own; the last one is kept.
+    """Several trainings, each from θ₀ and with a schedule of the learning rate of its own; the last one is kept. Takes 20 bytes a weight.
 
     Attributes:
         steps: Of all trainings together.
@@ -94,7 +94,7 @@ class LotteryTicket(Rewound):
 
 @dataclass(frozen=True)
 class Soup(Rewound):
-    """A mask by the votes of short runs.
+    """A mask by the votes of short runs. Takes 25 bytes a weight.
 
     Attributes:
         runs: k.
