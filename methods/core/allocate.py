@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.core.knapsack import least
+from slimbench.methods.core.budgets import least
 from slimbench.methods.core.losses import cross_entropy
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.rounding import fit_groups, nearest_codes

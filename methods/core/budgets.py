@@ -1,9 +1,9 @@
-"""How many zeros each layer gets, so that all of them together have exactly as many as were asked for."""
+"""What layers get of a budget: zeros, so that all together have exactly as many as were asked for, and options that cost least."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def exact(shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
@@ -59,3 +59,36 @@ def outlier_weighted(outliers: Mapping[str, float], spread: float) -> dict[str, 
     """
     low, high = min(outliers.values()), max(outliers.values())
     return {name: -2 * spread * (value - low) / (high - low) if high > low else 0.0 for name, value in outliers.items()}
+
+
+def least(costs: Sequence[Sequence[float]], weights: Sequence[Sequence[int]], total: int) -> list[int]:
+    """The index of an option for each item with the least sum of costs, so that all weigh no more than they may; of equal ones the first.
+
+    A knapsack, solved exactly by dynamic programming.
+
+    Args:
+        costs: Of each item's options; not finite where an option is none.
+        weights: The same for their weights, 0 or more.
+        total: That all chosen options may weigh together.
+
+    Raises:
+        ValueError: Whatever is chosen weighs more.
+    """
+    import numpy as np
+
+    best = np.zeros(total + 1)
+    chosen = np.zeros((len(costs), total + 1), dtype=np.int16)
+    for item, (prices, heavy) in enumerate(zip(costs, weights, strict=True)):
+        before, best = best, np.full(total + 1, np.inf)
+        for index, (price, weight) in enumerate(zip(prices, heavy, strict=True)):
+            if weight <= total:
+                sums, now = before[: total + 1 - weight] + price, best[weight:]
+                better = sums < now
+                now[better], chosen[item, weight:][better] = sums[better], index
+    if not np.isfinite(best[total]):
+        raise ValueError(f"the lightest options weigh {sum(map(min, weights))}, more than {total}")
+    found, left = [], total
+    for item in reversed(range(len(costs))):
+        found.append(int(chosen[item, left]))
+        left -= weights[item][found[-1]]
+    return found[::-1]

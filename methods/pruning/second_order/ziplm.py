@@ -265,7 +265,7 @@ def cheapest(errors: Sequence[Sequence[float]], times: Sequence[Sequence[float]]
     Raises:
         Unsupported: No levels are so fast.
     """
-    from slimbench.methods.core.knapsack import least
+    from slimbench.methods.core.budgets import least
 
     try:
         return least(errors, [[math.ceil(time / budget * _BUCKETS - 1e-6) for time in of] for of in times], _BUCKETS)
