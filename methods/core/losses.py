@@ -4,12 +4,20 @@
     soft cross entropy      −Σ_v q(v) log p(v)      of a teacher's distribution q: KL(q ‖ p) plus the entropy of q, which is fixed
     square head             Σ_l ‖h_l − t_l‖² / ‖t_l‖²   of hidden states h and those t of a teacher (SquareHead, arXiv 2310.06927)
 
-p is the softmax of the logits z over the vocabulary.
+p is the softmax of the logits z over the vocabulary. Divergences of a student's q from a teacher's p, in nats a token:
+
+    forward         KL(p ‖ q)
+    reverse         KL(q ‖ p)
+    jsd             β KL(p ‖ m) + (1 − β) KL(q ‖ m),  m = β p + (1 − β) q       generalized Jensen–Shannon (GKD, arXiv 2306.13649)
+    skew            KL(p ‖ α p + (1 − α) q)                                      DistiLLM, arXiv 2402.03898
+    skew-reverse    KL(q ‖ α q + (1 − α) p)
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
+
+Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +57,47 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     from torch.nn import functional
 
     return functional.cross_entropy(logits.flatten(0, -2).float(), teacher.flatten(0, -2).float().softmax(-1))
+
+
+def divergence(
+    logits: Tensor, teacher: Tensor, kind: Divergence = "forward", share: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """A divergence of the student's distribution from the teacher's, averaged over positions, a scalar; its gradient is the student's.
+
+    Args:
+        logits: Of the student, [..., vocabulary].
+        teacher: Its logits, of the same shape.
+        share: β of `jsd`, α of the skew ones; above 0 and below 1.
+        temperature: Both logits are divided by it; the divergence is not multiplied by its square.
+        mask: True at the positions that count, [...]; None: all do.
+    """
+    import math
+
+    import torch
+
+    if mask is not None:
+        logits, teacher = logits[mask], teacher[mask]
+    q, p = ((of.flatten(0, -2).float() / temperature).log_softmax(-1) for of in (logits, teacher.detach()))
+
+    def kl(first: Tensor, second: Tensor) -> Tensor:
+        return (first.exp() * (first - second)).sum(-1).mean()
+
+    def mixed(first: Tensor, second: Tensor) -> Tensor:
+        """The logarithm of share · first + (1 − share) · second."""
+        return torch.logaddexp(first + math.log(share), second + math.log(1 - share))
+
+    match kind:
+        case "forward":
+            return kl(p, q)
+        case "reverse":
+            return kl(q, p)
+        case "jsd":
+            middle = mixed(p, q)
+            return share * kl(p, middle) + (1 - share) * kl(q, middle)
+        case "skew":
+            return kl(p, mixed(p, q))
+        case "skew-reverse":
+            return kl(q, mixed(q, p))
 
 
 def square_head(states: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

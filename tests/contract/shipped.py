@@ -47,6 +47,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gmp-star": TRAINED,
     "grain": TRAINED,
     "gum": TRAINED,
+    "kd": TRAINED,
     "kmeans": {"steps": 5},
     "l0-weights": TRAINED,
     "layerdrop": TRAINED,

@@ -13,13 +13,14 @@ from tests.contract.shipped import classes, make, runnable
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
+TRAIN = {"kd"}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 JOINED = "head-importance"
 """It cuts heads, and those of these experts' model hang together."""
 LEAVE = sorted(KEEP - {"gguf", JOINED})
 EDIT = {"adapter", "adapterdrop", "adapterfusion", "compacter", "sparse-adapter", "sublayer-dropping"}
 """They work beside the experts, in the format `edited`, which stacks them; tests of their own hold that these stay as they are."""
-REFUSE = [name for name, method in classes().items() if name not in REACH | KEEP | EDIT and method.produces != "policy"]
+REFUSE = [name for name, method in classes().items() if name not in REACH | TRAIN | KEEP | EDIT and method.produces != "policy"]
 
 
 @pytest.mark.parametrize("name", REFUSE)
@@ -35,6 +36,14 @@ def test_a_method_that_leaves_experts_alone_keeps_their_weights(name: str, exper
     before, after = (stacked(folder) for folder in (experts.path, made.folder))
     assert after and len(after) <= len(before)
     assert all(any(torch.equal(tensor, source) for source in before.values()) for tensor in after.values())
+    assert bool(torch.isfinite(made.load().logits(tiny.tokens(2, 12).ids)).all())
+
+
+@pytest.mark.parametrize("name", sorted(TRAIN))
+def test_a_method_that_trains_all_parameters_trains_them(name: str, experts: DenseModel, tmp_path: Path) -> None:
+    made = make(runnable(name), experts, tmp_path / "artefact")
+    before, after = (stacked(folder) for folder in (experts.path, made.folder))
+    assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
     assert bool(torch.isfinite(made.load().logits(tiny.tokens(2, 12).ids)).all())
 
 

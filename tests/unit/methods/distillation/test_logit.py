@@ -1,0 +1,142 @@
+"""Divergences against loops over numbers in float64, and runs of distillation against a loop that is written out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from slimbench.methods.base import DenseModel
+from slimbench.methods.core.losses import divergence
+from slimbench.methods.core.training import batch, cut
+from slimbench.methods.distillation.logit import LogitDistillation
+from tests.support import tiny
+
+TOKENS = tiny.tokens(8, 32)
+PLAIN: dict[str, Any] = {
+    "steps": 5,
+    "batch_size": 2,
+    "length": 16,
+    "learning_rate": 3e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": None,
+}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """A model of another architecture than its teacher, which a pipeline began with."""
+    folder = tmp_path_factory.mktemp("pair")
+    teacher = tiny.save_model(folder / "teacher", "float32", num_hidden_layers=3)
+    return replace(tiny.save_model(folder / "student", "float32", num_hidden_layers=1, intermediate_size=64), original=teacher.path)
+
+
+def slowly(student: list[float], teacher: list[float], kind: str, share: float, temperature: float) -> float:
+    """A divergence of one position."""
+
+    def softmax(logits: list[float]) -> list[float]:
+        parts = [math.exp(z / temperature) for z in logits]
+        return [part / sum(parts) for part in parts]
+
+    def kl(a: list[float], b: list[float]) -> float:
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    q, p = softmax(student), softmax(teacher)
+    if kind == "forward":
+        return kl(p, q)
+    if kind == "reverse":
+        return kl(q, p)
+    if kind == "jsd":
+        m = [share * a + (1 - share) * b for a, b in zip(p, q, strict=True)]
+        return share * kl(p, m) + (1 - share) * kl(q, m)
+    first, second = (p, q) if kind == "skew" else (q, p)
+    return kl(first, [share * a + (1 - share) * b for a, b in zip(first, second, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew", "skew-reverse"])
+@pytest.mark.parametrize("case", range(4))
+def test_a_divergence_is_the_papers_over_the_positions_that_count(kind: Any, case: int) -> None:
+    generator = torch.Generator().manual_seed(case)
+    logits, wanted = (2 * torch.randn(3, 4, 7, generator=generator) for _ in range(2))
+    mask = torch.rand(3, 4, generator=generator) < 0.6 if case % 2 else None
+    share, temperature = (0.1, 0.5, 0.7, 0.9)[case], (1.0, 3.0, 0.5, 2.0)[case]
+    rows = [(i, j) for i in range(3) for j in range(4) if mask is None or bool(mask[i, j])]
+    expected = [slowly(logits[row].tolist(), wanted[row].tolist(), kind, share, temperature) for row in rows]
+    found = divergence(logits, wanted, kind, share, temperature, mask)
+    assert float(found) == pytest.approx(sum(expected) / len(expected), rel=1e-5, abs=1e-6)
+    assert float(divergence(logits, logits, kind, share, temperature)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_gradient_is_the_students_alone() -> None:
+    logits, wanted = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
+    divergence(logits, wanted, "jsd").backward()
+    assert logits.grad is not None and bool(logits.grad.any()) and wanted.grad is None
+
+
+def written_out(dense: DenseModel, method: LogitDistillation) -> tuple[dict[str, Tensor], float]:
+    """The weights after a run, and the loss of its first step."""
+    model, teacher = dense.load(dtype=torch.float32), dense.load_original(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=method.learning_rate, weight_decay=0.0)
+    first = 0.0
+    for step in range(method.steps):
+        ids = batch(cut(TOKENS.ids, 16), method, step)
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            wanted = teacher(ids).logits[:, :-1].flatten(0, 1)
+        hard, tau = functional.cross_entropy(logits, ids[:, 1:].flatten()), method.teacher_temperature
+        soft = functional.kl_div((logits / tau).log_softmax(-1), (wanted / tau).softmax(-1), reduction="batchmean")
+        loss = (1 - method.teacher_share) * hard + method.teacher_share * tau**2 * soft
+        first = first or float(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in model.named_parameters()}, first
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(0.0, 2.0), (0.4, 3.0), (1.0, 1.0)])
+def test_a_run_is_the_papers(share: float, temperature: float, student: DenseModel, tmp_path: Path) -> None:
+    assert student.original is not None
+    before = (student.original / "model.safetensors").read_bytes()
+    method = LogitDistillation(teacher_share=share, teacher_temperature=temperature, **PLAIN)
+    claim = method.compress(student, TOKENS, tmp_path)
+    made, (wanted, first) = load_file(tmp_path / "model.safetensors"), written_out(student, method)
+    assert made.keys() == {name for name in wanted if name in made} and len(made) >= 10
+    for name, value in made.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+    assert claim.details["training"]["loss_before"] == pytest.approx(first, rel=1e-3)
+    assert claim.teacher == ("the model that the pipeline began with" if share else None)
+    assert claim.training_tokens == 5 * 2 * 16 and claim.trained_parameters == student.load().num_parameters()
+    assert (student.original / "model.safetensors").read_bytes() == before
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(student: DenseModel) -> None:
+    alike = replace(student, original=student.path)
+    method = LogitDistillation(teacher_share=1.0, **PLAIN)
+    model = alike.load(dtype=torch.float32).requires_grad_(True)
+    loss = method.objective(model, alike)(TOKENS.ids[:2, :16])
+    loss.backward()
+    norm = sum(float(value.grad.norm()) ** 2 for value in model.parameters() if value.grad is not None) ** 0.5
+    assert float(loss) <= 1e-6 and norm <= 1e-4
+    apart = method.objective(student.load(dtype=torch.float32), student)(TOKENS.ids[:2, :16])
+    assert float(apart) > 1e-3, "the teacher is the model that the pipeline began with"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_share": 1.5}, "teacher_share must be a share from 0 to 1"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature must be positive"),
+        ({"mixture": 1.0}, "mixture must be between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LogitDistillation(**settings)
