@@ -1,7 +1,7 @@
 """Distillation of predictions: a smaller model learns the distribution that the first model of the pipeline gives each token.
 
-The student is what the steps before left, such as half of the blocks; all its parameters learn. With the distributions p of the teacher
-and q of the student at the temperature τ, and the text's own next token y (Hinton et al., arXiv 1503.02531)
+With the distributions p of the teacher and q of the student at the temperature τ, and the text's own next token y (Hinton et al.,
+arXiv 1503.02531)
 
     L = (1 − α) · (−log q(y)) + α τ² D(p^τ, q^τ)         means over the positions that predict a token of the text
 
@@ -10,21 +10,19 @@ where D is KL(p ‖ q), or another divergence (`core.losses`). α = 0 is the con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
-from slimbench.methods.core.training import TrainingSettings
+from slimbench.methods.base import Citation, DenseModel
+from slimbench.methods.distillation.student import Distillation, Lesson
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slimbench.methods.core.training import Loss
-
 
 @dataclass(frozen=True)
-class LogitDistillation(TrainingSettings, Method):
+class LogitDistillation(Distillation):
     """Distillation of the student that the pipeline has made by now.
 
     Attributes:
@@ -35,13 +33,8 @@ class LogitDistillation(TrainingSettings, Method):
     """
 
     name = "kd"
-    accepts = DENSE
     citation = Citation("Knowledge distillation", year=2015, arxiv="1503.02531", covers=("distillation/hinton-kd-logit",))
-    needs = Needs(calibration=True, training=True)
-    least_steps = 1000
 
-    steps: int = 200
-    loss: Literal["distillation"] = "distillation"
     teacher_share: float = 0.5
     teacher_temperature: float = 2.0
     divergence: Literal["forward", "reverse", "jsd", "skew", "skew-reverse"] = "forward"
@@ -56,23 +49,15 @@ class LogitDistillation(TrainingSettings, Method):
         if not 0 < self.mixture < 1:
             raise ValueError(f"mixture must be between 0 and 1, both excluded, not {self.mixture}")
 
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        from slimbench.methods.core.learning import trained
-        from slimbench.methods.core.training import cut, train
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_share > 0
 
-        student = trained.load(dense).requires_grad_(True)
-        loss = self.objective(student, dense)
-        done = train(self, dict(student.named_parameters()), loss, cut(calibration.ids, self.length), dense)
-        trained.save(student, dense, out)
-        return done.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self) if self.teacher_share else None))
-
-    def objective(self, student: Any, dense: DenseModel) -> Loss:
-        """L of token ids [sequences, length], a scalar."""
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch
 
         from slimbench.methods.core.losses import divergence, next_token
 
-        teacher = dense.load_original().requires_grad_(False) if self.teacher_share else None
         bfloat16, alpha, tau = dense.dtype == "bfloat16", self.teacher_share, self.teacher_temperature
 
         def loss(ids: Tensor) -> Tensor:
@@ -86,4 +71,4 @@ class LogitDistillation(TrainingSettings, Method):
             soft = divergence(logits[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
             return (1 - alpha) * hard + alpha * tau**2 * soft
 
-        return loss
+        return (Lesson(loss),)

@@ -121,11 +121,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(student: DenseModel)
     alike = replace(student, original=student.path)
     method = LogitDistillation(teacher_share=1.0, **PLAIN)
     model = alike.load(dtype=torch.float32).requires_grad_(True)
-    loss = method.objective(model, alike)(TOKENS.ids[:2, :16])
+    loss = method.lessons(model, alike.load_original(), alike)[0].loss(TOKENS.ids[:2, :16])
     loss.backward()
     norm = sum(float(value.grad.norm()) ** 2 for value in model.parameters() if value.grad is not None) ** 0.5
     assert float(loss) <= 1e-6 and norm <= 1e-4
-    apart = method.objective(student.load(dtype=torch.float32), student)(TOKENS.ids[:2, :16])
+    apart = method.lessons(student.load(dtype=torch.float32), student.load_original(), student)[0].loss(TOKENS.ids[:2, :16])
     assert float(apart) > 1e-3, "the teacher is the model that the pipeline began with"
 
 

@@ -1,0 +1,100 @@
+"""What all distillations of a student share: the student is what the steps before left, and its teacher the pipeline's first model.
+
+A distillation is one lesson or several, one after the other, each with a share of the steps. A lesson has a loss, the parameters of the
+student that learn (all, if it names none), and what learns beside the student and is not kept, such as projections of hidden states.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, Needs
+from slimbench.methods.core.training import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimbench.methods.core.training import Loss, Trained
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A part of a distillation.
+
+    Attributes:
+        loss: Of token ids [sequences, length], a scalar.
+        share: Of the steps.
+        learning: Names of the parameters of the student that learn; None: all.
+        beside: What else learns, by name.
+    """
+
+    loss: Loss
+    share: float = 1.0
+    learning: Collection[str] | None = None
+    beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Distillation(TrainingSettings, Method):
+    """Training of a student under a teacher; the artefact is the student alone."""
+
+    accepts = DENSE
+    needs = Needs(calibration=True, training=True)
+    least_steps = 1000
+
+    steps: int = 200
+    loss: Literal["distillation"] = "distillation"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher."""
+        return True
+
+    @abstractmethod
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        """What is learned.
+
+        Args:
+            student: In float32.
+            teacher: In its own dtype, frozen; None where `has_teacher` is false.
+
+        Raises:
+            Unsupported: Student and teacher do not fit each other.
+        """
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.learning import trained
+        from slimbench.methods.core.training import cut
+
+        student = trained.load(dense)
+        teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
+        lessons, windows = self.lessons(student, teacher, dense), cut(calibration.ids, self.length)
+        ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
+        done: list[Trained] = []
+        for index, lesson in enumerate(lessons):
+            done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), windows, dense))
+        trained.save(student, dense, out)
+        whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
+        earlier = [{"loss_before": part.curve[0][1], "loss_after": part.loss_after} for part in done[:-1]]
+        details = {"earlier_lessons": earlier} if earlier else {}
+        return whole.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self) if self.has_teacher else None, details=details))
+
+    def _learn(self, student: Any, lesson: Lesson, index: int, steps: tuple[int, int], windows: Any, dense: DenseModel) -> Trained:
+        """One lesson, with a part of the progress and a folder of checkpoints of its own."""
+        from slimbench.methods.core.training import train
+
+        def progress(done: float, total: float) -> None:
+            dense.progress(steps[0] + done, self.steps)
+
+        kept = dense.checkpoints / f"lesson-{index}" if dense.checkpoints else None
+        names = lesson.learning
+        parameters = {name: value for name, value in student.named_parameters() if names is None or name in names}
+        student.requires_grad_(False)
+        for value in parameters.values():
+            value.requires_grad_(True)
+        settings, place = replace(self, steps=steps[1] - steps[0]), replace(dense, progress=progress, checkpoints=kept)
+        return train(settings, parameters | dict(lesson.beside), lesson.loss, windows, place)

@@ -1,0 +1,105 @@
+"""TinyBERT: a student learns attention scores and hidden states layer by layer, and then the predictions (Jiao et al., arXiv 1909.10351).
+
+The block m of M of the student learns from the block g(m) = m N / M of the teacher's N, rounded up, and the embeddings from the embeddings:
+
+    first      Σ_m [1/h Σ_i MSE(A_i^S, A_i^T) + MSE(H^S W_h, H^T)] + MSE(E^S W_e, E^T)
+    then       −Σ_v p(v) log q(v)                                   of the distributions at the temperature τ = 1
+
+A are the scores Q Kᵀ / √d before the softmax, here of the positions that a decoder sees, H what a block gives on and E what the first gets;
+W_h and W_e begin as the identity, or as much of it as there is, learn with the student and are not kept. The hidden states of the last
+block are those behind the last norm, as transformers gives them.
+
+A block of the student that has lost its attention learns hidden states alone. The paper trains on a large text, then on augmented data of a
+task; here both parts are on the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimbench.methods.base import Citation, DenseModel, Unsupported
+from slimbench.methods.distillation.student import Distillation, Lesson
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimbench.methods.core.training import Loss
+
+
+@dataclass(frozen=True)
+class TinyBERT(Distillation):
+    """Transformer distillation, and prediction distillation after it.
+
+    Attributes:
+        layer_share: Of the steps, for the first part.
+    """
+
+    name = "tinybert"
+    citation = Citation("TinyBERT", year=2019, arxiv="1909.10351")
+
+    layer_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first = round(self.layer_share * self.steps)
+        if not 0 < first < self.steps:
+            raise ValueError(f"layer_share must leave both parts a step of {self.steps}, not {self.layer_share}")
+
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        import torch
+
+        widths = [each.get_input_embeddings().embedding_dim for each in (student, teacher)]
+        turns = {name: torch.nn.Parameter(torch.eye(*widths, device=student.device)) for name in ("hidden_match", "embedding_match")}
+        layers = self.layers(student, teacher, turns, dense)
+        with torch.no_grad():
+            layers(torch.zeros(1, 2, dtype=torch.int64, device=student.device))  # refuses before the work what does not fit
+        return Lesson(layers, self.layer_share, beside=turns), Lesson(self.predictions(student, teacher, dense), 1 - self.layer_share)
+
+    def layers(self, student: Any, teacher: Any, turns: dict[str, Any], dense: DenseModel) -> Loss:
+        """The loss of the first part."""
+        import torch
+
+        from slimbench.methods.core.learning.states import attention_states, attentions, visible
+
+        own, whole = attentions(student), attentions(teacher)
+        places = [math.ceil(block * len(whole) / len(own)) for block in range(1, len(own) + 1)]
+        pairs = [(mine, whole[place - 1]) for mine, place in zip(own, places, strict=True)]
+        both = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        bfloat16 = dense.dtype == "bfloat16"
+
+        def loss(ids: Tensor) -> Tensor:
+            settings: dict[str, Any] = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1, "output_hidden_states": True}
+            with (
+                attention_states(student, [mine for mine, _ in both]) as ours,
+                attention_states(teacher, [theirs for _, theirs in both]) as theirs,
+                torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16),
+            ):
+                made = student(**settings).hidden_states
+                with torch.no_grad():
+                    wanted = teacher(**settings).hidden_states
+            parts = [squared(made[0].float() @ turns["embedding_match"], wanted[0])]
+            parts += [squared(made[block + 1].float() @ turns["hidden_match"], wanted[place]) for block, place in enumerate(places)]
+            for student_place, teacher_place in both:
+                scores = ours.scores(student_place), theirs.scores(teacher_place)
+                heads = [of.shape[1] for of in scores]
+                if heads[0] != heads[1]:
+                    raise Unsupported(f"the student has {heads[0]} heads where its teacher has {heads[1]}: scores are compared one by one")
+                seen = visible(scores[0])
+                parts.append(squared(scores[0][..., seen], scores[1][..., seen]))
+            return torch.stack(parts).sum()
+
+        return loss
+
+    def predictions(self, student: Any, teacher: Any, dense: DenseModel) -> Loss:
+        """The loss of the second part."""
+        from slimbench.methods.core.training import objective
+
+        return objective(self, student, dense, teacher)
+
+
+def squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared error, a scalar."""
+    return (student - teacher.detach().float()).square().mean()
