@@ -5,9 +5,9 @@ With A_h attention heads, positions t of a text x and d_k the width of a head (W
     L = 1/(A_h |x|) Σ_a Σ_t [KL(A^T_{a,t} ‖ A^S_{a,t}) + KL(VR^T_{a,t} ‖ VR^S_{a,t})]
     A = softmax(Q Kᵀ / √d_k)      VR = softmax(V Vᵀ / √d_k)
 
-of the last attention of each. The second version (arXiv 2012.15828) has no need of equal heads: queries, keys and values of all heads are put
-side by side and cut into A_r relation heads of equal width, and Q Qᵀ, K Kᵀ and V Vᵀ relate. In a decoder a position sees itself and those
-before it, so rows of all relations end there. Where queries share keys and values, the sum over VR is over the heads of the values.
+of the last attention of each. The second version (arXiv 2012.15828) has no need of equal heads: queries, keys and values of all heads are
+put side by side and cut into A_r relation heads of equal width, and Q Qᵀ, K Kᵀ and V Vᵀ relate. In a decoder a position sees itself and
+those before it, so rows of all relations end there. Where queries share keys and values, the sum over VR is over the heads of the values.
 
 Nothing is learned of the head and of what lies between it and the last attention: `kd` or another recovery follows.
 """

@@ -52,7 +52,7 @@ def attentions(model: Any) -> list[int | None]:
 
     found: list[int | None] = []
     for block in blocks_of(model).values():
-        places = [int(part.layer_idx) for part in block.modules() if hasattr(part, "layer_idx") and hasattr(part, "head_dim")]
+        places: list[Any] = [part.layer_idx for part in block.modules() if hasattr(part, "layer_idx") and hasattr(part, "head_dim")]
         found.append(places[0] if places else None)
     return found
 
