@@ -46,6 +46,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "flexround": {"steps": 3},
     "flop": TRAINED,
     "fsp": TRAINED | {"pairs": 2},
+    "gkd": TRAINED | {"prompt_tokens": 4},
     "gmp": TRAINED,
     "gmp-star": TRAINED,
     "grain": TRAINED,
