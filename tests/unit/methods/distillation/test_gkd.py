@@ -32,17 +32,17 @@ def sharp(dense: DenseModel) -> Any:
     """The student with few likely tokens."""
     model = dense.load(dtype=torch.float32)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(30.0)
+        model.get_output_embeddings().weight.mul_(6.0)
     return model
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_are_drawn_from_the_models_distribution(temperature: float, pair: DenseModel) -> None:
     model = sharp(pair)
-    prompts = IDS[:1, :5].expand(400, -1)
+    prompts = IDS[:1, :5].expand(1500, -1)
     torch.manual_seed(0)
     drawn = rollout(model, prompts, 2, temperature)
-    assert torch.equal(drawn.ids[:, :5], prompts) and drawn.ids.shape == (400, 7)
+    assert torch.equal(drawn.ids[:, :5], prompts) and drawn.ids.shape == (1500, 7)
     for place in (5, 6):
         before = drawn.ids[0, :place]
         alike = drawn.ids[(drawn.ids[:, :place] == before).all(1)]
@@ -61,7 +61,7 @@ def test_nothing_counts_behind_the_end_of_a_text(pair: DenseModel) -> None:
     model = sharp(pair)
     torch.manual_seed(1)
     seen = Counter(rollout(model, IDS[:1, :6].expand(40, -1), 8).ids[:, 6:].flatten().tolist())
-    ends = [token for token, _ in seen.most_common()[-2:]]
+    ends = [token for token, _ in seen.most_common(2)]
     model.generation_config.eos_token_id, model.config.eos_token_id = ends, None
     torch.manual_seed(1)
     drawn = rollout(model, IDS[:1, :6].expand(40, -1), 8)
