@@ -14,33 +14,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.base import Citation, DenseModel
+from slimbench.methods.distillation.student import Lesson, Prompted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class GKD(Distillation):
+class GKD(Prompted):
     """Generalized knowledge distillation.
 
     Attributes:
         student_share: λ.
         mixture: β, from 0 to 1.
-        prompt_tokens: Tokens of a window that are its prompt.
         sampling_temperature: Of what the student writes.
     """
 
     name = "gkd"
     citation = Citation("GKD", year=2023, arxiv="2306.13649", covers=("distillation/gkd",))
 
-    steps: int = 40
     student_share: float = 0.5
     mixture: float = 0.5
-    prompt_tokens: int = 64
     sampling_temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -48,17 +43,8 @@ class GKD(Distillation):
         for name in ("student_share", "mixture"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        if not 1 <= self.prompt_tokens < self.length:
-            raise ValueError(f"prompt_tokens must be at least 1 and below the length {self.length}, not {self.prompt_tokens}")
         if not self.sampling_temperature > 0:
             raise ValueError(f"sampling_temperature must be positive, not {self.sampling_temperature}")
-
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        if calibration.ids.shape[1] <= self.prompt_tokens:
-            raise ValueError(
-                f"calibration windows of {calibration.ids.shape[1]} tokens have nothing behind a prompt of {self.prompt_tokens}"
-            )
-        return super().compress(dense, calibration, out)
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch
@@ -73,7 +59,7 @@ class GKD(Distillation):
             counts[:, : self.prompt_tokens] = False
             if float(torch.rand(())) < self.student_share:
                 new = ids.shape[1] - self.prompt_tokens
-                ids, counts = rollout(student, ids[:, : self.prompt_tokens], new, self.sampling_temperature, bfloat16)
+                ids, counts, _ = rollout(student, ids[:, : self.prompt_tokens], new, self.sampling_temperature, bfloat16)
             with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16 is not None):
                 logits = student(input_ids=ids, use_cache=False).logits
             with torch.no_grad():

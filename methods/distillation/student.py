@@ -98,3 +98,27 @@ class Distillation(TrainingSettings, Method):
             value.requires_grad_(True)
         settings, place = replace(self, steps=steps[1] - steps[0]), replace(dense, progress=progress, checkpoints=kept)
         return train(settings, parameters | dict(lesson.beside), lesson.loss, windows, place)
+
+
+@dataclass(frozen=True)
+class Prompted(Distillation):
+    """The student writes behind prompts, the beginnings of the windows.
+
+    Attributes:
+        prompt_tokens: Tokens of a window that are its prompt.
+    """
+
+    steps: int = 40
+    prompt_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.prompt_tokens < self.length:
+            raise ValueError(f"prompt_tokens must be at least 1 and below the length {self.length}, not {self.prompt_tokens}")
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        if calibration.ids.shape[1] <= self.prompt_tokens:
+            raise ValueError(
+                f"calibration windows of {calibration.ids.shape[1]} tokens have nothing behind a prompt of {self.prompt_tokens}"
+            )
+        return super().compress(dense, calibration, out)

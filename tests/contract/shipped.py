@@ -66,6 +66,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "mask-lora": TRAINED,
     "mccarley": TRAINED,
     "minilm": TRAINED,
+    "minillm": TRAINED | {"prompt_tokens": 4},
     "mixed-precision": {"average_bits": 4.0},
     "movement": TRAINED,
     "norms": TRAINED,

@@ -14,35 +14,61 @@ class Rollout(NamedTuple):
     Attributes:
         ids: int64 [sequences, prompt + new].
         written: True where a token was drawn, the end of a text included, [sequences, prompt + new].
+        weights: q(y) / r(y) of each token drawn, with the model's distribution q and that it was drawn from, r; 1 elsewhere.
     """
 
     ids: Tensor
     written: Tensor
+    weights: Tensor
 
 
 @torch.no_grad()
-def rollout(model: Any, prompts: Tensor, new: int, temperature: float = 1.0, dtype: torch.dtype | None = None) -> Rollout:
-    """Draw tokens from a model's distribution, without gradients.
+def rollout(
+    model: Any,
+    prompts: Tensor,
+    new: int,
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    other: Any = None,
+    share: float = 0.0,
+) -> Rollout:
+    """Draw tokens from a model's distribution, or from its mixture with that of another, without gradients.
 
     Args:
         prompts: int64 [sequences, prompt], all of one length.
         new: Tokens to draw at most; behind the end of a text stand ends that were not drawn.
         temperature: By which the logits are divided.
         dtype: In which products are computed; None: that of the model.
+        other: Draws with the model, where `share` is above 0.
+        share: Of the other's distribution in the mixture, 0..1.
     """
-    ends = _ends(model)
-    ids, written, cache = prompts, [torch.zeros_like(prompts, dtype=torch.bool)], None
+    ends, own, its = _ends(model), _Writer(model, temperature, dtype), _Writer(other, temperature, dtype) if share else None
+    ids, written, weights = prompts, [torch.zeros_like(prompts, dtype=torch.bool)], [torch.ones_like(prompts, dtype=torch.float32)]
     found, open_ = [prompts], torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     for _ in range(new):
-        with torch.autocast(prompts.device.type, dtype, enabled=dtype is not None):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        drawn = torch.multinomial((out.logits[:, -1].float() / temperature).softmax(-1), 1)
+        shares = own.next(ids)
+        mixed = shares if its is None else share * its.next(ids) + (1 - share) * shares
+        drawn = torch.multinomial(mixed, 1)
         ids = torch.where(open_[:, None], drawn, ends[0] if len(ends) else drawn)
         found.append(ids)
         written.append(open_[:, None].clone())
+        weights.append(torch.where(open_[:, None], shares.gather(1, drawn) / mixed.gather(1, drawn), 1.0))
         open_ &= ~torch.isin(ids[:, 0], ends)
-    return Rollout(torch.cat(found, 1), torch.cat(written, 1))
+    return Rollout(torch.cat(found, 1), torch.cat(written, 1), torch.cat(weights, 1))
+
+
+class _Writer:
+    """A model with its cache."""
+
+    def __init__(self, model: Any, temperature: float, dtype: torch.dtype | None) -> None:
+        self.model, self.temperature, self.dtype, self.cache = model, temperature, dtype, None
+
+    def next(self, ids: Tensor) -> Tensor:
+        """The distribution [sequences, vocabulary] of what follows on more tokens [sequences, n]."""
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype is not None):
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return (out.logits[:, -1].float() / self.temperature).softmax(-1)
 
 
 def _ends(model: Any) -> Tensor:
