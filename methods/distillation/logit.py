@@ -20,6 +20,8 @@ from slimbench.methods.distillation.student import Distillation, Lesson
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slimbench.methods.core.training import Loss
+
 
 @dataclass(frozen=True)
 class LogitDistillation(Distillation):
@@ -54,6 +56,10 @@ class LogitDistillation(Distillation):
         return self.teacher_share > 0
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        return (Lesson(self.loss_of(student, teacher, dense)),)
+
+    def loss_of(self, student: Any, teacher: Any, dense: DenseModel) -> Loss:
+        """L of a student, and of a teacher if there is one."""
         import torch
 
         from slimbench.methods.core.losses import divergence, next_token
@@ -71,4 +77,4 @@ class LogitDistillation(Distillation):
             soft = divergence(logits[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
             return (1 - alpha) * hard + alpha * tau**2 * soft
 
-        return (Lesson(loss),)
+        return loss

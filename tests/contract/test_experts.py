@@ -13,7 +13,7 @@ from tests.contract.shipped import classes, make, runnable
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
-TRAIN = {"distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "tinybert"}
+TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "tinybert"}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 JOINED = "head-importance"
 """It cuts heads, and those of these experts' model hang together."""
