@@ -4,7 +4,7 @@ Deep mutual learning (Zhang et al., arXiv 1706.00384) trains two students togeth
 
     L_1 = −log q_1(y) + KL(q_2 ‖ q_1)        L_2 = −log q_2(y) + KL(q_1 ‖ q_2)
 
-with no gradient from L_1 to the second or from L_2 to the first. The first is what the steps of the pipeline left, and the one that is kept.
+with no gradient from L_1 to the second or from L_2 to the first. The first is what the steps of the pipeline left, and the one that stays.
 
 A teacher assistant (Mirzadeh et al., arXiv 1902.03393) of a size between the two learns from the teacher, and the student from it:
 

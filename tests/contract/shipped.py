@@ -97,6 +97,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "ternary-qat": TRAINED,
     "tinybert": TRAINED,
     "torchao-qat": TRAINED,
+    "tsld": TRAINED,
     "voita-heads": TRAINED,
     "vptq": {"index_bits": 6, "steps": 5},
     "zeroquant-lkd": {"steps": 3},

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.grids import uniform_grid
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from slimbench.methods.core.training import Loss
     from slimbench.methods.kernels.grid import Grid, QuantizedWeight
 
 
@@ -60,12 +61,23 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
 
         grid, dtype = Grid(2, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
-        layers = _qat.put_in(model, self.group_size, lambda layer: RoundedLinear(layer, grid, dtype, absmean))
-        done = _qat.fit(model, dict(model.named_parameters()), self, calibration.ids, dense)
+        layers = _qat.put_in(model, self.group_size, lambda layer: RoundedLinear(layer, grid, dtype, self.ternary))
+        done = _qat.fit(model, dict(model.named_parameters()), self, calibration.ids, dense, self.objective(model, dense))
         zeros = sum(int((layer.quantized().codes == grid.mid).sum()) for layer in layers.values())
         details = {"levels": 3, "zeros": zeros / sum(layer.weight.numel() for layer in layers.values())}
         _qat.save(model, layers, dense, out)
         return done.added_to(Claim(self.produces, bits=2, group_size=self.group_size, details=details))
+
+    @staticmethod
+    def ternary(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
+        """Ternary weights of float ones [out, in]."""
+        return absmean(weight, grid, dtype)
+
+    def objective(self, model: Any, dense: DenseModel) -> Loss:
+        """What is minimized."""
+        from slimbench.methods.core.training import objective
+
+        return objective(self, model, dense)
 
 
 def absmean(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:

@@ -17,6 +17,7 @@ from slimbench.methods.quantization.grids.trained_layers import GridLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from slimbench.methods.core.training import Loss
     from slimbench.methods.kernels.grid import QuantizedWeight
 
 Layer = TypeVar("Layer", bound=GridLinear)
@@ -38,12 +39,17 @@ def put_in(model: PreTrainedModel, group_size: int | None, make: Callable[[nn.Li
 
 
 def fit(
-    model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, ids: Tensor, dense: DenseModel
+    model: PreTrainedModel,
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    ids: Tensor,
+    dense: DenseModel,
+    loss: Loss | None = None,
 ) -> Trained:
-    """Train some parameters of a model on tokens [samples, length] by the loss that the settings name."""
+    """Train some parameters of a model on tokens [samples, length] by a loss; None: the one that the settings name."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    return train(settings, parameters, objective(settings, model, dense), cut(ids, settings.length), dense)
+    return train(settings, parameters, loss or objective(settings, model, dense), cut(ids, settings.length), dense)
 
 
 def save(model: PreTrainedModel, layers: Mapping[str, GridLinear], dense: DenseModel, out: Path) -> None:
