@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.logit import LogitDistillation
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.distillation.student import Layered, Lesson
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,25 +70,21 @@ class FitNets(LogitDistillation):
 
 
 @dataclass(frozen=True)
-class FSP(Distillation):
-    """The flow between layers, and the text after it.
+class FSP(Layered):
+    """The flow between the layers of `pairs` pairs, n, and the text after it.
 
     Attributes:
-        pairs: n.
         flow_share: Of the steps, for the flow.
     """
 
     name = "fsp"
     citation = Citation("A gift from knowledge distillation (FSP)", year=2017, covers=("distillation/fsp-relation",))
 
-    pairs: int = 4
     flow_share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self, "flow_share")
-        if self.pairs < 1:
-            raise ValueError(f"pairs must be at least 1, not {self.pairs}")
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch
@@ -98,8 +94,6 @@ class FSP(Distillation):
         (blocks, width), (depth, whole) = blocks_and_width(student), blocks_and_width(teacher)
         if width != whole:
             raise Unsupported(f"flows between {width} features cannot be compared with the teacher's {whole}")
-        if self.pairs > min(blocks, depth):
-            raise Unsupported(f"{self.pairs} pairs of layers need as many blocks, and there are {min(blocks, depth)}")
 
         def loss(ids: Tensor) -> Tensor:
             made, wanted = hidden_states(student, teacher, ids, dense)

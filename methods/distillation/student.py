@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
@@ -96,8 +96,30 @@ class Distillation(TrainingSettings, Method):
         student.requires_grad_(False)
         for value in parameters.values():
             value.requires_grad_(True)
-        settings, place = replace(self, steps=steps[1] - steps[0]), replace(dense, progress=progress, checkpoints=kept)
-        return train(settings, parameters | dict(lesson.beside), lesson.loss, windows, place)
+        loop = {each.name: getattr(self, each.name) for each in fields(TrainingSettings)} | {"steps": steps[1] - steps[0]}
+        place = replace(dense, progress=progress, checkpoints=kept)
+        return train(TrainingSettings(**loop), parameters | dict(lesson.beside), lesson.loss, windows, place)
+
+
+@dataclass(frozen=True)
+class Layered(Distillation):
+    """Some layers of the student learn from layers of the teacher.
+
+    Attributes:
+        pairs: How many.
+    """
+
+    pairs: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, not {self.pairs}")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if self.pairs > shape.num_layers:
+            raise Unsupported(f"{self.pairs} pairs of layers need as many blocks, and there are {shape.num_layers}")
 
 
 @dataclass(frozen=True)

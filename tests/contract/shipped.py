@@ -94,6 +94,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "squeezellm": {"steps": 5},
     "sr-ste": TRAINED,
     "static-pruning": TRAINED,
+    "ted": TRAINED | {"pairs": 2},
     "ternary-qat": TRAINED,
     "tinybert": TRAINED,
     "torchao-qat": TRAINED,

@@ -13,7 +13,7 @@ from tests.contract.shipped import classes, make, runnable
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
-TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "tinybert"}
+TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "ted", "tinybert"}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 JOINED = "head-importance"
 """It cuts heads, and those of these experts' model hang together."""

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_in_one_line(pair: DenseModel, alike: Dense
     with pytest.raises(Unsupported, match="flows between 64 features cannot be compared with the teacher's 96"):
         FSP(**FEW).lessons(*both(pair), pair)
     with pytest.raises(Unsupported, match="5 pairs of layers need as many blocks, and there are 4"):
-        FSP(pairs=5, **FEW).lessons(*both(alike), alike)
+        FSP(pairs=5, **FEW).check(alike.shape)
     for kind, settings, message in (
         (FitNets, {"hint_share": 0.0}, "hint_share must leave both parts a step"),
         (FSP, {"flow_share": 1.0}, "flow_share must leave both parts a step"),
