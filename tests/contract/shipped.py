@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -117,7 +118,16 @@ def classes() -> dict[str, Method]:
 
 
 SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is first used"}
-NAMES = [pytest.param(name, marks=[pytest.mark.full] if name in SLOW else []) for name in classes()]
+ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
+"""They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`."""
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Names as parameters; slow ones, and those that others stand for, in `make test-full` alone."""
+    return [pytest.param(name, marks=[pytest.mark.full] if name in {*SLOW, *ALIKE} else []) for name in names]
+
+
+NAMES = marked(classes())
 
 
 def runnable(name: str) -> Method:

@@ -12,7 +12,7 @@ from tests.contract.shipped import CALIBRATION, classes, make, runnable
 from tests.contract.test_methods import differences
 from tests.support import architectures, tiny
 
-FAMILY = [name for name, method in classes().items() if method.family in ("pruning", "peft")]
+FAMILY = [name for name, method in classes().items() if method.family in ("pruning", "distillation", "peft")]
 OTHERS = ("opt", "mixtral", "olmoe")
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimbench.methods.base import DenseModel, Unsupported
-from tests.contract.shipped import classes, make, runnable
+from tests.contract.shipped import classes, make, marked, runnable
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
@@ -39,7 +39,7 @@ def test_a_method_that_leaves_experts_alone_keeps_their_weights(name: str, exper
     assert bool(torch.isfinite(made.load().logits(tiny.tokens(2, 12).ids)).all())
 
 
-@pytest.mark.parametrize("name", sorted(TRAIN))
+@pytest.mark.parametrize("name", marked(sorted(TRAIN)))
 def test_a_method_that_trains_all_parameters_trains_them(name: str, experts: DenseModel, tmp_path: Path) -> None:
     made = make(runnable(name), experts, tmp_path / "artefact")
     before, after = (stacked(folder) for folder in (experts.path, made.folder))

@@ -21,7 +21,7 @@ from slimbench.harness.schema.evidence import simulation
 from slimbench.harness.store import artefact
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
 from slimbench.util import checkpoints
-from tests.contract.shipped import CALIBRATION, NAMES, Made, classes, make, runnable
+from tests.contract.shipped import CALIBRATION, NAMES, Made, classes, make, marked, runnable
 from tests.support import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -126,7 +126,9 @@ def test_the_seed_of_a_cell_reaches_what_it_draws(made: Made, dense: DenseModel,
     assert content(make(made.method, dense, tmp_path / "again")) == content(made)
 
 
-@pytest.mark.parametrize("name", [name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE])
+@pytest.mark.parametrize(
+    "name", marked(name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE)
+)
 def test_training_that_is_killed_goes_on_to_the_same_artefact(
     name: str, dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
