@@ -152,6 +152,7 @@ def train(
     windows: Tensor,
     dense: DenseModel,
     hooks: Hooks | None = None,
+    more_follows: bool = False,
 ) -> Trained:
     """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
 
@@ -161,6 +162,7 @@ def train(
         windows: Token ids, int64 [n, length].
         dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
         hooks: What the method does between the parts of a step; None: nothing.
+        more_follows: Another training goes on from this one, so that its last step is kept too.
 
     Raises:
         RuntimeError: The loss is no longer finite.
@@ -190,7 +192,8 @@ def train(
             hooks.after_step(step, optimizer)
             optimizer.zero_grad(set_to_none=True)
             dense.progress(step + 1, settings.steps)
-            if dense.checkpoints and ((step + 1) % settings.checkpoint_every == 0 or due):
+            last = more_follows and step + 1 == settings.steps
+            if dense.checkpoints and (last or (step + 1) % settings.checkpoint_every == 0 or due):
                 with due.saving():
                     _keep(dense, identity, parameters, optimizer, losses, hooks)
         with torch.no_grad():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.distillation.student import Distillation, Lesson, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,8 @@ class DistilBERT(Distillation):
         for name in ("prediction_weight", "text_weight", "direction_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not self.prediction_weight + self.text_weight + self.direction_weight:
+            raise ValueError("one of the weights must be above 0")
         if not self.teacher_temperature > 0:
             raise ValueError(f"teacher_temperature must be positive, not {self.teacher_temperature}")
 
@@ -53,7 +55,7 @@ class DistilBERT(Distillation):
 
         from slimbench.methods.core.losses import divergence, next_token
 
-        widths = [each.get_input_embeddings().embedding_dim for each in (student, teacher)]
+        widths = [width_of(each) for each in (student, teacher)]
         if widths[0] != widths[1]:
             raise Unsupported(f"hidden states of {widths[0]} features have no direction in common with the teacher's {widths[1]}")
         bfloat16, tau = dense.dtype == "bfloat16", self.teacher_temperature

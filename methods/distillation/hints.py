@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.logit import LogitDistillation
-from slimbench.methods.distillation.student import Layered, Lesson
+from slimbench.methods.distillation.student import Layered, Lesson, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ def check_share(settings: Any, name: str) -> None:
 
 def blocks_and_width(model: Any) -> tuple[int, int]:
     """How many blocks there are, and features of a hidden state."""
-    return model.config.num_hidden_layers, model.get_input_embeddings().embedding_dim
+    return model.config.num_hidden_layers, width_of(model)
 
 
 def up_to(model: Any, block: int) -> set[str]:

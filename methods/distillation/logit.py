@@ -50,6 +50,8 @@ class LogitDistillation(Distillation):
             raise ValueError(f"teacher_temperature must be positive, not {self.teacher_temperature}")
         if not 0 < self.mixture < 1:
             raise ValueError(f"mixture must be between 0 and 1, both excluded, not {self.mixture}")
+        if self.divergence in ("forward", "reverse") and self.mixture != 0.5:
+            raise ValueError(f"mixture must be left at 0.5, not {self.mixture}: the {self.divergence} divergence mixes nothing")
 
     @property
     def has_teacher(self) -> bool:

@@ -66,9 +66,11 @@ class MiniLLM(Prompted):
             with torch.no_grad():
                 wanted = teacher(input_ids=drawn.ids, use_cache=False).logits
             made, text = logits.split(len(ids))
-            policy = policy_loss(made, wanted, drawn.ids, drawn.written, drawn.weights) / new
-            behind = slice(self.prompt_tokens - 1, -1)
-            return policy + self.text_weight * cross_entropy(text[:, behind], ids[:, self.prompt_tokens :])
+            behind = slice(self.prompt_tokens - 1, None)
+            written, weights = drawn.written[:, behind], drawn.weights[:, behind]
+            policy = policy_loss(made[:, behind], wanted[:, behind], drawn.ids[:, behind], written, weights)
+            hard = cross_entropy(text[:, behind][:, :-1], ids[:, self.prompt_tokens :])
+            return policy / new + self.text_weight * hard
 
         return (Lesson(loss),)
 

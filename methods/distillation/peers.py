@@ -8,7 +8,7 @@ with no gradient from L_1 to the second or from L_2 to the first. The first is w
 
 A teacher assistant (Mirzadeh et al., arXiv 1902.03393) of a size between the two learns from the teacher, and the student from it:
 
-    L = (1 − α) · (−log q(y)) + α τ² KL(p^τ ‖ q^τ)        first with p of the teacher and q of the assistant, then of assistant and student
+    L = (1 − α) · (−log q(y)) + α τ² KL(p^τ ‖ q^τ)        first of teacher and assistant, then of assistant and student
 
 Peer and assistant are the first model without some of its blocks, left out evenly: as many as the student has, or the mean of both, rounded
 up. Neither is kept.
@@ -31,10 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MutualLearning(Distillation):
-    """Two students that learn from each other."""
+    """Two students that learn from each other, both updated at once.
+
+    Attributes:
+        clip: None: one norm of all gradients would let each student set how fast the other learns.
+    """
 
     name = "mutual"
     citation = Citation("Deep mutual learning", year=2017, arxiv="1706.00384", covers=("distillation/deep-mutual-learning",))
+
+    clip: None = None
 
     @property
     def has_teacher(self) -> bool:
@@ -81,12 +87,16 @@ def shortened(dense: DenseModel, blocks: int) -> Any:
     """The first model of the pipeline in float32, with so many of its blocks, the others left out evenly; all its parameters learn.
 
     Raises:
-        Unsupported: It has not so many.
+        Unsupported: It has not so many, or it is the student.
     """
     import torch
 
     from slimbench.methods.core.architecture.surgery import remove_blocks
 
+    if dense.original in (None, dense.path):
+        raise Unsupported(
+            "the student is the first model of the pipeline, of which it would be its own peer; a step before it makes a student"
+        )
     model = dense.load_original(dtype=torch.float32)
     whole = model.config.num_hidden_layers
     if blocks > whole:

@@ -6,9 +6,11 @@ student that learn (all, if it names none), and what learns beside the student a
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,18 +71,24 @@ class Distillation(TrainingSettings, Method):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut
+        from slimbench.methods.formats.architecture.modules import KeptLogits
 
+        if self.has_teacher and dense.original in (None, dense.path):
+            raise Unsupported("the student is the first model of the pipeline and would teach itself; a step before it makes a student")
         student = trained.load(dense)
+        if any(isinstance(module, KeptLogits) for module in student.modules()):
+            raise Unsupported("the student never predicts some tokens, of which the teacher's distribution has a share")
         teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
         lessons, windows = self.lessons(student, teacher, dense), cut(calibration.ids, self.length)
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
         done: list[Trained] = []
         for index, lesson in enumerate(lessons):
             done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), windows, dense))
+        steps = [end - begin for begin, end in pairwise(ends)]
         trained.save(student, dense, out)
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
         earlier = [{"loss_before": part.curve[0][1], "loss_after": part.loss_after} for part in done[:-1]]
-        details = {"earlier_lessons": earlier} if earlier else {}
+        details: dict[str, Any] = {"lesson_steps": steps} | ({"earlier_lessons": earlier} if earlier else {})
         return whole.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self) if self.has_teacher else None, details=details))
 
     def _learn(self, student: Any, lesson: Lesson, index: int, steps: tuple[int, int], windows: Any, dense: DenseModel) -> Trained:
@@ -90,7 +98,8 @@ class Distillation(TrainingSettings, Method):
         def progress(done: float, total: float) -> None:
             dense.progress(steps[0] + done, self.steps)
 
-        kept = dense.checkpoints / f"lesson-{index}" if dense.checkpoints else None
+        told = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        kept = dense.checkpoints / f"lesson-{index}-{told}" if dense.checkpoints else None
         names = lesson.learning
         parameters = {name: value for name, value in student.named_parameters() if names is None or name in names}
         student.requires_grad_(False)
@@ -98,7 +107,20 @@ class Distillation(TrainingSettings, Method):
             value.requires_grad_(True)
         loop = {each.name: getattr(self, each.name) for each in fields(TrainingSettings)} | {"steps": steps[1] - steps[0]}
         place = replace(dense, progress=progress, checkpoints=kept)
-        return train(TrainingSettings(**loop), parameters | dict(lesson.beside), lesson.loss, windows, place)
+        more = steps[1] < self.steps
+        return train(TrainingSettings(**loop), parameters | dict(lesson.beside), lesson.loss, windows, place, more_follows=more)
+
+
+def width_of(model: Any) -> int:
+    """Features of a model's hidden states.
+
+    Raises:
+        Unsupported: Its embeddings have others, so that hidden states are not all of one width.
+    """
+    width, embedded = model.config.hidden_size, model.get_input_embeddings().embedding_dim
+    if width != embedded:
+        raise Unsupported(f"{type(model).__name__} has embeddings of {embedded} features and hidden states of {width}")
+    return int(width)
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,8 @@ class Prompted(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.accumulate > 1:
+            raise ValueError(f"accumulate must be 1, not {self.accumulate}: a batch is written in one go")
         if not 1 <= self.prompt_tokens < self.length:
             raise ValueError(f"prompt_tokens must be at least 1 and below the length {self.length}, not {self.prompt_tokens}")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
-from slimbench.methods.distillation.student import Layered, Lesson
+from slimbench.methods.distillation.student import Layered, Lesson, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +54,7 @@ class TED(Layered):
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch
 
-        widths = [each.get_input_embeddings().embedding_dim for each in (student, teacher)]
+        widths = [width_of(each) for each in (student, teacher)]
         if widths[0] != widths[1]:
             raise Unsupported(f"filtered states of {widths[0]} features cannot be compared with the teacher's {widths[1]}")
         depths = [each.config.num_hidden_layers for each in (student, teacher)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.distillation.student import Distillation, Lesson, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class TinyBERT(Distillation):
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch
 
-        widths = [each.get_input_embeddings().embedding_dim for each in (student, teacher)]
+        widths = [width_of(each) for each in (student, teacher)]
         turns = {name: torch.nn.Parameter(torch.eye(*widths, device=student.device)) for name in ("hidden_match", "embedding_match")}
         layers = self.layers(student, teacher, turns, dense)
         with torch.no_grad():

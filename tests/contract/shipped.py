@@ -164,6 +164,8 @@ def make(method: Method, dense: DenseModel, out: Path) -> Made:
     method.check(dense.shape)
     if method.needs.zeros:
         dense = tiny.sparse(dense, dense.path.with_name(f"{dense.path.name}-sparse"))
+    if method.family == "distillation":
+        dense = tiny.first(dense, dense.path.with_name(f"{dense.path.name}-first"))
     claim = method.compress(dense, CALIBRATION if method.needs.calibration else Calibration.none(), out)
     dense_parameters = models.matrix_parameters(dense.path)
     manifest = artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim, dense_parameters=dense_parameters)

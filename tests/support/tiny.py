@@ -82,6 +82,21 @@ def block_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if ".layers." in name and type(module) is torch.nn.Linear}
 
 
+def first(dense: DenseModel, folder: Path) -> DenseModel:
+    """The same model as a student: beside another one, of the same shapes and other weights, that its pipeline began with."""
+    import torch
+
+    if not folder.is_dir():
+        model = dense.load()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.02 * torch.randn(value.shape, generator=generator).to(value.dtype))
+        folder.mkdir()
+        model.save_pretrained(folder)
+    return replace(dense, original=folder)
+
+
 def layer_inputs(model: Any, name: str, ids: torch.Tensor) -> torch.Tensor:
     """Inputs [tokens, in] of a layer in a pass of the whole model, float64."""
     import torch

@@ -81,7 +81,7 @@ def check(name: str) -> dict[str, Any]:
         out = Path(scratch) / "artefact"
         out.mkdir()
         began = time.perf_counter()
-        dense = DenseModel(source, source, "bfloat16", "cpu", shape)
+        dense = DenseModel(source, source, "bfloat16", "cpu", shape, original=tiny_model(Path(scratch) / "first"))
         claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else Calibration.none(), out)
         seconds = time.perf_counter() - began
         stored = artefact.files(out)

@@ -45,7 +45,13 @@ def rollout(
     ends, own, its = _ends(model), _Writer(model, temperature, dtype), _Writer(other, temperature, dtype) if share else None
     ids, written, weights = prompts, [torch.zeros_like(prompts, dtype=torch.bool)], [torch.ones_like(prompts, dtype=torch.float32)]
     found, open_ = [prompts], torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-    for _ in range(new):
+    for place in range(new):
+        if not bool(open_.any()):
+            rest = ends[:1].expand(len(prompts), new - place)
+            found.append(rest)
+            written.append(torch.zeros_like(rest, dtype=torch.bool))
+            weights.append(torch.ones_like(rest, dtype=torch.float32))
+            break
         shares = own.next(ids)
         mixed = shares if its is None else share * its.next(ids) + (1 - share) * shares
         drawn = torch.multinomial(mixed, 1)

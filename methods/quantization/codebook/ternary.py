@@ -66,7 +66,8 @@ class TernaryQAT(TrainingSettings, Grouped, Method):
         zeros = sum(int((layer.quantized().codes == grid.mid).sum()) for layer in layers.values())
         details = {"levels": 3, "zeros": zeros / sum(layer.weight.numel() for layer in layers.values())}
         _qat.save(model, layers, dense, out)
-        return done.added_to(Claim(self.produces, bits=2, group_size=self.group_size, details=details))
+        teacher = "the model that the pipeline began with" if self.loss == "distillation" else None
+        return done.added_to(Claim(self.produces, bits=2, group_size=self.group_size, teacher=teacher, details=details))
 
     @staticmethod
     def ternary(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:

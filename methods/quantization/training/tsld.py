@@ -2,10 +2,11 @@
 
 With the distributions p of the teacher and q of the student, and the text's own tokens y,
 
-    L = Σ_t s_t (−Σ_v p_t(v) log q_t(v)) + mean_t (−log q_t(y_t))        s = softmax over t of (−log p_t(y_t) / τ),  τ = 10
+    L = Σ Σ_t s_t (−Σ_v p_t(v) log q_t(v)) + mean (−log q_t(y_t))        s = softmax over t of (−log p_t(y_t) / τ),  τ = 10
 
-a mean over texts: a token that the teacher itself predicts badly counts for more. Weights are ternary by rows, as in ternary weight
-networks (arXiv 1605.04711), in each forward pass anew; gradients pass the rounding unchanged:
+the first a sum over the texts of a batch, as in the authors' program, the second a mean over all tokens: a token that the teacher itself
+predicts badly counts for more. Weights are ternary by rows, as in ternary weight networks (arXiv 1605.04711), in each forward pass anew;
+gradients pass the rounding unchanged:
 
     w_q = α sign(w) [|w| > Δ],   Δ = 0.7 mean |w|,   α = mean of |w| above Δ
 """
@@ -31,6 +32,7 @@ class TSLD(TernaryQAT):
     """Token-scaled logit distillation.
 
     Attributes:
+        group_size: Inputs that share one α; None: a row does.
         token_temperature: τ.
     """
 
@@ -77,6 +79,6 @@ class TSLD(TernaryQAT):
                 unsure = cross_entropy(wanted.transpose(1, 2), ids[:, 1:], reduction="none")
                 shares = (unsure / self.token_temperature).softmax(-1)
             soft = -(wanted.softmax(-1) * logits[:, :-1].float().log_softmax(-1)).sum(-1)
-            return (shares * soft).sum(-1).mean() + next_token(logits, ids)
+            return (shares * soft).sum() + next_token(logits, ids)
 
         return loss

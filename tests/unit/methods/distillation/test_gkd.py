@@ -102,6 +102,25 @@ def test_the_loss_is_the_papers_over_what_stands_behind_the_prompt(beta: float, 
     assert found == pytest.approx(sum(rows) / len(rows), rel=1e-4)
 
 
+def test_what_stands_behind_the_end_of_a_text_counts_for_nothing(pair: DenseModel) -> None:
+    student, teacher = sharp(pair), pair.load_original(dtype=torch.float32)
+    prompts = IDS[:1, :6].expand(12, -1)
+    torch.manual_seed(1)
+    common = Counter(rollout(student, prompts, 10).ids[:, 6:].flatten().tolist()).most_common(2)
+    student.generation_config.eos_token_id, student.config.eos_token_id = [token for token, _ in common], None
+    (lesson,) = GKD(student_share=1.0, **FEW).lessons(student, teacher, pair)
+    torch.manual_seed(2)
+    found = float(lesson.loss(IDS[:1].expand(12, -1)))
+    torch.manual_seed(2)
+    torch.rand(())
+    drawn = rollout(student, prompts, 10)
+    with torch.no_grad():
+        made, wanted = (model(drawn.ids).logits.double() for model in (student, teacher))
+    places = [(n, t) for n in range(12) for t in range(5, 15) if drawn.written[n, t + 1]]
+    assert 12 <= len(places) < 120
+    assert found == pytest.approx(sum(slowly(made[n, t], wanted[n, t], 0.5) for n, t in places) / len(places), rel=1e-4)
+
+
 def test_texts_are_its_own_as_often_as_asked_for(pair: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimbench.methods.core.learning import rollouts
 
@@ -123,6 +142,7 @@ def test_texts_are_its_own_as_often_as_asked_for(pair: DenseModel, monkeypatch: 
         ({"mixture": -0.1}, "mixture must be from 0 to 1"),
         ({"prompt_tokens": 128}, "prompt_tokens must be at least 1 and below the length 128"),
         ({"sampling_temperature": 0.0}, "sampling_temperature must be positive"),
+        ({"accumulate": 2}, "accumulate must be 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

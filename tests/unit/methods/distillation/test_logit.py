@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from slimbench.methods.base import DenseModel
+from slimbench.methods.base import DenseModel, Unsupported
+from slimbench.methods.core.architecture import surgery
 from slimbench.methods.core.losses import divergence
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.distillation.logit import LogitDistillation
+from slimbench.methods.formats import edited
+from slimbench.methods.formats.huggingface import save_dense
 from tests.support import tiny
 
 TOKENS = tiny.tokens(8, 32)
@@ -129,12 +132,27 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(student: DenseModel)
     assert float(apart) > 1e-3, "the teacher is the model that the pipeline began with"
 
 
+def test_a_student_that_would_teach_itself_or_has_not_all_tokens_is_refused(student: DenseModel, tmp_path: Path) -> None:
+    alone = replace(student, original=None)
+    with pytest.raises(Unsupported, match="would teach itself; a step before it makes a student"):
+        LogitDistillation(**PLAIN).compress(alone, TOKENS, tmp_path)
+    LogitDistillation(teacher_share=0.0, **PLAIN).compress(alone, TOKENS, tmp_path)
+    model = student.load()
+    surgery.keep_tokens(model, torch.arange(200))
+    (tmp_path / "cut").mkdir()
+    save_dense(model, tmp_path / "cut")
+    cut_ = replace(student, path=tmp_path / "cut", format="edited", shape=edited.shape_of(tmp_path / "cut"))
+    with pytest.raises(Unsupported, match="never predicts some tokens"):
+        LogitDistillation(**PLAIN).compress(cut_, TOKENS, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"teacher_share": 1.5}, "teacher_share must be a share from 0 to 1"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive"),
         ({"mixture": 1.0}, "mixture must be between 0 and 1"),
+        ({"mixture": 0.3}, "mixture must be left at 0.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -153,6 +153,27 @@ def test_the_text_at_hand_is_learned_too(pair: DenseModel) -> None:
     assert losses[1] - losses[0] == pytest.approx(2 * float(functional.cross_entropy(logits, IDS[:, 6:].flatten())), rel=1e-4)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.6])
+def test_a_lesson_is_the_policy_loss_of_what_was_drawn_behind_the_prompts(mix: float, pair: DenseModel) -> None:
+    student, teacher = pair.load(dtype=torch.float32).requires_grad_(True), pair.load_original(dtype=torch.float32)
+    method = MiniLLM(text_weight=0.0, teacher_mix=mix, steps=4, length=16, batch_size=2, prompt_tokens=6)
+    (lesson,) = method.lessons(student, teacher, pair)
+    torch.manual_seed(7)
+    lesson.loss(IDS).backward()
+    found = {name: value.grad.clone() for name, value in student.named_parameters() if value.grad is not None}
+    student.zero_grad()
+    torch.manual_seed(7)
+    drawn = rollout(student, IDS[:, :6], 10, other=teacher, share=mix)
+    logits, wanted = student(drawn.ids).logits, teacher(drawn.ids).logits.detach()
+    (policy_loss(logits, wanted, drawn.ids, drawn.written, drawn.weights) / 10).backward()
+    assert len(found) > 8
+    for name, value in student.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(found[name], value.grad, rtol=1e-3, atol=1e-6)
+    torch.manual_seed(7)
+    assert torch.equal(rollout(student, IDS[:, :6], 10).ids, drawn.ids) is (mix == 0.0)
+
+
 def test_settings_out_of_range_are_refused() -> None:
     for settings, message in (({"teacher_mix": 1.0}, "teacher_mix must be at least 0"), ({"text_weight": -1.0}, "text_weight must not be")):
         made: Any = MiniLLM

@@ -52,8 +52,13 @@ def hard(q: Tensor, ids: Tensor) -> Tensor:
     return functional.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def test_the_first_model_has_no_peer(pair: DenseModel, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="it would be its own peer"):
+        MutualLearning(steps=2, batch_size=2, length=16).compress(replace(pair, original=None), TOKENS, tmp_path)
+
+
 def test_two_students_learn_from_the_text_and_from_each_other(pair: DenseModel, tmp_path: Path) -> None:
-    method = MutualLearning(steps=4, **PLAIN)
+    method = MutualLearning(steps=4, **{name: value for name, value in PLAIN.items() if name != "clip"})
     claim = method.compress(pair, TOKENS, tmp_path)
     first, second = pair.load(dtype=torch.float32).requires_grad_(True), shortened(pair, 2)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0) for model in (first, second)]

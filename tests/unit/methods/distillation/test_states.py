@@ -201,6 +201,32 @@ def test_both_parts_of_tinybert_have_their_share_of_the_steps(pair: DenseModel, 
     assert claim.details["training"]["loss_after"] == pytest.approx(float(-(p.softmax(-1) * q.log_softmax(-1)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_run_in_parts_that_was_killed_goes_on_to_the_same_bits(stop: int, pair: DenseModel, tmp_path: Path) -> None:
+    """In the first part, in the second one before it kept anything, and there after it did."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: float, total: float) -> None:
+        seen.append(done)
+        if done == stop and len(seen) == stop:
+            raise Killed
+
+    method, seen = TinyBERT(**FEW | {"checkpoint_every": 2}), list[float]()
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    method.compress(pair, TOKENS, tmp_path / "whole")
+    killed = replace(pair, progress=kill, checkpoints=tmp_path / "kept")
+    with pytest.raises(Killed):
+        method.compress(killed, TOKENS, tmp_path / "parts")
+    method.compress(killed, TOKENS, tmp_path / "parts")
+    again = seen[stop:]
+    assert again[0] == {2: 1, 4: 4, 5: 4}[stop] and again[-1] == 6, "what was done before the last checkpoint is not done again"
+    whole, parts = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts"))
+    assert whole == parts
+
+
 @pytest.mark.parametrize("kind", [DistilBERT, TinyBERT])
 def test_students_that_do_not_fit_are_refused_in_one_line(kind: Any, pair: DenseModel, tmp_path: Path) -> None:
     narrow = tiny.save_model(
@@ -219,6 +245,7 @@ def test_students_that_do_not_fit_are_refused_in_one_line(kind: Any, pair: Dense
         (DistilBERT, {"text_weight": -1.0}, "text_weight must not be negative"),
         (DistilBERT, {"teacher_temperature": 0.0}, "teacher_temperature must be positive"),
         (MiniLM, {"relation_heads": 0}, "relation_heads must be at least 1"),
+        (DistilBERT, {"prediction_weight": 0, "text_weight": 0, "direction_weight": 0}, "one of the weights must be above 0"),
         (TinyBERT, {"layer_share": 1.0}, "layer_share must leave both parts a step"),
     ],
 )

@@ -55,7 +55,7 @@ def test_tokens_that_the_teacher_predicts_badly_count_for_more(temperature: floa
         unsure = [-float(p[n, t, IDS[n, t + 1]]) / temperature for t in range(9)]
         shares = [math.exp(value) / sum(map(math.exp, unsure)) for value in unsure]
         soft = [-sum(math.exp(float(a)) * float(b) for a, b in zip(p[n, t], q[n, t], strict=True)) for t in range(9)]
-        total += sum(s * c for s, c in zip(shares, soft, strict=True)) / 3
+        total += sum(s * c for s, c in zip(shares, soft, strict=True))
         hard -= sum(float(q[n, t, IDS[n, t + 1]]) for t in range(9)) / 27
     assert found == pytest.approx(total + hard, rel=1e-4)
 
@@ -67,7 +67,12 @@ def _saved(teacher: object, pair: DenseModel) -> Path:
 def test_a_packed_model_of_three_levels_comes_out(pair: DenseModel, tmp_path: Path) -> None:
     claim = TSLD(steps=4, batch_size=2, length=16).compress(pair, TOKENS, tmp_path)
     layers = [layer for layer in packed.load(tmp_path).modules() if isinstance(layer, packed.PackedLinear)]
-    assert len(layers) == 7 and claim.bits == 2 and claim.training_tokens == 4 * 2 * 16
+    assert (
+        len(layers) == 7
+        and claim.bits == 2
+        and claim.teacher == "the model that the pipeline began with"
+        and claim.training_tokens == 4 * 2 * 16
+    )
     for layer in layers:
         rows = layer.dequantize()
         assert all(len(row.abs().unique()) <= 2 and len(row.unique()) <= 3 for row in rows)
