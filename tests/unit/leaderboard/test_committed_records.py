@@ -27,7 +27,7 @@ MISSES = (
     "gptq(bits=2,group_size=32)",
     *("admm-50", "sparsegpt", "sparsegpt+sparse-bitmap", "flap-25"),
     *("wanda+gptq", "sparsegpt+gptq", "shortgpt+lora(steps=160)", "llm-pruner+lora(steps=160)"),
-    "sparsegpt(sparsity=0.6)+mask-lora(steps=160)",
+    *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)"),
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 
