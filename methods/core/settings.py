@@ -136,10 +136,11 @@ class Adapters(Method):
 
 
 def check_codes(shape: ModelShape, bits: int) -> None:
-    """Raise `Unsupported` unless a code of so many bits for each input of a layer fills bytes."""
-    from slimbench.methods.kernels.grid import PLANES
+    """Raise `Unsupported` unless a code of so many bits for each input of a layer fills bytes.
 
-    multiple = 8 // min(PLANES[bits])
+    A code is stored in fields whose widths are powers of two and add up to its bits (`kernels.grid.PLANES`); the narrowest decides.
+    """
+    multiple = 8 // min(8, bits & -bits)
     for width in shape.widths or (shape.hidden_size, shape.intermediate_size):
         if width % multiple:
             raise Unsupported(f"codes of {bits} bits for {width} input features do not fill bytes; a multiple of {multiple} does")

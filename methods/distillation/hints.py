@@ -4,7 +4,7 @@ FitNets (Romero et al., arXiv 1412.6550) first trains the student up to a guided
 regressor R that is learned beside it, and then all of it on predictions as `kd` does:
 
     first      ½ ‖h_T^l − R h_S^g‖²       summed over features, a mean over positions
-    then       the loss of `logit`
+    then       the loss of kd
 
 FSP (Yim et al., CVPR 2017) first makes the flow of solution procedure of the student that of the teacher, for n pairs of layers, each of
 the end of a part of the network and the end of the next, and then trains on the text:

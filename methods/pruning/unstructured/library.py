@@ -11,7 +11,7 @@ from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.masks import holds_pattern, zero_fraction
 from slimbench.methods.formats.huggingface import save_dense
 
-_FEWER, _MORE = 0.01, 0.001  # rows of Wanda round down; equal scores of SparseGPT go together
+_FEWER, _MORE = 0.01, 0.005  # rows of Wanda round down; equal scores of SparseGPT go together
 TARGETS: dict[str, Any] = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 """What a modifier is told to prune: the linear layers of the blocks."""
 

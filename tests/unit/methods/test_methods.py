@@ -19,8 +19,10 @@ from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import choice, choice_path, shipped, shipped_method
 from slimbench.harness.config.targets import complete
 from slimbench.methods.base import Claim, DenseModel, Method, ModelShape, Unsupported
+from slimbench.methods.core.settings import check_codes
 from slimbench.methods.dense import Dense
 from slimbench.methods.formats import packed
+from slimbench.methods.kernels.grid import PLANES
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.activation.int8_dynamic import Int8Dynamic
 from slimbench.methods.quantization.weight.rtn import RTN
@@ -115,6 +117,18 @@ def test_what_a_shared_setting_is_checked_for_every_method_that_has_it_checks(na
     if shipped_method(name).get("group_size"):
         with pytest.raises(Unsupported, match=r"does not divide the input features 72|no divisor"):
             build_method(shipped_step(name)).check(ModelShape("LlamaForCausalLM", 72, 136, 2, 2, 2, 256, True))
+
+
+@pytest.mark.parametrize("bits", list(PLANES))
+def test_codes_of_a_row_that_does_not_fill_bytes_are_refused(bits: int) -> None:
+    multiple = 8 // min(PLANES[bits])
+    for width in (3 * multiple, 3 * multiple + 1):
+        shape = ModelShape("LlamaForCausalLM", width, 8 * multiple, 2, 2, 2, 256, True)
+        if width % multiple:
+            with pytest.raises(Unsupported, match=f"codes of {bits} bits for {width} input features do not fill bytes"):
+                check_codes(shape, bits)
+        else:
+            check_codes(shape, bits)
 
 
 @pytest.mark.parametrize(("name", "width"), [("rtn-4bit", 96), ("gptq", 96), ("sparsegpt-2of4", 66)])
