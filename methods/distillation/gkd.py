@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel
-from slimbench.methods.distillation.student import Lesson, Prompted
+from slimbench.methods.distillation.student import Lesson, Prompted, logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,11 +60,10 @@ class GKD(Prompted):
             if float(torch.rand(())) < self.student_share:
                 new = ids.shape[1] - self.prompt_tokens
                 ids, counts, _ = rollout(student, ids[:, : self.prompt_tokens], new, self.sampling_temperature, bfloat16)
-            with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16 is not None):
-                logits = student(input_ids=ids, use_cache=False).logits
+            made = logits(student, ids, dense)
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, use_cache=False).logits
-            return divergence(logits[:, :-1], wanted[:, :-1], *self.divergence, mask=counts[:, 1:])
+            return divergence(made[:, :-1], wanted[:, :-1], *self.divergence, mask=counts[:, 1:])
 
         return (Lesson(loss),)
 

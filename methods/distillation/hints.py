@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.logit import LogitDistillation
-from slimbench.methods.distillation.student import Layered, Lesson, width_of
+from slimbench.methods.distillation.student import Layered, Lesson, logits, width_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,9 +101,7 @@ class FSP(Layered):
             return torch.stack([(ours - theirs).square().sum((1, 2)).mean() for ours, theirs in parts]).mean()
 
         def text(ids: Tensor) -> Tensor:
-            with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
-                logits = student(input_ids=ids, use_cache=False).logits
-            return next_token(logits, ids)
+            return next_token(logits(student, ids, dense), ids)
 
         return Lesson(loss, self.flow_share), Lesson(text, 1 - self.flow_share)
 

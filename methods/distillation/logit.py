@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Citation, DenseModel
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.distillation.student import Distillation, Lesson, logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,17 +66,16 @@ class LogitDistillation(Distillation):
 
         from slimbench.methods.core.losses import divergence, next_token
 
-        bfloat16, alpha, tau = dense.dtype == "bfloat16", self.teacher_share, self.teacher_temperature
+        alpha, tau = self.teacher_share, self.teacher_temperature
 
         def loss(ids: Tensor) -> Tensor:
-            with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):
-                logits = student(input_ids=ids, use_cache=False).logits
-            hard = next_token(logits, ids) if alpha < 1 else logits.new_zeros(())
+            made = logits(student, ids, dense)
+            hard = next_token(made, ids) if alpha < 1 else made.new_zeros(())
             if teacher is None:
                 return hard
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, use_cache=False).logits
-            soft = divergence(logits[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
+            soft = divergence(made[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
             return (1 - alpha) * hard + alpha * tau**2 * soft
 
         return loss

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel
-from slimbench.methods.distillation.student import Lesson, Prompted
+from slimbench.methods.distillation.student import Lesson, Prompted, logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +61,9 @@ class MiniLLM(Prompted):
         def loss(ids: Tensor) -> Tensor:
             new = ids.shape[1] - self.prompt_tokens
             drawn = rollout(student, ids[:, : self.prompt_tokens], new, dtype=bfloat16, other=teacher, share=self.teacher_mix)
-            with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16 is not None):
-                logits = student(input_ids=torch.cat([drawn.ids, ids]), use_cache=False).logits
             with torch.no_grad():
                 wanted = teacher(input_ids=drawn.ids, use_cache=False).logits
-            made, text = logits.split(len(ids))
+            made, text = logits(student, torch.cat([drawn.ids, ids]), dense).split(len(ids))
             behind = slice(self.prompt_tokens - 1, None)
             written, weights = drawn.written[:, behind], drawn.weights[:, behind]
             policy = policy_loss(made[:, behind], wanted[:, behind], drawn.ids[:, behind], written, weights)

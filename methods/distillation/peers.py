@@ -17,13 +17,13 @@ up. Neither is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.logit import LogitDistillation
-from slimbench.methods.distillation.student import Distillation, Lesson
+from slimbench.methods.distillation.student import Distillation, Lesson, logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,11 +104,3 @@ def shortened(dense: DenseModel, blocks: int) -> Any:
     kept = {math.ceil((place + 1) * whole / blocks) - 1 for place in range(blocks)}
     remove_blocks(model, [index for index in range(whole) if index not in kept])
     return model.requires_grad_(True)
-
-
-def logits(model: Callable[..., Any], ids: Tensor, dense: DenseModel) -> Tensor:
-    """What a model in float32 predicts, in the arithmetic of the model's dtype, [sequences, length, vocabulary]."""
-    import torch
-
-    with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
-        return model(input_ids=ids, use_cache=False).logits

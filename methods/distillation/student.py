@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, Dense
 from slimbench.methods.core.training import TrainingSettings
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from slimbench.methods.core.training import Loss, Trained
 
@@ -109,6 +109,14 @@ class Distillation(TrainingSettings, Method):
         place = replace(dense, progress=progress, checkpoints=kept)
         more = steps[1] < self.steps
         return train(TrainingSettings(**loop), parameters | dict(lesson.beside), lesson.loss, windows, place, more_follows=more)
+
+
+def logits(model: Callable[..., Any], ids: Tensor, dense: DenseModel) -> Tensor:
+    """What a model in float32 predicts, in the arithmetic of the model's dtype, [sequences, length, vocabulary]."""
+    import torch
+
+    with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def width_of(model: Any) -> int:
