@@ -11,7 +11,8 @@ as the only target, and a learning rate that begins anew after each choice:
 
     η_t = η (1 − 0.99 t / t₀)  before t₀,    η (1 − 0.5 ((t − t₀) mod Δt) / Δt)  up to t₁,    η (1 − 0.99 (t − t₁) / (T − t₁))  afterwards
 
-The shape and the numbers of the rate, hardness 1 and the temperature 5 are those of the authors' recipes for models of this size.
+The numbers of the rate, the teacher alone as the target and the temperature 5 are those of a recipe that the same authors gave for oBERT;
+the paper's own table was not at hand.
 """
 
 from __future__ import annotations
