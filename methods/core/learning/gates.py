@@ -8,12 +8,14 @@ A hard concrete gate with the parameter α is (Louizos et al., arXiv 1712.01312,
 z multiplies what a unit gives on, so that the loss has a gradient for α, and the expected size of the model is a sum of P(z ≠ 0). A
 budget is held by a Lagrangian: with the share ŝ of the parameters that is expected to go and the share t that shall,
 
-    min over α, max over λ₁, λ₂:    loss + λ₁ (ŝ − t) + λ₂ (ŝ − t)²
+    min over α, max over λ₁, λ₂:    loss + κ (λ₁ (ŝ − t) + λ₂ (ŝ − t)²)        κ = median |∂loss/∂α| / |∂ŝ/∂α|, at first
 
 (Wang et al., arXiv 1910.04732): the multipliers climb, so that the price of a gap rises for as long as there is one. t grows over the
 first steps from the ŝ that there is before them. λ₁ adds up gaps, and where steps are few it overshoots; λ₂ answers to the gap that there
-is, so it may have a higher rate. At the end the units of the lowest P(z ≠ 0) go, exactly as many as the budget asks for, and the ẑ of those
-that stay is multiplied into the weights that read them. With a price in the place of a budget (Louizos et al.) the loss has
+is, so it may have a higher rate. The papers have no κ, and rates for one model and thousands of steps; with it λ₁ = 1 pulls at the gates
+as hard as the loss does, whatever the model and however many gates there are. At the end the units of the lowest P(z ≠ 0) go, exactly as
+many as the budget asks for, and the ẑ of those that stay is multiplied into the weights that read them. With a price in the place of a
+budget (Louizos et al.) the loss has
 
     λ Σ P(z ≠ 0)      over all gates
 
@@ -23,7 +25,7 @@ and in the end those go whose ẑ is 0, as many as there are.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -102,6 +104,7 @@ class Lagrangian(Hooks):
     Attributes:
         alphas: α by kind; at first all are open alike.
         multipliers: λ₁ and λ₂.
+        scale: κ, 1 before the first step.
         fixed: No gate and no multiplier learns; see `fix`.
         start: ŝ before the first step.
         path: For each step the share ŝ that was expected to go after it, the share t that should, λ₁ and λ₂.
@@ -119,6 +122,7 @@ class Lagrangian(Hooks):
         self.alphas = {name: nn.Parameter(torch.full(tuple(size), pace.begin, device=device)) for name, size in sizes.items()}
         self.share, self.pace, self.law, self.fixed = share, pace, law or HardConcrete(), False
         self.multipliers = tuple(nn.Parameter(torch.zeros((), device=device)) for _ in range(2))
+        self.scale = torch.ones((), device=device)
         with torch.no_grad():
             self.start = float(self.gone())
         self.step = 0
@@ -166,11 +170,11 @@ class Lagrangian(Hooks):
         return min(1.0, (self.step + 1) / max(1, self.pace.warm))
 
     def penalty(self) -> Tensor:
-        """λ₁ (ŝ − t) + λ₂ (ŝ − t)² or λ Σ P(z ≠ 0), a scalar to add to the loss; 0 where gates are fixed."""
+        """κ (λ₁ (ŝ − t) + λ₂ (ŝ − t)²) or λ Σ P(z ≠ 0), a scalar to add to the loss; 0 where gates are fixed."""
         if self.pace.price is not None and not self.fixed:
             return self.pace.price * torch.stack([self.law.stays(alpha).sum() for alpha in self.alphas.values()]).sum()
         gap = self.gone() - self.target()
-        return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+        return self.scale * (self.multipliers[0] * gap + self.multipliers[1] * gap.square())
 
     def shut(self) -> dict[str, Tensor]:
         """The gates whose ẑ is 0, as masks by kind."""
@@ -192,14 +196,23 @@ class Lagrangian(Hooks):
     def groups(self) -> Sequence[Group]:
         if self.fixed:
             return ()
-        gates, first = Group(tuple(f"gates/{name}" for name in self.alphas), self.pace.rate, weight_decay=0.0), self.pace.multiplier_rate
+        names, first = tuple(f"gates/{name}" for name in self.alphas), self.pace.multiplier_rate
         rates = enumerate((first, first if self.pace.square_rate is None else self.pace.square_rate))
-        return gates, *(Group((f"multipliers/{index + 1}",), rate, weight_decay=0.0, maximize=True) for index, rate in rates)
+        climbing = (Group((f"multipliers/{index + 1}",), rate, weight_decay=0.0, maximize=True, free=True) for index, rate in rates)
+        return Group(names, self.pace.rate, weight_decay=0.0, free=True), *climbing
 
     def row(self) -> tuple[float, ...]:
         """What `path` says of the step that is on."""
         first, second = self.multipliers
         return float(self.gone()), self.target(), float(first), float(second)
+
+    def after_backward(self, step: int) -> None:
+        if step == 0 and not self.fixed and self.pace.price is None:
+            self.scale = self.weighed()
+
+    def weighed(self) -> Tensor:
+        """κ, of the shape of a multiplier, while the gradients of the loss alone are there: those of the first step, with λ = 0."""
+        return compared(self.gone(), self.alphas.values())
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
@@ -207,18 +220,18 @@ class Lagrangian(Hooks):
         self.step = step + 1
 
     def state(self) -> dict[str, Tensor]:
-        return {"path": torch.tensor(self.path, dtype=torch.float64)}
+        return {"path": torch.tensor(self.path, dtype=torch.float64), "scale": self.scale}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.path = [tuple(row) for row in state["path"].tolist()]
-        self.step = len(self.path)
+        self.step, self.scale = len(self.path), state["scale"].to(self.scale.device)
 
     def told(self) -> dict[str, Any]:
-        """What a claim says of the gates: at most 50 rows of the path, the first and the last among them, and ŝ at the end."""
+        """What a claim says of the gates: κ, ŝ at the end, and at most 50 rows of the path, the first and the last among them."""
         last = len(self.path) - 1
         steps = range(last + 1) if last < _ROWS else sorted({round(row * last / (_ROWS - 1)) for row in range(_ROWS)})
         rows = [[step + 1, *(round(value, 6) for value in self.path[step])] for step in steps]
-        return {"expected_gone": self.path[-1][0] if self.path else 0.0, "path": rows}
+        return {"scale": self.scale.tolist(), "expected_gone": self.path[-1][0] if self.path else 0.0, "path": rows}
 
 
 class Gates(Lagrangian):
@@ -271,6 +284,15 @@ class Gates(Lagrangian):
             if bool(gone[name].any()):
                 kind.cut(model, (~gone[name]).nonzero().squeeze(1))
         return gone
+
+
+def compared(share: Tensor, alphas: Iterable[nn.Parameter]) -> Tensor:
+    """Median of |gradient of α| / |∂share/∂α| over the gates whose draw left them a gradient, a scalar; 1 where none did."""
+    found = [(alpha, alpha.grad) for alpha in alphas if alpha.grad is not None]
+    slopes = torch.autograd.grad(share, [alpha for alpha, _ in found])
+    ratios = torch.cat([(gradient / slope).abs().flatten() for (_, gradient), slope in zip(found, slopes, strict=True)])
+    ratios = ratios[torch.isfinite(ratios) & (ratios > 0)]
+    return ratios.median() if len(ratios) else torch.ones((), device=ratios.device)
 
 
 def spread(values: Tensor, kind: Structures) -> Tensor:

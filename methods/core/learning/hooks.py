@@ -27,12 +27,15 @@ class Group:
         factor: Of the learning rate.
         weight_decay: Of the optimizer; None: that of the settings.
         maximize: They climb the loss, as the multipliers of a Lagrangian do.
+        free: Their gradients are of another scale than those of weights: they are not clipped with them, and no eps of the optimizer
+            stands beside their size.
     """
 
     names: tuple[str, ...]
     factor: float = 1.0
     weight_decay: float | None = None
     maximize: bool = False
+    free: bool = False
 
 
 class Hooks:
@@ -98,6 +101,9 @@ class Locked(Hooks):
         self.masks = {name: mask.to(self.parameters[name].device) for name, mask in state.items()}
 
 
+_NO_EPS = 1e-30  # of Adam; squares of gradients stay above it in float32 down to 1e-19
+
+
 def regroup(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], groups: Sequence[Group]) -> None:
     """Give groups of parameters a factor of the rate, a decay and a direction of their own.
 
@@ -105,7 +111,7 @@ def regroup(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
         ValueError: The optimizer has no decay, or no other direction.
     """
     for group in groups:
-        wanted = {"weight_decay": group.weight_decay, "maximize": group.maximize or None}
+        wanted = {"weight_decay": group.weight_decay, "maximize": group.maximize or None, "eps": _NO_EPS if group.free else None}
         options = {name: value for name, value in wanted.items() if value is not None}
         if unknown := options.keys() - optimizer.defaults.keys():
             raise ValueError(f"{type(optimizer).__name__} has no {' and no '.join(sorted(unknown))}")

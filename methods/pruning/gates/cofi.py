@@ -5,8 +5,10 @@ expected size (`nested`) is held to the budget by a Lagrangian (`core.learning.g
 
     λ T² KL(p_t ‖ p_s) + (1 − λ) Σ_{i in four layers} min_j ‖W h_s^j − h_t^i‖²      means over tokens and features
 
-with the distributions at the temperature T = 2, the hidden states h behind the blocks of the student and of the teacher, and a matrix W
-that learns from the identity. j runs over the blocks whose MLP is open in the draw. In the end the units go that are likely to be shut,
+with the distributions at the temperature T = 2, the hidden states h behind the blocks of the student and of the teacher, each divided by
+its root mean square, and a matrix W that learns from the identity. The paper's model, BERT, normalizes the outputs of its layers; those of
+a decoder are normalized where they are read, and a few features that are a hundred times the others would be all that is compared.
+j runs over the blocks whose MLP is open in the draw. In the end the units go that are likely to be shut,
 exactly as many parameters as the budget asks for, and what the others are multiplied by is folded into the weights.
 
 In the paper the pruned model is trained on; here that is another step of a pipeline.
@@ -70,6 +72,7 @@ class CoFi(NestedPruning):
     """
 
     name = "cofi"
+    version = 2
     citation = Citation("CoFi", year=2022, arxiv="2204.00408", covers=("pruning/cofi",))
 
     prediction: float = 0.1
@@ -116,7 +119,8 @@ class CoFi(NestedPruning):
             else:
                 logits = (made.logits.float() / TEMPERATURE, wanted.logits.float() / TEMPERATURE)
                 predictions = TEMPERATURE**2 * soft_cross_entropy(*logits)
-            layers = matched(made.hidden_states[1:], wanted.hidden_states[1:], matrix, opened(draws))
+            student, original = ([normalized(state) for state in of.hidden_states[1:]] for of in (made, wanted))
+            layers = matched(student, original, matrix, opened(draws))
             return self.prediction * predictions + (1 - self.prediction) * layers + gates.penalty()
 
         return loss
@@ -126,6 +130,12 @@ def opened(draws: Mapping[str, Tensor]) -> list[int]:
     """Indices of the blocks whose MLP is open; all where none is."""
     found = [int(index) for index in draws["mlp"].detach().nonzero()]
     return found or list(range(len(draws["mlp"])))
+
+
+def normalized(states: Tensor) -> Tensor:
+    """Hidden states [..., hidden] divided by their root mean square, in float32."""
+    values = states.float()
+    return values * (values.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def matched(states: Sequence[Tensor], teacher: Sequence[Tensor], matrix: Tensor, among: Sequence[int]) -> Tensor:

@@ -42,6 +42,7 @@ class Compresso(NestedPruning):
     """
 
     name = "compresso"
+    version = 2
     citation = Citation("Compresso", year=2023, arxiv="2310.05015")
 
     learning_rate: float = 5e-5

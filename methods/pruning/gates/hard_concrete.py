@@ -36,6 +36,7 @@ class L0Weights(Priced):
     """
 
     name = "l0-weights"
+    version = 2
     citation = Citation("L0 regularization", year=2017, arxiv="1712.01312", covers=("pruning/l0-regularization-hard-concrete",))
 
     sparsity: float = 0.5
@@ -105,7 +106,7 @@ class HeadGates(Priced, GatedUnits):
     """
 
     name = "voita-heads"
-    version = 2
+    version = 3
     citation = Citation("Analyzing multi-head self-attention", year=2019, arxiv="1905.09418", covers=("pruning/voita-et-al",))
 
     ratio: float = 0.4
@@ -137,7 +138,7 @@ class HeadsAndChannels(GatedUnits):
     """
 
     name = "mccarley"
-    version = 2
+    version = 3
     citation = Citation("Structured pruning of a BERT-based question answering model", year=2019, arxiv="1910.06360")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:

@@ -62,7 +62,7 @@ class Gated(Chosen):
         growth: Fraction of the steps in which the target grows from nothing to the whole budget.
     """
 
-    gate_rate: float = 0.2
+    gate_rate: float = 0.3
     multiplier_rate: float = 0.02
     square_rate: float = 10.0
     growth: float = 0.5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimbench.methods.core.architecture.surgery import remove_blocks
 from slimbench.methods.core.architecture.uniform import Kept, Sizes, narrow
 from slimbench.methods.core.architecture.units import best
-from slimbench.methods.core.learning.gates import Pace
+from slimbench.methods.core.learning.gates import Pace, compared
 from slimbench.methods.core.masks import lowest
 from slimbench.methods.pruning.gates.nested import NestedGates
 
@@ -37,6 +37,7 @@ class ShapedGates(NestedGates):
         device = self.nest.stream.head.weight.device
         self.shares = self.shares.to(device)
         self.multipliers = tuple(nn.Parameter(torch.zeros(len(KINDS), device=device)) for _ in range(2))
+        self.scale = torch.ones(len(KINDS), device=device)
         self._begin()
 
     @torch.no_grad()
@@ -59,7 +60,13 @@ class ShapedGates(NestedGates):
     def penalty(self) -> Tensor:
         first, second = self.multipliers
         gaps = [shares - target for shares, target in zip(self.each(self.stays()), self.targets(), strict=True)]
-        return torch.stack([(first[kind] * gap + second[kind] * gap.square()).mean() for kind, gap in enumerate(gaps)]).sum()
+        prices = [(first[kind] * gap + second[kind] * gap.square()).mean() for kind, gap in enumerate(gaps)]
+        return (self.scale * torch.stack(prices)).sum()
+
+    def weighed(self) -> Tensor:
+        kinds = zip(KINDS, self.each(self.stays()), strict=True)
+        alphas = {kind: [alpha for name, alpha in self.alphas.items() if self._kind(name) == kind] for kind in KINDS}
+        return torch.stack([compared(shares.mean(), alphas[kind]) for kind, shares in kinds])
 
     def row(self) -> tuple[float, ...]:
         expected, targets = self.stays(), self.targets()

@@ -2,10 +2,11 @@
 
 There are gates on blocks, on heads and channels of each block, and on hidden features (`nested`), and a Lagrangian for each of the four
 
-    Σ_kinds  mean over blocks of   λ₁ (ŝ − t) + λ₂ (ŝ − t)²
+    Σ_kinds  κ · mean over blocks of   λ₁ (ŝ − t) + λ₂ (ŝ − t)²
 
-with the share ŝ of the units of a block (of all blocks, of all features) that is expected to go and the share t that is missing in the
-target. In the end exactly the target is left, the units of the highest P(z ≠ 0) in each block, an ordinary checkpoint.
+with a κ for each kind (`core.learning.gates`), the share ŝ of the units of a block (of all blocks, of all features) that is expected to
+go and the share t that is missing in the target. In the end exactly the target is left, the units of the highest P(z ≠ 0) in each block,
+an ordinary checkpoint.
 
 Batches are drawn from the domains D of the text with weights w that every few steps become (dynamic batch loading)
 
@@ -48,9 +49,9 @@ class Sheared(Smaller, Gated):
     """
 
     name = "sheared-llama"
+    version = 2
     citation = Citation("Sheared LLaMA", year=2023, arxiv="2310.06694", covers=("pruning/sheared-llama",))
 
-    gate_rate: float = 0.3
     loss: Literal["distillation", "nll"] = "nll"
     depth: float = 0.25
     multiple: int = 32

@@ -37,7 +37,7 @@ class FLOP(Cut):
     """
 
     name = "flop"
-    version = 2
+    version = 3
     citation = Citation("FLOP", year=2019, arxiv="1910.04732", covers=("pruning/flop",))
 
     ratio: float = 0.2

@@ -192,7 +192,8 @@ def test_the_loss_of_cofi_is_the_papers(tmp_path: Path) -> None:
     p, q = (made.logits.double().div(2).log_softmax(-1) for made in (student, wanted))
     entropy = -float((q.exp() * q).sum(-1).mean())
     divergence = float((q.exp() * (q - p)).sum(-1).mean())
-    layers = sum(min(float((1.1 * s - t).square().mean()) for s in student.hidden_states[1:]) for t in wanted.hidden_states[1:])
+    ours, theirs = ([h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() for h in of.hidden_states[1:]] for of in (student, wanted))
+    layers = sum(min(float((1.1 * s - t).square().mean()) for s in ours) for t in theirs)
     penalty = 0.7 * (float(gates.gone().detach()) - gates.target())
     assert got == pytest.approx(0.3 * 4 * (divergence + entropy) + 0.7 * layers + penalty, rel=1e-4)
 

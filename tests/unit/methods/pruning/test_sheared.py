@@ -49,6 +49,7 @@ def test_each_kind_has_a_lagrangian_of_its_own() -> None:
         for multiplier, values in zip(gates.multipliers, (first, second), strict=True):
             multiplier.copy_(torch.tensor(values))
     gates.step = 3  # the fourth of ten
+    gates.scale = torch.tensor([2.0, 0.5, 1.0, 30.0])
 
     def gone(alphas: list[float]) -> float:
         return 1 - sum(1 / (1 + math.exp(-(alpha - 2 / 3 * math.log(0.1 / 1.1)))) for alpha in alphas) / len(alphas)
@@ -57,11 +58,11 @@ def test_each_kind_has_a_lagrangian_of_its_own() -> None:
     channels = [gone(values.tolist()) for name, values in gates.alphas.items() if name.endswith("fc2")]
     shares = [[gone(gates.alphas["blocks"].tolist())], [gone(gates.alphas["hidden"].tolist())], heads, channels]
     assert [len(values) for values in shares] == [1, 1, 3, 3]
-    total, begun = 0.0, gone([2.0])
+    total, begun = 0.0, gone([gates.pace.begin])
     for kind, name in enumerate(KINDS):
         t = begun + 0.4 * (1 - getattr(target, name) / getattr(full, name) - begun)
         gaps = [share - t for share in shares[kind]]
-        total += sum(first[kind] * gap + second[kind] * gap**2 for gap in gaps) / len(gaps)
+        total += float(gates.scale[kind]) * sum(first[kind] * gap + second[kind] * gap**2 for gap in gaps) / len(gaps)
     assert float(gates.penalty().detach()) == pytest.approx(total, abs=1e-5)
     with torch.no_grad():
         row = gates.row()
