@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS ?= quantization,pruning,engines,cluster,dev
+EXTRAS ?= quantization,pruning,engines,teaching,cluster,dev
 
 .PHONY: setup demo test test-full unit contract integration lint lock board pictures readme clean
 

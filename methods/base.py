@@ -13,11 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimbench.util.teaching import Teacher
 
 Device = Literal["cpu", "cuda"]
 HUGGINGFACE = "huggingface"
@@ -60,7 +62,7 @@ class Needs:
     Attributes:
         calibration: It reads calibration tokens.
         training: It updates weights by gradient descent.
-        text: It trains on a text apart from the calibration tokens.
+        text: It trains on what a teacher wrote by the recipe that its setting `recipe` names.
         teacher: It asks a teacher other than the dense model itself, which every method has as `DenseModel.load_original`.
         device: The only device it runs on, or None for any.
         extra: The optional dependency group of slimbench that installs its reference library.
@@ -144,19 +146,6 @@ class ModelShape:
                 raise Unsupported(f"group_size {group_size} does not divide the input features {width}{hint}")
 
 
-class Teacher(Protocol):
-    """A model that writes what a student learns from.
-
-    Attributes:
-        identity: Name and revision; part of the key of what was made with it.
-    """
-
-    identity: str
-
-    def complete(self, prompts: list[str], max_new: int) -> list[str]:
-        """A text of at most `max_new` tokens for each prompt."""
-
-
 @dataclass(frozen=True)
 class DenseModel:
     """The input of a method: a model in a local folder of safetensors, whose weights are not quantized.
@@ -170,7 +159,7 @@ class DenseModel:
         checkpoints: Folder that outlives an interrupted run, in which a training method keeps what it resumes from; None: keep nothing.
         seed: That of the cell; whatever a method draws depends on it and on the method's own seed, if it has one.
         original: Folder of the model that the pipeline began with; None: `path` is it.
-        taught: Folder of a text that a teacher wrote for this model, None without one.
+        taught: Folder of the examples that a teacher wrote (`util.teaching`), None without any.
         teacher: Whom a method that `needs.teacher` asks while it trains.
         format: Of `path`: one of the formats that the method accepts.
     """

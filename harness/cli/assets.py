@@ -19,13 +19,17 @@ app = typer.Typer(help="Models and data sets that are fetched once and cached.",
 def assets_list(
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
 ) -> None:
-    """The known assets and whether they are in the cache."""
+    """The known assets and whether they are in the cache, and the texts that teachers wrote."""
     check_choice("--format", format, FORMATS)
     from slimbench.tasks import assets
+    from slimbench.tasks.teaching import data_set
 
     rows = [
         {"asset": name, "source": asset.uri, "cached": "yes" if assets.is_fetched(name) else "no"}
         for name, asset in assets.catalogue().items()
+    ]
+    rows += [
+        {"asset": f"taught {made.recipe}", "source": f"{made.teacher}, {made.kept} kept", "cached": "yes"} for made in data_set.every()
     ]
     print_table(format, {key: key for key in ("asset", "source", "cached")}, rows)
 

@@ -25,6 +25,7 @@ from slimbench.harness.cli.reproduce import reproduce
 from slimbench.harness.cli.run import run, sweep
 from slimbench.harness.cli.show import show
 from slimbench.harness.cli.status import status
+from slimbench.harness.cli.teach import teach
 from slimbench.harness.cli.terminal import fail
 from slimbench.harness.cli.worker import worker
 from slimbench.util import offline
@@ -36,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, worker, status, cancel, show, config, audit, compare, recommend, gate, reproduce, doctor, lock):
+for command in (run, sweep, worker, status, cancel, show, config, teach, audit, compare, recommend, gate, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),
@@ -93,8 +94,9 @@ def _answer(error: Exception) -> tuple[str, int]:
     from slimbench.harness.store.store import StoreError
     from slimbench.tasks.errors import DataError, HubError
     from slimbench.util.parallel import ProcessKilled
+    from slimbench.util.teaching import TeacherError
 
-    if isinstance(error, HubError):
+    if isinstance(error, HubError | TeacherError):
         return str(error), ExitCode.STOPPED
     if isinstance(error, ConfigError | DataError):
         return str(error), ExitCode.USAGE

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import RunConfig, StepConfig
+from slimbench.harness.config.sections.teaching import recipe
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method
@@ -119,14 +120,23 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"model.track={config.model.track}: no suite measures it yet; choose causal-lm")
     steps = [(step.name, build_method(step)) for step in config.pipeline]
     _check_order(steps)
-    for name, method in steps:
-        if method.needs.text or method.needs.teacher:
-            raise ConfigError(
-                f"'{name}' learns from {'a teacher' if method.needs.teacher else 'a text of its own'}, which nothing gives it yet"
-            )
+    _check_teaching(config, steps)
     methods = [method for _, method in steps]
     if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
         raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+
+
+def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:
+    """Raise `ConfigError` for a recipe that is none, several of them, and a teacher that cannot give what a method asks of it."""
+    if len(taught := [name for name, method in steps if method.needs.text]) > 1:
+        raise ConfigError(f"'{taught[0]}' and '{taught[1]}' both learn from a text; one of them in a pipeline is possible")
+    for name, method in steps:
+        if method.needs.text:
+            asked = recipe(str(getattr(method, "recipe", "")))
+            if asked.subtracts and config.teacher.kind == "endpoint":
+                raise ConfigError(f"'{name}' needs a teacher's distributions, which no server gives; take teacher.source=self or a folder")
+        if (method.needs.text or method.needs.teacher) and config.teacher.kind == "endpoint" and not config.teacher.model:
+            raise ConfigError(f"teacher.model: how the server at {config.teacher.source} calls its model is needed")
 
 
 def _check_folder(results: str) -> None:

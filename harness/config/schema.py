@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from slimbench.harness.config.sections.base import NUMBER, Real, Strict, Whole
+from slimbench.harness.config.sections.suite import SuiteConfig
+from slimbench.harness.config.sections.teaching import TeacherConfig
 from slimbench.util import durations
-from slimbench.util.text import nearest
 
 OnExisting = Literal["keep", "failed", "stale", "all"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The defaults of its keys, as plain containers; a key without one is left out."""
-        stated = {key: field.get_default(call_default_factory=True) for key, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in stated.items()}
-
-    @classmethod
-    def parts(cls) -> dict[str, type[_Strict]]:
-        """The keys that hold keys of their own, and the class of each."""
-        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _Strict)}
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-_NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)  # true is none
-Whole = Annotated[int, _NUMBER, Field(le=2**32 - 1)]  # the largest seed that numpy takes; nothing that is counted comes near
-Real = Annotated[float, _NUMBER, Field(allow_inf_nan=False)]
-Uris = Annotated[list[str], BeforeValidator(_as_list)]
-Folders = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else _as_list(value))]
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """A dense source checkpoint.
 
     Attributes:
@@ -61,7 +35,7 @@ class ModelConfig(_Strict):
     revision: str | None = None
     track: Literal["causal-lm", "encoder"] = "causal-lm"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    parameters: Annotated[int, _NUMBER] | None = Field(default=None, gt=0, le=10**15)
+    parameters: Annotated[int, NUMBER] | None = Field(default=None, gt=0, le=10**15)
     source_precision: str | None = None
     trust_remote_code: bool = False
     shape: dict[str, Any] | None = None
@@ -71,7 +45,7 @@ class ModelConfig(_Strict):
         return self.source == "random"
 
 
-class StepConfig(_Strict):
+class StepConfig(Strict):
     """One method of a pipeline: its name in `conf/method/`, the class behind it and its settings."""
 
     name: str
@@ -79,7 +53,7 @@ class StepConfig(_Strict):
     settings: dict[str, Any] = {}
 
 
-class EngineConfig(_Strict):
+class EngineConfig(Strict):
     """What loads and runs an artefact.
 
     Attributes:
@@ -107,98 +81,7 @@ class EngineConfig(_Strict):
     compiles: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """One perplexity measurement of a suite: a corpus under a protocol.
-
-    Attributes:
-        protocol: `window`, `incremental`, `llamacpp` or `document`.
-        seqlen: Tokens of a window; no meaning for documents.
-        limit: Windows or documents at most, None for all.
-    """
-
-    corpus: str
-    protocol: str
-    seqlen: int
-    limit: int | None
-
-
-PROTOCOLS = ("window", "incremental", "llamacpp", "document")
-
-
-class SuiteConfig(_Strict):
-    """What quality is measured on, and by which protocol.
-
-    Attributes:
-        name: How records and board call it.
-        corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
-            The first one is the headline, the others are out-of-domain text beside it.
-        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
-            rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
-            corpus, the others on the first corpus only, on equally many tokens.
-        seqlen: Tokens of a window.
-        windows: Windows of `seqlen` scored at most, taken evenly over the corpus; None for all.
-        documents: Documents scored at most under `document`, taken evenly; None for all.
-        chunk: Tokens that go through the cache at once under `incremental`.
-        add_bos: Put the beginning-of-sequence token before each window.
-        divergence: Compare the next-token distributions with the reference's on the same tokens.
-        top_k: Tokens of the reference's distribution that are kept for it one by one.
-        noise_windows: Windows on which the reference is compared with itself in another arithmetic; None for none.
-        include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
-        tasks: Names of zero-shot tasks.
-        limit: Items of each task at most; None for all.
-        sample_seed: Draws those from the whole of each task; None takes the first.
-        num_fewshot: Examples before each question.
-        continuations: Tokens by which each packaged prompt is continued greedily, to be held against the reference's; None: no prompts.
-        batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
-    """
-
-    name: str
-    corpus: Uris = []
-    protocols: Uris = ["window"]
-    seqlen: Whole = Field(default=512, ge=8)
-    windows: Whole | None = Field(default=None, ge=1)
-    documents: Whole | None = Field(default=None, ge=1)
-    chunk: Whole = Field(default=64, ge=1)
-    add_bos: bool = False
-    divergence: bool = True
-    top_k: Whole = Field(default=1024, ge=1)
-    noise_windows: Whole | None = Field(default=None, ge=1)
-    include_path: Folders = []
-    tasks: Uris = []
-    limit: Whole | None = Field(default=None, ge=1)
-    sample_seed: Whole | None = Field(default=None, ge=0)
-    num_fewshot: Whole = Field(default=0, ge=0)
-    continuations: Whole | None = Field(default=None, ge=1, le=4096)
-    batch_tokens: Whole = Field(default=1024, ge=1)
-
-    @field_validator("protocols")
-    @classmethod
-    def _known_protocols(cls, protocols: list[str]) -> list[str]:
-        for text in protocols:
-            name, at, length = text.partition("@")
-            if name not in PROTOCOLS:
-                raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
-            if at and (not length.isdigit() or int(length) < 8 or name == "document"):
-                raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
-        if not protocols or protocols[0] == "document":
-            raise ValueError("the first protocol is the headline and must score windows")
-        return protocols
-
-    def passes(self) -> list[Pass]:
-        """Every perplexity measurement, the headline first."""
-        first, *others = self.protocols
-        return [self._pass(c, first) for c in self.corpus] + [self._pass(self.corpus[0], p) for p in others if self.corpus]
-
-    def _pass(self, corpus: str, protocol: str) -> Pass:
-        name, _, length = protocol.partition("@")
-        if name == "document":
-            return Pass(corpus, name, self.seqlen, self.documents)
-        seqlen = int(length or self.seqlen)
-        return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))
-
-
-class SpeedPoint(_Strict):
+class SpeedPoint(Strict):
     """One point of the grid: sequences in a batch, tokens of the prompt, tokens generated after it."""
 
     batch: Whole = Field(default=1, ge=1)
@@ -206,7 +89,7 @@ class SpeedPoint(_Strict):
     new_tokens: Whole = Field(default=32, ge=2)
 
 
-class SpeedConfig(_Strict):
+class SpeedConfig(Strict):
     """How speed is measured.
 
     Attributes:
@@ -249,7 +132,7 @@ def _points(entry: Any) -> list[Any]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-class DeviceConfig(_Strict):
+class DeviceConfig(Strict):
     """Where a cell runs, and whose records count.
 
     Attributes:
@@ -269,7 +152,7 @@ class DeviceConfig(_Strict):
     hardware: Literal["this", "any"] = "this"
 
 
-class LimitsConfig(_Strict):
+class LimitsConfig(Strict):
     """Limits of one stage, at which it is ended, and how often it is tried.
 
     Attributes:
@@ -288,7 +171,7 @@ class LimitsConfig(_Strict):
 Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value) / 60 if isinstance(value, str) else value), Field(gt=0)]
 
 
-class SizeConfig(_Strict):
+class SizeConfig(Strict):
     """What a job asks for whose stage takes at most `needs_gb` GB at its peak; None as of the launcher."""
 
     needs_gb: Real = Field(gt=0)
@@ -297,7 +180,7 @@ class SizeConfig(_Strict):
     time: Minutes | None = None
 
 
-class LauncherConfig(_Strict):
+class LauncherConfig(Strict):
     """Who brings stages to where they run.
 
     Attributes:
@@ -336,7 +219,7 @@ class LauncherConfig(_Strict):
         return self.name == "local"
 
 
-class CalibrationConfig(_Strict):
+class CalibrationConfig(Strict):
     """Calibration text and how it is sampled.
 
     Attributes:
@@ -352,7 +235,7 @@ class CalibrationConfig(_Strict):
     seed: Whole = Field(ge=0)
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """The whole of one cell's configuration, validated.
 
     Attributes:
@@ -364,6 +247,7 @@ class RunConfig(_Strict):
         speed: How speed is measured.
         device: Where the cell runs.
         calibration: Text for the methods that read some.
+        teacher: Who writes the text for the methods that train on one.
         limits: At which a stage is ended.
         launcher: Who brings stages to where they run.
         seed: Of whatever a method draws at random, beside a seed of its own.
@@ -381,6 +265,7 @@ class RunConfig(_Strict):
     speed: SpeedConfig
     device: DeviceConfig
     calibration: CalibrationConfig
+    teacher: TeacherConfig = TeacherConfig()
     limits: LimitsConfig = LimitsConfig()
     launcher: LauncherConfig = LauncherConfig()
     seed: Whole = Field(default=0, ge=0)

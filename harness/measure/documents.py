@@ -12,7 +12,7 @@ import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from slimbench.harness.config.schema import Pass
+from slimbench.harness.config.sections.suite import Pass
 from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.perplexity import public_name

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from slimbench.harness.config.schema import Pass, SuiteConfig
+from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.config.sections.suite import Pass
 from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult

@@ -117,6 +117,11 @@ def _facts(method: Any) -> dict[str, str]:
     return {"reference": method.reference} | ({"grid": method.weight_grid} if method.weight_grid else {})
 
 
+def on_this_machine(config: RunConfig) -> RunConfig:
+    """A configuration with devices and revisions resolved."""
+    return _on_its_device(_resolve_revision(_resolve_device(config)))
+
+
 def _resolve_device(config: RunConfig) -> RunConfig:
     """The configuration with `device.name` resolved: by what jobs ask for where stages run elsewhere, else by what this machine has."""
     machine, device, launcher = hardware(), config.device, config.launcher
@@ -142,7 +147,10 @@ def _on_its_device(config: RunConfig) -> RunConfig:
 
 
 def _resolve_revision(config: RunConfig) -> RunConfig:
-    """The configuration with the commit of a hub model in place of its branch or tag, where cache or hub tell it."""
-    kind, _, repository = config.model.source.partition(":")
-    commit = hub.commit_of(repository, config.model.revision) if kind == "hf" else None
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})}) if commit else config
+    """The configuration with the commit of a hub model, and of a teacher on the hub, in place of its branch or tag, where one tells it."""
+    found = {}
+    for name, part in (("model", config.model), ("teacher", config.teacher)):
+        kind, _, repository = part.source.partition(":")
+        if kind == "hf" and (commit := hub.commit_of(repository, part.revision)):
+            found[name] = part.model_copy(update={"revision": commit})
+    return config.model_copy(update=found) if found else config

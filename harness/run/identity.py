@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from slimbench.harness.config import engines, local_model
-from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config import engines
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import ModelConfig, RunConfig, SuiteConfig
+from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
-from slimbench.harness.store.keys import Parts, model_part, speed_part, suite_part
-from slimbench.tasks import assets, calibration, corpora, gguf, prompts, zeroshot
-from slimbench.util.text import nearest
+from slimbench.harness.stages import models, teaching
+from slimbench.harness.store.keys import Parts, speed_part, suite_part
+from slimbench.tasks import calibration, corpora, prompts, zeroshot
 
 
 def keys(config: RunConfig) -> Keys:
@@ -26,7 +24,7 @@ def keys(config: RunConfig) -> Keys:
     """
     methods = [build_method(step) for step in config.pipeline]
     return Parts(
-        model=_model(config.model),
+        model=models.identity(config.model),
         pipeline=[{"name": m.name, "version": m.version, "settings": dataclasses.asdict(m)} for m in methods],
         calibration=calibration_fingerprint(config) if any(m.needs.calibration for m in methods) else None,
         seed=config.seed,
@@ -41,6 +39,7 @@ def keys(config: RunConfig) -> Keys:
             prompts.load().sha256 if config.suite.continuations else None,
         ),
         speed=speed_part(config.speed.model_dump(), protocols.SPEED),
+        taught=teaching.keys(config) or None,
         threads=config.device.threads,
         cards=config.device.cards if config.device.cards > 1 else None,
     ).keys()
@@ -57,19 +56,3 @@ def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:
 def calibration_fingerprint(config: RunConfig) -> str:
     c = config.calibration
     return calibration.fingerprint(c.source, c.samples, c.length, c.seed)
-
-
-def _model(model: ModelConfig) -> dict[str, Any]:
-    kind, _, rest = model.source.partition(":")
-    content = converter = None
-    if kind == "asset":
-        if rest not in assets.catalogue():
-            raise ConfigError(f"model.source: no asset '{rest}'{nearest(rest, assets.catalogue())}")
-        content, converter = assets.catalogue()[rest].fingerprint, gguf.VERSION
-    elif kind == "file":
-        content = local_model.identity(Path(rest).expanduser())
-    elif kind not in ("hf", "random"):
-        raise ConfigError(f"model.source '{model.source}' is none of asset:NAME, hf:ORG/NAME, file:FOLDER, random")
-    elif kind == "random" and not model.shape:
-        raise ConfigError("model.source=random needs model.shape, the fields of its config.json")
-    return model_part(model.source, content, model.revision, model.dtype, model.shape, model.trust_remote_code, converter)

@@ -18,7 +18,7 @@ from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, Spent
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import models
+from slimbench.harness.stages import models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
@@ -46,6 +46,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
         method.check(shape)
     dense_parameters = models.matrix_parameters(source, config.model.trust_remote_code)
     tokens = calibration_of(config, source, report)
+    made_text = next((teaching.text(config, method.recipe, report) for method in methods if method.needs.text), None)
+    teacher = teaching.teacher(config, report) if any(method.needs.teacher for method in methods) else None
     names = [step.name for step in config.pipeline]
     unkept: list[str | None] = [None] * (len(methods) - 1)
     keys = [*(prefixes or unkept), key]
@@ -87,6 +89,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 seed=config.seed,
                 original=source,
                 format=claim.format if claim else HUGGINGFACE,
+                taught=made_text.folder if made_text and method.needs.text else None,
+                teacher=teacher if method.needs.teacher else None,
             )
             made = method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)
@@ -111,6 +115,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     return CompressResult(
         **manifest.spent.model_dump(),
         claim=manifest.claim,
+        teaching=teaching.facts(made_text) if made_text else None,
         reused_steps=reused,
         files=manifest.files,
         disk_bytes=artefact.disk_bytes(current),

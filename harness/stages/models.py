@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from slimbench.harness.config import local_model
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import ModelConfig
+from slimbench.harness.store.keys import model_part
 from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.tasks import assets, gguf
 from slimbench.util import checksums, locks
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest
-from slimbench.util.text import slug
+from slimbench.util.text import nearest, slug
 
 _RANDOM_SEED = 0
 
@@ -35,6 +38,28 @@ def prepare(model: ModelConfig, on_phase: Callable[[str], None]) -> Path:
         source = assets.path(rest)
         return _cached(model, lambda out: _convert(source, out, model.dtype), on_phase)
     return _cached(model, lambda out: generate(model, out), on_phase)
+
+
+def identity(model: ModelConfig) -> dict[str, Any]:
+    """What a dense source is, as keys hash it: its content, or its source and resolved revision.
+
+    Raises:
+        ConfigError: The source is none.
+        tasks.errors.DataError: It is not readable.
+    """
+    kind, _, rest = model.source.partition(":")
+    content = converter = None
+    if kind == "asset":
+        if rest not in assets.catalogue():
+            raise ConfigError(f"model.source: no asset '{rest}'{nearest(rest, assets.catalogue())}")
+        content, converter = assets.catalogue()[rest].fingerprint, gguf.VERSION
+    elif kind == "file":
+        content = local_model.identity(Path(rest).expanduser())
+    elif kind not in ("hf", "random"):
+        raise ConfigError(f"model.source '{model.source}' is none of asset:NAME, hf:ORG/NAME, file:FOLDER, random")
+    elif kind == "random" and not model.shape:
+        raise ConfigError("model.source=random needs model.shape, the fields of its config.json")
+    return model_part(model.source, content, model.revision, model.dtype, model.shape, model.trust_remote_code, converter)
 
 
 def shape_of(folder: Path) -> ModelShape:

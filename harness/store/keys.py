@@ -22,6 +22,7 @@ class Parts:
         model: Content or source with its resolved revision, dtype, shape of random weights.
         pipeline: For each step `name` and `version` of its method, and its `settings`.
         calibration: Fingerprint of text and sampling; None where no method reads it.
+        taught: Key of the text that a teacher writes, for each method that trains on one; None where none does.
         compress_device: Kind of device that compression runs on: `cpu` or `cuda`.
         engine: `name` and `version`.
         device: Kind of device that quality and speed are measured on.
@@ -42,6 +43,7 @@ class Parts:
     speed: Mapping[str, Any]
     threads: int | None = None
     cards: int | None = None
+    taught: Sequence[str] | None = None
 
     def keys(self) -> Keys:
         """The keys of the three stages; quality and speed build on what was compressed."""
@@ -50,6 +52,7 @@ class Parts:
                 model=present(**self.model),
                 pipeline=[dict(step) | {"settings": present(**step["settings"])} for step in self.pipeline],
                 calibration=self.calibration,
+                taught=self.taught,
                 seed=self.seed,
                 device=self.compress_device,
             )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slimbench.harness.run.proofs.taught import write_tokenizer
 from slimbench.methods.base import Calibration, DenseModel, ModelShape
 
 if TYPE_CHECKING:
@@ -147,15 +148,7 @@ def save_talking(folder: Path, text: Path) -> Path:
 
 def save_tokenizer(folder: Path) -> None:
     """Write a tokenizer of one token a byte, and one for the end of a text, into the folder of a model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    write_tokenizer(folder, 257)
 
 
 def save_text(file: Path) -> None:

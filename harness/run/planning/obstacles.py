@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from slimbench.harness.config import engines, environments
 from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.sections.teaching import recipe
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning import memory
@@ -23,6 +26,14 @@ def require_extras(cell: Cell) -> None:
         if missing := method.needs.missing_modules():
             extra = f"'slimbench[{method.needs.extra}]'" if method.needs.extra else " ".join(missing)
             raise ConfigError(f"method '{step.name}' needs {', '.join(missing)}: pip install {extra}")
+        if method.needs.text:
+            require_modules(f"method '{step.name}' with recipe '{method.recipe}'", recipe(method.recipe).modules)
+
+
+def require_modules(who: str, modules: Iterable[str]) -> None:
+    """Raise `ConfigError` with the install command if a library of teaching is missing."""
+    if missing := sorted(name for name in modules if find_spec(name) is None):
+        raise ConfigError(f"{who} needs {', '.join(missing)}: pip install 'slimbench[teaching]'")
 
 
 def require_sense(cell: Cell) -> None:
@@ -97,7 +108,7 @@ def _no_compression(cell: Cell) -> str | None:
             method.check(shape)
         except Unsupported as error:
             return str(error)
-    readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if m.needs.calibration]
+    readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if m.needs.calibration or m.needs.text]
     return f"{readers[0]} needs text, {cell.config.model.name} has no tokenizer" if readers and not _has_tokenizer(cell) else None
 
 

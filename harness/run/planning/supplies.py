@@ -9,6 +9,7 @@ from slimbench.harness.config import environments
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.sections.teaching import recipe
 from slimbench.tasks import assets, bigbench, corpora, data_sets, zeroshot
 from slimbench.util import offline
 
@@ -100,7 +101,8 @@ def require(configs: Iterable[RunConfig]) -> None:
 
 
 def _of_cell(config: RunConfig) -> Iterator[Supply]:
-    needs = [build_method(step).needs for step in config.pipeline]
+    methods = [build_method(step) for step in config.pipeline]
+    needs = [method.needs for method in methods]
     model = config.model
     if model.source.startswith("hf:"):
         yield Supply("model", f"{model.source}@{model.revision}" if model.revision else model.source)
@@ -108,6 +110,9 @@ def _of_cell(config: RunConfig) -> Iterator[Supply]:
         yield Supply(_ASSET, model.source.removeprefix("asset:"))
     texts = list(config.suite.corpus) if "quality" in config.stages else []
     texts += [config.calibration.source] if any(need.calibration for need in needs) else []
+    texts += [spec for method in methods if method.needs.text for spec in recipe(method.recipe).corpora]
+    if any(need.text or need.teacher for need in needs) and config.teacher.source.startswith("hf:"):
+        yield Supply("model", f"{config.teacher.source}@{config.teacher.revision}" if config.teacher.revision else config.teacher.source)
     for spec in texts:
         yield from _of_text(spec)
     if "quality" in config.stages and config.suite.tasks:

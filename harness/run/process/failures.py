@@ -11,6 +11,7 @@ from pathlib import Path
 from slimbench.harness.schema.identity import Reason
 from slimbench.util import files
 from slimbench.util.files import cache_dir
+from slimbench.util.teaching import TeacherError
 
 _BY_ERRNO = {
     **dict.fromkeys(
@@ -115,6 +116,8 @@ def _of_one(error: BaseException) -> Reason | None:
         return _BY_ERRNO[error.errno]
     if isinstance(error, PermissionError) and _is_in_own_folders(error):
         return Reason.DISK
+    if isinstance(error, TeacherError):
+        return Reason.NETWORK
     if _is_one_of(error, _OF_NETWORK) or (isinstance(error, TimeoutError) and _TIMED_OUT in str(error)):
         return Reason.NETWORK
     return reason_of_text(str(error))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.registry import entry
+from slimbench.harness.run.proofs import taught
 from slimbench.util import files
 
 TINY = {
@@ -82,6 +84,10 @@ def check(name: str) -> dict[str, Any]:
         out.mkdir()
         began = time.perf_counter()
         dense = DenseModel(source, source, "bfloat16", "cpu", shape, original=tiny_model(Path(scratch) / "first"))
+        if method.needs.text:
+            folder = Path(scratch) / "tokenizer"
+            taught.write_tokenizer(folder, shape.vocab_size)
+            dense = replace(dense, tokenizer_path=folder, taught=taught.write(method.recipe, Path(scratch) / "taught"))
         claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else Calibration.none(), out)
         seconds = time.perf_counter() - began
         stored = artefact.files(out)

@@ -1,0 +1,101 @@
+"""What quality is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pydantic import Field, field_validator
+
+from slimbench.harness.config.sections.base import Folders, Strict, Uris, Whole
+from slimbench.util.text import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One perplexity measurement of a suite: a corpus under a protocol.
+
+    Attributes:
+        protocol: `window`, `incremental`, `llamacpp` or `document`.
+        seqlen: Tokens of a window; no meaning for documents.
+        limit: Windows or documents at most, None for all.
+    """
+
+    corpus: str
+    protocol: str
+    seqlen: int
+    limit: int | None
+
+
+PROTOCOLS = ("window", "incremental", "llamacpp", "document")
+
+
+class SuiteConfig(Strict):
+    """What quality is measured on, and by which protocol.
+
+    Attributes:
+        name: How records and board call it.
+        corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
+            The first one is the headline, the others are out-of-domain text beside it.
+        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
+            rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
+            corpus, the others on the first corpus only, on equally many tokens.
+        seqlen: Tokens of a window.
+        windows: Windows of `seqlen` scored at most, taken evenly over the corpus; None for all.
+        documents: Documents scored at most under `document`, taken evenly; None for all.
+        chunk: Tokens that go through the cache at once under `incremental`.
+        add_bos: Put the beginning-of-sequence token before each window.
+        divergence: Compare the next-token distributions with the reference's on the same tokens.
+        top_k: Tokens of the reference's distribution that are kept for it one by one.
+        noise_windows: Windows on which the reference is compared with itself in another arithmetic; None for none.
+        include_path: Folders of lm-eval task YAMLs of one's own. Beside them are always the shipped tasks, and those of lm-eval.
+        tasks: Names of zero-shot tasks.
+        limit: Items of each task at most; None for all.
+        sample_seed: Draws those from the whole of each task; None takes the first.
+        num_fewshot: Examples before each question.
+        continuations: Tokens by which each packaged prompt is continued greedily, to be held against the reference's; None: no prompts.
+        batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
+    """
+
+    name: str
+    corpus: Uris = []
+    protocols: Uris = ["window"]
+    seqlen: Whole = Field(default=512, ge=8)
+    windows: Whole | None = Field(default=None, ge=1)
+    documents: Whole | None = Field(default=None, ge=1)
+    chunk: Whole = Field(default=64, ge=1)
+    add_bos: bool = False
+    divergence: bool = True
+    top_k: Whole = Field(default=1024, ge=1)
+    noise_windows: Whole | None = Field(default=None, ge=1)
+    include_path: Folders = []
+    tasks: Uris = []
+    limit: Whole | None = Field(default=None, ge=1)
+    sample_seed: Whole | None = Field(default=None, ge=0)
+    num_fewshot: Whole = Field(default=0, ge=0)
+    continuations: Whole | None = Field(default=None, ge=1, le=4096)
+    batch_tokens: Whole = Field(default=1024, ge=1)
+
+    @field_validator("protocols")
+    @classmethod
+    def _known_protocols(cls, protocols: list[str]) -> list[str]:
+        for text in protocols:
+            name, at, length = text.partition("@")
+            if name not in PROTOCOLS:
+                raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
+            if at and (not length.isdigit() or int(length) < 8 or name == "document"):
+                raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
+        if not protocols or protocols[0] == "document":
+            raise ValueError("the first protocol is the headline and must score windows")
+        return protocols
+
+    def passes(self) -> list[Pass]:
+        """Every perplexity measurement, the headline first."""
+        first, *others = self.protocols
+        return [self._pass(c, first) for c in self.corpus] + [self._pass(self.corpus[0], p) for p in others if self.corpus]
+
+    def _pass(self, corpus: str, protocol: str) -> Pass:
+        name, _, length = protocol.partition("@")
+        if name == "document":
+            return Pass(corpus, name, self.seqlen, self.documents)
+        seqlen = int(length or self.seqlen)
+        return Pass(corpus, name, seqlen, None if self.windows is None else max(1, self.windows * self.seqlen // seqlen))

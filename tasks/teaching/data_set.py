@@ -1,0 +1,244 @@
+"""The text that a teacher wrote by a recipe: made once, kept in the cache by what it depends on, checked before it is used.
+
+$SLIMBENCH_CACHE/taught/KEY/journal.jsonl     answers as they came; what is asked again is found here
+                            train.jsonl       examples (`util.teaching`)
+                            held_out.jsonl    those that no student sees
+                            manifest.json     what was asked, kept and rejected, by whom, in what time; it comes last
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from slimbench.tasks.errors import DataError
+from slimbench.tasks.teaching import checks, stages, starts
+from slimbench.tasks.teaching.journal import Journal, Watch
+from slimbench.tasks.teaching.parts import Row, filled
+from slimbench.tasks.teaching.recipe import Recipe
+from slimbench.util import locks
+from slimbench.util.files import cache_dir, write_atomically
+from slimbench.util.hashing import digest, hash_file
+from slimbench.util.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A set of examples.
+
+    Attributes:
+        stages: Of each, what it was asked and what became of it.
+        asked: What was kept in the end, and all that was rejected on the way; `kept` rows were.
+        dropped: Held-out examples that were too like one of those to train on.
+        tokens: That the teacher wrote, of all answers.
+        seconds: That it took for them.
+        sha256: Hash of both files, as `sha256` in `hash_of` has it.
+        reused: It was there already.
+    """
+
+    key: str
+    recipe: str
+    recipe_fingerprint: str
+    teacher: str
+    licence: str | None
+    count: int
+    seed: int
+    stages: list[dict[str, Any]]
+    asked: int
+    kept: int
+    train: int
+    held_out: int
+    dropped: int
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    sha256: str
+    reused: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.key)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """By reason, of all stages."""
+        found: dict[str, int] = {}
+        for stage in self.stages:
+            for reason, number in stage["rejected"].items():
+                found[reason] = found.get(reason, 0) + number
+        return found
+
+
+def key(recipe: Recipe, teacher: str, count: int, seed: int) -> str:
+    """Sixteen hex digits of all that a set depends on.
+
+    Args:
+        teacher: Its identity.
+        count: Rows that are begun with, or grown.
+    """
+    return digest([recipe.fingerprint, starts.fingerprint(recipe.start), teacher, count, seed])
+
+
+def folder(name: str) -> Path:
+    """Where a set lies, whether it is there or not."""
+    return cache_dir() / "taught" / name
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """A recipe whose stages read what there is; see `Recipe.check`."""
+    recipe.check(starts.fields(recipe.start))
+    return recipe
+
+
+def found(name: str) -> Made | None:
+    """A set by its key, None where it is not there whole.
+
+    Raises:
+        DataError: Its files are not those that were made.
+    """
+    try:
+        content = json.loads((folder(name) / MANIFEST).read_bytes())
+        made = Made(**content | {"reused": True})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{folder(name) / MANIFEST} is no manifest: remove the folder") from error
+    if made.key != name or hash_of(folder(name)) != made.sha256:
+        raise DataError(f"the taught text {folder(name)} is not what was written: remove the folder")
+    return made
+
+
+def every() -> list[Made]:
+    """The sets in the cache; broken ones are left out."""
+    names = sorted(path.parent.name for path in (cache_dir() / "taught").glob(f"*/{MANIFEST}"))
+    sets = []
+    for name in names:
+        try:
+            made = found(name)
+        except DataError:
+            continue
+        sets += [made] if made else []
+    return sets
+
+
+def hash_of(place: Path) -> str:
+    """SHA-256 of the hashes of the two files."""
+    import hashlib
+
+    lines = "".join(f"{hash_file(place / name)}  {name}\n" for name in (HELD_OUT, TRAIN))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def make(
+    recipe: Recipe,
+    teacher: Callable[[], Teacher],
+    identity: str,
+    count: int,
+    seed: int,
+    licence: str | None = None,
+    watch: Callable[[str], Watch] = lambda stage: lambda done, total: None,
+) -> Made:
+    """The set of a recipe, from the cache or made now; an interrupted one goes on where it was.
+
+    Args:
+        teacher: Gives it, where it is needed.
+        identity: Of the teacher.
+        watch: Gets the name of a stage and gives what is told how many of its requests are answered.
+
+    Raises:
+        DataError: Rows cannot be had, or nothing of what the teacher wrote could be kept.
+        TeacherError: The teacher cannot be asked.
+    """
+    checked(recipe)
+    name = key(recipe, identity, count, seed)
+    if made := found(name):
+        return made
+    place = folder(name)
+    with locks.held(place):
+        if made := found(name):
+            return made
+        place.mkdir(parents=True, exist_ok=True)
+        journal, asked = Journal(place / "journal.jsonl"), cache(teacher)
+        rows, tallies = starts.rows(recipe.start, count, seed), []
+        if not rows:
+            raise DataError(f"recipe {recipe.name}: there are no rows to begin with")
+        for number, stage in enumerate(recipe.stages):
+            own = int(digest([seed, number])[:8], 16)
+            label = f"{stage.kind} {number + 1}/{len(recipe.stages)}"
+            rows, tally = stages.applied(stage, rows, partial(journal.ask, asked, watch=watch(label)), count, own)
+            tallies.append(tally)
+        train, held_out, dropped = split(recipe, rows)
+        if not train:
+            reasons = sum((tally.rejected for tally in tallies), start=Counter[str]()).most_common(1)
+            most = f"; most often: {reasons[0][0]}" if reasons else ""
+            raise DataError(f"recipe {recipe.name}: nothing that {identity} wrote could be kept{most}")
+        write_examples(train, place / TRAIN)
+        write_examples(held_out, place / HELD_OUT)
+        done = Made(
+            key=name,
+            recipe=recipe.name,
+            recipe_fingerprint=recipe.fingerprint,
+            teacher=identity,
+            licence=licence,
+            count=count,
+            seed=seed,
+            stages=[tally.told() for tally in tallies],
+            asked=len(rows) + sum(tally.rejected.total() for tally in tallies),
+            kept=len(rows),
+            train=len(train),
+            held_out=len(held_out),
+            dropped=dropped,
+            tokens=sum(tally.tokens for tally in tallies),
+            prompt_tokens=sum(tally.prompt_tokens for tally in tallies),
+            seconds=round(journal.seconds, 2),
+            sha256=hash_of(place),
+        )
+        write_atomically(place / MANIFEST, json.dumps(asdict(done), indent=1).encode())
+    return done
+
+
+def preview(recipe: Recipe, count: int, seed: int) -> list[Request]:
+    """The first requests of a recipe, without asking anybody."""
+    return stages.first_requests(checked(recipe).stages, starts.rows(recipe.start, count, seed), seed)
+
+
+def split(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Example], list[Example], int]:
+    """Examples to train on, those that are held out, and how many of these were dropped for being too like one of the others.
+
+    All examples of an item are on one side, and so are items that begin with the same prompt.
+    """
+    items: dict[str, list[Example]] = {}
+    for row in rows:
+        items.setdefault(row["item"], []).extend(_examples(recipe, row))
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for of in items.values():
+        away = of and int(digest(["held out", of[0].prompt])[:8], 16) < recipe.held_out * 2**32
+        (held_out if away else train).extend(of)
+    if recipe.apart is None:
+        return train, held_out, 0
+    known = [checks.Text.of(text) for text in {example.prompt for example in train}]
+    alike = {text: checks.alike(checks.Text.of(text), known, recipe.apart) for text in {example.prompt for example in held_out}}
+    left = [example for example in held_out if not alike[example.prompt]]
+    return train, left, len(held_out) - len(left)
+
+
+def examples_of(made: Made) -> tuple[list[Example], list[Example]]:
+    """Those to train on and those that are held out."""
+    return read_examples(made.folder / TRAIN), read_examples(made.folder / HELD_OUT)
+
+
+def _examples(recipe: Recipe, row: Row) -> list[Example]:
+    found = []
+    for form in recipe.examples:
+        if all(checks.same(row.get(name, ""), value) for name, value in form.when.items()):
+            prompt, response, gold = (filled(text, row).strip() for text in (form.prompt, form.response, form.gold))
+            found.append(Example(prompt, response, form.task, row["item"], gold))
+    return found

@@ -1,0 +1,227 @@
+"""A teacher behind an OpenAI-compatible endpoint: llama.cpp's server, vLLM, `transformers serve`, or a hosted one.
+
+Asked is `POST {url}/chat/completions`. What may pass, such as a busy server, a timeout or half an answer, is tried again with longer and
+longer pauses; what may not, such as a wrong key, ends in one line. An answer is cut off while it streams once it is longer than it can be,
+and a server that sends a byte now and then is given up when the time for the answer is over. A redirection is not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from slimbench.util.teaching import Completion, Request, TeacherError
+from slimbench.util.text import nearest, plain
+
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_OF_THE_REQUEST = {400, 413, 422}
+_LONGEST_PAUSE_S = 30.0
+_BYTES_PER_TOKEN, _FRAME = 64, 64 * 1024  # of an answer in JSON, escapes included, and of what stands around it
+
+
+class _Passing(Exception):
+    """What may be otherwise the next time, and the seconds that the server asks to wait."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that answers chats.
+
+    Attributes:
+        url: Up to and with `/v1`.
+        model: As the server calls it.
+        revision: Of the model, which no server tells; the user's own word.
+        key_variable: Name of the environment variable that holds the key; None: none is sent.
+        at_once: Requests under way at a time.
+        timeout_s: For one answer, from the request to its last byte.
+        attempts: For each request.
+        pause_s: Before the second, twice as many before the third, and so on, thirty at most.
+    """
+
+    url: str
+    model: str
+    revision: str | None = None
+    key_variable: str | None = None
+    at_once: int = 4
+    timeout_s: float = 120.0
+    attempts: int = 5
+    pause_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise `TeacherError` for an address that is none, or that holds a password."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise TeacherError(f"teacher '{self.place}' is no address; write http://HOST:PORT/v1")
+        if parts.username or parts.password:
+            raise TeacherError("a teacher's address holds no name and no password; put the key into an environment variable")
+
+    @property
+    def place(self) -> str:
+        """Where it is, without what an address may hold of secrets."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+    @property
+    def identity(self) -> str:
+        """The model, and its revision where it is said; not the address."""
+        return f"endpoint {self.model}@{self.revision}" if self.revision else f"endpoint {self.model}"
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """See `util.teaching.Teacher`; answers come as they are ready."""
+        if any(request.against for request in requests):
+            raise TeacherError("this recipe subtracts one distribution from another, which no endpoint gives; take teacher.source=self")
+        with self._client() as client, ThreadPoolExecutor(self.at_once) as pool:
+            under_way = {pool.submit(self._answer, client, request): index for index, request in enumerate(requests)}
+            try:
+                for future in as_completed(under_way):
+                    yield under_way[future], future.result()
+            finally:
+                for future in under_way:
+                    future.cancel()
+
+    def require_model(self) -> None:
+        """Raise `TeacherError` if the server does not answer, or says that it serves others than the model."""
+        served = self._served()
+        if served and self.model not in served:
+            raise TeacherError(f"teacher {self.place} serves no '{self.model}'{nearest(self.model, served)}")
+
+    def _served(self) -> list[str]:
+        """What the server says that it serves; an empty list where it does not say."""
+        with self._client() as client:
+            for attempt in range(self.attempts):
+                try:
+                    said = json.loads(self._read(client, "GET", "models", None, _FRAME))
+                except _Passing as error:
+                    if attempt + 1 == self.attempts:
+                        raise TeacherError(f"teacher {self.place} does not answer: {error}") from error
+                    time.sleep(self._pause(attempt, error.wait))
+                except (_Refused, _TooLong, ValueError):
+                    return []
+                else:
+                    break
+        rows = said.get("data") if isinstance(said, dict) else None
+        return [plain(row["id"])[:200] for row in rows or () if isinstance(row, dict) and isinstance(row.get("id"), str)]
+
+    def _client(self) -> Any:
+        import httpx
+
+        key = os.environ.get(self.key_variable) if self.key_variable else None
+        if self.key_variable and not key:
+            raise TeacherError(f"the environment variable {self.key_variable}, which shall hold the teacher's key, is not set")
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        return httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=False)
+
+    def _answer(self, client: Any, request: Request) -> Completion:
+        """One answer, after as many attempts as it takes."""
+        malformed: str | None = None
+        for attempt in range(self.attempts):
+            try:
+                return _completion(self._read(client, "POST", "chat/completions", self._body(request), _limit(request)))
+            except _TooLong:
+                return Completion("", "malformed", reason="longer than its limit")
+            except _Refused as error:
+                return Completion("", "refused", reason=str(error))
+            except ValueError as error:
+                malformed, wait, reason = str(error), None, f"its answer is none: {error}"
+            except _Passing as error:
+                malformed, wait, reason = None, error.wait, str(error)
+            if attempt + 1 < self.attempts:
+                time.sleep(self._pause(attempt, wait))
+        if malformed is not None:
+            return Completion("", "malformed", reason=malformed)
+        raise TeacherError(f"teacher {self.place} gave no answer in {self.attempts} attempts: {reason}")
+
+    def _pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds before the next attempt; a server may ask for others."""
+        return min(_LONGEST_PAUSE_S, self.pause_s * 2**attempt if asked is None else asked)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": role, "content": content} for role, content in request.chat],
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "presence_penalty": sampling.presence_penalty,
+            "seed": request.seed,
+        }
+        return body | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+    def _read(self, client: Any, verb: str, path: str, body: dict[str, Any] | None, limit: int) -> bytes:
+        """The body of an answer.
+
+        Raises:
+            _Passing, _Refused, _TooLong: There is none.
+            TeacherError: There will never be one.
+        """
+        import httpx
+
+        until, found = time.monotonic() + self.timeout_s, bytearray()
+        try:
+            with client.stream(verb, f"{self.url.rstrip('/')}/{path}", json=body) as response:
+                for part in response.iter_raw():
+                    found += part
+                    if len(found) > limit:
+                        raise _TooLong
+                    if time.monotonic() > until:
+                        raise _Passing(f"an answer took longer than {self.timeout_s:g} s")
+                status, wait = response.status_code, response.headers.get("retry-after")
+        except httpx.TimeoutException as error:
+            raise _Passing(f"no answer within {self.timeout_s:g} s") from error
+        except httpx.HTTPError as error:
+            raise _Passing(plain(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__) from error
+        if status == 200:
+            return bytes(found)
+        said = f"status {status}: {plain(found[:200].decode(errors='replace')).splitlines()[0] if found else 'no text'}"
+        if status in _AGAIN:
+            raise _Passing(said, float(wait) if wait and wait.isdigit() else None)
+        if status in _OF_THE_REQUEST:
+            raise _Refused(said)
+        raise TeacherError(f"teacher {self.place} refuses: {said}")
+
+
+class _TooLong(Exception):
+    """An answer is longer than its limit allows, and was cut off."""
+
+
+class _Refused(Exception):
+    """The server does not take this one request."""
+
+
+def _limit(request: Request) -> int:
+    return request.sampling.max_tokens * _BYTES_PER_TOKEN + _FRAME
+
+
+def _completion(body: bytes) -> Completion:
+    """An answer of the agreed form.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        content = json.loads(body)
+        choice = content["choices"][0]
+        text, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("no JSON of a chat completion") from error
+    if not isinstance(text, str):
+        raise ValueError("its text is no text")
+    used = content.get("usage")
+    prompt_tokens, tokens = (_count(used, name) for name in ("prompt_tokens", "completion_tokens"))
+    return Completion(text, "length" if finish == "length" else "stop", prompt_tokens, tokens)
+
+
+def _count(used: Any, name: str) -> int:
+    value = used.get(name) if isinstance(used, dict) else None
+    return value if isinstance(value, int) and 0 <= value < 2**31 else 0

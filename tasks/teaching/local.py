@@ -1,0 +1,125 @@
+"""A teacher in this process: a model of transformers, asked in batches.
+
+A batch has its own seed, made of what is asked in it; so a run that was ended after some batches goes on with the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from slimbench.util.hashing import digest
+from slimbench.util.teaching import Completion, Request, Sampling, chat_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 32
+
+
+class Local:
+    """A model and its tokenizer.
+
+    Attributes:
+        identity: Name and content of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str) -> None:
+        self.identity, self._model, self._tokenizer = identity, model, tokenizer
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """See `util.teaching.Teacher`; answers come a batch at a time, in order."""
+        kinds: dict[tuple[Sampling, float], list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault((request.sampling, request.weight if request.against is not None else 0.0), []).append(index)
+        for (sampling, weight), indices in kinds.items():
+            for first in range(0, len(indices), BATCH):
+                rows = indices[first : first + BATCH]
+                yield from zip(rows, self._batch([requests[row] for row in rows], sampling, weight), strict=True)
+
+    def _batch(self, requests: Sequence[Request], sampling: Sampling, weight: float) -> list[Completion]:
+        import torch
+        from transformers import LogitsProcessorList
+
+        prompts = self._encoded([request.chat for request in requests])
+        width = prompts["input_ids"].shape[1]
+        seed = int(digest([asdict(request) for request in requests])[:8], 16)
+        processors: Any = LogitsProcessorList()
+        if weight:
+            against = self._encoded([(*request.chat[:-1], (request.chat[-1][0], request.against or "")) for request in requests])
+            processors.append(Subtracted(self._model, against, weight, width))
+        if sampling.presence_penalty:
+            processors.append(Presence(sampling.presence_penalty, width))
+        drawn: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+        if sampling.temperature:
+            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seed)
+            made: Tensor = self._model.generate(  # type: ignore[operator]
+                **prompts,
+                max_new_tokens=sampling.max_tokens,
+                logits_processor=processors,
+                pad_token_id=self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id,
+                do_sample=bool(sampling.temperature),
+                **drawn,
+            )
+        lengths = prompts["attention_mask"].sum(1).tolist()
+        return [self._completion(row[width:].tolist(), int(length), sampling) for row, length in zip(made, lengths, strict=True)]
+
+    def _encoded(self, chats: Sequence[tuple[tuple[str, str], ...]]) -> dict[str, Tensor]:
+        """Ids and mask [chats, longest], padded on the left."""
+        import torch
+
+        each = [chat_ids(self._tokenizer, chat) for chat in chats]
+        width = max(map(len, each))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in each])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in each])
+        return {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
+
+    def _completion(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Completion:
+        stated = self._model.generation_config.eos_token_id if self._model.generation_config else None
+        ends = {stated} if isinstance(stated, int) else set(stated or ())
+        place = next((place for place, token in enumerate(ids) if token in ends), None)
+        text = str(self._tokenizer.decode(ids if place is None else ids[:place], skip_special_tokens=True))
+        cuts = [found for stop in sampling.stop if (found := text.find(stop)) >= 0]
+        ended = place is not None or bool(cuts)
+        return Completion(
+            text[: min(cuts)] if cuts else text,
+            "stop" if ended else "length",
+            prompt_tokens,
+            len(ids) if place is None else place + 1,
+        )
+
+
+class Presence:
+    """Takes a penalty off the logits of tokens that an answer has already."""
+
+    def __init__(self, penalty: float, width: int) -> None:
+        self._penalty, self._width = penalty, width
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        import torch
+
+        answer = ids[:, self._width :]
+        return logits - self._penalty * torch.zeros_like(logits).scatter_(1, answer, 1.0)
+
+
+class Subtracted:
+    """Log-probabilities after one prompt less `weight` times those after another (SCOTT, arXiv 2305.01879, equation 3)."""
+
+    def __init__(self, model: PreTrainedModel, against: dict[str, Tensor], weight: float, width: int) -> None:
+        self._model, self._against, self._weight, self._width, self._cache = model, against, weight, width, None
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        import torch
+
+        inputs, mask = self._against["input_ids"], self._against["attention_mask"]
+        if self._cache is not None:
+            inputs, mask = ids[:, -1:], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            self._against = self._against | {"attention_mask": mask}
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+        made = self._model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True)
+        self._cache = made.past_key_values
+        return logits.log_softmax(-1) - self._weight * made.logits[:, -1].float().log_softmax(-1)

@@ -1,0 +1,120 @@
+"""What recipes are made of, beside stages: rows and templates, what is kept, how answers are drawn, where rows begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimbench.util.teaching import Sampling
+
+Row = dict[str, str]
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def fields_of(template: str) -> set[str]:
+    """The fields that a template names."""
+    return set(_FIELD.findall(template))
+
+
+def filled(template: str, row: Mapping[str, str]) -> str:
+    """A template with the fields of a row; braces in their values mean nothing."""
+    return _FIELD.sub(lambda found: row[found[1]], template)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Keep(Strict):
+    """What a field must be for its row to stay.
+
+    Attributes:
+        words: Fewest and most words.
+        unlike: Largest ROUGE-L with that field of a row that stayed before.
+        without: Patterns that do not occur, whatever their case.
+        having: Patterns that occur.
+        one_of: The choices, whatever their case and the full stop behind them.
+        equals: Name of a field that says the same, as numbers where both are some.
+        other_than: Name of a field that says something else.
+        at_least: The smallest number.
+        finished: The answer ended by itself.
+        english: Smallest share of letters that are ASCII.
+    """
+
+    words: tuple[int, int] | None = None
+    unlike: float | None = Field(default=None, gt=0, le=1)
+    without: list[str] = []
+    having: list[str] = []
+    one_of: list[str] = []
+    equals: str | None = None
+    other_than: str | None = None
+    at_least: float | None = None
+    finished: bool = False
+    english: float | None = Field(default=None, gt=0, le=1)
+
+    @property
+    def named(self) -> set[str]:
+        """Other fields that it compares with."""
+        return {name for name in (self.equals, self.other_than) if name}
+
+
+class Draw(Strict):
+    """How an answer is drawn; see `util.teaching.Sampling`."""
+
+    max_tokens: int = Field(default=256, ge=1, le=4096)
+    temperature: float = Field(default=0.0, ge=0, le=5)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    stop: list[str] = []
+
+    def sampling(self) -> Sampling:
+        return Sampling(**self.model_dump(exclude={"stop"}), stop=tuple(self.stop))
+
+
+class Seeds(Strict):
+    """Rows that slimbench brings along: `tasks/teaching/seeds/NAME.yaml`."""
+
+    kind: Literal["seeds"]
+    name: str
+
+
+class Tasks(Strict):
+    """Generated questions with their answers, of reasoning-gym: fields `question`, `gold` and `task`.
+
+    Attributes:
+        names: Of its data sets, taken in turn.
+    """
+
+    kind: Literal["tasks"]
+    names: list[str] = Field(min_length=1)
+
+
+class Passages(Strict):
+    """The documents of a corpus: field `passage`.
+
+    Attributes:
+        words: Most of each.
+    """
+
+    kind: Literal["passages"]
+    corpus: str = "lee-news"
+    words: int = Field(default=120, ge=1)
+
+
+class File(Strict):
+    """Rows of a file of one's own, a JSON object a line; its content is part of the key.
+
+    Attributes:
+        fields: That each row has.
+    """
+
+    kind: Literal["file"]
+    path: str
+    fields: list[str] = Field(min_length=1)
+
+
+Start = Annotated[Seeds | Tasks | Passages | File, Field(discriminator="kind")]

@@ -1,0 +1,323 @@
+"""What a recipe is: where rows begin, which stages they go through, and which examples are made of those that are left.
+
+A recipe is one YAML in `conf/recipe/`. A row is a mapping of names to texts; templates name its fields in braces, as `{question}`. Stages
+ask a teacher, and each says what it keeps (`checks`). All of it is part of the key of what is made by it.
+
+    start       where rows come from: `seeds` of slimbench's own, generated `tasks` with known answers, `passages` of a corpus, a `file`
+    grow        new rows, from an answer that was shown some of those that there are (Self-Instruct, Alpaca)
+    ask         an answer for each row, into fields of it
+    evaluate    the result of a program that a row holds, without running it as Python (`programs`)
+    retrieve    passages that a row's query finds (BM25)
+    compare     whether two fields say the same, as `yes` or `no`
+    demonstrate other rows beside each row, as examples of what is asked for
+    select      rows that pass checks, without asking
+    examples    of each row: what a user says, what the student shall answer
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from slimbench.tasks.errors import DataError
+from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, fields_of
+from slimbench.util.hashing import digest
+
+VERSION = 1
+"""Raised when the same recipe makes other requests or other examples of the same answers."""
+
+
+class _Stage(Strict):
+    """Attributes:
+    when: Values that fields must have for a row to go through; others go past.
+    keep: By field.
+    """
+
+    when: dict[str, str] = {}
+    keep: dict[str, Keep] = {}
+
+    def reads(self) -> set[str]:
+        """Fields that rows must have."""
+        return set(self.when) | set(self.keep) - self.writes() | {name for keep in self.keep.values() for name in keep.named}
+
+    def writes(self) -> set[str]:
+        """Fields that rows get."""
+        return set()
+
+
+class _Asking(_Stage):
+    """Attributes:
+    system: What stands before the chat; None: nothing.
+    parse: Pattern with a named group for each field; None: all of the answer goes into `into`.
+    """
+
+    system: str | None = None
+    prompt: str
+    draw: Draw = Draw()
+    parse: str | None = None
+    into: str = "response"
+
+    @field_validator("parse")
+    @classmethod
+    def _pattern(cls, parse: str | None) -> str | None:
+        if parse is not None and not _compiled(parse).groupindex:
+            raise ValueError("a pattern needs a named group, (?P<field>…), for each field")
+        return parse
+
+    @property
+    def pattern(self) -> re.Pattern[str] | None:
+        return None if self.parse is None else _compiled(self.parse)
+
+    def writes(self) -> set[str]:
+        return {self.into} if self.pattern is None else set(self.pattern.groupindex)
+
+
+class Grow(_Asking):
+    """New rows of the kind of those that are shown in the prompt, as `{shown}`, with the next number as `{next}`.
+
+    Attributes:
+        shown: Template of each row that is shown; `{number}` counts them.
+        own: How many of the rows that there were at first.
+        grown: How many of those that were made, at most.
+        requests: At a time; rows that they give are shown from then on.
+        attempts: Requests for each wanted row, at most.
+    """
+
+    kind: Literal["grow"]
+    shown: str
+    own: int = Field(ge=1)
+    grown: int = Field(default=0, ge=0)
+    requests: int = Field(default=8, ge=1)
+    attempts: float = Field(default=4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _has_pattern(self) -> Grow:
+        if self.pattern is None:
+            raise ValueError("a stage that grows needs parse, which finds each new row in an answer")
+        return self
+
+    def reads(self) -> set[str]:
+        return super().reads() | fields_of(self.shown) - {"number"} | (fields_of(self.prompt) - {"shown", "next"})
+
+
+class Ask(_Asking):
+    """An answer for each row.
+
+    Attributes:
+        samples: Answers for each; each makes a row.
+        every: Each place of an answer that `parse` finds makes a row, not the first alone.
+        against: The prompt of a distribution that is subtracted with `weight`, for a teacher that gives distributions.
+    """
+
+    kind: Literal["ask"]
+    samples: int = Field(default=1, ge=1, le=64)
+    every: bool = False
+    against: str | None = None
+    weight: float = Field(default=0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _draws(self) -> Ask:
+        if self.samples > 1 and not self.draw.temperature:
+            raise ValueError("several samples without a temperature are one")
+        if self.every and self.pattern is None:
+            raise ValueError("every needs parse, which finds the places")
+        return self
+
+    def reads(self) -> set[str]:
+        return super().reads() | fields_of(self.prompt) | fields_of(self.system or "") | fields_of(self.against or "")
+
+
+class Evaluate(_Stage):
+    """The result of a program; a row whose program is not of the small language, or has none, does not stay."""
+
+    kind: Literal["evaluate"]
+    program: str = "program"
+    into: str = "result"
+
+    def reads(self) -> set[str]:
+        return super().reads() | {self.program}
+
+    def writes(self) -> set[str]:
+        return {self.into}
+
+
+class Retrieve(_Stage):
+    """Passages of a corpus that a query finds, the best last, one a paragraph.
+
+    Attributes:
+        query: Template.
+        count: How many.
+    """
+
+    kind: Literal["retrieve"]
+    query: str
+    corpus: str = "lee-news"
+    count: int = Field(default=3, ge=1)
+    into: str = "passages"
+
+    def reads(self) -> set[str]:
+        return super().reads() | fields_of(self.query)
+
+    def writes(self) -> set[str]:
+        return {self.into}
+
+
+class Compare(_Stage):
+    """Whether two fields say the same, as numbers where both are some."""
+
+    kind: Literal["compare"]
+    one: str
+    other: str
+    into: str = "right"
+
+    def reads(self) -> set[str]:
+        return super().reads() | {self.one, self.other}
+
+    def writes(self) -> set[str]:
+        return {self.into}
+
+
+class Demonstrate(_Stage):
+    """Other rows, drawn for each row, as one text.
+
+    Attributes:
+        item: Template of each; of what is put before a row nothing is of its own item.
+        count: How many.
+        between: What stands between two.
+    """
+
+    kind: Literal["demonstrate"]
+    item: str
+    count: int = Field(default=3, ge=1)
+    between: str = "\n\n"
+    into: str = "demonstrations"
+
+    def reads(self) -> set[str]:
+        return super().reads() | fields_of(self.item)
+
+    def writes(self) -> set[str]:
+        return {self.into}
+
+
+class Select(_Stage):
+    """Rows that pass checks.
+
+    Attributes:
+        each: Rows of an item that stay, the first ones; None for all.
+        at_least: Rows of an item without which none of it stays.
+    """
+
+    kind: Literal["select"]
+    each: int | None = Field(default=None, ge=1)
+    at_least: int = Field(default=1, ge=1)
+
+
+Stage = Annotated[Grow | Ask | Evaluate | Retrieve | Compare | Demonstrate | Select, Field(discriminator="kind")]
+
+
+class Form(Strict):
+    """An example that is made of each row.
+
+    Attributes:
+        task: Which of several tasks it is of.
+        gold: Template of the right answer, where there is one.
+    """
+
+    prompt: str
+    response: str
+    task: str = ""
+    gold: str = ""
+    when: dict[str, str] = {}
+
+    def reads(self) -> set[str]:
+        return fields_of(self.prompt) | fields_of(self.response) | fields_of(self.gold) | set(self.when)
+
+
+class Recipe(Strict):
+    """How a teacher is made to write a text.
+
+    Attributes:
+        name: Of its file.
+        paper: Whose recipe it is.
+        differs: In what it is not that of the paper, beside the wording of its prompts; empty: in nothing.
+        held_out: Share of the examples that no student sees, by hash of the item.
+        apart: Largest ROUGE-L of a held-out prompt with one that is trained on, above which it is dropped; None: prompts are alike by
+            their nature.
+    """
+
+    name: str
+    paper: str
+    differs: str = ""
+    start: Start
+    stages: list[Stage] = []
+    examples: list[Form] = Field(min_length=1)
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    apart: float | None = Field(default=0.7, gt=0, le=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of all that decides on what is asked and what is kept; a name and a note do not."""
+        return digest([VERSION, self.model_dump(mode="json", exclude={"name", "paper", "differs"})])
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether a teacher has to give distributions."""
+        return any(isinstance(stage, Ask) and stage.against is not None for stage in self.stages)
+
+    @property
+    def corpora(self) -> list[str]:
+        """The texts that passages come from."""
+        return [part.corpus for part in (self.start, *self.stages) if isinstance(part, Passages | Retrieve)]
+
+    @property
+    def modules(self) -> set[str]:
+        """Import names of the libraries that it needs."""
+        rules = [keep for stage in self.stages for keep in stage.keep.values()]
+        needed = {"rouge_score": self.apart is not None or any(rule.unlike is not None for rule in rules)}
+        needed |= {"reasoning_gym": isinstance(self.start, Tasks), "bm25s": any(isinstance(stage, Retrieve) for stage in self.stages)}
+        return {name for name, wanted in needed.items() if wanted}
+
+    def check(self, fields: set[str]) -> None:
+        """Raise `DataError` if a stage or an example reads a field that rows do not have there; `fields` are those of the start."""
+        known = set(fields)
+        for number, stage in enumerate(self.stages, 1):
+            if missing := stage.reads() - known:
+                raise DataError(f"recipe {self.name}: stage {number}, {stage.kind}: rows have no {_listed(missing)}, only {_listed(known)}")
+            known |= stage.writes()
+        for form in self.examples:
+            if missing := form.reads() - known:
+                raise DataError(f"recipe {self.name}: an example reads {_listed(missing)}; rows have {_listed(known)}")
+
+
+def read(name: str, content: Any) -> Recipe:
+    """A recipe from the content of its file.
+
+    Raises:
+        DataError: It is none: one line that says what is wrong where.
+    """
+    if not isinstance(content, dict):
+        raise DataError(f"recipe {name}: a mapping with paper, start, stages and examples is needed")
+    try:
+        return Recipe(name=name, **content)
+    except (ValidationError, TypeError) as error:
+        raise DataError(f"recipe {name}: {_one_line(error)}") from error
+
+
+def _one_line(error: ValidationError | TypeError) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL | re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"no pattern: {error}") from error
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "no fields"

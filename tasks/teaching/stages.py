@@ -1,0 +1,228 @@
+"""What the stages of a recipe do: rows in, rows out, and a count of what was asked, what was looked at and why it did not stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimbench.tasks.teaching import checks, passages, programs
+from slimbench.tasks.teaching.parts import Row, filled
+from slimbench.tasks.teaching.recipe import Ask, Compare, Demonstrate, Evaluate, Grow, Retrieve, Select, Stage
+from slimbench.util.hashing import digest
+from slimbench.util.teaching import Completion, Request
+
+Asking = Callable[[Sequence[Request]], list[Completion]]
+
+
+@dataclass
+class Tally:
+    """What a stage did.
+
+    Attributes:
+        requests: That the teacher was asked.
+        candidates: Rows, or answers of which no row could be made: those that were kept and those that were rejected.
+        rejected: By reason.
+        tokens: Of all answers, as the teacher counts.
+    """
+
+    kind: str
+    requests: int = 0
+    candidates: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    def judge(self, reason: str | None) -> bool:
+        """Count a candidate; whether it stays."""
+        self.candidates += 1
+        if reason is None:
+            self.kept += 1
+        else:
+            self.rejected[reason] += 1
+        return reason is None
+
+    def answered(self, answers: Sequence[Completion]) -> None:
+        self.requests += len(answers)
+        self.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
+        self.tokens += sum(answer.tokens for answer in answers)
+
+    def told(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {**vars(self), "rejected": dict(sorted(self.rejected.items()))}
+
+
+def applied(stage: Stage, rows: Sequence[Row], ask: Asking, count: int, seed: int) -> tuple[list[Row], Tally]:
+    """Rows that have gone through a stage.
+
+    Args:
+        ask: Gives the answers to requests, in order.
+        count: Rows that are wanted; a stage that grows stops there.
+        seed: Of the draws of this stage.
+    """
+    tally = Tally(stage.kind)
+    through = [row for row in rows if _meets(row, stage.when)]
+    match stage:
+        case Grow():
+            return _grown(stage, rows, ask, count, seed, tally), tally
+        case Ask():
+            made = _asked(stage, through, ask, seed, tally)
+        case Evaluate():
+            made = _checked(stage, ((row, _evaluated(stage, row)) for row in through), tally)
+        case Retrieve():
+            made = _checked(stage, ((row, _with_passages(stage, row)) for row in through), tally)
+        case Compare():
+            said = {True: "yes", False: "no"}
+            made = _checked(
+                stage, ((row, row | {stage.into: said[checks.same(row[stage.one], row[stage.other])]}) for row in through), tally
+            )
+        case Demonstrate():
+            made = _checked(stage, ((row, _beside(stage, row, rows, seed)) for row in through), tally)
+        case Select():
+            made = _selected(stage, _checked(stage, ((row, row) for row in through), tally), tally)
+    if not stage.when:
+        return made, tally
+    past = {id(row) for row in through}
+    return [row for row in rows if id(row) not in past] + made, tally
+
+
+def first_requests(stages: Sequence[Stage], rows: Sequence[Row], seed: int) -> list[Request]:
+    """What the first stage that asks would ask first, for a look beforehand."""
+    for number, stage in enumerate(stages):
+        if isinstance(stage, Grow):
+            return [_growing(stage, rows, [], digest([seed, number]), turn) for turn in range(stage.requests)]
+        if isinstance(stage, Ask):
+            return [_request(stage, row, 0, int(digest([seed, number])[:8], 16)) for row in rows if _meets(row, stage.when)]
+        if isinstance(stage, Retrieve):
+            rows = [_with_passages(stage, row) for row in rows]
+    return []
+
+
+def _meets(row: Row, when: Mapping[str, str]) -> bool:
+    return all(checks.same(row.get(name, ""), value) for name, value in when.items())
+
+
+def _asked(stage: Ask, rows: Sequence[Row], ask: Asking, seed: int, tally: Tally) -> list[Row]:
+    places = [(row, sample) for row in rows for sample in range(stage.samples)]
+    answers = ask([_request(stage, row, sample, seed) for row, sample in places])
+    tally.answered(answers)
+    rules, made = checks.Checks(stage.keep), list[Row]()
+    for (row, _), answer in zip(places, answers, strict=True):
+        reason = checks.unfit(answer, stage.draw.sampling())
+        found = [] if reason else _parsed(stage, answer.text)
+        if not found:
+            tally.judge(reason or "not of the form")
+        made += [row | fields for fields in found if tally.judge(rules.refused(row | fields, answer))]
+    return made
+
+
+def _request(stage: Ask, row: Row, sample: int, seed: int) -> Request:
+    system = (("system", filled(stage.system, row)),) if stage.system else ()
+    return Request(
+        chat=(*system, ("user", filled(stage.prompt, row))),
+        sampling=stage.draw.sampling(),
+        seed=int(digest([seed, row["item"], sample])[:7], 16),
+        against=None if stage.against is None else filled(stage.against, row),
+        weight=0.0 if stage.against is None else stage.weight,
+    )
+
+
+def _parsed(stage: Ask, text: str) -> list[Row]:
+    """The fields of an answer, of each place that is looked for; none where it is not of the form."""
+    if stage.pattern is None:
+        return [{stage.into: text.strip()}]
+    found = [_groups(match) for match in stage.pattern.finditer(text)]
+    return found if stage.every else found[:1]
+
+
+def _groups(found: Any) -> Row:
+    return {name: (value or "").strip() for name, value in found.groupdict().items()}
+
+
+def _grown(stage: Grow, rows: Sequence[Row], ask: Asking, count: int, seed: int, tally: Tally) -> list[Row]:
+    """New rows, without those that there were."""
+    rules, made, turn = checks.Checks(stage.keep), list[Row](), 0
+    for row in rows:
+        rules.know(row)
+    while len(made) < count and tally.requests < stage.attempts * count:
+        requests = [_growing(stage, rows, made, digest(seed), turn + index) for index in range(stage.requests)]
+        answers = ask(requests)
+        tally.answered(answers)
+        turn += stage.requests
+        for answer in answers:
+            for row, reason in _born(stage, answer):
+                if tally.judge(reason or rules.refused(row, answer)):
+                    made.append({"item": f"grown {len(made)}"} | row)
+    if more := max(0, len(made) - count):
+        tally.kept -= more
+        tally.rejected["more than were wanted"] += more
+    return made[:count]
+
+
+def _growing(stage: Grow, rows: Sequence[Row], made: Sequence[Row], seed: str, turn: int) -> Request:
+    """A request that shows rows drawn anew."""
+    drawn = sorted(range(len(made)), key=lambda index: digest([seed, turn, "grown", index]))[: stage.grown]
+    own = sorted(range(len(rows)), key=lambda index: digest([seed, turn, "own", index]))[: stage.own + stage.grown - len(drawn)]
+    examples = [made[index] for index in drawn] + [rows[index] for index in own]
+    examples.sort(key=lambda row: digest([seed, turn, row["item"]]))
+    shown = "\n".join(filled(stage.shown, row | {"number": str(number)}) for number, row in enumerate(examples, 1))
+    text = filled(stage.prompt, {"shown": shown, "next": str(len(examples) + 1)})
+    system = (("system", stage.system),) if stage.system else ()
+    return Request((*system, ("user", text)), stage.draw.sampling(), int(digest([seed, turn])[:7], 16))
+
+
+def _born(stage: Grow, answer: Completion) -> Iterator[tuple[Row, str | None]]:
+    """The rows in an answer, or why there are none; of one that was cut at its limit the last is not whole."""
+    if reason := checks.unfit(answer, stage.draw.sampling()):
+        yield {}, reason
+        return
+    assert stage.pattern is not None
+    found = [_groups(match) for match in stage.pattern.finditer(answer.text)]
+    if not found:
+        yield {}, "not of the form"
+    for place, row in enumerate(found, 1):
+        yield row, "cut at its limit" if answer.finish == "length" and place == len(found) else None
+
+
+def _checked(stage: Stage, pairs: Iterable[tuple[Row, Row | str]], tally: Tally) -> list[Row]:
+    """The rows that a stage made, or says why not, and that pass its checks."""
+    rules, made = checks.Checks(stage.keep), []
+    for _, row in pairs:
+        reason = row if isinstance(row, str) else rules.refused(row)
+        if tally.judge(reason) and isinstance(row, dict):
+            made.append(row)
+    return made
+
+
+def _evaluated(stage: Evaluate, row: Row) -> Row | str:
+    try:
+        return row | {stage.into: programs.result(row[stage.program])}
+    except programs.NoProgram as error:
+        return f"{stage.program}: {error}"
+
+
+def _with_passages(stage: Retrieve, row: Row) -> Row:
+    return row | {stage.into: "\n".join(passages.found(stage.corpus, filled(stage.query, row), stage.count))}
+
+
+def _beside(stage: Demonstrate, row: Row, rows: Sequence[Row], seed: int) -> Row | str:
+    """A row with others of other items."""
+    others = {other["item"]: other for other in rows if other["item"] != row["item"]}
+    if len(others) < stage.count:
+        return "too few other rows"
+    drawn = sorted(others, key=lambda item: digest([seed, row["item"], item]))[: stage.count]
+    return row | {stage.into: stage.between.join(filled(stage.item, others[item]) for item in drawn)}
+
+
+def _selected(stage: Select, rows: Sequence[Row], tally: Tally) -> list[Row]:
+    """So many of each item at least and at most."""
+    items: dict[str, list[Row]] = {}
+    for row in rows:
+        items.setdefault(row["item"], []).append(row)
+    made = [row for of in items.values() if len(of) >= stage.at_least for row in of[: stage.each]]
+    if dropped := len(rows) - len(made):
+        tally.kept -= dropped
+        tally.rejected["too few or too many of an item"] += dropped
+    return made

@@ -1,0 +1,110 @@
+"""A teacher in this process, a tiny model: the same answers however a run was cut, and draws as they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.tasks.teaching import local
+from slimbench.tasks.teaching.journal import Journal
+from slimbench.util.teaching import Request, Sampling, chat_ids
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("teacher")
+    dense = tiny.save_model(folder, "float32", vocab_size=300)
+    tiny.save_tokenizer(folder)
+    model = dense.load()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that what comes next depends on what was there
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def teacher(parts: tuple[Any, Any]) -> local.Local:
+    return local.Local(*parts, "tiny")
+
+
+def requests(count: int, **sampling: Any) -> list[Request]:
+    texts = ("say", "a longer question about nothing much", "why")
+    return [Request((("user", f"{texts[n % 3]} {n}"),), Sampling(**{"max_tokens": 12, **sampling}), seed=n) for n in range(count)]
+
+
+def test_greedy_answers_are_those_of_each_prompt_alone(teacher: local.Local, parts: tuple[Any, Any]) -> None:
+    """Padding on the left changes nothing."""
+    model, tokenizer = parts
+    asked = requests(5)
+    for index, answer in teacher.answers(asked):
+        ids = chat_ids(tokenizer, asked[index].chat)
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        prompt = len(chat_ids(tokenizer, asked[index].chat))
+        assert answer.text == tokenizer.decode(ids[prompt:], skip_special_tokens=True) or 2 in ids[prompt:]
+        assert answer.prompt_tokens == prompt and answer.tokens <= 12
+
+
+def test_a_run_that_was_cut_gives_the_same_answers(teacher: local.Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "BATCH", 4)
+    asked = requests(10, temperature=1.0)
+    whole = [answer.text for _, answer in teacher.answers(asked)]
+    assert len(set(whole)) > 5 and whole == [answer.text for _, answer in teacher.answers(asked)]
+
+    class Dies:
+        identity = "tiny"
+
+        def answers(self, asked: Any) -> Any:
+            for place, found in enumerate(teacher.answers(asked)):
+                if place == 4:
+                    raise KeyboardInterrupt
+                yield found
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        journal.ask(Dies, asked)
+    again = Journal(tmp_path / "journal.jsonl")
+    assert len(again) == 4
+    assert [answer.text for answer in again.ask(lambda: teacher, asked)] == whole and again.asked == 6
+
+
+def test_an_answer_ends_before_a_stop(teacher: local.Local) -> None:
+    answer = next(teacher.answers(requests(1)))[1]
+    assert answer.finish == "length" and len(answer.text) > 4
+    stop = answer.text[3:5]
+    cut = next(teacher.answers(requests(1, stop=("never there", stop))))[1]
+    assert cut.text == answer.text[: answer.text.index(stop)] and cut.finish == "stop"
+
+
+def test_presence_is_taken_off_what_the_answer_has_already() -> None:
+    logits = torch.zeros(2, 5)
+    ids = torch.tensor([[4, 4, 1, 1, 2], [3, 3, 0, 0, 0]])
+    found = local.Presence(2.0, 2)(ids, logits)
+    assert found.tolist() == [[0, -2, -2, 0, 0], [-2, 0, 0, 0, 0]], "prompts count for nothing, and a token twice for one"
+
+
+def test_one_distribution_less_another_s_share_is_what_is_followed(teacher: local.Local, parts: tuple[Any, Any]) -> None:
+    """SCOTT: argmax of log p(· | gold) − 0.5 log p(· | wrong), token by token, both with what was answered so far."""
+    model, tokenizer = parts
+    asked = [replace(request, against=f"other {n}" * (n + 1), weight=0.5) for n, request in enumerate(requests(3))]
+    plain = [answer.text for _, answer in teacher.answers(requests(3))]
+    different = False
+    for index, answer in teacher.answers(asked):
+        gold = chat_ids(tokenizer, asked[index].chat)
+        wrong = chat_ids(tokenizer, (("user", asked[index].against or ""),))
+        made: list[int] = []
+        for _ in range(12):
+            logs = [model(torch.tensor([prompt + made])).logits[0, -1].log_softmax(-1) for prompt in (gold, wrong)]
+            made.append(int((logs[0] - 0.5 * logs[1]).argmax()))
+        end = tokenizer.eos_token_id
+        made = made[: made.index(end)] if end in made else made
+        assert answer.text == tokenizer.decode(made, skip_special_tokens=True)
+        different |= answer.text != plain[index]
+    assert different
