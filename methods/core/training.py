@@ -159,7 +159,8 @@ def train(
     Args:
         settings: A method or plain settings; with its `repr` a checkpoint tells runs apart.
         parameters: By unique names; nothing else is updated, gradients of others are neither computed nor kept.
-        windows: Token ids, int64 [n, length].
+        windows: Token ids, int64 [n, length]; or answers, int64 [n, 3, length], or several beside each other, [n, 3 k, length], see
+            `core.learning.answers`.
         dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
         hooks: What the method does between the parts of a step; None: nothing.
         more_follows: Another training goes on from this one, so that its last step is kept too.
@@ -176,6 +177,8 @@ def train(
     hooks = hooks or Hooks()
     optimizer = settings.optimizer(values)
     regroup(optimizer, parameters, hooks.groups())
+    free = {name for group in hooks.groups() if group.free for name in group.names}
+    clipped = [value for name, value in parameters.items() if name not in free]
     identity = _identity(settings, {**parameters, **_state(hooks)}, windows) if dense.checkpoints else ""
     with _seeded(settings.seed, dense.device):
         losses, due = _resume(dense, identity, parameters, optimizer, hooks), _checkpoints.Due()
@@ -187,7 +190,7 @@ def train(
                 raise RuntimeError(f"the loss is {losses[-1]} in step {step + 1} of {settings.steps}; a smaller learning_rate may help")
             hooks.after_backward(step)
             if settings.clip is not None:
-                torch.nn.utils.clip_grad_norm_(values, settings.clip)
+                torch.nn.utils.clip_grad_norm_(clipped, settings.clip)
             optimizer.step()
             hooks.after_step(step, optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -198,14 +201,21 @@ def train(
                     _keep(dense, identity, parameters, optimizer, losses, hooks)
         with torch.no_grad():
             after = float(loss(batch(windows, settings, 0).to(dense.device)))
-    tokens = settings.steps * settings.batch_size * windows.shape[1]
-    return Trained(tokens, sum(p.numel() for p in values), _thinned(losses), after)
+    return Trained(_tokens(settings, windows), sum(p.numel() for p in values), _thinned(losses), after)
 
 
 def cut(ids: Tensor, length: int) -> Tensor:
     """Calibration windows [samples, n] cut into windows [more, length]; shorter ones stay as they are, remainders are dropped."""
     width = min(length, ids.shape[1])
     return ids[:, : ids.shape[1] // width * width].reshape(-1, width)
+
+
+def _tokens(settings: LoopSettings, windows: Tensor) -> int:
+    """Tokens of all steps; of answers without what only fills them up."""
+    if windows.dim() == 2:
+        return settings.steps * settings.batch_size * windows.shape[1]
+    counts = (windows[:, 1::3] > 0).sum((1, 2))
+    return sum(int(batch(counts, settings, step).sum()) for step in range(settings.steps))
 
 
 def batch(windows: Tensor, settings: LoopSettings, step: int) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
 from slimbench.methods.core.training import TrainingSettings
@@ -46,7 +46,7 @@ class Distillation(TrainingSettings, Method):
 
     accepts = DENSE
     needs = Needs(calibration=True, training=True)
-    least_steps = 1000
+    least_steps: ClassVar[int | None] = 1000
 
     steps: int = 200
     loss: Literal["distillation"] = "distillation"
@@ -70,7 +70,6 @@ class Distillation(TrainingSettings, Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.learning import trained
-        from slimbench.methods.core.training import cut
         from slimbench.methods.formats.architecture.modules import KeptLogits
 
         if self.has_teacher and dense.original in (None, dense.path):
@@ -79,7 +78,7 @@ class Distillation(TrainingSettings, Method):
         if any(isinstance(module, KeptLogits) for module in student.modules()):
             raise Unsupported("the student never predicts some tokens, of which the teacher's distribution has a share")
         teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
-        lessons, windows = self.lessons(student, teacher, dense), cut(calibration.ids, self.length)
+        lessons, windows = self.lessons(student, teacher, dense), self.windows(calibration, dense)
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
         done: list[Trained] = []
         for index, lesson in enumerate(lessons):
@@ -89,7 +88,19 @@ class Distillation(TrainingSettings, Method):
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
         earlier = [{"loss_before": part.curve[0][1], "loss_after": part.loss_after} for part in done[:-1]]
         details: dict[str, Any] = {"lesson_steps": steps} | ({"earlier_lessons": earlier} if earlier else {})
-        return whole.added_to(Claim(HUGGINGFACE, teacher=trained.teacher(self) if self.has_teacher else None, details=details))
+        return whole.added_to(Claim(HUGGINGFACE, teacher=self.taught_by(dense), details=details))
+
+    def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
+        """What is trained on, as `train` takes it."""
+        from slimbench.methods.core.training import cut
+
+        return cut(calibration.ids, self.length)
+
+    def taught_by(self, dense: DenseModel) -> str | None:
+        """The teacher, in the words of a claim."""
+        from slimbench.methods.core.learning import trained
+
+        return trained.teacher(self) if self.has_teacher else None
 
     def _learn(self, student: Any, lesson: Lesson, index: int, steps: tuple[int, int], windows: Any, dense: DenseModel) -> Trained:
         """One lesson, with a part of the progress and a folder of checkpoints of its own."""

@@ -19,6 +19,7 @@ from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration, Claim, DenseModel, Method, Unsupported
 from tests.support import tiny
+from tests.support.taught import given
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
 TRAINED = {"steps": 9, "batch_size": 2, "length": 16, "checkpoint_every": 4}
@@ -53,6 +54,9 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gmp-star": TRAINED,
     "grain": TRAINED,
     "gum": TRAINED,
+    "in-context": TRAINED | {"length": 160},
+    "instruct": TRAINED | {"length": 64},
+    "kard": TRAINED | {"length": 64},
     "kd": TRAINED,
     "kmeans": {"steps": 5},
     "l0-weights": TRAINED,
@@ -66,9 +70,10 @@ CHEAP: dict[str, dict[str, Any]] = {
     "losparse": TRAINED,
     "lottery": TRAINED,
     "mask-lora": TRAINED,
+    "mcc-kd": TRAINED | {"length": 64},
     "mccarley": TRAINED,
-    "minilm": TRAINED,
     "minillm": TRAINED | {"prompt_tokens": 4},
+    "minilm": TRAINED,
     "mixed-precision": {"average_bits": 4.0},
     "movement": TRAINED,
     "mutual": TRAINED,
@@ -78,14 +83,19 @@ CHEAP: dict[str, dict[str, Any]] = {
     "peqa": TRAINED,
     "platon": TRAINED,
     "prefix-tuning": TRAINED | {"hidden": 32},
+    "programs": TRAINED | {"length": 64},
     "pst": TRAINED,
     "qa-lora": TRAINED,
     "qlora": TRAINED,
+    "rationale": TRAINED | {"length": 64},
     "rpp": TRAINED,
     "scale-lora": TRAINED,
+    "scotd": TRAINED | {"length": 64},
+    "scott": TRAINED | {"length": 64},
     "sheared-llama": TRAINED,
     "signround": {"iterations": 12, "batch_size": 2},
     "simple": TRAINED,
+    "socratic": TRAINED | {"length": 64},
     "soft-movement": TRAINED,
     "soup": TRAINED,
     "sparse-adapter": TRAINED | {"batches": 2},
@@ -95,6 +105,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "squeezellm": {"steps": 5},
     "sr-ste": TRAINED,
     "static-pruning": TRAINED,
+    "symbolic": TRAINED | {"length": 64},
     "ted": TRAINED | {"pairs": 2},
     "ternary-qat": TRAINED,
     "tinybert": TRAINED,
@@ -118,8 +129,15 @@ def classes() -> dict[str, Method]:
 
 
 SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is first used"}
-ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
-"""They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`."""
+ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"} | {
+    "kard",
+    "programs",
+    "scotd",
+    "scott",
+    "socratic",
+    "symbolic",
+}
+"""They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `rationale`."""
 
 
 def marked(names: Iterable[str]) -> list[Any]:
@@ -166,6 +184,7 @@ def make(method: Method, dense: DenseModel, out: Path) -> Made:
         dense = tiny.sparse(dense, dense.path.with_name(f"{dense.path.name}-sparse"))
     if method.family == "distillation":
         dense = tiny.first(dense, dense.path.with_name(f"{dense.path.name}-first"))
+    dense = given(method, dense, out)
     claim = method.compress(dense, CALIBRATION if method.needs.calibration else Calibration.none(), out)
     dense_parameters = models.matrix_parameters(dense.path)
     manifest = artefact.Manifest(key="contract", model="tiny", pipeline=[], claim=claim, dense_parameters=dense_parameters)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from slimbench.harness.config.compose import resolve
-from slimbench.harness.config.schema import Pass, SuiteConfig
+from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.config.sections.suite import Pass
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import documents, perplexity, zeroshot
 from slimbench.harness.run.cell import Cell, make_cell

@@ -21,6 +21,7 @@ from slimbench.methods.formats.huggingface import save_dense
 from tests.contract.shipped import SLOW
 from tests.support import tiny
 from tests.support.architectures import make
+from tests.support.taught import given
 from tests.unit.methods.formats.test_edited import cut_channels, cut_heads
 
 FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::-1] if EDITED in item.method.accepts}
@@ -50,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseModel, Claim]:
 def brief(method: Method) -> Method:
     settings = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     changed = {name: value for name, value in SHORT.items() if name in settings and getattr(method, name) is not None}
-    return dataclasses.replace(method, **changed)  # type: ignore[type-var]
+    return dataclasses.replace(method, **changed | ({"length": 160} if method.needs.text else {}))  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (FOLLOWERS[name].name in SLOW)) for name in FOLLOWERS])
@@ -65,6 +66,7 @@ def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseMode
         dense = dataclasses.replace(dense, original=tiny.saved(make("llama", torch.bfloat16, head_dim=32), tmp_path / "first").path)
         tmp_path = tmp_path / "artefact"
         tmp_path.mkdir()
+    dense = given(method, dense, tmp_path)
     if name in COMPARING:
         with pytest.raises(Unsupported, match="the student has 2 heads"):
             method.compress(dense, tiny.tokens(16, 32), tmp_path)

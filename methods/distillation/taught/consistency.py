@@ -1,0 +1,106 @@
+"""Consistency of rationales: whatever way a student reasons, it shall come to the same answer.
+
+SCoTD learns many rationales of each question, whether they come to the right answer or not, by cross entropy (arXiv 2306.14050). MCC-KD
+(arXiv 2310.14747, equations 2 to 4) learns two rationales a and b of a question at a time:
+
+    L = ½ (CE_a + CE_b) + β · ½ [KL(p_a ‖ p_b) + KL(p_b ‖ p_a)]
+
+with the student's distributions p_a and p_b of the tokens of the answer behind each, in nats a token of the answer; the answer is the
+same, and so are its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slimbench.methods.base import Calibration, Citation, DenseModel, Unsupported
+from slimbench.methods.distillation.student import Lesson, logits
+from slimbench.methods.distillation.taught.examples import Taught, examples_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ManyRationales(Taught):
+    """SCoTD: fine-tuning on many rationales of each question."""
+
+    name = "scotd"
+    citation = Citation("SCoTD", year=2023, arxiv="2306.14050", covers=("distillation/scotd-mcc-kd",))
+    recipes: ClassVar[tuple[str, ...]] = ("scotd",)
+
+    recipe: str = "scotd"
+
+
+@dataclass(frozen=True)
+class Consistency(Taught):
+    """MCC-KD: fine-tuning on pairs of rationales.
+
+    Attributes:
+        consistency: β.
+        pairs: Of each question at most, those that come first.
+    """
+
+    name = "mcc-kd"
+    citation = Citation("MCC-KD", year=2023, arxiv="2310.14747", covers=("distillation/scotd-mcc-kd",))
+    recipes: ClassVar[tuple[str, ...]] = ("mcc-kd",)
+
+    recipe: str = "mcc-kd"
+    batch_size: int = 2
+    consistency: float = 0.1
+    pairs: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.consistency > 0:
+            raise ValueError(f"consistency must be positive, not {self.consistency}")
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, not {self.pairs}")
+
+    def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
+        """Pairs [n, 6, length]: one answer above the other."""
+        import torch
+
+        from slimbench.methods.core.learning.answers import ANSWER, encode
+
+        items: dict[str, list[Any]] = {}
+        for example in examples_of(dense):
+            items.setdefault(example.item, []).append(example)
+        pairs = [pair for of in items.values() for pair in list(combinations(of, 2))[: self.pairs] if pair[0].gold == pair[1].gold]
+        if not pairs:
+            raise Unsupported(f"recipe {self.recipe} left no two rationales of any question")
+        tokenizer, tasks = dense.tokenizer(), self.tasks(dense)
+        texts = list(dict.fromkeys(example for pair in pairs for example in pair))
+        rows = {example: encode([example], tokenizer, self.length, tasks)[0] for example in texts}
+        width = max(row.shape[1] for row in rows.values())
+        rows = {example: torch.nn.functional.pad(row, (0, width - row.shape[1])) for example, row in rows.items()}
+        found = [torch.cat([rows[one], rows[other]]) for one, other in pairs]
+        whole = [pair for pair in found if int((pair[1] == ANSWER).sum()) == int((pair[4] == ANSWER).sum()) > 0]
+        if not whole:
+            raise Unsupported(f"no answer is left within length={self.length}")
+        return torch.stack(whole)
+
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        import torch
+
+        from slimbench.methods.core.learning.answers import ANSWER, answer_loss
+
+        def loss(pairs: Tensor) -> Tensor:
+            both = torch.cat([pairs[:, :3], pairs[:, 3:]])
+            made = logits(student, both[:, 0], dense)
+            first, second = made.chunk(2)
+            counted = [answers[:, 1, 1:] == ANSWER for answers in (pairs[:, :3], pairs[:, 3:])]
+            p, q = (values[:, :-1][mask] for values, mask in zip((first, second), counted, strict=True))
+            apart = symmetric(p, q)
+            return (answer_loss(first, pairs[:, :3]) + answer_loss(second, pairs[:, 3:])) / 2 + self.consistency * apart
+
+        return (Lesson(loss),)
+
+
+def symmetric(one: Tensor, other: Tensor) -> Tensor:
+    """½ [KL(p ‖ q) + KL(q ‖ p)] of the distributions behind logits [n, vocabulary], a scalar; its gradient reaches both."""
+    p, q = (values.float().log_softmax(-1) for values in (one, other))
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2

@@ -1,0 +1,97 @@
+"""What all methods share that learn from the text of a teacher alone: a recipe, its examples as tokens, and the loss of responses.
+
+    L = Σ_tasks w_task · mean over the response tokens of its examples in the batch of −log q(y)
+
+with the student's distribution q; where a recipe has one task, that is the cross entropy of its responses. Prompts stand in the student's
+own template of a chat, and no loss is taken of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from slimbench.methods.base import Calibration, DenseModel, Needs, Unsupported
+from slimbench.methods.distillation.student import Distillation, Lesson, logits
+from slimbench.util.teaching import TRAIN, Example, read_examples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Taught(Distillation):
+    """Fine-tuning on what a teacher wrote.
+
+    Attributes:
+        recipe: By which it was asked, a name in `conf/recipe/`.
+        length: Tokens of a prompt with its response, at most; longer ones are cut off behind.
+        loss: Cross entropy with the responses.
+    """
+
+    needs = Needs(text=True, training=True)
+    least_steps = None
+    recipes: ClassVar[tuple[str, ...]] = ()
+    """Those that the method is for; none: all."""
+
+    steps: int = 120
+    length: int = 256
+    learning_rate: float = 2e-5
+    loss: Literal["nll"] = "nll"  # type: ignore[assignment]
+    recipe: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipes and self.recipe not in self.recipes:
+            raise ValueError(f"recipe must be one of {', '.join(self.recipes)}, not '{self.recipe}'")
+
+    @property
+    def has_teacher(self) -> bool:
+        return False
+
+    def weights(self) -> Mapping[str, float] | None:
+        """w by task; None: all tokens count alike, whatever task they are of."""
+        return None
+
+    def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
+        from slimbench.methods.core.learning.answers import encode
+
+        return encode(self.chosen(examples_of(dense)), dense.tokenizer(), self.length, self.tasks(dense))
+
+    def chosen(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples that are trained on."""
+        return examples
+
+    def tasks(self, dense: DenseModel) -> list[str]:
+        """The tasks of all examples, in the order of their numbers.
+
+        Raises:
+            Unsupported: One of them has no weight.
+        """
+        found, weights = sorted({example.task for example in examples_of(dense)}), self.weights()
+        if weights is not None and (missing := [task for task in found if task not in weights]):
+            raise Unsupported(f"recipe {self.recipe} has the task '{missing[0]}', which {self.name} does not know")
+        return found
+
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        from slimbench.methods.core.learning.answers import answer_loss
+
+        weights, tasks = self.weights(), self.tasks(dense)
+        numbered = None if weights is None else {tasks.index(task): weight for task, weight in weights.items() if task in tasks}
+
+        def loss(answers: Tensor) -> Tensor:
+            return answer_loss(logits(student, answers[:, 0], dense), answers, numbered)
+
+        return (Lesson(loss),)
+
+    def taught_by(self, dense: DenseModel) -> str | None:
+        assert dense.taught is not None
+        return str(json.loads((dense.taught / "manifest.json").read_text(encoding="utf-8"))["teacher"])
+
+
+def examples_of(dense: DenseModel) -> list[Example]:
+    """The examples to train on that the harness has put there."""
+    assert dense.taught is not None
+    return read_examples(dense.taught / TRAIN)

@@ -1,0 +1,95 @@
+"""Methods whose examples are of one task, or of several with fixed weights; what makes them is in their recipes.
+
+SCOTT           CE(factual) + λ CE(counterfactual): rationales that a teacher draws to fit the right answer and not a wrong one, and
+                wrong rationales with the wrong answer that follows from them, so that the student's answer follows its rationale
+Socratic CoT    CE(questions) + CE(answers): what to ask of a problem, and what the answers are; in the paper two students, here one
+PaD, PERsD      CE of programs that come to the right answer; of PERsD those that a teacher mended
+KARD            CE of a rationale behind passages that it finds, BM25
+symbolic KD     CE of what follows on an event, of which a critic believes it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from slimbench.methods.base import Citation
+from slimbench.methods.distillation.taught.examples import Taught
+
+
+@dataclass(frozen=True)
+class Scott(Taught):
+    """Self-consistent chain of thought.
+
+    Attributes:
+        counterfactual: λ.
+    """
+
+    name = "scott"
+    citation = Citation("SCOTT", year=2023, arxiv="2305.01879", covers=("distillation/scott",))
+    recipes: ClassVar[tuple[str, ...]] = ("scott",)
+
+    recipe: str = "scott"
+    counterfactual: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.counterfactual > 0:
+            raise ValueError(f"counterfactual must be positive, not {self.counterfactual}")
+
+    def weights(self) -> Mapping[str, float] | None:
+        return {"factual": 1.0, "counterfactual": self.counterfactual}
+
+
+@dataclass(frozen=True)
+class Socratic(Taught):
+    """Sub-questions and their answers."""
+
+    name = "socratic"
+    citation = Citation("Socratic CoT", year=2022, arxiv="2212.00193")
+    recipes: ClassVar[tuple[str, ...]] = ("socratic",)
+
+    recipe: str = "socratic"
+
+    def weights(self) -> Mapping[str, float] | None:
+        return {"questions": 1.0, "answers": 1.0}
+
+
+@dataclass(frozen=True)
+class ProgramTuning(Taught):
+    """Programs in the place of rationales; the recipe says whose method it is."""
+
+    name = "programs"
+    citation = Citation("Program-aided distillation", 2023, "2305.13888", ("distillation/program-distillation-pad",))
+    recipes: ClassVar[tuple[str, ...]] = ("pad", "persd")
+
+    recipe: str = "pad"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe == "persd":
+            object.__setattr__(self, "citation", Citation("PERsD", 2023, "2310.18628"))
+
+
+@dataclass(frozen=True)
+class KnowledgeAugmented(Taught):
+    """Rationales behind the passages that they find."""
+
+    name = "kard"
+    citation = Citation("KARD", year=2023, arxiv="2305.18395")
+    recipes: ClassVar[tuple[str, ...]] = ("kard",)
+
+    recipe: str = "kard"
+    length: int = 384
+
+
+@dataclass(frozen=True)
+class Symbolic(Taught):
+    """What follows on events."""
+
+    name = "symbolic"
+    citation = Citation("Symbolic knowledge distillation", year=2021, arxiv="2110.07178")
+    recipes: ClassVar[tuple[str, ...]] = ("symbolic",)
+
+    recipe: str = "symbolic"
