@@ -14,7 +14,7 @@ from slimbench.harness.stages.common import Reporter
 from slimbench.tasks.teaching import data_set
 from slimbench.tasks.teaching.data_set import Made
 from slimbench.tasks.teaching.endpoint import Endpoint
-from slimbench.tasks.teaching.journal import Watch
+from slimbench.tasks.teaching.journal import Remembering, Watch
 from slimbench.util.hashing import digest
 from slimbench.util.teaching import Teacher
 
@@ -77,6 +77,12 @@ def teacher(config: RunConfig, report: Reporter) -> Teacher:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
     return Local(loaded.to(config.device.compress).eval(), tokenizer, identity(config))
+
+
+def remembering(config: RunConfig, key: str, report: Reporter) -> Remembering:
+    """The teacher for a method that asks it while it trains; its answers are kept under the key of the cell."""
+    file = data_set.folder(f"asked-{key}") / "journal.jsonl"
+    return Remembering(functools.partial(teacher, config, report), identity(config), file)
 
 
 def text(config: RunConfig, name: str, report: Reporter) -> Made:

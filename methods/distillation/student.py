@@ -32,12 +32,14 @@ class Lesson:
         share: Of the steps.
         learning: Names of the parameters of the student that learn; None: all.
         beside: What else learns, by name.
+        windows: What is trained on, made when the lesson begins; None: what all lessons have.
     """
 
     loss: Loss
     share: float = 1.0
     learning: Collection[str] | None = None
     beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    windows: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Distillation(TrainingSettings, Method):
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
         done: list[Trained] = []
         for index, lesson in enumerate(lessons):
-            done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), windows, dense))
+            own = windows if lesson.windows is None else lesson.windows()
+            done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), own, dense))
         steps = [end - begin for begin, end in pairwise(ends)]
         trained.save(student, dense, out)
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from slimbench.util.teaching import Completion, Request, Teacher
@@ -71,3 +72,19 @@ class Journal:
             os.fsync(stream.fileno())
         self._answers[name] = answer
         self.seconds += seconds
+
+
+class Remembering:
+    """A teacher whose answers are kept, so that who asks the same again, after an interruption, gets the same and costs nothing.
+
+    Attributes:
+        identity: That of the teacher.
+    """
+
+    def __init__(self, teacher: Callable[[], Teacher], identity: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.identity, self._teacher, self._journal = identity, cache(teacher), Journal(file)
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """See `util.teaching.Teacher`; the teacher is loaded when there is something new to ask."""
+        yield from enumerate(self._journal.ask(self._teacher, requests))

@@ -21,7 +21,8 @@ def given(method: Method, dense: DenseModel, folder: Path) -> DenseModel:
     tokenizer = folder.with_name(f"{folder.name}-tokenizer")
     taught.write_tokenizer(tokenizer, dense.shape.vocab_size)
     recipe: str = getattr(method, "recipe")  # noqa: B009
-    return replace(dense, tokenizer_path=tokenizer, taught=taught.write(recipe, folder.with_name(f"{folder.name}-taught")))
+    text = taught.write(recipe, folder.with_name(f"{folder.name}-taught"))
+    return replace(dense, tokenizer_path=tokenizer, taught=text, teacher=taught.Willing())
 
 
 class Scripted:

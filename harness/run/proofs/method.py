@@ -87,7 +87,8 @@ def check(name: str) -> dict[str, Any]:
         if method.needs.text:
             folder = Path(scratch) / "tokenizer"
             taught.write_tokenizer(folder, shape.vocab_size)
-            dense = replace(dense, tokenizer_path=folder, taught=taught.write(method.recipe, Path(scratch) / "taught"))
+            text = taught.write(method.recipe, Path(scratch) / "taught")
+            dense = replace(dense, tokenizer_path=folder, taught=text, teacher=taught.Willing())
         claim = method.compress(dense, Calibration(ids, "check") if method.needs.calibration else Calibration.none(), out)
         seconds = time.perf_counter() - began
         stored = artefact.files(out)

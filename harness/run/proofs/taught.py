@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config.sections.teaching import recipe
-from slimbench.util.teaching import HELD_OUT, TRAIN, Example, write_examples
+from slimbench.util.teaching import HELD_OUT, TRAIN, Completion, Example, Request, write_examples
 
 _ITEMS = 6
 
@@ -26,6 +28,20 @@ def write(name: str, folder: Path) -> Path:
     write_examples(texts[:1], folder / HELD_OUT)
     (folder / "manifest.json").write_text(json.dumps({"teacher": "a check", "recipe": name}))
     return folder
+
+
+class Willing:
+    """A teacher that says something fit to whatever it is asked: marks to who wants marks, else a sentence with the last number in it."""
+
+    identity = "a check"
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """See `util.teaching.Teacher`."""
+        for index, request in enumerate(requests):
+            prompt = request.chat[-1][1]
+            numbers = re.findall(r"answer is (\d+)", prompt) or ["0"]
+            said = "8 3" if "mark" in prompt else f"Ask {request.hash[:6]} of {request.hash[6:12]}. The answer is {numbers[-1]}"
+            yield index, Completion(said, "stop", len(prompt), len(said))
 
 
 def write_tokenizer(folder: Path, size: int) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from slimbench.util.teaching import chat_ids
 
 
 class Rollout(NamedTuple):
@@ -61,6 +65,34 @@ def rollout(
         weights.append(torch.where(open_[:, None], shares.gather(1, drawn) / mixed.gather(1, drawn), 1.0))
         open_ &= ~torch.isin(ids[:, 0], ends)
     return Rollout(torch.cat(found, 1), torch.cat(written, 1), torch.cat(weights, 1))
+
+
+@torch.no_grad()
+def answered(model: Any, tokenizer: Any, prompts: Sequence[str], new: int, dtype: torch.dtype | None = None, batch: int = 16) -> list[str]:
+    """What a model answers to prompts, each in its own template, by the likeliest token each time.
+
+    Args:
+        new: Tokens of an answer at most.
+        dtype: In which products are computed; None: that of the model.
+    """
+    ends, found = set(_ends(model).tolist()), list[str]()
+    for first in range(0, len(prompts), batch):
+        rows = [chat_ids(tokenizer, (("user", prompt),)) for prompt in prompts[first : first + batch]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                **dict.fromkeys(("temperature", "top_p", "top_k")),
+            )
+        texts = ([*takewhile(lambda token: token not in ends, row)] for row in made[:, width:].tolist())
+        found += [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]
+    return found
 
 
 class _Writer:

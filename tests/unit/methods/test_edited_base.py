@@ -26,7 +26,7 @@ from tests.unit.methods.formats.test_edited import cut_channels, cut_heads
 
 FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::-1] if EDITED in item.method.accepts}
 SHORT = {"steps": 4, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4, "growth": 1}
-SHORT |= {"rounds": 1, "runs": 2, "pairs": 2, "prompt_tokens": 4}
+SHORT |= {"examined": 2, "answer_tokens": 8, "rounds": 1, "runs": 2, "pairs": 2, "prompt_tokens": 4}
 DROPPING = {"ShortGPT", "LayerDropping", "ContributionDropping", "EveryOther", "LayerDrop"}
 """Methods that leave out one of three blocks."""
 COMPARING = {"TinyBERT", "MiniLM"}

@@ -12,21 +12,26 @@ import pytest
 
 from slimbench.harness.config.sections.teaching import recipe
 from slimbench.methods.distillation.taught.consistency import Consistency, ManyRationales
+from slimbench.methods.distillation.taught.context import ContextDistillation
 from slimbench.methods.distillation.taught.in_context import InContext
 from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
+from slimbench.methods.distillation.taught.rounds import Lion, Reflection
 from slimbench.methods.distillation.taught.tasks import KnowledgeAugmented, ProgramTuning, Scott, Socratic, Symbolic
 from slimbench.util.teaching import Completion, TeacherError
 from tests.support.taught import Scripted, written
 
 METHODS = (
     Consistency,
+    ContextDistillation,
     InContext,
     InstructionTuning,
     KnowledgeAugmented,
+    Lion,
     ManyRationales,
     ProgramTuning,
     RationaleTuning,
+    Reflection,
     Scott,
     Socratic,
     Symbolic,
@@ -303,6 +308,38 @@ def test_scott_draws_from_the_difference_of_right_and_wrong_and_refuses_a_server
         assert one.response.endswith(f"So the answer is {one.gold}") and other.response == f"So the answer is {other.gold}"
         assert one.gold != other.gold and "reason for" in other.prompt
     assert recipe("scott").subtracts and not recipe("socratic").subtracts
+
+
+def test_context_has_each_text_with_the_definition_and_without() -> None:
+    turn = iter(range(1000))
+    examples, asked, _ = written("context", lambda prompt: f"and so it was {next(turn)}", 4)
+    assert len(asked) == 20 and len(examples) == 40
+    for told, untold in zip(examples[::2], examples[1::2], strict=True):
+        assert (told.task, untold.task) == ("told", "untold") and told.response == untold.response
+        assert told.prompt.endswith(untold.prompt) and len(told.prompt) > len(untold.prompt) + 20
+
+
+def test_lion_begins_with_instructions_that_are_answered() -> None:
+    text = words()
+
+    def answer(prompt: str) -> str:
+        return f" Tell of {next(text)}\nInstruction 6: {next(text).title()}" if "Instruction 5:" in prompt else "it is so"
+
+    examples, asked, _ = written("lion", answer, 6)
+    assert all(example.response == "it is so" for example in examples) and asked[0].chat[-1][1].count("Instruction") == 5
+
+
+def test_reflection_begins_with_two_right_rationales_of_each_question() -> None:
+    golds, turn, text = gold("reflection", 4), iter(range(1000)), words()
+
+    def answer(prompt: str) -> str:
+        number = next(turn)
+        right = answer_of(golds, prompt) if number < 4 or number % 4 == 0 else "nothing"
+        return f"{next(text)}. The answer is {right}."
+
+    examples, asked, made = written("reflection", answer, 4)
+    assert len(asked) == 16 and made.kept == 3 and len({example.item for example in examples}) == 1
+    assert all(example.response.endswith(f"The answer is {example.gold}") for example in examples)
 
 
 def test_socratic_has_questions_and_their_answers() -> None:

@@ -14,6 +14,7 @@ from slimbench.methods.base import Calibration, DenseModel, Unsupported
 from slimbench.methods.core.learning.answers import ANSWER, PROMPT, RESPONSE, answer_loss, encode
 from slimbench.methods.core.training import batch
 from slimbench.methods.distillation.taught.consistency import Consistency, ManyRationales, symmetric
+from slimbench.methods.distillation.taught.context import ContextDistillation
 from slimbench.methods.distillation.taught.in_context import InContext
 from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
@@ -185,6 +186,33 @@ def test_in_context_distillation_has_hard_soft_and_language_terms(dense: DenseMo
     assert method.has_teacher and not RationaleTuning().has_teacher
 
 
+def test_what_is_told_is_learned_without_being_told(dense: DenseModel, tmp_path: Path) -> None:
+    """τ² KL(p(· | definition, text) ‖ q(· | text)) over the tokens of the response, which stand at other places behind the definition."""
+    texts = [
+        Example("a wendle peels eggs. go on: the wendle", "cuts well", "told", "a"),
+        Example("go on: the wendle", "cuts well", "untold", "a"),
+        Example("go on: the wendle", "is lost", "untold", "a"),
+        Example("a tram runs. go on: it", "goes", "told", "b"),
+        Example("go on: it", "goes", "untold", "b"),
+    ]
+    write_examples(texts, tmp_path / TRAIN)
+    given, method = replace(dense, taught=tmp_path), ContextDistillation(length=100, temperature=1.5)
+    pairs = method.windows(Calibration.none(), given)
+    assert pairs.shape[:2] == (2, 6), "what was not told is not learned"
+    student, before = tiny.save_model(tmp_path / "student", "float32", seed=9, vocab_size=300).load(), dense.load()
+    total = []
+    for pair in pairs:
+        shares = []
+        for model, side in ((student, pair[:3]), (before, pair[3:])):
+            places = [place - 1 for place in range(pair.shape[1]) if int(side[1, place]) >= RESPONSE]
+            shares.append(model(side[None, 0]).logits[0, places].double().div(1.5).log_softmax(-1))
+        total += [float((p.exp() * (p - q)).sum()) for q, p in zip(*shares, strict=True)]
+    assert float(method.loss_of(student, before, pairs, given)) == pytest.approx(1.5**2 * sum(total) / len(total), rel=1e-5)
+    write_examples(texts[:1], tmp_path / TRAIN)
+    with pytest.raises(Unsupported, match="left no response with and without"):
+        method.windows(Calibration.none(), given)
+
+
 def test_tokens_are_counted_without_what_fills_them_up_and_the_teacher_is_told(dense: DenseModel, tmp_path: Path) -> None:
     method = InstructionTuning(steps=3, batch_size=2, length=100, learning_rate=1e-3)
     answers = method.windows(Calibration.none(), dense)
@@ -216,6 +244,7 @@ def test_masks_keep_what_is_beyond_an_answer_out_of_the_loss(dense: DenseModel) 
         (lambda: Scott(counterfactual=0.0), "counterfactual must be positive"),
         (lambda: Consistency(consistency=-1.0), "consistency must be positive"),
         (lambda: Consistency(pairs=0), "pairs must be at least 1"),
+        (lambda: ContextDistillation(temperature=0.0), "temperature must be positive"),
         (lambda: InContext(language=-0.1), "language must not be negative"),
     ],
 )

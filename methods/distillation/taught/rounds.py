@@ -1,0 +1,309 @@
+"""Methods that go on in rounds: what the student cannot do yet decides on what the teacher is asked next.
+
+    Lion            imitation, then a referee, the teacher itself, gives marks to the teacher's and the student's answers, in both orders;
+                    where the student is behind by a mark or more, an instruction is hard; as many new hard ones as new easy ones are
+                    written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
+    reflection      the student sits an exam on the questions that it learns from; what it gets wrong goes back to the teacher, which
+                    explains the right answer to this student; a right rationale shall be nearer to another right one than to the
+                    student's own wrong ones (Wang et al., arXiv 2310.13332)
+
+Rounds have equal shares of the steps. What the student writes is the likeliest each time, so that a run that is resumed asks the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slimbench.methods.base import Citation, DenseModel, Needs, Unsupported
+from slimbench.methods.distillation.student import Lesson, logits
+from slimbench.methods.distillation.taught.examples import Taught, examples_of
+from slimbench.util.teaching import Completion, Example, Request, Sampling
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+JUDGE = """Two answers to one instruction follow. Give each a mark from 1 to 10 for how helpful and how right it is.
+
+Instruction: {instruction}
+
+First answer: {first}
+
+Second answer: {second}
+
+Write the two marks alone, the first answer's mark first:"""
+HARDER = """Write one new instruction for an assistant, of the same field and kind as this one, but rarer and harder. Write it alone.
+
+{instruction}"""
+EASIER = """Write one new instruction for an assistant, on another matter than this one, which is rare but no harder. Write it alone.
+
+{instruction}"""
+CORRECT = """A student was asked:
+
+{question}
+
+The student wrote:
+
+{answer}
+
+The right answer is {gold}. Explain to this student, in two or three sentences, how to get there, and end with "The answer is {gold}"."""
+
+
+@dataclass(frozen=True)
+class Rounds(Taught):
+    """Fine-tuning in rounds, with questions to the teacher between them.
+
+    Attributes:
+        rounds: How many.
+        examined: Examples whose prompts the student answers between two of them, at most.
+        answer_tokens: Of what student and teacher write then, at most.
+    """
+
+    needs = Needs(text=True, teacher=True, training=True)
+
+    rounds: int = 3
+    examined: int = 32
+    answer_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("rounds", 1), ("examined", 1), ("answer_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.rounds > self.steps:
+            raise ValueError(f"rounds must not exceed the steps {self.steps}, not {self.rounds}")
+
+    def asked(self, dense: DenseModel, prompts: Sequence[str], tokens: int, temperature: float = 0.0) -> list[Completion]:
+        """The teacher's answers, in order."""
+        assert dense.teacher is not None
+        sampling = Sampling(max_tokens=tokens, temperature=temperature)
+        requests = [Request((("user", prompt),), sampling, seed=number) for number, prompt in enumerate(prompts)]
+        found = dict(dense.teacher.answers(requests))
+        return [found[number] for number in range(len(prompts))]
+
+    def examination(self, student: Any, examples: Sequence[Example], dense: DenseModel, turn: int) -> list[tuple[Example, str]]:
+        """Some examples, one of each prompt, with what the student answers to them now."""
+        from slimbench.methods.core.learning.rollouts import answered
+
+        each = list({example.prompt: example for example in examples}.values())
+        each.sort(key=lambda example: hashlib.sha256(f"{self.seed + dense.seed} {turn} {example.prompt}".encode()).hexdigest())
+        chosen, training = each[: self.examined], student.training
+        student.eval()
+        texts = answered(student, dense.tokenizer(), [example.prompt for example in chosen], self.answer_tokens, _arithmetic(dense))
+        student.train(training)
+        return list(zip(chosen, texts, strict=True))
+
+
+@dataclass(frozen=True)
+class Lion(Rounds):
+    """Adversarial distillation.
+
+    Attributes:
+        behind: Marks that the student is behind by where an instruction is hard.
+        likeness: Largest ROUGE-L of a new instruction with one that there is.
+    """
+
+    name = "lion"
+    citation = Citation("Lion", year=2023, arxiv="2305.12870", covers=("distillation/lion",))
+    recipes: ClassVar[tuple[str, ...]] = ("lion",)
+
+    recipe: str = "lion"
+    behind: float = 1.0
+    likeness: float = 0.7
+
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        from slimbench.methods.core.learning.answers import answer_loss, encode
+
+        pool, tokenizer = _Pool(list(examples_of(dense))), dense.tokenizer()
+        tasks = self.tasks(dense)
+
+        def loss(answers: Tensor) -> Tensor:
+            return answer_loss(logits(student, answers[:, 0], dense), answers)
+
+        def text(turn: int) -> Callable[[], Tensor]:
+            def made() -> Tensor:
+                new = self.harder(student, pool.examples, dense, turn) if turn else pool.examples
+                pool.examples += new if turn else []
+                return encode(new or pool.examples, tokenizer, self.length, tasks)
+
+            return made
+
+        return [Lesson(loss, 1 / self.rounds, windows=text(turn)) for turn in range(self.rounds)]
+
+    def harder(self, student: Any, pool: Sequence[Example], dense: DenseModel, turn: int) -> list[Example]:
+        """New instructions with the teacher's answers: as many after hard ones as after easy ones, unlike all that there are."""
+        sat = self.examination(student, pool, dense, turn)
+        differences = self.marks(sat, dense)
+        hard = [example for (example, _), by in zip(sat, differences, strict=True) if by is not None and by >= self.behind]
+        easy = [example for (example, _), by in zip(sat, differences, strict=True) if by is not None and by < self.behind]
+        count = min(len(hard), len(easy)) or max(len(hard), len(easy))
+        prompts = [HARDER.format(instruction=example.prompt) for example in hard[:count]]
+        prompts += [EASIER.format(instruction=example.prompt) for example in easy[:count]]
+        written = [answer.text.strip() for answer in self.asked(dense, prompts, self.answer_tokens, 1.0) if answer.finish == "stop"]
+        kept = list(unlike(written, [example.prompt for example in pool], self.likeness))
+        answers = self.asked(dense, kept, self.answer_tokens)
+        return [
+            Example(prompt, answer.text.strip(), task=pool[0].task, item=f"round {turn}")
+            for prompt, answer in zip(kept, answers, strict=True)
+            if answer.finish == "stop" and answer.text.strip()
+        ]
+
+    def marks(self, sat: Sequence[tuple[Example, str]], dense: DenseModel) -> list[float | None]:
+        """By how many marks the student is behind, the mean over both orders; None where the referee gave none in either."""
+        prompts = []
+        for example, text in sat:
+            for first, second in ((example.response, text), (text, example.response)):
+                prompts.append(JUDGE.format(instruction=example.prompt, first=first, second=second))
+        given = [two_marks(answer.text) for answer in self.asked(dense, prompts, 16)]
+        found: list[float | None] = []
+        for ours, theirs in zip(given[::2], given[1::2], strict=True):
+            gaps = ([ours[0] - ours[1]] if ours else []) + ([theirs[1] - theirs[0]] if theirs else [])
+            found.append(sum(gaps) / len(gaps) if gaps else None)
+        return found
+
+
+@dataclass
+class _Pool:
+    examples: list[Example] = field(default_factory=list)
+
+
+def two_marks(text: str) -> tuple[float, float] | None:
+    """The first two numbers from 1 to 10 in a referee's answer; None where it does not begin with marks."""
+    numbers = [float(number) for number in re.findall(r"(?<![\d.])\d+(?:\.\d+)?(?![\d.]*\d)", text)]
+    return (numbers[0], numbers[1]) if len(numbers) >= 2 and all(1 <= number <= 10 for number in numbers[:2]) else None
+
+
+def unlike(texts: Sequence[str], known: Sequence[str], limit: float) -> Iterator[str]:
+    """The texts whose ROUGE-L with each known one, and with each before them, is at most a limit."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer, seen = RougeScorer(["rougeL"]), list(known)
+    for text in texts:
+        if text and all(scorer.score(other, text)["rougeL"].fmeasure <= limit for other in seen):
+            seen.append(text)
+            yield text
+
+
+@dataclass(frozen=True)
+class Reflection(Rounds):
+    """Learning from one's own mistakes.
+
+    Attributes:
+        contrast: Weight of the triplets.
+        margin: By which a right rationale shall be nearer than a wrong one.
+        negatives: Wrong rationales of a question that are kept, the last ones.
+    """
+
+    name = "reflection"
+    citation = Citation("Democratizing reasoning ability", year=2023, arxiv="2310.13332")
+    recipes: ClassVar[tuple[str, ...]] = ("reflection",)
+
+    recipe: str = "reflection"
+    rounds: int = 2
+    batch_size: int = 2
+    contrast: float = 0.5
+    margin: float = 1.0
+    negatives: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("contrast", "margin"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.negatives < 1:
+            raise ValueError(f"negatives must be at least 1, not {self.negatives}")
+
+    def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        wrong: dict[str, list[str]] = {}
+        right = _Pool(list(examples_of(dense)))
+        if not all(example.gold for example in right.examples):
+            raise Unsupported(f"recipe {self.recipe} has examples without a right answer, of which there is no exam")
+
+        def text(turn: int) -> Callable[[], Tensor]:
+            def made() -> Tensor:
+                if turn:
+                    right.examples += self.corrected(student, right.examples, wrong, dense, turn)
+                return self.triplets(right.examples, wrong, dense)
+
+            return made
+
+        def loss(triplets: Tensor) -> Tensor:
+            return self.loss_of(student, triplets, dense)
+
+        return [Lesson(loss, 1 / self.rounds, windows=text(turn)) for turn in range(self.rounds)]
+
+    def corrected(self, student: Any, right: Sequence[Example], wrong: dict[str, list[str]], dense: DenseModel, turn: int) -> list[Example]:
+        """What the teacher explains where the student was wrong; its wrong answers are noted by prompt."""
+        sat = self.examination(student, right, dense, turn)
+        failed = [(example, text) for example, text in sat if not text.rstrip(" .").endswith(example.gold)]
+        for example, text in failed:
+            wrong[example.prompt] = [*wrong.get(example.prompt, ()), *([text] if text else ())][-self.negatives :]
+        prompts = [CORRECT.format(question=example.prompt, answer=text, gold=example.gold) for example, text in failed]
+        answers = self.asked(dense, prompts, self.answer_tokens)
+        return [
+            replace(example, response=answer.text.strip().rstrip("."))
+            for (example, _), answer in zip(failed, answers, strict=True)
+            if answer.finish == "stop" and answer.text.strip().rstrip(".").endswith(example.gold)
+        ]
+
+    def triplets(self, right: Sequence[Example], wrong: dict[str, list[str]], dense: DenseModel) -> Tensor:
+        """Rationales [n, 9, length]: each beside another right one of its question and one of the student's wrong ones, or nothing."""
+        import torch
+
+        from slimbench.methods.core.learning.answers import encode
+
+        tokenizer, tasks, rows = dense.tokenizer(), self.tasks(dense), list[list[Example | None]]()
+        for number, example in enumerate(right):
+            others = [other for other in right if other.prompt == example.prompt and other.response != example.response]
+            against = wrong.get(example.prompt, [])
+            whole = bool(others and against)
+            other = others[number % len(others)] if whole else None
+            rows.append([example, other, replace(example, response=against[number % len(against)], gold="") if whole else None])
+        texts = list(dict.fromkeys(example for row in rows for example in row if example is not None))
+        encoded = {text: encode([text], tokenizer, self.length, tasks)[0] for text in texts}
+        width = max(row.shape[1] for row in encoded.values())
+        none = torch.zeros(3, width, dtype=torch.int64)
+        padded = {text: torch.nn.functional.pad(row, (0, width - row.shape[1])) for text, row in encoded.items()}
+        return torch.stack([torch.cat([none if text is None else padded[text] for text in row]) for row in rows])
+
+    def loss_of(self, student: Any, triplets: Tensor, dense: DenseModel) -> Tensor:
+        """CE of the first + `contrast` · mean max(0, ‖a − p‖ − ‖a − n‖ + margin) over those that have all three.
+
+        a, p and n are the means of the last hidden states over the tokens of a response, divided by their norms.
+        """
+        import torch
+
+        from slimbench.methods.core.learning.answers import RESPONSE, answer_loss
+
+        first = triplets[:, :3]
+        with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
+            out = student(input_ids=first[:, 0], use_cache=False, output_hidden_states=True)
+        learned = answer_loss(out.logits, first)
+        whole = (triplets[:, 4] > 0).any(1) & (triplets[:, 7] > 0).any(1)
+        if not bool(whole.any()):
+            return learned
+        others = torch.cat([triplets[whole, 3:6], triplets[whole, 6:]])
+        with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
+            states = student(input_ids=others[:, 0], use_cache=False, output_hidden_states=True).hidden_states[-1]
+        near, far = pooled(states, others[:, 1] >= RESPONSE).chunk(2)
+        anchor = pooled(out.hidden_states[-1][whole], first[whole, 1] >= RESPONSE)
+        gaps = (anchor - near).norm(dim=-1) - (anchor - far).norm(dim=-1) + self.margin
+        return learned + self.contrast * gaps.clamp(min=0).mean()
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Means of hidden states [n, length, hidden] where a mask [n, length] is true, divided by their norms."""
+    import torch
+
+    weights = mask[..., None].float()
+    return torch.nn.functional.normalize((states.float() * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+
+
+def _arithmetic(dense: DenseModel) -> torch.dtype | None:
+    import torch
+
+    return torch.bfloat16 if dense.dtype == "bfloat16" else None
