@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from slimbench.tasks import assets
-from slimbench.util import checksums, locks
-from slimbench.util.files import cache_dir
+from slimbench.tasks import assets, task_files
 
 DEFINITIONS = Path(__file__).with_name("bigbench.yaml")
 ASSET = "bigbench"
@@ -93,11 +91,17 @@ def task_folder() -> Path:
     """
     tasks = definitions()
     identity = hashlib.sha256("".join(fingerprint(name) for name in sorted(tasks)).encode()).hexdigest()[:16]
-    folder = cache_dir() / "tasks" / f"bigbench-{identity}"
-    with locks.held(folder):
-        if not _is_whole(tasks, folder):
-            write_tasks(tasks, assets.fetch(ASSET), folder)
-    return folder
+    return written(tasks, lambda: assets.fetch(ASSET), identity)
+
+
+def written(tasks: Mapping[str, BigBenchTask], source: Callable[[], Path], identity: str) -> Path:
+    """The folder of some tasks in the cache.
+
+    Args:
+        source: Gives the folder that holds BIG-bench's files as the asset does.
+        identity: Of tasks and source.
+    """
+    return task_files.folder(f"bigbench-{identity}", {name: _DEFINITION for name in tasks}, lambda: _items(tasks, source()))
 
 
 def fingerprint(name: str) -> str:
@@ -107,20 +111,11 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_tasks(tasks: Mapping[str, BigBenchTask], source: Path, folder: Path) -> None:
-    """Write a YAML and a JSON-lines file for each task; the folder appears whole or not at all.
-
-    Args:
-        tasks: What to write, by name.
-        source: Folder that holds BIG-bench's files as the asset does.
-        folder: Folder to write; it is replaced if it exists.
-    """
-    with checksums.sealed_folder(folder) as temporary:
-        for name, task in tasks.items():
-            examples = json.loads((source / task.member).read_text(encoding="utf-8"))["examples"]
-            lines = [json.dumps(item, ensure_ascii=False) for item in items(name, task, examples)]
-            (temporary / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            (temporary / f"{name}.yaml").write_text(_definition(name, folder), encoding="utf-8")
+def _items(tasks: Mapping[str, BigBenchTask], source: Path) -> dict[str, list[dict[str, Any]]]:
+    """The items of each task, from the folder that holds BIG-bench's files as the asset does."""
+    return {
+        name: items(name, task, json.loads((source / task.member).read_text(encoding="utf-8"))["examples"]) for name, task in tasks.items()
+    }
 
 
 def items(name: str, task: BigBenchTask, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -150,26 +145,12 @@ def _convert(name: str, task: BigBenchTask, examples: list[dict[str, Any]]) -> I
         yield {"id": index, "context": context, "choices": choices, "answer": choices.index(best[0])}
 
 
-def _definition(name: str, folder: Path) -> str:
-    """The lm-eval task: the context, a space and each choice, scored by log-likelihood."""
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")],
-        "metadata": {"version": TASK_VERSION},
-    }
-    return yaml.safe_dump(task, sort_keys=False)
-
-
-def _is_whole(tasks: Mapping[str, BigBenchTask], folder: Path) -> bool:
-    """Whether all files are there as they were written, and name each other; they do not once the cache has been moved."""
-    files = [(folder / f"{name}.yaml", _definition(name, folder)) for name in tasks]
-    return checksums.seal_fault(folder) is None and all(
-        file.is_file() and file.read_text(encoding="utf-8") == text and file.with_suffix(".jsonl").is_file() for file, text in files
-    )
+_DEFINITION = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "context",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")],
+    "metadata": {"version": TASK_VERSION},
+}
+"""Of all tasks: the context, a space and each choice, scored by log-likelihood."""

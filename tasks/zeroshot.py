@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
-from slimbench.tasks import bigbench
+from slimbench.tasks import bigbench, reasoning
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import hash_file
 from slimbench.util.text import closest, nearest
 
 ASSET_PREFIX = "asset:"
-_SHIPPED, _SHIPPED_NAMES = f"asset:{bigbench.ASSET}", "bb_"
+_SHIPPED: dict[str, Any] = {f"asset:{bigbench.ASSET}": bigbench, reasoning.PLACE: reasoning}
+_SHIPPED_NAMES = ("bb_", "gym_")
 _HEADLINE = ("acc_norm", "acc", "exact_match")
 
 
@@ -27,14 +28,14 @@ def folders(include_path: Sequence[str], tasks: Sequence[str]) -> list[Path]:
     """The folders of task YAMLs that lm-eval must read for some tasks, beside its own.
 
     Args:
-        include_path: Folders of one's own. The shipped tasks, `asset:bigbench`, are always beside them.
+        include_path: Folders of one's own. The shipped tasks, `asset:bigbench` and generated ones, are always beside them.
         tasks: Names of tasks and groups.
 
     Raises:
         DataError: There is no such folder or task, or two of the folders define one.
     """
     homes = _homes(include_path, tasks).values()
-    return [bigbench.task_folder() if place == _SHIPPED else _folder(place) for place in _places(include_path) if place in homes]
+    return [_SHIPPED[p].task_folder() if p in _SHIPPED else _folder(p) for p in _places(include_path) if p in homes]
 
 
 def of_lm_eval(include_path: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -56,9 +57,9 @@ def fingerprint(include_path: Sequence[str], tasks: Sequence[str]) -> str:
         DataError: An unknown folder, asset or task.
     """
     homes = _homes(include_path, tasks)
-    files = {home: _definitions(_folder(home)) for home in homes.values() if home not in (None, _SHIPPED)}
+    files = {home: _definitions(_folder(home)) for home in homes.values() if home is not None and home not in _SHIPPED}
     identity = [
-        task if home is None else bigbench.fingerprint(task) if home == _SHIPPED else _identity(task, files[home])
+        task if home is None else _SHIPPED[home].fingerprint(task) if home in _SHIPPED else _identity(task, files[home])
         for task, home in sorted(homes.items())
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -66,7 +67,7 @@ def fingerprint(include_path: Sequence[str], tasks: Sequence[str]) -> str:
 
 def _places(include_path: Sequence[str]) -> list[str]:
     """Where tasks are looked for: one's own folders, then the shipped ones."""
-    return list(dict.fromkeys([*include_path, _SHIPPED]))
+    return list(dict.fromkeys([*include_path, *_SHIPPED]))
 
 
 def _homes(include_path: Sequence[str], tasks: Sequence[str]) -> dict[str, str | None]:
@@ -77,7 +78,7 @@ def _homes(include_path: Sequence[str], tasks: Sequence[str]) -> dict[str, str |
         found = [place for place, names in known.items() if task in names]
         if len(found) > 1:
             raise DataError(f"task '{task}' is defined twice: in {found[0]} and in {found[1]}")
-        mistaken = task.startswith(_SHIPPED_NAMES) or (set(include_path) - {_SHIPPED} and not _in_lm_eval(task))
+        mistaken = task.startswith(_SHIPPED_NAMES) or (set(include_path) - _SHIPPED.keys() and not _in_lm_eval(task))
         if not found and mistaken:
             raise DataError(f"no task '{task}' in {', '.join(known)}{nearest(task, {n for names in known.values() for n in names})}")
         homes[task] = found[0] if found else None
@@ -104,13 +105,13 @@ def drawn(task: str, items: int, limit: int, seed: int) -> list[int]:
 
 
 def groups() -> dict[str, str]:
-    """What each shipped task asks for: `knowledge`, `language`, `reasoning` or `social`."""
-    return {name: task.group for name, task in bigbench.definitions().items()}
+    """What each shipped task asks for: `knowledge`, `language`, `reasoning`, `social`, or `answers` that are written out."""
+    return {name: task.group for name, task in bigbench.definitions().items()} | dict.fromkeys(reasoning.definitions(), "answers")
 
 
 def headline_metrics() -> dict[str, str]:
     """The metric by which each shipped task is ranked."""
-    return {name: task.metric for name, task in bigbench.definitions().items()}
+    return {name: task.metric for name, task in bigbench.definitions().items()} | dict.fromkeys(reasoning.definitions(), "exact_match")
 
 
 def headline(task: str) -> tuple[str, ...]:
@@ -136,7 +137,8 @@ def _folder(include_path: str) -> Path:
 def _known(place: str) -> list[str]:
     if place.startswith(ASSET_PREFIX):
         _check_asset(place)
-        return list(bigbench.definitions())
+    if place in _SHIPPED:
+        return list(_SHIPPED[place].definitions())
     return list(_definitions(_folder(place)))
 
 

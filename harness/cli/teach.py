@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slimbench.harness.cli.terminal import Overrides
+from slimbench.harness.cli.terminal import Overrides, libraries_silenced
 
 _LOOKED_AT = 3
 _EVERY_S = 5.0
@@ -39,14 +39,17 @@ def teach(
     if dry_run:
         _show(asked, config)
         return
-    from slimbench.harness.run.cell import on_this_machine
-    from slimbench.harness.run.planning.obstacles import require_modules
+    with libraries_silenced():  # what they say when they are imported and load a model
+        from transformers.utils import logging
 
-    require_modules(f"recipe '{recipe}'", asked.modules)
-    from slimbench.harness.stages import teaching
+        from slimbench.harness.run.cell import on_this_machine
+        from slimbench.harness.run.planning.obstacles import require_modules
+        from slimbench.harness.stages import teaching
 
-    made = teaching.text(on_this_machine(config), recipe, _Console())
-    _tell(made)
+        logging.disable_progress_bar()
+        require_modules(f"recipe '{recipe}'", asked.modules)
+        config = on_this_machine(config)
+    _tell(teaching.text(config, recipe, _Console()))
 
 
 def _show(asked: Any, config: Any) -> None:

@@ -93,19 +93,21 @@ def text(config: RunConfig, name: str, report: Reporter) -> Made:
         util.teaching.TeacherError: It cannot be asked.
     """
 
+    phase = f"teach {name}"
+
     def watch(stage: str) -> Watch:
-        report.phase(f"teach {name}: {stage}")
+        nonlocal phase
+        phase = f"teach {name}: {stage}"
+        report.phase(phase)
         return report.progress
 
-    return data_set.make(
-        recipe(name),
-        functools.partial(teacher, config, report),
-        identity(config),
-        config.teacher.examples,
-        config.teacher.seed,
-        config.teacher.licence,
-        watch,
-    )
+    def ready() -> Teacher:
+        found = teacher(config, report)
+        report.phase(phase)
+        return found
+
+    who = config.teacher
+    return data_set.make(recipe(name), ready, identity(config), who.examples, who.seed, who.licence, watch)
 
 
 def facts(made: Made) -> TeachingFacts:

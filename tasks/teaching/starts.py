@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from slimbench.tasks import corpora
+from slimbench.tasks import corpora, reasoning
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching.parts import File, Passages, Row, Seeds, Start, Tasks
 from slimbench.util.hashing import digest, hash_file
@@ -19,7 +19,7 @@ SEEDS = Path(__file__).parent / "seeds"
 
 
 def rows(start: Start, count: int, seed: int) -> list[Row]:
-    """At most `count` rows, each with its `item`, a name of its own.
+    """At most `count` rows, each with its `item`, a name of its own; none is a question that a suite asks.
 
     Raises:
         DataError: They cannot be had.
@@ -57,41 +57,26 @@ def fingerprint(start: Start) -> str:
         case Seeds():
             return digest(_seeds(start.name))
         case Tasks():
-            return digest([start.names, _version()])
+            return digest([start.names, reasoning.version(), [reasoning.fingerprint(name) for name in reasoning.definitions()]])
         case Passages():
             return digest([corpora.fingerprint(start.corpus), start.words])
     return digest([_hash(start), start.fields])
 
 
 def _generated(start: Tasks, count: int, seed: int) -> list[Row]:
-    gym = _gym()
+    reasoning.version()
+    import reasoning_gym as gym
+
     each = -(-count // len(start.names))
     found: list[Row] = []
     for name in start.names:
         try:
-            items: Any = gym.create_dataset(name, size=each, seed=seed)
+            items: Any = gym.create_dataset(name, size=2 * each, seed=seed)
         except ValueError as error:
             raise DataError(f"reasoning-gym has no data set '{name}'") from error
-        found += [{"question": str(item["question"]).strip(), "gold": str(item["answer"]).strip(), "task": name} for item in items]
+        rows = ({"question": str(item["question"]).strip(), "gold": str(item["answer"]).strip(), "task": name} for item in items)
+        found += [row for row in rows if row["question"] not in reasoning.questions()][:each]
     return found
-
-
-def _gym() -> Any:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise DataError("generated tasks need reasoning-gym: install [teaching]") from error
-    return reasoning_gym
-
-
-@cache
-def _version() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("reasoning_gym")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError("generated tasks need reasoning-gym: install [teaching]") from error
 
 
 @cache

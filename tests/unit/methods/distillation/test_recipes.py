@@ -180,7 +180,7 @@ def test_seqkd_learns_what_a_teacher_writes_behind_a_passage() -> None:
 
 
 def test_step_by_step_has_a_label_and_a_rationale_for_each_question() -> None:
-    examples, asked, made = written("step-by-step", lambda prompt: " One thinks a while.\nAnswer: 3", 12)
+    examples, asked, made = written("step-by-step", lambda prompt: " One thinks a while.", 12)
     golds = gold("step-by-step")
     assert made.kept == 12 == len(asked) and len(examples) == 24
     labels = [example for example in examples if example.task == "label"]
