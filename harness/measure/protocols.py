@@ -18,5 +18,8 @@ DIVERGENCE = 1
 GENERATION = 1
 """Greedy continuations of prompts."""
 
+IMITATION = 1
+"""Students held against what their teacher wrote."""
+
 SPEED = 2
 """Prefill, decode, memory and what else the stage `speed` measures."""

@@ -35,7 +35,7 @@ def keys(config: RunConfig) -> Keys:
             config.suite.model_dump(),
             [corpora.fingerprint(spec) for spec in config.suite.corpus],
             zeroshot.fingerprint(config.suite.include_path, config.suite.tasks) if config.suite.tasks else None,
-            protocol_versions(config.suite),
+            protocol_versions(config.suite) | ({"imitation": protocols.IMITATION} if any(m.needs.text for m in methods) else {}),
             prompts.load().sha256 if config.suite.continuations else None,
         ),
         speed=speed_part(config.speed.model_dump(), protocols.SPEED),

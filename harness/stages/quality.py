@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import documents, generation, perplexity, zeroshot
+from slimbench.harness.measure.answers import imitation
 from slimbench.harness.measure.loaded import Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
-from slimbench.harness.stages import models
+from slimbench.harness.stages import models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.methods.base import Unsupported
 from slimbench.tasks import prompts
 from slimbench.tasks.overlap import overlap
+from slimbench.tasks.teaching import data_set
 
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
@@ -71,6 +74,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.forward_tokens += tokens
     if suite.continuations:
         _continue(loaded, tokenizer, suite, result, report, journal)
+    _imitate(config, loaded, tokenizer, result, report, journal)
     result.flags += [*_flags(result, distributions), *journal.remarks()]
     return result
 
@@ -84,6 +88,24 @@ def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: Qualit
         result.forward_tokens += tokens
     except Unsupported as error:
         result.flags.append(f"no continuations: {error}")
+
+
+def _imitate(config: RunConfig, loaded: Loaded, tokenizer: Any, result: QualityResult, report: Reporter, journal: Journal) -> None:
+    """Hold a model against the teacher whose text it learned from; where that cannot be, say why."""
+    name = next((method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text), None)
+    if name is None:
+        return
+    made = data_set.found(teaching.key(config, name))
+    if made is None:
+        result.flags.append(f"not held against its teacher: the text of {name} is not in this machine's cache")
+        return
+    try:
+        with _timed(result, report, journal, "imitation", "examples") as kept:
+            held_out = data_set.examples_of(made)[1]
+            result.imitation, tokens = imitation.measure(loaded, tokenizer, held_out, name, made.sha256, report.progress, kept)
+        result.forward_tokens += tokens
+    except Unsupported as error:
+        result.flags.append(f"not held against its teacher: {error}")
 
 
 @contextmanager

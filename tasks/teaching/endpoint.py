@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -62,8 +63,8 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise TeacherError(f"teacher '{self.place}' is no address; write http://HOST:PORT/v1")
-        if parts.username or parts.password:
-            raise TeacherError("a teacher's address holds no name and no password; put the key into an environment variable")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise TeacherError("a teacher's address holds no name, password or query; put the key into an environment variable")
 
     @property
     def place(self) -> str:
@@ -80,12 +81,14 @@ class Endpoint:
         """See `util.teaching.Teacher`; answers come as they are ready."""
         if any(request.against for request in requests):
             raise TeacherError("this recipe subtracts one distribution from another, which no endpoint gives; take teacher.source=self")
+        given_up = Event()
         with self._client() as client, ThreadPoolExecutor(self.at_once) as pool:
-            under_way = {pool.submit(self._answer, client, request): index for index, request in enumerate(requests)}
+            under_way = {pool.submit(self._answer, client, request, given_up): index for index, request in enumerate(requests)}
             try:
                 for future in as_completed(under_way):
                     yield under_way[future], future.result()
             finally:
+                given_up.set()
                 for future in under_way:
                     future.cancel()
 
@@ -121,10 +124,12 @@ class Endpoint:
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         return httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=False)
 
-    def _answer(self, client: Any, request: Request) -> Completion:
-        """One answer, after as many attempts as it takes."""
-        malformed: str | None = None
+    def _answer(self, client: Any, request: Request, given_up: Event) -> Completion:
+        """One answer, after as many attempts as it takes, unless another request was given up meanwhile."""
+        malformed, reason = None, "another request was given up"
         for attempt in range(self.attempts):
+            if given_up.is_set():
+                break
             try:
                 return _completion(self._read(client, "POST", "chat/completions", self._body(request), _limit(request)))
             except _TooLong:
@@ -139,6 +144,7 @@ class Endpoint:
                 time.sleep(self._pause(attempt, wait))
         if malformed is not None:
             return Completion("", "malformed", reason=malformed)
+        given_up.set()
         raise TeacherError(f"teacher {self.place} gave no answer in {self.attempts} attempts: {reason}")
 
     def _pause(self, attempt: int, asked: float | None) -> float:

@@ -33,8 +33,8 @@ class TeacherConfig(Strict):
     """
 
     source: str = "self"
-    model: str | None = None
-    revision: str | None = None
+    model: str | None = Field(default=None, coerce_numbers_to_str=True)
+    revision: str | None = Field(default=None, coerce_numbers_to_str=True)
     key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     licence: str | None = None
     examples: Whole = Field(default=256, ge=1)
@@ -47,8 +47,8 @@ class TeacherConfig(Strict):
     @classmethod
     def _known(cls, source: str) -> str:
         parts = urlsplit(source)
-        if parts.username or parts.password:
-            raise ValueError("an address holds no name and no password; name a variable of the environment with teacher.key_variable")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("an address holds no name, password or query; name a variable of the environment with teacher.key_variable")
         if source != "self" and parts.scheme not in ("file", "hf", "http", "https"):
             raise ValueError(f"'{source}' is none of self, file:FOLDER, hf:ORG/NAME, http://HOST:PORT/v1")
         return source

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimbench.methods.base import Calibration, Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
-from slimbench.methods.distillation.taught.examples import Taught, examples_of
+from slimbench.methods.distillation.taught.examples import Responses, Taught, examples_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ManyRationales(Taught):
+class ManyRationales(Responses):
     """SCoTD: fine-tuning on many rationales of each question."""
 
     name = "scotd"

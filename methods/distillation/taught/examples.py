@@ -8,9 +8,10 @@ own template of a chat, and no loss is taken of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import Calibration, DenseModel, Needs, Unsupported
@@ -89,6 +90,34 @@ class Taught(Distillation):
     def taught_by(self, dense: DenseModel) -> str | None:
         assert dense.taught is not None
         return str(json.loads((dense.taught / "manifest.json").read_text(encoding="utf-8"))["teacher"])
+
+
+@dataclass(frozen=True)
+class Responses(Taught):
+    """Fine-tuning on responses, each by itself.
+
+    Attributes:
+        answers: `own`; or, as a control, `shuffled`: responses change places among the prompts of a task, so that all that can be learned
+            of them is their manner.
+    """
+
+    answers: Literal["own", "shuffled"] = "own"
+
+    def chosen(self, examples: Sequence[Example]) -> Sequence[Example]:
+        return shuffled(examples, self.seed) if self.answers == "shuffled" else examples
+
+
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Examples with the responses of others of their task, each used once; one that is alone in its task keeps its own."""
+    places: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(example.task, []).append(place)
+    found = list(examples)
+    for task, of in places.items():
+        order = sorted(of, key=lambda place: hashlib.sha256(f"{seed} {task} {place}".encode()).hexdigest())
+        for place, other in zip(order, [*order[1:], order[0]], strict=True):
+            found[place] = replace(examples[place], response=examples[other].response, gold=examples[other].gold)
+    return found
 
 
 def examples_of(dense: DenseModel) -> list[Example]:

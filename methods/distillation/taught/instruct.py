@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from slimbench.methods.base import Citation
-from slimbench.methods.distillation.taught.examples import Taught
+from slimbench.methods.distillation.taught.examples import Responses
 
 CITATIONS: Mapping[str, Citation] = {
     "alpaca": Citation("Stanford Alpaca", year=2023, covers=("distillation/alpaca",)),
@@ -34,16 +33,18 @@ CITATIONS: Mapping[str, Citation] = {
 }
 
 
+ANY = Citation("Instruction tuning", year=2021, arxiv="2109.01652")
+
+
 @dataclass(frozen=True)
-class InstructionTuning(Taught):
-    """Fine-tuning on instructions and responses; the recipe says whose method it is."""
+class InstructionTuning(Responses):
+    """Fine-tuning on prompts and responses of any recipe; the recipe says whose method it is."""
 
     name = "instruct"
     citation = CITATIONS["alpaca"]
-    recipes: ClassVar[tuple[str, ...]] = tuple(CITATIONS)
 
     recipe: str = "alpaca"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "citation", CITATIONS[self.recipe])
+        object.__setattr__(self, "citation", CITATIONS.get(self.recipe, ANY))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimbench.methods.base import Citation
-from slimbench.methods.distillation.taught.examples import Taught
+from slimbench.methods.distillation.taught.examples import Responses
 
 _CITATIONS: Mapping[str, Citation] = {
     "step-by-step": Citation("Distilling step-by-step", 2023, "2305.02301", ("distillation/distilling-step-by-step",)),
@@ -38,7 +38,7 @@ BOTH = ("step-by-step", "mt-cot")
 
 
 @dataclass(frozen=True)
-class RationaleTuning(Taught):
+class RationaleTuning(Responses):
     """Fine-tuning on rationales and answers; the recipe says whose method it is.
 
     Attributes:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slimbench.methods.base import Citation
-from slimbench.methods.distillation.taught.examples import Taught
+from slimbench.methods.distillation.taught.examples import Responses
 
 
 @dataclass(frozen=True)
-class Scott(Taught):
+class Scott(Responses):
     """Self-consistent chain of thought.
 
     Attributes:
@@ -43,7 +43,7 @@ class Scott(Taught):
 
 
 @dataclass(frozen=True)
-class Socratic(Taught):
+class Socratic(Responses):
     """Sub-questions and their answers."""
 
     name = "socratic"
@@ -57,7 +57,7 @@ class Socratic(Taught):
 
 
 @dataclass(frozen=True)
-class ProgramTuning(Taught):
+class ProgramTuning(Responses):
     """Programs in the place of rationales; the recipe says whose method it is."""
 
     name = "programs"
@@ -73,7 +73,7 @@ class ProgramTuning(Taught):
 
 
 @dataclass(frozen=True)
-class KnowledgeAugmented(Taught):
+class KnowledgeAugmented(Responses):
     """Rationales behind the passages that they find."""
 
     name = "kard"
@@ -85,7 +85,7 @@ class KnowledgeAugmented(Taught):
 
 
 @dataclass(frozen=True)
-class Symbolic(Taught):
+class Symbolic(Responses):
     """What follows on events."""
 
     name = "symbolic"

@@ -15,6 +15,7 @@ from slimbench.methods.core.learning.answers import ANSWER, PROMPT, RESPONSE, an
 from slimbench.methods.core.training import batch
 from slimbench.methods.distillation.taught.consistency import Consistency, ManyRationales, symmetric
 from slimbench.methods.distillation.taught.context import ContextDistillation
+from slimbench.methods.distillation.taught.examples import shuffled
 from slimbench.methods.distillation.taught.in_context import InContext
 from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
@@ -213,6 +214,19 @@ def test_what_is_told_is_learned_without_being_told(dense: DenseModel, tmp_path:
         method.windows(Calibration.none(), given)
 
 
+def test_shuffled_answers_are_those_of_others_of_the_task(dense: DenseModel) -> None:
+    examples = [Example(f"p{n}", f"r{n}", "ab"[n % 2], str(n), f"g{n}") for n in range(9)] + [Example("alone", "its own", "c")]
+    found = shuffled(examples, 0)
+    assert [example.prompt for example in found] == [example.prompt for example in examples]
+    assert sorted(example.response for example in found) == sorted(example.response for example in examples)
+    for one, other in zip(found[:9], examples[:9], strict=True):
+        assert one.response != other.response and one.gold[1:] == one.response[1:] and one.task == other.task
+        assert int(one.response[1:]) % 2 == int(other.response[1:]) % 2
+    assert found[9] == examples[9] and shuffled(examples, 1) != found == shuffled(examples, 0)
+    own, other = (InstructionTuning(length=100, answers=answers).windows(Calibration.none(), dense) for answers in ("own", "shuffled"))  # type: ignore[arg-type]
+    assert not torch.equal(own, other)
+
+
 def test_tokens_are_counted_without_what_fills_them_up_and_the_teacher_is_told(dense: DenseModel, tmp_path: Path) -> None:
     method = InstructionTuning(steps=3, batch_size=2, length=100, learning_rate=1e-3)
     answers = method.windows(Calibration.none(), dense)
@@ -239,7 +253,7 @@ def test_masks_keep_what_is_beyond_an_answer_out_of_the_loss(dense: DenseModel) 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InstructionTuning(recipe="pad"), "recipe must be one of alpaca"),
+        (lambda: RationaleTuning(recipe="pad"), "recipe must be one of step-by-step"),
         (lambda: RationaleTuning(label_share=1.0), "label_share must be between 0 and 1"),
         (lambda: Scott(counterfactual=0.0), "counterfactual must be positive"),
         (lambda: Consistency(consistency=-1.0), "consistency must be positive"),

@@ -157,11 +157,11 @@ def test_a_key_goes_by_the_name_of_a_variable_and_is_told_nowhere(monkeypatch: p
             list(teacher(server, key_variable="NO_KEY").answers(REQUESTS[:1]))
 
 
-@pytest.mark.parametrize("url", ["ftp://host/v1", "host:80", "http://name:pass@host/v1", "http://pass@host/v1"])
+@pytest.mark.parametrize("url", ["ftp://host/v1", "host:80", "http://name:pass@host/v1", "http://pass@host/v1", "http://host/v1?key=pass"])
 def test_an_address_that_is_none_or_holds_a_password_is_refused(url: str) -> None:
     with pytest.raises(TeacherError) as error:
         Endpoint(url, "m")
-    assert "pass@" not in str(error.value) and "\n" not in str(error.value)
+    assert "pass@" not in str(error.value) and "=pass" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_identity_is_the_model_and_not_the_address() -> None:
