@@ -29,6 +29,9 @@ PIPELINES: list[tuple[str, ...]] = [
     ("shortgpt", "dylora", "rtn-8bit"),
     ("flap-25", "bitfit", "rtn-8bit"),
     ("svd-80", "norms", "rtn-8bit"),
+    ("shortgpt", "kd", "gptq"),
+    ("minitron-width-25", "kd", "rtn-4bit-row"),
+    ("shortgpt", "magister", "rtn-8bit"),
 ]
 
 
