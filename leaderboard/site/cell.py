@@ -17,7 +17,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.flags.kinds import noise, noisy
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site import names, taught
 from slimbench.leaderboard.site.board import Board, plural
 from slimbench.leaderboard.site.continuations import HEADER, worst
 from slimbench.leaderboard.site.facts import details
@@ -155,6 +155,8 @@ def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
     if compress and compress.compress:
         claim = {k: v for k, v in clean(compress.compress.claim.to_dict()).items() if v not in (None, 0, {}, [])}
         yield Grid("Claim", (), (), [(_cut(name), _cut(_plain(value))) for name, value in claim.items()])
+    if told := taught.facts(compress):
+        yield Grid("Taught", taught.HEADER, taught.rows(records.get(Stage.QUALITY)), told)
     for stage in (Stage.QUALITY, Stage.SPEED):
         result = (records[stage].quality or records[stage].speed) if stage in records else None
         if result and result.evidence:
