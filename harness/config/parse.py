@@ -133,6 +133,10 @@ def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:
     for name, method in steps:
         if method.needs.text:
             asked = recipe(str(getattr(method, "recipe", "")))
+            if shared := sorted(set(asked.corpora) & set(config.suite.corpus)):
+                raise ConfigError(
+                    f"'{name}' learns from {shared[0]}, the test text of suite '{config.suite.name}'; choose another recipe or suite"
+                )
             if asked.subtracts and config.teacher.kind == "endpoint":
                 raise ConfigError(f"'{name}' needs a teacher's distributions, which no server gives; take teacher.source=self or a folder")
         if (method.needs.text or method.needs.teacher) and config.teacher.kind == "endpoint" and not config.teacher.model:

@@ -1,9 +1,4 @@
-"""What is kept of what a teacher wrote, and why the rest is not; every reason is counted.
-
-An answer is data of a stranger. Before anything else is asked of it, it must be an answer at all: not empty, not longer than its limit
-allows, without control characters, and without the marks by which templates of chats tell roles apart, with which a text could speak in
-another's name to a model that is trained on it.
-"""
+"""What is kept of what a teacher wrote, and why the rest is not; every reason is counted. What is an answer at all, `util.answers` says."""
 
 from __future__ import annotations
 
@@ -16,30 +11,10 @@ from functools import cache
 from typing import Any
 
 from slimbench.tasks.teaching.parts import Keep, Row
-from slimbench.util.teaching import Completion, Sampling
+from slimbench.util.answers import plain
+from slimbench.util.teaching import Completion
 
-CHARACTERS_PER_TOKEN = 32
-"""A token of ordinary text has four; an answer of more than this many for each token of its limit is none."""
-
-_MARKS = re.compile(r"<\|[^|>\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>", re.IGNORECASE)
-_CANARY = re.compile(r"canary\s+guid", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
-
-def unfit(answer: Completion, sampling: Sampling) -> str | None:
-    """Why an answer is none, or None where it is one."""
-    if answer.finish in ("malformed", "refused"):
-        return answer.finish
-    if len(answer.text) > sampling.max_tokens * CHARACTERS_PER_TOKEN:
-        return "longer than its limit"
-    if not answer.text.strip():
-        return "empty"
-    if _CONTROL.search(answer.text):
-        return "control characters"
-    if _CANARY.search(answer.text):
-        return "canary of a benchmark"
-    return "marks of a chat" if _MARKS.search(answer.text) else None
 
 
 class Checks:
@@ -52,7 +27,7 @@ class Checks:
     def know(self, row: Row) -> None:
         """Take a row as one that later ones must be unlike."""
         for name, kept in self._kept.items():
-            kept.append(Text.of(row[name]))
+            kept.append(Text.of(row.get(name, "")))
 
     def refused(self, row: Row, answer: Completion | None = None) -> str | None:
         """Why a row does not stay, or None; a row that stays is one that later ones must be unlike."""
@@ -79,6 +54,8 @@ class Checks:
             return f"{name}: none of the choices"
         if rule.at_least is not None and (number(text) is None or number(text) < rule.at_least):  # type: ignore[operator]
             return f"{name}: no number" if number(text) is None else f"{name}: too small"
+        if rule.outside and plain(text) in map(plain, row[rule.outside].split("\n")):
+            return f"{name}: one of {rule.outside}"
         if rule.equals and not same(text, row[rule.equals]):
             return f"{name}: not {rule.equals}"
         if rule.other_than and same(text, row[rule.other_than]):
@@ -86,11 +63,6 @@ class Checks:
         if rule.unlike is not None and alike(Text.of(text), self._kept[name], rule.unlike):
             return f"{name}: like an earlier one"
         return None
-
-
-def plain(text: str) -> str:
-    """A short answer as it is compared: without case, white space around it, quotes and the full stop behind it."""
-    return text.strip().strip("\"'`*").rstrip(".").strip().casefold()
 
 
 def number(text: str) -> Fraction | None:

@@ -16,10 +16,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, stages, starts
 from slimbench.tasks.teaching.journal import Journal, Watch
-from slimbench.tasks.teaching.parts import Row, filled
+from slimbench.tasks.teaching.parts import TRAIN as TRAINED
+from slimbench.tasks.teaching.parts import Row, filled, side
 from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
 from slimbench.util.files import cache_dir, write_atomically
@@ -83,7 +85,8 @@ def key(recipe: Recipe, teacher: str, count: int, seed: int) -> str:
         teacher: Its identity.
         count: Rows that are begun with, or grown.
     """
-    return digest([recipe.fingerprint, starts.fingerprint(recipe.start), teacher, count, seed])
+    texts = [corpora.fingerprint(name) for name in recipe.corpora]
+    return digest([recipe.fingerprint, starts.fingerprint(recipe.start), texts, teacher, count, seed])
 
 
 def folder(name: str) -> Path:
@@ -110,9 +113,16 @@ def found(name: str) -> Made | None:
         return None
     except (ValueError, TypeError) as error:
         raise DataError(f"{folder(name) / MANIFEST} is no manifest: remove the folder") from error
-    if made.key != name or hash_of(folder(name)) != made.sha256:
+    if made.key != name or not _is_whole(made):
         raise DataError(f"the taught text {folder(name)} is not what was written: remove the folder")
     return made
+
+
+def _is_whole(made: Made) -> bool:
+    try:
+        return hash_of(made.folder) == made.sha256
+    except FileNotFoundError:
+        return False
 
 
 def every() -> list[Made]:
@@ -166,13 +176,12 @@ def make(
             return made
         place.mkdir(parents=True, exist_ok=True)
         journal, asked = Journal(place / "journal.jsonl"), cache(teacher)
-        rows, tallies = starts.rows(recipe.start, count, seed), []
+        rows, tallies = _begun(recipe, count, seed), []
         if not rows:
             raise DataError(f"recipe {recipe.name}: there are no rows to begin with")
-        for number, stage in enumerate(recipe.stages):
-            own = int(digest([seed, number])[:8], 16)
+        for number, (stage, own) in enumerate(zip(recipe.stages, _seeds(recipe, seed), strict=True)):
             label = f"{stage.kind} {number + 1}/{len(recipe.stages)}"
-            rows, tally = stages.applied(stage, rows, partial(journal.ask, asked, watch=watch(label)), count, own)
+            rows, tally = stages.applied(stage, rows, partial(journal.ask, asked, watch=watch(label)), count, own, recipe.held_out)
             tallies.append(tally)
         train, held_out, dropped = split(recipe, rows)
         if not train:
@@ -206,22 +215,26 @@ def make(
 
 def preview(recipe: Recipe, count: int, seed: int) -> list[Request]:
     """The first requests of a recipe, without asking anybody."""
-    return stages.first_requests(checked(recipe).stages, starts.rows(recipe.start, count, seed), seed)
+    rows, seeds = _begun(checked(recipe), count, seed), _seeds(recipe, seed)
+    return stages.first_requests(recipe.stages, rows, seeds, count, recipe.held_out)
+
+
+def _begun(recipe: Recipe, count: int, seed: int) -> list[Row]:
+    """Rows at the start, each on its side."""
+    return [row | {"side": side(row, recipe.held_out)} for row in starts.rows(recipe.start, count, seed)]
+
+
+def _seeds(recipe: Recipe, seed: int) -> list[int]:
+    return [int(digest([seed, number])[:8], 16) for number in range(len(recipe.stages))]
 
 
 def split(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Example], list[Example], int]:
     """Examples to train on, those that are held out, and how many of these were dropped for being too like one of the others.
 
-    All examples of an item are on one side, and so are items that begin with the same prompt.
+    A row is on one side from where it began, so that nothing of the other one comes near it on the way.
     """
-    items: dict[str, list[Example]] = {}
-    for row in rows:
-        items.setdefault(row["item"], []).extend(_examples(recipe, row))
-    train: list[Example] = []
-    held_out: list[Example] = []
-    for of in items.values():
-        away = of and int(digest(["held out", of[0].prompt])[:8], 16) < recipe.held_out * 2**32
-        (held_out if away else train).extend(of)
+    train = [example for row in rows if row["side"] == TRAINED for example in _examples(recipe, row)]
+    held_out = [example for row in rows if row["side"] != TRAINED for example in _examples(recipe, row)]
     if recipe.apart is None:
         return train, held_out, 0
     known = [checks.Text.of(text) for text in {example.prompt for example in train}]

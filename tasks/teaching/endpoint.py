@@ -11,11 +11,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from slimbench.util.teaching import Completion, Request, TeacherError
 from slimbench.util.text import nearest, plain
@@ -61,7 +61,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         """Raise `TeacherError` for an address that is none, or that holds a password."""
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
             raise TeacherError(f"teacher '{self.place}' is no address; write http://HOST:PORT/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise TeacherError("a teacher's address holds no name, password or query; put the key into an environment variable")
@@ -70,7 +70,8 @@ class Endpoint:
     def place(self) -> str:
         """Where it is, without what an address may hold of secrets."""
         parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        port = f":{parts.port}" if _has_port(parts) and parts.port else ""
+        return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
     @property
     def identity(self) -> str:
@@ -84,13 +85,25 @@ class Endpoint:
         given_up = Event()
         with self._client() as client, ThreadPoolExecutor(self.at_once) as pool:
             under_way = {pool.submit(self._answer, client, request, given_up): index for index, request in enumerate(requests)}
+            failed: TeacherError | None = None
             try:
                 for future in as_completed(under_way):
-                    yield under_way[future], future.result()
+                    try:
+                        answer = future.result()
+                    except CancelledError:
+                        continue
+                    except TeacherError as error:
+                        failed = failed or error
+                        for other in under_way:
+                            other.cancel()
+                        continue
+                    yield under_way[future], answer  # those that are finished count, whatever became of others
             finally:
                 given_up.set()
                 for future in under_way:
                     future.cancel()
+            if failed:
+                raise failed
 
     def require_model(self) -> None:
         """Raise `TeacherError` if the server does not answer, or says that it serves others than the model."""
@@ -108,7 +121,7 @@ class Endpoint:
                     if attempt + 1 == self.attempts:
                         raise TeacherError(f"teacher {self.place} does not answer: {error}") from error
                     time.sleep(self._pause(attempt, error.wait))
-                except (_Refused, _TooLong, ValueError):
+                except (_Refused, _TooLong, ValueError, RecursionError):
                     return []
                 else:
                     break
@@ -118,11 +131,22 @@ class Endpoint:
     def _client(self) -> Any:
         import httpx
 
-        key = os.environ.get(self.key_variable) if self.key_variable else None
+        key = self._key()
         if self.key_variable and not key:
             raise TeacherError(f"the environment variable {self.key_variable}, which shall hold the teacher's key, is not set")
+        if key and not (key.isascii() and key.isprintable()):
+            raise TeacherError(f"the environment variable {self.key_variable} holds no key: it has characters that no header may have")
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         return httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=False)
+
+    def _key(self) -> str | None:
+        return (os.environ.get(self.key_variable) or "").strip() or None if self.key_variable else None
+
+    def _told(self, text: str) -> str:
+        """One short line of what a server or a library says, without the key."""
+        key = self._key()
+        line = next(iter(plain(text).strip().splitlines()), "") or "no text"
+        return (line.replace(key, "…") if key else line)[:200]
 
     def _answer(self, client: Any, request: Request, given_up: Event) -> Completion:
         """One answer, after as many attempts as it takes, unless another request was given up meanwhile."""
@@ -186,15 +210,23 @@ class Endpoint:
         except httpx.TimeoutException as error:
             raise _Passing(f"no answer within {self.timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise _Passing(plain(str(error)).splitlines()[0][:200] if str(error) else type(error).__name__) from error
+            raise _Passing(self._told(str(error) or type(error).__name__)) from error
         if status == 200:
             return bytes(found)
-        said = f"status {status}: {plain(found[:200].decode(errors='replace')).splitlines()[0] if found else 'no text'}"
+        said = f"status {status}: {self._told(found[:400].decode(errors='replace'))}"
         if status in _AGAIN:
             raise _Passing(said, float(wait) if wait and wait.isdigit() else None)
-        if status in _OF_THE_REQUEST:
+        if status in _OF_THE_REQUEST or (status == 404 and path == "models"):
             raise _Refused(said)
         raise TeacherError(f"teacher {self.place} refuses: {said}")
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether the port of an address is a number, or left out."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
 
 
 class _TooLong(Exception):

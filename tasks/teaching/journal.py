@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from slimbench.tasks.errors import DataError
 from slimbench.util.teaching import Completion, Request, Teacher
 
 Watch = Callable[[int, int], None]
@@ -33,10 +34,15 @@ class Journal:
         for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
             if not line.endswith(b"\n"):
                 break
-            entry, whole = json.loads(line), whole + len(line)
-            name, seconds = entry.pop("request"), entry.pop("seconds")
-            self._answers[name] = Completion(**entry)
+            try:
+                entry, whole = json.loads(line), whole + len(line)
+                name, seconds = entry.pop("request"), float(entry.pop("seconds"))
+                answer = Completion(**entry)
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                raise DataError(f"{file} has a line that is no answer: remove it") from error
             self.seconds += seconds
+            if answer.finish not in ("malformed", "refused"):  # these may be otherwise the next time
+                self._answers[name] = answer
         if file.exists() and whole < file.stat().st_size:
             os.truncate(file, whole)
 

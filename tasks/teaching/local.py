@@ -41,7 +41,7 @@ class Local:
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling, weight: float) -> list[Completion]:
         import torch
-        from transformers import LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList
 
         prompts = self._encoded([request.chat for request in requests])
         width = prompts["input_ids"].shape[1]
@@ -52,18 +52,16 @@ class Local:
             processors.append(Subtracted(self._model, against, weight, width))
         if sampling.presence_penalty:
             processors.append(Presence(sampling.presence_penalty, width))
-        drawn: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+        drawn: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
-            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        # one's own, since that of a model may hold penalties and beams
+        config = GenerationConfig(max_new_tokens=sampling.max_tokens, eos_token_id=self._ends() or None, pad_token_id=pad, **drawn)
         with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
             made: Tensor = self._model.generate(  # type: ignore[operator]
-                **prompts,
-                max_new_tokens=sampling.max_tokens,
-                logits_processor=processors,
-                pad_token_id=self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id,
-                do_sample=bool(sampling.temperature),
-                **drawn,
+                **prompts, generation_config=config, logits_processor=processors
             )
         lengths = prompts["attention_mask"].sum(1).tolist()
         return [self._completion(row[width:].tolist(), int(length), sampling) for row, length in zip(made, lengths, strict=True)]
@@ -78,9 +76,13 @@ class Local:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in each])
         return {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
 
-    def _completion(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Completion:
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer."""
         stated = self._model.generation_config.eos_token_id if self._model.generation_config else None
-        ends = {stated} if isinstance(stated, int) else set(stated or ())
+        return [stated] if isinstance(stated, int) else list(stated or ())
+
+    def _completion(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Completion:
+        ends = self._ends()
         place = next((place for place, token in enumerate(ids) if token in ends), None)
         text = str(self._tokenizer.decode(ids if place is None else ids[:place], skip_special_tokens=True))
         cuts = [found for stop in sampling.stop if (found := text.find(stop)) >= 0]

@@ -6,11 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from slimbench.util.hashing import digest
 from slimbench.util.teaching import Sampling
 
 Row = dict[str, str]
+
+TRAIN, HELD_OUT = "train", "held out"
+"""Sides of rows; each row has its own as the field `side`."""
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -23,6 +27,20 @@ def fields_of(template: str) -> set[str]:
 def filled(template: str, row: Mapping[str, str]) -> str:
     """A template with the fields of a row; braces in their values mean nothing."""
     return _FIELD.sub(lambda found: row[found[1]], template)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern in which a full stop is any character and lines begin and end; `ValueError` if it is none."""
+    try:
+        return re.compile(pattern, re.DOTALL | re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"no pattern: {error}") from error
+
+
+def side(row: Mapping[str, str], share: float) -> str:
+    """On which side a row is, by hash of what it says: that which is held out, so large a share, or that which is trained on."""
+    said = [value for name, value in sorted(row.items()) if name not in ("item", "side")]
+    return HELD_OUT if int(digest(["held out", said])[:8], 16) < share * 2**32 else TRAIN
 
 
 class Strict(BaseModel):
@@ -40,6 +58,7 @@ class Keep(Strict):
         one_of: The choices, whatever their case and the full stop behind them.
         equals: Name of a field that says the same, as numbers where both are some.
         other_than: Name of a field that says something else.
+        outside: Name of a field of lines, none of which it is.
         at_least: The smallest number.
         finished: The answer ended by itself.
         english: Smallest share of letters that are ASCII.
@@ -52,6 +71,7 @@ class Keep(Strict):
     one_of: list[str] = []
     equals: str | None = None
     other_than: str | None = None
+    outside: str | None = None
     at_least: float | None = None
     finished: bool = False
     english: float | None = Field(default=None, gt=0, le=1)
@@ -59,7 +79,14 @@ class Keep(Strict):
     @property
     def named(self) -> set[str]:
         """Other fields that it compares with."""
-        return {name for name in (self.equals, self.other_than) if name}
+        return {name for name in (self.equals, self.other_than, self.outside) if name}
+
+    @field_validator("without", "having")
+    @classmethod
+    def _patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            compiled(pattern)
+        return patterns
 
 
 class Draw(Strict):

@@ -18,6 +18,7 @@ MOST_STEPS = 20_000
 MOST_BITS = 4_096
 MOST_ITEMS = 10_000
 LONGEST = 4_000
+_MOST_DIGITS = 15
 RESULTS = ("answer", "result")
 
 _BINARY: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -93,7 +94,7 @@ def result(source: str) -> str:
         raise
     except (_Break, _Continue, _Return) as error:
         raise NoProgram("break, continue or return in the wrong place") from error
-    except (ArithmeticError, TypeError, ValueError, LookupError, RecursionError) as error:
+    except (ArithmeticError, TypeError, ValueError, LookupError, RecursionError, MemoryError) as error:
         raise NoProgram(type(error).__name__) from error
     return _shown(value)
 
@@ -221,17 +222,40 @@ class _Run:
             if type(op) not in _COMPARED:
                 raise NoProgram(f"{type(op).__name__} is not of the language")
             other = self.value(node)
+            self._comparable(op, one, other)
             if not _COMPARED[type(op)](one, other):
                 return False
             one = other
         return True
 
+    def _comparable(self, op: ast.cmpop, one: Any, other: Any) -> None:
+        """Numbers with numbers, and a number with a list of them that it may be in."""
+        if isinstance(op, ast.In | ast.NotIn):
+            self._numbers(self._listed(other))
+        elif isinstance(other, list):
+            raise NoProgram("lists are not compared")
+        if isinstance(one, list):
+            raise NoProgram("lists are not compared")
+
+    def _numbers(self, values: list[Any]) -> list[Any]:
+        """A list of numbers alone; looking through it costs a step for each."""
+        self._left -= len(values)
+        if any(isinstance(value, list) for value in values):
+            raise NoProgram("no list of numbers")
+        return values
+
     def _called(self, name: str, arguments: list[Any]) -> Any:
         if name == "range":
-            length = len(range(*arguments))
-            if length > MOST_ITEMS:
+            if len(range(*arguments)) > MOST_ITEMS:
                 raise NoProgram("too many items")
-        self._left -= sum(len(argument) for argument in arguments if isinstance(argument, list))
+        elif name == "len":
+            self._listed(*arguments)
+        elif name in ("max", "min", "sum", "sorted") and len(arguments) == 1:
+            self._numbers(self._listed(*arguments))
+        elif name in ("sum", "sorted") or any(isinstance(argument, list) for argument in arguments):
+            raise NoProgram(f"{name} of other than one list or numbers")
+        if name == "round" and len(arguments) > 1 and abs(arguments[1]) > _MOST_DIGITS:
+            raise NoProgram("too many digits")
         found = _CALLS[name](*arguments)
         return self._sized(list(found) if name in ("range", "sorted") else found)
 

@@ -9,7 +9,8 @@ ask a teacher, and each says what it keeps (`checks`). All of it is part of the 
     evaluate    the result of a program that a row holds, without running it as Python (`programs`)
     retrieve    passages that a row's query finds (BM25)
     compare     whether two fields say the same, as `yes` or `no`
-    demonstrate other rows beside each row, as examples of what is asked for
+    demonstrate other rows beside each row, as examples of what is asked for; none of those that are held out
+    gather      rows of an item with a field in common as one
     select      rows that pass checks, without asking
     examples    of each row: what a user says, what the student shall answer
 """
@@ -22,11 +23,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slimbench.tasks.errors import DataError
-from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, fields_of
+from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, compiled, fields_of
 from slimbench.util.hashing import digest
 
 VERSION = 1
 """Raised when the same recipe makes other requests or other examples of the same answers."""
+
+
+OWN = {"item", "side"}
+"""Fields that every row has."""
 
 
 class _Stage(Strict):
@@ -40,7 +45,8 @@ class _Stage(Strict):
 
     def reads(self) -> set[str]:
         """Fields that rows must have."""
-        return set(self.when) | set(self.keep) - self.writes() | {name for keep in self.keep.values() for name in keep.named}
+        named = {name for keep in self.keep.values() for name in keep.named}
+        return set(self.when) | (set(self.keep) | named) - self.writes()
 
     def writes(self) -> set[str]:
         """Fields that rows get."""
@@ -62,13 +68,13 @@ class _Asking(_Stage):
     @field_validator("parse")
     @classmethod
     def _pattern(cls, parse: str | None) -> str | None:
-        if parse is not None and not _compiled(parse).groupindex:
+        if parse is not None and not compiled(parse).groupindex:
             raise ValueError("a pattern needs a named group, (?P<field>…), for each field")
         return parse
 
     @property
     def pattern(self) -> re.Pattern[str] | None:
-        return None if self.parse is None else _compiled(self.parse)
+        return None if self.parse is None else compiled(self.parse)
 
     def writes(self) -> set[str]:
         return {self.into} if self.pattern is None else set(self.pattern.groupindex)
@@ -96,10 +102,16 @@ class Grow(_Asking):
     def _has_pattern(self) -> Grow:
         if self.pattern is None:
             raise ValueError("a stage that grows needs parse, which finds each new row in an answer")
+        if self.when:
+            raise ValueError("a stage that grows shows rows of all kinds, so `when` means nothing")
+        if wrong := fields_of(self.prompt) - {"shown", "next"}:
+            raise ValueError(f"its prompt may name shown and next, not {', '.join(sorted(wrong))}")
+        if self.grown and (wrong := fields_of(self.shown) - {"number"} - self.writes()):
+            raise ValueError(f"rows that were made have no {', '.join(sorted(wrong))} to be shown")
         return self
 
     def reads(self) -> set[str]:
-        return super().reads() | fields_of(self.shown) - {"number"} | (fields_of(self.prompt) - {"shown", "next"})
+        return super().reads() | fields_of(self.shown) - {"number"}
 
 
 class Ask(_Asking):
@@ -183,7 +195,7 @@ class Demonstrate(_Stage):
     """Other rows, drawn for each row, as one text.
 
     Attributes:
-        item: Template of each; of what is put before a row nothing is of its own item.
+        item: Template of each; of what is put before a row nothing is of its own item, and nothing is held out.
         count: How many.
         between: What stands between two.
     """
@@ -201,6 +213,28 @@ class Demonstrate(_Stage):
         return {self.into}
 
 
+class Gather(_Stage):
+    """Rows of an item that have a field in common become one.
+
+    Attributes:
+        by: The field.
+        field: What the others are gathered of, as a JSON list without repetition.
+        kinds: Gets all values of `by` that the item has, one a line.
+    """
+
+    kind: Literal["gather"]
+    by: str
+    field: str
+    into: str
+    kinds: str = "kinds"
+
+    def reads(self) -> set[str]:
+        return super().reads() | {self.by, self.field}
+
+    def writes(self) -> set[str]:
+        return {self.into, self.kinds}
+
+
 class Select(_Stage):
     """Rows that pass checks.
 
@@ -214,7 +248,7 @@ class Select(_Stage):
     at_least: int = Field(default=1, ge=1)
 
 
-Stage = Annotated[Grow | Ask | Evaluate | Retrieve | Compare | Demonstrate | Select, Field(discriminator="kind")]
+Stage = Annotated[Grow | Ask | Evaluate | Retrieve | Compare | Demonstrate | Gather | Select, Field(discriminator="kind")]
 
 
 class Form(Strict):
@@ -281,11 +315,11 @@ class Recipe(Strict):
 
     def check(self, fields: set[str]) -> None:
         """Raise `DataError` if a stage or an example reads a field that rows do not have there; `fields` are those of the start."""
-        known = set(fields)
+        known = set(fields) | OWN
         for number, stage in enumerate(self.stages, 1):
             if missing := stage.reads() - known:
                 raise DataError(f"recipe {self.name}: stage {number}, {stage.kind}: rows have no {_listed(missing)}, only {_listed(known)}")
-            known |= stage.writes()
+            known = OWN | stage.writes() if isinstance(stage, Grow) else known | stage.writes()
         for form in self.examples:
             if missing := form.reads() - known:
                 raise DataError(f"recipe {self.name}: an example reads {_listed(missing)}; rows have {_listed(known)}")
@@ -310,13 +344,6 @@ def _one_line(error: ValidationError | TypeError) -> str:
         return str(error)
     fault = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.DOTALL | re.MULTILINE)
-    except re.error as error:
-        raise ValueError(f"no pattern: {error}") from error
 
 
 def _listed(names: set[str]) -> str:

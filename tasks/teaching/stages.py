@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from slimbench.tasks.teaching import checks, passages, programs
-from slimbench.tasks.teaching.parts import Row, filled
-from slimbench.tasks.teaching.recipe import Ask, Compare, Demonstrate, Evaluate, Grow, Retrieve, Select, Stage
+from slimbench.tasks.teaching.parts import TRAIN, Row, filled, side
+from slimbench.tasks.teaching.recipe import Ask, Compare, Demonstrate, Evaluate, Gather, Grow, Retrieve, Select, Stage
+from slimbench.util import answers
 from slimbench.util.hashing import digest
 from slimbench.util.teaching import Completion, Request
 
@@ -44,29 +46,30 @@ class Tally:
             self.rejected[reason] += 1
         return reason is None
 
-    def answered(self, answers: Sequence[Completion]) -> None:
-        self.requests += len(answers)
-        self.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
-        self.tokens += sum(answer.tokens for answer in answers)
+    def answered(self, said: Sequence[Completion]) -> None:
+        self.requests += len(said)
+        self.prompt_tokens += sum(answer.prompt_tokens for answer in said)
+        self.tokens += sum(answer.tokens for answer in said)
 
     def told(self) -> dict[str, Any]:
         """For a manifest."""
         return {**vars(self), "rejected": dict(sorted(self.rejected.items()))}
 
 
-def applied(stage: Stage, rows: Sequence[Row], ask: Asking, count: int, seed: int) -> tuple[list[Row], Tally]:
+def applied(stage: Stage, rows: Sequence[Row], ask: Asking, count: int, seed: int, held_out: float) -> tuple[list[Row], Tally]:
     """Rows that have gone through a stage.
 
     Args:
         ask: Gives the answers to requests, in order.
         count: Rows that are wanted; a stage that grows stops there.
         seed: Of the draws of this stage.
+        held_out: Share of new rows that no student will see.
     """
     tally = Tally(stage.kind)
     through = [row for row in rows if _meets(row, stage.when)]
     match stage:
         case Grow():
-            return _grown(stage, rows, ask, count, seed, tally), tally
+            return _grown(stage, rows, ask, count, seed, held_out, tally), tally
         case Ask():
             made = _asked(stage, through, ask, seed, tally)
         case Evaluate():
@@ -80,6 +83,8 @@ def applied(stage: Stage, rows: Sequence[Row], ask: Asking, count: int, seed: in
             )
         case Demonstrate():
             made = _checked(stage, ((row, _beside(stage, row, rows, seed)) for row in through), tally)
+        case Gather():
+            made = _checked(stage, ((row, row) for row in _gathered(stage, through)), tally)
         case Select():
             made = _selected(stage, _checked(stage, ((row, row) for row in through), tally), tally)
     if not stage.when:
@@ -88,15 +93,15 @@ def applied(stage: Stage, rows: Sequence[Row], ask: Asking, count: int, seed: in
     return [row for row in rows if id(row) not in past] + made, tally
 
 
-def first_requests(stages: Sequence[Stage], rows: Sequence[Row], seed: int) -> list[Request]:
-    """What the first stage that asks would ask first, for a look beforehand."""
-    for number, stage in enumerate(stages):
+def first_requests(stages: Sequence[Stage], rows: Sequence[Row], seeds: Sequence[int], count: int, held_out: float) -> list[Request]:
+    """What the first stage that asks would ask first, for a look beforehand; `seeds` are those of the stages."""
+    for stage, seed in zip(stages, seeds, strict=True):
         if isinstance(stage, Grow):
-            return [_growing(stage, rows, [], digest([seed, number]), turn) for turn in range(stage.requests)]
+            return [_growing(stage, rows, [], digest(seed), turn) for turn in range(stage.requests)]
         if isinstance(stage, Ask):
-            return [_request(stage, row, 0, int(digest([seed, number])[:8], 16)) for row in rows if _meets(row, stage.when)]
-        if isinstance(stage, Retrieve):
-            rows = [_with_passages(stage, row) for row in rows]
+            through = [row for row in rows if _meets(row, stage.when)]
+            return [_request(stage, row, sample, seed) for row in through for sample in range(stage.samples)]
+        rows, _ = applied(stage, rows, lambda requests: [], count, seed, held_out)
     return []
 
 
@@ -106,11 +111,11 @@ def _meets(row: Row, when: Mapping[str, str]) -> bool:
 
 def _asked(stage: Ask, rows: Sequence[Row], ask: Asking, seed: int, tally: Tally) -> list[Row]:
     places = [(row, sample) for row in rows for sample in range(stage.samples)]
-    answers = ask([_request(stage, row, sample, seed) for row, sample in places])
-    tally.answered(answers)
+    said = ask([_request(stage, row, sample, seed) for row, sample in places])
+    tally.answered(said)
     rules, made = checks.Checks(stage.keep), list[Row]()
-    for (row, _), answer in zip(places, answers, strict=True):
-        reason = checks.unfit(answer, stage.draw.sampling())
+    for (row, _), answer in zip(places, said, strict=True):
+        reason = answers.unfit(answer, stage.draw.sampling())
         found = [] if reason else _parsed(stage, answer.text)
         if not found:
             tally.judge(reason or "not of the form")
@@ -141,20 +146,20 @@ def _groups(found: Any) -> Row:
     return {name: (value or "").strip() for name, value in found.groupdict().items()}
 
 
-def _grown(stage: Grow, rows: Sequence[Row], ask: Asking, count: int, seed: int, tally: Tally) -> list[Row]:
+def _grown(stage: Grow, rows: Sequence[Row], ask: Asking, count: int, seed: int, held_out: float, tally: Tally) -> list[Row]:
     """New rows, without those that there were."""
     rules, made, turn = checks.Checks(stage.keep), list[Row](), 0
     for row in rows:
         rules.know(row)
     while len(made) < count and tally.requests < stage.attempts * count:
         requests = [_growing(stage, rows, made, digest(seed), turn + index) for index in range(stage.requests)]
-        answers = ask(requests)
-        tally.answered(answers)
+        said = ask(requests)
+        tally.answered(said)
         turn += stage.requests
-        for answer in answers:
+        for answer in said:
             for row, reason in _born(stage, answer):
                 if tally.judge(reason or rules.refused(row, answer)):
-                    made.append({"item": f"grown {len(made)}"} | row)
+                    made.append({"item": f"grown {len(made)}", "side": side(row, held_out)} | row)
     if more := max(0, len(made) - count):
         tally.kept -= more
         tally.rejected["more than were wanted"] += more
@@ -175,7 +180,7 @@ def _growing(stage: Grow, rows: Sequence[Row], made: Sequence[Row], seed: str, t
 
 def _born(stage: Grow, answer: Completion) -> Iterator[tuple[Row, str | None]]:
     """The rows in an answer, or why there are none; of one that was cut at its limit the last is not whole."""
-    if reason := checks.unfit(answer, stage.draw.sampling()):
+    if reason := answers.unfit(answer, stage.draw.sampling()):
         yield {}, reason
         return
     assert stage.pattern is not None
@@ -209,11 +214,25 @@ def _with_passages(stage: Retrieve, row: Row) -> Row:
 
 def _beside(stage: Demonstrate, row: Row, rows: Sequence[Row], seed: int) -> Row | str:
     """A row with others of other items."""
-    others = {other["item"]: other for other in rows if other["item"] != row["item"]}
+    others = {other["item"]: other for other in rows if other["item"] != row["item"] and other["side"] == TRAIN}
     if len(others) < stage.count:
         return "too few other rows"
     drawn = sorted(others, key=lambda item: digest([seed, row["item"], item]))[: stage.count]
     return row | {stage.into: stage.between.join(filled(stage.item, others[item]) for item in drawn)}
+
+
+def _gathered(stage: Gather, rows: Sequence[Row]) -> list[Row]:
+    """The first row of each item and kind, with what all of them have."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["item"], {}).setdefault(row[stage.by].casefold(), []).append(row)
+    made = []
+    for kinds in found.values():
+        lines = "\n".join(of[0][stage.by] for of in kinds.values())
+        made += [
+            of[0] | {stage.into: json.dumps(list(dict.fromkeys(r[stage.field] for r in of))), stage.kinds: lines} for of in kinds.values()
+        ]
+    return made
 
 
 def _selected(stage: Select, rows: Sequence[Row], tally: Tally) -> list[Row]:

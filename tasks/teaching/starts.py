@@ -34,9 +34,10 @@ def rows(start: Start, count: int, seed: int) -> list[Row]:
             found = [{"passage": text} for text in texts if text]
         case File():
             found = _read(start)
+    different = list({digest(row): row for row in found}.values())
     # the order is the seed's, whatever Python draws
-    order = sorted(range(len(found)), key=lambda index: digest([seed, index]))
-    return [{"item": str(index)} | found[index] for index in order[:count]]
+    order = sorted(range(len(different)), key=lambda index: digest([seed, index]))
+    return [{"item": str(index)} | different[index] for index in order[:count]]
 
 
 def fields(start: Start) -> set[str]:
@@ -75,7 +76,8 @@ def _generated(start: Tasks, count: int, seed: int) -> list[Row]:
         except ValueError as error:
             raise DataError(f"reasoning-gym has no data set '{name}'") from error
         rows = ({"question": str(item["question"]).strip(), "gold": str(item["answer"]).strip(), "task": name} for item in items)
-        found += [row for row in rows if row["question"] not in reasoning.questions()][:each]
+        new = {row["question"]: row for row in rows if row["question"] not in reasoning.questions()}
+        found += list(new.values())[:each]
     return found
 
 
@@ -90,7 +92,7 @@ def _seeds(name: str) -> tuple[Row, ...]:
 
 def _read(start: File) -> list[Row]:
     found = []
-    for number, line in enumerate(_content(start).decode("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(_content(start).decode("utf-8", errors="replace").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except ValueError as error:

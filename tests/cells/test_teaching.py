@@ -137,6 +137,11 @@ def test_what_cannot_be_is_one_line_before_any_work(more: list[str], message: st
     assert "\n" not in str(error.value) and "pw" not in str(error.value)
 
 
+def test_a_recipe_of_the_test_text_is_refused(overrides: list[str], conf: Path) -> None:
+    with pytest.raises(ConfigError, match="'seqkd' learns from lee-news, the test text of suite"):
+        cell(overrides, "method=seqkd", "suite.corpus=lee-news")
+
+
 def test_one_text_in_a_pipeline(overrides: list[str], conf: Path) -> None:
     with pytest.raises(ConfigError, match="'alpaca' and 'magister' both learn from a text"):
         cell(overrides, "method=[alpaca,magister]")

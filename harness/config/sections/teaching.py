@@ -49,6 +49,12 @@ class TeacherConfig(Strict):
         parts = urlsplit(source)
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("an address holds no name, password or query; name a variable of the environment with teacher.key_variable")
+        try:
+            ported = parts.port is None or parts.port > 0
+        except ValueError:
+            ported = False
+        if not ported:
+            raise ValueError(f"'{source}' has no number as its port")
         if source != "self" and parts.scheme not in ("file", "hf", "http", "https"):
             raise ValueError(f"'{source}' is none of self, file:FOLDER, hf:ORG/NAME, http://HOST:PORT/v1")
         return source

@@ -21,6 +21,7 @@ from slimbench.harness.measure.loaded import Generates, Loaded, Scores, label_lo
 from slimbench.harness.schema.imitation import ImitationResult
 from slimbench.harness.store.partial import Part
 from slimbench.methods.base import Unsupported
+from slimbench.util.answers import ends_with
 from slimbench.util.teaching import Example, chat_ids
 
 MOST = 128
@@ -68,7 +69,7 @@ def measure(
         found.append(tuple(part.once([prompt, response], 1, partial(_of, model, writer, tokenizer, prompt, response, end))))
         through += 2 * len(prompt) + len(response) + ANSWER_TOKENS
         on_progress(done, len(asked))
-    right = [_ends_with(text, example.gold) if example.gold else None for (_, _, text), example in zip(found, asked, strict=True)]
+    right = [ends_with(text, example.gold) if example.gold else None for (_, _, text), example in zip(found, asked, strict=True)]
     result = ImitationResult(
         protocol=f"imitation-{protocols.IMITATION}",
         recipe=recipe,
@@ -89,7 +90,3 @@ def _of(model: Scores, writer: Generates, tokenizer: Any, prompt: list[int], res
     written = writer.generate(torch.tensor([prompt]), ANSWER_TOKENS, end)[0]
     text = tokenizer.decode([token for token in written if token not in end], skip_special_tokens=True)
     return [-float(scores.sum()), len(response), str(text).strip()]
-
-
-def _ends_with(text: str, gold: str) -> bool:
-    return text.casefold().rstrip(" .\n").endswith(gold.casefold().rstrip(" .\n"))

@@ -34,28 +34,48 @@ def encode(examples: Sequence[Example], tokenizer: Any, length: int, tasks: Sequ
     Raises:
         Unsupported: Of no response anything is left.
     """
-    rows = []
-    for example in examples:
-        prompt = chat_ids(tokenizer, (("user", example.prompt),))
-        before, answer = _pieces(example)
-        response, right = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in (before, answer))
-        end = [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
-        ids = (prompt + response + right + end)[:length]
-        if len(ids) > len(prompt):
-            parts = [PROMPT] * len(prompt) + [RESPONSE] * len(response) + [ANSWER] * len(right) + [RESPONSE] * len(end)
-            rows.append((ids, parts[:length], tasks.index(example.task)))
+    rows = [row for example in examples if (row := _encoded(example, tokenizer, length, tasks)) is not None]
     if not rows:
         raise Unsupported(f"no prompt of the {len(examples)} examples is shorter than length={length}, so no response is left")
-    found = torch.zeros(len(rows), 3, max(len(ids) for ids, _, _ in rows), dtype=torch.int64)
-    for row, (ids, parts, task) in zip(found, rows, strict=True):
-        row[0, : len(ids)], row[1, : len(ids)], row[2] = torch.tensor(ids), torch.tensor(parts), task
+    return fitted(rows, max(row.shape[1] for row in rows))
+
+
+def encode_each(examples: Sequence[Example], tokenizer: Any, length: int, tasks: Sequence[str]) -> dict[Example, Tensor]:
+    """Each example as an answer [3, longest], all of one length; one of whose response nothing is left is left out."""
+    rows = {example: row for example in examples if (row := _encoded(example, tokenizer, length, tasks)) is not None}
+    width = max((row.shape[1] for row in rows.values()), default=0)
+    return {example: fitted([row], width)[0] for example, row in rows.items()}
+
+
+def fitted(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Answers of different lengths as [n, 3, width], filled up with nothing."""
+    found = torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+    found[:, 2] = found[:, 2, :1]
     return found
 
 
+def _encoded(example: Example, tokenizer: Any, length: int, tasks: Sequence[str]) -> Tensor | None:
+    """An example as an answer [3, its length]; None where nothing of its response is left."""
+    prompt = chat_ids(tokenizer, (("user", example.prompt),))
+    before, answer = _pieces(example)
+    response, right = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in (before, answer))
+    end = [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
+    ids = (prompt + response + right + end)[:length]
+    if len(ids) <= len(prompt):
+        return None
+    parts = [PROMPT] * len(prompt) + [RESPONSE] * len(response) + [ANSWER] * len(right) + [RESPONSE] * len(end)
+    return torch.tensor([ids, parts[:length], [tasks.index(example.task)] * len(ids)])
+
+
 def _pieces(example: Example) -> tuple[str, str]:
-    """A response up to the right answer that it ends with, and this; they are made tokens apart, so that it is always the same ones."""
-    found = bool(example.gold) and example.response.endswith(example.gold)
-    return (example.response[: -len(example.gold)], example.gold) if found else (example.response, "")
+    """A response up to the right answer that it ends with, and this with the white space before it, as tokenizers have it.
+
+    They are made tokens apart, so that an answer is always the same ones.
+    """
+    if not example.gold or not example.response.endswith(example.gold):
+        return example.response, ""
+    before = example.response[: -len(example.gold)].rstrip()
+    return before, example.response[len(before) :]
 
 
 def targets(answers: Tensor) -> Tensor:

@@ -75,21 +75,18 @@ def answered(model: Any, tokenizer: Any, prompts: Sequence[str], new: int, dtype
         new: Tokens of an answer at most.
         dtype: In which products are computed; None: that of the model.
     """
+    from transformers import GenerationConfig
+
     ends, found = set(_ends(model).tolist()), list[str]()
+    # one's own, since that of a model may hold penalties and beams
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0)
     for first in range(0, len(prompts), batch):
         rows = [chat_ids(tokenizer, (("user", prompt),)) for prompt in prompts[first : first + batch]]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                **dict.fromkeys(("temperature", "top_p", "top_k")),
-            )
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         texts = ([*takewhile(lambda token: token not in ends, row)] for row in made[:, width:].tolist())
         found += [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]
     return found

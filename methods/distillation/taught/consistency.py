@@ -64,7 +64,7 @@ class Consistency(Taught):
         """Pairs [n, 6, length]: one answer above the other."""
         import torch
 
-        from slimbench.methods.core.learning.answers import ANSWER, encode
+        from slimbench.methods.core.learning.answers import ANSWER, encode_each
 
         items: dict[str, list[Any]] = {}
         for example in examples_of(dense):
@@ -73,11 +73,8 @@ class Consistency(Taught):
         if not pairs:
             raise Unsupported(f"recipe {self.recipe} left no two rationales of any question")
         tokenizer, tasks = dense.tokenizer(), self.tasks(dense)
-        texts = list(dict.fromkeys(example for pair in pairs for example in pair))
-        rows = {example: encode([example], tokenizer, self.length, tasks)[0] for example in texts}
-        width = max(row.shape[1] for row in rows.values())
-        rows = {example: torch.nn.functional.pad(row, (0, width - row.shape[1])) for example, row in rows.items()}
-        found = [torch.cat([rows[one], rows[other]]) for one, other in pairs]
+        rows = encode_each(list(dict.fromkeys(example for pair in pairs for example in pair)), tokenizer, self.length, tasks)
+        found = [torch.cat([rows[one], rows[other]]) for one, other in pairs if one in rows and other in rows]
         whole = [pair for pair in found if int((pair[1] == ANSWER).sum()) == int((pair[4] == ANSWER).sum()) > 0]
         if not whole:
             raise Unsupported(f"no answer is left within length={self.length}")

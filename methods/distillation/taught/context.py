@@ -51,16 +51,15 @@ class ContextDistillation(Taught):
         """Pairs [n, 6, length]: what is learned above what the teacher is told, with the same response."""
         import torch
 
-        from slimbench.methods.core.learning.answers import RESPONSE, encode
+        from slimbench.methods.core.learning.answers import RESPONSE, encode_each
 
         examples, tokenizer = examples_of(dense), dense.tokenizer()
         told = {(example.item, example.response): example for example in examples if example.task == TOLD}
         pairs = [(e, told[e.item, e.response]) for e in examples if e.task == UNTOLD and (e.item, e.response) in told]
         if not pairs:
             raise Unsupported(f"recipe {self.recipe} left no response with and without what was told")
-        rows = [[encode([example], tokenizer, self.length, [TOLD, UNTOLD])[0] for example in pair] for pair in pairs]
-        width = max(row.shape[1] for pair in rows for row in pair)
-        whole = [torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in pair]) for pair in rows]
+        rows = encode_each([example for pair in pairs for example in pair], tokenizer, self.length, [TOLD, UNTOLD])
+        whole = [torch.cat([rows[example] for example in pair]) for pair in pairs if all(example in rows for example in pair)]
         fit = [pair for pair in whole if int((pair[1] >= RESPONSE).sum()) == int((pair[4] >= RESPONSE).sum())]
         if not fit:
             raise Unsupported(f"no response is left whole within length={self.length}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import Calibration, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Distillation, Lesson, logits
-from slimbench.util.teaching import TRAIN, Example, read_examples
+from slimbench.util.teaching import HELD_OUT, TRAIN, Example, read_examples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,3 +124,9 @@ def examples_of(dense: DenseModel) -> list[Example]:
     """The examples to train on that the harness has put there."""
     assert dense.taught is not None
     return read_examples(dense.taught / TRAIN)
+
+
+def held_out_of(dense: DenseModel) -> list[Example]:
+    """The examples that no student may see."""
+    assert dense.taught is not None
+    return read_examples(dense.taught / HELD_OUT)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimbench.methods.base import Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
-from slimbench.methods.distillation.taught.examples import Taught, examples_of
-from slimbench.util.teaching import Completion, Example, Request, Sampling
+from slimbench.methods.distillation.taught.examples import Taught, examples_of, held_out_of
+from slimbench.util.answers import ends_with, unfit
+from slimbench.util.teaching import Example, Request, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +78,14 @@ class Rounds(Taught):
         if self.rounds > self.steps:
             raise ValueError(f"rounds must not exceed the steps {self.steps}, not {self.rounds}")
 
-    def asked(self, dense: DenseModel, prompts: Sequence[str], tokens: int, temperature: float = 0.0) -> list[Completion]:
-        """The teacher's answers, in order."""
+    def asked(self, dense: DenseModel, prompts: Sequence[str], tokens: int, turn: int = 0, temperature: float = 0.0) -> list[str]:
+        """The teacher's answers, in order; an empty text for one that is none, or was cut at its limit."""
         assert dense.teacher is not None
         sampling = Sampling(max_tokens=tokens, temperature=temperature)
-        requests = [Request((("user", prompt),), sampling, seed=number) for number, prompt in enumerate(prompts)]
+        requests = [Request((("user", prompt),), sampling, seed=1000 * turn + number) for number, prompt in enumerate(prompts)]
         found = dict(dense.teacher.answers(requests))
-        return [found[number] for number in range(len(prompts))]
+        each = (found[number] for number in range(len(prompts)))
+        return ["" if answer.finish == "length" or unfit(answer, sampling) else answer.text.strip() for answer in each]
 
     def examination(self, student: Any, examples: Sequence[Example], dense: DenseModel, turn: int) -> list[tuple[Example, str]]:
         """Some examples, one of each prompt, with what the student answers to them now."""
@@ -143,14 +145,10 @@ class Lion(Rounds):
         count = min(len(hard), len(easy)) or max(len(hard), len(easy))
         prompts = [HARDER.format(instruction=example.prompt) for example in hard[:count]]
         prompts += [EASIER.format(instruction=example.prompt) for example in easy[:count]]
-        written = [answer.text.strip() for answer in self.asked(dense, prompts, self.answer_tokens, 1.0) if answer.finish == "stop"]
-        kept = list(unlike(written, [example.prompt for example in pool], self.likeness))
-        answers = self.asked(dense, kept, self.answer_tokens)
-        return [
-            Example(prompt, answer.text.strip(), task=pool[0].task, item=f"round {turn}")
-            for prompt, answer in zip(kept, answers, strict=True)
-            if answer.finish == "stop" and answer.text.strip()
-        ]
+        written = self.asked(dense, prompts, self.answer_tokens, turn, temperature=1.0)
+        kept = list(unlike(written, [example.prompt for example in (*pool, *held_out_of(dense))], self.likeness))
+        answers = zip(kept, self.asked(dense, kept, self.answer_tokens, turn), strict=True)
+        return [Example(prompt, text, task=pool[0].task, item=f"round {turn}") for prompt, text in answers if text]
 
     def marks(self, sat: Sequence[tuple[Example, str]], dense: DenseModel) -> list[float | None]:
         """By how many marks the student is behind, the mean over both orders; None where the referee gave none in either."""
@@ -158,7 +156,7 @@ class Lion(Rounds):
         for example, text in sat:
             for first, second in ((example.response, text), (text, example.response)):
                 prompts.append(JUDGE.format(instruction=example.prompt, first=first, second=second))
-        given = [two_marks(answer.text) for answer in self.asked(dense, prompts, 16)]
+        given = [two_marks(text) for text in self.asked(dense, prompts, 16)]
         found: list[float | None] = []
         for ours, theirs in zip(given[::2], given[1::2], strict=True):
             gaps = ([ours[0] - ours[1]] if ours else []) + ([theirs[1] - theirs[0]] if theirs else [])
@@ -172,7 +170,8 @@ class _Pool:
 
 
 def two_marks(text: str) -> tuple[float, float] | None:
-    """The first two numbers from 1 to 10 in a referee's answer; None where it does not begin with marks."""
+    """The first two numbers from 1 to 10 in a referee's answer, `/10` and numbers of a list left out; None where these are no marks."""
+    text = re.sub(r"(?m)^\s*\d+[.)]\s+(?=\D*\d)|\s*/\s*10\b", " ", text)
     numbers = [float(number) for number in re.findall(r"(?<![\d.])\d+(?:\.\d+)?(?![\d.]*\d)", text)]
     return (numbers[0], numbers[1]) if len(numbers) >= 2 and all(1 <= number <= 10 for number in numbers[:2]) else None
 
@@ -239,22 +238,18 @@ class Reflection(Rounds):
     def corrected(self, student: Any, right: Sequence[Example], wrong: dict[str, list[str]], dense: DenseModel, turn: int) -> list[Example]:
         """What the teacher explains where the student was wrong; its wrong answers are noted by prompt."""
         sat = self.examination(student, right, dense, turn)
-        failed = [(example, text) for example, text in sat if not text.rstrip(" .").endswith(example.gold)]
+        failed = [(example, text) for example, text in sat if not ends_with(text, example.gold)]
         for example, text in failed:
             wrong[example.prompt] = [*wrong.get(example.prompt, ()), *([text] if text else ())][-self.negatives :]
         prompts = [CORRECT.format(question=example.prompt, answer=text, gold=example.gold) for example, text in failed]
-        answers = self.asked(dense, prompts, self.answer_tokens)
-        return [
-            replace(example, response=answer.text.strip().rstrip("."))
-            for (example, _), answer in zip(failed, answers, strict=True)
-            if answer.finish == "stop" and answer.text.strip().rstrip(".").endswith(example.gold)
-        ]
+        answers = zip(failed, self.asked(dense, prompts, self.answer_tokens, turn), strict=True)
+        return [replace(example, response=text.rstrip(".")) for (example, _), text in answers if ends_with(text, example.gold)]
 
     def triplets(self, right: Sequence[Example], wrong: dict[str, list[str]], dense: DenseModel) -> Tensor:
         """Rationales [n, 9, length]: each beside another right one of its question and one of the student's wrong ones, or nothing."""
         import torch
 
-        from slimbench.methods.core.learning.answers import encode
+        from slimbench.methods.core.learning.answers import encode_each
 
         tokenizer, tasks, rows = dense.tokenizer(), self.tasks(dense), list[list[Example | None]]()
         for number, example in enumerate(right):
@@ -264,11 +259,12 @@ class Reflection(Rounds):
             other = others[number % len(others)] if whole else None
             rows.append([example, other, replace(example, response=against[number % len(against)], gold="") if whole else None])
         texts = list(dict.fromkeys(example for row in rows for example in row if example is not None))
-        encoded = {text: encode([text], tokenizer, self.length, tasks)[0] for text in texts}
-        width = max(row.shape[1] for row in encoded.values())
-        none = torch.zeros(3, width, dtype=torch.int64)
-        padded = {text: torch.nn.functional.pad(row, (0, width - row.shape[1])) for text, row in encoded.items()}
-        return torch.stack([torch.cat([none if text is None else padded[text] for text in row]) for row in rows])
+        encoded = encode_each(texts, tokenizer, self.length, tasks)
+        if not any(row[0] in encoded for row in rows if row[0] is not None):
+            raise Unsupported(f"no rationale is left within length={self.length}")
+        none = torch.zeros_like(next(iter(encoded.values())))
+        left = [row for row in rows if row[0] in encoded]
+        return torch.stack([torch.cat([none if text is None else encoded.get(text, none) for text in row]) for row in left])
 
     def loss_of(self, student: Any, triplets: Tensor, dense: DenseModel) -> Tensor:
         """CE of the first + `contrast` · mean max(0, ‖a − p‖ − ‖a − n‖ + margin) over those that have all three.

@@ -137,7 +137,7 @@ def test_children_count_as_own_while_they_run_and_after() -> None:
     child.kill()
     child.wait()
     assert running - before > 0.1
-    assert machine._own_seconds() >= running
+    assert machine._own_seconds() >= running - 1e-9  # sums of hundredths
 
 
 def test_slowdowns_are_heat_and_brakes_not_the_power_cap_or_idleness() -> None:

@@ -87,7 +87,9 @@ def test_alpaca_grows_tasks_with_inputs_and_outputs_after_three() -> None:
     assert stage.draw.temperature == 1.0 and "20 different tasks" in stage.prompt  # type: ignore[union-attr]
     assert all(request.chat[-1][1].count(". Instruction:") == 4 for request in asked), "three are shown, and the fourth is begun"
     assert made.rejected == dict.fromkeys(["instruction: has what it must not", "instruction: like an earlier one", "cut at its limit"], 8)
-    assert len(examples) + made.dropped == 8 and all(example.response == "sorted" and "<none>" in example.prompt for example in examples)
+    assert len(examples) + made.dropped == 8 and all(
+        example.response == "sorted" and "<none>" not in example.prompt for example in examples
+    )
 
 
 def test_self_instruct_shows_eight_of_which_two_were_made_and_labels_of_classifications_come_first() -> None:
@@ -158,19 +160,20 @@ def test_llama_gpt4_answers_tasks_with_inputs_anew() -> None:
     assert all(example.prompt.endswith("\n\nb, a") and example.response == "a, b" for example in examples)
 
 
-def test_universalner_asks_for_each_kind_and_for_one_that_is_not_there() -> None:
+def test_universalner_asks_once_for_each_kind_and_for_one_that_is_not_there() -> None:
     turn = iter(range(1000))
 
     def answer(prompt: str) -> str:
-        number = next(turn)
-        return f"1. Canberra{number} - city{'abcdefghijkl'[number]}\n- Ann Lee: person{'abcdefghijkl'[number]}\nno list here"
+        letter = "abcdefghijkl"[next(turn)]
+        return f"1. Canberra - city{letter}\n**Sydney** - City{letter}\n- Ann Lee: person{letter}\nno list here"
 
     examples, _, made = written("universalner", answer, 6)
-    assert made.stages[0]["kept"] == 12 and len(examples) == 24
+    assert made.stages[0]["kept"] == 18 and made.kept == 12 and len(examples) == 24
     there, absent = ([e for e in examples if (e.response == "[]") is missing] for missing in (False, True))
     assert len(there) == len(absent) == 12 and {e.gold for e in absent} == {"[]"}
-    for one, other in zip(there, absent, strict=True):
-        assert one.prompt.split("Which")[0] == other.prompt.split("Which")[0] and one.prompt != other.prompt
+    assert {e.response for e in there} == {'["Canberra", "Sydney"]', '["Ann Lee"]'}
+    own = {item: {e.prompt for e in there if e.item == item} for item in {e.item for e in there}}
+    assert not [e for e in absent if e.prompt in own[e.item]], "a kind that the passage has is not said to be absent"
 
 
 def test_seqkd_learns_what_a_teacher_writes_behind_a_passage() -> None:
@@ -416,6 +419,18 @@ def test_questions_stand_behind_others_and_alone_of_one_of_the_two() -> None:
         shown = sum(question in example.prompt for question in golds)
         assert shown == (4 if example.task == "shots" else 1) and example.response == example.gold
     assert {example.task for example in written("meta-ict", nobody)[0]} == {"shots"}
+
+
+@pytest.mark.parametrize("name", ["meta-ict", "multitask-ict", "specialize"])
+def test_nothing_that_is_held_out_is_shown_to_a_student(name: str) -> None:
+    from slimbench.tasks.teaching import data_set
+
+    golds = gold(name, 40)
+    made = written(name, lambda prompt: f"Thus. The answer is {answer_of(golds, prompt)}", 40)[2]
+    train, held_out = data_set.examples_of(made)
+    asked = {question for question in golds for example in held_out if question in example.prompt.split("\n\n")[-1]}
+    assert held_out and asked
+    assert not [example for example in train for question in asked if question in example.prompt]
 
 
 def test_symbolic_keeps_what_its_critic_believes() -> None:

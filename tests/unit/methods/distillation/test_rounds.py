@@ -16,7 +16,7 @@ from slimbench.methods.core.learning.rollouts import answered
 from slimbench.methods.distillation.taught import rounds
 from slimbench.methods.distillation.taught.rounds import Lion, Reflection, two_marks, unlike
 from slimbench.tasks.teaching.journal import Remembering
-from slimbench.util.teaching import TRAIN, Completion, Example, chat_ids, write_examples
+from slimbench.util.teaching import HELD_OUT, TRAIN, Completion, Example, chat_ids, write_examples
 from tests.support import tiny
 from tests.support.taught import Scripted
 
@@ -35,6 +35,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     tiny.save_tokenizer(folder / "model")
     (folder / "text").mkdir()
     write_examples(QUESTIONS, folder / "text" / TRAIN)
+    write_examples([Example("w9a w9b w9c", "held out")], folder / "text" / HELD_OUT)
     (folder / "text" / "manifest.json").write_text('{"teacher": "somebody"}')
     return replace(found, taught=folder / "text")
 
@@ -62,7 +63,8 @@ def test_what_a_model_answers_is_what_it_would_write_of_each_prompt_alone(dense:
         ("8 3", (8, 3)),
         ("8.5 and 7", (8.5, 7)),
         ("The marks are 10, 1.", (10, 1)),
-        ("8/10 7/10", (8, 10)),
+        ("8/10, 7/10", (8, 7)),
+        ("1. 8\n2. 6", (8, 6)),
         ("eight and three", None),
         ("8", None),
         ("0 5", None),

@@ -10,7 +10,9 @@ import pytest
 
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, data_set, stages, starts
+from slimbench.tasks.teaching.parts import Row, side
 from slimbench.tasks.teaching.recipe import Recipe, read
+from slimbench.util import answers
 from slimbench.util.teaching import Completion, Example, Sampling, TeacherError
 from tests.support.taught import Scripted
 
@@ -217,7 +219,8 @@ def test_only_so_many_of_an_item_stay_and_none_of_one_that_has_too_few() -> None
                 "keep": {"response": {"words": [2, 9]}},
             },
             {"kind": "select", "each": 2, "at_least": 2},
-        ]
+        ],
+        held_out=0.01,
     )
     turn = iter(range(1000))
     answers = ["two words", "no", "two words", "two words", "one", "no", "two words", "no"]
@@ -225,15 +228,21 @@ def test_only_so_many_of_an_item_stay_and_none_of_one_that_has_too_few() -> None
     assert made.kept == 2 and made.rejected == {"response: number of words": 4, "too few or too many of an item": 2}
 
 
+def sided(rows: list[Row]) -> list[Row]:
+    return [row | {"side": side(row, 0.4)} for row in rows]
+
+
 def test_items_of_one_prompt_are_on_one_side_and_held_out_prompts_are_unlike_those_to_train_on() -> None:
     recipe = simple(held_out=0.4)
-    rows = [{"item": str(n), "instruction": f"Tell me about thing {n % 30}", "input": "", "response": "yes"} for n in range(60)]
+    rows = sided([{"item": str(n), "instruction": f"Tell me about thing {n % 30}", "input": "", "response": "yes"} for n in range(60)])
     train, held_out, dropped = data_set.split(simple(held_out=0.4, apart=None), rows)
     assert not dropped and len(train) + len(held_out) == 60 and 10 < len(held_out) < 40
     assert not {example.prompt for example in train} & {example.prompt for example in held_out}
     train, held_out, dropped = data_set.split(recipe, rows)
     assert not held_out and dropped == 60 - len(train), "they differ in a number alone"
-    distant = [{"item": str(n), "instruction": " ".join(f"w{n}x{k}" for k in range(6)), "input": "", "response": "yes"} for n in range(60)]
+    distant = sided(
+        [{"item": str(n), "instruction": " ".join(f"w{n}x{k}" for k in range(6)), "input": "", "response": "yes"} for n in range(60)]
+    )
     train, held_out, dropped = data_set.split(recipe, distant)
     assert not dropped and held_out
     assert max(checks.rouge_l(one.prompt, other.prompt) for one in train for other in held_out) < 0.7
@@ -288,13 +297,14 @@ def test_the_bound_of_rouge_leaves_out_no_pair() -> None:
 
 def test_an_unfit_answer_has_a_reason() -> None:
     def reason(text: str, finish: Any = "stop") -> str | None:
-        return checks.unfit(Completion(text, finish), Sampling(max_tokens=4))
+        return answers.unfit(Completion(text, finish), Sampling(max_tokens=4))
 
     assert reason("fine") is None and reason("fine", "length") is None and reason("two\nlines\tand a tab") is None
     assert reason("", "refused") == "refused"
     for text in ("a\x00b", "a\u202eb", "a\u200bb", "a\x7fb", "\ud800"):
         assert reason(text) == "control characters"
-    for text in ("<|endoftext|>", "[INST] do", "</s>", "<<SYS>>", "<start_of_turn>user"):
+    assert reason("a" + " " * 60 + "b") == "longer than its limit" and reason("a" + " " * 41) == "white space"
+    for text in ("<｜User｜>", "<eos>", "[TOOL_CALLS]", "[|user|]", "<|endoftext|>", "[INST] do", "</s>", "<<SYS>>", "<start_of_turn>user"):
         assert reason(text) == "marks of a chat"
 
 
@@ -304,4 +314,4 @@ def test_a_look_beforehand_shows_what_would_be_asked_first() -> None:
     shown = data_set.preview(recipe, 40, 0)
     make(recipe, teacher)
     assert [request.hash for request in shown] == [request.hash for request in teacher.asked]
-    assert not stages.first_requests([], [], 0)
+    assert not stages.first_requests([], [], [], 1, 0.2)

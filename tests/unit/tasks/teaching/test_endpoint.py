@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from slimbench.tasks.teaching import checks
+from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching.endpoint import Endpoint
 from slimbench.tasks.teaching.journal import Journal
+from slimbench.util import answers as fit
 from slimbench.util.teaching import Completion, Request, Sampling, TeacherError
 from tests.support.chat_server import Asked, Reply, Server, serving
 
@@ -129,7 +130,7 @@ def test_an_answer_of_another_form_is_a_counted_rejection(body: bytes) -> None:
     with serving(lambda asked: Reply(body)) as server:
         found = answers(server, REQUESTS[:2], attempts=2)
         assert {answer.finish for answer in found.values()} == {"malformed"} and len(server.asked) == 4
-        assert checks.unfit(found[0], Sampling()) == "malformed"
+        assert fit.unfit(found[0], Sampling()) == "malformed"
 
 
 def test_a_request_that_is_refused_is_counted_and_a_key_that_is_wrong_ends_it_at_once() -> None:
@@ -157,7 +158,50 @@ def test_a_key_goes_by_the_name_of_a_variable_and_is_told_nowhere(monkeypatch: p
             list(teacher(server, key_variable="NO_KEY").answers(REQUESTS[:1]))
 
 
-@pytest.mark.parametrize("url", ["ftp://host/v1", "host:80", "http://name:pass@host/v1", "http://pass@host/v1", "http://host/v1?key=pass"])
+@pytest.mark.parametrize("key", ["sk-secret\r\nX: y", "sk-sécret", "sk-\x00secret"])
+def test_a_key_that_is_none_is_told_without_its_characters(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "\x00" not in key:
+        monkeypatch.setenv("MY_KEY", key)
+        with serving(lambda asked: Reply()) as server, pytest.raises(TeacherError, match="MY_KEY holds no key") as error:
+            list(teacher(server, key_variable="MY_KEY").answers(REQUESTS[:1]))
+        assert "cret" not in str(error.value)
+    monkeypatch.setenv("MY_KEY", "sk-secret\r\n")
+    with serving(lambda asked: Reply(f"you sent {asked.headers['authorization']}".encode(), status=401)) as server:
+        with pytest.raises(TeacherError, match="you sent Bearer …") as error:
+            list(teacher(server, key_variable="MY_KEY").answers(REQUESTS[:1]))
+        assert "secret" not in str(error.value) and server.asked[0].headers["authorization"] == "Bearer sk-secret"
+
+
+def test_an_error_without_words_is_one_line() -> None:
+    with serving(lambda asked: Reply(b"\x1b[0m", status=401)) as server, pytest.raises(TeacherError, match="status 401: no text"):
+        answers(server, REQUESTS[:1])
+
+
+def test_what_a_server_refused_is_asked_again_once_it_is_mended(tmp_path: Path) -> None:
+    broken = True
+    with serving(lambda asked: Reply(b"no such parameter", status=400) if broken else Reply("fine")) as server:
+        found = Journal(tmp_path / "journal.jsonl").ask(lambda: teacher(server), REQUESTS[:2])
+        assert {answer.finish for answer in found} == {"refused"}
+        broken = False
+        found = Journal(tmp_path / "journal.jsonl").ask(lambda: teacher(server), REQUESTS[:2])
+        assert [answer.text for answer in found] == ["fine", "fine"]
+    (tmp_path / "journal.jsonl").write_text('{"request": 5}\n')
+    with pytest.raises(DataError, match="a line that is no answer: remove it"):
+        Journal(tmp_path / "journal.jsonl")
+
+
+def test_answers_that_were_ready_when_another_request_was_given_up_are_kept(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> Reply:
+        return Reply(b"", status=500, stall_s=0.2) if asked.prompt == "question 0" else Reply("fine", stall_s=0.5)
+
+    with serving(answer) as server, pytest.raises(TeacherError):
+        Journal(tmp_path / "journal.jsonl").ask(lambda: teacher(server, at_once=3, attempts=1), REQUESTS)
+    assert len(Journal(tmp_path / "journal.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/v1", "host:80", "http://name:pass@host/v1", "http://pass@host/v1", "http://host/v1?key=pass", "http://host:abc/v1"]
+)
 def test_an_address_that_is_none_or_holds_a_password_is_refused(url: str) -> None:
     with pytest.raises(TeacherError) as error:
         Endpoint(url, "m")

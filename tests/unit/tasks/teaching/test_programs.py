@@ -24,6 +24,8 @@ from slimbench.tasks.teaching import programs
         ("answer = sorted([3, 1, 2])[0] + abs(-4)", "5"),
         ("x: int = 3\nanswer = -x ** 2", "-9"),
         ("answer = 7 / 2", "3.5"),
+        ("answer = 1 if 3 in [1, 2, 3] and 4 not in [1] else 0", "1"),
+        ("answer = round(2.34567, 2) + len([1, 2])", "4.35"),
         ("for n in [5, 6, 7]:\n    if n > 5:\n        break\nanswer = n", "6"),
     ],
 )
@@ -85,6 +87,12 @@ HOSTILE = {
     "break outside": "break\nanswer = 1",
     "index": "answer = [1][5]",
     "add a list": "answer = [1] + [2]",
+    "long rounding": "answer = round(1, -10 ** 9)",
+    "compared lists": "a = [1]\nb = [1]\nfor n in range(40):\n    a = [a, a]\n    b = [b, b]\nanswer = 1 if a == b else 2",
+    "sorted lists": "a = [1]\nb = [1]\nfor n in range(40):\n    a = [a, a]\n    b = [b, b]\nanswer = len(sorted([a, b]))",
+    "list in lists": "a = [1]\nb = [1]\nfor n in range(40):\n    a = [a, a]\n    b = [b, b]\nanswer = 1 if a in [b] else 2",
+    "sum of lists": "a = range(2000)\nanswer = len(sum([a] * 400, []))",
+    "summed lists": "a = range(2000)\nanswer = len(sum([a, a, a], []))",
     "many items": "answer = len([0] * 10 ** 9)",
 }
 

@@ -89,6 +89,26 @@ def test_one_changed_character_is_another_key() -> None:
         (ask(draw={"temperature": -1}), "greater than or equal to 0"),
         (changed(stages=[{"kind": "grow", "prompt": "{shown}", "shown": "{instruction}", "own": 2}]), "needs parse"),
         (changed(stages=[{"kind": "evaluate"}]), "stage 1, evaluate: rows have no program"),
+        (ask(keep={"response": {"without": ["("]}}), "no pattern: missing"),
+        (
+            changed(
+                stages=[{"kind": "grow", "prompt": "{shown} {input}", "shown": "{instruction}", "own": 2, "parse": "(?P<instruction>.+)"}]
+            ),
+            "its prompt may name shown and next",
+        ),
+        (
+            changed(
+                stages=[{"kind": "grow", "prompt": "{shown}", "shown": "{input}", "own": 2, "grown": 1, "parse": "(?P<instruction>.+)"}]
+            ),
+            "rows that were made have no input",
+        ),
+        (
+            changed(
+                stages=[{"kind": "grow", "prompt": "{shown}", "shown": "{instruction}", "own": 2, "parse": "(?P<instruction>.+)"}],
+                examples=[{"prompt": "{instruction}", "response": "{output}"}],
+            ),
+            "an example reads output; rows have instruction, item, side",
+        ),
         (changed(examples=[]), "examples: List should have at least 1 item"),
         (changed(examples=[{"prompt": "{a}", "response": "{instruction}"}]), "an example reads a; rows have"),
         (changed(held_out=1.0), "held_out"),
