@@ -117,6 +117,7 @@ _NOTE = (
     r"no divergence: .+",
     r"no speed-up: .+",
     r"no continuations: .+",
+    r"not held against its teacher: .+",
     r"unsupported: .+",
     r".+: left out, .+",
     r".+: items left out, .+",
