@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import ModelConfig, RunConfig
 from slimbench.harness.config.sections.teaching import recipe
 from slimbench.harness.schema.work import TeachingFacts
 from slimbench.harness.stages import models
-from slimbench.harness.stages.common import Reporter
 from slimbench.tasks.teaching import data_set
 from slimbench.tasks.teaching.data_set import Made
 from slimbench.tasks.teaching.endpoint import Endpoint
 from slimbench.tasks.teaching.journal import Remembering, Watch
 from slimbench.util.hashing import digest
 from slimbench.util.teaching import Teacher
+
+if TYPE_CHECKING:
+    from slimbench.harness.stages.common import Reporter  # which imports torch
 
 
 def keys(config: RunConfig) -> list[str]:

@@ -31,7 +31,6 @@ PIPELINES: list[tuple[str, ...]] = [
     ("svd-80", "norms", "rtn-8bit"),
     ("shortgpt", "kd", "gptq"),
     ("minitron-width-25", "kd", "rtn-4bit-row"),
-    ("shortgpt", "magister", "rtn-8bit"),
 ]
 
 

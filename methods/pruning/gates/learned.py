@@ -62,8 +62,8 @@ class Gated(Chosen):
         growth: Fraction of the steps in which the target grows from nothing to the whole budget.
     """
 
-    gate_rate: float = 0.3
-    multiplier_rate: float = 0.02
+    gate_rate: float = 0.25
+    multiplier_rate: float = 0.1
     square_rate: float = 10.0
     growth: float = 0.5
 

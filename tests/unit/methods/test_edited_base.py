@@ -18,7 +18,7 @@ from slimbench.methods.base import EDITED, Claim, DenseModel, Method, Unsupporte
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
-from tests.contract.shipped import SLOW
+from tests.contract.shipped import ALIKE, SLOW
 from tests.support import tiny
 from tests.support.architectures import make
 from tests.support.taught import given
@@ -31,6 +31,8 @@ DROPPING = {"ShortGPT", "LayerDropping", "ContributionDropping", "EveryOther", "
 """Methods that leave out one of three blocks."""
 COMPARING = {"TinyBERT", "MiniLM"}
 """They compare heads with the teacher's one by one, and a block of the base has fewer."""
+TAUGHT = ALIKE - {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
+"""They write what `instruct` writes, by the same code."""
 NO_KERNEL = "fell back to dequantize + dense matmul"
 
 
@@ -54,7 +56,10 @@ def brief(method: Method) -> Method:
     return dataclasses.replace(method, **changed | ({"length": 160} if method.needs.text else {}))  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (FOLLOWERS[name].name in SLOW)) for name in FOLLOWERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] * (FOLLOWERS[name].name in TAUGHT or FOLLOWERS[name].name in SLOW)) for name in FOLLOWERS],
+)
 def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseModel, Claim], tmp_path: Path) -> None:
     method, (dense, before) = brief(FOLLOWERS[name]), base
     if method.needs.missing_modules():

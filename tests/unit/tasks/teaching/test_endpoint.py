@@ -30,7 +30,7 @@ def answers(server: Server, requests: list[Request] = REQUESTS, **settings: Any)
 
 def test_each_request_gets_its_own_answer_with_what_was_asked_for() -> None:
     def answer(asked: Asked) -> Reply:
-        return Reply(f"answer to {asked.prompt}", finish="length" if asked.prompt.endswith("3") else "stop", stall_s=0.05)
+        return Reply(f"answer to {asked.prompt}", finish="length" if asked.prompt.endswith("3") else "stop", stall_s=0.3)
 
     with serving(answer) as server:
         sampling = Sampling(max_tokens=5, temperature=0.7, top_p=0.5, presence_penalty=2.0, stop=("\n",))
