@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from slimbench.harness.config.sections.teaching import TeacherConfig
 from slimbench.harness.run.runner import Runner
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
 from slimbench.tasks.teaching import data_set
 from slimbench.util.teaching import TeacherError
 from tests.support.chat_server import Asked, Reply, Server, serving
-from tests.support.running import cell, run
+from tests.support.running import Listener, cell, run
 
 RECIPE = """
 paper: none
@@ -30,12 +32,28 @@ apart: null
 FEW = ["method=alpaca", "method.alpaca.recipe=mine", "method.alpaca.steps=6", "method.alpaca.length=200", "stages=[quality]"]
 
 
+@pytest.fixture(scope="module")
+def own(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Runner]]:
+    """A folder of choices, and a runner whose workers began with it."""
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "recipe").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMBENCH_CONF", str(folder))
+        runner = Runner(Store(folder / "unused"), Listener())
+        yield folder, runner
+        runner.close()
+
+
 @pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "conf" / "recipe").mkdir(parents=True)
-    (tmp_path / "conf" / "recipe" / "mine.yaml").write_text(RECIPE)
-    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path / "conf"))
-    return tmp_path / "conf"
+def conf(own: tuple[Path, Runner]) -> Path:
+    (own[0] / "recipe" / "mine.yaml").write_text(RECIPE)
+    return own[0]
+
+
+@pytest.fixture
+def runner(own: tuple[Path, Runner], tmp_path: Path) -> Runner:
+    own[1].store, own[1].listener = Store(tmp_path / "results"), Listener()
+    return own[1]
 
 
 def willing(asked: Asked) -> Reply:
