@@ -29,7 +29,7 @@ class ManyRationales(Responses):
     """SCoTD: fine-tuning on many rationales of each question."""
 
     name = "scotd"
-    citation = Citation("SCoTD", year=2023, arxiv="2306.14050", covers=("distillation/scotd-mcc-kd",))
+    citation = Citation("SCoTD", year=2023, arxiv="2306.14050")
     recipes: ClassVar[tuple[str, ...]] = ("scotd",)
 
     recipe: str = "scotd"
@@ -45,7 +45,7 @@ class Consistency(Taught):
     """
 
     name = "mcc-kd"
-    citation = Citation("MCC-KD", year=2023, arxiv="2310.14747", covers=("distillation/scotd-mcc-kd",))
+    citation = Citation("MCC-KD", year=2023, arxiv="2310.14747")
     recipes: ClassVar[tuple[str, ...]] = ("mcc-kd",)
 
     recipe: str = "mcc-kd"

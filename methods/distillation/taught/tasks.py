@@ -61,7 +61,7 @@ class ProgramTuning(Responses):
     """Programs in the place of rationales; the recipe says whose method it is."""
 
     name = "programs"
-    citation = Citation("Program-aided distillation", 2023, "2305.13888", ("distillation/program-distillation-pad",))
+    citation = Citation("Program-aided distillation", 2023, "2305.13888")
     recipes: ClassVar[tuple[str, ...]] = ("pad", "persd")
 
     recipe: str = "pad"
