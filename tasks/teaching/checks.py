@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
-from functools import cache
-from typing import Any
 
 from slimbench.tasks.teaching.parts import Keep, Row
 from slimbench.util.answers import plain
+from slimbench.util.likeness import Text, alike
 from slimbench.util.teaching import Completion
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -78,44 +75,3 @@ def same(one: str, other: str) -> bool:
     """Whether two short answers say the same."""
     first, second = number(one), number(other)
     return first == second if first is not None and second is not None else plain(one) == plain(other)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text and how often each of its words occurs."""
-
-    text: str
-    counts: Counter[str]
-
-    @classmethod
-    def of(cls, text: str) -> Text:
-        return cls(text, Counter(words(text)))
-
-
-def alike(text: Text, others: Iterable[Text], limit: float) -> bool:
-    """Whether ROUGE-L of a text with one of others is above a limit.
-
-    With n and m words of which k are common it is at most 2 k / (n + m); where that is not above the limit nothing else is computed.
-    """
-    size = text.counts.total()
-    near = (other for other in others if 2 * (text.counts & other.counts).total() > limit * (size + other.counts.total()))
-    return any(rouge_l(text.text, other.text) > limit for other in near)
-
-
-def rouge_l(one: str, other: str) -> float:
-    """ROUGE-L (Lin 2004), its F measure with equal weights, without stems."""
-    return float(_scorer().score(one, other)["rougeL"].fmeasure)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text as ROUGE counts them: lower case, letters and digits alone."""
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    return list(DefaultTokenizer(use_stemmer=False).tokenize(text))
-
-
-@cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"])

@@ -26,6 +26,7 @@ from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
 from slimbench.util.files import cache_dir, write_atomically
 from slimbench.util.hashing import digest, hash_file
+from slimbench.util.likeness import Text, alike
 from slimbench.util.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
 
 MANIFEST = "manifest.json"
@@ -237,9 +238,9 @@ def split(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Example], list[Exam
     held_out = [example for row in rows if row["side"] != TRAINED for example in _examples(recipe, row)]
     if recipe.apart is None:
         return train, held_out, 0
-    known = [checks.Text.of(text) for text in {example.prompt for example in train}]
-    alike = {text: checks.alike(checks.Text.of(text), known, recipe.apart) for text in {example.prompt for example in held_out}}
-    left = [example for example in held_out if not alike[example.prompt]]
+    known = [Text.of(text) for text in {example.prompt for example in train}]
+    near = {text: alike(Text.of(text), known, recipe.apart) for text in {example.prompt for example in held_out}}
+    left = [example for example in held_out if not near[example.prompt]]
     return train, left, len(held_out) - len(left)
 
 

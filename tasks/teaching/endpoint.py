@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from slimbench.util.teaching import Completion, Request, TeacherError
 from slimbench.util.text import nearest, plain
@@ -60,18 +60,12 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         """Raise `TeacherError` for an address that is none, or that holds a password."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
-            raise TeacherError(f"teacher '{self.place}' is no address; write http://HOST:PORT/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise TeacherError("a teacher's address holds no name, password or query; put the key into an environment variable")
+        check_address(self.url)
 
     @property
     def place(self) -> str:
-        """Where it is, without what an address may hold of secrets."""
-        parts = urlsplit(self.url)
-        port = f":{parts.port}" if _has_port(parts) and parts.port else ""
-        return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+        """Where it is, for messages."""
+        return self.url.rstrip("/")
 
     @property
     def identity(self) -> str:
@@ -221,12 +215,17 @@ class Endpoint:
         raise TeacherError(f"teacher {self.place} refuses: {said}")
 
 
-def _has_port(parts: SplitResult) -> bool:
-    """Whether the port of an address is a number, or left out."""
+def check_address(url: str) -> None:
+    """Raise `TeacherError` for an address that is none, or that may hold a secret, none of which it repeats."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise TeacherError("a teacher's address holds no name, password or query; put the key into a variable, teacher.key_variable=NAME")
     try:
-        return parts.port is None or parts.port > 0
-    except ValueError:
-        return False
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole:
+        raise TeacherError(f"teacher '{url}' is no address; write http://HOST:PORT/v1")
 
 
 class _TooLong(Exception):

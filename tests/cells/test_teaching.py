@@ -142,8 +142,8 @@ def test_a_server_that_fails_half_way_is_the_machines_fault_and_the_next_run_goe
     [
         (["method.alpaca.recipe=min"], "no recipe 'min'; did you mean 'mine'"),
         (["teacher.source=http://127.0.0.1:1/v1"], "teacher.model: how the server at http://127.0.0.1:1/v1 calls its model is needed"),
-        (["teacher.source=http://user:pw@127.0.0.1:1/v1"], "an address holds no name, password or query"),
-        (["teacher.source=elsewhere"], "is none of self, file:FOLDER"),
+        (["teacher.source=http://user:pw@127.0.0.1:1/v1"], "address holds no name, password or query"),
+        (["teacher.source=elsewhere"], "none of self, file:FOLDER and hf:ORG/NAME: teacher 'elsewhere' is no address"),
         (["teacher.examples=0"], "teacher.examples"),
         (["teacher.exampels=5"], "did you mean 'teacher.examples'|did you mean 'examples'"),
         (["teacher.key_variable=a key"], "teacher.key_variable"),

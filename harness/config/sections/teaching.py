@@ -12,7 +12,9 @@ from slimbench.harness.config.sections.base import Real, Strict, Whole
 from slimbench.harness.config.sources import choice
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import data_set
+from slimbench.tasks.teaching.endpoint import check_address
 from slimbench.tasks.teaching.recipe import Recipe, read
+from slimbench.util.teaching import TeacherError
 
 
 class TeacherConfig(Strict):
@@ -46,17 +48,12 @@ class TeacherConfig(Strict):
     @field_validator("source")
     @classmethod
     def _known(cls, source: str) -> str:
-        parts = urlsplit(source)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address holds no name, password or query; name a variable of the environment with teacher.key_variable")
+        if source == "self" or urlsplit(source).scheme in ("file", "hf"):
+            return source
         try:
-            ported = parts.port is None or parts.port > 0
-        except ValueError:
-            ported = False
-        if not ported:
-            raise ValueError(f"'{source}' has no number as its port")
-        if source != "self" and parts.scheme not in ("file", "hf", "http", "https"):
-            raise ValueError(f"'{source}' is none of self, file:FOLDER, hf:ORG/NAME, http://HOST:PORT/v1")
+            check_address(source)
+        except TeacherError as error:
+            raise ValueError(f"none of self, file:FOLDER and hf:ORG/NAME: {error}") from error
         return source
 
     @property

@@ -22,6 +22,7 @@ from slimbench.harness.schema.imitation import ImitationResult
 from slimbench.harness.store.partial import Part
 from slimbench.methods.base import Unsupported
 from slimbench.util.answers import ends_with
+from slimbench.util.likeness import rouge_l
 from slimbench.util.teaching import Example, chat_ids
 
 MOST = 128
@@ -52,10 +53,7 @@ def measure(
     Raises:
         methods.base.Unsupported: The engine does not score, or there is nothing to score.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    model, part, scorer = Scores.of(loaded), part or Part(), RougeScorer(["rougeL"])
-    writer = Generates.of(loaded)
+    model, writer, part = Scores.of(loaded), Generates.of(loaded), part or Part()
     asked = [example for example in examples[:MOST] if example.response]
     if not asked:
         raise Unsupported("no example is held out")
@@ -77,7 +75,7 @@ def measure(
         tasks=[example.task for example in asked],
         nll=[nll for nll, _, _ in found],
         tokens=[tokens for _, tokens, _ in found],
-        rouge_l=[scorer.score(example.response, text)["rougeL"].fmeasure for (_, _, text), example in zip(found, asked, strict=True)],
+        rouge_l=[rouge_l(example.response, text) for (_, _, text), example in zip(found, asked, strict=True)],
         right=right,
     )
     return result, through

@@ -22,6 +22,7 @@ from slimbench.methods.base import Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
 from slimbench.methods.distillation.taught.examples import Taught, examples_of, held_out_of
 from slimbench.util.answers import ends_with, unfit
+from slimbench.util.likeness import Text, alike
 from slimbench.util.teaching import Example, Request, Sampling
 
 if TYPE_CHECKING:
@@ -178,12 +179,10 @@ def two_marks(text: str) -> tuple[float, float] | None:
 
 def unlike(texts: Sequence[str], known: Sequence[str], limit: float) -> Iterator[str]:
     """The texts whose ROUGE-L with each known one, and with each before them, is at most a limit."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer, seen = RougeScorer(["rougeL"]), list(known)
+    seen = [Text.of(text) for text in known]
     for text in texts:
-        if text and all(scorer.score(other, text)["rougeL"].fmeasure <= limit for other in seen):
-            seen.append(text)
+        if text and not alike(Text.of(text), seen, limit):
+            seen.append(Text.of(text))
             yield text
 
 
