@@ -89,5 +89,7 @@ class _Console:
         if not done or now - self._told < _EVERY_S:
             return
         self._told = now
-        left = (now - self._began) / done * (total - done)
-        print(f"{self._phase}: {done:.0f} of {total:.0f}, about {left:.0f} s left", file=sys.stderr)
+        from slimbench.harness.run.planning.progress import in_words
+
+        left = in_words((now - self._began) / done * (total - done))
+        print(f"{self._phase}: {done:.0f} of {total:.0f}, {left}", file=sys.stderr)

@@ -20,8 +20,7 @@ from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, stages, starts
 from slimbench.tasks.teaching.journal import Journal, Watch
-from slimbench.tasks.teaching.parts import TRAIN as TRAINED
-from slimbench.tasks.teaching.parts import Row, filled, side
+from slimbench.tasks.teaching.parts import SEEN, Row, filled, side
 from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
 from slimbench.util.files import cache_dir, write_atomically
@@ -234,8 +233,8 @@ def split(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Example], list[Exam
 
     A row is on one side from where it began, so that nothing of the other one comes near it on the way.
     """
-    train = [example for row in rows if row["side"] == TRAINED for example in _examples(recipe, row)]
-    held_out = [example for row in rows if row["side"] != TRAINED for example in _examples(recipe, row)]
+    train = [example for row in rows if row["side"] == SEEN for example in _examples(recipe, row)]
+    held_out = [example for row in rows if row["side"] != SEEN for example in _examples(recipe, row)]
     if recipe.apart is None:
         return train, held_out, 0
     known = [Text.of(text) for text in {example.prompt for example in train}]

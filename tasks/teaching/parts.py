@@ -13,8 +13,8 @@ from slimbench.util.teaching import Sampling
 
 Row = dict[str, str]
 
-TRAIN, HELD_OUT = "train", "held out"
-"""Sides of rows; each row has its own as the field `side`."""
+SEEN, UNSEEN = "seen", "unseen"
+"""By students: the sides of rows, each of which has its own as the field `side`."""
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -38,9 +38,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def side(row: Mapping[str, str], share: float) -> str:
-    """On which side a row is, by hash of what it says: that which is held out, so large a share, or that which is trained on."""
+    """Whether a student will see a row, by hash of what it says; so large a share stays unseen."""
     said = [value for name, value in sorted(row.items()) if name not in ("item", "side")]
-    return HELD_OUT if int(digest(["held out", said])[:8], 16) < share * 2**32 else TRAIN
+    return UNSEEN if int(digest(["held out", said])[:8], 16) < share * 2**32 else SEEN
 
 
 class Strict(BaseModel):

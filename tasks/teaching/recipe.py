@@ -35,9 +35,11 @@ OWN = {"item", "side"}
 
 
 class _Stage(Strict):
-    """Attributes:
-    when: Values that fields must have for a row to go through; others go past.
-    keep: By field.
+    """What all stages have.
+
+    Attributes:
+        when: Values that fields must have for a row to go through; others go past.
+        keep: By field.
     """
 
     when: dict[str, str] = {}
@@ -54,9 +56,11 @@ class _Stage(Strict):
 
 
 class _Asking(_Stage):
-    """Attributes:
-    system: What stands before the chat; None: nothing.
-    parse: Pattern with a named group for each field; None: all of the answer goes into `into`.
+    """A stage that asks the teacher.
+
+    Attributes:
+        system: What stands before the chat; None: nothing.
+        parse: Pattern with a named group for each field; None: all of the answer goes into `into`.
     """
 
     system: str | None = None
@@ -276,7 +280,7 @@ class Recipe(Strict):
         name: Of its file.
         paper: Whose recipe it is.
         differs: In what it is not that of the paper, beside the wording of its prompts; empty: in nothing.
-        held_out: Share of the examples that no student sees, by hash of the item.
+        held_out: Share of the rows that no student sees, by hash of what they said where they began.
         apart: Largest ROUGE-L of a held-out prompt with one that is trained on, above which it is dropped; None: prompts are alike by
             their nature.
     """

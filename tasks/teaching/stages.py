@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimbench.tasks.teaching import checks, passages, programs
-from slimbench.tasks.teaching.parts import TRAIN, Row, filled, side
+from slimbench.tasks.teaching.parts import SEEN, Row, filled, side
 from slimbench.tasks.teaching.recipe import Ask, Compare, Demonstrate, Evaluate, Gather, Grow, Retrieve, Select, Stage
 from slimbench.util import answers
 from slimbench.util.hashing import digest
@@ -214,7 +214,7 @@ def _with_passages(stage: Retrieve, row: Row) -> Row:
 
 def _beside(stage: Demonstrate, row: Row, rows: Sequence[Row], seed: int) -> Row | str:
     """A row with others of other items."""
-    others = {other["item"]: other for other in rows if other["item"] != row["item"] and other["side"] == TRAIN}
+    others = {other["item"]: other for other in rows if other["item"] != row["item"] and other["side"] == SEEN}
     if len(others) < stage.count:
         return "too few other rows"
     drawn = sorted(others, key=lambda item: digest([seed, row["item"], item]))[: stage.count]

@@ -47,6 +47,28 @@ def encode_each(examples: Sequence[Example], tokenizer: Any, length: int, tasks:
     return {example: fitted([row], width)[0] for example, row in rows.items()}
 
 
+def beside(groups: Sequence[Sequence[Example]], tokenizer: Any, length: int, tasks: Sequence[str], part: int) -> Tensor:
+    """Answers that are learned together, [n, 3 · members, longest], one above the other.
+
+    Args:
+        groups: The members of each; a group is left out where one of them has not all tokens of a part, or not as many as the first.
+        part: `RESPONSE`, the right answer included, or `ANSWER` alone.
+
+    Raises:
+        Unsupported: No group is left.
+    """
+    rows = encode_each(list(dict.fromkeys(example for group in groups for example in group)), tokenizer, length, tasks)
+    found = []
+    for group in groups:
+        members = [rows[example] for example in group if example in rows]
+        if len(members) == len(group) and len({int((row[1] >= part).sum()) for row in members}) == 1:
+            found.append(torch.cat(members))
+    found = [group for group in found if bool((group[1] >= part).any())]
+    if not found:
+        raise Unsupported(f"of {len(groups)} groups of answers none is left whole within length={length}")
+    return torch.stack(found)
+
+
 def fitted(rows: Sequence[Tensor], width: int) -> Tensor:
     """Answers of different lengths as [n, 3, width], filled up with nothing."""
     found = torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])

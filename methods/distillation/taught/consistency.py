@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
@@ -30,7 +30,7 @@ class ManyRationales(Responses):
 
     name = "scotd"
     citation = Citation("SCoTD", year=2023, arxiv="2306.14050")
-    recipes: ClassVar[tuple[str, ...]] = ("scotd",)
+    citations = {"scotd": citation}  # noqa: RUF012
 
     recipe: str = "scotd"
 
@@ -46,7 +46,7 @@ class Consistency(Taught):
 
     name = "mcc-kd"
     citation = Citation("MCC-KD", year=2023, arxiv="2310.14747")
-    recipes: ClassVar[tuple[str, ...]] = ("mcc-kd",)
+    citations = {"mcc-kd": citation}  # noqa: RUF012
 
     recipe: str = "mcc-kd"
     batch_size: int = 2
@@ -62,9 +62,7 @@ class Consistency(Taught):
 
     def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
         """Pairs [n, 6, length]: one answer above the other."""
-        import torch
-
-        from slimbench.methods.core.learning.answers import ANSWER, encode_each
+        from slimbench.methods.core.learning.answers import ANSWER, beside
 
         items: dict[str, list[Any]] = {}
         for example in examples_of(dense):
@@ -72,13 +70,7 @@ class Consistency(Taught):
         pairs = [pair for of in items.values() for pair in list(combinations(of, 2))[: self.pairs] if pair[0].gold == pair[1].gold]
         if not pairs:
             raise Unsupported(f"recipe {self.recipe} left no two rationales of any question")
-        tokenizer, tasks = dense.tokenizer(), self.tasks(dense)
-        rows = encode_each(list(dict.fromkeys(example for pair in pairs for example in pair)), tokenizer, self.length, tasks)
-        found = [torch.cat([rows[one], rows[other]]) for one, other in pairs if one in rows and other in rows]
-        whole = [pair for pair in found if int((pair[1] == ANSWER).sum()) == int((pair[4] == ANSWER).sum()) > 0]
-        if not whole:
-            raise Unsupported(f"no answer is left within length={self.length}")
-        return torch.stack(whole)
+        return beside(pairs, dense.tokenizer(), self.length, self.tasks(dense), ANSWER)
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         import torch

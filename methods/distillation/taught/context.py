@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Calibration, Citation, DenseModel, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
@@ -36,7 +36,7 @@ class ContextDistillation(Taught):
     citation = Citation(
         "Propagating knowledge updates by distillation", year=2023, arxiv="2306.09306", covers=("distillation/padmanabhan-et-al",)
     )
-    recipes: ClassVar[tuple[str, ...]] = ("context",)
+    citations = {"context": citation}  # noqa: RUF012
 
     steps: int = 40
     recipe: str = "context"
@@ -49,21 +49,14 @@ class ContextDistillation(Taught):
 
     def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
         """Pairs [n, 6, length]: what is learned above what the teacher is told, with the same response."""
-        import torch
+        from slimbench.methods.core.learning.answers import RESPONSE, beside
 
-        from slimbench.methods.core.learning.answers import RESPONSE, encode_each
-
-        examples, tokenizer = examples_of(dense), dense.tokenizer()
+        examples = examples_of(dense)
         told = {(example.item, example.response): example for example in examples if example.task == TOLD}
         pairs = [(e, told[e.item, e.response]) for e in examples if e.task == UNTOLD and (e.item, e.response) in told]
         if not pairs:
             raise Unsupported(f"recipe {self.recipe} left no response with and without what was told")
-        rows = encode_each([example for pair in pairs for example in pair], tokenizer, self.length, [TOLD, UNTOLD])
-        whole = [torch.cat([rows[example] for example in pair]) for pair in pairs if all(example in rows for example in pair)]
-        fit = [pair for pair in whole if int((pair[1] >= RESPONSE).sum()) == int((pair[4] >= RESPONSE).sum())]
-        if not fit:
-            raise Unsupported(f"no response is left whole within length={self.length}")
-        return torch.stack(fit)
+        return beside(pairs, dense.tokenizer(), self.length, [TOLD, UNTOLD], RESPONSE)
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         before = dense.load().requires_grad_(False)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slimbench.methods.base import Calibration, DenseModel, Needs, Unsupported
+from slimbench.methods.base import Calibration, Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Distillation, Lesson, logits
 from slimbench.util.teaching import HELD_OUT, TRAIN, Example, read_examples
 
@@ -34,8 +34,10 @@ class Taught(Distillation):
 
     needs = Needs(text=True, training=True)
     least_steps = None
-    recipes: ClassVar[tuple[str, ...]] = ()
-    """Those that the method is for; none: all."""
+    citations: ClassVar[Mapping[str, Citation]] = {}
+    """Of each recipe that the method is for."""
+    other: ClassVar[Citation | None] = None
+    """Of any other recipe; None: it is for no other."""
 
     steps: int = 120
     length: int = 256
@@ -45,8 +47,10 @@ class Taught(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recipes and self.recipe not in self.recipes:
-            raise ValueError(f"recipe must be one of {', '.join(self.recipes)}, not '{self.recipe}'")
+        cited = self.citations.get(self.recipe, self.other)
+        if cited is None:
+            raise ValueError(f"recipe must be one of {', '.join(self.citations)}, not '{self.recipe}'")
+        object.__setattr__(self, "citation", cited)
 
     @property
     def has_teacher(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel
 from slimbench.methods.distillation.student import Lesson, logits
@@ -34,7 +34,7 @@ class InContext(Taught):
 
     name = "in-context"
     citation = Citation("In-context learning distillation", year=2022, arxiv="2212.10670")
-    recipes: ClassVar[tuple[str, ...]] = ("meta-ict", "multitask-ict")
+    citations = {"meta-ict": citation, "multitask-ict": citation}  # noqa: RUF012
 
     recipe: str = "meta-ict"
     length: int = 384

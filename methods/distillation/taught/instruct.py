@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from slimbench.methods.base import Citation
 from slimbench.methods.distillation.taught.examples import Responses
 
-CITATIONS: Mapping[str, Citation] = {
+_CITATIONS: Mapping[str, Citation] = {
     "alpaca": Citation("Stanford Alpaca", year=2023, covers=("distillation/alpaca",)),
     "self-instruct": Citation("Self-Instruct", year=2022, arxiv="2212.10560", covers=("distillation/self-instruct",)),
     "seqkd": Citation("Sequence-level knowledge distillation", year=2016, arxiv="1606.07947"),
@@ -33,18 +33,13 @@ CITATIONS: Mapping[str, Citation] = {
 }
 
 
-ANY = Citation("Instruction tuning", year=2021, arxiv="2109.01652")
-
-
 @dataclass(frozen=True)
 class InstructionTuning(Responses):
     """Fine-tuning on prompts and responses of any recipe; the recipe says whose method it is."""
 
     name = "instruct"
-    citation = CITATIONS["alpaca"]
+    citation = _CITATIONS["alpaca"]
+    citations = _CITATIONS
+    other = Citation("Instruction tuning", year=2021, arxiv="2109.01652")
 
     recipe: str = "alpaca"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "citation", CITATIONS.get(self.recipe, ANY))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from slimbench.methods.base import Citation
 from slimbench.methods.distillation.taught.examples import Responses
@@ -47,7 +46,7 @@ class RationaleTuning(Responses):
 
     name = "rationale"
     citation = _CITATIONS["step-by-step"]
-    recipes: ClassVar[tuple[str, ...]] = tuple(_CITATIONS)
+    citations = _CITATIONS
 
     recipe: str = "step-by-step"
     label_share: float = 0.5
@@ -56,7 +55,6 @@ class RationaleTuning(Responses):
         super().__post_init__()
         if not 0 < self.label_share < 1:
             raise ValueError(f"label_share must be between 0 and 1, both excluded, not {self.label_share}")
-        object.__setattr__(self, "citation", _CITATIONS[self.recipe])
 
     def weights(self) -> Mapping[str, float] | None:
         return {"label": self.label_share, "rationale": 1 - self.label_share} if self.recipe in BOTH else None

@@ -16,7 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
@@ -112,7 +112,7 @@ class Lion(Rounds):
 
     name = "lion"
     citation = Citation("Lion", year=2023, arxiv="2305.12870", covers=("distillation/lion",))
-    recipes: ClassVar[tuple[str, ...]] = ("lion",)
+    citations = {"lion": citation}  # noqa: RUF012
 
     recipe: str = "lion"
     behind: float = 1.0
@@ -198,7 +198,7 @@ class Reflection(Rounds):
 
     name = "reflection"
     citation = Citation("Democratizing reasoning ability", year=2023, arxiv="2310.13332")
-    recipes: ClassVar[tuple[str, ...]] = ("reflection",)
+    citations = {"reflection": citation}  # noqa: RUF012
 
     recipe: str = "reflection"
     rounds: int = 2

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from slimbench.methods.base import Citation
 from slimbench.methods.distillation.taught.examples import Responses
@@ -28,7 +27,7 @@ class Scott(Responses):
 
     name = "scott"
     citation = Citation("SCOTT", year=2023, arxiv="2305.01879", covers=("distillation/scott",))
-    recipes: ClassVar[tuple[str, ...]] = ("scott",)
+    citations = {"scott": citation}  # noqa: RUF012
 
     recipe: str = "scott"
     counterfactual: float = 0.5
@@ -48,7 +47,7 @@ class Socratic(Responses):
 
     name = "socratic"
     citation = Citation("Socratic CoT", year=2022, arxiv="2212.00193")
-    recipes: ClassVar[tuple[str, ...]] = ("socratic",)
+    citations = {"socratic": citation}  # noqa: RUF012
 
     recipe: str = "socratic"
 
@@ -62,14 +61,9 @@ class ProgramTuning(Responses):
 
     name = "programs"
     citation = Citation("Program-aided distillation", 2023, "2305.13888")
-    recipes: ClassVar[tuple[str, ...]] = ("pad", "persd")
+    citations = {"pad": citation, "persd": Citation("PERsD", 2023, "2310.18628")}  # noqa: RUF012
 
     recipe: str = "pad"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recipe == "persd":
-            object.__setattr__(self, "citation", Citation("PERsD", 2023, "2310.18628"))
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class KnowledgeAugmented(Responses):
 
     name = "kard"
     citation = Citation("KARD", year=2023, arxiv="2305.18395")
-    recipes: ClassVar[tuple[str, ...]] = ("kard",)
+    citations = {"kard": citation}  # noqa: RUF012
 
     recipe: str = "kard"
     length: int = 384
@@ -90,6 +84,6 @@ class Symbolic(Responses):
 
     name = "symbolic"
     citation = Citation("Symbolic knowledge distillation", year=2021, arxiv="2110.07178")
-    recipes: ClassVar[tuple[str, ...]] = ("symbolic",)
+    citations = {"symbolic": citation}  # noqa: RUF012
 
     recipe: str = "symbolic"

@@ -14,7 +14,7 @@ from slimbench.harness.config.sections.teaching import recipe
 from slimbench.methods.distillation.taught.consistency import Consistency, ManyRationales
 from slimbench.methods.distillation.taught.context import ContextDistillation
 from slimbench.methods.distillation.taught.in_context import InContext
-from slimbench.methods.distillation.taught.instruct import CITATIONS, InstructionTuning
+from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
 from slimbench.methods.distillation.taught.rounds import Lion, Reflection
 from slimbench.methods.distillation.taught.tasks import KnowledgeAugmented, ProgramTuning, Scott, Socratic, Symbolic
@@ -65,7 +65,7 @@ def answer_of(golds: dict[str, str], prompt: str) -> str:
 
 def test_recipes_of_methods_are_those_that_there_are() -> None:
     for method in METHODS:
-        for name in method.recipes or CITATIONS:
+        for name in method.citations:
             assert recipe(name).name == name
 
 
