@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from slimbench.tasks.teaching.parts import Keep, Row
-from slimbench.util.answers import plain
-from slimbench.util.likeness import Text, alike
+from slimbench.util.answers import Text, alike, plain
 from slimbench.util.teaching import Completion
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")

@@ -23,9 +23,9 @@ from slimbench.tasks.teaching.journal import Journal, Watch
 from slimbench.tasks.teaching.parts import SEEN, Row, filled, side
 from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
+from slimbench.util.answers import Text, alike
 from slimbench.util.files import cache_dir, write_atomically
 from slimbench.util.hashing import digest, hash_file
-from slimbench.util.likeness import Text, alike
 from slimbench.util.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
 
 MANIFEST = "manifest.json"

@@ -1,13 +1,18 @@
-"""What an answer of a model is, before anything is asked of it, and when it is the right one.
+"""What an answer of a model is, before anything is asked of it, when it is the right one, and how alike two are.
 
 An answer is data of a stranger. It must be an answer at all: not empty, not longer than its limit allows, without control characters and
 floods of white space, and without the marks by which templates of chats tell roles apart, with which a text could speak in another's name
-to a model that is trained on it.
+to a model that is trained on it. How alike texts are is ROUGE-L (Lin 2004), its F measure with equal weights, without stems.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from slimbench.util.teaching import Completion, Sampling
 
@@ -49,3 +54,44 @@ def ends_with(text: str, gold: str) -> bool:
         return False
     before = said[: -len(right)]
     return not before or not (before[-1].isalnum() or before[-1] in "-.,/" or (before[-1] == "−"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and how often each of its words occurs."""
+
+    text: str
+    counts: Counter[str]
+
+    @classmethod
+    def of(cls, text: str) -> Text:
+        return cls(text, Counter(words(text)))
+
+
+def alike(text: Text, others: Iterable[Text], limit: float) -> bool:
+    """Whether ROUGE-L of a text with one of others is above a limit.
+
+    With n and m words of which k are common it is at most 2 k / (n + m); where that is not above the limit nothing else is computed.
+    """
+    size = text.counts.total()
+    near = (other for other in others if 2 * (text.counts & other.counts).total() > limit * (size + other.counts.total()))
+    return any(rouge_l(text.text, other.text) > limit for other in near)
+
+
+def rouge_l(one: str, other: str) -> float:
+    """ROUGE-L of two texts, 0..1."""
+    return float(_scorer().score(one, other)["rougeL"].fmeasure)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as ROUGE counts them: lower case, letters and digits alone."""
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return list(DefaultTokenizer(use_stemmer=False).tokenize(text))
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])

@@ -12,7 +12,7 @@ from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, data_set, stages, starts
 from slimbench.tasks.teaching.parts import Row, side
 from slimbench.tasks.teaching.recipe import Recipe, read
-from slimbench.util import answers, likeness
+from slimbench.util import answers
 from slimbench.util.teaching import Completion, Example, Sampling, TeacherError
 from tests.support.taught import Scripted
 
@@ -245,7 +245,7 @@ def test_items_of_one_prompt_are_on_one_side_and_held_out_prompts_are_unlike_tho
     )
     train, held_out, dropped = data_set.split(recipe, distant)
     assert not dropped and held_out
-    assert max(likeness.rouge_l(one.prompt, other.prompt) for one in train for other in held_out) < 0.7
+    assert max(answers.rouge_l(one.prompt, other.prompt) for one in train for other in held_out) < 0.7
 
 
 def test_generated_tasks_are_the_same_each_time_and_have_answers() -> None:
@@ -289,10 +289,10 @@ def test_short_answers_are_compared_as_numbers_or_words(one: str, other: str, eq
 
 
 def test_the_bound_of_rouge_leaves_out_no_pair() -> None:
-    texts = [likeness.Text.of(" ".join(f"w{(n * k) % 7}" for k in range(3 + n % 5))) for n in range(40)]
+    texts = [answers.Text.of(" ".join(f"w{(n * k) % 7}" for k in range(3 + n % 5))) for n in range(40)]
     for limit in (0.3, 0.7, 0.95):
         for text in texts:
-            assert likeness.alike(text, texts[:20], limit) == any(likeness.rouge_l(text.text, other.text) > limit for other in texts[:20])
+            assert answers.alike(text, texts[:20], limit) == any(answers.rouge_l(text.text, other.text) > limit for other in texts[:20])
 
 
 def test_an_unfit_answer_has_a_reason() -> None:
