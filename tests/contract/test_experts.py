@@ -14,6 +14,7 @@ from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
 TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "ted", "tinybert"}
+TRAIN |= {name for name, method in classes().items() if method.needs.text}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "head-importance", "layer-dropping", "norms"}
 JOINED = "head-importance"
 """It cuts heads, and those of these experts' model hang together."""
