@@ -137,8 +137,8 @@ def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:
                 raise ConfigError(
                     f"'{name}' learns from {shared[0]}, the test text of suite '{config.suite.name}'; choose another recipe or suite"
                 )
-            if asked.subtracts and config.teacher.kind == "endpoint":
-                raise ConfigError(f"'{name}' needs a teacher's distributions, which no server gives; take teacher.source=self or a folder")
+            if asked.beyond_servers and config.teacher.kind == "endpoint":
+                raise ConfigError(f"'{name}' {asked.beyond_servers}, which no server does; take teacher.source=self or a folder")
         if (method.needs.text or method.needs.teacher) and config.teacher.kind == "endpoint" and not config.teacher.model:
             raise ConfigError(f"teacher.model: how the server at {config.teacher.source} calls its model is needed")
 

@@ -75,7 +75,9 @@ class Endpoint:
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """See `util.teaching.Teacher`; answers come as they are ready."""
         if any(request.against for request in requests):
-            raise TeacherError("this recipe subtracts one distribution from another, which no endpoint gives; take teacher.source=self")
+            raise TeacherError("this recipe subtracts one distribution from another, which no endpoint does; take teacher.source=self")
+        if any(request.sampling.beams > 1 for request in requests):
+            raise TeacherError("this recipe searches with beams, which no endpoint does; take teacher.source=self")
         given_up = Event()
         with self._client() as client, ThreadPoolExecutor(self.at_once) as pool:
             under_way = {pool.submit(self._answer, client, request, given_up): index for index, request in enumerate(requests)}

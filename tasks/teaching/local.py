@@ -35,8 +35,9 @@ class Local:
         for index, request in enumerate(requests):
             kinds.setdefault((request.sampling, request.weight if request.against is not None else 0.0), []).append(index)
         for (sampling, weight), indices in kinds.items():
-            for first in range(0, len(indices), BATCH):
-                rows = indices[first : first + BATCH]
+            size = max(1, BATCH // sampling.beams)
+            for first in range(0, len(indices), size):
+                rows = indices[first : first + size]
                 yield from zip(rows, self._batch([requests[row] for row in rows], sampling, weight), strict=True)
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling, weight: float) -> list[Completion]:
@@ -52,7 +53,7 @@ class Local:
             processors.append(Subtracted(self._model, against, weight, width))
         if sampling.presence_penalty:
             processors.append(Presence(sampling.presence_penalty, width))
-        drawn: dict[str, Any] = {"do_sample": False}
+        drawn: dict[str, Any] = {"do_sample": False, "num_beams": sampling.beams}
         if sampling.temperature:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id

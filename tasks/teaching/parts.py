@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from slimbench.util.hashing import digest
 from slimbench.util.teaching import Sampling
@@ -96,7 +96,14 @@ class Draw(Strict):
     temperature: float = Field(default=0.0, ge=0, le=5)
     top_p: float = Field(default=1.0, gt=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    beams: int = Field(default=1, ge=1, le=32)
     stop: list[str] = []
+
+    @model_validator(mode="after")
+    def _searches_or_draws(self) -> Draw:
+        if self.beams > 1 and (self.temperature or self.presence_penalty):
+            raise ValueError("beams search for the likeliest answer, without a temperature and a penalty")
+        return self
 
     def sampling(self) -> Sampling:
         return Sampling(**self.model_dump(exclude={"stop"}), stop=tuple(self.stop))

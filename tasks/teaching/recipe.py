@@ -137,6 +137,8 @@ class Ask(_Asking):
     def _draws(self) -> Ask:
         if self.samples > 1 and not self.draw.temperature:
             raise ValueError("several samples without a temperature are one")
+        if self.against is not None and self.draw.beams > 1:
+            raise ValueError("what is subtracted is for one answer at a time, not for beams")
         if self.every and self.pattern is None:
             raise ValueError("every needs parse, which finds the places")
         return self
@@ -243,13 +245,18 @@ class Select(_Stage):
     """Rows that pass checks.
 
     Attributes:
+        apart: By field: Jaccard similarity of its words with those of a later row of the item, from which on a row does not stay.
         each: Rows of an item that stay, the first ones; None for all.
         at_least: Rows of an item without which none of it stays.
     """
 
     kind: Literal["select"]
+    apart: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     each: int | None = Field(default=None, ge=1)
     at_least: int = Field(default=1, ge=1)
+
+    def reads(self) -> set[str]:
+        return super().reads() | set(self.apart)
 
 
 Stage = Annotated[Grow | Ask | Evaluate | Retrieve | Compare | Demonstrate | Gather | Select, Field(discriminator="kind")]
@@ -300,9 +307,12 @@ class Recipe(Strict):
         return digest([VERSION, self.model_dump(mode="json", exclude={"name", "paper", "differs"})])
 
     @property
-    def subtracts(self) -> bool:
-        """Whether a teacher has to give distributions."""
-        return any(isinstance(stage, Ask) and stage.against is not None for stage in self.stages)
+    def beyond_servers(self) -> str | None:
+        """What it does that a teacher behind a server cannot; None: nothing."""
+        asking = [stage for stage in self.stages if isinstance(stage, Grow | Ask)]
+        if any(isinstance(stage, Ask) and stage.against is not None for stage in asking):
+            return "subtracts one distribution from another"
+        return "searches with beams" if any(stage.draw.beams > 1 for stage in asking) else None
 
     @property
     def corpora(self) -> list[str]:

@@ -240,8 +240,15 @@ def _selected(stage: Select, rows: Sequence[Row], tally: Tally) -> list[Row]:
     items: dict[str, list[Row]] = {}
     for row in rows:
         items.setdefault(row["item"], []).append(row)
+    for name, limit in stage.apart.items():
+        items = {item: [row for place, row in enumerate(of) if not _like_a_later(of, place, name, limit)] for item, of in items.items()}
     made = [row for of in items.values() if len(of) >= stage.at_least for row in of[: stage.each]]
     if dropped := len(rows) - len(made):
         tally.kept -= dropped
-        tally.rejected["too few or too many of an item"] += dropped
+        tally.rejected["alike, too few or too many of an item" if stage.apart else "too few or too many of an item"] += dropped
     return made
+
+
+def _like_a_later(rows: Sequence[Row], place: int, name: str, limit: float) -> bool:
+    own, later = set(rows[place][name].split()), [set(row[name].split()) for row in rows[place + 1 :]]
+    return any(len(own & other) >= limit * len(own | other) for other in later)

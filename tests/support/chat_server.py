@@ -96,13 +96,14 @@ def serving(answer: Answer, models: tuple[str, ...] = ("teacher",)) -> Iterator[
                 running += 1
                 server.most_at_once = max(server.most_at_once, running)
             try:
-                self._send(answer(asked))
+                reply = answer(asked)
+                time.sleep(reply.stall_s)
             finally:
                 with lock:
-                    running -= 1
+                    running -= 1  # before anything goes out: who has an answer may ask the next
+            self._send(reply)
 
         def _send(self, reply: Reply) -> None:
-            time.sleep(reply.stall_s)
             content = reply.content
             self.send_response(reply.status)
             for name, value in {"Content-Length": str(len(content) * reply.repeated), **reply.headers}.items():

@@ -5,6 +5,7 @@ SCoTD learns many rationales of each question, whether they come to the right an
 
     L = ½ (CE_a + CE_b) + β · ½ [KL(p_a ‖ p_b) + KL(p_b ‖ p_a)]
 
+of which the words of one are unlike those of the other (a Jaccard similarity below 0.8, as in the authors' code, homzer/MCC-KD), and
 with the student's distributions p_a and p_b of the tokens of the answer behind each, in nats a token of the answer; the answer is the
 same, and so are its tokens.
 """
@@ -45,7 +46,7 @@ class Consistency(Taught):
     """
 
     name = "mcc-kd"
-    citation = Citation("MCC-KD", year=2023, arxiv="2310.14747")
+    citation = Citation("MCC-KD", year=2023, arxiv="2310.14747", covers=("distillation/scotd-mcc-kd",))
     citations = {"mcc-kd": citation}  # noqa: RUF012
 
     recipe: str = "mcc-kd"

@@ -9,7 +9,7 @@ the cross entropy of the responses.
     vicuna          dialogues; here of the teacher with itself
     gpt4all         prompts that were there already, without answers that decline
     llama-gpt4      tasks with their inputs, answered by a better teacher
-    seqkd           what the teacher writes behind the beginning of a text
+    seqkd           what the teacher writes behind the beginning of a text, found with a beam of five
     universalner    the names in a text, one question for each kind of thing
 """
 
@@ -24,7 +24,9 @@ from slimbench.methods.distillation.taught.examples import Responses
 _CITATIONS: Mapping[str, Citation] = {
     "alpaca": Citation("Stanford Alpaca", year=2023, covers=("distillation/alpaca",)),
     "self-instruct": Citation("Self-Instruct", year=2022, arxiv="2212.10560", covers=("distillation/self-instruct",)),
-    "seqkd": Citation("Sequence-level knowledge distillation", year=2016, arxiv="1606.07947"),
+    "seqkd": Citation(
+        "Sequence-level knowledge distillation", year=2016, arxiv="1606.07947", covers=("distillation/seqkd-word-level-kd-baselines",)
+    ),
     "lamini": Citation("LaMini-LM", year=2023, arxiv="2304.14402"),
     "vicuna": Citation("Vicuna", year=2023),
     "gpt4all": Citation("GPT4All", year=2023),

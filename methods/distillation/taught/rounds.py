@@ -5,7 +5,7 @@
                     written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
     reflection      the student sits an exam on the questions that it learns from; what it gets wrong goes back to the teacher, which
                     explains the right answer to this student; a right rationale shall be nearer to another right one than to the
-                    student's own wrong ones (Wang et al., arXiv 2310.13332)
+                    student's own wrong ones (Wang et al., arXiv 2310.13332; code: Raibows/Learn-to-Reason)
 
 Rounds have equal shares of the steps. What the student writes is the likeliest each time, so that a run that is resumed asks the same.
 """
@@ -196,7 +196,8 @@ class Reflection(Rounds):
     """
 
     name = "reflection"
-    citation = Citation("Democratizing reasoning ability", year=2023, arxiv="2310.13332")
+    version = 2
+    citation = Citation("Democratizing reasoning ability", year=2023, arxiv="2310.13332", covers=("distillation/wang-et-al",))
     citations = {"reflection": citation}  # noqa: RUF012
 
     recipe: str = "reflection"
@@ -265,9 +266,9 @@ class Reflection(Rounds):
         return torch.stack([torch.cat([none if text is None else encoded.get(text, none) for text in row]) for row in left])
 
     def loss_of(self, student: Any, triplets: Tensor, dense: DenseModel) -> Tensor:
-        """CE of the first + `contrast` · mean max(0, ‖a − p‖ − ‖a − n‖ + margin) over those that have all three.
+        """CE of the first + `contrast` · mean max(0, D(a, p) − D(a, n) + margin) over those that have all three.
 
-        a, p and n are the means of the last hidden states over the tokens of a response, divided by their norms.
+        a, p and n are the last hidden states at the last token of a response, and D is less the cosine of the angle between two.
         """
         import torch
 
@@ -283,18 +284,18 @@ class Reflection(Rounds):
         others = torch.cat([triplets[whole, 3:6], triplets[whole, 6:]])
         with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
             states = student(input_ids=others[:, 0], use_cache=False, output_hidden_states=True).hidden_states[-1]
-        near, far = pooled(states, others[:, 1] >= RESPONSE).chunk(2)
-        anchor = pooled(out.hidden_states[-1][whole], first[whole, 1] >= RESPONSE)
-        gaps = (anchor - near).norm(dim=-1) - (anchor - far).norm(dim=-1) + self.margin
+        near, far = at_the_end(states, others[:, 1] >= RESPONSE).chunk(2)
+        anchor = at_the_end(out.hidden_states[-1][whole], first[whole, 1] >= RESPONSE)
+        gaps = torch.cosine_similarity(anchor, far) - torch.cosine_similarity(anchor, near) + self.margin
         return learned + self.contrast * gaps.clamp(min=0).mean()
 
 
-def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """Means of hidden states [n, length, hidden] where a mask [n, length] is true, divided by their norms."""
+def at_the_end(states: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [n, length, hidden] at the last place where a mask [n, length] is true, in float32."""
     import torch
 
-    weights = mask[..., None].float()
-    return torch.nn.functional.normalize((states.float() * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return states[torch.arange(len(states), device=mask.device), torch.where(mask, places, 0).amax(1)].float()
 
 
 def _arithmetic(dense: DenseModel) -> torch.dtype | None:

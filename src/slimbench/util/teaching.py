@@ -32,6 +32,7 @@ class Sampling:
         temperature: 0 takes the likeliest token each time.
         top_p: Mass of the likeliest tokens among which is drawn.
         presence_penalty: Taken off the logits of tokens that the answer has already.
+        beams: Width of the search for the likeliest answer; 1: the likeliest token each time.
         stop: Texts before which an answer ends.
     """
 
@@ -39,6 +40,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     presence_penalty: float = 0.0
+    beams: int = 1
     stop: tuple[str, ...] = ()
 
 

@@ -179,7 +179,9 @@ def test_universalner_asks_once_for_each_kind_and_for_one_that_is_not_there() ->
 def test_seqkd_learns_what_a_teacher_writes_behind_a_passage() -> None:
     text = words()
     examples, asked, _ = written("seqkd", lambda prompt: f"{next(text)} {next(text)}", 6)
-    assert all(request.sampling.temperature == 0 for request in asked) and examples[0].prompt == asked[0].chat[-1][1]
+    assert all((request.sampling.temperature, request.sampling.beams) == (0, 5) for request in asked)
+    assert examples[0].prompt == asked[0].chat[-1][1]
+    assert recipe("seqkd").beyond_servers == "searches with beams"
 
 
 def test_step_by_step_has_a_label_and_a_rationale_for_each_question() -> None:
@@ -301,6 +303,15 @@ def test_mcc_kd_keeps_questions_with_several_right_rationales() -> None:
     assert all(example.response.endswith(f"The answer is {example.gold}") for example in examples)
 
 
+def test_mcc_kd_keeps_one_of_those_that_have_four_words_in_five_in_common() -> None:
+    golds, turn = gold("mcc-kd", 3), iter(range(1000))
+    said = ("a b c d e f g h i j", "a b c d e f g h x y", "j i h g f e d c b z", "k l m n o p q r s t", "t s r q p o n m l k")
+    examples, _, made = written("mcc-kd", lambda prompt: f"{said[next(turn) % 5]} The answer is {answer_of(golds, prompt)}.", 1)
+    kept = [example.response.split(" The answer")[0] for example in examples]
+    assert kept == [said[1], said[2], said[4]], "the first and third have 9 of 11 words in common, the last two all, others 8 of 12"
+    assert made.rejected == {"alike, too few or too many of an item": 2}
+
+
 def test_scott_draws_from_the_difference_of_right_and_wrong_and_refuses_a_server() -> None:
     examples, asked, _ = written("scott", lambda prompt: f"reason for {prompt[-20:]}", 6)
     for request in asked:
@@ -310,7 +321,7 @@ def test_scott_draws_from_the_difference_of_right_and_wrong_and_refuses_a_server
     for one, other in zip(factual, counterfactual, strict=True):
         assert one.response.endswith(f"So the answer is {one.gold}") and other.response == f"So the answer is {other.gold}"
         assert one.gold != other.gold and "reason for" in other.prompt
-    assert recipe("scott").subtracts and not recipe("socratic").subtracts
+    assert "subtracts" in (recipe("scott").beyond_servers or "") and recipe("socratic").beyond_servers is None
 
 
 def test_context_has_each_text_with_the_definition_and_without() -> None:

@@ -179,13 +179,15 @@ def test_a_right_rationale_shall_be_nearer_to_another_than_to_a_wrong_one(dense:
 
     def place(answers: torch.Tensor) -> torch.Tensor:
         states = model(answers[None, 0], output_hidden_states=True).hidden_states[-1][0].double()
-        mean = states[answers[1] >= RESPONSE].mean(0)
-        return mean / mean.norm()
+        return states[max(place for place in range(answers.shape[1]) if int(answers[1, place]) >= RESPONSE)]
+
+    def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(one @ other / one.norm() / other.norm())
 
     gaps = []
     for row in triplets[:2]:
         anchor, near, far = (place(row[at : at + 3]) for at in (0, 3, 6))
-        gaps.append(max(0.0, float((anchor - near).norm() - (anchor - far).norm()) + 0.3))
+        gaps.append(max(0.0, cosine(anchor, far) - cosine(anchor, near) + 0.3))
     learned = float(answer_loss(model(triplets[:, 0]).logits, triplets[:, :3]))
     assert got == pytest.approx(learned + 0.4 * sum(gaps) / 2, rel=1e-4) and sum(gaps) > 0
     plain = method.triplets(QUESTIONS, {}, dense)

@@ -225,8 +225,10 @@ def test_a_server_that_serves_another_model_is_told_before_it_is_asked() -> None
 
 def test_no_distribution_is_asked_of_a_server() -> None:
     with serving(lambda asked: Reply()) as server:
-        with pytest.raises(TeacherError, match="no endpoint gives"):
+        with pytest.raises(TeacherError, match="no endpoint does"):
             answers(server, [replace(REQUESTS[0], against="other", weight=0.5)])
+        with pytest.raises(TeacherError, match="searches with beams, which no endpoint does"):
+            answers(server, [replace(REQUESTS[0], sampling=Sampling(beams=2))])
         assert not server.asked
 
 

@@ -75,6 +75,22 @@ def test_a_run_that_was_cut_gives_the_same_answers(teacher: local.Local, tmp_pat
     assert [answer.text for answer in again.ask(lambda: teacher, asked)] == whole and again.asked == 6
 
 
+def test_beams_find_the_likeliest_answer(teacher: local.Local, parts: tuple[Any, Any]) -> None:
+    """Of two tokens, among all whose first is one of the forty likeliest; the likeliest token each time does not always begin it."""
+    (model, tokenizer), asked, better = parts, requests(8, max_tokens=2, beams=40), 0
+    for index, answer in teacher.answers(asked):
+        ids = chat_ids(tokenizer, asked[index].chat)
+        first = model(torch.tensor([ids])).logits[0, -1].detach().double().log_softmax(-1)
+        likely = first.topk(40).indices.tolist()
+        second = model(torch.tensor([[*ids, token] for token in likely])).logits[:, -1].detach().double().log_softmax(-1)
+        pairs = {(token, int(row.argmax())): float(first[token] + row.max()) for token, row in zip(likely, second, strict=True)}
+        best = max(pairs, key=lambda pair: pairs[pair])
+        if tokenizer.eos_token_id not in likely:
+            assert answer.text == tokenizer.decode(best, skip_special_tokens=True)
+            better += best[0] != likely[0]
+    assert better > 0
+
+
 def test_an_answer_ends_before_a_stop(teacher: local.Local) -> None:
     answer = next(teacher.answers(requests(1)))[1]
     assert answer.finish == "length" and len(answer.text) > 4
