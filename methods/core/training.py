@@ -14,21 +14,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
 from slimbench.methods.core.learning.hooks import Hooks, regroup
+from slimbench.methods.core.learning.terms import hearing
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     Loss = Callable[[Tensor], Tensor]
-    """Mean loss, a scalar, of token ids [sequences, length]."""
+    """Mean loss, a scalar, of token ids [sequences, length]; it may name its parts (`core.learning.terms`)."""
 
 _CURVE_POINTS = 100
 _STATE = "training"
+_FORM = 2  # of a checkpoint
 _HOOKS = "hooks/"
 
 
@@ -130,19 +132,27 @@ class Trained:
         curve: (step, training loss) of at most 100 steps, the first and the last among them.
         loss_after: Loss of the first step's batch with the final parameters; to be held against the first loss of the curve, but where a
             step has draws or prices of its own: units that are shut at random, texts that are drawn, multipliers that climbed.
+        terms: By name, the same points of each part of the loss, where a step had it.
     """
 
     tokens: int
     parameters: int
     curve: tuple[tuple[int, float], ...]
     loss_after: float
+    terms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """How the loss went, for a claim."""
+        facts: dict[str, Any] = {"loss_curve": [list(point) for point in self.curve]}
+        if self.terms:
+            facts["loss_terms"] = {name: [list(point) for point in points] for name, points in self.terms.items()}
+        return facts | {"loss_before": self.curve[0][1], "loss_after": self.loss_after}
 
     def added_to(self, claim: Claim) -> Claim:
         """The claim, with what was trained and how the loss went."""
-        details = {"loss_curve": [list(point) for point in self.curve], "loss_before": self.curve[0][1], "loss_after": self.loss_after}
-        return replace(
-            claim, training_tokens=self.tokens, trained_parameters=self.parameters, details=claim.details | {"training": details}
-        )
+        details = claim.details | {"training": self.told}
+        return replace(claim, training_tokens=self.tokens, trained_parameters=self.parameters, details=details)
 
 
 def train(
@@ -181,11 +191,13 @@ def train(
     clipped = [value for name, value in parameters.items() if name not in free]
     identity = _identity(settings, {**parameters, **_state(hooks)}, windows) if dense.checkpoints else ""
     with _seeded(settings.seed, dense.device):
-        losses, due = _resume(dense, identity, parameters, optimizer, hooks), _checkpoints.Due()
+        (losses, terms), due = _resume(dense, identity, parameters, optimizer, hooks), _checkpoints.Due()
         for step in range(len(losses), settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step) * group.get("factor", 1.0)
-            losses.append(_gradient(settings, loss, batch(windows, settings, step).to(dense.device)))
+            lost, parts = _gradient(settings, loss, batch(windows, settings, step).to(dense.device))
+            losses.append(lost)
+            terms.append(parts)
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"the loss is {losses[-1]} in step {step + 1} of {settings.steps}; a smaller learning_rate may help")
             hooks.after_backward(step)
@@ -198,10 +210,13 @@ def train(
             last = more_follows and step + 1 == settings.steps
             if dense.checkpoints and (last or (step + 1) % settings.checkpoint_every == 0 or due):
                 with due.saving():
-                    _keep(dense, identity, parameters, optimizer, losses, hooks)
+                    _keep(dense, identity, parameters, optimizer, (losses, terms), hooks)
         with torch.no_grad():
             after = float(loss(batch(windows, settings, 0).to(dense.device)))
-    return Trained(_tokens(settings, windows), sum(p.numel() for p in values), _thinned(losses), after)
+    shown = _points(len(losses))
+    names = dict.fromkeys(name for parts in terms for name in parts)
+    courses = {name: _course([parts.get(name) for parts in terms], shown) for name in names}
+    return Trained(_tokens(settings, windows), sum(p.numel() for p in values), _course(losses, shown), after, courses)
 
 
 def cut(ids: Tensor, length: int) -> Tensor:
@@ -260,14 +275,17 @@ def _state(hooks: Hooks) -> dict[str, Tensor]:
     return {f"{_HOOKS}{name}": tensor for name, tensor in hooks.state().items()}
 
 
-def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> float:
-    """Add the gradient of a batch to the parameters, piece by piece, and return its mean loss."""
-    total = 0.0
+def _gradient(settings: LoopSettings, loss: Loss, ids: Tensor) -> tuple[float, dict[str, float]]:
+    """Add the gradient of a batch to the parameters, piece by piece, and return its mean loss and the parts of that."""
+    total, terms = 0.0, dict[str, float]()
     for piece in ids.tensor_split(settings.accumulate):
-        part = loss(piece) * (len(piece) / len(ids))
+        share = len(piece) / len(ids)
+        with hearing() as parts:
+            part = loss(piece) * share
         part.backward()
         total += float(part.detach())
-    return total
+        terms |= {name: terms.get(name, 0.0) + share * value for name, value in parts.items()}
+    return total, terms
 
 
 def _keep(
@@ -275,7 +293,7 @@ def _keep(
     identity: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    losses: list[float],
+    course: tuple[list[float], list[dict[str, float]]],
     hooks: Hooks,
 ) -> None:
     import torch
@@ -289,20 +307,21 @@ def _keep(
     tensors["random"] = torch.get_rng_state()
     if dense.device == "cuda":
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    _checkpoints.save(dense.checkpoints, _STATE, identity, tensors, {"step": len(losses), "losses": losses})
+    losses, terms = course
+    _checkpoints.save(dense.checkpoints, _STATE, identity, tensors, {"step": len(losses), "losses": losses, "terms": terms})
 
 
 def _resume(
     dense: DenseModel, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, hooks: Hooks
-) -> list[float]:
-    """Put a checkpoint back and return the losses of its steps; without one, nothing changes and there are none."""
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Put a checkpoint back and return the losses of its steps and their parts; without one, nothing changes and there are none."""
     import torch
 
     from slimbench.util import checkpoints as _checkpoints
 
     found = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None
     if found is None:
-        return []
+        return [], []
     tensors, facts = found
     torch.set_rng_state(tensors.pop("random"))
     if "random/cuda" in tensors:
@@ -316,14 +335,14 @@ def _resume(
                 value.copy_(tensor)
             else:
                 optimizer.state[value][kind] = tensor if kind == "step" else tensor.to(value.device)
-    return list(facts["losses"])
+    return list(facts["losses"]), list(facts["terms"])
 
 
 def _identity(settings: LoopSettings, tensors: Mapping[str, Tensor], windows: Tensor) -> str:
     """Hash of all that the result depends on: settings, text, names and initial values."""
     import torch
 
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(f"{_FORM} {settings!r}".encode())
     for name, tensor in [("windows", windows), *tensors.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -340,8 +359,12 @@ def _seeded(seed: int, device: str) -> Iterator[None]:
         yield
 
 
-def _thinned(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
-    """(step, loss), steps counted from 1: all, or 100 spread evenly with both ends."""
-    last = len(losses) - 1
-    points = range(last + 1) if last < _CURVE_POINTS else sorted({round(i * last / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)})
-    return tuple((index + 1, round(losses[index], 6)) for index in points)
+def _points(steps: int) -> list[int]:
+    """All steps, or 100 spread evenly with both ends."""
+    last = steps - 1
+    return list(range(steps)) if last < _CURVE_POINTS else sorted({round(i * last / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)})
+
+
+def _course(values: Sequence[float | None], points: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """(step, value) at points that have one, steps counted from 1."""
+    return tuple((index + 1, round(value, 6)) for index in points if (value := values[index]) is not None)

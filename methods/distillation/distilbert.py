@@ -53,6 +53,7 @@ class DistilBERT(Distillation):
         import torch
         from torch.nn.functional import cosine_similarity
 
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence, next_token
 
         widths = [width_of(each) for each in (student, teacher)]
@@ -67,6 +68,7 @@ class DistilBERT(Distillation):
                 wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=True)
             soft = tau**2 * divergence(made.logits[:, :-1], wanted.logits[:, :-1], temperature=tau)
             apart = 1 - cosine_similarity(made.hidden_states[-1].float(), wanted.hidden_states[-1].float(), -1).mean()
-            return self.prediction_weight * soft + self.text_weight * next_token(made.logits, ids) + self.direction_weight * apart
+            learned = term("teacher", self.prediction_weight * soft) + term("text", self.text_weight * next_token(made.logits, ids))
+            return learned + term("direction", self.direction_weight * apart)
 
         return (Lesson(loss),)

@@ -50,6 +50,7 @@ class GKD(Prompted):
         import torch
 
         from slimbench.methods.core.learning.rollouts import rollout
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence
 
         bfloat16 = torch.bfloat16 if dense.dtype == "bfloat16" else None
@@ -57,13 +58,15 @@ class GKD(Prompted):
         def loss(ids: Tensor) -> Tensor:
             counts = torch.ones_like(ids, dtype=torch.bool)
             counts[:, : self.prompt_tokens] = False
+            of = "text"
             if float(torch.rand(())) < self.student_share:
+                of = "own text"
                 new = ids.shape[1] - self.prompt_tokens
                 ids, counts, _ = rollout(student, ids[:, : self.prompt_tokens], new, self.sampling_temperature, bfloat16)
             made = logits(student, ids, dense)
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, use_cache=False).logits
-            return divergence(made[:, :-1], wanted[:, :-1], *self.divergence, mask=counts[:, 1:])
+            return term(of, divergence(made[:, :-1], wanted[:, :-1], *self.divergence, mask=counts[:, 1:]))
 
         return (Lesson(loss),)
 

@@ -64,6 +64,7 @@ class LogitDistillation(Distillation):
         """L of a student, and of a teacher if there is one."""
         import torch
 
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence, next_token
 
         alpha, tau = self.teacher_share, self.teacher_temperature
@@ -76,6 +77,6 @@ class LogitDistillation(Distillation):
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, use_cache=False).logits
             soft = divergence(made[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
-            return (1 - alpha) * hard + alpha * tau**2 * soft
+            return term("text", (1 - alpha) * hard) + term("teacher", alpha * tau**2 * soft)
 
         return loss

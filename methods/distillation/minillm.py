@@ -54,6 +54,7 @@ class MiniLLM(Prompted):
         import torch
 
         from slimbench.methods.core.learning.rollouts import rollout
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import cross_entropy
 
         bfloat16 = torch.bfloat16 if dense.dtype == "bfloat16" else None
@@ -68,7 +69,7 @@ class MiniLLM(Prompted):
             written, weights = drawn.written[:, behind], drawn.weights[:, behind]
             policy = policy_loss(made[:, behind], wanted[:, behind], drawn.ids[:, behind], written, weights)
             hard = cross_entropy(text[:, behind][:, :-1], ids[:, self.prompt_tokens :])
-            return policy / new + self.text_weight * hard
+            return term("policy", policy / new) + term("text", self.text_weight * hard)
 
         return (Lesson(loss),)
 

@@ -49,6 +49,7 @@ class MiniLM(Distillation):
         import torch
 
         from slimbench.methods.core.learning.states import attention_states, attentions
+        from slimbench.methods.core.learning.terms import term
 
         last = [max((place for place in attentions(each) if place is not None), default=-1) for each in (student, teacher)]
         if min(last) < 0:
@@ -65,7 +66,8 @@ class MiniLM(Distillation):
                 with torch.no_grad():
                     teacher(input_ids=ids, use_cache=False, logits_to_keep=1)
             pairs = zip(self.relations(made, last[0]), self.relations(wanted, last[1]), strict=True)
-            return torch.stack([apart(ours, theirs) for ours, theirs in pairs]).sum()
+            names = ("attention", "values") if self.relation_heads is None else ("queries", "keys", "values")
+            return torch.stack([term(name, apart(*pair)) for name, pair in zip(names, pairs, strict=True)]).sum()
 
         with torch.no_grad():
             loss(torch.zeros(1, 2, dtype=torch.int64, device=student.device))  # refuses before the work what does not fit

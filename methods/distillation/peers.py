@@ -47,6 +47,7 @@ class MutualLearning(Distillation):
         return False
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence, next_token
 
         peer = shortened(dense, student.config.num_hidden_layers)
@@ -54,7 +55,7 @@ class MutualLearning(Distillation):
         def loss(ids: Tensor) -> Tensor:
             first, second = (logits(model, ids, dense) for model in (student, peer))
             apart = divergence(first[:, :-1], second[:, :-1]) + divergence(second[:, :-1], first[:, :-1])
-            return next_token(first, ids) + next_token(second, ids) + apart
+            return term("student's text", next_token(first, ids)) + term("peer's text", next_token(second, ids)) + term("each other", apart)
 
         return (Lesson(loss, beside={f"peer.{name}": value for name, value in peer.named_parameters()}),)
 

@@ -89,7 +89,7 @@ class Distillation(TrainingSettings, Method):
         steps = [end - begin for begin, end in pairwise(ends)]
         trained.save(student, dense, out)
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
-        earlier = [{"loss_before": part.curve[0][1], "loss_after": part.loss_after} for part in done[:-1]]
+        earlier = [part.told for part in done[:-1]]
         details: dict[str, Any] = {"lesson_steps": steps} | ({"earlier_lessons": earlier} if earlier else {})
         return whole.added_to(Claim(HUGGINGFACE, teacher=self.taught_by(dense), details=details))
 

@@ -73,6 +73,7 @@ class TED(Layered):
         """The loss of the last part."""
         import torch
 
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence, next_token
 
         def loss(ids: Tensor) -> Tensor:
@@ -84,7 +85,8 @@ class TED(Layered):
             found = filtered(made.hidden_states, places[0], filters[0])
             apart = torch.stack([(a - b).square().mean() for a, b in zip(found, targets, strict=True)]).mean()
             soft = divergence(made.logits[:, :-1], wanted.logits[:, :-1])
-            return next_token(made.logits, ids) + self.prediction_weight * soft + self.layer_weight * apart
+            hard = term("text", next_token(made.logits, ids))
+            return hard + term("teacher", self.prediction_weight * soft) + term("layers", self.layer_weight * apart)
 
         return loss
 

@@ -63,6 +63,7 @@ class TinyBERT(Distillation):
         import torch
 
         from slimbench.methods.core.learning.states import attention_states, attentions, visible
+        from slimbench.methods.core.learning.terms import term
 
         own, whole = attentions(student), attentions(teacher)
         places = [math.ceil(block * len(whole) / len(own)) for block in range(1, len(own) + 1)]
@@ -80,15 +81,16 @@ class TinyBERT(Distillation):
                 made = student(**settings).hidden_states
                 with torch.no_grad():
                     wanted = teacher(**settings).hidden_states
-            parts = [squared(made[0].float() @ turns["embedding_match"], wanted[0])]
-            parts += [squared(made[block + 1].float() @ turns["hidden_match"], wanted[place]) for block, place in enumerate(places)]
+            parts = [term("embeddings", squared(made[0].float() @ turns["embedding_match"], wanted[0]))]
+            hidden = [squared(made[block + 1].float() @ turns["hidden_match"], wanted[place]) for block, place in enumerate(places)]
+            parts += [term("hidden states", part) for part in hidden]
             for student_place, teacher_place in both:
                 scores = ours.scores(student_place), theirs.scores(teacher_place)
                 heads = [of.shape[1] for of in scores]
                 if heads[0] != heads[1]:
                     raise Unsupported(f"the student has {heads[0]} heads where its teacher has {heads[1]}: scores are compared one by one")
                 seen = visible(scores[0])
-                parts.append(squared(scores[0][..., seen], scores[1][..., seen]))
+                parts.append(term("attention", squared(scores[0][..., seen], scores[1][..., seen])))
             return torch.stack(parts).sum()
 
         return loss

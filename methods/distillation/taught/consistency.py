@@ -77,6 +77,7 @@ class Consistency(Taught):
         import torch
 
         from slimbench.methods.core.learning.answers import ANSWER, answer_loss
+        from slimbench.methods.core.learning.terms import term
 
         def loss(pairs: Tensor) -> Tensor:
             both = torch.cat([pairs[:, :3], pairs[:, 3:]])
@@ -85,7 +86,8 @@ class Consistency(Taught):
             counted = [answers[:, 1, 1:] == ANSWER for answers in (pairs[:, :3], pairs[:, 3:])]
             p, q = (values[:, :-1][mask] for values, mask in zip((first, second), counted, strict=True))
             apart = symmetric(p, q)
-            return (answer_loss(first, pairs[:, :3]) + answer_loss(second, pairs[:, 3:])) / 2 + self.consistency * apart
+            learned = (answer_loss(first, pairs[:, :3]) + answer_loss(second, pairs[:, 3:])) / 2
+            return term("rationales", learned) + term("consistency", self.consistency * apart)
 
         return (Lesson(loss),)
 

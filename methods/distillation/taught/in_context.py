@@ -57,6 +57,7 @@ class InContext(Taught):
         import torch
 
         from slimbench.methods.core.learning.answers import answer_loss, targets
+        from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import soft_cross_entropy
 
         def loss(answers: Tensor) -> Tensor:
@@ -65,6 +66,6 @@ class InContext(Taught):
                 wanted = teacher(input_ids=answers[:, 0], use_cache=False).logits[:, :-1]
             hard = answer_loss(made, answers)
             soft, whole = (soft_cross_entropy(made[mask], wanted[mask]) for mask in (counted, there))
-            return (hard + soft) / 2 + self.language * whole
+            return term("text", hard / 2) + term("teacher", soft / 2) + term("language", self.language * whole)
 
         return loss

@@ -273,11 +273,12 @@ class Reflection(Rounds):
         import torch
 
         from slimbench.methods.core.learning.answers import RESPONSE, answer_loss
+        from slimbench.methods.core.learning.terms import term
 
         first = triplets[:, :3]
         with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
             out = student(input_ids=first[:, 0], use_cache=False, output_hidden_states=True)
-        learned = answer_loss(out.logits, first)
+        learned = term("rationales", answer_loss(out.logits, first))
         whole = (triplets[:, 4] > 0).any(1) & (triplets[:, 7] > 0).any(1)
         if not bool(whole.any()):
             return learned
@@ -287,7 +288,7 @@ class Reflection(Rounds):
         near, far = at_the_end(states, others[:, 1] >= RESPONSE).chunk(2)
         anchor = at_the_end(out.hidden_states[-1][whole], first[whole, 1] >= RESPONSE)
         gaps = torch.cosine_similarity(anchor, far) - torch.cosine_similarity(anchor, near) + self.margin
-        return learned + self.contrast * gaps.clamp(min=0).mean()
+        return learned + term("triplets", self.contrast * gaps.clamp(min=0).mean())
 
 
 def at_the_end(states: Tensor, mask: Tensor) -> Tensor:

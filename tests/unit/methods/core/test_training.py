@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel
+from slimbench.methods.core.learning.terms import hearing, term
 from slimbench.methods.core.training import Trained, TrainingSettings, batch, cut, objective, train
 from slimbench.util import checkpoints as _checkpoints
 from tests.support import tiny
@@ -182,6 +183,37 @@ def test_the_loss_falls_and_the_curve_is_short(dense: DenseModel) -> None:
     _, done = fit(dense, dataclasses.replace(SETTINGS, steps=120, batch_size=2), noisy=False)
     assert len(done.curve) == 100 and done.curve[0][0] == 1 and done.curve[-1][0] == 120
     assert done.loss_after < done.curve[0][1] - 0.5
+
+
+def test_parts_of_a_loss_have_their_own_course_through_pieces_and_an_interruption(dense: DenseModel, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, accumulate=2)
+
+    def fitted(dense: DenseModel, name: Callable[..., Tensor] = term) -> Trained:
+        model = dense.load(dtype=torch.float32)
+        plain, turn = objective(settings, model, dense), iter(range(100))
+
+        def loss(ids: Tensor) -> Tensor:
+            value = plain(ids)
+            often = name("first half", value / 4) + name("first half", value / 4)
+            return often + (name("second half", value / 2) if next(turn) < 6 else value / 2)
+
+        return train(settings, dict(model.named_parameters()), loss, windows(), dense)
+
+    whole = fitted(dense)
+    assert list(whole.terms) == ["first half", "second half"]
+    assert [step for step, _ in whole.terms["second half"]] == [1, 2, 3], "two pieces a step, six of which have it"
+    assert [step for step, _ in whole.terms["first half"]] == list(range(1, 8)) and "loss_terms" in whole.told
+    for (step, lost), (_, half) in zip(whole.curve, whole.terms["first half"], strict=True):
+        assert half == pytest.approx(lost / 2, abs=2e-6), step
+    with pytest.raises(Killed):
+        fitted(dataclasses.replace(dense, checkpoints=tmp_path, progress=kill_after(3)))
+    resumed = fitted(dataclasses.replace(dense, checkpoints=tmp_path))
+    assert resumed.terms["first half"] == whole.terms["first half"] and resumed.curve == whole.curve
+    unnamed = fitted(dense, lambda _, value: value)
+    assert unnamed == dataclasses.replace(whole, terms={}) and "loss_terms" not in unnamed.told
+    with hearing() as outside:
+        fitted(dense)
+    assert set(outside) == {"first half"}, "what the loop hears is its own, but for the last look after it"
 
 
 def test_training_draws_no_random_numbers_from_outside(dense: DenseModel) -> None:

@@ -114,7 +114,10 @@ def test_a_run_is_the_papers(share: float, temperature: float, student: DenseMod
     assert made.keys() == {name for name in wanted if name in made} and len(made) >= 10
     for name, value in made.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
-    assert claim.details["training"]["loss_before"] == pytest.approx(first, rel=1e-3)
+    told = claim.details["training"]
+    assert told["loss_before"] == pytest.approx(first, rel=1e-3)
+    assert list(told.get("loss_terms", ())) == (["text", "teacher"] if share else [])
+    assert not share or sum(part[0][1] for part in told["loss_terms"].values()) == pytest.approx(first, rel=1e-3)
     assert claim.teacher == ("the model that the pipeline began with" if share else None)
     assert claim.training_tokens == 5 * 2 * 16 and claim.trained_parameters == student.load().num_parameters()
     assert (student.original / "model.safetensors").read_bytes() == before

@@ -193,7 +193,11 @@ def test_both_parts_of_tinybert_have_their_share_of_the_steps(pair: DenseModel, 
     method, told = TinyBERT(**FEW, layer_share=1 / 3), list[float]()
     claim = method.compress(replace(pair, progress=lambda done, total: told.append(done / total)), TOKENS, tmp_path)
     assert told == pytest.approx([step / 6 for step in range(1, 7)])
-    assert len(claim.details["training"]["loss_curve"]) == 4 and len(claim.details["earlier_lessons"]) == 1
+    assert len(claim.details["training"]["loss_curve"]) == 4
+    (layers,) = claim.details["earlier_lessons"]
+    assert list(layers["loss_terms"]) == ["embeddings", "hidden states", "attention"]
+    for place, (_, lost) in enumerate(layers["loss_curve"]):
+        assert sum(part[place][1] for part in layers["loss_terms"].values()) == pytest.approx(lost, rel=1e-4)
     ids = batch(cut(TOKENS.ids, 16), method, 0)
     model = tiny.dense_model(tmp_path, "float32").load()
     with torch.no_grad():

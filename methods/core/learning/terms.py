@@ -1,0 +1,32 @@
+"""The parts of a loss, by name: a loss function says what is one, and the loop that trains hears how each goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HEARD: ContextVar[dict[str, float] | None] = ContextVar("terms", default=None)
+
+
+def term(name: str, value: Tensor) -> Tensor:
+    """The value, a scalar with the weight that it has in the loss; where it is heard, it is added to what has this name already."""
+    heard = _HEARD.get()
+    if heard is not None:
+        heard[name] = heard.get(name, 0.0) + float(value.detach())
+    return value
+
+
+@contextmanager
+def hearing() -> Iterator[dict[str, float]]:
+    """The terms of the losses that are computed inside, in a mapping that fills."""
+    heard: dict[str, float] = {}
+    token = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(token)
