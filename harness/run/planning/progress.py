@@ -21,18 +21,40 @@ from slimbench.harness.store.store import Store
 from slimbench.util.text import one_line
 
 HEARTBEAT_S = 30.0
+PACE_S = 10.0
+"""Seconds of a phase from which on its pace says how long the rest takes."""
 _COLOURS = {Status.OK: "green", Status.UNSUPPORTED: "yellow", Status.TRANSIENT: "yellow"}
 
 
 @dataclass
 class _Current:
-    """A stage that runs."""
+    """A stage that runs.
+
+    Attributes:
+        first: When the phase was heard of first, and how much of it was done then; a run that goes on begins in the middle.
+    """
 
     bar: TaskID
     label: str
     began: float
     phase: str = "start"
     share: str = ""
+    first: tuple[float, float] | None = None
+    left: float | None = None
+
+    def counted(self, done: float, total: float) -> None:
+        """Take note of how much of the phase is done, and of how many seconds the rest takes at the pace so far."""
+        now, self.share = time.monotonic(), f" {done:.0f}/{total:.0f}"
+        if self.first is None or done < self.first[1]:
+            self.first = now, done
+        since, before = self.first
+        self.left = (now - since) / (done - before) * (total - done) if now - since >= PACE_S and done > before else None
+
+    def told(self) -> str:
+        """Phase, share, time so far and time left, as far as they are known."""
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        rest = "" if self.left is None else f" ({in_words(self.left)})"
+        return f"{self.phase}{self.share} {minutes}:{seconds:02d}{rest}"
 
 
 class ProgressDisplay:
@@ -85,10 +107,10 @@ class ProgressDisplay:
             if current is None:
                 return
             if event["event"] == "phase":
-                current.phase, current.share = event["name"], ""
+                current.phase, current.share, current.first, current.left = event["name"], "", None, None
                 self._bars.update(current.bar, total=None, completed=0, note=event["name"])
             elif event["event"] == "progress":
-                current.share = f" {event['done']:.0f}/{event['total']:.0f}"
+                current.counted(event["done"], event["total"])
                 self._bars.update(current.bar, total=event["total"], completed=round(event["done"], 2))
 
     def stage_ended(self, cell: Cell, stage: Stage, record: Record, reused: bool) -> None:
@@ -130,10 +152,7 @@ class ProgressDisplay:
         while not self._ended.wait(HEARTBEAT_S):
             with self._turn:
                 for current in self._current.values():
-                    minutes, seconds = divmod(int(time.monotonic() - current.began), 60)
-                    self._print(
-                        f"    {current.label}", (f" {current.phase}{current.share} {minutes}:{seconds:02d} · {self._left()}", "dim")
-                    )
+                    self._print(f"    {current.label}", (f" {current.told()} · {self._left()}", "dim"))
 
     def _print(self, *parts: str | tuple[str, str]) -> None:
         """A line of texts, each as it is or with its style."""
@@ -152,7 +171,7 @@ class ProgressDisplay:
             return "done"
         seconds = self._estimates.total(self._plan, waiting)
         if seconds is None:
-            return "no estimate yet"
+            return "no estimate of all yet"
         now = time.monotonic()
         return in_words(max(seconds - sum(now - current.began for current in self._current.values()), 1.0))
 

@@ -68,3 +68,34 @@ def test_without_a_terminal_a_stage_that_runs_is_told_again_and_again(
             time.sleep(0.05)
     lines = [line for line in out.getvalue().splitlines() if "layer 3/30" in line]
     assert len(lines) >= 2 and lines[0].lstrip().startswith("tiny · dense compress layer 3/30 0:0")
+
+
+def test_a_phase_tells_what_is_left_of_it_by_its_own_pace_from_where_it_went_on(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed begins in the middle; a phase that follows has a pace of its own."""
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.02)
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    this, out = cell(overrides), io.StringIO()
+
+    def said() -> str:
+        before = len(out.getvalue())
+        for _ in range(4000):
+            if out.getvalue()[before:].count("\n") >= 3:
+                break
+            time.sleep(0.005)
+        return out.getvalue()[before:].splitlines()[-1]
+
+    with ProgressDisplay(make_plan([this]), Store(tmp_path), Console(file=out, width=200)) as display:
+        display.stage_started(this, Stage.COMPRESS)
+        display.stage_event(this, Stage.COMPRESS, {"event": "phase", "name": "kd"})
+        display.stage_event(this, Stage.COMPRESS, {"event": "progress", "done": 61, "total": 200})
+        now[0] += 9.0
+        display.stage_event(this, Stage.COMPRESS, {"event": "progress", "done": 64, "total": 200})
+        assert "kd 64/200 0:09 · no estimate of all yet" in said(), "too early to tell"
+        now[0] += 111.0
+        display.stage_event(this, Stage.COMPRESS, {"event": "progress", "done": 101, "total": 200})
+        assert "kd 101/200 2:00 (about 5 min left) · " in said(), "40 steps in 120 s, 99 to go"
+        display.stage_event(this, Stage.COMPRESS, {"event": "phase", "name": "write"})
+        assert "write 2:00 · " in said()
