@@ -134,8 +134,9 @@ def classes() -> dict[str, Method]:
 SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is first used"}
 ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
 ALIKE |= {"context", "in-context", "kard", "lion", "mcc-kd", "programs", "rationale", "scotd", "scott", "socratic", "symbolic"}
-"""They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`;
-what is their own is tried in their own tests."""
+ALIKE |= {"compresso", "mccarley"}
+"""They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`, or
+`cofi` and `voita-heads`; what is their own is tried in their own tests."""
 
 
 def marked(names: Iterable[str]) -> list[Any]:

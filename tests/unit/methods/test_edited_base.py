@@ -18,7 +18,7 @@ from slimbench.methods.base import EDITED, Claim, DenseModel, Method, Unsupporte
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
-from tests.contract.shipped import ALIKE, SLOW
+from tests.contract.shipped import ALIKE, SLOW, classes
 from tests.support import tiny
 from tests.support.architectures import make
 from tests.support.taught import given
@@ -31,7 +31,7 @@ DROPPING = {"ShortGPT", "LayerDropping", "ContributionDropping", "EveryOther", "
 """Methods that leave out one of three blocks."""
 COMPARING = {"TinyBERT", "MiniLM"}
 """They compare heads with the teacher's one by one, and a block of the base has fewer."""
-TAUGHT = ALIKE - {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
+TAUGHT = ALIKE & {name for name, method in classes().items() if method.needs.text}
 """They write what `instruct` writes, by the same code."""
 NO_KERNEL = "fell back to dequantize + dense matmul"
 
