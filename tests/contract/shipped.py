@@ -55,6 +55,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gmp-star": TRAINED,
     "grain": TRAINED,
     "gum": TRAINED,
+    "homodistil": TRAINED,
     "in-context": TRAINED | {"length": 160},
     "instruct": TRAINED | {"length": 64},
     "kard": TRAINED | {"length": 64},
