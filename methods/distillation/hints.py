@@ -1,7 +1,7 @@
 """Hidden layers as hints: FitNets guides one layer of the student by one of the teacher, FSP the flow between pairs of layers.
 
 FitNets (Romero et al., arXiv 1412.6550) first trains the student up to a guided layer g on a hint of the teacher, its layer l, through a
-regressor R that is learned beside it, and then all of it on predictions as `kd` does:
+regressor R that is learned beside it, and then all of it on predictions as `kd` does, with a share of the teacher that stays the same:
 
     first      ½ ‖h_T^l − R h_S^g‖²       summed over features, a mean over positions
     then       the loss of kd

@@ -10,8 +10,10 @@ where a position t stands for all tokens before it. The first part, of the next 
 else short texts are preferred. Texts are drawn from q̃ = α p + (1 − α) q, and w_t = q(y_t)/q̃(y_t) makes up for it, of each token alone
 (teacher-mixed sampling). To this comes the loss of the text at hand behind the prompts, −log q, so that the student does not forget it.
 
-One update is made on each draw, by the student that wrote it: the paper makes several and clips the ratio of the two, which here is 1.
-Prompts are the beginnings of the calibration windows. A student that was distilled before (`kd`) is where the paper begins, too.
+The ratio ρ_t = w_t is clipped as in PPO: where it is above 1 + ε and R_{t+1} > 0, or below 1 − ε and R_{t+1} < 0, the second part has no
+gradient. Both parts are a mean over the tokens drawn. One update is made on each draw, by the student that wrote it, where the paper makes
+several; rewards are neither scaled nor whitened, which the authors' program does. Prompts are the beginnings of the calibration windows. A
+student that was distilled before (`kd`) is where the paper begins, too.
 """
 
 from __future__ import annotations
@@ -33,20 +35,25 @@ class MiniLLM(Prompted):
 
     Attributes:
         teacher_mix: α.
+        ratio_clip: ε.
         text_weight: Of the loss of the text at hand.
     """
 
     name = "minillm"
+    version = 2
     citation = Citation("MiniLLM", year=2023, arxiv="2306.08543", covers=("distillation/minillm",))
 
     learning_rate: float = 2e-5
     teacher_mix: float = 0.2
+    ratio_clip: float = 0.2
     text_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.teacher_mix < 1:
             raise ValueError(f"teacher_mix must be at least 0 and below 1, not {self.teacher_mix}")
+        if not 0 < self.ratio_clip < 1:
+            raise ValueError(f"ratio_clip must be between 0 and 1, both excluded, not {self.ratio_clip}")
         if self.text_weight < 0:
             raise ValueError(f"text_weight must not be negative, not {self.text_weight}")
 
@@ -67,15 +74,23 @@ class MiniLLM(Prompted):
             made, text = logits(student, torch.cat([drawn.ids, ids]), dense).split(len(ids))
             behind = slice(self.prompt_tokens - 1, None)
             written, weights = drawn.written[:, behind], drawn.weights[:, behind]
-            policy = policy_loss(made[:, behind], wanted[:, behind], drawn.ids[:, behind], written, weights)
+            policy = policy_loss(made[:, behind], wanted[:, behind], drawn.ids[:, behind], written, weights, clip=self.ratio_clip)
+            tokens = written[:, 1:].sum().clamp_min(1)
             hard = cross_entropy(text[:, behind][:, :-1], ids[:, self.prompt_tokens :])
-            return term("policy", policy / new) + term("text", self.text_weight * hard)
+            return term("policy", policy * len(ids) / tokens) + term("text", self.text_weight * hard)
 
         return (Lesson(loss),)
 
 
 def policy_loss(
-    logits: Tensor, teacher: Tensor, ids: Tensor, written: Tensor, weights: Tensor, length_norm: bool = True, single_step: bool = True
+    logits: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    written: Tensor,
+    weights: Tensor,
+    length_norm: bool = True,
+    single_step: bool = True,
+    clip: float | None = None,
 ) -> Tensor:
     """A scalar whose gradient is ∇L, summed over positions, a mean over texts. Its value means nothing.
 
@@ -87,6 +102,7 @@ def policy_loss(
         weights: w, [texts, length].
         length_norm: Divide R by the number of its terms.
         single_step: Sum the first part over the vocabulary; else all is by the draw, R begins at t and is not divided.
+        clip: ε; None: no ratio is clipped.
     """
     import torch
 
@@ -100,5 +116,7 @@ def policy_loss(
     later = from_here - reward
     if length_norm:
         later = later / (counts.flip(1).cumsum(1).flip(1) - counts).clamp_min(1)
+    if clip is not None:
+        later = later.masked_fill(((w > 1 + clip) & (later > 0)) | ((w < 1 - clip) & (later < 0)), 0.0)
     single = (q.exp() * (q - p)).sum(-1)
     return (torch.where(counts > 0, w, 0.0) * (single - later * chosen)).sum(1).mean()

@@ -11,7 +11,8 @@ A teacher assistant (Mirzadeh et al., arXiv 1902.03393) of a size between the tw
     L = (1 − α) · (−log q(y)) + α τ² KL(p^τ ‖ q^τ)        first of teacher and assistant, then of assistant and student
 
 Peer and assistant are the first model without some of its blocks, left out evenly: as many as the student has, or the mean of both, rounded
-up. Neither is kept.
+up; a student that is no shallower than the first model, or than its assistant, is refused. Neither is kept. Both students of a pair are
+updated at once, where the paper's algorithm computes the second one's predictions anew after the first one's update.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def shortened(dense: DenseModel, blocks: int) -> Any:
     """The first model of the pipeline in float32, with so many of its blocks, the others left out evenly; all its parameters learn.
 
     Raises:
-        Unsupported: It has not so many, or it is the student.
+        Unsupported: It has no more than so many, or it is the student.
     """
     import torch
 
@@ -100,8 +101,8 @@ def shortened(dense: DenseModel, blocks: int) -> Any:
         )
     model = dense.load_original(dtype=torch.float32)
     whole = model.config.num_hidden_layers
-    if blocks > whole:
-        raise Unsupported(f"the first model of the pipeline has {whole} blocks, fewer than the {blocks} of its student")
+    if blocks >= whole:
+        raise Unsupported(f"the first model of the pipeline has {whole} blocks, none of which could be left out for a model of {blocks}")
     kept = {math.ceil((place + 1) * whole / blocks) - 1 for place in range(blocks)}
     remove_blocks(model, [index for index in range(whole) if index not in kept])
     return model.requires_grad_(True)

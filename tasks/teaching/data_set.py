@@ -252,6 +252,6 @@ def _examples(recipe: Recipe, row: Row) -> list[Example]:
     found = []
     for form in recipe.examples:
         if all(checks.same(row.get(name, ""), value) for name, value in form.when.items()):
-            prompt, response, gold = (filled(text, row).strip() for text in (form.prompt, form.response, form.gold))
-            found.append(Example(prompt, response, form.task, row["item"], gold))
+            prompt, response, gold, given = (filled(text, row).strip() for text in (form.prompt, form.response, form.gold, form.given))
+            found.append(Example(prompt, response, form.task, row["item"], gold, given))
     return found

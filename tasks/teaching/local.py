@@ -50,7 +50,7 @@ class Local:
         processors: Any = LogitsProcessorList()
         if weight:
             against = self._encoded([(*request.chat[:-1], (request.chat[-1][0], request.against or "")) for request in requests])
-            processors.append(Subtracted(self._model, against, weight, width))
+            processors.append(Subtracted(self._model, against, weight, self._ends()))
         if sampling.presence_penalty:
             processors.append(Presence(sampling.presence_penalty, width))
         drawn: dict[str, Any] = {"do_sample": False, "num_beams": sampling.beams}
@@ -110,10 +110,13 @@ class Presence:
 
 
 class Subtracted:
-    """Log-probabilities after one prompt less `weight` times those after another (SCOTT, arXiv 2305.01879, equation 3)."""
+    """Log-probabilities after one prompt less `weight` times those after another (SCOTT, arXiv 2305.01879, equation 3).
 
-    def __init__(self, model: PreTrainedModel, against: dict[str, Tensor], weight: float, width: int) -> None:
-        self._model, self._against, self._weight, self._width, self._cache = model, against, weight, width, None
+    Where the first prompt alone would end the answer, it ends, as in the authors' program.
+    """
+
+    def __init__(self, model: PreTrainedModel, against: dict[str, Tensor], weight: float, ends: Sequence[int]) -> None:
+        self._model, self._against, self._weight, self._ends, self._cache = model, against, weight, ends, None
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         import torch
@@ -125,4 +128,8 @@ class Subtracted:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
         made = self._model(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True)
         self._cache = made.past_key_values
-        return logits.log_softmax(-1) - self._weight * made.logits[:, -1].float().log_softmax(-1)
+        found = logits.log_softmax(-1) - self._weight * made.logits[:, -1].float().log_softmax(-1)
+        likeliest = logits.argmax(-1)
+        for end in self._ends:
+            found[:, end] = found[:, end].masked_fill(likeliest == end, torch.inf)
+        return found

@@ -26,7 +26,7 @@ from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, compiled, fields_of
 from slimbench.util.hashing import digest
 
-VERSION = 1
+VERSION = 2
 """Raised when the same recipe makes other requests or other examples of the same answers."""
 
 
@@ -89,6 +89,7 @@ class Grow(_Asking):
 
     Attributes:
         shown: Template of each row that is shown; `{number}` counts them.
+        empty: What stands there for a field that is empty.
         own: How many of the rows that there were at first.
         grown: How many of those that were made, at most.
         requests: At a time; rows that they give are shown from then on.
@@ -97,6 +98,7 @@ class Grow(_Asking):
 
     kind: Literal["grow"]
     shown: str
+    empty: str = ""
     own: int = Field(ge=1)
     grown: int = Field(default=0, ge=0)
     requests: int = Field(default=8, ge=1)
@@ -204,16 +206,20 @@ class Demonstrate(_Stage):
         item: Template of each; of what is put before a row nothing is of its own item, and nothing is held out.
         count: How many.
         between: What stands between two.
+        alike: Name of a field in which they are as the row is.
+        unlike: Name of a field in which they are not.
     """
 
     kind: Literal["demonstrate"]
     item: str
     count: int = Field(default=3, ge=1)
     between: str = "\n\n"
+    alike: str | None = None
+    unlike: str | None = None
     into: str = "demonstrations"
 
     def reads(self) -> set[str]:
-        return super().reads() | fields_of(self.item)
+        return super().reads() | fields_of(self.item) | {name for name in (self.alike, self.unlike) if name}
 
     def writes(self) -> set[str]:
         return {self.into}
@@ -268,16 +274,19 @@ class Form(Strict):
     Attributes:
         task: Which of several tasks it is of.
         gold: Template of the right answer, where there is one.
+        given: Template of how the answer begins; of that nothing is learned.
     """
 
     prompt: str
     response: str
     task: str = ""
     gold: str = ""
+    given: str = ""
     when: dict[str, str] = {}
 
     def reads(self) -> set[str]:
-        return fields_of(self.prompt) | fields_of(self.response) | fields_of(self.gold) | set(self.when)
+        texts = (self.prompt, self.response, self.gold, self.given)
+        return {name for text in texts for name in fields_of(text)} | set(self.when)
 
 
 class Recipe(Strict):
@@ -286,7 +295,7 @@ class Recipe(Strict):
     Attributes:
         name: Of its file.
         paper: Whose recipe it is.
-        differs: In what it is not that of the paper, beside the wording of its prompts; empty: in nothing.
+        differs: In what it is not that of the paper, beside the wording of its prompts; empty: in nothing that is known.
         held_out: Share of the rows that no student sees, by hash of what they said where they began.
         apart: Largest ROUGE-L of a held-out prompt with one that is trained on, above which it is dropped; None: prompts are alike by
             their nature.

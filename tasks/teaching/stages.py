@@ -172,7 +172,8 @@ def _growing(stage: Grow, rows: Sequence[Row], made: Sequence[Row], seed: str, t
     own = sorted(range(len(rows)), key=lambda index: digest([seed, turn, "own", index]))[: stage.own + stage.grown - len(drawn)]
     examples = [made[index] for index in drawn] + [rows[index] for index in own]
     examples.sort(key=lambda row: digest([seed, turn, row["item"]]))
-    shown = "\n".join(filled(stage.shown, row | {"number": str(number)}) for number, row in enumerate(examples, 1))
+    full = ({name: value or stage.empty for name, value in row.items()} for row in examples)
+    shown = "\n".join(filled(stage.shown, row | {"number": str(number)}) for number, row in enumerate(full, 1))
     text = filled(stage.prompt, {"shown": shown, "next": str(len(examples) + 1)})
     system = (("system", stage.system),) if stage.system else ()
     return Request((*system, ("user", text)), stage.draw.sampling(), int(digest([seed, turn])[:7], 16))
@@ -215,6 +216,10 @@ def _with_passages(stage: Retrieve, row: Row) -> Row:
 def _beside(stage: Demonstrate, row: Row, rows: Sequence[Row], seed: int) -> Row | str:
     """A row with others of other items."""
     others = {other["item"]: other for other in rows if other["item"] != row["item"] and other["side"] == SEEN}
+    if stage.alike:
+        others = {item: other for item, other in others.items() if checks.same(other[stage.alike], row[stage.alike])}
+    if stage.unlike:
+        others = {item: other for item, other in others.items() if not checks.same(other[stage.unlike], row[stage.unlike])}
     if len(others) < stage.count:
         return "too few other rows"
     drawn = sorted(others, key=lambda item: digest([seed, row["item"], item]))[: stage.count]

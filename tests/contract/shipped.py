@@ -93,7 +93,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "rationale": TRAINED | {"length": 64},
     "rpp": TRAINED,
     "scale-lora": TRAINED,
-    "reflection": TRAINED | {"length": 160, "examined": 4, "answer_tokens": 48},
+    "reflection": TRAINED | {"length": 160, "examined": 4, "answer_tokens": 48, "samples": 2},
     "scotd": TRAINED | {"length": 64},
     "scott": TRAINED | {"length": 64},
     "sheared-llama": TRAINED,

@@ -1,8 +1,9 @@
 """How near a student comes to its teacher on prompts that no student saw: the examples that a recipe holds out.
 
-Of each, the teacher's response is scored token by token behind the prompt in the model's own template, as far as the model takes it; and
-the model answers itself, by the likeliest token each time, which is held against the response by ROUGE-L (F measure, without stems), and
-against the right answer where there is one: it is right if what is written ends with it, whatever the case and the full stop behind it.
+Of each, the teacher's response is scored token by token behind the prompt in the model's own template, and behind what is given of the
+response, as far as the model takes it; and the model answers itself, by the likeliest token each time, which is held against the response
+by ROUGE-L (F measure, without stems), and against the right answer where there is one: it is right if what is written ends with it,
+whatever the case and the full stop behind it.
 
 A model can learn a teacher's manner and nothing else (Gudibande et al., arXiv 2305.15717), so these figures stand beside perplexity and
 accuracy and in no ranking.
@@ -61,7 +62,9 @@ def measure(
     through = 0
     for done, example in enumerate(asked, 1):
         prompt = chat_ids(tokenizer, (("user", example.prompt),))
-        response = tokenizer(example.response, add_special_tokens=False, verbose=False)["input_ids"] + end
+        text = f" {example.response}" if example.given else example.response
+        given, response = (tokenizer(of, add_special_tokens=False, verbose=False)["input_ids"] for of in (example.given, text))
+        prompt, response = prompt + given, response + end
         prompt = prompt[-max(1, model.max_length - max(len(response), ANSWER_TOKENS)) :]
         found.append(tuple(part.once([prompt, response], 1, partial(_of, model, writer, tokenizer, prompt, response, end))))
         through += 2 * len(prompt) + len(response) + ANSWER_TOKENS

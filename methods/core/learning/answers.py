@@ -3,8 +3,8 @@
 An answer is int64 [3, length]:
 
     [0]     ids: the prompt in the model's own template, the response, the token that ends it
-    [1]     1 where a token is of the prompt, 2 where it is of the response, 3 where that is the right answer, with which it may end,
-            0 behind all
+    [1]     1 where a token is of the prompt, or of what is given of the response, 2 where it is of the response, 3 where that is the
+            right answer, with which it may end, 0 behind all
     [2]     which task the answer is of, everywhere the same
 
 What is longer than `length` is cut off behind; an answer of whose response nothing is left is left out.
@@ -13,6 +13,7 @@ What is longer than `length` is cut off behind; an answer of whose response noth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,9 @@ def fitted(rows: Sequence[Tensor], width: int) -> Tensor:
 def _encoded(example: Example, tokenizer: Any, length: int, tasks: Sequence[str]) -> Tensor | None:
     """An example as an answer [3, its length]; None where nothing of its response is left."""
     prompt = chat_ids(tokenizer, (("user", example.prompt),))
+    if example.given:
+        prompt += list(tokenizer(example.given, add_special_tokens=False)["input_ids"])
+        example = replace(example, response=f" {example.response}")
     before, answer = _pieces(example)
     response, right = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in (before, answer))
     end = [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)

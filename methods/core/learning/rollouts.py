@@ -68,18 +68,22 @@ def rollout(
 
 
 @torch.no_grad()
-def answered(model: Any, tokenizer: Any, prompts: Sequence[str], new: int, dtype: torch.dtype | None = None, batch: int = 16) -> list[str]:
-    """What a model answers to prompts, each in its own template, by the likeliest token each time.
+def answered(
+    model: Any, tokenizer: Any, prompts: Sequence[str], new: int, dtype: torch.dtype | None = None, batch: int = 16, drawn: bool = False
+) -> list[str]:
+    """What a model answers to prompts, each in its own template.
 
     Args:
         new: Tokens of an answer at most.
         dtype: In which products are computed; None: that of the model.
+        drawn: Each token is drawn among the fifty likeliest, by torch's own random numbers; else it is the likeliest.
     """
     from transformers import GenerationConfig
 
     ends, found = set(_ends(model).tolist()), list[str]()
     # one's own, since that of a model may hold penalties and beams
-    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=0)
+    draws: dict[str, Any] = {"do_sample": True, "top_k": 50} if drawn else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=new, **draws, eos_token_id=sorted(ends) or None, pad_token_id=0)
     for first in range(0, len(prompts), batch):
         rows = [chat_ids(tokenizer, (("user", prompt),)) for prompt in prompts[first : first + batch]]
         width = max(map(len, rows))

@@ -3,7 +3,7 @@
     L = α · CE(label) + (1 − α) · CE(rationale)         where a recipe has both tasks, else the cross entropy of its responses
 
     step-by-step        a label and a rationale are two tasks, told apart by a word before the question
-    mt-cot              the same with the reason behind the answer; where a teacher was wrong, it explains the right answer (CROP)
+    mt-cot              the same with the answer behind the reason; where a teacher was wrong, it explains the right answer (CROP)
     magister            the right answer is shown to the teacher; what does not come to it is dropped
     fine-tune-cot       eight rationales for each question, those that come to the right answer
     specialize          four forms of each example: with others before it or not, with the rationale or not (Fu et al.)

@@ -1,13 +1,13 @@
 """Methods that go on in rounds: what the student cannot do yet decides on what the teacher is asked next.
 
     Lion            imitation, then a referee, the teacher itself, gives marks to the teacher's and the student's answers, in both orders;
-                    where the student is behind by a mark or more, an instruction is hard; as many new hard ones as new easy ones are
-                    written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
-    reflection      the student sits an exam on the questions that it learns from; what it gets wrong goes back to the teacher, which
-                    explains the right answer to this student; a right rationale shall be nearer to another right one than to the
+                    where the student is behind by a mark or more, an instruction is hard; as many new ones after hard ones as after
+                    easy ones are written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
+    reflection      before each round the student sits an exam on questions that it learns from; what it gets wrong goes to the teacher,
+                    which explains the right answer to this student; a right rationale shall be nearer to another right one than to the
                     student's own wrong ones (Wang et al., arXiv 2310.13332; code: Raibows/Learn-to-Reason)
 
-Rounds have equal shares of the steps. What the student writes is the likeliest each time, so that a run that is resumed asks the same.
+Rounds have equal shares of the steps. What the student writes has a seed of its own, so that a run that is resumed asks the same.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ First answer: {first}
 Second answer: {second}
 
 Write the two marks alone, the first answer's mark first:"""
-HARDER = """Write one new instruction for an assistant, of the same field and kind as this one, but rarer and harder. Write it alone.
+AFTER_HARD = """Write one new instruction for an assistant, from the same field and for the same kind of task as this one, about as long and
+as hard. Write it alone.
 
 {instruction}"""
-EASIER = """Write one new instruction for an assistant, on another matter than this one, which is rare but no harder. Write it alone.
+AFTER_EASY = """Write one new instruction for an assistant, from the same field as this one, but on something rarer in it, about as long and
+as hard. Write it alone.
 
 {instruction}"""
 CORRECT = """A student was asked:
@@ -68,7 +70,7 @@ class Rounds(Taught):
 
     rounds: int = 3
     examined: int = 32
-    answer_tokens: int = 96
+    answer_tokens: int = 160
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,17 +89,29 @@ class Rounds(Taught):
         each = (found[number] for number in range(len(prompts)))
         return ["" if answer.finish == "length" or unfit(answer, sampling) else answer.text.strip() for answer in each]
 
-    def examination(self, student: Any, examples: Sequence[Example], dense: DenseModel, turn: int) -> list[tuple[Example, str]]:
-        """Some examples, one of each prompt, with what the student answers to them now."""
+    def examination(
+        self, student: Any, examples: Sequence[Example], dense: DenseModel, turn: int, samples: int = 0
+    ) -> list[tuple[Example, str]]:
+        """Some examples, one of each prompt, with what the student answers to them now.
+
+        Args:
+            samples: Answers to each, drawn; 0: one, of the likeliest token each time.
+        """
+        import torch
+
         from slimbench.methods.core.learning.rollouts import answered
 
         each = list({example.prompt: example for example in examples}.values())
         each.sort(key=lambda example: hashlib.sha256(f"{self.seed + dense.seed} {turn} {example.prompt}".encode()).hexdigest())
         chosen, training = each[: self.examined], student.training
         student.eval()
-        texts = answered(student, dense.tokenizer(), [example.prompt for example in chosen], self.answer_tokens, _arithmetic(dense))
+        sat = [example for example in chosen for _ in range(samples or 1)]
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if dense.device == "cuda" else []):
+            torch.manual_seed((self.seed + dense.seed) * 1000 + turn)
+            prompts = [example.prompt for example in sat]
+            texts = answered(student, dense.tokenizer(), prompts, self.answer_tokens, _arithmetic(dense), drawn=samples > 0)
         student.train(training)
-        return list(zip(chosen, texts, strict=True))
+        return list(zip(sat, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ class Lion(Rounds):
     """
 
     name = "lion"
+    version = 2
     citation = Citation("Lion", year=2023, arxiv="2305.12870", covers=("distillation/lion",))
     citations = {"lion": citation}  # noqa: RUF012
 
@@ -137,16 +152,24 @@ class Lion(Rounds):
         return [Lesson(loss, 1 / self.rounds, windows=text(turn)) for turn in range(self.rounds)]
 
     def harder(self, student: Any, pool: Sequence[Example], dense: DenseModel, turn: int) -> list[Example]:
-        """New instructions with the teacher's answers: as many after hard ones as after easy ones, unlike all that there are."""
+        """New instructions with the teacher's answers: as many after hard ones as after easy ones, unlike all that there are.
+
+        Where none is hard, or none easy, all are written after the others.
+        """
         sat = self.examination(student, pool, dense, turn)
         differences = self.marks(sat, dense)
         hard = [example for (example, _), by in zip(sat, differences, strict=True) if by is not None and by >= self.behind]
         easy = [example for (example, _), by in zip(sat, differences, strict=True) if by is not None and by < self.behind]
         count = min(len(hard), len(easy)) or max(len(hard), len(easy))
-        prompts = [HARDER.format(instruction=example.prompt) for example in hard[:count]]
-        prompts += [EASIER.format(instruction=example.prompt) for example in easy[:count]]
-        written = self.asked(dense, prompts, self.answer_tokens, turn, temperature=1.0)
-        kept = list(unlike(written, [example.prompt for example in (*pool, *held_out_of(dense))], self.likeness))
+        asked = {AFTER_HARD: hard[:count], AFTER_EASY: easy[:count]}
+        prompts = [form.format(instruction=example.prompt) for form, of in asked.items() for example in of]
+        written = iter(self.asked(dense, prompts, self.answer_tokens, turn, temperature=1.0))
+        parts = [[text for _ in of if is_instruction(text := next(written))] for of in asked.values()]
+        known = [example.prompt for example in (*pool, *held_out_of(dense))]
+        new = set(unlike([text for part in parts for text in part], known, self.likeness))
+        parts = [[text for text in dict.fromkeys(part) if text in new] for part in parts]
+        least = min(map(len, parts)) if hard and easy else count
+        kept = [text for part in parts for text in part[:least]]
         answers = zip(kept, self.asked(dense, kept, self.answer_tokens, turn), strict=True)
         return [Example(prompt, text, task=pool[0].task, item=f"round {turn}") for prompt, text in answers if text]
 
@@ -176,6 +199,11 @@ def two_marks(text: str) -> tuple[float, float] | None:
     return (numbers[0], numbers[1]) if len(numbers) >= 2 and all(1 <= number <= 10 for number in numbers[:2]) else None
 
 
+def is_instruction(text: str) -> bool:
+    """Whether a text may be an instruction: more than three words, a letter or a digit of ASCII first, and nothing about instructions."""
+    return len(text.split()) > 3 and text[0].isascii() and text[0].isalnum() and "instruction" not in text.lower()
+
+
 def unlike(texts: Sequence[str], known: Sequence[str], limit: float) -> Iterator[str]:
     """The texts whose ROUGE-L with each known one, and with each before them, is at most a limit."""
     seen = [Text.of(text) for text in known]
@@ -193,6 +221,7 @@ class Reflection(Rounds):
         contrast: Weight of the triplets.
         margin: By which a right rationale shall be nearer than a wrong one.
         negatives: Wrong rationales of a question that are kept, the last ones.
+        samples: Answers to a question in an exam.
     """
 
     name = "reflection"
@@ -206,14 +235,16 @@ class Reflection(Rounds):
     contrast: float = 0.5
     margin: float = 1.0
     negatives: int = 4
+    samples: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("contrast", "margin"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.negatives < 1:
-            raise ValueError(f"negatives must be at least 1, not {self.negatives}")
+        for name in ("negatives", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         wrong: dict[str, list[str]] = {}
@@ -223,8 +254,7 @@ class Reflection(Rounds):
 
         def text(turn: int) -> Callable[[], Tensor]:
             def made() -> Tensor:
-                if turn:
-                    right.examples += self.corrected(student, right.examples, wrong, dense, turn)
+                right.examples += self.corrected(student, right.examples, wrong, dense, turn)
                 return self.triplets(right.examples, wrong, dense)
 
             return made
@@ -235,11 +265,12 @@ class Reflection(Rounds):
         return [Lesson(loss, 1 / self.rounds, windows=text(turn)) for turn in range(self.rounds)]
 
     def corrected(self, student: Any, right: Sequence[Example], wrong: dict[str, list[str]], dense: DenseModel, turn: int) -> list[Example]:
-        """What the teacher explains where the student was wrong; its wrong answers are noted by prompt."""
-        sat = self.examination(student, right, dense, turn)
-        failed = [(example, text) for example, text in sat if not ends_with(text, example.gold)]
-        for example, text in failed:
-            wrong[example.prompt] = [*wrong.get(example.prompt, ()), *([text] if text else ())][-self.negatives :]
+        """What the teacher explains where the student was wrong, on its first wrong answer; these are noted by prompt."""
+        sat = self.examination(student, right, dense, turn, self.samples)
+        mistakes = [(example, text) for example, text in sat if text and not ends_with(text, example.gold)]
+        for example, text in mistakes:
+            wrong[example.prompt] = [*wrong.get(example.prompt, ()), text][-self.negatives :]
+        failed = list({example.prompt: (example, text) for example, text in reversed(mistakes)}.values())[::-1]
         prompts = [CORRECT.format(question=example.prompt, answer=text, gold=example.gold) for example, text in failed]
         answers = zip(failed, self.asked(dense, prompts, self.answer_tokens, turn), strict=True)
         return [replace(example, response=text.rstrip(".")) for (example, _), text in answers if ends_with(text, example.gold)]

@@ -1,7 +1,7 @@
 """Methods whose examples are of one task, or of several with fixed weights; what makes them is in their recipes.
 
-SCOTT           CE(factual) + λ CE(counterfactual): rationales that a teacher draws to fit the right answer and not a wrong one, and
-                wrong rationales with the wrong answer that follows from them, so that the student's answer follows its rationale
+SCOTT           (1 − α) CE(factual) + α CE(counterfactual): rationales that a teacher draws to fit the right answer and not a wrong one,
+                and, behind a rationale of a wrong answer, this answer alone, so that what the student answers follows its rationale
 Socratic CoT    CE(questions) + CE(answers): what to ask of a problem, and what the answers are; in the paper two students, here one
 PaD, PERsD      CE of programs that come to the right answer; of PERsD those that a teacher mended
 KARD            CE of a rationale behind passages that it finds, BM25
@@ -22,10 +22,11 @@ class Scott(Responses):
     """Self-consistent chain of thought.
 
     Attributes:
-        counterfactual: λ.
+        counterfactual: α.
     """
 
     name = "scott"
+    version = 2
     citation = Citation("SCOTT", year=2023, arxiv="2305.01879", covers=("distillation/scott",))
     citations = {"scott": citation}  # noqa: RUF012
 
@@ -34,11 +35,11 @@ class Scott(Responses):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.counterfactual > 0:
-            raise ValueError(f"counterfactual must be positive, not {self.counterfactual}")
+        if not 0 < self.counterfactual < 1:
+            raise ValueError(f"counterfactual must be between 0 and 1, both excluded, not {self.counterfactual}")
 
     def weights(self) -> Mapping[str, float] | None:
-        return {"factual": 1.0, "counterfactual": self.counterfactual}
+        return {"factual": 1 - self.counterfactual, "counterfactual": self.counterfactual}
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class TSLD(TernaryQAT):
             raise ValueError(f"token_temperature must be positive, not {self.token_temperature}")
         if self.loss != "distillation":
             raise ValueError(f"loss must be distillation, not {self.loss}: the text is learned beside the teacher")
+        if self.accumulate > 1:
+            raise ValueError(f"accumulate must be 1, not {self.accumulate}: the teacher's part is a sum over the texts of a whole batch")
 
     @staticmethod
     def ternary(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:

@@ -107,6 +107,7 @@ class Example:
         task: Which of several tasks it is of; their losses have weights.
         item: What it is about, of which there may be several examples.
         gold: The right answer where there is one.
+        given: How the answer begins; the student sees it and goes on from there.
     """
 
     prompt: str
@@ -114,6 +115,7 @@ class Example:
     task: str = ""
     item: str = ""
     gold: str = ""
+    given: str = ""
 
 
 def chat_ids(tokenizer: Any, chat: Sequence[tuple[str, str]]) -> list[int]:

@@ -153,6 +153,35 @@ def test_the_text_at_hand_is_learned_too(pair: DenseModel) -> None:
     assert losses[1] - losses[0] == pytest.approx(2 * float(functional.cross_entropy(logits, IDS[:, 6:].flatten())), rel=1e-4)
 
 
+def test_a_ratio_far_from_1_stops_what_would_take_it_farther() -> None:
+    """As in PPO: −max of A ρ and A clip(ρ), with the advantage A = R and ρ = w · exp(log q − log q before)."""
+    generator = torch.Generator().manual_seed(4)
+    logits, teacher = (torch.randn(5, 8, 7, generator=generator) for _ in range(2))
+    ids, written = torch.randint(0, 7, (5, 8), generator=generator), torch.ones(5, 8, dtype=torch.bool)
+    weights = 0.3 + 1.4 * torch.rand(5, 8, generator=generator)
+    gradients = []
+    for clip in (0.2, None):
+        ours = logits.clone().requires_grad_(True)
+        policy_loss(ours, teacher, ids, written, weights, clip=clip).backward()
+        gradients.append(ours.grad)
+    theirs = logits.clone().requires_grad_(True)
+    q, p = theirs[:, :-1].log_softmax(-1), teacher[:, :-1].log_softmax(-1)
+    chosen = q.gather(-1, ids[:, 1:, None])[..., 0]
+    reward = (p.gather(-1, ids[:, 1:, None])[..., 0] - chosen).detach()
+    total, stopped = torch.zeros(()), 0
+    for n in range(5):
+        for t in range(7):
+            rest = reward[n, t + 1 :]
+            advantage = rest.mean() if len(rest) else torch.zeros(())
+            ratio = weights[n, t + 1] * (chosen[n, t] - chosen[n, t].detach()).exp()
+            total = total + torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)) / 5
+            stopped += bool((-advantage * ratio < -advantage * ratio.clamp(0.8, 1.2)).item())
+            total = total + weights[n, t + 1] * (q[n, t].exp() * (q[n, t] - p[n, t])).sum() / 5
+    total.backward()
+    torch.testing.assert_close(gradients[0], theirs.grad)
+    assert stopped > 2 and not torch.allclose(gradients[0], gradients[1], atol=1e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.6])
 def test_a_lesson_is_the_policy_loss_of_what_was_drawn_behind_the_prompts(mix: float, pair: DenseModel) -> None:
     student, teacher = pair.load(dtype=torch.float32).requires_grad_(True), pair.load_original(dtype=torch.float32)
@@ -165,7 +194,7 @@ def test_a_lesson_is_the_policy_loss_of_what_was_drawn_behind_the_prompts(mix: f
     torch.manual_seed(7)
     drawn = rollout(student, IDS[:, :6], 10, other=teacher, share=mix)
     logits, wanted = student(drawn.ids).logits, teacher(drawn.ids).logits.detach()
-    (policy_loss(logits, wanted, drawn.ids, drawn.written, drawn.weights) / 10).backward()
+    (policy_loss(logits, wanted, drawn.ids, drawn.written, drawn.weights, clip=0.2) * 2 / drawn.written.sum()).backward()
     assert len(found) > 8
     for name, value in student.named_parameters():
         if value.grad is not None:

@@ -18,6 +18,7 @@ from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
 from slimbench.methods.distillation.taught.rounds import Lion, Reflection
 from slimbench.methods.distillation.taught.tasks import KnowledgeAugmented, ProgramTuning, Scott, Socratic, Symbolic
+from slimbench.tasks.teaching import starts
 from slimbench.util.teaching import Completion, TeacherError
 from tests.support.taught import Scripted, written
 
@@ -53,8 +54,6 @@ def words() -> Iterator[str]:
 
 def gold(name: str, count: int = 12) -> dict[str, str]:
     """The right answer of each question that a recipe begins with."""
-    from slimbench.tasks.teaching import starts
-
     return {row["question"]: row["gold"] for row in starts.rows(recipe(name).start, count, 0)}
 
 
@@ -208,7 +207,7 @@ def test_mt_cot_explains_the_right_answer_where_the_teacher_was_wrong() -> None:
     assert 0 < len(again) < 12 and made.kept == 12
     rationales = [example.response for example in examples if example.task == "rationale"]
     assert sum("it has to be so" in text for text in rationales) == len(again)
-    assert all(re.fullmatch(r".+ because (I think so|it has to be so)", text) for text in rationales)
+    assert all(re.fullmatch(r"(I think so|it has to be so) The answer is .+", text) for text in rationales)
     assert RationaleTuning(recipe="mt-cot").weights() == {"label": 0.5, "rationale": 0.5}
 
 
@@ -313,14 +312,21 @@ def test_mcc_kd_keeps_one_of_those_that_have_four_words_in_five_in_common() -> N
 
 
 def test_scott_draws_from_the_difference_of_right_and_wrong_and_refuses_a_server() -> None:
-    examples, asked, _ = written("scott", lambda prompt: f"reason for {prompt[-20:]}", 6)
+    examples, asked, _ = written("scott", lambda prompt: f"reason for {prompt[-20:]}", 48)
+    rows = starts.rows(recipe("scott").start, 48, 0)
+    golds, kinds = ({row["question"]: row[name] for row in rows} for name in ("gold", "task"))
     for request in asked:
         last, against = request.chat[-1][1], request.against or ""
         assert request.weight == 0.5 and last != against and last.split("The answer")[0] == against.split("The answer")[0]
     factual, counterfactual = ([e for e in examples if e.task == task] for task in ("factual", "counterfactual"))
+    assert len(factual) > 12
     for one, other in zip(factual, counterfactual, strict=True):
-        assert one.response.endswith(f"So the answer is {one.gold}") and other.response == f"So the answer is {other.gold}"
-        assert one.gold != other.gold and "reason for" in other.prompt
+        assert one.response.endswith(f"So the answer is {one.gold}") and other.response == other.gold != one.gold
+        assert other.prompt == one.prompt.replace("[factual]", "[counterfactual]")
+        assert other.given.startswith("reason for") and other.given.endswith("So the answer is")
+        own = one.prompt.removeprefix("[factual] ")
+        like = {answer for question, answer in golds.items() if kinds[question] == kinds[own]}
+        assert golds[own] == one.gold and other.gold in like, "a wrong answer is that of a question of the kind"
     assert "subtracts" in (recipe("scott").beyond_servers or "") and recipe("socratic").beyond_servers is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from slimbench.methods.base import Calibration, DenseModel, Unsupported
 from slimbench.methods.core.learning.answers import RESPONSE, answer_loss, encode
 from slimbench.methods.core.learning.rollouts import answered
 from slimbench.methods.distillation.taught import rounds
-from slimbench.methods.distillation.taught.rounds import Lion, Reflection, two_marks, unlike
+from slimbench.methods.distillation.taught.rounds import Lion, Reflection, is_instruction, two_marks, unlike
 from slimbench.tasks.teaching.journal import Remembering
 from slimbench.util.teaching import HELD_OUT, TRAIN, Completion, Example, chat_ids, write_examples
 from tests.support import tiny
@@ -102,18 +103,35 @@ def test_as_many_new_hard_as_easy_instructions_come_unlike_all_others_and_answer
             return ("9 2" if ours else "2 9") if hard else "5 5"
         if prompt.startswith("Write one new instruction"):
             number = next(made)
-            return "how many legs" if number == 0 else f"w{number}a w{number}b w{number}c"
+            return "how many legs" if number == 0 else f"w{number}a w{number}b w{number}c w{number}d"
         return f"answer to {prompt}" if "w1a" in prompt else Completion("cut", "length")
 
     given, teacher = taught(dense, answer)
     new = Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1)
     writing = [request.chat[-1][1] for request in teacher.asked if request.chat[-1][1].startswith("Write one")]
     assert len(writing) == 2, "one is hard and two are easy: one of each"
-    assert writing[0].startswith(rounds.HARDER[:60]) and "legs" in writing[0]
-    assert writing[1].startswith(rounds.EASIER[:60]) and "legs" not in writing[1]
-    assert new == [Example("w1a w1b w1c", "answer to w1a w1b w1c", item="round 1")], (
-        "what is like an old one, or has no answer, is left out"
-    )
+    assert writing[0].startswith(rounds.AFTER_HARD[:100]) and "legs" in writing[0] and "same kind of task" in writing[0]
+    assert writing[1].startswith(rounds.AFTER_EASY[:100]) and "legs" not in writing[1] and "rarer" in writing[1]
+    assert new == [], "what came after the hard one is like an old one, and there are as many after easy ones"
+    made = iter(range(1, 10))
+    again = Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1)
+    assert again == [Example("w1a w1b w1c w1d", "answer to w1a w1b w1c w1d", item="round 1")], "what has no answer is left out"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("Name the largest lake", True),
+        ("7 days have what names", True),
+        ("Name a lake", False),
+        ("", False),
+        ("- name the largest lake", False),
+        ("Über name the largest lake", False),
+        ("Write the Instruction for a kite", False),
+    ],
+)
+def test_what_may_be_an_instruction(text: str, is_one: bool) -> None:
+    assert is_instruction(text) is is_one
 
 
 def test_rouge_l_decides_on_what_is_new() -> None:
@@ -125,7 +143,7 @@ def test_rouge_l_decides_on_what_is_new() -> None:
 
 def test_each_round_learns_what_the_last_one_brought(dense: DenseModel, tmp_path: Path) -> None:
     def answer(prompt: str) -> str:
-        return "9 2" if "marks alone" in prompt else f"new {len(prompt)} thing q{len(prompt)}"
+        return "9 2" if "marks alone" in prompt else f"new {len(prompt)} thing here q{len(prompt)}"
 
     given, _ = taught(dense, answer)
     method = Lion(steps=6, rounds=3, batch_size=2, length=100, examined=2, answer_tokens=8)
@@ -139,7 +157,7 @@ def test_each_round_learns_what_the_last_one_brought(dense: DenseModel, tmp_path
 
 
 def test_a_round_that_is_done_again_asks_nobody(dense: DenseModel, tmp_path: Path) -> None:
-    teacher = Scripted(lambda prompt: "9 2" if "marks alone" in prompt else f"new {len(prompt)} thing q{len(prompt)}")
+    teacher = Scripted(lambda prompt: "9 2" if "marks alone" in prompt else f"new {len(prompt)} thing here q{len(prompt)}")
     method = Lion(steps=4, rounds=2, batch_size=2, length=100, examined=2, answer_tokens=8)
     counts = []
     for turn in range(2):
@@ -151,10 +169,14 @@ def test_a_round_that_is_done_again_asks_nobody(dense: DenseModel, tmp_path: Pat
 
 
 def test_what_the_student_gets_wrong_is_explained_and_kept_as_wrong(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"how many legs": "it is 4", "how many eyes": "I say 5", "how many noses": "perhaps 3"}
-    monkeypatch.setattr(
-        "slimbench.methods.core.learning.rollouts.answered", lambda model, tokenizer, prompts, *_: [said[prompt] for prompt in prompts]
-    )
+    said = {"how many legs": ["it is 4"], "how many eyes": ["two, so 2", "I say 5", "I say 7"], "how many noses": ["perhaps 3", ""]}
+    turn = {prompt: cycle(texts) for prompt, texts in said.items()}
+
+    def answered(model: Any, tokenizer: Any, prompts: list[str], *_: Any, drawn: bool) -> list[str]:
+        assert drawn and len(prompts) == 9, "three drawn answers to each"
+        return [next(turn[prompt]) for prompt in prompts]
+
+    monkeypatch.setattr("slimbench.methods.core.learning.rollouts.answered", answered)
 
     def answer(prompt: str) -> str:
         assert "The student wrote:" in prompt and ("I say 5" in prompt or "perhaps 3" in prompt)
@@ -162,9 +184,23 @@ def test_what_the_student_gets_wrong_is_explained_and_kept_as_wrong(dense: Dense
 
     given, teacher = taught(dense, answer)
     wrong: dict[str, list[str]] = {"how many eyes": ["a", "b", "c", "d"]}
-    new = Reflection().corrected(dense.load(), QUESTIONS, wrong, given, 1)
+    new = Reflection(samples=3).corrected(dense.load(), QUESTIONS, wrong, given, 1)
     assert len(teacher.asked) == 2 and new == [replace(QUESTIONS[2], response="See: one a side. The answer is 2")]
-    assert wrong == {"how many eyes": ["b", "c", "d", "I say 5"], "how many noses": ["perhaps 3"]}
+    assert wrong == {"how many eyes": ["c", "d", "I say 5", "I say 7"], "how many noses": ["perhaps 3", "perhaps 3"]}
+
+
+def test_an_exam_is_drawn_by_a_seed_of_its_own_and_comes_before_the_first_round(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = dense.load(), Reflection(samples=2, examined=2, answer_tokens=8, rounds=2, steps=4, length=120, seed=3)
+    state = torch.get_rng_state()
+    first, again, later = (method.examination(model, QUESTIONS, dense, turn, 2) for turn in (0, 0, 1))
+    assert first == again != later and len(first) == 4 and torch.equal(state, torch.get_rng_state())
+    assert [example for example, _ in first[::2]] == [example for example, _ in first[1::2]] and first[0][1] != first[1][1]
+    turns: list[int] = []
+    monkeypatch.setattr(Reflection, "corrected", lambda self, student, right, wrong, given, turn: turns.append(turn) or [])
+    for lesson in method.lessons(model, None, dense):
+        assert lesson.windows is not None
+        lesson.windows()
+    assert turns == [0, 1]
 
 
 def test_a_right_rationale_shall_be_nearer_to_another_than_to_a_wrong_one(dense: DenseModel) -> None:

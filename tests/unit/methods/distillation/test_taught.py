@@ -69,6 +69,17 @@ def test_of_an_example_the_response_and_its_end_are_learned(dense: DenseModel) -
         encode(EXAMPLES, tokenizer, 4, ["label", "rationale"])
 
 
+def test_of_what_is_given_of_a_response_nothing_is_learned(dense: DenseModel) -> None:
+    tokenizer = dense.tokenizer()
+    example = Example("why", "4", given="I think so. The answer is", gold="4")
+    (row,) = encode([example], tokenizer, 100, [""])
+    whole = chat_ids(tokenizer, (("user", "why"),)) + tokenizer("I think so. The answer is 4", add_special_tokens=False)["input_ids"]
+    assert row[0, : len(whole)].tolist() == whole and int(row[0, len(whole)]) == tokenizer.eos_token_id
+    learned = row[0][row[1] >= RESPONSE].tolist()
+    assert learned == [*tokenizer(" 4", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert int((row[1] == ANSWER).sum()) == len(learned) - 1
+
+
 def test_a_template_of_the_student_stands_around_a_prompt(dense: DenseModel) -> None:
     tokenizer = dense.tokenizer()
     tokenizer.chat_template = (
@@ -109,7 +120,7 @@ def test_label_and_rationale_are_two_means_with_their_shares(dense: DenseModel) 
 
 @pytest.mark.parametrize(
     ("method", "tasks", "weights"),
-    [(Scott(), ("counterfactual", "factual"), (0.5, 1.0)), (Socratic(), ("answers", "questions"), (1.0, 1.0))],
+    [(Scott(counterfactual=0.3), ("counterfactual", "factual"), (0.3, 0.7)), (Socratic(), ("answers", "questions"), (1.0, 1.0))],
 )
 def test_tasks_have_the_weights_of_their_papers(
     method: Any, tasks: tuple[str, str], weights: tuple[float, float], dense: DenseModel, tmp_path: Path
@@ -255,7 +266,7 @@ def test_masks_keep_what_is_beyond_an_answer_out_of_the_loss(dense: DenseModel) 
     [
         (lambda: RationaleTuning(recipe="pad"), "recipe must be one of step-by-step"),
         (lambda: RationaleTuning(label_share=1.0), "label_share must be between 0 and 1"),
-        (lambda: Scott(counterfactual=0.0), "counterfactual must be positive"),
+        (lambda: Scott(counterfactual=0.0), "counterfactual must be between 0 and 1"),
         (lambda: Consistency(consistency=-1.0), "consistency must be positive"),
         (lambda: Consistency(pairs=0), "pairs must be at least 1"),
         (lambda: ContextDistillation(temperature=0.0), "temperature must be positive"),

@@ -76,6 +76,8 @@ def test_a_packed_model_of_three_levels_comes_out(pair: DenseModel, tmp_path: Pa
     for layer in layers:
         rows = layer.dequantize()
         assert all(len(row.abs().unique()) <= 2 and len(row.unique()) <= 3 for row in rows)
+    with pytest.raises(ValueError, match="accumulate must be 1, not 2"):
+        TSLD(accumulate=2)
     with pytest.raises(ValueError, match="token_temperature must be positive"):
         TSLD(token_temperature=0.0)
     with pytest.raises(ValueError, match="loss must be distillation"):

@@ -106,6 +106,14 @@ def test_presence_is_taken_off_what_the_answer_has_already() -> None:
     assert found.tolist() == [[0, -2, -2, 0, 0], [-2, 0, 0, 0, 0]], "prompts count for nothing, and a token twice for one"
 
 
+def test_an_answer_ends_where_the_first_prompt_alone_would_end_it(parts: tuple[Any, Any]) -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0, 2.0], [0.0, 1.0, 2.0, 5.0]])
+    flat = type("Flat", (), {"logits": torch.tensor([[[0.0, 0.0, 9.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]]), "past_key_values": None})
+    against = {"input_ids": torch.ones(2, 1, dtype=torch.int64), "attention_mask": torch.ones(2, 1, dtype=torch.int64)}
+    found = local.Subtracted(lambda **_: flat, against, 0.9, [2])(torch.ones(2, 1, dtype=torch.int64), logits)  # type: ignore[arg-type]
+    assert found.argmax(-1).tolist() == [2, 3] and bool(found[0, 2].isinf()) and not bool(found[1].isinf().any())
+
+
 def test_one_distribution_less_another_s_share_is_what_is_followed(teacher: local.Local, parts: tuple[Any, Any]) -> None:
     """SCOTT: argmax of log p(· | gold) − 0.5 log p(· | wrong), token by token, both with what was answered so far."""
     model, tokenizer = parts
