@@ -14,7 +14,7 @@ from rich.text import Text
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning.estimates import Estimates
 from slimbench.harness.run.planning.ledger import Ending, Ledger, State
-from slimbench.harness.run.planning.plan import Plan, task_name
+from slimbench.harness.run.planning.plan import Plan, Task, task_name
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
@@ -165,15 +165,20 @@ class ProgressDisplay:
         self._bars.update(self._overall, completed=self._done(), note=self._left())
 
     def _left(self) -> str:
-        """Time that the open tasks will take one after another; those that run count what they have left."""
+        """Time that the open tasks will take one after another; those that run count what they have left, by their pace at least."""
         waiting = list(self._ledger.open())
         if not waiting:
             return "done"
-        seconds = self._estimates.total(self._plan, waiting)
-        if seconds is None:
-            return "no estimate of all yet"
-        now = time.monotonic()
-        return in_words(max(seconds - sum(now - current.began for current in self._current.values()), 1.0))
+        each = [self._rest(task) for task in waiting if not task.refusal]
+        return "no estimate of all yet" if None in each else in_words(max(sum(rest for rest in each if rest), 1.0))
+
+    def _rest(self, task: Task) -> float | None:
+        """Seconds that a task still takes; None where nothing says so."""
+        expected = self._estimates.seconds(self._plan.cells[task.cell], task.stage)
+        if (current := self._current.get(task.name)) is None:
+            return expected
+        passed = time.monotonic() - current.began
+        return max((value for value in (expected and expected - passed, current.left) if value is not None), default=None)
 
 
 def told_earlier(ending: Ending) -> str:

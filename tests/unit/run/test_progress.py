@@ -96,6 +96,12 @@ def test_a_phase_tells_what_is_left_of_it_by_its_own_pace_from_where_it_went_on(
         assert "kd 64/200 0:09 · no estimate of all yet" in said(), "too early to tell"
         now[0] += 111.0
         display.stage_event(this, Stage.COMPRESS, {"event": "progress", "done": 101, "total": 200})
-        assert "kd 101/200 2:00 (about 5 min left) · " in said(), "40 steps in 120 s, 99 to go"
+        assert "kd 101/200 2:00 (about 5 min left) · no estimate" in said(), "40 steps in 120 s, 99 to go"
+        monkeypatch.setattr(Estimates, "seconds", lambda *_: 150.0)
+        assert "(about 5 min left) · about 10 min left" in said(), (
+            "297 s by the pace, not the 30 that an estimate leaves, and two stages more"
+        )
+        monkeypatch.setattr(Estimates, "seconds", lambda *_: 1200.0)
+        assert "(about 5 min left) · about 58 min left" in said(), "what an estimate knows beyond this phase"
         display.stage_event(this, Stage.COMPRESS, {"event": "phase", "name": "write"})
         assert "write 2:00 · " in said()
