@@ -41,8 +41,11 @@ class Chart:
 def charts(record: Record | None) -> list[Chart]:
     """One for each lesson of a training of which the record holds the losses."""
     details = record.compress.claim.details if record and record.compress else {}
-    earlier = details.get("earlier_lessons")
-    lessons = [*(earlier[:_MOST_LESSONS] if isinstance(earlier, list) else []), details.get("training")]
+    training = details.get("training")
+    if not isinstance(training, Mapping):
+        return []
+    earlier = training.get("earlier_lessons")
+    lessons = [*(earlier[:_MOST_LESSONS] if isinstance(earlier, list) else []), training]
     drawn = [_curves(lesson) for lesson in lessons if isinstance(lesson, Mapping)]
     drawn = [curves for curves in drawn if curves]
     titles = ["Training"] if len(drawn) == 1 else [f"Training, part {number} of {len(drawn)}" for number in range(1, len(drawn) + 1)]
@@ -52,9 +55,10 @@ def charts(record: Record | None) -> list[Chart]:
 def _curves(lesson: Mapping[str, Any]) -> dict[str, _Points]:
     """The loss, and its parts where it has several; nothing where no two steps are known."""
     parts = lesson.get("loss_terms")
-    named = dict(list(parts.items())[:_MOST_PARTS]) if isinstance(parts, Mapping) and len(parts) > 1 else {}
-    found = {"loss": _points(lesson.get("loss_curve"))} | {name: _points(points) for name, points in named.items() if name != "loss"}
-    return {shorten(str(clean(name)), _LONGEST): points for name, points in found.items() if points} if found["loss"] else {}
+    named = list(parts.items())[:_MOST_PARTS] if isinstance(parts, Mapping) and len(parts) > 1 else []
+    whole = {"loss": _points(lesson.get("loss_curve"))}
+    found = {shorten(str(clean(name)), _LONGEST): _points(points) for name, points in named} | whole
+    return whole | {name: points for name, points in found.items() if points} if whole["loss"] else {}
 
 
 def _points(course: Any) -> _Points:
@@ -66,7 +70,7 @@ def _points(course: Any) -> _Points:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e12
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def _chart(title: str, curves: Mapping[str, _Points]) -> Chart:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Needs
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Needs, Unsupported
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.core.learning.hooks import Locked
 from slimbench.methods.core.settings import Smaller
@@ -80,19 +80,28 @@ class HomoDistil(TrainingSettings, Smaller):
             raise ValueError(f"every must be at least 1, not {self.every}")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        import torch
+
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
         from slimbench.methods.core.architecture.uniform import check, narrow, sizes_of
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, train
+        from slimbench.methods.distillation.student import width_of
 
         student: Any = trained.load(dense)
         before, full = student.num_parameters(), sizes_of(student)
         left = self.sizes(full)
         check(student, left)
-        teacher = dense.load_original().requires_grad_(False)
+        teacher: Any = dense.load_original().requires_grad_(False)
+        widths = [width_of(each) for each in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise Unsupported(f"hidden states of {widths[0]} features cannot be compared with the teacher's {widths[1]}")
+        loss = self.loss_of(student, teacher, dense)
+        with torch.no_grad():
+            loss(torch.zeros(1, 2, dtype=torch.int64, device=student.device))  # refuses before the work what does not fit
         fading = Fading.of(student.requires_grad_(True), self.leaving, self.every, self.decay, left)
         windows = cut(calibration.ids, self.length)
-        done = train(self, dict(student.named_parameters()), self.loss_of(student, teacher, dense), windows, dense, fading)
+        done = train(self, dict(student.named_parameters()), loss, windows, dense, fading)
         narrow(student, fading.kept(full.hidden))
         trained.save(student, dense, out)
         details = {"sizes_before": asdict(full), "sizes_left": asdict(left), "parameters_before": before}
@@ -106,7 +115,7 @@ class HomoDistil(TrainingSettings, Smaller):
     @property
     def leaving(self) -> Cubic:
         """From nothing to all that goes."""
-        begin = round(self.begin * self.steps)
+        begin = min(round(self.begin * self.steps), self.steps - 1)
         return Cubic(0.0, 1.0, begin, max(begin + 1, round(self.end * self.steps)))
 
     def loss_of(self, student: Any, teacher: Any, dense: DenseModel) -> Loss:

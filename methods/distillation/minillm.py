@@ -102,7 +102,7 @@ def policy_loss(
         weights: w, [texts, length].
         length_norm: Divide R by the number of its terms.
         single_step: Sum the first part over the vocabulary; else all is by the draw, R begins at t and is not divided.
-        clip: ε; None: no ratio is clipped.
+        clip: ε, with `single_step` alone; None: no ratio is clipped.
     """
     import torch
 

@@ -89,9 +89,9 @@ class Distillation(TrainingSettings, Method):
         steps = [end - begin for begin, end in pairwise(ends)]
         trained.save(student, dense, out)
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
-        earlier = [part.told for part in done[:-1]]
-        details: dict[str, Any] = {"lesson_steps": steps} | ({"earlier_lessons": earlier} if earlier else {})
-        return whole.added_to(Claim(HUGGINGFACE, teacher=self.taught_by(dense), details=details))
+        claim = whole.added_to(Claim(HUGGINGFACE, teacher=self.taught_by(dense)))
+        claim.details["training"] |= {"lesson_steps": steps, "earlier_lessons": [part.told for part in done[:-1]]}
+        return claim
 
     def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
         """What is trained on, as `train` takes it."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from slimbench.util.hashing import digest
-from slimbench.util.teaching import Completion, Request, Sampling, chat_ids
+from slimbench.util.teaching import Completion, Request, Sampling, chat_ids, without_its_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +57,13 @@ class Local:
         if sampling.temperature:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
-        # one's own, since that of a model may hold penalties and beams
         config = GenerationConfig(max_new_tokens=sampling.max_tokens, eos_token_id=self._ends() or None, pad_token_id=pad, **drawn)
         with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
-            made: Tensor = self._model.generate(  # type: ignore[operator]
-                **prompts, generation_config=config, logits_processor=processors
-            )
+            with without_its_settings(self._model):
+                made: Tensor = self._model.generate(  # type: ignore[operator]
+                    **prompts, generation_config=config, logits_processor=processors
+                )
         lengths = prompts["attention_mask"].sum(1).tolist()
         return [self._completion(row[width:].tolist(), int(length), sampling) for row, length in zip(made, lengths, strict=True)]
 
@@ -131,5 +131,7 @@ class Subtracted:
         found = logits.log_softmax(-1) - self._weight * made.logits[:, -1].float().log_softmax(-1)
         likeliest = logits.argmax(-1)
         for end in self._ends:
-            found[:, end] = found[:, end].masked_fill(likeliest == end, torch.inf)
+            ended = likeliest == end
+            found[ended] = -torch.inf
+            found[ended, end] = 0.0
         return found

@@ -251,7 +251,8 @@ class Select(_Stage):
     """Rows that pass checks.
 
     Attributes:
-        apart: By field: Jaccard similarity of its words with those of a later row of the item, from which on a row does not stay.
+        apart: By field: Jaccard similarity of its words with those of a later row of the item, from which on, in all these fields, a row
+            does not stay.
         each: Rows of an item that stay, the first ones; None for all.
         at_least: Rows of an item without which none of it stays.
     """

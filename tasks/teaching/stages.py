@@ -217,9 +217,9 @@ def _beside(stage: Demonstrate, row: Row, rows: Sequence[Row], seed: int) -> Row
     """A row with others of other items."""
     others = {other["item"]: other for other in rows if other["item"] != row["item"] and other["side"] == SEEN}
     if stage.alike:
-        others = {item: other for item, other in others.items() if checks.same(other[stage.alike], row[stage.alike])}
+        others = {item: other for item, other in others.items() if checks.same(other.get(stage.alike, ""), row.get(stage.alike, ""))}
     if stage.unlike:
-        others = {item: other for item, other in others.items() if not checks.same(other[stage.unlike], row[stage.unlike])}
+        others = {item: other for item, other in others.items() if not checks.same(other.get(stage.unlike, ""), row.get(stage.unlike, ""))}
     if len(others) < stage.count:
         return "too few other rows"
     drawn = sorted(others, key=lambda item: digest([seed, row["item"], item]))[: stage.count]
@@ -245,8 +245,8 @@ def _selected(stage: Select, rows: Sequence[Row], tally: Tally) -> list[Row]:
     items: dict[str, list[Row]] = {}
     for row in rows:
         items.setdefault(row["item"], []).append(row)
-    for name, limit in stage.apart.items():
-        items = {item: [row for place, row in enumerate(of) if not _like_a_later(of, place, name, limit)] for item, of in items.items()}
+    if stage.apart:
+        items = {item: [row for place, row in enumerate(of) if not _like_a_later(of, place, stage.apart)] for item, of in items.items()}
     made = [row for of in items.values() if len(of) >= stage.at_least for row in of[: stage.each]]
     if dropped := len(rows) - len(made):
         tally.kept -= dropped
@@ -254,6 +254,12 @@ def _selected(stage: Select, rows: Sequence[Row], tally: Tally) -> list[Row]:
     return made
 
 
-def _like_a_later(rows: Sequence[Row], place: int, name: str, limit: float) -> bool:
-    own, later = set(rows[place][name].split()), [set(row[name].split()) for row in rows[place + 1 :]]
-    return any(len(own & other) >= limit * len(own | other) for other in later)
+def _like_a_later(rows: Sequence[Row], place: int, apart: Mapping[str, float]) -> bool:
+    own, later = rows[place], rows[place + 1 :]
+    return any(all(_in_common(own.get(name, ""), row.get(name, "")) >= limit for name, limit in apart.items()) for row in later)
+
+
+def _in_common(one: str, other: str) -> float:
+    """Jaccard similarity of the words of two texts; 1 of two that are empty."""
+    first, second = set(one.split()), set(other.split())
+    return len(first & second) / len(first | second) if first or second else 1.0

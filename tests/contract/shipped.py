@@ -55,7 +55,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gmp-star": TRAINED,
     "grain": TRAINED,
     "gum": TRAINED,
-    "homodistil": TRAINED,
+    "homodistil": TRAINED | {"every": 1},
     "in-context": TRAINED | {"length": 160},
     "instruct": TRAINED | {"length": 64},
     "kard": TRAINED | {"length": 64},

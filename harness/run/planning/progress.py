@@ -178,7 +178,8 @@ class ProgressDisplay:
         if (current := self._current.get(task.name)) is None:
             return expected
         passed = time.monotonic() - current.began
-        return max((value for value in (expected and expected - passed, current.left) if value is not None), default=None)
+        known = [value for value in (expected and expected - passed, current.left) if value is not None]
+        return max(0.0, *known) if known else None
 
 
 def told_earlier(ending: Ending) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimbench.util.teaching import chat_ids
+from slimbench.util.teaching import chat_ids, without_its_settings
 
 
 class Rollout(NamedTuple):
@@ -81,7 +81,6 @@ def answered(
     from transformers import GenerationConfig
 
     ends, found = set(_ends(model).tolist()), list[str]()
-    # one's own, since that of a model may hold penalties and beams
     draws: dict[str, Any] = {"do_sample": True, "top_k": 50} if drawn else {"do_sample": False}
     config = GenerationConfig(max_new_tokens=new, **draws, eos_token_id=sorted(ends) or None, pad_token_id=0)
     for first in range(0, len(prompts), batch):
@@ -89,7 +88,7 @@ def answered(
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        with without_its_settings(model), torch.autocast(model.device.type, dtype, enabled=dtype is not None):
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         texts = ([*takewhile(lambda token: token not in ends, row)] for row in made[:, width:].tolist())
         found += [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]

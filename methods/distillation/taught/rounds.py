@@ -3,7 +3,7 @@
     Lion            imitation, then a referee, the teacher itself, gives marks to the teacher's and the student's answers, in both orders;
                     where the student is behind by a mark or more, an instruction is hard; as many new ones after hard ones as after
                     easy ones are written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
-    reflection      before each round the student sits an exam on questions that it learns from; what it gets wrong goes to the teacher,
+    reflection      before each round the student sits an exam on questions that it learns from; wrong answers go to the teacher,
                     which explains the right answer to this student; a right rationale shall be nearer to another right one than to the
                     student's own wrong ones (Wang et al., arXiv 2310.13332; code: Raibows/Learn-to-Reason)
 
@@ -62,7 +62,7 @@ class Rounds(Taught):
 
     Attributes:
         rounds: How many.
-        examined: Examples whose prompts the student answers between two of them, at most.
+        examined: Examples whose prompts the student answers before one of them, at most.
         answer_tokens: Of what student and teacher write then, at most.
     """
 
@@ -167,11 +167,13 @@ class Lion(Rounds):
         parts = [[text for _ in of if is_instruction(text := next(written))] for of in asked.values()]
         known = [example.prompt for example in (*pool, *held_out_of(dense))]
         new = set(unlike([text for part in parts for text in part], known, self.likeness))
-        parts = [[text for text in dict.fromkeys(part) if text in new] for part in parts]
-        least = min(map(len, parts)) if hard and easy else count
-        kept = [text for part in parts for text in part[:least]]
-        answers = zip(kept, self.asked(dense, kept, self.answer_tokens, turn), strict=True)
-        return [Example(prompt, text, task=pool[0].task, item=f"round {turn}") for prompt, text in answers if text]
+        left = [text for text in dict.fromkeys(text for part in parts for text in part) if text in new]
+        answers = dict(zip(left, self.asked(dense, left, self.answer_tokens, turn), strict=True))
+        first = set(parts[0])
+        sides = [[text for text in left if answers[text] and (text in first) is hard_one] for hard_one in (True, False)]
+        least = min(map(len, sides)) if hard and easy else count
+        kept = [text for side in sides for text in side[:least]]
+        return [Example(prompt, answers[prompt], task=pool[0].task, item=f"round {turn}") for prompt in kept]
 
     def marks(self, sat: Sequence[tuple[Example, str]], dense: DenseModel) -> list[float | None]:
         """By how many marks the student is behind, the mean over both orders; None where the referee gave none in either."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -125,6 +126,18 @@ def chat_ids(tokenizer: Any, chat: Sequence[tuple[str, str]]) -> list[int]:
         found: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         return list(found["input_ids"])
     return list(tokenizer("".join(f"{content}\n\n" for _, content in chat))["input_ids"])
+
+
+@contextmanager
+def without_its_settings(model: Any) -> Iterator[None]:
+    """A model of transformers without its own settings of generation, which it would mix into those of a call: penalties, a temperature."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def write_examples(examples: Sequence[Example], file: Path) -> None:

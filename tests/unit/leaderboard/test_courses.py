@@ -49,7 +49,7 @@ def test_parts_stand_beside_the_loss_where_there_are_several() -> None:
 
 def test_each_lesson_has_a_chart_and_wide_ranges_a_logarithmic_axis() -> None:
     wide = [[1, 1000.0], [2, 100.0], [3, 10.0]]
-    first, second = courses.charts(record(earlier_lessons=[{"loss_curve": wide}], training={"loss_curve": LOSS}))
+    first, second = courses.charts(record(training={"loss_curve": LOSS, "earlier_lessons": [{"loss_curve": wide}]}))
     assert (first.title, second.title) == ("Training, part 1 of 2", "Training, part 2 of 2")
     heights = [y for _, y in places(first.curves[0].path)]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.11) and [text for _, text in first.up] == [
@@ -74,6 +74,7 @@ def test_each_lesson_has_a_chart_and_wide_ranges_a_logarithmic_axis() -> None:
         {"loss_curve": [[1, "2"], [2, 1.0]]},
         {"loss_curve": [[1, True], [2, 1.0]]},
         {"loss_curve": [[1, 1e300], [2, 1.0]]},
+        {"loss_curve": [[1, 10**400], [2, 1.0]]},
         {"loss_curve": [[step, 1.0] for step in range(201)]},
         {"loss_terms": {"a": LOSS, "b": LOSS}},
     ],

@@ -114,7 +114,7 @@ def test_the_artefact_is_the_student_alone(kind: Any, alike: DenseModel, tmp_pat
     claim = kind(**FEW).compress(alike, TOKENS, tmp_path)
     made, was = load_file(tmp_path / "model.safetensors"), load_file(alike.path / "model.safetensors")
     assert made.keys() == was.keys() and all(made[name].shape == was[name].shape for name in was)
-    assert claim.training_tokens == 6 * 2 * 16 and len(claim.details["earlier_lessons"]) == 1
+    assert claim.training_tokens == 6 * 2 * 16 and len(claim.details["training"]["earlier_lessons"]) == 1
     assert claim.trained_parameters >= alike.load().num_parameters(), "the second part trains all of it"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from slimbench.methods.base import DenseModel
+from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.distillation.homodistil import Fading, HomoDistil
@@ -160,6 +160,20 @@ def test_the_model_that_teaches_is_the_pipelines_first(dense: DenseModel, tmp_pa
         claim = METHOD.compress(replace(dense, original=original), TOKENS, folder / "made")
         losses.append(claim.details["training"]["loss_terms"]["teacher"][0][1])
     assert losses[0] == pytest.approx(0.0, abs=1e-5) and losses[1] > 0.01
+
+
+def test_all_go_however_few_steps_are_left(dense: DenseModel, tmp_path: Path) -> None:
+    method = replace(METHOD, steps=9, begin=0.95, end=1.0)
+    assert (method.leaving.begin, method.leaving.end) == (8, 9)
+    claim = method.compress(dense, TOKENS, tmp_path)
+    made = tiny.dense_model(tmp_path, "float32").load()
+    assert claim.details["sizes_left"]["channels"] == made.config.intermediate_size == claim.details["sizes_before"]["channels"] // 2
+
+
+def test_a_narrower_student_is_refused_before_the_work(dense: DenseModel, tmp_path: Path) -> None:
+    narrow = tiny.save_model(tmp_path, "float32", hidden_size=32)
+    with pytest.raises(Unsupported, match="hidden states of 32 features cannot be compared with the teacher's"):
+        METHOD.compress(replace(narrow, original=dense.path), TOKENS, tmp_path)
 
 
 @pytest.mark.parametrize(

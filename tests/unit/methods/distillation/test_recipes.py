@@ -100,7 +100,9 @@ def test_self_instruct_shows_eight_of_which_two_were_made_and_labels_of_classifi
         if "Can the task below" in prompt:
             return " Yes, it can." if "Task: Judge" in prompt else "no"
         fresh = next(text)
-        return f" good {fresh[:9]}\nInput: {fresh}" if "First give a label" in prompt else f" none\nOutput: {fresh}"
+        if "First give a label" in prompt:
+            return f" good {fresh[:9]}\nInput: {fresh}\nLabel: good {fresh[:9]}\nInput: {fresh}"
+        return f" none\nOutput: {fresh}"
 
     examples, asked, made = written("self-instruct", answer, 20)
     stage = recipe("self-instruct").stages[0]
@@ -115,6 +117,9 @@ def test_self_instruct_shows_eight_of_which_two_were_made_and_labels_of_classifi
     assert made.rejected["instruction: has what it must not"] > 5
     judged = [example for example in examples if example.prompt.startswith("Judge")]
     assert judged and all(example.response.startswith("good") and example.response not in example.prompt for example in judged)
+    assert len(set(judged)) == len(judged) and made.rejected["alike, too few or too many of an item"] == 10, (
+        "an instance that comes twice is one"
+    )
 
 
 def test_lamini_grows_instructions_alone_and_answers_each() -> None:

@@ -104,7 +104,7 @@ def test_as_many_new_hard_as_easy_instructions_come_unlike_all_others_and_answer
         if prompt.startswith("Write one new instruction"):
             number = next(made)
             return "how many legs" if number == 0 else f"w{number}a w{number}b w{number}c w{number}d"
-        return f"answer to {prompt}" if "w1a" in prompt else Completion("cut", "length")
+        return f"answer to {prompt}" if "w1a" in prompt or "w2a" in prompt else Completion("cut", "length")
 
     given, teacher = taught(dense, answer)
     new = Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1)
@@ -114,8 +114,10 @@ def test_as_many_new_hard_as_easy_instructions_come_unlike_all_others_and_answer
     assert writing[1].startswith(rounds.AFTER_EASY[:100]) and "legs" not in writing[1] and "rarer" in writing[1]
     assert new == [], "what came after the hard one is like an old one, and there are as many after easy ones"
     made = iter(range(1, 10))
-    again = Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1)
-    assert again == [Example("w1a w1b w1c w1d", "answer to w1a w1b w1c w1d", item="round 1")], "what has no answer is left out"
+    new = Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1)
+    assert new == [Example(text, f"answer to {text}", item="round 1") for text in ("w1a w1b w1c w1d", "w2a w2b w2c w2d")]
+    made = iter(range(2, 10))
+    assert Lion(examined=3, answer_tokens=8).harder(dense.load(), QUESTIONS, given, 1) == [], "one of the two has no answer"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_each_round_learns_what_the_last_one_brought(dense: DenseModel, tmp_path
     assert len(texts[0]) == len(QUESTIONS) and not torch.equal(texts[1], texts[0])
     (tmp_path / "out").mkdir()
     claim = method.compress(given, Calibration.none(), tmp_path / "out")
-    assert claim.details["lesson_steps"] == [2, 2, 2] and claim.teacher == "somebody"
+    assert claim.details["training"]["lesson_steps"] == [2, 2, 2] and claim.teacher == "somebody"
 
 
 def test_a_round_that_is_done_again_asks_nobody(dense: DenseModel, tmp_path: Path) -> None:
@@ -195,6 +197,8 @@ def test_an_exam_is_drawn_by_a_seed_of_its_own_and_comes_before_the_first_round(
     first, again, later = (method.examination(model, QUESTIONS, dense, turn, 2) for turn in (0, 0, 1))
     assert first == again != later and len(first) == 4 and torch.equal(state, torch.get_rng_state())
     assert [example for example, _ in first[::2]] == [example for example, _ in first[1::2]] and first[0][1] != first[1][1]
+    model.generation_config.update(temperature=0.01, repetition_penalty=9.0)
+    assert method.examination(model, QUESTIONS, dense, 0, 2) == first, "a model's own settings decide on nothing"
     turns: list[int] = []
     monkeypatch.setattr(Reflection, "corrected", lambda self, student, right, wrong, given, turn: turns.append(turn) or [])
     for lesson in method.lessons(model, None, dense):

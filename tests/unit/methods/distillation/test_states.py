@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from slimbench.methods.base import DenseModel, Unsupported
+from slimbench.methods.base import HUGGINGFACE, Claim, DenseModel, Unsupported
 from slimbench.methods.core.learning.states import attention_states, visible
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.distillation.distilbert import DistilBERT
@@ -186,7 +186,9 @@ def test_the_artefact_is_the_student_alone(kind: Any, pair: DenseModel, tmp_path
     assert any(not torch.equal(made[name], was[name]) for name in was)
     assert claim.teacher == "the model that the pipeline began with" and claim.training_tokens == 6 * 2 * 16
     assert (pair.original / "model.safetensors").read_bytes() == before
-    assert ("earlier_lessons" in claim.details) is (kind is TinyBERT)
+    assert bool(claim.details["training"]["earlier_lessons"]) is (kind is TinyBERT)
+    later = Claim(HUGGINGFACE, details={"training": {"loss_curve": []}})
+    assert claim.then(later).details["training"] == {"loss_curve": []}, "what a later step trained stands in the place of this"
 
 
 def test_both_parts_of_tinybert_have_their_share_of_the_steps(pair: DenseModel, tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_both_parts_of_tinybert_have_their_share_of_the_steps(pair: DenseModel, 
     claim = method.compress(replace(pair, progress=lambda done, total: told.append(done / total)), TOKENS, tmp_path)
     assert told == pytest.approx([step / 6 for step in range(1, 7)])
     assert len(claim.details["training"]["loss_curve"]) == 4
-    (layers,) = claim.details["earlier_lessons"]
+    (layers,) = claim.details["training"]["earlier_lessons"]
     assert list(layers["loss_terms"]) == ["embeddings", "hidden states", "attention"]
     for place, (_, lost) in enumerate(layers["loss_curve"]):
         assert sum(part[place][1] for part in layers["loss_terms"].values()) == pytest.approx(lost, rel=1e-4)

@@ -81,7 +81,7 @@ def test_filters_learn_first_and_those_of_the_teacher_stay(pair: DenseModel) -> 
 def test_the_artefact_is_the_student_alone(pair: DenseModel, tmp_path: Path) -> None:
     claim = TED(**FEW).compress(pair, TOKENS, tmp_path)
     made, was = load_file(tmp_path / "model.safetensors"), load_file(pair.path / "model.safetensors")
-    assert made.keys() == was.keys() and claim.training_tokens == 10 * 2 * 16 and len(claim.details["earlier_lessons"]) == 2
+    assert made.keys() == was.keys() and claim.training_tokens == 10 * 2 * 16 and len(claim.details["training"]["earlier_lessons"]) == 2
 
 
 def test_what_does_not_fit_is_refused_in_one_line(pair: DenseModel, tmp_path: Path) -> None:

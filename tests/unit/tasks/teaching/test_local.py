@@ -75,6 +75,24 @@ def test_a_run_that_was_cut_gives_the_same_answers(teacher: local.Local, tmp_pat
     assert [answer.text for answer in again.ask(lambda: teacher, asked)] == whole and again.asked == 6
 
 
+def test_settings_of_a_model_s_own_decide_on_nothing(teacher: local.Local, parts: tuple[Any, Any]) -> None:
+    from transformers import GenerationConfig
+
+    model, _ = parts
+    asked = {"plain": requests(4), "drawn": requests(4, temperature=1.0), "searched": requests(2, beams=3)}
+    wanted = {name: [answer.text for _, answer in teacher.answers(of)] for name, of in asked.items()}
+    own = model.generation_config
+    ends = {"eos_token_id": own.eos_token_id, "bos_token_id": own.bos_token_id}
+    model.generation_config = GenerationConfig(
+        **ends, do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, no_repeat_ngram_size=1, length_penalty=-9.0
+    )
+    try:
+        assert {name: [answer.text for _, answer in teacher.answers(of)] for name, of in asked.items()} == wanted
+        assert model.generation_config.repetition_penalty == 9.0
+    finally:
+        model.generation_config = own
+
+
 def test_beams_find_the_likeliest_answer(teacher: local.Local, parts: tuple[Any, Any]) -> None:
     """Of two tokens, among all whose first is one of the forty likeliest; the likeliest token each time does not always begin it."""
     (model, tokenizer), asked, better = parts, requests(8, max_tokens=2, beams=40), 0
@@ -111,7 +129,8 @@ def test_an_answer_ends_where_the_first_prompt_alone_would_end_it(parts: tuple[A
     flat = type("Flat", (), {"logits": torch.tensor([[[0.0, 0.0, 9.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]]), "past_key_values": None})
     against = {"input_ids": torch.ones(2, 1, dtype=torch.int64), "attention_mask": torch.ones(2, 1, dtype=torch.int64)}
     found = local.Subtracted(lambda **_: flat, against, 0.9, [2])(torch.ones(2, 1, dtype=torch.int64), logits)  # type: ignore[arg-type]
-    assert found.argmax(-1).tolist() == [2, 3] and bool(found[0, 2].isinf()) and not bool(found[1].isinf().any())
+    assert found.argmax(-1).tolist() == [2, 3] and found[0].tolist() == [-torch.inf, -torch.inf, 0.0, -torch.inf]
+    assert not bool(found[1].isinf().any()), "so that a draw of it is as sure"
 
 
 def test_one_distribution_less_another_s_share_is_what_is_followed(teacher: local.Local, parts: tuple[Any, Any]) -> None:
