@@ -1,18 +1,17 @@
 """A teacher in this process: a model of transformers, asked in batches.
 
-A batch has its own seed, made of what is asked in it; so a run that was ended after some batches goes on with the same answers.
+Each answer is drawn by a seed of its own, made of what is asked; so a run that was ended anywhere goes on with the same answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from slimbench.util.hashing import digest
 from slimbench.util.teaching import Completion, Request, Sampling, chat_ids, without_its_settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,24 +45,21 @@ class Local:
 
         prompts = self._encoded([request.chat for request in requests])
         width = prompts["input_ids"].shape[1]
-        seed = int(digest([asdict(request) for request in requests])[:8], 16)
         processors: Any = LogitsProcessorList()
         if weight:
             against = self._encoded([(*request.chat[:-1], (request.chat[-1][0], request.against or "")) for request in requests])
             processors.append(Subtracted(self._model, against, weight, self._ends()))
         if sampling.presence_penalty:
             processors.append(Presence(sampling.presence_penalty, width))
-        drawn: dict[str, Any] = {"do_sample": False, "num_beams": sampling.beams}
         if sampling.temperature:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            processors.append(Drawn([int(request.hash[:8], 16) for request in requests], sampling, self._model.device))
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
-        config = GenerationConfig(max_new_tokens=sampling.max_tokens, eos_token_id=self._ends() or None, pad_token_id=pad, **drawn)
-        with torch.random.fork_rng(devices=[self._model.device] if self._model.device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seed)
-            with without_its_settings(self._model):
-                made: Tensor = self._model.generate(  # type: ignore[operator]
-                    **prompts, generation_config=config, logits_processor=processors
-                )
+        ends, searched = self._ends() or None, {"do_sample": False, "num_beams": sampling.beams}
+        config = GenerationConfig(max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=pad, **searched)
+        with torch.no_grad(), without_its_settings(self._model):
+            made: Tensor = self._model.generate(  # type: ignore[operator]
+                **prompts, generation_config=config, logits_processor=processors
+            )
         lengths = prompts["attention_mask"].sum(1).tolist()
         return [self._completion(row[width:].tolist(), int(length), sampling) for row, length in zip(made, lengths, strict=True)]
 
@@ -94,6 +90,29 @@ class Local:
             prompt_tokens,
             len(ids) if place is None else place + 1,
         )
+
+
+class Drawn:
+    """Makes a token the likeliest that is drawn at a temperature, among those of the mass `top_p`, by a seed for each answer.
+
+    The largest of log p − log E, with E from the exponential distribution, is a draw from p (the Gumbel-max trick).
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+        import torch
+
+        self._sampling = sampling
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        import torch
+        from transformers import TopPLogitsWarper
+
+        scores: Any = logits.float() / self._sampling.temperature
+        if self._sampling.top_p < 1:
+            scores = TopPLogitsWarper(self._sampling.top_p)(ids, scores)
+        noise = [torch.empty_like(row).exponential_(generator=of) for row, of in zip(scores, self._generators, strict=True)]
+        return scores - torch.stack(noise).log()
 
 
 class Presence:

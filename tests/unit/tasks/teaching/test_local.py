@@ -63,7 +63,7 @@ def test_a_run_that_was_cut_gives_the_same_answers(teacher: local.Local, tmp_pat
 
         def answers(self, asked: Any) -> Any:
             for place, found in enumerate(teacher.answers(asked)):
-                if place == 4:
+                if place == 6:
                     raise KeyboardInterrupt
                 yield found
 
@@ -71,8 +71,22 @@ def test_a_run_that_was_cut_gives_the_same_answers(teacher: local.Local, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         journal.ask(Dies, asked)
     again = Journal(tmp_path / "journal.jsonl")
-    assert len(again) == 4
-    assert [answer.text for answer in again.ask(lambda: teacher, asked)] == whole and again.asked == 6
+    assert len(again) == 6, "in the middle of the second batch"
+    assert [answer.text for answer in again.ask(lambda: teacher, asked)] == whole and again.asked == 4
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7)])
+def test_tokens_are_drawn_as_likely_as_they_are(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
+    count = 4000
+    drawn = local.Drawn(range(count), Sampling(temperature=temperature, top_p=top_p), torch.device("cpu"))
+    found = drawn(torch.ones(count, 1, dtype=torch.int64), logits.expand(count, 5)).argmax(-1).bincount(minlength=5) / count
+    wanted = (logits / temperature).softmax(-1)
+    order = wanted.argsort(descending=True)
+    kept = order[: int((wanted[order].cumsum(0) < top_p).sum()) + 1]
+    wanted = torch.zeros(5).index_copy(0, kept, wanted[kept] / wanted[kept].sum())
+    errors = (wanted * (1 - wanted) / count).sqrt()
+    assert bool(((found - wanted).abs() <= 4.5 * errors + 1e-9).all()), (found, wanted)
 
 
 def test_settings_of_a_model_s_own_decide_on_nothing(teacher: local.Local, parts: tuple[Any, Any]) -> None:
