@@ -171,16 +171,17 @@ def is_ours_alone(overrides: Sequence[str]) -> bool:
     return any(o.lstrip("+").startswith("method.") for o in overrides) and any("settings" in o or "experiment" in o for o in overrides)
 
 
-def test_200_random_lists_compose_to_what_hydra_composes(own: None, stated_conf: Path) -> None:
+@pytest.mark.parametrize("count", [LISTS // 3, pytest.param(LISTS, marks=pytest.mark.full)])
+def test_random_lists_compose_to_what_hydra_composes(count: int, own: None, stated_conf: Path) -> None:
     lists, refused = Lists(seed=7), 0
-    for _ in range(LISTS):
+    for _ in range(count):
         overrides = lists.one()
         ours, theirs = by_slimbench(overrides, [overrides]), by_hydra(stated_conf, overrides)
         if ours is None and theirs is not None and is_ours_alone(overrides):
             continue
         assert ours == theirs, f"{overrides}: {ours and theirs and [(k, ours[k], theirs[k]) for k in ours if ours[k] != theirs.get(k)]}"
         refused += ours is None
-    assert LISTS / 10 < refused < LISTS * 2 / 3  # both kinds are there
+    assert count / 10 < refused < count * 2 / 3  # both kinds are there
 
 
 def test_the_cells_of_random_sweeps_are_those_of_hydras_sweeper(own: None, stated_conf: Path) -> None:
