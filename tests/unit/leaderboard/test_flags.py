@@ -425,7 +425,13 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *("qat-int4", "llm-qat", "ternary-qat"),
         *("omniquant", "omniquant(symmetric=True)", "omniquant-3bit", "omniquant-3bit-sym"),
         *("signround", "signround-minmax", "signround-asym", "signround-3bit", "signround-3bit-sym"),
-        *(f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)" for name in ("kd", "student-hard")),
+        *(
+            f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002{seed})"
+            for name in ("kd", "student-hard")
+            for seed in ("", ",seed=1", ",seed=2")
+        ),
+        *(f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)" for name in ("kd-skew", "kd-reverse", "distilbert")),
+        *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq"),
     )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 

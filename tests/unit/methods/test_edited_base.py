@@ -68,7 +68,9 @@ def test_a_method_that_accepts_edits_keeps_them(name: str, base: tuple[DenseMode
     if method.needs.zeros:
         dense = tiny.sparse(dense, dense.path.with_name(f"{dense.path.name}-sparse"))
     if method.family == "distillation":
-        dense = dataclasses.replace(dense, original=tiny.saved(make("llama", torch.bfloat16, head_dim=32), tmp_path / "first").path)
+        dense = dataclasses.replace(
+            dense, original=tiny.saved(make("llama", torch.bfloat16, head_dim=32, num_hidden_layers=5), tmp_path / "first").path
+        )
         tmp_path = tmp_path / "artefact"
         tmp_path.mkdir()
     dense = given(method, dense, tmp_path)
