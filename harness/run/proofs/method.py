@@ -25,12 +25,12 @@ TINY = {
 }
 
 
-def tiny_model(folder: Path, dtype: str = "bfloat16") -> Path:
-    """Write a two-layer Llama with random weights, on which a method can be tried in seconds."""
+def tiny_model(folder: Path, dtype: str = "bfloat16", **more: int) -> Path:
+    """Write a two-layer Llama with random weights, on which a method can be tried in seconds; `more` are other fields of its shape."""
     from slimbench.harness.config.schema import ModelConfig
     from slimbench.harness.stages.models import generate
 
-    generate(ModelConfig(name="tiny", source="random", dtype=dtype, shape=TINY), folder)  # type: ignore[arg-type]
+    generate(ModelConfig(name="tiny", source="random", dtype=dtype, shape=TINY | more), folder)  # type: ignore[arg-type]
     return folder
 
 
@@ -83,7 +83,7 @@ def check(name: str) -> dict[str, Any]:
         out = Path(scratch) / "artefact"
         out.mkdir()
         began = time.perf_counter()
-        dense = DenseModel(source, source, "bfloat16", "cpu", shape, original=tiny_model(Path(scratch) / "first"))
+        dense = DenseModel(source, source, "bfloat16", "cpu", shape, original=tiny_model(Path(scratch) / "first", num_hidden_layers=4))
         if method.needs.text:
             folder = Path(scratch) / "tokenizer"
             taught.write_tokenizer(folder, shape.vocab_size)
