@@ -166,10 +166,9 @@ class Fading(Locked):
         """
         import torch
 
-        from slimbench.methods.core.architecture.anatomy import anatomy
-        from slimbench.methods.core.architecture.units import structures
+        from slimbench.methods.core.architecture.units import kinds_of
 
-        kinds = {block.name_of(kind.reads): kind for block in anatomy(model) for kind in structures(block)}
+        kinds = kinds_of(model)
         stay = {"head_groups": left.groups, "channels": left.channels}
         empty = {name: torch.zeros(kind.count, device=kind.reads.weight.device) for name, kind in kinds.items()}
         return cls(

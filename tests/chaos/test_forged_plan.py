@@ -43,7 +43,7 @@ def changed(value: Any, changes: Any) -> Any:
     return changes
 
 
-@pytest.mark.parametrize("launcher", ["local", "slurm-cpu"])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("slurm-cpu", marks=pytest.mark.full)])
 def test_a_forged_plan_chooses_no_code(trap: Trap, tmp_path: Path, launcher: str) -> None:
     words = [*WORDS, f"launcher={launcher}"]
     plan, store = sweep.plan(words, several=False), Store(tmp_path / "runs")

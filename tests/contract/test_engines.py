@@ -9,10 +9,10 @@ import pytest
 from slimbench.harness.config import engines
 from slimbench.harness.run.proofs.engine import prove
 
-COMPILED_SOONER = ("huggingface", "packed")
+COMPILED_SOONER = "packed"  # plain checkpoints: tests/integration/test_compiled.py
 KERNELS = {"huggingface": "linear", "packed": "slimbench::packed_mm"}
 CASES = [
-    pytest.param(engine.name, format_, marks=[pytest.mark.full] * (engine.name == "compiled" and format_ not in COMPILED_SOONER))
+    pytest.param(engine.name, format_, marks=[pytest.mark.full] * (engine.name == "compiled" and format_ != COMPILED_SOONER))
     for engine in engines.catalogue()
     for format_ in engine.loaders
 ]

@@ -73,6 +73,17 @@ def structures(block: Block) -> list[Structures]:
     return [head_groups(block), Structures("channels", mlp.down.in_features, mlp.makes, mlp.down)]
 
 
+def kinds_of(model: Any) -> dict[str, Structures]:
+    """The groups of heads and the channels of all blocks, by the full name of the layer that reads them.
+
+    Raises:
+        Unsupported: The model is not built like Llama and OPT, or has experts.
+    """
+    from slimbench.methods.core.architecture.anatomy import anatomy
+
+    return {block.name_of(kind.reads): kind for block in anatomy(model) for kind in structures(block)}
+
+
 def price(kind: Structures) -> int:
     """Parameters that go with one structure."""
     makes = sum(parameter.numel() for layer in kind.makes for parameter in layer.parameters())

@@ -95,15 +95,14 @@ class APT(AdapterPruning):
         import torch
 
         from slimbench.methods.core.architecture.anatomy import anatomy
-        from slimbench.methods.core.architecture.units import price
+        from slimbench.methods.core.architecture.units import kinds_of, price
         from slimbench.methods.core.learning import adapters, trained
         from slimbench.methods.core.training import cut, train
         from slimbench.methods.pruning.adapters.salience import Salience
-        from slimbench.methods.pruning.gates import learned
         from slimbench.methods.pruning.gates.nested import Nest
 
         model: Any = trained.load(dense)
-        kinds = learned.kinds_of(model)
+        kinds = kinds_of(model)
         layers: dict[str, nn.Linear] = {}
         for block in anatomy(model):
             layers |= block.named(block.attention.q, block.attention.v, block.mlp.up)

@@ -66,12 +66,12 @@ class LoRAShear(AdapterPruning):
             raise ValueError(f"memory must be at least 0 and below 1, not {self.memory}")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.architecture.units import kinds_of
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, objective, train
-        from slimbench.methods.pruning.gates import learned
 
         model: Any = trained.load(dense)
-        kinds, windows = learned.kinds_of(model), cut(calibration.ids, self.length)
+        kinds, windows = kinds_of(model), cut(calibration.ids, self.length)
         goals(kinds, kinds, self.ratio)  # refuses before the work what cannot go even where no kind is spared
         harm = deviations(model, kinds, windows[:_WINDOWS].to(model.device), self.ratio)
         order = sorted(kinds, key=harm.__getitem__)

@@ -112,10 +112,11 @@ def finished(
     Args:
         gone: Masks [count] by the full name of the layer that reads the structures, and `hidden` [features], if features may have gone.
     """
+    from slimbench.methods.core.architecture.units import kinds_of
     from slimbench.methods.pruning.gates import learned
     from slimbench.methods.pruning.gates.stream import stream_of
 
-    before, kinds, gone = model.num_parameters(), learned.kinds_of(model), dict(gone)
+    before, kinds, gone = model.num_parameters(), kinds_of(model), dict(gone)
     if (features := gone.pop("hidden", None)) is not None:
         told["hidden"] = int((~features).sum())
         if bool(features.any()):
@@ -124,5 +125,5 @@ def finished(
         if bool(mask.any()):
             kinds[name].cut(model, (~mask).nonzero().squeeze(1))
     learned.save(model, dense, out)
-    details = {"parameters_before": before, **learned.left(learned.kinds_of(model)), "rank": settings.rank, **told}
+    details = {"parameters_before": before, **learned.left(kinds_of(model)), "rank": settings.rank, **told}
     return done.added_to(learned.claim(model, settings, details))

@@ -76,6 +76,7 @@ class GatedUnits(Cut):
 
     def fitted(self, model: Any, gates: Gates, wanted: int, calibration: Calibration, dense: DenseModel, out: Path) -> Claim:
         """Train a model and its gates, cut so many parameters of units, and write it."""
+        from slimbench.methods.core.architecture.units import kinds_of
         from slimbench.methods.core.training import cut, objective, train
         from slimbench.methods.pruning.gates import learned
 
@@ -90,7 +91,7 @@ class GatedUnits(Cut):
         done = train(self, learned.learning(model, gates), loss, cut(calibration.ids, self.length), dense, gates)
         before, total = model.num_parameters(), gates.total
         gates.finish(model, wanted)
-        kinds = learned.kinds_of(model)
+        kinds = kinds_of(model)
         gone = 1 - sum(_size({name: kinds[name] for name in gates.kinds}).values()) / total
         learned.save(model, dense, out)
         details: dict[str, Any] = {"parameters_before": before, **learned.left(kinds), **learned.told(gates, gone)}
@@ -142,11 +143,12 @@ class HeadsAndChannels(GatedUnits):
     citation = Citation("Structured pruning of a BERT-based question answering model", year=2019, arxiv="1910.06360")
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from slimbench.methods.core.architecture.units import kinds_of
         from slimbench.methods.core.learning.gates import Gates
         from slimbench.methods.pruning.gates import learned
 
         model = learned.load(dense)
-        gates = Gates(learned.kinds_of(model), self.ratio, self.pace())
+        gates = Gates(kinds_of(model), self.ratio, self.pace())
         return self.fitted(model, gates, round(self.ratio * gates.total), calibration, dense, out)
 
 

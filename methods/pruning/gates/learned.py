@@ -133,20 +133,10 @@ def save(model: Any, dense: DenseModel, out: Path) -> None:
     save_dense(model, out)
 
 
-def kinds_of(model: Any) -> dict[str, Structures]:
-    """The groups of heads and the channels of all blocks, by the full name of the layer that reads them.
-
-    Raises:
-        Unsupported: The model is not built like Llama and OPT, or has experts.
-    """
-    from slimbench.methods.core.architecture.anatomy import anatomy
-    from slimbench.methods.core.architecture.units import structures
-
-    return {block.name_of(kind.reads): kind for block in anatomy(model) for kind in structures(block)}
-
-
 def groups_of(model: Any) -> dict[str, Structures]:
-    """The groups of heads alone."""
+    """The groups of heads of all blocks, by the full name of the layer that reads them."""
+    from slimbench.methods.core.architecture.units import kinds_of
+
     return {name: kind for name, kind in kinds_of(model).items() if kind.name == "head_groups"}
 
 

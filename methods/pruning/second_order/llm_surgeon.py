@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, EDITED, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
-from slimbench.methods.core.architecture.units import Structures, cheapest, price, structures
+from slimbench.methods.core.architecture.units import Structures, cheapest, kinds_of, price
 from slimbench.methods.core.layers import block_linears, check_calibration
 from slimbench.methods.core.masks import across, check_runs, choose, parse_pattern, zero_fraction
 from slimbench.methods.core.settings import SecondOrder, Smaller, Sparse
@@ -352,13 +352,6 @@ def assign(layer: nn.Linear, weight: Tensor) -> None:
     layer.weight.data.copy_(weight[:, : layer.in_features])
     if layer.bias is not None:
         layer.bias.data.copy_(weight[:, -1])
-
-
-def kinds_of(model: Any) -> dict[str, Structures]:
-    """The kinds of units of all blocks, by the full name of the layer that reads them."""
-    from slimbench.methods.core.architecture.anatomy import anatomy
-
-    return {block.name_of(kind.reads): kind for block in anatomy(model) for kind in structures(block)}
 
 
 def in_blocks(model: Any) -> int:

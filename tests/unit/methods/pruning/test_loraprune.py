@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
-from slimbench.methods.core.architecture.units import Structures
+from slimbench.methods.core.architecture.units import Structures, kinds_of
 from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.gradual import Cubic
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.adapters.loraprune import Importance, LoRAPrune
 from slimbench.methods.pruning.adapters.lorashear import LoRAShear, Shear, deviations
 from slimbench.methods.pruning.adapters.merging import estimate, goals
-from slimbench.methods.pruning.gates.learned import kinds_of
 from tests.support import tiny
 from tests.support.architectures import make
 

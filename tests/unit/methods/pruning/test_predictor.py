@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import Calibration, Claim, DenseModel, Unsupported
-from slimbench.methods.core.architecture.anatomy import anatomy
-from slimbench.methods.core.architecture.units import Structures, structures
+from slimbench.methods.core.architecture.units import kinds_of
 from slimbench.methods.formats import edited
 from slimbench.methods.pruning.structured import predictor as predictors
 from slimbench.methods.pruning.structured.predictor import AccuracyPredictor, draw, energies, fit, loss, shares
@@ -47,10 +46,6 @@ def compressed(dense: DenseModel, out: Path, **settings: Any) -> Claim:
 
 def blocks(model: Any) -> Any:
     return model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
-
-
-def kinds_of(model: Any) -> dict[str, Structures]:
-    return {f"{block.name_of(kind.reads)}": kind for block in anatomy(model) for kind in structures(block)}
 
 
 def inputs_of(model: Any, layer: Any, ids: Tensor) -> list[list[float]]:
