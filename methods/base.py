@@ -359,6 +359,11 @@ class Method(Settings, ABC):
     def weight_grid(self) -> str | None:
         return None
 
+    @property
+    def after(self) -> str | None:
+        """Where it cannot be the first step, because it teaches what others made: a step that may stand before it, by its name."""
+        return None
+
     @classmethod
     def produces_after(cls, base: str) -> str:
         """Format of the artefact where the step before wrote `base`."""

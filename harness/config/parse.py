@@ -157,6 +157,9 @@ def _check_order(steps: list[tuple[str, Method]]) -> None:
     """Raise `ConfigError` unless each step of a pipeline reads what the one before it writes."""
     wrong = _first_misfit(steps)
     if wrong is None:
+        if steps and (needed := steps[0][1].after):
+            name = steps[0][0]
+            raise ConfigError(f"'{name}' cannot be the first step: it teaches what a step before it made, as in method=[{needed},{name}]")
         return
     index, format_ = wrong
     (name, method), others = steps[index], [step for step in steps if step is not steps[index]]

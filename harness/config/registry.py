@@ -27,14 +27,21 @@ class Entry:
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.settings.items()}
 
     @property
+    def pipeline(self) -> str:
+        """The shortest pipeline that has it, as `method=` takes it."""
+        before = self.method.after
+        return f"[{before},{self.name}]" if before else self.name
+
+    @property
     def missing(self) -> list[str]:
         return self.method.needs.missing_modules()
 
     @property
     def needs(self) -> list[str]:
-        """What it cannot do without, each in one word: calibration, training, a device, an environment, an [extra]."""
+        """What it cannot do without, in a few words each: calibration, training, a step before, a device, an environment, an [extra]."""
         needs = self.method.needs
-        words = [("calibration", needs.calibration), ("training", needs.training), (needs.device, needs.device)]
+        words = [("calibration", needs.calibration), ("training", needs.training), ("a step before", self.method.after)]
+        words += [(needs.device, needs.device)]
         words += [(f"env {needs.environment}", needs.environment), (f"[{needs.extra}]", needs.extra)]
         return [str(word) for word, wanted in words if wanted]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ class About:
     """What is known of a method: nothing but its name where only records name it."""
 
     name: str
+    command: str = ""
     family: str = ""
     title: str = ""
     year: int | None = None
@@ -72,6 +74,7 @@ def _about(entry: Any) -> About:
     meaning = meanings(type(method))
     return About(
         name=entry.name,
+        command=shlex.join(["slimbench", "run", f"method={entry.pipeline}"]),
         family=method.family,
         title=citation.title,
         year=citation.year,

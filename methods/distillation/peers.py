@@ -47,6 +47,10 @@ class MutualLearning(Distillation):
     def has_teacher(self) -> bool:
         return False
 
+    @property
+    def after(self) -> str | None:
+        return "shortgpt"
+
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         from slimbench.methods.core.learning.terms import term
         from slimbench.methods.core.losses import divergence, next_token

@@ -58,6 +58,10 @@ class Distillation(TrainingSettings, Method):
         """Whether there is a teacher."""
         return True
 
+    @property
+    def after(self) -> str | None:
+        return "shortgpt" if self.has_teacher else None
+
     @abstractmethod
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         """What is learned.

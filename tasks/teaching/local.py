@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 32
+ROUND = 16
+"""Tokens after which texts that have ended leave their batch."""
 
 
 class Local:
@@ -40,12 +42,9 @@ class Local:
                 yield from zip(rows, self._batch([requests[row] for row in rows], sampling, weight), strict=True)
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling, weight: float) -> list[Completion]:
-        import torch
-        from transformers import GenerationConfig, LogitsProcessorList
-
         prompts = self._encoded([request.chat for request in requests])
         width = prompts["input_ids"].shape[1]
-        processors: Any = LogitsProcessorList()
+        processors: list[Any] = []
         if weight:
             against = self._encoded([(*request.chat[:-1], (request.chat[-1][0], request.against or "")) for request in requests])
             processors.append(Subtracted(self._model, against, weight, self._ends()))
@@ -53,15 +52,41 @@ class Local:
             processors.append(Presence(sampling.presence_penalty, width))
         if sampling.temperature:
             processors.append(Drawn([int(request.hash[:8], 16) for request in requests], sampling, self._model.device))
-        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
-        ends, searched = self._ends() or None, {"do_sample": False, "num_beams": sampling.beams}
-        config = GenerationConfig(max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=pad, **searched)
-        with torch.no_grad(), without_its_settings(self._model):
-            made: Tensor = self._model.generate(  # type: ignore[operator]
-                **prompts, generation_config=config, logits_processor=processors
-            )
         lengths = prompts["attention_mask"].sum(1).tolist()
-        return [self._completion(row[width:].tolist(), int(length), sampling) for row, length in zip(made, lengths, strict=True)]
+        made = self._written(prompts, sampling, processors)
+        return [self._completion(ids, int(length), sampling) for ids, length in zip(made, lengths, strict=True)]
+
+    def _written(self, prompts: dict[str, Tensor], sampling: Sampling, processors: Sequence[Any]) -> list[list[int]]:
+        """What is written behind prompts; an answer that has ended takes no part in the rounds after."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+        ends, searched = self._ends() or None, {"num_beams": sampling.beams, "do_sample": False, "return_dict_in_generate": True}
+        ids, mask, cache = prompts["input_ids"], prompts["attention_mask"], None
+        width, left, going = ids.shape[1], sampling.max_tokens, list(range(len(ids)))
+        written: dict[int, list[int]] = {}
+        with torch.no_grad(), without_its_settings(self._model):
+            while left and going:
+                count = min(ROUND, left) if sampling.beams == 1 else left
+                config = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=pad, **searched)
+                made = self._model.generate(  # type: ignore[operator]
+                    ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(processors),
+                )
+                written |= zip(going, made.sequences[:, width:].tolist(), strict=True)
+                left -= count
+                stay = [place for place, row in enumerate(going) if self._completion(written[row], 0, sampling).finish != "stop"]
+                rows = torch.tensor(stay, dtype=torch.int64, device=ids.device)
+                going, ids, cache = [going[place] for place in stay], made.sequences[rows], made.past_key_values
+                mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)[rows]
+                for part in (cache, *processors):
+                    if part is not None:
+                        part.batch_select_indices(rows)
+        return [written[row] for row in range(len(written))]
 
     def _encoded(self, chats: Sequence[tuple[tuple[str, str], ...]]) -> dict[str, Tensor]:
         """Ids and mask [chats, longest], padded on the left."""
@@ -114,6 +139,10 @@ class Drawn:
         noise = [torch.empty_like(row).exponential_(generator=of) for row, of in zip(scores, self._generators, strict=True)]
         return scores - torch.stack(noise).log()
 
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Leave some answers alone, as a cache of transformers does."""
+        self._generators = [self._generators[row] for row in rows.tolist()]
+
 
 class Presence:
     """Takes a penalty off the logits of tokens that an answer has already."""
@@ -126,6 +155,9 @@ class Presence:
 
         answer = ids[:, self._width :]
         return logits - self._penalty * torch.zeros_like(logits).scatter_(1, answer, 1.0)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """See `Drawn`; nothing is kept of an answer."""
 
 
 class Subtracted:
@@ -154,3 +186,9 @@ class Subtracted:
             found[ended] = -torch.inf
             found[ended, end] = 0.0
         return found
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """See `Drawn`."""
+        self._against = {name: value[rows] for name, value in self._against.items()}
+        if self._cache is not None:
+            self._cache.batch_select_indices(rows)

@@ -13,6 +13,7 @@ import yaml
 from slimbench.harness.config import compose
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.overrides import products, read
+from slimbench.harness.config.registry import entry
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sources import CONF_DIR, shipped, shipped_method
 from tests.support.own_conf import own, own_conf
@@ -76,7 +77,7 @@ class Lists:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        plain = [name for name in shipped("method") if name not in ("derived", "derived_base")]
+        plain = [name for name in shipped("method") if name not in ("derived", "derived_base") and not entry(name).method.after]
         self.choices = {
             "model": ["sized", "smollm2-135m", "opt-125m", "random-135m", "llama2-7b"],
             "method": [

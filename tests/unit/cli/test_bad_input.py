@@ -47,6 +47,8 @@ NAMES = [item.name for item in entries()]
         (["method=gptq", "calibration=null"], "calibration: "),
         (["method=gptq", "calibration=lee-new"], "did you mean 'lee-news'"),
         (["method=magnitude", "method.magnitude.sparsity=1.5"], "sparsity must be between 0 and 1"),
+        (["method=kd"], "'kd' cannot be the first step: it teaches what a step before it made, as in method=[shortgpt,kd]"),
+        (["method=[mutual,rtn-4bit]"], "'mutual' cannot be the first step: it teaches"),
         (["method.gptq.bits=3"], "unknown key 'method.gptq.bits': method 'gptq' is not chosen; add method=gptq"),
         (["method=gptq", "method.gptq=3"], "method.gptq: 3 is no mapping of settings"),
         (["suite.corpus=[]", "suite.tasks=[]"], "the stage quality measures nothing"),

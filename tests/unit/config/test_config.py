@@ -8,7 +8,7 @@ import pytest
 
 from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.config.registry import entry
+from slimbench.harness.config.registry import entries, entry
 from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.launch.sweep import plan
 from slimbench.harness.run.cell import make_cell, step_label
@@ -62,7 +62,8 @@ def test_calibration_on_the_test_text_is_refused(text: Path) -> None:
 @pytest.mark.parametrize("group", ["model", "method", "engine", "suite", "speed", "device"])
 def test_every_shipped_choice_composes(group: str) -> None:
     names = [name for name in shipped(group) if (group, name) != ("model", "custom")]
-    found = jobs([f"{group}={','.join(names)}"])
+    words = [entry(name).pipeline for name in names] if group == "method" else names
+    found = jobs([f"{group}={','.join(words)}"])
     assert len(found) == len(names) and all(config.pipeline for _, config in found)
     assert resolve(["model=custom", "model.name=x", "model.source=hf:a/b"]).pipeline
 
@@ -134,7 +135,6 @@ def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_
 
 
 def test_the_quantization_experiment_has_every_technique_that_its_engine_loads() -> None:
-    from slimbench.harness.config.registry import entries
 
     names = choice("experiment", "quantization_all")["hydra"]["sweeper"]["params"]["method"].split(",")
     swept = [choice("method", name.strip())["_target_"] for name in names]

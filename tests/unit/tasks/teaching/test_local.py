@@ -131,6 +131,29 @@ def test_an_answer_ends_before_a_stop(teacher: local.Local) -> None:
     assert cut.text == answer.text[: answer.text.index(stop)] and cut.finish == "stop"
 
 
+@pytest.mark.parametrize("kind", ["greedy", "drawn", "subtracted", "penalty"])
+def test_answers_that_have_ended_leave_the_batch_and_change_no_other(
+    teacher: local.Local, parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    sampling: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0 if kind == "greedy" else 1.0, "stop": ("l", "c")}
+    asked = requests(9, **sampling, presence_penalty=2.0 if kind == "penalty" else 0.0)
+    if kind == "subtracted":
+        asked = [replace(request, against=f"other {n}" * (n + 1), weight=0.5) for n, request in enumerate(asked)]
+    rows: list[int] = []
+    hook = parts[0].get_output_embeddings().register_forward_hook(lambda _, __, made: rows.append(len(made)))
+    try:
+        monkeypatch.setattr(local, "ROUND", 1000)
+        whole = [(answer.text, answer.finish) for _, answer in teacher.answers(asked)]
+        assert set(rows) == {9} and {finish for _, finish in whole} == {"stop", "length"}
+        rows.clear()
+        monkeypatch.setattr(local, "ROUND", 3)
+        assert [(answer.text, answer.finish) for _, answer in teacher.answers(asked)] == whole
+        assert rows[:3] == [9] * 3 and sum(finish == "length" for _, finish in whole) <= rows[-1] < 9
+        assert rows == sorted(rows, reverse=True)
+    finally:
+        hook.remove()
+
+
 def test_presence_is_taken_off_what_the_answer_has_already() -> None:
     logits = torch.zeros(2, 5)
     ids = torch.tensor([[4, 4, 1, 1, 2], [3, 3, 0, 0, 0]])
