@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimbench.util.teaching import Teacher
+    from slimbench.util.writing.teaching import Teacher
 
 Device = Literal["cpu", "cuda"]
 HUGGINGFACE = "huggingface"
@@ -159,7 +159,7 @@ class DenseModel:
         checkpoints: Folder that outlives an interrupted run, in which a training method keeps what it resumes from; None: keep nothing.
         seed: That of the cell; whatever a method draws depends on it and on the method's own seed, if it has one.
         original: Folder of the model that the pipeline began with; None: `path` is it.
-        taught: Folder of the examples that a teacher wrote (`util.teaching`), None without any.
+        taught: Folder of the examples that a teacher wrote (`util.writing.teaching`), None without any.
         teacher: Whom a method that `needs.teacher` asks while it trains.
         format: Of `path`: one of the formats that the method accepts.
     """

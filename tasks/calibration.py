@@ -1,4 +1,4 @@
-"""Calibration tokens: disjoint windows of a corpus, drawn in an order that a seed gives."""
+"""Calibration tokens: disjoint windows of a corpus, drawn in an order that a seed gives; or what the dense model writes itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROTOCOL_VERSION = 1
+SELF = "self"
+"""The source of what the dense model writes; see `util.own_text`."""
+WRITTEN_VERSION = 1
 
 
 def sample(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> torch.Tensor:
@@ -47,9 +50,14 @@ def sample(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, length: 
     return torch.from_numpy(windows[chosen].copy())
 
 
-def fingerprint(spec: str, samples: int, length: int, seed: int) -> str:
-    """16 hex digits that identify the calibration text and its sampling; needs no fetch. The tokenizer is the model's."""
-    identity = [corpora.fingerprint(spec), samples, length, seed, PROTOCOL_VERSION]
+def fingerprint(spec: str, samples: int, length: int, seed: int, writer: str | None = None) -> str:
+    """16 hex digits that identify the calibration text and its sampling; needs no fetch. The tokenizer is the model's.
+
+    Args:
+        writer: What tells the dense model from others, for what it writes.
+    """
+    source = [SELF, writer, WRITTEN_VERSION] if spec == SELF else corpora.fingerprint(spec)
+    identity = [source, samples, length, seed, PROTOCOL_VERSION]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 

@@ -94,7 +94,7 @@ def _answer(error: Exception) -> tuple[str, int]:
     from slimbench.harness.store.store import StoreError
     from slimbench.tasks.errors import DataError, HubError
     from slimbench.util.parallel import ProcessKilled
-    from slimbench.util.teaching import TeacherError
+    from slimbench.util.writing.teaching import TeacherError
 
     if isinstance(error, HubError | TeacherError):
         return str(error), ExitCode.STOPPED

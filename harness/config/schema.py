@@ -223,7 +223,7 @@ class CalibrationConfig(Strict):
     """Calibration text and how it is sampled.
 
     Attributes:
-        source: An asset of `slimbench assets list`, `file:TEXT`, or `hf:PATH:CONFIG:SPLIT:FIELD`.
+        source: An asset of `slimbench assets list`, `file:TEXT`, `hf:PATH:CONFIG:SPLIT:FIELD`, or `self`: what the dense model writes.
         samples: Windows.
         length: Tokens of a window.
         seed: Of the draw of the windows.

@@ -14,6 +14,7 @@ from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub, identity, public
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
+from slimbench.harness.stages import written
 from slimbench.tasks import zeroshot
 from slimbench.tasks.errors import DataError
 
@@ -102,7 +103,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             device=config.device.name,
             suite=config.suite.name,
             speed=config.speed.name,
-            calibration=identity.calibration_fingerprint(config) if any(m.needs.calibration for m in methods) else None,
+            calibration=written.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
             seed=config.seed,
             keys=identity.keys(_on_its_device(config)),
             reference=identity.keys(_on_its_device(config.as_reference())),

@@ -10,9 +10,9 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
-from slimbench.harness.stages import models, teaching
+from slimbench.harness.stages import models, teaching, written
 from slimbench.harness.store.keys import Parts, speed_part, suite_part
-from slimbench.tasks import calibration, corpora, prompts, zeroshot
+from slimbench.tasks import corpora, prompts, zeroshot
 
 
 def keys(config: RunConfig) -> Keys:
@@ -26,7 +26,7 @@ def keys(config: RunConfig) -> Keys:
     return Parts(
         model=models.identity(config.model),
         pipeline=[{"name": m.name, "version": m.version, "settings": dataclasses.asdict(m)} for m in methods],
-        calibration=calibration_fingerprint(config) if any(m.needs.calibration for m in methods) else None,
+        calibration=written.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
         seed=config.seed,
         compress_device=config.device.compress,
         engine={"name": config.engine.name, "version": engines.version(config.engine.target)},
@@ -51,8 +51,3 @@ def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:
     versions |= {"divergence": protocols.DIVERGENCE} if suite.divergence and suite.corpus else {}
     versions |= {"zeroshot": protocols.ZEROSHOT} if suite.tasks else {}
     return versions | ({"generation": protocols.GENERATION} if suite.continuations else {})
-
-
-def calibration_fingerprint(config: RunConfig) -> str:
-    c = config.calibration
-    return calibration.fingerprint(c.source, c.samples, c.length, c.seed)

@@ -14,6 +14,7 @@ from typing import Any
 from slimbench.harness.config.schema import EngineConfig, RunConfig
 from slimbench.harness.config.sources import choice, shipped_target
 from slimbench.tasks import corpora
+from slimbench.tasks.calibration import SELF
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _REVISION = re.compile(r"\w[\w-]*([./]\w[\w-]*)*")
@@ -93,7 +94,7 @@ def _distrusted(config: dict[str, Any]) -> Iterator[str]:
         yield f"model.source={source}: neither a packaged asset nor a model of the hub"
     if (revision := model.get("revision")) is not None and not _REVISION.fullmatch(str(revision)):
         yield f"model.revision={revision}: no commit, tag or branch"
-    for spec in (*_list(suite.get("corpus")), text.get("source")):
+    for spec in (*_list(suite.get("corpus")), *([] if text.get("source") == SELF else [text.get("source")])):
         if not _is_public(spec):
             yield f"text '{spec}': neither a packaged corpus nor a data set of the hub"
     words = [*_list(suite.get("tasks")), *(_section(step, "settings") for step in _list(config.get("pipeline")))]

@@ -29,9 +29,10 @@ class CalibrationFacts(Schema):
     """The calibration text of a cell and how it was sampled.
 
     Attributes:
-        source: Spec of the corpus.
-        text_sha256: Hash of the whole text that was sampled from.
+        source: Spec of the corpus, or `self` where the dense model wrote it.
+        text_sha256: Hash of the whole text that was sampled from; of the tokens where a model wrote them.
         tokens_sha256: Hash of the token ids in the order in which the method saw them (int64, little-endian).
+        written_seconds: What a model took to write the text, in whichever run that was; None where it is a corpus.
     """
 
     source: str
@@ -41,6 +42,7 @@ class CalibrationFacts(Schema):
     fingerprint: str
     text_sha256: str
     tokens_sha256: str
+    written_seconds: float | None = None
 
 
 class Spent(Schema):

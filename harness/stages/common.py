@@ -17,6 +17,7 @@ from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.schema.compress import content
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
+from slimbench.harness.stages import written
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration
 from slimbench.tasks import calibration as calibration_sets
@@ -93,6 +94,7 @@ def calibration_of(config: RunConfig, source: Path, report: Reporter) -> Calibra
         return None
     report.phase("calibration data")
     wanted = config.calibration
-    arguments = (wanted.samples, wanted.length, wanted.seed)
-    ids = calibration_sets.sample(wanted.source, tokenizer_of(source, config), *arguments)
-    return Calibration(ids, calibration_sets.fingerprint(wanted.source, *arguments))
+    if wanted.source == calibration_sets.SELF:
+        return Calibration(written.text(config, source, report.progress), written.fingerprint(config))
+    ids = calibration_sets.sample(wanted.source, tokenizer_of(source, config), wanted.samples, wanted.length, wanted.seed)
+    return Calibration(ids, written.fingerprint(config))

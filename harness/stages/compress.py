@@ -18,13 +18,14 @@ from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, Spent
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import models, teaching
+from slimbench.harness.stages import models, teaching, written
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import EDITED, HUGGINGFACE, Calibration, Claim, DenseModel
 from slimbench.methods.formats import edited
 from slimbench.tasks import corpora
+from slimbench.tasks.calibration import SELF
 
 _NOTE_S = 5.0
 
@@ -171,10 +172,13 @@ def _longest(prefixes: Sequence[str], code: Mapping[str, str]) -> artefact.Manif
 
 def _calibration_facts(config: RunConfig, calibration: Calibration) -> CalibrationFacts:
     wanted = config.calibration
+    seen = hashlib.sha256(calibration.ids.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    own = wanted.source == SELF
     return CalibrationFacts(
         **wanted.model_dump(exclude={"source"}),
         source=public_name(wanted.source),
         fingerprint=calibration.fingerprint,
-        text_sha256=corpora.load(wanted.source).sha256,
-        tokens_sha256=hashlib.sha256(calibration.ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+        text_sha256=seen if own else corpora.load(wanted.source).sha256,
+        tokens_sha256=seen,
+        written_seconds=written.seconds(config) if own else None,
     )

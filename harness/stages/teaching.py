@@ -15,7 +15,7 @@ from slimbench.tasks.teaching.data_set import Made
 from slimbench.tasks.teaching.endpoint import Endpoint
 from slimbench.tasks.teaching.journal import Remembering, Watch
 from slimbench.util.hashing import digest
-from slimbench.util.teaching import Teacher
+from slimbench.util.writing.teaching import Teacher
 
 if TYPE_CHECKING:
     from slimbench.harness.stages.common import Reporter  # which imports torch
@@ -61,7 +61,7 @@ def teacher(config: RunConfig, report: Reporter) -> Teacher:
     """The teacher, loaded where it is a model.
 
     Raises:
-        util.teaching.TeacherError: A server does not serve the model that it shall be asked for.
+        util.writing.teaching.TeacherError: A server does not serve the model that it shall be asked for.
     """
     if config.teacher.kind == "endpoint":
         server = endpoint(config)
@@ -92,7 +92,7 @@ def text(config: RunConfig, name: str, report: Reporter) -> Made:
 
     Raises:
         tasks.errors.DataError: Nothing that the teacher wrote could be kept.
-        util.teaching.TeacherError: It cannot be asked.
+        util.writing.teaching.TeacherError: It cannot be asked.
     """
 
     phase = f"teach {name}"

@@ -1,4 +1,4 @@
-"""What is kept of what a teacher wrote, and why the rest is not; every reason is counted. What is an answer at all, `util.answers` says."""
+"""What is kept of what a teacher wrote, and why the rest is not; every reason is counted. What an answer is, `util.writing.answers` says."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from slimbench.tasks.teaching.parts import Keep, Row
-from slimbench.util.answers import Text, alike, plain
-from slimbench.util.teaching import Completion
+from slimbench.util.writing.answers import Text, alike, plain
+from slimbench.util.writing.teaching import Completion
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 

@@ -1,7 +1,7 @@
 """The text that a teacher wrote by a recipe: made once, kept in the cache by what it depends on, checked before it is used.
 
 $SLIMBENCH_CACHE/taught/KEY/journal.jsonl     answers as they came; what is asked again is found here
-                            train.jsonl       examples (`util.teaching`)
+                            train.jsonl       examples (`util.writing.teaching`)
                             held_out.jsonl    those that no student sees
                             manifest.json     what was asked, kept and rejected, by whom, in what time; it comes last
 """
@@ -23,10 +23,10 @@ from slimbench.tasks.teaching.journal import Journal, Watch
 from slimbench.tasks.teaching.parts import SEEN, Row, filled, side
 from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
-from slimbench.util.answers import Text, alike
 from slimbench.util.files import cache_dir, write_atomically
 from slimbench.util.hashing import digest, hash_file
-from slimbench.util.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
+from slimbench.util.writing.answers import Text, alike
+from slimbench.util.writing.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
 
 MANIFEST = "manifest.json"
 

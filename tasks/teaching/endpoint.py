@@ -17,8 +17,8 @@ from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
-from slimbench.util.teaching import Completion, Request, TeacherError
 from slimbench.util.text import nearest, plain
+from slimbench.util.writing.teaching import Completion, Request, TeacherError
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_THE_REQUEST = {400, 413, 422}
@@ -73,7 +73,7 @@ class Endpoint:
         return f"endpoint {self.model}@{self.revision}" if self.revision else f"endpoint {self.model}"
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """See `util.teaching.Teacher`; answers come as they are ready."""
+        """See `util.writing.teaching.Teacher`; answers come as they are ready."""
         if any(request.against for request in requests):
             raise TeacherError("this recipe subtracts one distribution from another, which no endpoint does; take teacher.source=self")
         if any(request.sampling.beams > 1 for request in requests):

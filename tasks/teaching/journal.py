@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from slimbench.tasks.errors import DataError
-from slimbench.util.teaching import Completion, Request, Teacher
+from slimbench.util.writing.teaching import Completion, Request, Teacher
 
 Watch = Callable[[int, int], None]
 
@@ -92,5 +92,5 @@ class Remembering:
         self.identity, self._teacher, self._journal = identity, cache(teacher), Journal(file)
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """See `util.teaching.Teacher`; the teacher is loaded when there is something new to ask."""
+        """See `util.writing.teaching.Teacher`; the teacher is loaded when there is something new to ask."""
         yield from enumerate(self._journal.ask(self._teacher, requests))

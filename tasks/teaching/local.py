@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimbench.util.teaching import Completion, Request, Sampling, chat_ids, without_its_settings
+from slimbench.util.writing.teaching import Completion, Request, Sampling, chat_ids, without_its_settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Local:
         self.identity, self._model, self._tokenizer = identity, model, tokenizer
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """See `util.teaching.Teacher`; answers come a batch at a time, in order."""
+        """See `util.writing.teaching.Teacher`; answers come a batch at a time, in order."""
         kinds: dict[tuple[Sampling, float], list[int]] = {}
         for index, request in enumerate(requests):
             kinds.setdefault((request.sampling, request.weight if request.against is not None else 0.0), []).append(index)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from slimbench.util.hashing import digest
-from slimbench.util.teaching import Sampling
+from slimbench.util.writing.teaching import Sampling
 
 Row = dict[str, str]
 
@@ -90,7 +90,7 @@ class Keep(Strict):
 
 
 class Draw(Strict):
-    """How an answer is drawn; see `util.teaching.Sampling`."""
+    """How an answer is drawn; see `util.writing.teaching.Sampling`."""
 
     max_tokens: int = Field(default=256, ge=1, le=4096)
     temperature: float = Field(default=0.0, ge=0, le=5)

@@ -11,9 +11,9 @@ from typing import Any
 from slimbench.tasks.teaching import checks, passages, programs
 from slimbench.tasks.teaching.parts import SEEN, Row, filled, side
 from slimbench.tasks.teaching.recipe import Ask, Compare, Demonstrate, Evaluate, Gather, Grow, Retrieve, Select, Stage
-from slimbench.util import answers
 from slimbench.util.hashing import digest
-from slimbench.util.teaching import Completion, Request
+from slimbench.util.writing import answers
+from slimbench.util.writing.teaching import Completion, Request
 
 Asking = Callable[[Sequence[Request]], list[Completion]]
 

@@ -16,7 +16,7 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.tasks.teaching import data_set
-from slimbench.util.teaching import TeacherError
+from slimbench.util.writing.teaching import TeacherError
 from tests.support.chat_server import Asked, Reply, Server, serving
 from tests.support.running import Listener, cell, run
 

@@ -18,7 +18,7 @@ from slimbench.tasks.teaching import data_set
 from slimbench.tasks.teaching.endpoint import Endpoint
 from slimbench.tasks.teaching.local import Local
 from slimbench.tasks.teaching.recipe import Recipe, read
-from slimbench.util.teaching import Completion, Request, TeacherError
+from slimbench.util.writing.teaching import Completion, Request, TeacherError
 
 pytestmark = pytest.mark.full
 SERVE = """

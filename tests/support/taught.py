@@ -11,7 +11,7 @@ from slimbench.harness.config.sections.teaching import recipe as shipped_recipe
 from slimbench.harness.run.proofs import taught
 from slimbench.methods.base import DenseModel, Method
 from slimbench.tasks.teaching import data_set
-from slimbench.util.teaching import Completion, Example, Request, TeacherError
+from slimbench.util.writing.teaching import Completion, Example, Request, TeacherError
 
 
 def given(method: Method, dense: DenseModel, folder: Path) -> DenseModel:

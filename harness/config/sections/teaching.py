@@ -14,7 +14,7 @@ from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import data_set
 from slimbench.tasks.teaching.endpoint import check_address
 from slimbench.tasks.teaching.recipe import Recipe, read
-from slimbench.util.teaching import TeacherError
+from slimbench.util.writing.teaching import TeacherError
 
 
 class TeacherConfig(Strict):

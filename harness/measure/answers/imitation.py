@@ -22,8 +22,8 @@ from slimbench.harness.measure.loaded import Generates, Loaded, Scores, label_lo
 from slimbench.harness.schema.imitation import ImitationResult
 from slimbench.harness.store.partial import Part
 from slimbench.methods.base import Unsupported
-from slimbench.util.answers import ends_with, rouge_l
-from slimbench.util.teaching import Example, chat_ids
+from slimbench.util.writing.answers import ends_with, rouge_l
+from slimbench.util.writing.teaching import Example, chat_ids
 
 MOST = 128
 ANSWER_TOKENS = 96

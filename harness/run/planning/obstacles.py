@@ -16,6 +16,7 @@ from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.methods.base import Unsupported, format_of
+from slimbench.tasks.calibration import SELF
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -108,7 +109,8 @@ def _no_compression(cell: Cell) -> str | None:
             method.check(shape)
         except Unsupported as error:
             return str(error)
-    readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if m.needs.calibration or m.needs.text]
+    reads = cell.config.calibration.source != SELF
+    readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if (m.needs.calibration and reads) or m.needs.text]
     return f"{readers[0]} needs text, {cell.config.model.name} has no tokenizer" if readers and not _has_tokenizer(cell) else None
 
 

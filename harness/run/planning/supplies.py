@@ -11,6 +11,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig
 from slimbench.harness.config.sections.teaching import recipe
 from slimbench.tasks import assets, bigbench, corpora, data_sets, zeroshot
+from slimbench.tasks.calibration import SELF
 from slimbench.util import offline
 
 _ASSET, _ENVIRONMENT = "asset", "environment"
@@ -109,7 +110,7 @@ def _of_cell(config: RunConfig) -> Iterator[Supply]:
     elif model.source.startswith("asset:"):
         yield Supply(_ASSET, model.source.removeprefix("asset:"))
     texts = list(config.suite.corpus) if "quality" in config.stages else []
-    texts += [config.calibration.source] if any(need.calibration for need in needs) else []
+    texts += [config.calibration.source] if any(need.calibration for need in needs) and config.calibration.source != SELF else []
     texts += [spec for method in methods if method.needs.text for spec in recipe(method.recipe).corpora]
     if any(need.text or need.teacher for need in needs) and config.teacher.source.startswith("hf:"):
         yield Supply("model", f"{config.teacher.source}@{config.teacher.revision}" if config.teacher.revision else config.teacher.source)

@@ -11,7 +11,7 @@ from pathlib import Path
 from slimbench.harness.schema.identity import Reason
 from slimbench.util import files
 from slimbench.util.files import cache_dir
-from slimbench.util.teaching import TeacherError
+from slimbench.util.writing.teaching import TeacherError
 
 _BY_ERRNO = {
     **dict.fromkeys(

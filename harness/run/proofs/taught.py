@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config.sections.teaching import recipe
-from slimbench.util.teaching import HELD_OUT, TRAIN, Completion, Example, Request, write_examples
+from slimbench.util.writing.teaching import HELD_OUT, TRAIN, Completion, Example, Request, write_examples
 
 _ITEMS = 6
 
@@ -36,7 +36,7 @@ class Willing:
     identity = "a check"
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """See `util.teaching.Teacher`."""
+        """See `util.writing.teaching.Teacher`."""
         for index, request in enumerate(requests):
             prompt = request.chat[-1][1]
             numbers = re.findall(r"answer is (\d+)", prompt) or ["0"]

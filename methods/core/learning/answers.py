@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import Unsupported
-from slimbench.util.teaching import Example, chat_ids
+from slimbench.util.writing.teaching import Example, chat_ids
 
 PROMPT, RESPONSE, ANSWER = 1, 2, 3
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimbench.util.teaching import chat_ids, without_its_settings
+from slimbench.util.writing.teaching import chat_ids, without_its_settings
 
 
 class Rollout(NamedTuple):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import Calibration, Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Distillation, Lesson, logits
-from slimbench.util.teaching import HELD_OUT, TRAIN, Example, read_examples
+from slimbench.util.writing.teaching import HELD_OUT, TRAIN, Example, read_examples
 
 if TYPE_CHECKING:
     from torch import Tensor

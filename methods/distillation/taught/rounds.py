@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from slimbench.methods.base import Citation, DenseModel, Needs, Unsupported
 from slimbench.methods.distillation.student import Lesson, logits
 from slimbench.methods.distillation.taught.examples import Taught, examples_of, held_out_of
-from slimbench.util.answers import Text, alike, ends_with, unfit
-from slimbench.util.teaching import Example, Request, Sampling
+from slimbench.util.writing.answers import Text, alike, ends_with, unfit
+from slimbench.util.writing.teaching import Example, Request, Sampling
 
 if TYPE_CHECKING:
     import torch

@@ -63,13 +63,13 @@ class LLMQAT(TrainingSettings, Coded, Grouped, Method):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
-        from slimbench.methods.core import text as _self_text
         from slimbench.methods.kernels.grid import Grid
         from slimbench.methods.quantization.grids.trained_layers import RoundedLinear
         from slimbench.methods.quantization.solvers import qat as _qat
+        from slimbench.util.writing.own import generate
 
         seed = self.seed + dense.seed
-        ids = _self_text.generate(dense, self.sequences, self.length, self.greedy_tokens, self.generation_batch, seed)
+        ids = generate(dense, self.sequences, self.length, self.greedy_tokens, self.generation_batch, seed)
         grid, dtype = Grid(self.bits, self.group_size), getattr(torch, dense.dtype)
         model = _qat.load_float32(dense)
         layers = _qat.put_in(model, self.group_size, lambda layer: RoundedLinear(layer, grid, dtype, min_max))

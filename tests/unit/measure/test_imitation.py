@@ -9,7 +9,7 @@ import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.answers import imitation
-from slimbench.util.teaching import Example, chat_ids
+from slimbench.util.writing.teaching import Example, chat_ids
 from tests.support import tiny
 
 

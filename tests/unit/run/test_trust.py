@@ -37,6 +37,7 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 def test_a_shipped_cell_needs_no_trust(honest: dict[str, Any]) -> None:
     assert configuration(honest, trusted=False).pipeline[0].target == shipped_method("gptq")["_target_"]
+    assert configuration(changed(honest, "calibration.source", "self"), trusted=False).calibration.source == "self"
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -50,7 +51,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         {"x": "a/b"},
     ),
     "suite.include_path": ("/tmp/tasks", "file:/tmp/tasks", "tasks", ["asset:bigbench", "/tmp/tasks"]),
-    "suite.corpus": (["file:/etc/passwd"], ["wikitext2", "hf:text:/etc/passwd:train:text"], ["hf:a/b:../../c/d:train:text"], "file:x", [3]),
+    "suite.corpus": (["file:/etc/passwd"], ["wikitext2", "hf:text:/etc/passwd:train:text"], ["hf:a/b:../../c/d:train:text"], "file:x", [3], ["self"]),
     "suite.tasks": (["/tmp/task.yaml"], ["../task"], "a/b"),
     "calibration.source": ("file:calibration.txt", "hf:json:/home/x.json:train:text", None),
     "pipeline.0.settings": ({"observer": "/tmp/x"}, {"observer": {"deep": ["file:x"]}}),

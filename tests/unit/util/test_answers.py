@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slimbench.util.answers import ends_with, plain
+from slimbench.util.writing.answers import ends_with, plain
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from slimbench.methods.distillation.taught.rationale import RationaleTuning
 from slimbench.methods.distillation.taught.rounds import Lion, Reflection
 from slimbench.methods.distillation.taught.tasks import KnowledgeAugmented, ProgramTuning, Scott, Socratic, Symbolic
 from slimbench.tasks.teaching import starts
-from slimbench.util.teaching import Completion, TeacherError
+from slimbench.util.writing.teaching import Completion, TeacherError
 from tests.support.taught import Scripted, written
 
 METHODS = (

@@ -17,7 +17,7 @@ from slimbench.methods.core.learning.rollouts import answered
 from slimbench.methods.distillation.taught import rounds
 from slimbench.methods.distillation.taught.rounds import Lion, Reflection, is_instruction, two_marks, unlike
 from slimbench.tasks.teaching.journal import Remembering
-from slimbench.util.teaching import HELD_OUT, TRAIN, Completion, Example, chat_ids, write_examples
+from slimbench.util.writing.teaching import HELD_OUT, TRAIN, Completion, Example, chat_ids, write_examples
 from tests.support import tiny
 from tests.support.taught import Scripted
 

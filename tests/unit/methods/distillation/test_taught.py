@@ -20,7 +20,7 @@ from slimbench.methods.distillation.taught.in_context import InContext
 from slimbench.methods.distillation.taught.instruct import InstructionTuning
 from slimbench.methods.distillation.taught.rationale import RationaleTuning
 from slimbench.methods.distillation.taught.tasks import Scott, Socratic
-from slimbench.util.teaching import TRAIN, Example, chat_ids, write_examples
+from slimbench.util.writing.teaching import TRAIN, Example, chat_ids, write_examples
 from tests.support import tiny
 
 EXAMPLES = [

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
-from slimbench.methods.core import text as _self_text
 from slimbench.methods.core.low_rank import closest
 from slimbench.methods.core.training import TrainingSettings, objective
 from slimbench.methods.formats import packed
@@ -23,6 +22,7 @@ from slimbench.methods.quantization.training.llm_qat import LLMQAT, min_max
 from slimbench.methods.quantization.training.loftq import LoftQ, decompose
 from slimbench.methods.quantization.training.peqa import PEQA, fit_grid
 from slimbench.methods.quantization.training.qa_lora import QALoRA
+from slimbench.util.writing import own
 from tests.support import tiny
 
 CALIBRATION = tiny.tokens(samples=8, length=64)
@@ -295,22 +295,22 @@ def test_a_rank_that_no_layer_has_is_refused(dense: DenseModel) -> None:
 
 
 def test_own_text_is_greedy_first_then_drawn(dense: DenseModel) -> None:
-    ids = _self_text.generate(dense, 6, 24, greedy=4, batch_size=6, seed=0)
+    ids = own.generate(dense, 6, 24, greedy=4, batch_size=6, seed=0)
     assert ids.shape == (6, 24) and ids.dtype is torch.int64 and not (ids == 2).any()
     with torch.no_grad():
         logits = dense.load()(ids).logits.float()
     logits[..., 2] = -torch.inf
     is_top = logits[:, :-1].argmax(-1) == ids[:, 1:]
     assert is_top[:, :4].float().mean() > 0.9 and is_top[:, 4:].float().mean() < 0.6
-    assert torch.equal(ids, _self_text.generate(dense, 6, 24, greedy=4, batch_size=6, seed=0))
-    assert not torch.equal(ids, _self_text.generate(dense, 6, 24, greedy=4, batch_size=6, seed=1))
+    assert torch.equal(ids, own.generate(dense, 6, 24, greedy=4, batch_size=6, seed=0))
+    assert not torch.equal(ids, own.generate(dense, 6, 24, greedy=4, batch_size=6, seed=1))
 
 
 def test_own_text_follows_the_distribution_of_the_model(dense: DenseModel) -> None:
     """After one and the same prefix, the drawn tokens are as frequent as the model says."""
     model = dense.load()
     generator = torch.Generator().manual_seed(0)
-    ids = _self_text._write(model, 4096, 2, 0, generator, 1.0)
+    ids = own._write(model, 4096, 2, 0, generator, 1.0)
     first = ids[0, 0]
     with torch.no_grad():
         logits = model(torch.arange(256)[:, None]).logits[:, -1].float()
@@ -329,13 +329,13 @@ def test_own_text_is_kept_and_goes_on_where_it_stopped(dense: DenseModel, tmp_pa
             raise Killed
 
     settings = {"count": 8, "length": 12, "greedy": 2, "batch_size": 3, "seed": 0}
-    want = _self_text.generate(dense, **settings)
+    want = own.generate(dense, **settings)
     with pytest.raises(Killed):
-        _self_text.generate(dataclasses.replace(dense, checkpoints=tmp_path, progress=kill), **settings)
+        own.generate(dataclasses.replace(dense, checkpoints=tmp_path, progress=kill), **settings)
     seen: list[float] = []
     kept = dataclasses.replace(dense, checkpoints=tmp_path, progress=lambda done, _: seen.append(done))
-    assert torch.equal(_self_text.generate(kept, **settings), want) and seen == [6, 8]
-    _self_text.generate(kept, **settings | {"seed": 1})
+    assert torch.equal(own.generate(kept, **settings), want) and seen == [6, 8]
+    own.generate(kept, **settings | {"seed": 1})
     assert seen == [6, 8, 3, 6, 8]
 
 

@@ -12,8 +12,8 @@ from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, data_set, stages, starts
 from slimbench.tasks.teaching.parts import Row, side
 from slimbench.tasks.teaching.recipe import Recipe, read
-from slimbench.util import answers
-from slimbench.util.teaching import Completion, Example, Sampling, TeacherError
+from slimbench.util.writing import answers
+from slimbench.util.writing.teaching import Completion, Example, Sampling, TeacherError
 from tests.support.taught import Scripted
 
 LIST = r"\d+\. (?P<instruction>[^\n]+)"

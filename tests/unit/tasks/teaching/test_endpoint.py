@@ -13,8 +13,8 @@ import pytest
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching.endpoint import Endpoint
 from slimbench.tasks.teaching.journal import Journal
-from slimbench.util import answers as fit
-from slimbench.util.teaching import Completion, Request, Sampling, TeacherError
+from slimbench.util.writing import answers as fit
+from slimbench.util.writing.teaching import Completion, Request, Sampling, TeacherError
 from tests.support.chat_server import Asked, Reply, Server, serving
 
 REQUESTS = [Request((("user", f"question {number}"),), Sampling(max_tokens=8), seed=number) for number in range(6)]

@@ -11,7 +11,7 @@ import torch
 
 from slimbench.tasks.teaching import local
 from slimbench.tasks.teaching.journal import Journal
-from slimbench.util.teaching import Request, Sampling, chat_ids
+from slimbench.util.writing.teaching import Request, Sampling, chat_ids
 from tests.support import tiny
 
 

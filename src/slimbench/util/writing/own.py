@@ -1,19 +1,38 @@
-"""Text that a model writes itself, for training without data."""
+"""Text that a model writes itself, for calibration and training without data."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
-
-from slimbench.methods.base import DenseModel
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _STATE = "self-text"
+_TOLD_EVERY = 32
 
 
-def generate(dense: DenseModel, count: int, length: int, greedy: int, batch_size: int, seed: int, temperature: float = 1.0) -> Tensor:
+class Writer(Protocol):
+    """A model on disk, such as `methods.base.DenseModel`, and where what it has written by now is kept."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def checkpoints(self) -> Path | None: ...
+    @property
+    def progress(self) -> Callable[[float, float], None]: ...
+    def load(self) -> Any: ...
+
+
+def generate(dense: Writer, count: int, length: int, greedy: int, batch_size: int, seed: int, temperature: float = 1.0) -> Tensor:
     """Token ids [count, length] in the hybrid way of LLM-QAT.
 
     A sequence begins with a token drawn evenly from the vocabulary (end and padding tokens left out); the next `greedy` tokens are the
@@ -34,14 +53,19 @@ def generate(dense: DenseModel, count: int, length: int, greedy: int, batch_size
     model = dense.load() if len(pieces) * batch_size < count else None
     for begin in range(len(pieces) * batch_size, count, batch_size):
         generator = torch.Generator(dense.device).manual_seed(seed * 1_000_003 + begin)
-        pieces.append(_write(model, min(batch_size, count - begin), length, greedy, generator, temperature).cpu())
+        size = min(batch_size, count - begin)
+
+        def told(tokens: int, begin: int = begin, size: int = size) -> None:
+            dense.progress(begin + size * tokens / length, count)
+
+        pieces.append(_write(model, size, length, greedy, generator, temperature, told).cpu())
         dense.progress(min(begin + batch_size, count), count)
         if dense.checkpoints:
             _checkpoints.save(dense.checkpoints, _STATE, identity, {"ids": torch.cat(pieces)}, {})
     return torch.cat(pieces)
 
 
-def _identity(dense: DenseModel, *settings: float) -> str:
+def _identity(dense: Writer, *settings: float) -> str:
     digest = hashlib.sha256(repr((dense.dtype, dense.device, dense.shape, settings)).encode())
     for path in sorted(dense.path.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -49,7 +73,9 @@ def _identity(dense: DenseModel, *settings: float) -> str:
     return digest.hexdigest()
 
 
-def _write(model: Any, count: int, length: int, greedy: int, generator: Any, temperature: float) -> Tensor:
+def _write(
+    model: Any, count: int, length: int, greedy: int, generator: Any, temperature: float, told: Callable[[int], None] = lambda tokens: None
+) -> Tensor:
     import torch
 
     ends = _ends(model)
@@ -67,6 +93,8 @@ def _write(model: Any, count: int, length: int, greedy: int, generator: Any, tem
             else:
                 ids = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             found.append(ids)
+            if position % _TOLD_EVERY == 0:
+                told(position)
     return torch.cat(found, dim=1).clone()
 
 

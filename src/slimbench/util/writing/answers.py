@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from slimbench.util.teaching import Completion, Sampling
+from slimbench.util.writing.teaching import Completion, Sampling
 
 CHARACTERS_PER_TOKEN = 12
 """A token of ordinary text has four; an answer of more than this many for each token of its limit is none."""

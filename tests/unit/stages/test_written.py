@@ -1,0 +1,93 @@
+"""Calibration text that the dense model writes: its key, one writing for all cells, and what a record says of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.run.identity import keys
+from slimbench.harness.stages import written
+from slimbench.harness.stages.common import calibration_of
+from slimbench.harness.stages.compress import _calibration_facts
+from slimbench.methods.base import DenseModel
+from slimbench.tasks import calibration
+from tests.support import tiny
+
+SMALL = ["calibration=self", "calibration_samples=6", "calibration_length=24", "device=cpu", "device.compress=cpu"]
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.done: list[float] = []
+
+    def phase(self, name: str) -> None: ...
+
+    def progress(self, done: float, total: float) -> None:
+        self.done.append(done / total)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny.save_model(tmp_path / "model").path
+
+
+def cell(source: Path, *words: str, method: str = "gptq", name: str = "tiny") -> RunConfig:
+    return resolve(["model=custom", f"model.name={name}", f"model.source=file:{source}", f"method={method}", *SMALL, *words])
+
+
+def test_a_text_is_written_once_for_all_methods_without_a_tokenizer(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = Silent(), Silent()
+    one = calibration_of(cell(source), source, first)
+    assert one is not None and one.ids.shape == (6, 24) and one.ids.dtype == torch.int64 and first.done[-1] == 1
+    took = written.seconds(cell(source))
+    monkeypatch.setattr(DenseModel, "load", lambda *_, **__: pytest.fail("it was written before"))
+    other = calibration_of(cell(source, method="awq"), source, again)
+    assert other is not None and torch.equal(other.ids, one.ids) and other.fingerprint == one.fingerprint and not again.done
+    assert written.seconds(cell(source, method="awq")) == took > 0
+
+
+def test_a_record_says_who_wrote_it_and_how_long_it_took(source: Path) -> None:
+    config = cell(source)
+    text = calibration_of(config, source, Silent())
+    assert text is not None
+    facts = _calibration_facts(config, text)
+    assert facts.source == "self" and facts.written_seconds == written.seconds(config)
+    assert facts.text_sha256 == facts.tokens_sha256 == hashlib.sha256(text.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def test_what_it_depends_on_is_in_the_key(source: Path, tmp_path: Path) -> None:
+    other = tiny.save_model(tmp_path / "other", hidden_size=128).path
+    changed = [
+        cell(source, "calibration_seed=1"),
+        cell(source, "calibration_samples=7"),
+        cell(source, "calibration_length=25"),
+        cell(other),
+    ]
+    assert len({written.fingerprint(config) for config in [cell(source), *changed]}) == 5
+    assert len({keys(config).compress for config in [cell(source), *changed]}) == 5
+    assert written.fingerprint(cell(source, name="alias")) == written.fingerprint(cell(source)), "its content, whatever it is called"
+    packaged = resolve(["method=gptq"])
+    wanted = packaged.calibration
+    assert written.fingerprint(packaged) == calibration.fingerprint(wanted.source, wanted.samples, wanted.length, wanted.seed)
+
+
+def test_an_interrupted_text_goes_on_where_it_was(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "_TOGETHER", 2)
+    config, seen = cell(source), []
+
+    def killed(done: float, total: float) -> None:
+        seen.append(done)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        written.text(config, source, killed)
+    taken = written.seconds(config)
+    ids = written.text(config, source, lambda done, total: seen.append(done))
+    assert seen[-1] == 6 and seen.count(2) == 1 and written.seconds(config) > taken > 0
+    assert ids.shape == (6, 24) and len({tuple(row) for row in ids.tolist()}) == 6
