@@ -1,4 +1,4 @@
-"""What is kept of what a teacher wrote, and why the rest is not; every reason is counted. What an answer is, `util.writing.answers` says."""
+"""What is kept of what a teacher wrote, and why the rest is not; each reason is counted. What an answer is, `util.writing.answers` says."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         {"x": "a/b"},
     ),
     "suite.include_path": ("/tmp/tasks", "file:/tmp/tasks", "tasks", ["asset:bigbench", "/tmp/tasks"]),
-    "suite.corpus": (["file:/etc/passwd"], ["wikitext2", "hf:text:/etc/passwd:train:text"], ["hf:a/b:../../c/d:train:text"], "file:x", [3], ["self"]),
+    "suite.corpus": (["file:/etc/passwd"], ["wikitext2", "hf:text:/etc/passwd:train:text"], "hf:a/b:../../c/d:train:text", "file:x", [3], "self"),
     "suite.tasks": (["/tmp/task.yaml"], ["../task"], "a/b"),
     "calibration.source": ("file:calibration.txt", "hf:json:/home/x.json:train:text", None),
     "pipeline.0.settings": ({"observer": "/tmp/x"}, {"observer": {"deep": ["file:x"]}}),
