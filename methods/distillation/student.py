@@ -33,6 +33,7 @@ class Lesson:
         learning: Names of the parameters of the student that learn; None: all.
         beside: What else learns, by name.
         windows: What is trained on, made when the lesson begins; None: what all lessons have.
+        begin: What is done when the lesson begins, with the student as the lesson before left it.
     """
 
     loss: Loss
@@ -40,13 +41,14 @@ class Lesson:
     learning: Collection[str] | None = None
     beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
     windows: Callable[[], Tensor] | None = None
+    begin: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Distillation(TrainingSettings, Method):
     """Training of a student under a teacher; the artefact is the student alone."""
 
-    accepts = DENSE
+    accepts: ClassVar[tuple[str, ...]] = DENSE
     needs = Needs(calibration=True, training=True)
     least_steps: ClassVar[int | None] = 1000
 
@@ -78,24 +80,42 @@ class Distillation(TrainingSettings, Method):
         from slimbench.methods.core.learning import trained
         from slimbench.methods.formats.architecture.modules import KeptLogits
 
-        if self.has_teacher and dense.original in (None, dense.path):
+        if self.after and dense.original in (None, dense.path):
             raise Unsupported("the student is the first model of the pipeline and would teach itself; a step before it makes a student")
         student = trained.load(dense)
         if any(isinstance(module, KeptLogits) for module in student.modules()):
             raise Unsupported("the student never predicts some tokens, of which the teacher's distribution has a share")
         teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
-        lessons, windows = self.lessons(student, teacher, dense), self.windows(calibration, dense)
+        windows = self.windows(calibration, dense)
+        self.prepare(student, windows)
+        lessons = self.lessons(student, teacher, dense)
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
         done: list[Trained] = []
         for index, lesson in enumerate(lessons):
+            lesson.begin()
             own = windows if lesson.windows is None else lesson.windows()
             done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), own, dense))
         steps = [end - begin for begin, end in pairwise(ends)]
+        self.cut_out(student)
         trained.save(student, dense, out)
         whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
-        claim = whole.added_to(Claim(HUGGINGFACE, teacher=self.taught_by(dense)))
+        claim = whole.added_to(replace(self.left(student), teacher=self.taught_by(dense)))
         claim.details["training"] |= {"lesson_steps": steps, "earlier_lessons": [part.told for part in done[:-1]]}
         return claim
+
+    def prepare(self, student: Any, windows: Any) -> None:
+        """What is done to the student before it learns, with what it will be trained on.
+
+        Raises:
+            Unsupported: It cannot be done to this student.
+        """
+
+    def cut_out(self, student: Any) -> None:
+        """What is done to the student when it has learned: nothing, unless a method says otherwise."""
+
+    def left(self, student: Any) -> Claim:
+        """What the student is in the end, in its own dtype."""
+        return Claim(HUGGINGFACE)
 
     def windows(self, calibration: Calibration, dense: DenseModel) -> Tensor:
         """What is trained on, as `train` takes it."""

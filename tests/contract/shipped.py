@@ -47,6 +47,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "dsp-heads": TRAINED,
     "dylora": TRAINED,
     "fitnets": TRAINED,
+    "dynabert": TRAINED | {"depth": 0.5},
     "flexround": {"steps": 3},
     "flop": TRAINED,
     "fsp": TRAINED | {"pairs": 2},
