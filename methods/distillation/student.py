@@ -80,7 +80,7 @@ class Distillation(TrainingSettings, Method):
         from slimbench.methods.core.learning import trained
         from slimbench.methods.formats.architecture.modules import KeptLogits
 
-        if self.after and dense.original in (None, dense.path):
+        if self.has_teacher and self.after and dense.original in (None, dense.path):
             raise Unsupported("the student is the first model of the pipeline and would teach itself; a step before it makes a student")
         student = trained.load(dense)
         if any(isinstance(module, KeptLogits) for module in student.modules()):
