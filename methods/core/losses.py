@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+PIECE = 2048
+"""Positions whose divergence is computed at once."""
 Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
 
 if TYPE_CHECKING:
@@ -70,14 +72,28 @@ def divergence(
         share: β of `jsd`, α of the skew ones; above 0 and below 1.
         temperature: Both logits are divided by it; the divergence is not multiplied by its square.
         mask: True at the positions that count, [...]; None: all do.
+
+    Of many positions it is computed in pieces, and again for the gradient, so that nothing in float32 is held of them all.
     """
+    from torch.utils.checkpoint import checkpoint
+
+    if mask is not None:
+        logits, teacher = logits[mask], teacher[mask]
+    made, wanted = logits.flatten(0, -2), teacher.detach().flatten(0, -2)
+    if len(made) <= PIECE:
+        return _divergence(made, wanted, kind, share, temperature)
+    parts = zip(made.split(PIECE), wanted.split(PIECE), strict=True)
+    found = [len(ours) * checkpoint(_divergence, ours, theirs, kind, share, temperature, use_reentrant=False) for ours, theirs in parts]
+    return sum(found, start=made.new_zeros((), dtype=found[0].dtype)) / len(made)
+
+
+def _divergence(logits: Tensor, teacher: Tensor, kind: Divergence, share: float, temperature: float) -> Tensor:
+    """`divergence` of logits [positions, vocabulary]."""
     import math
 
     import torch
 
-    if mask is not None:
-        logits, teacher = logits[mask], teacher[mask]
-    q, p = ((of.flatten(0, -2).float() / temperature).log_softmax(-1) for of in (logits, teacher.detach()))
+    q, p = ((of.float() / temperature).log_softmax(-1) for of in (logits, teacher))
 
     def kl(first: Tensor, second: Tensor) -> Tensor:
         return (first.exp() * (first - second)).sum(-1).mean()

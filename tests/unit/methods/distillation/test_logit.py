@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slimbench.methods.base import DenseModel, Unsupported
+from slimbench.methods.core import losses
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.core.losses import divergence
 from slimbench.methods.core.training import batch, cut
@@ -62,6 +63,25 @@ def slowly(student: list[float], teacher: list[float], kind: str, share: float, 
         return share * kl(p, m) + (1 - share) * kl(q, m)
     first, second = (p, q) if kind == "skew" else (q, p)
     return kl(first, [share * a + (1 - share) * b for a, b in zip(first, second, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew", "skew-reverse"])
+def test_pieces_of_a_divergence_are_the_whole_and_hold_less(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = torch.randn(5, 8, 50).bfloat16()
+    mask = torch.rand(5, 8) < 0.8
+
+    def measured(piece: int) -> tuple[float, torch.Tensor, int]:
+        monkeypatch.setattr(losses, "PIECE", piece)
+        logits, held = torch.randn(5, 8, 50, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_(True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: held.append(kept.nbytes) or kept, lambda kept: kept):
+            found = losses.divergence(logits, wanted, kind, 0.3, 1.5, mask)
+        found.backward()
+        assert logits.grad is not None
+        return float(found.detach()), logits.grad.float(), sum(held)
+
+    whole, pieces = measured(1000), measured(7)
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5) and pieces[2] < 0.6 * whole[2]
+    torch.testing.assert_close(pieces[1], whole[1], rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew", "skew-reverse"])
