@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from slimbench.methods.formats.architecture.structure import blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from slimbench.methods.core.architecture.units import Structures
 
 _SAMPLE = 512
 
@@ -116,6 +118,31 @@ def gradients(
                 progress(done + 1, len(ids))
     finally:
         model.requires_grad_(False)
+
+
+def mask_gradients(
+    model: PreTrainedModel, kinds: Mapping[str, Structures], ids: Tensor, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Σ over batches of |∂L/∂ξ| [count] of units, by the full name of the layer that reads them.
+
+    L is the mean next-token loss of a batch, and ξ = 1 what each unit is multiplied by. No parameter has a gradient afterwards.
+
+    Args:
+        kinds: Of the units, by the same names.
+        ids: Token ids, int64 [samples, length].
+        progress: Told of finished batches.
+    """
+    from slimbench.methods.core.learning.gates import multiplied
+
+    model.requires_grad_(False)
+    ones = {name: torch.ones(kind.count, device=kind.reads.weight.device, requires_grad=True) for name, kind in kinds.items()}
+    found = {name: torch.zeros(kind.count, device=kind.reads.weight.device) for name, kind in kinds.items()}
+    for batch in batches(ids, model.device, progress):
+        with multiplied(kinds, ones):
+            lost = next_token(model(batch, use_cache=False).logits, batch)
+        for name, slopes in zip(ones, torch.autograd.grad(lost, list(ones.values())), strict=True):
+            found[name] += slopes.abs()
+    return found
 
 
 def block_influence(model: PreTrainedModel, ids: Tensor, progress: Progress | None = None, last: bool = False) -> list[float]:

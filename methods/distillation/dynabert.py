@@ -98,11 +98,12 @@ class DynaBERT(Distillation):
         """Put units in the order of their importance; refuses before the work what could not be cut out in the end."""
         from slimbench.methods.core.architecture.uniform import check, sizes_of
         from slimbench.methods.core.architecture.units import kinds_of
+        from slimbench.methods.core.statistics import mask_gradients
 
         check(student, replace(self.sizes(sizes_of(student)), blocks=depth_of(student)))
         check_alike(student)
         kinds = kinds_of(student)
-        for name, scores in importance(student, kinds, windows[:_WINDOWS]).items():
+        for name, scores in mask_gradients(student, kinds, windows[:_WINDOWS]).items():
             kinds[name].cut(student, scores.argsort(descending=True, stable=True))
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
@@ -191,30 +192,6 @@ def check_alike(model: Any) -> None:
     """Raise `Unsupported` if attentions are of several kinds by their places: where blocks are left out, the others move."""
     if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
         raise Unsupported(f"{type(model).__name__} has attentions of several kinds, which go by the number of a block")
-
-
-def importance(model: Any, kinds: dict[str, Structures], windows: Tensor) -> dict[str, Tensor]:
-    """Σ over batches of |∂L/∂ξ| [count] of units, by the full name of the layer that reads them.
-
-    Args:
-        model: No parameter of it has a gradient afterwards.
-        windows: Token ids [n, length].
-    """
-    import torch
-
-    from slimbench.methods.core.learning.gates import multiplied
-    from slimbench.methods.core.losses import next_token
-    from slimbench.methods.core.walk import batches
-
-    model.requires_grad_(False)
-    ones = {name: torch.ones(kind.count, device=kind.reads.weight.device, requires_grad=True) for name, kind in kinds.items()}
-    found = {name: torch.zeros_like(values) for name, values in ones.items()}
-    for ids in batches(windows, model.device):
-        with multiplied(kinds, ones):
-            lost = next_token(model(input_ids=ids, use_cache=False).logits, ids)
-        for name, slopes in zip(ones, torch.autograd.grad(lost, list(ones.values())), strict=True):
-            found[name] += slopes.abs()
-    return {name: values.detach() for name, values in found.items()}
 
 
 @contextmanager

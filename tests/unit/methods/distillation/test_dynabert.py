@@ -18,6 +18,7 @@ from slimbench.methods.core.architecture.surgery import remove_blocks
 from slimbench.methods.core.architecture.units import kinds_of
 from slimbench.methods.core.learning.gates import multiplied
 from slimbench.methods.core.learning.trained import load
+from slimbench.methods.core.statistics import mask_gradients
 from slimbench.methods.core.training import cut
 from slimbench.methods.distillation import dynabert
 from slimbench.methods.distillation.dynabert import DEPTHS, WIDTHS, DynaBERT
@@ -102,7 +103,7 @@ def test_blocks_and_units_of_parts_are_those_of_the_paper() -> None:
 def test_importance_is_the_slope_of_the_loss(dense: DenseModel) -> None:
     model = load(dense).double()
     kinds = kinds_of(model)
-    found = dynabert.importance(model, kinds, TOKENS.ids)
+    found = mask_gradients(model, kinds, TOKENS.ids)
     for name, scores in list(found.items())[:3]:
         for unit in range(0, len(scores), max(1, len(scores) // 3)):
             losses = []
@@ -121,7 +122,7 @@ def test_units_are_put_in_order_and_the_model_stays_what_it_was(llama: DenseMode
     before = model(IDS).logits
     METHOD.prepare(model, TOKENS.ids)
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
-    for scores in dynabert.importance(model, kinds_of(model), TOKENS.ids).values():
+    for scores in mask_gradients(model, kinds_of(model), TOKENS.ids).values():
         assert bool((scores[:-1] >= scores[1:] - 1e-6).all())
 
 
