@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 SELF = "self"
-"""The source of what the dense model writes; see `util.own_text`."""
-WRITTEN_VERSION = 1
+"""The source of what the dense model writes; see `util.writing.own`."""
 
 
 def sample(spec: str, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> torch.Tensor:
@@ -54,9 +53,9 @@ def fingerprint(spec: str, samples: int, length: int, seed: int, writer: str | N
     """16 hex digits that identify the calibration text and its sampling; needs no fetch. The tokenizer is the model's.
 
     Args:
-        writer: What tells the dense model from others, for what it writes.
+        writer: What tells the dense model, and how it writes, from others.
     """
-    source = [SELF, writer, WRITTEN_VERSION] if spec == SELF else corpora.fingerprint(spec)
+    source = [SELF, writer] if spec == SELF else corpora.fingerprint(spec)
     identity = [source, samples, length, seed, PROTOCOL_VERSION]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 

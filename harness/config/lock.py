@@ -31,6 +31,7 @@ from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import locate
 from slimbench.harness.schema.identity import Stage
 from slimbench.methods.base import format_of
+from slimbench.tasks.calibration import SELF
 from slimbench.util import sources, syntax
 from slimbench.util.files import write_atomically
 from slimbench.util.text import nearest
@@ -65,6 +66,7 @@ _PROTOCOLS = {
     "generation": (f"{_MEASURE}.generation.measure",),
     "divergence": (f"{_MEASURE}.divergence.Recorder", f"{_MEASURE}.divergence.Comparison"),
     "speed": ("slimbench.harness.stages.speed.run",),
+    "written": ("slimbench.util.writing.own.generate",),
 }
 
 
@@ -100,6 +102,8 @@ class Entry:
 def fingerprints(config: RunConfig, stage: Stage) -> dict[str, str]:
     """What a stage of a cell runs: the hash of the code behind each method, engine, format and protocol, by kind and name."""
     parts: list[tuple[str, str, tuple[str, ...]]] = [("method", locate(step.target).name, (step.target,)) for step in config.pipeline]
+    if stage is Stage.COMPRESS and config.calibration.source == SELF:
+        parts.append(("protocol", "written", _PROTOCOLS["written"]))
     if stage is not Stage.COMPRESS:
         format_ = format_of(locate(step.target) for step in config.pipeline)
         parts.append(("engine", config.engine.name, _engine_code(config.engine)))

@@ -15,6 +15,9 @@ ZEROSHOT = 1
 DIVERGENCE = 1
 """Distance of next-token distributions from the reference's."""
 
+WRITTEN = 1
+"""How a model writes its own calibration text."""
+
 GENERATION = 1
 """Greedy continuations of prompts."""
 

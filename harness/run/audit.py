@@ -54,7 +54,7 @@ class Outcome(StrEnum):
 
 FAULTS = (Outcome.DIFFERS, Outcome.REFUSED, Outcome.BROKEN)
 """What an audit does not pass with."""
-_MADE = ("artefacts", "objects", "checkpoints", "partial", "reference")
+_MADE = ("artefacts", "objects", "checkpoints", "partial", "reference", "written")
 """Folders of the cache with what the stages made; an audit believes none of it."""
 
 

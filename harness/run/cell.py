@@ -87,6 +87,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
     """
     methods = tuple(build_method(step) for step in config.pipeline)
     config = _resolve_revision(_resolve_device(config))
+    placed = _on_its_device(config)
     try:
         if config.suite.tasks:
             zeroshot.check(config.suite.include_path, config.suite.tasks)
@@ -103,14 +104,14 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             device=config.device.name,
             suite=config.suite.name,
             speed=config.speed.name,
-            calibration=written.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
+            calibration=written.fingerprint(placed) if any(m.needs.calibration for m in methods) else None,
             seed=config.seed,
-            keys=identity.keys(_on_its_device(config)),
+            keys=identity.keys(placed),
             reference=identity.keys(_on_its_device(config.as_reference())),
         )
     except DataError as error:
         raise ConfigError(str(error)) from error
-    return Cell(_on_its_device(config), cell, methods, overrides)
+    return Cell(placed, cell, methods, overrides)
 
 
 def _facts(method: Any) -> dict[str, str]:

@@ -88,13 +88,18 @@ def tokenizer_of(source: Path, config: RunConfig) -> Any:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
 
 
-def calibration_of(config: RunConfig, source: Path, report: Reporter) -> Calibration | None:
-    """The calibration tokens of a cell; None where no method of its pipeline reads any."""
+def calibration_of(config: RunConfig, source: Path, report: Reporter, writes: bool = True) -> Calibration | None:
+    """The calibration tokens of a cell; None where no method of its pipeline reads any.
+
+    Args:
+        writes: A model may write them now; if not, None where they are not there yet.
+    """
     if not any(build_method(step).needs.calibration for step in config.pipeline):
         return None
     report.phase("calibration data")
     wanted = config.calibration
     if wanted.source == calibration_sets.SELF:
-        return Calibration(written.text(config, source, report.progress), written.fingerprint(config))
+        own = written.text(config, source, report.progress) if writes else written.found(config, source)
+        return None if own is None else Calibration(own, written.fingerprint(config))
     ids = calibration_sets.sample(wanted.source, tokenizer_of(source, config), wanted.samples, wanted.length, wanted.seed)
     return Calibration(ids, written.fingerprint(config))

@@ -46,7 +46,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     loaded, load_seconds = load(config, key, report)
     model = Scores.of(loaded)
     result = QualityResult(evidence=evidence_of(model, config, key), load_seconds=load_seconds, forward_tokens=0)
-    calibration = calibration_of(config, source, report)
+    calibration = calibration_of(config, source, report, writes=False)
+    if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
+        result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
     seen = calibration.ids.numpy() if calibration else None
     for part in windows:
         name = f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"

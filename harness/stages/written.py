@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.measure import protocols
 from slimbench.harness.stages import models
+from slimbench.methods.base import DenseModel
 from slimbench.tasks import calibration
 from slimbench.util import locks
 from slimbench.util.files import cache_dir, write_atomically
@@ -29,7 +31,8 @@ _SPENT = "spent.json"
 def fingerprint(config: RunConfig) -> str:
     """What identifies the calibration text of a cell, whoever wrote it."""
     wanted = config.calibration
-    writer = digest([models.identity(config.model), config.device.compress]) if wanted.source == calibration.SELF else None
+    how = [config.device.compress, protocols.WRITTEN, _GREEDY, _TOGETHER]
+    writer = digest([models.identity(config.model), *how]) if wanted.source == calibration.SELF else None
     return calibration.fingerprint(wanted.source, wanted.samples, wanted.length, wanted.seed, writer)
 
 
@@ -39,10 +42,9 @@ def text(config: RunConfig, source: Path, progress: Callable[[float, float], Non
     Args:
         source: Folder of the dense model.
     """
-    from slimbench.methods.base import DenseModel
     from slimbench.util.writing.own import generate
 
-    wanted, place = config.calibration, folder(config)
+    place = folder(config)
     with locks.held(place):
         place.mkdir(parents=True, exist_ok=True)
         before, began = seconds(config), time.perf_counter()
@@ -52,10 +54,25 @@ def text(config: RunConfig, source: Path, progress: Callable[[float, float], Non
             write_atomically(place / _SPENT, json.dumps({"seconds": taken}).encode())
             progress(done, total)
 
-        shape = models.shape_of(source)
-        device: Any = config.device.compress
-        dense = DenseModel(source, source, config.model.dtype, device, shape, progress=noting, checkpoints=place)
-        return generate(dense, wanted.samples, wanted.length, _GREEDY, _TOGETHER, wanted.seed)
+        return generate(_writer(config, source, noting), *_wanted(config))
+
+
+def found(config: RunConfig, source: Path) -> Tensor | None:
+    """The text as it lies in the cache; None where it does not."""
+    from slimbench.util.writing import own
+
+    return own.found(_writer(config, source, lambda done, total: None), *_wanted(config))
+
+
+def _writer(config: RunConfig, source: Path, progress: Callable[[float, float], None]) -> DenseModel:
+    device: Any = config.device.compress
+    shape = models.shape_of(source)
+    return DenseModel(source, source, config.model.dtype, device, shape, progress=progress, checkpoints=folder(config))
+
+
+def _wanted(config: RunConfig) -> tuple[int, int, int, int, int]:
+    wanted = config.calibration
+    return wanted.samples, wanted.length, _GREEDY, _TOGETHER, wanted.seed
 
 
 def seconds(config: RunConfig) -> float:

@@ -21,6 +21,7 @@ KINDS = {
     "artefacts": ("artefacts",),
     "checkpoints": ("checkpoints", "partial"),
     "reference distributions": ("reference",),
+    "texts of models": ("taught", "written"),
     "tokens": ("tokens",),
     "kernels": ("kernels",),
     "environments": ("environments",),

@@ -118,6 +118,7 @@ _NOTE = (
     r"no speed-up: .+",
     r"no continuations: .+",
     r"not held against its teacher: .+",
+    r"calibration text not held against the test text: .+",
     r"unsupported: .+",
     r".+: left out, .+",
     r".+: items left out, .+",

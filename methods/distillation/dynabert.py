@@ -13,13 +13,13 @@ is multiplied by, added up over batches of text, with L the loss of the next tok
 
 The paper has encoders and tasks with augmented data, and as importance of a neuron |Σ w ∂L/∂w| of its rows and of its columns; |∂L/∂ξ| is
 that of the columns. Heads that share a key and a value head move together. Under a deeper teacher the l-th state of n blocks belongs to its
-⌊l N / n⌋-th of N.
+⌊l N / n⌋-th of N. The authors' last part, which tunes the asked sizes on the task alone, is left to another step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,17 +94,30 @@ class DynaBERT(Distillation):
         if shape.num_layers < 2:
             raise Unsupported(f"a model of {shape.num_layers} block has no shallower part")
 
-    def prepare(self, student: Any, windows: Any) -> None:
+    def prepare(self, student: Any, windows: Any, dense: DenseModel) -> None:
         """Put units in the order of their importance; refuses before the work what could not be cut out in the end."""
         from slimbench.methods.core.architecture.uniform import check, sizes_of
         from slimbench.methods.core.architecture.units import kinds_of
-        from slimbench.methods.core.statistics import mask_gradients
 
         check(student, replace(self.sizes(sizes_of(student)), blocks=depth_of(student)))
         check_alike(student)
         kinds = kinds_of(student)
-        for name, scores in mask_gradients(student, kinds, windows[:_WINDOWS]).items():
-            kinds[name].cut(student, scores.argsort(descending=True, stable=True))
+        for name, order in self.order(student, kinds, windows, dense).items():
+            kinds[name].cut(student, order)
+
+    def order(self, student: Any, kinds: Mapping[str, Structures], windows: Tensor, dense: DenseModel) -> dict[str, Tensor]:
+        """Indices [count] of units, the most important first; once chosen they stay, so that a run which was ended goes on from them."""
+        from slimbench.methods.core.statistics import mask_gradients
+        from slimbench.util import checkpoints
+
+        before = checkpoints.load(dense.checkpoints, "order", repr(self)) if dense.checkpoints else None
+        if before:
+            return before[0]
+        scores = mask_gradients(student, kinds, windows[:_WINDOWS])
+        found = {name: values.argsort(descending=True, stable=True) for name, values in scores.items()}
+        if dense.checkpoints:
+            checkpoints.save(dense.checkpoints, "order", repr(self), found, {})
+        return found
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         from slimbench.methods.distillation.student import width_of
@@ -195,7 +208,7 @@ def check_alike(model: Any) -> None:
 
 
 @contextmanager
-def part_of(model: Any, kinds: dict[str, Structures], width: float, blocks: Sequence[int]) -> Iterator[None]:
+def part_of(model: Any, kinds: Mapping[str, Structures], width: float, blocks: Sequence[int]) -> Iterator[None]:
     """For a while, a model with the first units of its blocks and with some blocks alone."""
     import torch
 
@@ -214,7 +227,7 @@ def part_of(model: Any, kinds: dict[str, Structures], width: float, blocks: Sequ
         yield
 
 
-def output(model: Any, kinds: dict[str, Structures], ids: Tensor, width: float, blocks: Sequence[int], dense: DenseModel) -> Output:
+def output(model: Any, kinds: Mapping[str, Structures], ids: Tensor, width: float, blocks: Sequence[int], dense: DenseModel) -> Output:
     """What a part of a model makes of a text.
 
     Hidden states are seen here and not by transformers, which looks at the blocks that a model has when it is first asked for them.

@@ -87,7 +87,7 @@ class Distillation(TrainingSettings, Method):
             raise Unsupported("the student never predicts some tokens, of which the teacher's distribution has a share")
         teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
         windows = self.windows(calibration, dense)
-        self.prepare(student, windows)
+        self.prepare(student, windows, dense)
         lessons = self.lessons(student, teacher, dense)
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
         done: list[Trained] = []
@@ -103,7 +103,7 @@ class Distillation(TrainingSettings, Method):
         claim.details["training"] |= {"lesson_steps": steps, "earlier_lessons": [part.told for part in done[:-1]]}
         return claim
 
-    def prepare(self, student: Any, windows: Any) -> None:
+    def prepare(self, student: Any, windows: Any, dense: DenseModel) -> None:
         """What is done to the student before it learns, with what it will be trained on.
 
         Raises:

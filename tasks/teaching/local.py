@@ -1,6 +1,7 @@
 """A teacher in this process: a model of transformers, asked in batches.
 
-Each answer is drawn by a seed of its own, made of what is asked; so a run that was ended anywhere goes on with the same answers.
+Each answer is drawn by a seed of its own, made of what is asked; so a run that was ended anywhere goes on with the same answers, as far as
+sums that are rounded otherwise beside other answers leave the same token the likeliest.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Local:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: str) -> None:
         self.identity, self._model, self._tokenizer = identity, model, tokenizer
+        stated = model.generation_config.eos_token_id if model.generation_config else None
+        self._ends: list[int] = [stated] if isinstance(stated, int) else list(stated or ())
 
     def answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """See `util.writing.teaching.Teacher`; answers come a batch at a time, in order."""
@@ -47,7 +50,7 @@ class Local:
         processors: list[Any] = []
         if weight:
             against = self._encoded([(*request.chat[:-1], (request.chat[-1][0], request.against or "")) for request in requests])
-            processors.append(Subtracted(self._model, against, weight, self._ends()))
+            processors.append(Subtracted(self._model, against, weight, self._ends))
         if sampling.presence_penalty:
             processors.append(Presence(sampling.presence_penalty, width))
         if sampling.temperature:
@@ -62,7 +65,7 @@ class Local:
         from transformers import GenerationConfig, LogitsProcessorList
 
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
-        ends, searched = self._ends() or None, {"num_beams": sampling.beams, "do_sample": False, "return_dict_in_generate": True}
+        ends, searched = self._ends or None, {"num_beams": sampling.beams, "do_sample": False, "return_dict_in_generate": True}
         ids, mask, cache = prompts["input_ids"], prompts["attention_mask"], None
         width, left, going = ids.shape[1], sampling.max_tokens, list(range(len(ids)))
         written: dict[int, list[int]] = {}
@@ -81,11 +84,11 @@ class Local:
                 left -= count
                 stay = [place for place, row in enumerate(going) if self._completion(written[row], 0, sampling).finish != "stop"]
                 rows = torch.tensor(stay, dtype=torch.int64, device=ids.device)
-                going, ids, cache = [going[place] for place in stay], made.sequences[rows], made.past_key_values
-                mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)[rows]
-                for part in (cache, *processors):
+                mask = torch.cat([mask, mask.new_ones(len(mask), made.sequences.shape[1] - mask.shape[1])], 1)[rows]
+                going, ids, cache = [going[place] for place in stay], made.sequences[rows], getattr(made, "past_key_values", None)
+                for part in (cache, *processors) if left and going else ():
                     if part is not None:
-                        part.batch_select_indices(rows)
+                        part.reorder_cache(rows)
         return [written[row] for row in range(len(written))]
 
     def _encoded(self, chats: Sequence[tuple[tuple[str, str], ...]]) -> dict[str, Tensor]:
@@ -98,14 +101,8 @@ class Local:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in each])
         return {"input_ids": ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
 
-    def _ends(self) -> list[int]:
-        """Tokens that end an answer."""
-        stated = self._model.generation_config.eos_token_id if self._model.generation_config else None
-        return [stated] if isinstance(stated, int) else list(stated or ())
-
     def _completion(self, ids: list[int], prompt_tokens: int, sampling: Sampling) -> Completion:
-        ends = self._ends()
-        place = next((place for place, token in enumerate(ids) if token in ends), None)
+        place = next((place for place, token in enumerate(ids) if token in self._ends), None)
         text = str(self._tokenizer.decode(ids if place is None else ids[:place], skip_special_tokens=True))
         cuts = [found for stop in sampling.stop if (found := text.find(stop)) >= 0]
         ended = place is not None or bool(cuts)
@@ -139,7 +136,7 @@ class Drawn:
         noise = [torch.empty_like(row).exponential_(generator=of) for row, of in zip(scores, self._generators, strict=True)]
         return scores - torch.stack(noise).log()
 
-    def batch_select_indices(self, rows: Tensor) -> None:
+    def reorder_cache(self, rows: Tensor) -> None:
         """Leave some answers alone, as a cache of transformers does."""
         self._generators = [self._generators[row] for row in rows.tolist()]
 
@@ -156,7 +153,7 @@ class Presence:
         answer = ids[:, self._width :]
         return logits - self._penalty * torch.zeros_like(logits).scatter_(1, answer, 1.0)
 
-    def batch_select_indices(self, rows: Tensor) -> None:
+    def reorder_cache(self, rows: Tensor) -> None:
         """See `Drawn`; nothing is kept of an answer."""
 
 
@@ -187,8 +184,8 @@ class Subtracted:
             found[ended, end] = 0.0
         return found
 
-    def batch_select_indices(self, rows: Tensor) -> None:
+    def reorder_cache(self, rows: Tensor) -> None:
         """See `Drawn`."""
         self._against = {name: value[rows] for name, value in self._against.items()}
         if self._cache is not None:
-            self._cache.batch_select_indices(rows)
+            self._cache.reorder_cache(rows)

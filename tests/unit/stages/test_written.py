@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from slimbench.harness.config import lock
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.run import audit
+from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.identity import keys
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import written
 from slimbench.harness.stages.common import calibration_of
 from slimbench.harness.stages.compress import _calibration_facts
@@ -76,6 +80,25 @@ def test_what_it_depends_on_is_in_the_key(source: Path, tmp_path: Path) -> None:
     assert written.fingerprint(packaged) == calibration.fingerprint(wanted.source, wanted.samples, wanted.length, wanted.seed)
 
 
+def test_a_record_names_the_text_that_its_method_read(source: Path) -> None:
+    config = cell(source, "device.compress=auto")
+    made = make_cell(config)
+    assert made.identity.calibration == written.fingerprint(made.config) != written.fingerprint(config), "the device is known by then"
+    assert "protocol written" in lock.fingerprints(made.config, Stage.COMPRESS)
+    assert "protocol written" not in lock.fingerprints(resolve(["method=gptq"]), Stage.COMPRESS)
+
+
+def test_who_only_compares_writes_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = cell(source, "calibration_seed=5")
+    with monkeypatch.context() as patched:
+        patched.setattr(DenseModel, "load", lambda *_, **__: pytest.fail("it writes"))
+        assert calibration_of(config, source, Silent(), writes=False) is None
+    text = calibration_of(config, source, Silent())
+    again = calibration_of(config, source, Silent(), writes=False)
+    assert text is not None and again is not None and torch.equal(text.ids, again.ids)
+    assert "written" in audit._MADE, "an audit writes it anew"
+
+
 def test_an_interrupted_text_goes_on_where_it_was(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "_TOGETHER", 2)
     config, seen = cell(source), []
@@ -87,6 +110,7 @@ def test_an_interrupted_text_goes_on_where_it_was(source: Path, monkeypatch: pyt
 
     with pytest.raises(KeyboardInterrupt):
         written.text(config, source, killed)
+    assert written.found(config, source) is None, "half of it is none"
     taken = written.seconds(config)
     ids = written.text(config, source, lambda done, total: seen.append(done))
     assert seen[-1] == 6 and seen.count(2) == 1 and written.seconds(config) > taken > 0

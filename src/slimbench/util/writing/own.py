@@ -48,8 +48,8 @@ def generate(dense: Writer, count: int, length: int, greedy: int, batch_size: in
     from slimbench.util import checkpoints as _checkpoints
 
     identity = _identity(dense, count, length, greedy, batch_size, seed, temperature) if dense.checkpoints else ""
-    kept = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None
-    pieces = list(kept[0]["ids"].split(batch_size)) if kept else []
+    kept = _kept(dense, identity)
+    pieces = list(kept.split(batch_size)) if kept is not None else []
     model = dense.load() if len(pieces) * batch_size < count else None
     for begin in range(len(pieces) * batch_size, count, batch_size):
         generator = torch.Generator(dense.device).manual_seed(seed * 1_000_003 + begin)
@@ -63,6 +63,20 @@ def generate(dense: Writer, count: int, length: int, greedy: int, batch_size: in
         if dense.checkpoints:
             _checkpoints.save(dense.checkpoints, _STATE, identity, {"ids": torch.cat(pieces)}, {})
     return torch.cat(pieces)
+
+
+def found(dense: Writer, count: int, length: int, greedy: int, batch_size: int, seed: int, temperature: float = 1.0) -> Tensor | None:
+    """What `generate` wrote before, from where it is kept; None where that is not all."""
+    kept = _kept(dense, _identity(dense, count, length, greedy, batch_size, seed, temperature))
+    return kept if kept is not None and len(kept) == count else None
+
+
+def _kept(dense: Writer, identity: str) -> Tensor | None:
+    """The sequences that have been written by now."""
+    from slimbench.util import checkpoints as _checkpoints
+
+    state = _checkpoints.load(dense.checkpoints, _STATE, identity) if dense.checkpoints else None
+    return state[0]["ids"] if state else None
 
 
 def _identity(dense: Writer, *settings: float) -> str:

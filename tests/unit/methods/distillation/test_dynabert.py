@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from slimbench.methods.base import DenseModel, ModelShape, Unsupported
+from slimbench.methods.core import statistics, walk
 from slimbench.methods.core.architecture.surgery import remove_blocks
 from slimbench.methods.core.architecture.units import kinds_of
 from slimbench.methods.core.learning.gates import multiplied
@@ -120,7 +121,7 @@ def test_importance_is_the_slope_of_the_loss(dense: DenseModel) -> None:
 def test_units_are_put_in_order_and_the_model_stays_what_it_was(llama: DenseModel) -> None:
     model = load(llama)
     before = model(IDS).logits
-    METHOD.prepare(model, TOKENS.ids)
+    METHOD.prepare(model, TOKENS.ids, llama)
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-5)
     for scores in mask_gradients(model, kinds_of(model), TOKENS.ids).values():
         assert bool((scores[:-1] >= scores[1:] - 1e-6).all())
@@ -202,6 +203,28 @@ def test_a_run_that_is_cut_off_in_its_second_half_learns_from_the_same_copy(llam
     assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
+def test_the_order_is_kept_through_an_interruption(llama: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may put units of nearly equal importance otherwise."""
+    first, second, other = load(llama), load(llama), load(llama)
+    kept = replace(llama, checkpoints=tmp_path)
+    METHOD.prepare(first, TOKENS.ids, kept)
+    monkeypatch.setattr(statistics, "mask_gradients", lambda model, kinds, ids: {name: torch.arange(k.count) for name, k in kinds.items()})
+    METHOD.prepare(second, TOKENS.ids, kept)
+    METHOD.prepare(other, TOKENS.ids, llama)
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (first, second, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_slopes_of_batches_do_not_cancel_each_other(llama: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(llama)
+    kinds = kinds_of(model)
+    monkeypatch.setattr(walk, "_BATCH_TOKENS", 32)
+    found, alone = mask_gradients(model, kinds, TOKENS.ids), [mask_gradients(model, kinds, row[None]) for row in TOKENS.ids]
+    for name, values in found.items():
+        torch.testing.assert_close(values, sum(each[name] for each in alone), rtol=1e-4, atol=1e-6)
+        assert float(values.median()) > 1e-4
+
+
 def test_what_does_not_fit_is_refused_before_the_work(llama: DenseModel, tmp_path: Path) -> None:
     for wrong, message in (
         ({"width": 0.6}, "width must be one of 1, 0.75"),
@@ -213,7 +236,7 @@ def test_what_does_not_fit_is_refused_before_the_work(llama: DenseModel, tmp_pat
     with pytest.raises(ValueError, match="both 1"):
         replace(METHOD, width=1.0, depth=1.0)
     with pytest.raises(Unsupported, match="an ordinary OPTForCausalLM cannot have 2 heads"):
-        METHOD.prepare(make("opt"), TOKENS.ids)
+        METHOD.prepare(make("opt"), TOKENS.ids, llama)
     with pytest.raises(Unsupported, match="1 block has no shallower part"):
         METHOD.check(ModelShape("LlamaForCausalLM", 64, 128, 1, 4, 2, 256, True))
     with pytest.raises(Unsupported, match="hidden states of 128 features cannot be compared with the teacher's 64"):

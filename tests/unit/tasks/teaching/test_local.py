@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,46 @@ def test_answers_that_have_ended_leave_the_batch_and_change_no_other(
         assert rows == sorted(rows, reverse=True)
     finally:
         hook.remove()
+
+
+@pytest.fixture
+def brief(parts: tuple[Any, Any]) -> Iterator[tuple[local.Local, list[int]]]:
+    """A teacher whose answers end with one of its likelier tokens, and how many texts each of its passes has."""
+    model, tokenizer = parts
+    before, plain = model.generation_config.eos_token_id, local.Local(model, tokenizer, "tiny")
+    written = plain._written(plain._encoded([request.chat for request in requests(6)]), Sampling(max_tokens=24), ())
+    likely = Counter(token for ids in written for token in ids).most_common(1)[0][0]
+    model.generation_config.eos_token_id = [before, likely, written[0][7]]
+    rows: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, made: rows.append(len(made)))
+    yield local.Local(model, tokenizer, "tiny"), rows
+    hook.remove()
+    model.generation_config.eos_token_id = before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("count", [1, 9])
+def test_answers_end_with_their_token_and_leave(
+    brief: tuple[local.Local, list[int]], parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, count: int, temperature: float
+) -> None:
+    """Of one text, and of several that end at different places, all of them before what is allowed: nothing is computed twice."""
+    teacher, rows = brief
+    asked = requests(count, max_tokens=120, temperature=temperature)
+    monkeypatch.setattr(local, "ROUND", 1000)
+    whole = [(answer.text, answer.finish, answer.tokens) for _, answer in teacher.answers(asked)]
+    rows.clear()
+    monkeypatch.setattr(local, "ROUND", 5)
+    seen: list[int] = []
+    watch = parts[0].model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        assert [(answer.text, answer.finish, answer.tokens) for _, answer in teacher.answers(asked)] == whole
+    finally:
+        watch.remove()
+    longest = max(tokens for *_, tokens in whole)
+    assert "stop" in {finish for _, finish, _ in whole}
+    assert len(rows) == longest and set(seen[1:]) <= {1}, "each pass but the first reads one token"
+    for place, texts in enumerate(rows):
+        assert texts == sum(tokens > place // 5 * 5 for *_, tokens in whole)
 
 
 def test_presence_is_taken_off_what_the_answer_has_already() -> None:
