@@ -17,7 +17,17 @@ from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance, speedups
 from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
-from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, Result, TextComparison, difference, divergence, texts
+from slimbench.leaderboard.compare.texts import (
+    Difference,
+    DivergenceComparison,
+    ImitationComparison,
+    Result,
+    TextComparison,
+    difference,
+    divergence,
+    imitation,
+    texts,
+)
 from slimbench.leaderboard.flags.kinds import Figure, meaning, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.pairing import shared_items
@@ -110,6 +120,7 @@ class Comparison(Result):
     texts: list[TextComparison]
     divergence: DivergenceComparison | None
     accuracy: AccuracyComparison | None
+    imitation: ImitationComparison | None
     speed: list[SpeedComparison]
     weights_ratio: float | None
     disk_ratio: float | None
@@ -154,6 +165,7 @@ def of_rows(index: Index, one: Row, other: Row) -> Comparison:
         texts=texts(ours, theirs) if ours and theirs else [],
         divergence=divergence(index, one, other) if ours and theirs else None,
         accuracy=_accuracy(shared_items(ours.zeroshot, theirs.zeroshot)) if ours and theirs and Figure.ACCURACY not in refused else None,
+        imitation=imitation(ours, theirs) if ours and theirs else None,
         speed=[speed for speed in _speed(index, one, other) if Figure(speed.phase) not in refused],
         weights_ratio=_ratio(one.weight_bytes, other.weight_bytes),
         disk_ratio=_ratio(one.disk_bytes, other.disk_bytes),

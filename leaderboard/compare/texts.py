@@ -13,9 +13,13 @@ from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
 from slimbench.harness.stats.bootstrap import Estimate, attempt
 from slimbench.harness.stats.equivalence import detectable, items_to_detect
+from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index
 from slimbench.leaderboard.rows.pairing import documents_of, name_of, partners, windows_of
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.format import shorten
+
+_LONGEST = 60
 
 
 class Result(BaseModel):
@@ -76,6 +80,43 @@ class DivergenceComparison(Result):
     b: float
     delta: Difference
     p: float | None
+
+
+class ImitationComparison(Result):
+    """How near two students of one text came to their teacher, on the same held-out examples.
+
+    Attributes:
+        answers: Of the perplexity of the teacher's answers, over their tokens; its items are examples.
+        rouge_l: Mean of A's own answers with the teacher's less that of B's, with its paired bootstrap interval over examples.
+        rouge_p: Paired t-test over the examples.
+    """
+
+    recipe: str
+    answers: TextComparison
+    rouge_a: float
+    rouge_b: float
+    rouge_l: Difference
+    rouge_p: float | None
+
+
+def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison | None:
+    """Two students against each other; None where they were not held against the same examples of one text."""
+    a, b = ours.imitation, theirs.imitation
+    if not a or not b or (a.protocol, a.text_sha256, a.tokens) != (b.protocol, b.text_sha256, b.tokens):
+        return None
+    recipe = shorten(str(clean(a.recipe)), _LONGEST)
+    values = math.exp(a.nll_per_token), math.exp(b.nll_per_token)
+    ratio = stats.document_ratio_interval(a.nll, b.nll, a.tokens)
+    changes = [x - y for x, y in zip(a.rouge_l, b.rouge_l, strict=True)]
+    low, high = attempt(stats.mean_interval, changes, otherwise=(math.nan, math.nan))
+    return ImitationComparison(
+        recipe=recipe,
+        answers=_text(f"answers of {recipe}", values, ratio, a.nll, b.nll),
+        rouge_a=a.mean_rouge_l,
+        rouge_b=b.mean_rouge_l,
+        rouge_l=difference(Estimate(mean(changes), low, high)),
+        rouge_p=finite(attempt(significance.paired_p_value, a.rouge_l, b.rouge_l, otherwise=math.nan)),
+    )
 
 
 def headline(index: Index, a: Row, b: Row) -> TextComparison | None:

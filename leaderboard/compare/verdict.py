@@ -13,7 +13,7 @@ from slimbench.leaderboard.compare.compare import (
     Refusal,
     SpeedComparison,
 )
-from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, TextComparison
+from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, ImitationComparison, TextComparison
 from slimbench.leaderboard.flags.kinds import Figure, kind
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS
@@ -41,6 +41,7 @@ def verdict(comparison: Comparison) -> str:
     else:
         parts = [_quality(comparison.texts[0], a, b)] if comparison.texts else [f"{a.label} against {b.label}: no perplexity to compare"]
         parts += [_divergence(comparison.divergence)] if comparison.divergence else []
+        parts += [_imitation(comparison.imitation)] if comparison.imitation else []
         why = refused.get(Figure.ACCURACY)
         missing = f"accuracy is not compared, {why}" if why else "no accuracy to compare"
         parts.append(_accuracy(comparison.accuracy) if comparison.accuracy else missing)
@@ -96,6 +97,12 @@ def _divergence(found: DivergenceComparison) -> str:
     return f"KL from the reference is {'lower' if delta.value < 0 else 'higher'}, {words}"
 
 
+def _imitation(found: ImitationComparison) -> str:
+    """Which of two students finds their teacher's held-out answers likelier, if that is shown."""
+    differs = "" if found.answers.p is None or found.answers.p < LEVEL else "does not differ significantly: "
+    return f"perplexity of the teacher's answers to {found.answers.items:,} held-out prompts {differs}{change(found.answers)}"
+
+
 def _change(ratio: float) -> str:
     """A ratio in words: `3.1 % lower`, `2.4 % higher`, from 2 on `4.5 times as high`."""
     if ratio >= 2:
@@ -149,6 +156,8 @@ def to_terminal(comparison: Comparison) -> RenderableType:
     parts += [Text(f"{row.label}: {kind(flag)}: {flag}", style="dim") for row in (a, b) for flag in row.flags]
     if comparison.texts:
         parts.append(_text_table(comparison))
+    if comparison.imitation:
+        parts.append(_imitation_table(comparison, comparison.imitation))
     if comparison.accuracy:
         parts.append(_task_table(comparison, comparison.accuracy))
     parts += [_cell_table(comparison), *(Text(note, style="dim") for note in _notes(comparison))]
@@ -162,6 +171,18 @@ def _text_table(comparison: Comparison) -> Table:
         gain = EMPTY if text.pairing_gain is None else f"{decimal(1)(text.pairing_gain)} ×"
         values = (decimal(2)(text.a), decimal(2)(text.b), form(text.ratio.value), _bounds(text.ratio, form))
         _add(table, text.name, *values, EMPTY if text.p is None else p_value(text.p), str(text.items), gain)
+    return table
+
+
+def _imitation_table(comparison: Comparison, found: ImitationComparison) -> Table:
+    table = _table(comparison, "Held-out examples", "ratio or difference", "95 % interval", "p", "examples")
+    likely, form = found.answers, decimal(4)
+    values = (decimal(2)(likely.a), decimal(2)(likely.b), form(likely.ratio.value), _bounds(likely.ratio, form))
+    name, count = f"perplexity, {likely.name}", str(likely.items)
+    _add(table, name, *values, EMPTY if likely.p is None else p_value(likely.p), count)
+    form = decimal(3, signed=True)
+    values = (decimal(3)(found.rouge_a), decimal(3)(found.rouge_b), form(found.rouge_l.value), _bounds(found.rouge_l, form))
+    _add(table, "ROUGE-L of its own", *values, EMPTY if found.rouge_p is None else p_value(found.rouge_p), count)
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from slimbench.harness.schema.imitation import ImitationResult
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.work import TeachingFacts
+from slimbench.leaderboard.compare import texts, verdict
 from slimbench.leaderboard.site import taught
 
 COLUMNS: dict[str, Any] = {
@@ -24,7 +27,7 @@ COLUMNS: dict[str, Any] = {
 
 
 def imitation(**columns: Any) -> ImitationResult:
-    return ImitationResult(protocol="imitation-1", recipe="r", text_sha256="0" * 64, **COLUMNS | columns)
+    return ImitationResult(**{"protocol": "imitation-1", "recipe": "r", "text_sha256": "0" * 64} | COLUMNS | columns)
 
 
 def record(imitated: ImitationResult | None = None, teaching: TeachingFacts | None = None) -> Record:
@@ -52,6 +55,41 @@ def test_what_a_record_says_of_its_teacher_is_text_and_short() -> None:
     facts = dict(taught.facts(record(teaching=told)))
     assert facts["Kept"] == "1,000 of 1,200 that were looked at" and facts["Written"] == "50,000 tokens in 61 s, before this cell"
     assert "\x1b" not in facts["Teacher"] and len(facts["Teacher"]) <= 200
+
+
+def many(shift: float, rouge: float, **columns: Any) -> QualityResult:
+    """Forty examples of two to eleven tokens, whose answers differ in how likely they are."""
+    draw = random.Random(7)
+    tokens = [2 + place % 10 for place in range(40)]
+    nll = [count * (2.0 + draw.random() + shift) for count in tokens]
+    near = [min(1.0, rouge + 0.1 * draw.random()) for _ in tokens]
+    own = {"tasks": [""] * 40, "nll": nll, "tokens": tokens, "rouge_l": near, "right": [None] * 40}
+    return QualityResult(imitation=imitation(**own | columns))
+
+
+def test_two_students_of_one_text_are_compared_answer_by_answer() -> None:
+    better, worse = many(-0.3, 0.4), many(0.0, 0.3)
+    found = texts.imitation(better, worse)
+    assert found is not None and found.answers.items == 40
+    assert found.answers.ratio.value == pytest.approx(math.exp(-0.3)) == found.answers.a / found.answers.b
+    assert found.answers.ratio.low == pytest.approx(found.answers.ratio.high), (
+        "all tokens are likelier by as much, so pairing leaves no spread"
+    )
+    assert found.rouge_l.value == pytest.approx(0.1) and found.rouge_a - found.rouge_b == pytest.approx(0.1)
+    assert verdict._imitation(found).startswith("perplexity of the teacher's answers to 40 held-out prompts 25.9 % lower (")
+    same = texts.imitation(worse, worse)
+    assert same is not None and same.answers.ratio.value == 1 and same.rouge_l.value == 0
+    assert "does not differ" in verdict._imitation(same.model_copy(update={"answers": same.answers.model_copy(update={"p": 0.4})}))
+
+
+def test_students_of_other_texts_or_other_examples_are_not_compared() -> None:
+    whole = many(0.0, 0.3)
+    other = QualityResult(imitation=whole.imitation.model_copy(update={"text_sha256": "1" * 64}) if whole.imitation else None)
+    assert texts.imitation(whole, other) is None and texts.imitation(whole, QualityResult()) is None
+    assert texts.imitation(whole, many(0.0, 0.3, tokens=[3] * 40)) is None
+    forged = many(0.0, 0.3, recipe="\x1b[2J" + "x" * 500)
+    told = texts.imitation(forged, forged)
+    assert told is not None and "\x1b" not in told.answers.name and len(told.answers.name) < 80
 
 
 @pytest.mark.parametrize("columns", [{"nll": [1.0]}, {"tokens": []}, {"right": [True]}])
