@@ -15,7 +15,9 @@ from pathlib import Path
 
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard import coverage
+from slimbench.leaderboard.compare import students
 from slimbench.leaderboard.compare.grids import Study, studies
+from slimbench.leaderboard.compare.students import Group
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables import grids
@@ -71,21 +73,23 @@ def coverage_totals(board: Sequence[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"methods": methods, "engines": engines, "coverage": coverage_totals}
-GRIDS = "grids"
+GRIDS, STUDENTS = "grids", "students"
 
 
-def filled(text: str, board: Sequence[Row], studies: Sequence[Study] = ()) -> str:
+def filled(text: str, board: Sequence[Row], studies: Sequence[Study] = (), taught: Sequence[Group] = ()) -> str:
     """The text with every table that it asks for written anew.
 
     Args:
         studies: Methods on common grids, for the tables of those.
+        taught: Students of one teacher, for theirs.
     """
 
     def write(found: re.Match[str]) -> str:
-        table = grids.markdown(studies) if found[1] == GRIDS else TABLES[found[1]](board)
+        other = {GRIDS: lambda: grids.markdown(studies), STUDENTS: lambda: students.markdown(taught)}
+        table = other[found[1]]() if found[1] in other else TABLES[found[1]](board)
         return f"<!-- {found[1]}: begin -->\n{table}<!-- {found[1]}: end -->"
 
-    return re.sub(rf"<!-- ({'|'.join([*TABLES, GRIDS])}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join([*TABLES, GRIDS, STUDENTS])}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
 
 
 def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
@@ -125,9 +129,9 @@ def _lines(cells: Sequence[Sequence[str]]) -> str:
 def main(results: Path, files: Sequence[Path]) -> None:
     """Write the tables of the files anew."""
     records = Store(results).scan()[0]
-    board, found = rows(records), studies(records)
+    board, found, taught = rows(records), studies(records), students.groups(records)
     for file in files:
-        write_atomically(file, filled(file.read_text(encoding="utf-8"), board, found).encode())
+        write_atomically(file, filled(file.read_text(encoding="utf-8"), board, found, taught).encode())
 
 
 if __name__ == "__main__":

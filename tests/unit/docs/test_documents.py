@@ -19,6 +19,7 @@ from slimbench.harness.config import compose
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.grids import Study, studies
+from slimbench.leaderboard.compare.students import Group, groups
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.readme import TABLES, filled
@@ -43,6 +44,11 @@ def grids(records: list[Record]) -> list[Study]:
     return studies(records)
 
 
+@pytest.fixture(scope="module")
+def taught(records: list[Record]) -> list[Group]:
+    return groups(records)
+
+
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choices of a reader who has followed CONTRIBUTING."""
@@ -57,9 +63,9 @@ def test_the_readme_is_read_in_two_minutes() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_tables_are_those_of_the_records(file: Path, board: list[Row], grids: list[Study]) -> None:
+def test_tables_are_those_of_the_records(file: Path, board: list[Row], grids: list[Study], taught: list[Group]) -> None:
     text = file.read_text(encoding="utf-8")
-    assert filled(text, board, grids) == text, "run `make readme`"
+    assert filled(text, board, grids, taught) == text, "run `make readme`"
     assert file.name != "README.md" or text.count(": begin -->") == 2
 
 

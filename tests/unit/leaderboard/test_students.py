@@ -1,0 +1,75 @@
+"""Students of one teacher against each other: who is in a group, and what the lines say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.compare import students
+from slimbench.leaderboard.compare.compare import compare
+from tests.support.paths import ROOT
+from tests.unit.cli.test_cli import slimbench
+
+SAME = "shortgpt(fraction=0.5)+"
+
+
+@pytest.fixture(scope="module")
+def taught(committed: list[Record]) -> list[Record]:
+    """The committed records of students and of what they are held against."""
+    found = [record for record in committed if record.cell.pipeline.startswith(SAME) and record.cell.suite == "screen"]
+    return found + [record for record in committed if record.cell.pipeline == "dense" and record.cell.suite == "screen"]
+
+
+def test_all_losses_stand_beside_kd_as_compare_has_them(taught: list[Record]) -> None:
+    first, *others = students.groups(taught)
+    names = [student.name for student in first.students]
+    assert {"kd", "student-hard", "gkd", "kd-reverse", "kd-skew", "distilbert"} <= set(names) and first.tokens == 102_400
+    assert [student.row.perplexity for student in first.students] == sorted(student.row.perplexity or 0 for student in first.students)
+    for student in first.students:
+        if student.name in ("distilbert", "student-hard"):
+            direct = compare(taught, student.row.label, first.base.label, suite="screen").texts[0]
+            assert student.against == direct
+    assert [{student.settings["seed"] for student in group.students} for group in others] == [{1}, {2}], "seeds are held apart"
+    assert [student.against is None for student in first.students].count(True) == 1
+
+
+def test_students_of_other_tokens_steps_or_seeds_stand_in_no_group(taught: list[Record]) -> None:
+    def changed(record: Record) -> Record:
+        if record.stage is not Stage.COMPRESS or "distilbert" not in record.cell.pipeline or record.compress is None:
+            return record
+        return record.model_copy(update={"compress": record.compress.model_copy(update={"training_tokens": 51_200})})
+
+    assert "distilbert" not in {student.name for student in students.groups(map(changed, taught))[0].students}
+    without = [record for record in taught if record.cell.pipeline != f"{SAME}kd(learning_rate=0.0002)"]
+    assert all(student.settings["seed"] in (1, 2) for group in students.groups(without) for student in group.students), (
+        "nothing to compare with"
+    )
+    assert students.groups([record for record in taught if record.cell.pipeline == "dense"]) == []
+    foreign = [record.model_copy(update={"foreign": True}) for record in taught]
+    assert students.groups(foreign) == []
+
+
+def test_the_lines_say_by_how_much(taught: list[Record]) -> None:
+    group = students.groups(taught)[0]
+    said = {line["student"]: line for line in students.lines(group)}
+    assert said["kd"]["against kd"] == "–" and said["student-hard"]["against kd"].startswith("+") and said["student-hard"]["p"] == "< 0.001"
+    assert "102,400 tokens · 64 windows" in students.title(group) and "shortgpt(fraction=0.5) ·" in students.title(group)
+    table = students.markdown([group])
+    assert table.count("\n| ") == len(group.students) + 2 and table.startswith("**smollm2-135m")
+
+
+def test_the_command_prints_them_and_says_what_makes_some(tmp_path: Path) -> None:
+    printed = slimbench("board", "students", "--results", str(ROOT / "results"), "--format", "csv").stdout
+    assert {"kd", "distilbert"} <= {line["student"] for line in csv.DictReader(io.StringIO(printed))}
+    folder = tmp_path / "few" / "smollm2-135m" / "dense"
+    folder.mkdir(parents=True)
+    for file in sorted((ROOT / "results" / "smollm2-135m" / "dense").glob("compress-*.json"))[:1]:
+        shutil.copy(file, folder)
+    none = slimbench("board", "students", "--results", str(tmp_path / "few"))
+    assert none.returncode == 2 and "slimbench sweep experiment=distillation" in none.stderr
