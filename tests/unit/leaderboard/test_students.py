@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from pathlib import Path
 
 import pytest
 
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
+from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare import students
 from slimbench.leaderboard.compare.compare import compare
+from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
 
@@ -67,9 +68,8 @@ def test_the_lines_say_by_how_much(taught: list[Record]) -> None:
 def test_the_command_prints_them_and_says_what_makes_some(tmp_path: Path) -> None:
     printed = slimbench("board", "students", "--results", str(ROOT / "results"), "--format", "csv").stdout
     assert {"kd", "distilbert"} <= {line["student"] for line in csv.DictReader(io.StringIO(printed))}
-    folder = tmp_path / "few" / "smollm2-135m" / "dense"
-    folder.mkdir(parents=True)
-    for file in sorted((ROOT / "results" / "smollm2-135m" / "dense").glob("compress-*.json"))[:1]:
-        shutil.copy(file, folder)
+    store = Store(tmp_path / "few")
+    for record in records(Spec()):
+        store.put(record)
     none = slimbench("board", "students", "--results", str(tmp_path / "few"))
     assert none.returncode == 2 and "slimbench sweep experiment=distillation" in none.stderr
