@@ -102,7 +102,8 @@ class Entry:
 def fingerprints(config: RunConfig, stage: Stage) -> dict[str, str]:
     """What a stage of a cell runs: the hash of the code behind each method, engine, format and protocol, by kind and name."""
     parts: list[tuple[str, str, tuple[str, ...]]] = [("method", locate(step.target).name, (step.target,)) for step in config.pipeline]
-    if stage is Stage.COMPRESS and config.calibration.source == SELF:
+    calibrated = any(locate(step.target).needs.calibration for step in config.pipeline)
+    if stage is Stage.COMPRESS and calibrated and config.calibration.source == SELF:
         parts.append(("protocol", "written", _PROTOCOLS["written"]))
     if stage is not Stage.COMPRESS:
         format_ = format_of(locate(step.target) for step in config.pipeline)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from slimbench.harness.schema.base import Schema
@@ -25,7 +27,7 @@ class ImitationResult(Schema):
     text_sha256: str
     tasks: list[str]
     nll: list[float]
-    tokens: list[int] = Field(min_length=1)
+    tokens: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     rouge_l: list[float]
     right: list[bool | None]
 

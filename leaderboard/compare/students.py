@@ -1,17 +1,20 @@
 """Students of one teacher that learned on as many tokens: what each loses against the one that learned predictions, on the same windows.
 
-Students are the same where all steps but the last are, with their settings, and the model, the suite and the machine; they are compared if
-the last steps trained on as many tokens with the same seed. Rates may differ, and are told.
+Students are the same where all steps but the last are, with settings and versions, and what is left of the model has as many bytes. They
+are compared if the last steps are distillations on as many tokens in batches of the same form with the same seed; rates may differ, and are
+told.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimbench.harness.config.errors import ConfigError
+from slimbench.harness.config.registry import entry
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.compare.texts import Difference, TextComparison, headline
@@ -24,9 +27,10 @@ from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
 
 BASE = "kd"
 READING = (
-    "Perplexity in per cent above that of `kd`, with a paired 95 % interval over windows; below 0 the other student is better. "
-    "Rates are those of each student: a loss whose rate was not tuned may do better."
+    "Perplexity in per cent above that of `kd`, with a paired 95 % interval over windows; below 0 the other student is better. p is of "
+    "each pair alone. Rates are those of each student: a loss whose rate was not tuned may do better."
 )
+_BATCHES = ("length", "batch_size", "accumulate")
 _LONGEST = 60
 
 
@@ -42,8 +46,8 @@ class Student:
 
     row: Row
     name: str
-    settings: dict[str, Any]
-    against: TextComparison | None
+    settings: Mapping[str, Any]
+    against: TextComparison | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ class Group:
     """Students that differ in their last step alone, the best first.
 
     Attributes:
-        base: What they are compared with.
+        kind: What they have in common but the seed.
+        base: What they are compared with: the `kd` of the rate that most of them have.
         tokens: That each was trained on.
     """
 
+    kind: str
     base: Row
     tokens: int
     students: tuple[Student, ...]
@@ -64,53 +70,84 @@ def groups(records: Iterable[Record]) -> list[Group]:
     """All groups with a `kd` and another student, the largest first; of seeds the lowest first."""
     ordered = oldest_first(records)
     index = Index(ordered)
-    found: dict[tuple[Any, ...], list[tuple[Row, str, dict[str, Any], int]]] = defaultdict(list)
+    found: dict[tuple[str, str], dict[str, tuple[Student, int]]] = defaultdict(dict)
     for row in rows(ordered):
         compressed, measured = index.of_row(row, Stage.COMPRESS), index.of_row(row, Stage.QUALITY)
         if row.foreign or row.perplexity is None or not compressed or not compressed.compress or not measured:
             continue
         *before, last = measured.cell.steps or [{}]
-        tokens, settings = compressed.compress.training_tokens, last.get("settings")
-        if not before or not tokens or not isinstance(settings, dict):
+        tokens, settings, name = compressed.compress.training_tokens, last.get("settings"), names(measured.cell)[-1]
+        if not before or not tokens or not isinstance(settings, dict) or not _is_distillation(name):
             continue
-        made = json.dumps([[step.get("method"), step.get("settings")] for step in before], sort_keys=True)
-        key = (row.table_key, row.quality_key, row.engine_label, row.calibration, row.dtype, row.seed, settings.get("seed"), tokens, made)
-        found[key].append((row, names(measured.cell)[-1], settings, tokens))
-    made_of = [group for parts in found.values() if (group := _group(parts, index))]
-    return sorted(made_of, key=lambda group: (-len(group.students), group.base.label))
+        same: list[Any] = [row.quality_key, row.hardware, row.fingerprint, row.engine_label, row.calibration, row.weight_bytes, tokens]
+        same += [[step.get("method"), step.get("version"), step.get("settings")] for step in before]
+        kind = json.dumps([*same, *(settings.get(name) for name in _BATCHES)], sort_keys=True)
+        seeds = json.dumps([row.seed, settings.get("seed")])
+        found[kind, seeds].setdefault(row.label, (Student(row, name, settings), tokens))
+    made = [(seeds, group) for (kind, seeds), parts in found.items() if (group := _group(kind, list(parts.values()), index))]
+    return [group for _, group in sorted(made, key=lambda one: (-len(one[1].students), one[1].kind, len(one[0]), one[0]))]
 
 
-def _group(parts: Sequence[tuple[Row, str, dict[str, Any], int]], index: Index) -> Group | None:
-    bases = sorted((row for row, name, _, _ in parts if name == BASE), key=lambda row: (row.perplexity or 0.0, row.label))
+def _is_distillation(name: str) -> bool:
+    try:
+        return bool(entry(name).method.family == "distillation")
+    except ConfigError:
+        return False
+
+
+def _group(kind: str, parts: Sequence[tuple[Student, int]], index: Index) -> Group | None:
+    rates = Counter(str(student.settings.get("learning_rate")) for student, _ in parts)
+    bases = [student for student, _ in parts if student.name == BASE]
+    bases.sort(key=lambda student: (-rates[str(student.settings.get("learning_rate"))], student.row.label))
     if not bases or len(parts) < 2:
         return None
-    base = bases[0]
-    students = [Student(row, name, settings, None if row is base else headline(index, row, base)) for row, name, settings, _ in parts]
+    base = bases[0].row
+    students = [Student(s.row, s.name, s.settings, None if s.row is base else headline(index, s.row, base)) for s, _ in parts]
     students.sort(key=lambda student: (student.row.perplexity or 0.0, student.row.label))
-    return Group(base, parts[0][3], tuple(students))
+    return Group(kind, base, parts[0][1], tuple(students))
 
 
-def lines(group: Group) -> list[dict[str, str]]:
-    """A line for each student."""
-    return [_line(student) for student in group.students]
+def figures(group: Group) -> list[dict[str, Any]]:
+    """A line of numbers for each student; what is not known is None."""
+    return [_figures(group, student) for student in group.students]
 
 
-def _line(student: Student) -> dict[str, str]:
-    text, rate = student.against, student.settings.get("learning_rate")
+def _figures(group: Group, student: Student) -> dict[str, Any]:
+    text = student.against
+    ratio = text.ratio if text else Difference(value=1.0, low=None, high=None)
+    told = {name: clean(student.settings.get(name)) for name in ("steps", "learning_rate", "seed")}
     return {
+        "group": title(group),
         "student": shorten(str(clean(student.name)), _LONGEST),
-        "perplexity": decimal(1)(student.row.perplexity or 0.0),
-        f"against {BASE}": EMPTY if text is None else f"{_percent(text.ratio.value)} %",
-        "95 % interval": EMPTY if text is None else _bounds(text.ratio),
-        "p": EMPTY if text is None or text.p is None else p_value(text.p),
-        "steps": str(clean(student.settings.get("steps", EMPTY))),
-        "rate": f"{rate:g}" if isinstance(rate, float) else EMPTY,
-        "seed": str(clean(student.settings.get("seed", EMPTY))),
+        "tokens": group.tokens,
+        "perplexity": student.row.perplexity,
+        "ratio": ratio.value if text else None,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "p": text.p if text else None,
+        **{name: value if isinstance(value, int | float) else None for name, value in told.items()},
+        "calibration": clean(student.row.calibration),
     }
 
 
-def _bounds(ratio: Difference) -> str:
-    return EMPTY if ratio.low is None or ratio.high is None else f"{_percent(ratio.low)} to {_percent(ratio.high)}"
+def lines(group: Group) -> list[dict[str, str]]:
+    """The same to be read."""
+    return [_line(found) for found in figures(group)]
+
+
+def _line(found: Mapping[str, Any]) -> dict[str, str]:
+    bounds = found["ratio_low"], found["ratio_high"]
+    return {
+        "student": found["student"],
+        "perplexity": decimal(1)(found["perplexity"]),
+        f"against {BASE}": EMPTY if found["ratio"] is None else f"{_percent(found['ratio'])} %",
+        "95 % interval": EMPTY if None in bounds else " to ".join(map(_percent, bounds)),
+        "p": EMPTY if found["p"] is None else p_value(found["p"]),
+        **{name: EMPTY if found[key] is None else f"{found[key]:g}" for name, key in _SETTINGS.items()},
+    }
+
+
+_SETTINGS = {"steps": "steps", "rate": "learning_rate", "seed": "seed"}
 
 
 def _percent(ratio: float) -> str:
@@ -120,17 +157,18 @@ def _percent(ratio: float) -> str:
 def title(group: Group) -> str:
     """Whose students they are, of what, where."""
     base = group.base
-    before = base.label.removesuffix(base.label.rpartition("+")[2]).rstrip("+")
+    before = base.pipeline.rpartition("+")[0]
     windows = next((f"{s.against.items} windows of {s.against.name}" for s in group.students if s.against), "")
-    return f"{base.model} · {before} · {group.tokens:,} tokens · {windows} · {base.hardware}"
+    parts = (base.model, before, f"{group.tokens:,} tokens", base.suite, windows, base.engine_label, base.hardware)
+    return " · ".join(shorten(str(clean(part)), _LONGEST) for part in parts if part)
 
 
 def markdown(found: Sequence[Group]) -> str:
-    """A table for each group under its title; groups of one student and seed alone stand in one table with the first of their kind."""
-    tables: dict[str, list[dict[str, str]]] = {}
+    """A table under its title for all groups that differ in their seeds alone."""
+    tables: dict[str, list[Group]] = defaultdict(list)
     for group in found:
-        tables.setdefault(title(group), []).extend(lines(group))
-    return "\n".join(_table(name, made) for name, made in tables.items())
+        tables[group.kind].append(group)
+    return "\n".join(_table(title(of[0]), [line for group in of for line in lines(group)]) for of in tables.values())
 
 
 def _table(name: str, made: Sequence[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
-from slimbench.harness.stats.bootstrap import Estimate, attempt
+from slimbench.harness.stats.bootstrap import Estimate, attempt, exp_or_inf
 from slimbench.harness.stats.equivalence import detectable, items_to_detect
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index
@@ -44,7 +44,8 @@ class TextComparison(Result):
         items: Number of windows or documents.
         ratio: Perplexity of A / perplexity of B, paired bootstrap.
         p: Paired t-test of the negative log-likelihoods.
-        unpaired_se: Standard error of the mean difference in NLL (nats) if the items were not shared; `paired_se`: as they are.
+        unpaired_se: Standard error of the mean difference in NLL (nats a token, or a word) if the items were not shared; `paired_se`: as
+            they are.
         pairing_gain: unpaired_se / paired_se; None where all items differ by the same.
         detectable_percent: Difference in perplexity, in per cent, that so many items find with 80 % power.
     """
@@ -105,13 +106,16 @@ def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison
     if not a or not b or (a.protocol, a.text_sha256, a.tokens) != (b.protocol, b.text_sha256, b.tokens):
         return None
     recipe = shorten(str(clean(a.recipe)), _LONGEST)
-    values = math.exp(a.nll_per_token), math.exp(b.nll_per_token)
-    ratio = stats.document_ratio_interval(a.nll, b.nll, a.tokens)
+    values = exp_or_inf(a.nll_per_token), exp_or_inf(b.nll_per_token)
+    unknown = Estimate(math.nan, math.nan, math.nan)
+    ratio = attempt(stats.document_ratio_interval, a.nll, b.nll, a.tokens, otherwise=unknown)
+    if not math.isfinite(ratio.value):
+        return None
     changes = [x - y for x, y in zip(a.rouge_l, b.rouge_l, strict=True)]
     low, high = attempt(stats.mean_interval, changes, otherwise=(math.nan, math.nan))
     return ImitationComparison(
         recipe=recipe,
-        answers=_text(f"answers of {recipe}", values, ratio, a.nll, b.nll),
+        answers=_text(f"answers of {recipe}", values, ratio, a.nll, b.nll, mean(a.tokens)),
         rouge_a=a.mean_rouge_l,
         rouge_b=b.mean_rouge_l,
         rouge_l=difference(Estimate(mean(changes), low, high)),
@@ -156,10 +160,11 @@ def _windows(a: PerplexityResult, b: PerplexityResult) -> TextComparison:
 
 def _documents(a: DocumentResult, b: DocumentResult) -> TextComparison:
     ratio = stats.document_ratio_interval(a.nll, b.nll, a.words)
-    return _text(f"{name_of(a)} (word)", (a.word_perplexity, b.word_perplexity), ratio, a.nll, b.nll)
+    return _text(f"{name_of(a)} (word)", (a.word_perplexity, b.word_perplexity), ratio, a.nll, b.nll, mean(a.words) or 1.0)
 
 
-def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float], b: list[float]) -> TextComparison:
+def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float], b: list[float], units: float = 1.0) -> TextComparison:
+    """A comparison of items whose negative log-likelihoods are sums over so many units on the average, to which the perplexity belongs."""
     errors = significance.standard_errors(a, b)
     return TextComparison(
         name=name,
@@ -168,10 +173,10 @@ def _text(name: str, values: tuple[float, float], ratio: Estimate, a: list[float
         b=values[1],
         ratio=difference(ratio),
         p=finite(significance.paired_p_value(a, b)),
-        unpaired_se=finite(errors.unpaired),
-        paired_se=finite(errors.paired),
+        unpaired_se=finite(errors.unpaired / units),
+        paired_se=finite(errors.paired / units),
         pairing_gain=finite(errors.gain),
-        detectable_percent=finite(100 * math.expm1(detectable(errors.paired, len(a)))),
+        detectable_percent=finite(100 * (exp_or_inf(detectable(errors.paired / units, len(a))) - 1)),
     )
 
 

@@ -99,8 +99,11 @@ def _divergence(found: DivergenceComparison) -> str:
 
 def _imitation(found: ImitationComparison) -> str:
     """Which of two students finds their teacher's held-out answers likelier, if that is shown."""
-    differs = "" if found.answers.p is None or found.answers.p < LEVEL else "does not differ significantly: "
-    return f"perplexity of the teacher's answers to {found.answers.items:,} held-out prompts {differs}{change(found.answers)}"
+    text = found.answers
+    said = f"perplexity of the teacher's answers to {text.items:,} held-out prompts"
+    if text.p is None:
+        return f"{said} {change(text)}, too few of them for a test"
+    return f"{said} {'' if text.p < LEVEL else 'does not differ significantly: '}{change(text)}"
 
 
 def _change(ratio: float) -> str:

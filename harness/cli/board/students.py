@@ -24,9 +24,9 @@ def students(
             f"no two students of one teacher learned on as many tokens, one of them by kd, in '{results}'; "
             "`slimbench sweep experiment=distillation` does that"
         )
-    lines = [{"group": students.title(group)} | line for group in found for line in students.lines(group)]
-    if format != "terminal":
-        print_table(format, {key: key for key in lines[0]}, lines)
+    if format in ("csv", "json"):
+        numbers = [line for group in found for line in students.figures(group)]
+        print_table(format, {key: key for key in numbers[0]}, numbers)
         return
     for group in found:
         print(students.title(group))

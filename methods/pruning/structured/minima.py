@@ -5,17 +5,19 @@ With a mask ξ = 1 that each head, each channel and each feature of the hidden s
     I = Σ over batches of |∂L/∂ξ|
 
 Heads and channels are ranked in each block and features in the whole model; of all of them the same share stays, and of the blocks as many,
-those in the middle. A feature is masked behind the embeddings, and in each block what attention and MLP write and both sums with what was
-there before. In the authors' words such a student has the optimal gap: two fifths of the teacher's parameters for a share of three
+those in the middle. A feature is masked before the first block, and in each block in what attention and MLP write and in both sums with
+what was there before. In the authors' words such a student has the optimal gap: two fifths of the teacher's parameters for a share of three
 quarters, after which it is distilled by `kd` with `teacher_temperature=1`:
 
     L = ½ (−log q(y)) + ½ (−Σ p log q)
 
-Numbers of features and channels that go are rounded to multiples of eight, as in the authors' program. Heads go by whole groups.
+Numbers of features and channels that go are rounded to multiples of eight, as in the authors' program; of blocks and of groups of heads,
+which go as wholes, no more than the share stays.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +44,7 @@ class MiniMA(Method):
     """
 
     name = "minima"
-    citation = Citation("MiniMA", year=2023, arxiv="2311.07052", covers=("distillation/minima",))
+    citation = Citation("MiniMA", year=2023, arxiv="2311.07052")
     needs = Needs(calibration=True)
 
     share: float = 0.75
@@ -96,9 +98,9 @@ class MiniMA(Method):
             return size - round((1 - self.share) * size / _MULTIPLE) * _MULTIPLE
 
         left = Sizes(
-            full.blocks - 2 * round((1 - self.share) * full.blocks / 2),
+            full.blocks - 2 * math.ceil((1 - self.share) * full.blocks / 2 - 1e-9),
             rounded(full.hidden),
-            max(1, round(self.share * full.groups)),
+            max(1, math.floor(self.share * full.groups + 1e-9)),
             rounded(full.channels),
         )
         if nothing := next((name for name, size in asdict(left).items() if size < 1), None):
@@ -128,17 +130,18 @@ def stream_gradients(model: Any, ids: Tensor, progress: Progress | None = None) 
 
     def masked(x: Tensor) -> None:
         """Take in what a mask on x would get as a gradient."""
+        values = x.detach()  # a hook that holds x itself would keep it for good
 
         def add(gradient: Tensor) -> None:
             nonlocal slope
-            slope = slope + (x.detach().float() * gradient.float()).flatten(0, -2).sum(0)
+            slope = slope + (values.float() * gradient.float()).flatten(0, -2).sum(0)
 
         x.register_hook(add)
 
-    def embedded(_: Any, __: Any, made: Tensor) -> Tensor:
-        made = made.detach().requires_grad_(True)
-        masked(made)
-        return made
+    def entering(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_(True)
+        masked(states)
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
     def read(_: Any, args: tuple[Tensor]) -> None:
         masked(args[0])
@@ -151,7 +154,7 @@ def stream_gradients(model: Any, ids: Tensor, progress: Progress | None = None) 
 
     model.requires_grad_(False)
     with ExitStack() as stack:
-        hooks = [model.get_input_embeddings().register_forward_hook(embedded)]
+        hooks = [blocks[0].module.register_forward_pre_hook(entering, with_kwargs=True)]
         for block in blocks:
             hooks += [layer.register_forward_hook(written) for layer in (block.attention.out, block.mlp.down)]
             hooks += [block.norms[1].register_forward_pre_hook(read), block.module.register_forward_hook(left)]

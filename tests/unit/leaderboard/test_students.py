@@ -52,6 +52,8 @@ def test_students_of_other_tokens_steps_or_seeds_stand_in_no_group(taught: list[
         "nothing to compare with"
     )
     assert students.groups([record for record in taught if record.cell.pipeline == "dense"]) == []
+    merged = [record for record in taught if not record.cell.pipeline.endswith("+gptq")]
+    assert {s.name for g in students.groups(taught) for s in g.students} == {s.name for g in students.groups(merged) for s in g.students}
     foreign = [record.model_copy(update={"foreign": True}) for record in taught]
     assert students.groups(foreign) == []
 
@@ -60,9 +62,26 @@ def test_the_lines_say_by_how_much(taught: list[Record]) -> None:
     group = students.groups(taught)[0]
     said = {line["student"]: line for line in students.lines(group)}
     assert said["kd"]["against kd"] == "–" and said["student-hard"]["against kd"].startswith("+") and said["student-hard"]["p"] == "< 0.001"
-    assert "102,400 tokens · 64 windows" in students.title(group) and "shortgpt(fraction=0.5) ·" in students.title(group)
-    table = students.markdown([group])
-    assert table.count("\n| ") == len(group.students) + 2 and table.startswith("**smollm2-135m")
+    assert "102,400 tokens · screen · 64 windows" in students.title(group) and "shortgpt(fraction=0.5) ·" in students.title(group)
+    whole = students.groups(taught)
+    table = students.markdown(whole)
+    assert table.count("\n| ") == sum(len(one.students) for one in whole) + 2, "seeds stand in one table"
+    assert table.startswith("**smollm2-135m")
+
+
+def test_odd_records_end_nothing_and_write_nothing_to_a_terminal(taught: list[Record]) -> None:
+    odd = {"seed": [1, {"a": 2}], "learning_rate": "\x1b[2J", "steps": None}
+
+    def changed(record: Record) -> Record:
+        if "distilbert" not in record.cell.pipeline and f"{SAME}kd(" not in record.cell.pipeline:
+            return record
+        *before, last = record.cell.steps
+        steps = [*before, last | {"settings": last["settings"] | odd}]
+        return record.model_copy(update={"cell": record.cell.model_copy(update={"steps": steps, "model": "m\x1b]0;x\x07"})})
+
+    for group in students.groups(map(changed, taught)):
+        said = students.title(group) + str(students.lines(group)) + str(students.figures(group))
+        assert "\x1b" not in said and "\\x1b" not in said
 
 
 def test_the_command_prints_them_and_says_what_makes_some(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_two_students_of_one_text_are_compared_answer_by_answer() -> None:
     )
     assert found.rouge_l.value == pytest.approx(0.1) and found.rouge_a - found.rouge_b == pytest.approx(0.1)
     assert verdict._imitation(found).startswith("perplexity of the teacher's answers to 40 held-out prompts 25.9 % lower (")
+    assert found.answers.detectable_percent is not None and found.answers.detectable_percent < 10, "of a token, not of a whole answer"
+    one = {"tasks": [""], "tokens": [4], "rouge_l": [0.1], "right": [None]}
+    alone = texts.imitation(*(QualityResult(imitation=imitation(nll=[nll], **one)) for nll in (3.0, 4.0)))
+    assert alone is not None and alone.answers.p is None and verdict._imitation(alone).endswith("too few of them for a test")
+    absurd = QualityResult(imitation=imitation(nll=[1e9, 2.0, 3.0]))
+    assert texts.imitation(absurd, QualityResult(imitation=imitation())) is None, "a ratio that no number holds"
     same = texts.imitation(worse, worse)
     assert same is not None and same.answers.ratio.value == 1 and same.rouge_l.value == 0
     assert "does not differ" in verdict._imitation(same.model_copy(update={"answers": same.answers.model_copy(update={"p": 0.4})}))
@@ -92,7 +98,7 @@ def test_students_of_other_texts_or_other_examples_are_not_compared() -> None:
     assert told is not None and "\x1b" not in told.answers.name and len(told.answers.name) < 80
 
 
-@pytest.mark.parametrize("columns", [{"nll": [1.0]}, {"tokens": []}, {"right": [True]}])
+@pytest.mark.parametrize("columns", [{"nll": [1.0]}, {"tokens": []}, {"tokens": [2, 0, 1]}, {"right": [True]}])
 def test_columns_are_equally_long(columns: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         imitation(**columns)

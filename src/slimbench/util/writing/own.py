@@ -67,6 +67,8 @@ def generate(dense: Writer, count: int, length: int, greedy: int, batch_size: in
 
 def found(dense: Writer, count: int, length: int, greedy: int, batch_size: int, seed: int, temperature: float = 1.0) -> Tensor | None:
     """What `generate` wrote before, from where it is kept; None where that is not all."""
+    if dense.checkpoints is None or not (dense.checkpoints / f"{_STATE}.json").exists():
+        return None
     kept = _kept(dense, _identity(dense, count, length, greedy, batch_size, seed, temperature))
     return kept if kept is not None and len(kept) == count else None
 
