@@ -430,7 +430,10 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
             for name in ("kd", "student-hard")
             for seed in ("", ",seed=1", ",seed=2")
         ),
-        *(f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)" for name in ("kd-skew", "kd-reverse", "distilbert")),
+        *(
+            f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)"
+            for name in ("kd-skew", "kd-reverse", "distilbert", "tinybert", "fitnets", "ted")
+        ),
         *(f"shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gpt4all{answers}" for answers in ("", "(answers=shuffled)")),
         *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq"),
     )

@@ -30,7 +30,9 @@ def taught(committed: list[Record]) -> list[Record]:
 def test_all_losses_stand_beside_kd_as_compare_has_them(taught: list[Record]) -> None:
     first, *others = students.groups(taught)
     names = [student.name for student in first.students]
-    assert {"kd", "student-hard", "gkd", "kd-reverse", "kd-skew", "distilbert"} <= set(names) and first.tokens == 102_400
+    assert {"kd", "student-hard", "gkd", "kd-reverse", "kd-skew", "distilbert", "tinybert", "fitnets", "ted"} <= set(
+        names
+    ) and first.tokens == 102_400
     assert [student.row.perplexity for student in first.students] == sorted(student.row.perplexity or 0 for student in first.students)
     for student in first.students:
         if student.name in ("distilbert", "student-hard"):
