@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
+from slimbench.methods.core.architecture.units import kinds_of
 from slimbench.methods.core.learning.beside import Beside
 from slimbench.methods.core.learning.gates import multiplied
 from slimbench.methods.core.learning.gradual import Cubic
@@ -21,7 +22,6 @@ from slimbench.methods.formats import edited
 from slimbench.methods.pruning.adapters.apt import APT, matched, objective, shared
 from slimbench.methods.pruning.adapters.merging import finished
 from slimbench.methods.pruning.adapters.salience import Salience, kurtosis
-from slimbench.methods.pruning.gates.learned import kinds_of
 from slimbench.methods.pruning.gates.nested import Nest
 from tests.support import tiny
 from tests.support.architectures import make
