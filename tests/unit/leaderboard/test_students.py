@@ -7,14 +7,15 @@ import io
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from slimbench.harness.cli.main import app
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare import students
 from slimbench.leaderboard.compare.compare import compare
 from tests.support.board_records import Spec, records
-from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
 
 SAME = "shortgpt(fraction=0.5)+"
@@ -86,11 +87,16 @@ def test_odd_records_end_nothing_and_write_nothing_to_a_terminal(taught: list[Re
         assert "\x1b" not in said and "\\x1b" not in said
 
 
-def test_the_command_prints_them_and_says_what_makes_some(tmp_path: Path) -> None:
-    printed = slimbench("board", "students", "--results", str(ROOT / "results"), "--format", "csv").stdout
-    assert {"kd", "distilbert"} <= {line["student"] for line in csv.DictReader(io.StringIO(printed))}
-    store = Store(tmp_path / "few")
+def test_the_command_prints_them_and_says_what_makes_some(taught: list[Record], tmp_path: Path) -> None:
+    few, many = Store(tmp_path / "few"), Store(tmp_path / "many")
     for record in records(Spec()):
-        store.put(record)
-    none = slimbench("board", "students", "--results", str(tmp_path / "few"))
+        few.put(record)
+    for record in taught:
+        many.put(record)
+    told = CliRunner().invoke(app, ["board", "students", "--results", str(many.root), "--format", "csv"])
+    lines = {line["student"]: line for line in csv.DictReader(io.StringIO(told.stdout)) if line["seed"] == "0"}
+    assert {"kd", "distilbert"} <= set(lines) and 0.9 < float(lines["distilbert"]["ratio"]) < 1
+    shown = CliRunner().invoke(app, ["board", "students", "--results", str(many.root)])
+    assert shown.exit_code == 0 and "student-hard" in shown.stdout and "not tuned" in shown.stdout
+    none = slimbench("board", "students", "--results", str(few.root))
     assert none.returncode == 2 and "slimbench sweep experiment=distillation" in none.stderr
