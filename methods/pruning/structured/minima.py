@@ -11,8 +11,8 @@ quarters, after which it is distilled by `kd` with `teacher_temperature=1`:
 
     L = ½ (−log q(y)) + ½ (−Σ p log q)
 
-Numbers of features and channels that go are rounded to multiples of eight, as in the authors' program; of blocks and of groups of heads,
-which go as wholes, no more than the share stays.
+Numbers of features and channels that go are rounded to multiples of eight, as in the authors' program, those of
+blocks at either end to the nearest whole one; of groups of heads, which go as wholes, no more than the share stays.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class MiniMA(Method):
             return size - round((1 - self.share) * size / _MULTIPLE) * _MULTIPLE
 
         left = Sizes(
-            full.blocks - 2 * math.ceil((1 - self.share) * full.blocks / 2 - 1e-9),
+            full.blocks - 2 * math.floor((1 - self.share) * full.blocks / 2 + 0.5),
             rounded(full.hidden),
             max(1, math.floor(self.share * full.groups + 1e-9)),
             rounded(full.channels),
