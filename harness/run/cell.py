@@ -14,7 +14,7 @@ from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub, identity, public
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
-from slimbench.harness.stages import written
+from slimbench.harness.stages import calibration_text
 from slimbench.tasks import zeroshot
 from slimbench.tasks.errors import DataError
 
@@ -104,7 +104,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             device=config.device.name,
             suite=config.suite.name,
             speed=config.speed.name,
-            calibration=written.fingerprint(placed) if any(m.needs.calibration for m in methods) else None,
+            calibration=calibration_text.fingerprint(placed) if any(m.needs.calibration for m in methods) else None,
             seed=config.seed,
             keys=identity.keys(placed),
             reference=identity.keys(_on_its_device(config.as_reference())),

@@ -10,7 +10,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
-from slimbench.harness.stages import models, teaching, written
+from slimbench.harness.stages import calibration_text, models, teaching
 from slimbench.harness.store.keys import Parts, speed_part, suite_part
 from slimbench.tasks import corpora, prompts, zeroshot
 
@@ -26,7 +26,7 @@ def keys(config: RunConfig) -> Keys:
     return Parts(
         model=models.identity(config.model),
         pipeline=[{"name": m.name, "version": m.version, "settings": dataclasses.asdict(m)} for m in methods],
-        calibration=written.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
+        calibration=calibration_text.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
         seed=config.seed,
         compress_device=config.device.compress,
         engine={"name": config.engine.name, "version": engines.version(config.engine.target)},

@@ -17,7 +17,7 @@ from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.schema.compress import content
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import written
+from slimbench.harness.stages import calibration_text
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration
 from slimbench.tasks import calibration as calibration_sets
@@ -99,7 +99,7 @@ def calibration_of(config: RunConfig, source: Path, report: Reporter, writes: bo
     report.phase("calibration data")
     wanted = config.calibration
     if wanted.source == calibration_sets.SELF:
-        own = written.text(config, source, report.progress) if writes else written.found(config, source)
-        return None if own is None else Calibration(own, written.fingerprint(config))
+        own = calibration_text.text(config, source, report.progress) if writes else calibration_text.found(config, source)
+        return None if own is None else Calibration(own, calibration_text.fingerprint(config))
     ids = calibration_sets.sample(wanted.source, tokenizer_of(source, config), wanted.samples, wanted.length, wanted.seed)
-    return Calibration(ids, written.fingerprint(config))
+    return Calibration(ids, calibration_text.fingerprint(config))

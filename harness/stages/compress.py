@@ -18,7 +18,7 @@ from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, Spent
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import models, teaching, written
+from slimbench.harness.stages import calibration_text, models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
@@ -180,5 +180,5 @@ def _calibration_facts(config: RunConfig, calibration: Calibration) -> Calibrati
         fingerprint=calibration.fingerprint,
         text_sha256=seen if own else corpora.load(wanted.source).sha256,
         tokens_sha256=seen,
-        written_seconds=written.seconds(config) if own else None,
+        written_seconds=calibration_text.seconds(config) if own else None,
     )

@@ -15,7 +15,7 @@ from slimbench.harness.run import audit
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.run.identity import keys
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import written
+from slimbench.harness.stages import calibration_text
 from slimbench.harness.stages.common import calibration_of
 from slimbench.harness.stages.compress import _calibration_facts
 from slimbench.methods.base import DenseModel
@@ -48,11 +48,11 @@ def test_a_text_is_written_once_for_all_methods_without_a_tokenizer(source: Path
     first, again = Silent(), Silent()
     one = calibration_of(cell(source), source, first)
     assert one is not None and one.ids.shape == (6, 24) and one.ids.dtype == torch.int64 and first.done[-1] == 1
-    took = written.seconds(cell(source))
+    took = calibration_text.seconds(cell(source))
     monkeypatch.setattr(DenseModel, "load", lambda *_, **__: pytest.fail("it was written before"))
     other = calibration_of(cell(source, method="awq"), source, again)
     assert other is not None and torch.equal(other.ids, one.ids) and other.fingerprint == one.fingerprint and not again.done
-    assert written.seconds(cell(source, method="awq")) == took > 0
+    assert calibration_text.seconds(cell(source, method="awq")) == took > 0
 
 
 def test_a_record_says_who_wrote_it_and_how_long_it_took(source: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_record_says_who_wrote_it_and_how_long_it_took(source: Path) -> None:
     text = calibration_of(config, source, Silent())
     assert text is not None
     facts = _calibration_facts(config, text)
-    assert facts.source == "self" and facts.written_seconds == written.seconds(config)
+    assert facts.source == "self" and facts.written_seconds == calibration_text.seconds(config)
     assert facts.text_sha256 == facts.tokens_sha256 == hashlib.sha256(text.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -72,18 +72,22 @@ def test_what_it_depends_on_is_in_the_key(source: Path, tmp_path: Path) -> None:
         cell(source, "calibration_length=25"),
         cell(other),
     ]
-    assert len({written.fingerprint(config) for config in [cell(source), *changed]}) == 5
+    assert len({calibration_text.fingerprint(config) for config in [cell(source), *changed]}) == 5
     assert len({keys(config).compress for config in [cell(source), *changed]}) == 5
-    assert written.fingerprint(cell(source, name="alias")) == written.fingerprint(cell(source)), "its content, whatever it is called"
+    assert calibration_text.fingerprint(cell(source, name="alias")) == calibration_text.fingerprint(cell(source)), (
+        "its content, whatever it is called"
+    )
     packaged = resolve(["method=gptq"])
     wanted = packaged.calibration
-    assert written.fingerprint(packaged) == calibration.fingerprint(wanted.source, wanted.samples, wanted.length, wanted.seed)
+    assert calibration_text.fingerprint(packaged) == calibration.fingerprint(wanted.source, wanted.samples, wanted.length, wanted.seed)
 
 
 def test_a_record_names_the_text_that_its_method_read(source: Path) -> None:
     config = cell(source, "device.compress=auto")
     made = make_cell(config)
-    assert made.identity.calibration == written.fingerprint(made.config) != written.fingerprint(config), "the device is known by then"
+    assert made.identity.calibration == calibration_text.fingerprint(made.config) != calibration_text.fingerprint(config), (
+        "the device is known by then"
+    )
     assert "protocol written" in lock.fingerprints(made.config, Stage.COMPRESS)
     assert "protocol written" not in lock.fingerprints(resolve(["method=gptq"]), Stage.COMPRESS)
 
@@ -100,7 +104,7 @@ def test_who_only_compares_writes_nothing(source: Path, monkeypatch: pytest.Monk
 
 
 def test_an_interrupted_text_goes_on_where_it_was(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "_TOGETHER", 2)
+    monkeypatch.setattr(calibration_text, "_TOGETHER", 2)
     config, seen = cell(source), []
 
     def killed(done: float, total: float) -> None:
@@ -109,9 +113,9 @@ def test_an_interrupted_text_goes_on_where_it_was(source: Path, monkeypatch: pyt
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        written.text(config, source, killed)
-    assert written.found(config, source) is None, "half of it is none"
-    taken = written.seconds(config)
-    ids = written.text(config, source, lambda done, total: seen.append(done))
-    assert seen[-1] == 6 and seen.count(2) == 1 and written.seconds(config) > taken > 0
+        calibration_text.text(config, source, killed)
+    assert calibration_text.found(config, source) is None, "half of it is none"
+    taken = calibration_text.seconds(config)
+    ids = calibration_text.text(config, source, lambda done, total: seen.append(done))
+    assert seen[-1] == 6 and seen.count(2) == 1 and calibration_text.seconds(config) > taken > 0
     assert ids.shape == (6, 24) and len({tuple(row) for row in ids.tolist()}) == 6

@@ -1,4 +1,4 @@
-"""What the dense model writes itself, as calibration text: made once for all cells and kept in the cache, by what it depends on.
+"""What tells calibration texts apart, and the one that the dense model writes: made once for all cells, kept in the cache by its key.
 
 A text begins with a token drawn evenly from the vocabulary; the next four are the most probable ones, and all others are drawn from the
 model's whole distribution (LLM-QAT, arXiv 2305.17888). `util.writing.own` writes it.
