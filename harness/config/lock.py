@@ -61,6 +61,8 @@ _PROTOCOLS = {
     "window": _WINDOWS,
     "incremental": _WINDOWS,
     "llamacpp": _WINDOWS,
+    "suffix": _WINDOWS,
+    "stream": _WINDOWS,
     "document": (f"{_MEASURE}.documents.measure",),
     "zeroshot": (f"{_MEASURE}.zeroshot.measure",),
     "generation": (f"{_MEASURE}.generation.measure",),

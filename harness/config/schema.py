@@ -89,6 +89,22 @@ class SpeedPoint(Strict):
     new_tokens: Whole = Field(default=32, ge=2)
 
 
+class PromptsConfig(Strict):
+    """Texts that are gone on with while speed is measured.
+
+    Attributes:
+        corpus: A name from `slimbench assets list`, `file:PATH` or `hf:PATH:CONFIG:SPLIT:FIELD`; neither the suite's nor calibration text.
+        count: Prompts, over all processes.
+        repeats: Pairs of runs of each prompt at least.
+        seed: Draws their places in the corpus.
+    """
+
+    corpus: str = Field(min_length=1)
+    count: Whole = Field(default=24, ge=2, le=1000)
+    repeats: Whole = Field(default=2, ge=1)
+    seed: Whole = Field(default=0, ge=0)
+
+
 class SpeedConfig(Strict):
     """How speed is measured.
 
@@ -103,6 +119,8 @@ class SpeedConfig(Strict):
         budget_s: Seconds for each point, of all processes, reference included; loading apart.
         flush_cache: Overwrite the last-level cache before each run, so that small models do not live in it.
         largest_batch: Search the largest batch that fits, up to this one; None for no search.
+        prompts: Texts in place of random token ids, for what depends on them; None: one prompt of random ids.
+        rows: Numbers of tokens whose pass is timed behind a prompt of the headline: what checking guesses costs; None: none.
     """
 
     name: str
@@ -115,6 +133,8 @@ class SpeedConfig(Strict):
     budget_s: Real = Field(default=60.0, gt=0)
     flush_cache: bool = False
     largest_batch: Whole | None = Field(default=None, ge=1)
+    prompts: PromptsConfig | None = None
+    rows: list[Whole] | None = None
 
     @field_validator("grid", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +27,20 @@ class TransformersModel(LoadedModel):
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
     too, in pieces that end where a multiple of the cache's `chunk` tokens does: what the cache does to the numbers is seen by every
-    protocol. `scoring`, `max_batch` and `exact_keys` of the module are those of its policy.
+    protocol. A `drafter` guesses what the module then checks (`methods.formats.draft`), so that some steps cost no pass. `slots`,
+    `scoring`, `max_batch` and `exact_keys` of the module are those of its policy. A recurrent model (`cache_params`) goes on from a state
+    token by token: of several at once the library forgets it.
     """
 
     def __init__(self, module: Any, device: str) -> None:
         self.module = module
         self._new_cache: Callable[[], Any] = getattr(module, "new_cache", None) or _library_default
+        self._drafter = getattr(module, "drafter", None)
+        self._state = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
         self._device = torch.device(device)
         self._devices = [self._device, *sorted({p.device for p in module.parameters() if p.is_cuda} - {self._device}, key=str)]
         self.scoring, self.max_batch = getattr(module, "scoring", "exact"), getattr(module, "max_batch", None)
-        self.exact_keys = getattr(module, "exact_keys", None)
+        self.exact_keys, self.slots = getattr(module, "exact_keys", None), getattr(module, "slots", ())
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
         if head := module.get_output_embeddings():
@@ -71,23 +76,27 @@ class TransformersModel(LoadedModel):
     def extend(self, ids: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
         cache = self._new_cache() if state is None else state
         parts = []
-        for piece in _pieces(ids, cache):
-            out = self.module(piece.to(self._device), past_key_values=cache, use_cache=True)
+        pieces = ids.split(1, 1) if state is not None and self._state == "cache_params" else _pieces(ids, cache)
+        for piece in pieces:
+            out = self.module(piece.to(self._device), **{self._state: cache}, use_cache=True)
             parts.append(out.logits)
-            cache = out.past_key_values
+            cache = getattr(out, self._state)
         return torch.cat(parts, 1), cache
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        if self._drafter:
+            text = self._drafter.begin(ids.to(self._device), room, self._new_cache())
+            return Step(text.next(), text)
         return self._greedy(ids.to(self._device), self._new_cache())
 
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
-        return self._greedy(step.token, step.state)
+        return Step(step.state.next(), step.state) if self._drafter else self._greedy(step.token, step.state)
 
     def _greedy(self, ids: torch.Tensor, cache: Any) -> Step:
-        out = self.module(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return Step(out.logits[:, -1:].argmax(-1), out.past_key_values)
+        out = self.module(ids, **{self._state: cache}, use_cache=True, logits_to_keep=1)
+        return Step(out.logits[:, -1:].argmax(-1), getattr(out, self._state))
 
     def synchronize(self) -> None:
         for device in self._devices if self._device.type == "cuda" else ():
@@ -96,7 +105,7 @@ class TransformersModel(LoadedModel):
     def cache_bytes(self, state: Any) -> int | None:
         if hasattr(state, "stored_bytes"):
             return state.stored_bytes()
-        tensors = [t for layer in getattr(state, "layers", []) for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in getattr(state, "layers", []) for t in _kept(layer) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors) if tensors else None
 
     def loaded_bits(self) -> float | None:
@@ -108,12 +117,22 @@ class TransformersModel(LoadedModel):
 
     def _prefilled(self, prompt: torch.Tensor) -> Step:
         if not hasattr(self, "_probe"):
-            self._probe = self.prefill(prompt)
+            self._probe = self._whole_pass(prompt, self._new_cache()) if self._drafter else self.prefill(prompt)
         return self._probe
 
-    @torch.inference_mode()
     def _evidence_step(self, step: Step) -> Step:
-        return self.decode_step(step)
+        return self._whole_pass(step.token, step.state) if self._drafter else self.decode_step(step)
+
+    @torch.inference_mode()
+    def _whole_pass(self, ids: torch.Tensor, cache: Any) -> Step:
+        """One call of the module, where a step may have none."""
+        return self._greedy(ids, cache)
+
+
+def _kept(layer: Any) -> list[torch.Tensor | None]:
+    """What a layer of a cache of transformers keeps: keys and values, or the states of a recurrent layer."""
+    states = [*getattr(layer, "conv_states", ()), *getattr(layer, "recurrent_states", ())]
+    return [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
 
 
 def _library_default() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from slimbench.harness.config.schema import SpeedPoint
-from slimbench.harness.measure.latency import prompts
+from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.measure.memory import give_back, peak_of, resident_bytes
 from slimbench.harness.schema.speed import LargestBatch

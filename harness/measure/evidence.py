@@ -120,6 +120,14 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
     return [_describe(*holding) for holding in _holdings(module)]
 
 
+def products(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+    """The layers that multiply, the head among them, each with the number of weights that it stands for."""
+    find_head: Any = getattr(module, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    layers: list[Any] = [layer for layer in module.modules() if _role(layer, layer is head) in _PRODUCTS and hasattr(layer, "in_features")]
+    return [(layer, layer.in_features * layer.out_features) for layer in layers]
+
+
 def linear_bits(module: torch.nn.Module) -> float | None:
     """Bits per weight of the linear layers as they lie in memory now, None without such layers."""
     linear = [holding for holding in _holdings(module) if holding[1] == "linear"]

@@ -13,7 +13,7 @@ first look after six pairs coverage is a point lower.
 
 from __future__ import annotations
 
-import hashlib
+import math
 import statistics
 import time
 from collections import Counter
@@ -24,6 +24,7 @@ import torch
 
 from slimbench.harness.config.schema import SpeedConfig, SpeedPoint
 from slimbench.harness.measure import energy, gpu
+from slimbench.harness.measure.dynamic.texts import Texts, prompts, sha256
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.machine import CacheFlush, MachineProbe
 from slimbench.harness.measure.timer import Timer, timer
@@ -104,6 +105,7 @@ def measure_point(
     instruments: Instruments,
     on_progress: Callable[[float], None],
     first_call_ms: float | None = None,
+    texts: Texts | None = None,
 ) -> SpeedPointResult:
     """Measure one point of the grid.
 
@@ -113,26 +115,29 @@ def measure_point(
         instruments: Those of the candidate's device.
         on_progress: Called with the fraction of the budget that is used.
         first_call_ms: What `first_call` gave for the candidate at this point; None if it has run here before.
+        texts: Prompts that are gone on with, each by as many pairs in a row as the protocol says; None: one prompt of random ids.
 
     Raises:
         Throttled: The card was throttled in every pair of runs.
     """
-    ids = prompts(candidate, point)
+    texts = texts or Texts({0: prompts(candidate, point)}, 1)
     models = [candidate] if reference is None else [candidate, reference]
     others = [model for model in models if model is not candidate]
     cache = _cache_halfway(candidate, point)
     for model in others:
         first_call(model, point)
     for model in [candidate, *others] * config.warmup:
-        run_once(model, ids, point.new_tokens, instruments)
+        run_once(model, texts.of(0)[1], point.new_tokens, instruments)
     taken = _Taken([Samples(prefill_ms=[], decode_ms=[]) for _ in models])
     instruments.probe.restart()
     probes, stopped, began = [instruments.probe.read()], "max_repeats", time.perf_counter()
     for repeat in range(config.max_repeats):
-        taken.add({i: run_once(models[i], ids, point.new_tokens, instruments) for i in order(repeat, len(models))})
+        number, ids = texts.of(repeat)
+        taken.add({i: run_once(models[i], ids, point.new_tokens, instruments) for i in order(repeat, len(models))}, number)
         elapsed = time.perf_counter() - began
         on_progress(min(1.0, elapsed / config.budget_s))
-        if repeat % 2 and taken.pairs >= config.min_repeats and precise(half_widths(*taken.samples), config.target):
+        enough = taken.pairs >= config.min_repeats and repeat + 1 >= len(texts.ids) * texts.repeats
+        if repeat % 2 and enough and precise(half_widths(*taken.samples, prompts=taken.prompts(texts)), config.target):
             stopped = "target"
             break
         if elapsed > config.budget_s:
@@ -148,7 +153,7 @@ def measure_point(
         reference=taken.samples[1] if len(models) > 1 else None,
         first_call_ms=first_call_ms,
         probes=probes,
-        half_widths=half_widths(*taken.samples),
+        half_widths=half_widths(*taken.samples, prompts=taken.prompts(texts)),
         processes=[taken.pairs],
         stopped=stopped,
         dropped=taken.dropped,
@@ -156,6 +161,7 @@ def measure_point(
         energy=_energy(instruments, taken.joules, point),
         gpu=taken.states,
         tokens=taken.tokens(),
+        prompts=texts.told and texts.told.model_copy(update={"pairs": taken.numbers}),
     )
 
 
@@ -168,7 +174,9 @@ def combined(parts: Sequence[SpeedPointResult], target: float) -> SpeedPointResu
     first, runs = parts[0], [count for part in parts for count in part.processes]
     candidate = _joined([part.candidate for part in parts])
     reference = _joined([part.reference for part in parts if part.reference]) if first.reference else None
-    widths, ends = half_widths(candidate, reference, runs=runs), [part.stopped for part in parts]
+    texts = first.prompts and first.prompts.model_copy(update={"pairs": [number for part in parts for number in part.prompt_of_pairs]})
+    widths = half_widths(candidate, reference, runs=runs, prompts=texts.pairs if texts else ())
+    ends = [part.stopped for part in parts]
     missed = next((end for end in ends if end != "target"), "spread")
     return first.model_copy(
         update={
@@ -182,6 +190,7 @@ def combined(parts: Sequence[SpeedPointResult], target: float) -> SpeedPointResu
             "energy": _energy_of([part.energy for part in parts if part.energy]),
             "load": {name: max(part.load.get(name, 0.0) for part in parts) for part in parts for name in part.load},
             "gpu": [state for part in parts for state in part.gpu],
+            "prompts": texts,
             "tokens": _tokens_of([(part.tokens, count) for part, count in zip(parts, runs, strict=True) if part.tokens]),
         }
     )
@@ -222,6 +231,7 @@ class _Taken:
     """What the runs of a point gave so far. Throttled runs are dropped, and with each its neighbour."""
 
     samples: list[Samples]
+    numbers: list[int] = field(default_factory=list)
     chosen: list[Counter[str]] = field(default_factory=lambda: [Counter(), Counter()])
     equal: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
@@ -232,12 +242,17 @@ class _Taken:
     def pairs(self) -> int:
         return len(self.samples[0].decode_ms)
 
-    def add(self, runs: dict[int, Run]) -> None:
+    def prompts(self, texts: Texts) -> list[int]:
+        """Of each pair the number of its prompt, where there are several."""
+        return self.numbers if texts.told else []
+
+    def add(self, runs: dict[int, Run], prompt: int) -> None:
         """Keep the runs of one repeat, keyed by the index of their model."""
         self.states += [run.state for run in runs.values() if run.state]
         if any(run.state and run.state.slowdowns for run in runs.values()):
             self.dropped += 1
             return
+        self.numbers.append(prompt)
         for index, run in runs.items():
             self.samples[index].prefill_ms.append(run.prefill_ms)
             self.samples[index].decode_ms.append(run.decode_ms)
@@ -280,21 +295,19 @@ def run_once(model: Generates, ids: torch.Tensor, new_tokens: int, instruments: 
     return Run(clock.milliseconds(began, first), clock.milliseconds(start, end) / (new_tokens - 1), tokens, joules, state)
 
 
-def sha256(tokens: torch.Tensor) -> str:
-    """Hash of token ids [batch, new_tokens] as int64, little-endian, sequence by sequence."""
-    return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-
-
 def order(repeat: int, models: int) -> list[int]:
     """Which model runs first in a repeat: A B, B A, B A, A B, … (Thue–Morse), so that also those after a probe are balanced."""
     return list(range(models))[:: -1 if repeat.bit_count() % 2 else 1]
 
 
-def half_widths(candidate: Samples, reference: Samples | None = None, *, runs: Sequence[int] = ()) -> dict[str, float | None]:
+def half_widths(
+    candidate: Samples, reference: Samples | None = None, *, runs: Sequence[int] = (), prompts: Sequence[int] = ()
+) -> dict[str, float | None]:
     """How precise the medians of a point are: the larger distance of a bound of the 95 % interval, relative to the median.
 
     Args:
         runs: How many pairs each process has; empty for one process.
+        prompts: Of each pair the number of its prompt; empty where all have the same.
 
     Returns:
         `decode` and `prefill` of the candidate and, with a reference, `reference_decode` and the paired `speedup`; None for fewer
@@ -304,7 +317,8 @@ def half_widths(candidate: Samples, reference: Samples | None = None, *, runs: S
     if reference:
         found["reference_decode"] = _spread(reference.decode_ms, runs)
         enough = len(reference.decode_ms) >= FEWEST_FOR_MEDIAN
-        found["speedup"] = _relative(*paired_speedup(candidate.decode_ms, reference.decode_ms, runs=runs)) if enough else None
+        times = candidate.decode_ms, reference.decode_ms
+        found["speedup"] = _relative(*paired_speedup(*times, runs=runs, prompts=prompts)) if enough else None
     return found
 
 
@@ -317,13 +331,10 @@ def _spread(samples: list[float], runs: Sequence[int]) -> float | None:
     return _relative(*middle(samples, runs)) if len(samples) >= FEWEST_FOR_MEDIAN else None
 
 
-def _relative(middle: float, low: float, high: float) -> float:
-    return max(high - middle, middle - low) / middle
-
-
-def prompts(model: Generates, point: SpeedPoint) -> torch.Tensor:
-    """Random token ids, int64 [batch, prompt], the same for every model of one vocabulary."""
-    return torch.randint(0, model.vocab_size, (point.batch, point.prompt), generator=torch.Generator().manual_seed(0))
+def _relative(middle: float, low: float, high: float) -> float | None:
+    """None where there are no bounds."""
+    width = max(high - middle, middle - low) / middle
+    return width if math.isfinite(width) else None
 
 
 def _cache_halfway(model: Generates, point: SpeedPoint) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -35,12 +35,14 @@ class Loaded(ABC):
         vocab_size: Token ids that it knows; the width of its logits.
         max_length: Positions that the model was made for.
         max_batch: Sequences that its policy runs at once at most; None without a limit.
+        slots: Parts of the run that a policy decides on (`methods.formats.policy`).
         shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters.
     """
 
     vocab_size: int
     max_length: int
     max_batch: int | None = None
+    slots: Sequence[str] = ()
     shares_vectors: bool = False
 
     def batch(self, wanted: int) -> int:

@@ -16,9 +16,9 @@ import psutil
 import torch
 
 from slimbench.harness.config.schema import SpeedPoint
+from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.gpu import Monitor
 from slimbench.harness.measure.hardware import available_memory
-from slimbench.harness.measure.latency import prompts
 from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.schema.speed import MemoryResult
 

@@ -3,7 +3,9 @@
 `window` is the protocol of the GPTQ, SparseGPT, Wanda and AWQ papers: documents joined by the corpus' separator, tokenized
 once, cut into windows of `seqlen` tokens, the tail dropped; perplexity is exp of the mean negative log-likelihood.
 `incremental` scores the same labels, but feeds each window through the KV cache in chunks, so that a policy that acts on the
-cache is in force. `llamacpp` scores the second half of each window only, as llama.cpp's perplexity tool does.
+cache is in force. `llamacpp` scores the second half of each window only, as llama.cpp's perplexity tool does. `suffix` scores the second
+half too, but its first half goes through the cache at once, as a prompt does, so that a policy that acts on prompts is in force for what
+follows. `stream` puts one text through one cache from its first token to its last; a window is a stretch of it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,10 @@ from slimbench.util.hashing import digest, hash_file
 
 BATCH_TOKENS = 1024
 """Tokens of the windows that are scored at once."""
+STRETCH = 1024
+"""Labels of each window of a stream."""
+_STEPPED = 16
+"""Times as many windows are scored at once where each pass has one token of each."""
 _TOKENS = "tokens.npy"
 
 OnProgress = Callable[[int, int], None]
@@ -63,8 +69,10 @@ class Windows:
         tokenizer: The tokenizer of the source model.
 
     Attributes:
-        ids: Token ids, int64 [windows, T].
-        first: The first label of each window; all labels after it count.
+        ids: Token ids, int64 [windows, T]; of a stream [1, T].
+        first: The first label of each row; all labels after it count.
+        count: Windows.
+        labels: Labels of each window.
 
     Raises:
         tasks.errors.DataError: The corpus cannot be read or has not one window.
@@ -72,39 +80,81 @@ class Windows:
 
     def __init__(self, tokenizer: Any, wanted: Pass, suite: SuiteConfig) -> None:
         tokens, self.text_hash = token_stream(wanted.corpus, tokenizer)
-        windows = cut(tokens, wanted.seqlen, wanted.limit)
-        if not len(windows):
+        stream = wanted.protocol == "stream"
+        windows = tokens[: wanted.seqlen + 1].reshape(1, -1) if stream else cut(tokens, wanted.seqlen, wanted.limit)
+        if len(tokens) < wanted.seqlen + stream:
             raise DataError(f"corpus {wanted.corpus} has {len(tokens)} tokens, fewer than one window of {wanted.seqlen}")
         self.wanted, self.chunk = wanted, suite.chunk
         self.ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
-        self.first = 1
-        if wanted.protocol == "llamacpp":
-            self.first = wanted.seqlen // 2 + 1
-            if suite.add_bos:
-                self.ids[:, 0] = tokenizer.bos_token_id
+        self.first = wanted.seqlen // 2 + 1 if wanted.protocol in ("llamacpp", "suffix") else 1
+        if wanted.protocol == "llamacpp" and suite.add_bos:
+            self.ids[:, 0] = tokenizer.bos_token_id
         elif suite.add_bos:
             self.ids = torch.cat([torch.full((len(self.ids), 1), tokenizer.bos_token_id), self.ids], 1)
+        self.labels = STRETCH if stream else self.ids.shape[1] - self.first
+        self.count = (self.ids.shape[1] - self.first) // self.labels * len(self.ids)
 
-    @property
-    def labels(self) -> int:
-        """Labels of each window."""
-        return self.ids.shape[1] - self.first
+    def at_once(self, model: Scores) -> int:
+        """Windows that go through a model together."""
+        many = _STEPPED if model.scoring == "step" else 1
+        return model.batch(max(1, many * BATCH_TOKENS // self.wanted.seqlen))
 
-    def logits(self, model: Scores, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, labels, V] of the positions that predict the labels.
+    def nll(self, model: Scores, ids: torch.Tensor, watcher: Watcher | None, told: Callable[[int], None]) -> list[float]:
+        """Mean negative log-likelihood of each window, in nats.
+
+        Args:
+            ids: Some rows of `ids`.
+            told: Called with windows done so far.
 
         Raises:
             methods.base.Unsupported: The policy of the model does not allow that.
         """
-        if self.wanted.protocol == "incremental":
-            model.check_scoring("exact", "chunk", "step")
-            parts, state = [], None
-            for chunk in ids[:, :-1].split(1 if model.scoring == "step" else self.chunk, 1):
-                logits, state = model.extend(chunk, state)
+        if self.wanted.protocol != "stream":
+            return (-label_logprobs(self.logits(model, ids), ids[:, self.first :], watcher).double().mean(1)).tolist()
+        found, end = [], self.first + self.count * self.labels
+        for logits, label in zip(self._chunks(model, ids[:, : end - 1]), self._split(ids[:, self.first : end], model), strict=True):
+            found.append(label_logprobs(logits, label, watcher))
+            told(sum(part.shape[1] for part in found) // self.labels)
+        return (-torch.cat(found, 1).double().view(-1, self.labels).mean(1)).tolist()
+
+    def logits(self, model: Scores, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, n, V] of the positions that predict the labels, of other protocols than `stream`. Raises as `nll`."""
+        protocol = self.wanted.protocol
+        if protocol == "incremental":
+            return torch.cat(list(self._chunks(model, ids[:, :-1])), 1)
+        if protocol == "suffix":
+            model.check_scoring("exact", "chunk", "step", "suffix")
+            logits, state = model.extend(ids[:, : self.first])
+            parts, rest = [logits[:, -1:]], ids[:, self.first : -1]
+            for piece in rest.split(1 if model.scoring == "step" else max(1, rest.shape[1]), 1):
+                logits, state = model.extend(piece, state)
                 parts.append(logits)
             return torch.cat(parts, 1)
         model.check_scoring("exact", "chunk")
         return model.logits(ids, self.first - 1)[:, :-1]
+
+    def stepwise(self, model: Scores, ids: torch.Tensor) -> list[float]:
+        """What `nll` gives if tokens come one by one, behind a prompt under `suffix`."""
+        head = self.first if self.wanted.protocol == "suffix" else 1
+        logits, state = model.extend(ids[:, :head])
+        parts = [logits]
+        for token in ids[:, head:-1].split(1, 1):
+            logits, state = model.extend(token, state)
+            parts.append(logits)
+        found = label_logprobs(torch.cat(parts, 1)[:, self.first - 1 :], ids[:, self.first :])
+        return (-found.double().mean(1)).tolist()
+
+    def _chunks(self, model: Scores, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits of all positions, some after the others, through one cache."""
+        model.check_scoring("exact", "chunk", "step")
+        state = None
+        for chunk in self._split(ids, model):
+            logits, state = model.extend(chunk, state)
+            yield logits
+
+    def _split(self, ids: torch.Tensor, model: Scores) -> tuple[torch.Tensor, ...]:
+        """Tokens as they go through a cache."""
+        return ids.split(1 if model.scoring == "step" else self.chunk, 1)
 
 
 def measure(
@@ -124,19 +174,19 @@ def measure(
     nll: list[float] = []
 
     def score(batch: torch.Tensor) -> dict[str, Any]:
-        first = watcher.seen if watcher else 0
-        logprobs = label_logprobs(windows.logits(model, batch), batch[:, windows.first :], watcher)
-        return {"nll": (-logprobs.double().mean(1)).tolist(), "seen": watcher.since(first) if watcher else None}
+        first, before = watcher.seen if watcher else 0, len(nll)
+        scored = windows.nll(model, batch, watcher, lambda done: on_progress(before + done, windows.count))
+        return {"nll": scored, "seen": watcher.since(first) if watcher else None}
 
     def accept(kept: dict[str, Any]) -> bool:
         return watcher.restore(kept["seen"]) if watcher else True
 
-    on_progress(0, len(ids))
-    for batch in ids.split(model.batch(max(1, BATCH_TOKENS // wanted.seqlen))):
+    on_progress(0, windows.count)
+    for batch in ids.split(windows.at_once(model)):
         nll += part.once(batch.numpy().tobytes(), len(batch), partial(score, batch), accept)["nll"]
         if not all(map(math.isfinite, nll)):
             raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")
-        on_progress(len(nll), len(ids))
+        on_progress(len(nll), windows.count)
     return PerplexityResult(
         corpus=public_name(wanted.corpus),
         protocol=protocols.PERPLEXITY[wanted.protocol],

@@ -6,7 +6,14 @@ another row. This module imports nothing, so that a configuration has its keys w
 
 from __future__ import annotations
 
-PERPLEXITY = {"window": "window-1", "incremental": "incremental-1", "llamacpp": "llamacpp-1", "document": "document-1"}
+PERPLEXITY = {
+    "window": "window-1",
+    "incremental": "incremental-1",
+    "llamacpp": "llamacpp-1",
+    "suffix": "suffix-1",
+    "stream": "stream-1",
+    "document": "document-1",
+}
 """Scoring of a corpus, by the name that `suite.protocols` gives it."""
 
 ZEROSHOT = 1

@@ -81,7 +81,8 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
     """
     found = list(disturbances)
     if is_reference and point.reference and len(point.reference.decode_ms) >= FEWEST_FOR_MEDIAN:
-        ratio, low, high = paired_speedup(point.candidate.decode_ms, point.reference.decode_ms, runs=point.processes)
+        times = point.candidate.decode_ms, point.reference.decode_ms
+        ratio, low, high = paired_speedup(*times, runs=point.processes, prompts=point.prompt_of_pairs)
         if not low <= 1 <= high:
             found.append(f"A/A: the reference differs from itself by {abs(ratio - 1):.1%}; the machine was not steady")
     if (drift := _drift(point.probes)) > DRIFT:
@@ -90,7 +91,7 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
         found.append(f"roofline: {roof.fraction:.0%} of the measured {roof.bandwidth} bandwidth: a defect of the measurement")
     if point.dropped:
         found.append(f"{point.dropped} pairs of runs dropped: the card was throttled")
-    if point.tokens and len(point.tokens.candidate) > 1:
+    if point.tokens and len(point.tokens.candidate) > (point.prompts.count if point.prompts else 1):
         runs = sum(point.tokens.candidate.values())
         found.append(f"the timed tokens differ from run to run: {len(point.tokens.candidate)} continuations in {runs} runs")
     return [f"{text} ({point.batch}×{point.prompt}+{point.new_tokens})" for text in found]

@@ -246,7 +246,9 @@ def _speed(before: SpeedResult, after: SpeedResult) -> tuple[Outcome, str]:
         point = f"{new.batch}×{new.prompt}+{new.new_tokens}"
         if old.reference and new.reference:
             then, now = (
-                speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms, runs=p.processes) for p in (old, new) if p.reference
+                speedups.paired_speedup(p.candidate.decode_ms, p.reference.decode_ms, runs=p.processes, prompts=p.prompt_of_pairs)
+                for p in (old, new)
+                if p.reference
             )
             name = "speed-up"
         else:

@@ -20,6 +20,22 @@ class Samples(Schema):
     decode_ms: list[float]
 
 
+class TextPrompts(Schema):
+    """Prompts that were texts, since what runs depends on them.
+
+    Attributes:
+        corpus: Where they are from.
+        count: How many.
+        sha256: Hash of their token ids.
+        pairs: Of each pair of samples the number of its prompt.
+    """
+
+    corpus: str
+    count: int
+    sha256: str
+    pairs: list[int] = []
+
+
 class Probe(Schema):
     """What the machine could do between two bursts of runs.
 
@@ -101,6 +117,7 @@ class SpeedPointResult(Schema):
         load: What else ran on the machine meanwhile.
         gpu: State of the card at the end of each run, dropped ones included.
         tokens: What was chosen in the counted runs; None in records from before it was kept.
+        prompts: Texts that were gone on with; None: one prompt of random ids, the same for all.
     """
 
     batch: int
@@ -120,6 +137,12 @@ class SpeedPointResult(Schema):
     load: dict[str, float] = {}
     gpu: list[GpuState] = []
     tokens: TimedTokens | None = None
+    prompts: TextPrompts | None = None
+
+    @property
+    def prompt_of_pairs(self) -> list[int]:
+        """Of each pair of samples the number of its prompt; empty where all have the same."""
+        return self.prompts.pairs if self.prompts else []
 
 
 class MemoryResult(Schema):
@@ -169,6 +192,7 @@ class SpeedResult(Schema):
             be that of a cache.
         read_bandwidth_gbs: The same of reads; None in records of schema 7.
         load: Highest reading of the points, by name.
+        rows_ms: Milliseconds of the candidate's passes by number of tokens, behind a prompt of the headline; empty where not asked for.
         flags: One line for each fact that makes a figure doubtful.
     """
 
@@ -179,4 +203,5 @@ class SpeedResult(Schema):
     read_bandwidth_gbs: float | None = None
     largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
+    rows_ms: dict[str, float] = {}
     flags: list[str] = []

@@ -19,19 +19,32 @@ class WorkResult(Schema):
 
     Attributes:
         tokens: That were counted, of `prompts` texts.
+        prompt_tokens: Tokens of each text before them.
+        passes: Of the model to its end, for all of these tokens; fewer where a draft was accepted.
+        pass_rows: How many passes had so many tokens, guesses included.
+        total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran.
         experts: Experts of a layer that ran.
-        active_parameters: Parameters that took part.
-        cache_tokens: Tokens whose keys and values were read.
+        active_parameters: Parameters of matrices that took part, each as often as it did.
+        cache_tokens: Tokens whose keys and values an attention read.
+        cache_bytes: Of the largest cache at the end of a text.
+        stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, or a
+            stream was, or drafts leave logits alone.
         flags: One line for each point in which the claim differs.
     """
 
     tokens: int
     prompts: int
+    prompt_tokens: int | None = None
+    passes: int | None = None
+    pass_rows: dict[str, int] = {}
+    total_parameters: int | None = None
     blocks: Spread | None = None
     experts: Spread | None = None
     active_parameters: Spread | None = None
     cache_tokens: Spread | None = None
+    cache_bytes: int | None = None
+    stepwise_gap: float | None = None
     flags: list[str] = []
 
 

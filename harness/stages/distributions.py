@@ -58,7 +58,7 @@ class Distributions:
             return perplexity.measure(model, windows, self.report.progress, part=part)
         comparison = divergence.Comparison(self._key(windows))
         measured = perplexity.measure(model, windows, self.report.progress, comparison, part)
-        measured.divergence = comparison.result(len(windows.ids))
+        measured.divergence = comparison.result(windows.count)
         return measured
 
     def noise(self, model: Scores, windows: Windows, part: Part) -> list[NoiseResult]:
@@ -83,7 +83,7 @@ class Distributions:
         return found if config.model.dtype == "float32" else found | {"float32": lambda: _in_float32(plain())}
 
     def _record(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
-        key, positions = self._key(windows), len(windows.ids) * windows.labels
+        key, positions = self._key(windows), windows.count * windows.labels
         folder = self.journal.folder / f"distributions-{key}" if self.journal.folder else None
         if folder and not folder.exists() and self.journal.interruptions and divergence.exists(key):
             shutil.copytree(divergence.location(key), folder)  # an earlier attempt had come to the end of this part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +10,24 @@ from typing import Any
 
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
-from slimbench.harness.measure import documents, generation, perplexity, zeroshot
+from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
+from slimbench.harness.measure.dynamic import work
 from slimbench.harness.measure.loaded import Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stages import models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
+from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.methods.base import Unsupported
 from slimbench.tasks import prompts
 from slimbench.tasks.overlap import overlap
 from slimbench.tasks.teaching import data_set
 
+_WORK_TEXTS, _WORK_TOKENS = 8, 2048
+_GAP = 0.005
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
@@ -62,6 +68,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)])
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
+    if loaded.slots and windows:
+        _count_work(config, key, loaded, windows[0], result, report, journal)
     if suite.noise_windows and distributions.is_reference and windows:
         with _timed(result, report, journal, "noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(model, windows[0], kept)
@@ -79,6 +87,37 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     _imitate(config, loaded, tokenizer, result, report, journal)
     result.flags += [*_flags(result, distributions), *journal.remarks()]
     return result
+
+
+def _count_work(
+    config: RunConfig, key: str, loaded: Loaded, part: perplexity.Windows, result: QualityResult, report: Reporter, journal: Journal
+) -> None:
+    """Count what runs for a token under a policy, behind the beginnings of some windows, and score some token by token; or say why not."""
+    ids = part.ids
+    texts = ids[:_WORK_TEXTS, : min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)]
+    claim = artefact.read_manifest(artefact.location(key)).claim.work
+    try:
+        with _timed(result, report, journal, "work", "texts") as kept:
+            model = Generates.of(loaded)
+            found = kept.once(texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, report.progress).model_dump())
+            gap = kept.once(["gap"], 1, lambda: _stepwise_gap(loaded, part, result.perplexity[0].window_nll))
+        result.work = WorkResult(**found | {"stepwise_gap": gap})
+        if gap is not None and abs(gap) > _GAP:
+            result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
+        if result.evidence and claims.UNMEASURED in result.evidence.flags:
+            result.evidence.flags.remove(claims.UNMEASURED)
+        result.forward_tokens += len(texts) * (texts.shape[1] + work.NEW_TOKENS - 1)
+    except Unsupported as error:
+        result.flags.append(f"work not counted: {error}")
+
+
+def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> float | None:
+    """How much perplexity two windows have more token by token; None where they were scored so, or drafts leave logits alone."""
+    if not isinstance(model, Scores) or model.scoring == "step" or part.wanted.protocol == "stream" or set(model.slots) == {"draft"}:
+        return None
+    few = part.ids[: model.batch(2)]
+    stepped = part.stepwise(model, few)
+    return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
 
 
 def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal) -> None:

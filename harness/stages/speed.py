@@ -9,13 +9,19 @@ from functools import partial
 from typing import Any
 
 from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
-from slimbench.harness.measure import capacity, gpu, latency, machine, memory, soundness
+from slimbench.harness.measure import capacity, gpu, latency, machine, memory, perplexity, soundness
+from slimbench.harness.measure.dynamic import texts
 from slimbench.harness.measure.hardware import available_memory
-from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.measure.loaded import Generates, Scores
+from slimbench.harness.measure.timer import timer
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
-from slimbench.harness.stages.common import Again, Reporter, evidence_of, load
+from slimbench.harness.stages import models
+from slimbench.harness.stages.common import Again, Reporter, evidence_of, load, tokenizer_of
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Unsupported
+
+_BY_TEXT = {"depth", "experts", "draft", "route"}
+"""Slots of policies that do more or less from text to text."""
 
 
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> SpeedResult:
@@ -57,15 +63,21 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     report.phase("first calls")
     first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
+    rows = figure(["rows", protocol.rows], 1, lambda: _rows(model, grid[0], protocol)) if protocol.rows else {}
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, len(model.devices), soundness.weights_read(found))
-    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
+    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, rows_ms=rows)
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)
 
+    tokens = _tokens(config, report) if protocol.prompts else None
+
     def measure(process: int, index: int) -> dict[str, Any]:
+        asked = None
+        if protocol.prompts and tokens is not None:
+            asked = texts.drawn(tokens, grid[index], protocol.prompts, process, processes)
         place, watch = process * len(grid) + index, machine.LoadWatch(instruments.card)
         progress = _Share(report.progress, place, processes * len(grid))
-        measured = latency.measure_point(model, reference, grid[index], share, instruments, progress, first_calls[index])
+        measured = latency.measure_point(model, reference, grid[index], share, instruments, progress, first_calls[index], asked)
         measured.load, seen = watch.read()
         return {"point": measured.model_dump(), "disturbances": seen}
 
@@ -85,10 +97,24 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     beyond = [point for point in protocol.grid if point not in grid]
     limit = f"the policy runs at most {model.max_batch} at once"
     result.flags += [f"unsupported: {point.batch}×{point.prompt}+{point.new_tokens}, {limit}" for point in beyond]
+    if _BY_TEXT & set(model.slots) and not protocol.prompts:
+        result.flags.append("random prompts: what the policy does depends on the text; speed=policy has texts")
     if reference is None:
         result.flags.append("no speed-up: the reference did not run here")
     result.flags += [f"{remark}; its points are of several processes" for remark in journal.remarks()]
     return result
+
+
+def _tokens(config: RunConfig, report: Reporter) -> Any:
+    """The text from which prompts are drawn, as token ids."""
+    report.phase("prompts")
+    assert config.speed.prompts
+    return perplexity.token_stream(config.speed.prompts.corpus, tokenizer_of(models.prepare(config.model, report.phase), config))[0]
+
+
+def _rows(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, float]:
+    """Times of passes of several tokens, where the engine can add tokens to a cache."""
+    return texts.time_rows(model, point, protocol.rows or [], timer(model.device)) if isinstance(model, Scores) else {}
 
 
 def _share_of(protocol: SpeedConfig, processes: int) -> SpeedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from slimbench.harness.stats.bootstrap import RESAMPLES, UNDEFINED, Estimate, Samples, paired_values, percentile_interval
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
 from slimbench.harness.stats.processes import middle_over, ratio_over
+from slimbench.harness.stats.workload import workload_speedup
 
 
 def middle(samples: Samples, runs: Sequence[int] = (), level: float = 0.95) -> Estimate:
@@ -26,16 +28,20 @@ def middle(samples: Samples, runs: Sequence[int] = (), level: float = 0.95) -> E
     return middle_over(samples, runs, level) if len(runs) > 1 else Estimate(float(np.median(samples)), *median_interval(samples, level))
 
 
-def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 0.95, runs: Sequence[int] = ()) -> Estimate:
+def paired_speedup(
+    candidate_ms: Samples, reference_ms: Samples, level: float = 0.95, runs: Sequence[int] = (), prompts: Sequence[int] = ()
+) -> Estimate:
     """How many times faster the candidate is: the median of reference / candidate over adjacent pairs of times.
 
-    Samples of a pair were taken one right after the other, so slow drift of the machine cancels in their ratio.
+    Samples of a pair were taken one right after the other, so slow drift of the machine cancels in their ratio. Where prompts differ, it
+    is that of the whole workload (`workload_speedup`).
 
     Args:
         candidate_ms: Times of the candidate, shape [pairs].
         reference_ms: Times of the reference taken next to them, shape [pairs].
         level: Confidence, 0..1.
         runs: How many pairs each process has; empty for one process.
+        prompts: Of each pair the number of its prompt; empty where all have the same.
 
     Returns:
         Middle ratio, lower bound, upper bound (`middle`).
@@ -45,6 +51,8 @@ def paired_speedup(candidate_ms: Samples, reference_ms: Samples, level: float = 
 
     Source: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013 (ratio of times with its interval).
     """
+    if len(prompts):
+        return workload_speedup(candidate_ms, reference_ms, prompts, runs, level)
     return middle(_speedups(candidate_ms, reference_ms), runs, level)
 
 
@@ -55,6 +63,7 @@ def indirect_speedup(
     resamples: int = RESAMPLES,
     seed: int = 0,
     runs: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    prompts: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> Estimate:
     """How many times faster the candidate is than another that was measured apart, through the reference that both ran next to.
 
@@ -72,6 +81,8 @@ def indirect_speedup(
         resamples: Bootstrap samples drawn, of the pairs of each measurement.
         seed: Seed of the draw.
         runs: How many pairs each process of the candidate has, and of the other; of several on both sides `ratio_over` them.
+        prompts: Of each pair of the candidate the number of its prompt, and of the other; the intervals of both workloads are then put
+            together as those of independent ones.
 
     Returns:
         Ratio of the middle speed-ups, lower bound, upper bound. Of one process, coverage within it is 95 to 97.5 %, and fewer than six
@@ -83,6 +94,11 @@ def indirect_speedup(
     Source: `paired_speedup`; percentile bootstrap of medians, Wilcox, Introduction to Robust Estimation, 4th ed. 2017, section 5.4.
     """
     ours, theirs = _speedups(*candidate), _speedups(*other)
+    if any(map(len, prompts)):
+        mine, its = (paired_speedup(*times, level, *how) for times, *how in zip((candidate, other), runs, prompts, strict=True))
+        ratio = mine.value / its.value
+        width = math.hypot(*(math.log(part.high / part.value) for part in (mine, its)))
+        return Estimate(ratio, ratio * math.exp(-width), ratio * math.exp(width))
     if min(map(len, runs)) > 1:
         relative = ratio_over((ours, runs[0]), (theirs, runs[1]), level)
         absolute = ratio_over((other[0], runs[1]), (candidate[0], runs[0]), level)

@@ -290,15 +290,15 @@ def _speed(index: Index, one: Row, other: Row) -> list[SpeedComparison]:
     point, other_point = result.points[0], other_result.points[0]
     if (point.batch, point.prompt, point.new_tokens) != (other_point.batch, other_point.prompt, other_point.new_tokens):
         return []
-    found, runs = [], (point.processes, other_point.processes)
+    found, runs, texts = [], (point.processes, other_point.processes), (point.prompt_of_pairs, other_point.prompt_of_pairs)
     for phase in ("decode", "prefill"):
         mine, its = _pairs(point, phase), _pairs(other_point, phase)
         if mine and other.keys.speed == reference:
-            ratio, indirect = speedup(*mine, runs=runs[0]), False
+            ratio, indirect = speedup(*mine, runs=runs[0], prompts=texts[0]), False
         elif its and one.keys.speed == other_reference:
-            ratio, indirect = speedup(*reversed(its), runs=runs[1]), False
+            ratio, indirect = speedup(*reversed(its), runs=runs[1], prompts=texts[1]), False
         elif mine and its and reference == other_reference:
-            ratio, indirect = speedups.indirect_speedup(mine, its, runs=runs), True
+            ratio, indirect = speedups.indirect_speedup(mine, its, runs=runs, prompts=texts), True
         else:
             continue
         name = f"batch {point.batch}, prompt {point.prompt}, new {point.new_tokens}"

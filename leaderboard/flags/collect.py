@@ -52,6 +52,7 @@ def flags(
     lines += speed.speed.flags if speed and speed.speed else []
     lines += facts.of_speed(speed, rival) if speed and not (compress and compress.simulated) else []
     lines += [*quality.quality.flags, *facts.of_quality(quality.quality)] if quality and quality.quality else []
+    lines += quality.quality.work.flags if quality and quality.quality and quality.quality.work else []
     lines += facts.never_exercised(quality.quality, theirs, compress) if quality and quality.quality else []
     lines += losses
     lines += compress.compress.flags if compress and compress.compress else []

@@ -52,7 +52,7 @@ def _above_the_bytes(ours: SpeedPointResult, theirs: SpeedPointResult) -> Iterat
     """
     moved = [point.roofline.weight_bytes + (point.roofline.cache_bytes or 0) if point.roofline else 0 for point in (ours, theirs)]
     times = (ours.candidate.decode_ms, ours.reference.decode_ms) if ours.reference else ([], [])
-    speedup = attempt(partial(paired_speedup, runs=ours.processes), *times, otherwise=None)
+    speedup = attempt(partial(paired_speedup, runs=ours.processes, prompts=ours.prompt_of_pairs), *times, otherwise=None)
     if speedup is None or not all(moved):
         return
     least = speedup.low if len(times[0]) >= stats.FEWEST_FOR_MEDIAN else speedup.value

@@ -67,6 +67,9 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"claims no cut, has .+": (),
     r"claims \S+ layers, runs .+": (),
     r"claims \S+ bytes of cache a token, takes .+": (),
+    r"claims \S+ blocks a token, ran .+": (),
+    r"claims \S+ active parameters, multiplied .+": (),
+    r"claims \S+ tokens in the cache, .+": (),
     # another training
     r"claims \S+ .+, but no method says that it trains": (Figure.COST,),
     r"trains, claims no .+": (Figure.COST,),
@@ -81,6 +84,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"quality measured on .+": (Figure.QUALITY,),
     r"quality of other bytes than the compression .+": (Figure.QUALITY,),
     # times and bytes of something else
+    r"random prompts: .+": (Figure.DECODE, Figure.PREFILL),
     r"speed measured on .+": (Figure.DECODE, Figure.PREFILL, Figure.MEMORY),
     r"speed of other bytes than the compression .+": (Figure.DECODE, Figure.PREFILL, Figure.MEMORY),
     r"prefill and activations are with a copy of the dense head that is no longer made": (Figure.PREFILL, Figure.MEMORY),
@@ -117,6 +121,8 @@ _NOTE = (
     r"no divergence: .+",
     r"no speed-up: .+",
     r"no continuations: .+",
+    r"work not counted: .+",
+    r"perplexity token by token differs by .+",
     r"not held against its teacher: .+",
     r"calibration text not held against the test text: .+",
     r"unsupported: .+",

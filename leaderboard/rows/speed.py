@@ -61,7 +61,8 @@ def _timing(point: SpeedPointResult) -> Timing:
     ours, theirs = point.candidate, point.reference
     prefill = attempt(_middle, ours.prefill_ms, point.processes, otherwise=UNKNOWN)
     decode = attempt(_rate, ours.decode_ms, point.processes, otherwise=UNKNOWN)
-    ratio = attempt(partial(speedup, runs=point.processes), ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
+    by = partial(speedup, runs=point.processes, prompts=point.prompt_of_pairs)
+    ratio = attempt(by, ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
     return Timing(
         prefill_ms=prefill.value,
         prefill_low=prefill.low,
@@ -88,8 +89,10 @@ def _rate(milliseconds: Sequence[float], runs: Sequence[int]) -> Estimate:
     return Estimate(*(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low)))
 
 
-def speedup(candidate_ms: Sequence[float], reference_ms: Sequence[float], *, runs: Sequence[int] = ()) -> Estimate:
-    return _carried(speedups.paired_speedup(candidate_ms, reference_ms, runs=runs), len(candidate_ms))
+def speedup(
+    candidate_ms: Sequence[float], reference_ms: Sequence[float], *, runs: Sequence[int] = (), prompts: Sequence[int] = ()
+) -> Estimate:
+    return _carried(speedups.paired_speedup(candidate_ms, reference_ms, runs=runs, prompts=prompts), len(candidate_ms))
 
 
 def _carried(found: Estimate, count: int) -> Estimate:

@@ -7,16 +7,35 @@ The folder holds the files of the base as they are, and `policy.json`:
 A slot is a part of the run that a policy decides on: `attention`, `cache`, `depth`, `experts`, `draft`, `route`; each is filled once. Its
 other fields are the settings of the kind. The kinds that there are:
 
-    cache   quantized      keys and values in few bits (`methods.formats.kv.cache.OwnCache`)
-            transformers   the quantized cache of transformers (`TransformersCache`)
-            prefix         virtual tokens before every text (`methods.formats.kv.prefix.Prefix`)
+    cache      quantized      keys and values in few bits (`methods.formats.kv.cache.OwnCache`)
+               transformers   the quantized cache of transformers (`TransformersCache`)
+               prefix         virtual tokens before every text (`methods.formats.kv.prefix.Prefix`)
+               window         the first tokens and the newest
+               eviction       the tokens of the highest score
+               latent         a vector of few numbers for all heads
+    attention  strided, fixed, longformer, bigbird, blockbert     a fixed set of earlier tokens (`methods.formats.attention.patterns`)
+               lsh, routing, sinkhorn                             a set that queries and keys decide on (`…content`)
+               pages          the pages of the cache that can matter to a token
+               hyper          blocks of alike tokens and samples, for prompts
+               pooled         summaries of earlier parts of a text
+               vq             codes in place of old keys
+               linear         a state of constant size in place of earlier tokens
+               span           each head sees as far back as it learned to
+               entmax         weights of which some are exactly 0
+    depth      exit           tokens leave at the first exit that is sure of them
+               router         a token runs the blocks whose router lets it in
+               contrast       logits against those of an early block
+    draft      lookup, exit   the next tokens are guessed, from the text or by the first blocks (`methods.formats.draft.policy`)
+
+Those of `attention` and the other ones of `cache` and `depth` lie in `methods.formats.attention` and `methods.formats.depth`, in modules of
+their names.
 
 Tensors that a policy brings lie in `policy.safetensors` as `SLOT.NAME`.
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
 `chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
 largest batch, null without a limit. The base is what the loader of its format makes; the policy is then installed on that module, which
-holds `scoring` and `max_batch` from then on.
+holds `slots`, `scoring` and `max_batch` from then on.
 """
 
 from __future__ import annotations
@@ -48,6 +67,29 @@ _KINDS = {
     ("cache", "quantized"): f"{_FORMATS}.kv.cache.OwnCache",
     ("cache", "transformers"): f"{_FORMATS}.kv.cache.TransformersCache",
     ("cache", "prefix"): f"{_FORMATS}.kv.prefix.Prefix",
+    ("cache", "window"): f"{_FORMATS}.attention.window.Window",
+    ("cache", "latent"): f"{_FORMATS}.attention.latent.Latent",
+    ("cache", "eviction"): f"{_FORMATS}.attention.eviction.Eviction",
+    ("depth", "exit"): f"{_FORMATS}.depth.exit.EarlyExit",
+    ("depth", "router"): f"{_FORMATS}.depth.router.Router",
+    ("depth", "contrast"): f"{_FORMATS}.depth.contrast.Contrast",
+    ("draft", "lookup"): f"{_FORMATS}.draft.policy.Lookup",
+    ("draft", "exit"): f"{_FORMATS}.draft.policy.Exit",
+    ("attention", "lsh"): f"{_FORMATS}.attention.content.Lsh",
+    ("attention", "routing"): f"{_FORMATS}.attention.content.Routing",
+    ("attention", "sinkhorn"): f"{_FORMATS}.attention.content.Sinkhorn",
+    ("attention", "hyper"): f"{_FORMATS}.attention.hyper.Hyper",
+    ("attention", "pages"): f"{_FORMATS}.attention.pages.Pages",
+    ("attention", "pooled"): f"{_FORMATS}.attention.pooled.Pooled",
+    ("attention", "vq"): f"{_FORMATS}.attention.vq.VQ",
+    ("attention", "span"): f"{_FORMATS}.attention.span.Span",
+    ("attention", "entmax"): f"{_FORMATS}.attention.entmax.Entmax",
+    ("attention", "linear"): f"{_FORMATS}.attention.linear.Linear",
+    ("attention", "strided"): f"{_FORMATS}.attention.patterns.Strided",
+    ("attention", "fixed"): f"{_FORMATS}.attention.patterns.Fixed",
+    ("attention", "longformer"): f"{_FORMATS}.attention.patterns.Longformer",
+    ("attention", "bigbird"): f"{_FORMATS}.attention.patterns.BigBird",
+    ("attention", "blockbert"): f"{_FORMATS}.attention.patterns.BlockBert",
 }
 
 
@@ -91,9 +133,14 @@ class Policy(ABC):
 
 
 def save(policy: Policy, dense: DenseModel, out: Path) -> None:
-    """Write the base as it is, and the policy with its tensors beside it."""
+    """Write the base as it is, and the policy with its tensors beside it.
+
+    Raises:
+        Unsupported: The policy cannot be installed on a model of this kind.
+    """
     from safetensors.torch import save_file
 
+    _try(policy, dense.path)
     if dense.format == HUGGINGFACE:
         link_source(dense, out)
     else:
@@ -113,6 +160,14 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
     (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
 
 
+def _try(policy: Policy, folder: Path) -> None:
+    """Install it on the model of a folder without data; a model that brings code of its own is not tried."""
+    from slimbench.methods.formats import storage
+
+    if not json.loads((folder / "config.json").read_text()).get("auto_map"):
+        policy.install(storage.skeleton(folder))
+
+
 def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """Load the base in evaluation mode and put the policy in force.
 
@@ -123,6 +178,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     model = _load_base(folder, base, device, trust_remote_code)
     for policy in policies:
         policy.install(model)
+    model.slots = [policy.slot for policy in policies]
     model.scoring = max((policy.scoring for policy in policies), key=get_args(Scoring).index)
     model.max_batch = min((policy.max_batch for policy in policies if policy.max_batch), default=None)
     return model

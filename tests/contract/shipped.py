@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.registry import entries
@@ -26,6 +28,7 @@ TRAINED = {"steps": 9, "batch_size": 2, "length": 16, "checkpoint_every": 4}
 CHEAP: dict[str, dict[str, Any]] = {
     "accuracy-predictor": {"configurations": 12, "candidates": 50, "tokens": 64},
     "adalora": TRAINED,
+    "adaptive-span": TRAINED,
     "adapter": TRAINED,
     "adapterdrop": TRAINED,
     "adapterfusion": TRAINED,
@@ -48,6 +51,8 @@ CHEAP: dict[str, dict[str, Any]] = {
     "dylora": TRAINED,
     "fitnets": TRAINED,
     "dynabert": TRAINED | {"depth": 0.5},
+    "early-exit": TRAINED,
+    "entmax": TRAINED,
     "flexround": {"steps": 3},
     "flop": TRAINED,
     "fsp": TRAINED | {"pairs": 2},
@@ -55,6 +60,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "gmp": TRAINED,
     "gmp-star": TRAINED,
     "grain": TRAINED,
+    "grouped-query": TRAINED,
     "gum": TRAINED,
     "homodistil": TRAINED | {"every": 1},
     "in-context": TRAINED | {"length": 160},
@@ -64,6 +70,9 @@ CHEAP: dict[str, dict[str, Any]] = {
     "kmeans": {"steps": 5},
     "l0-weights": TRAINED,
     "layerdrop": TRAINED,
+    "latent-attention": TRAINED | {"rank": 24, "pairs": 4, "tokens": 64},
+    "linear-learned": TRAINED | {"window": 8},
+    "linformer": TRAINED | {"block": 8},
     "lion": TRAINED | {"length": 160, "examined": 4, "answer_tokens": 48},
     "llm-qat": TRAINED | {"sequences": 4, "generation_batch": 4},
     "llm-surgeon": {"shots": 2, "correlated": 100},
@@ -97,7 +106,9 @@ CHEAP: dict[str, dict[str, Any]] = {
     "reflection": TRAINED | {"length": 160, "examined": 4, "answer_tokens": 48, "samples": 2},
     "scotd": TRAINED | {"length": 64},
     "scott": TRAINED | {"length": 64},
+    "self-speculation": {"blocks": 1},
     "sheared-llama": TRAINED,
+    "skip-layer": TRAINED,
     "signround": {"iterations": 12, "batch_size": 2},
     "simple": TRAINED,
     "socratic": TRAINED | {"length": 64},
@@ -115,6 +126,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "ternary-qat": TRAINED,
     "tinybert": TRAINED,
     "torchao-qat": TRAINED,
+    "transformer-vq": {"codes": 8, "exact": 8, "steps": 4},
     "tsld": TRAINED,
     "voita-heads": TRAINED,
     "vptq": {"index_bits": 6, "steps": 5},
@@ -137,8 +149,9 @@ SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is f
 ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
 ALIKE |= {"context", "in-context", "kard", "lion", "mcc-kd", "programs", "rationale", "scotd", "scott", "socratic", "symbolic"}
 ALIKE |= {"compresso", "mccarley"}
+ALIKE |= {"adaptive-span", "entmax", "latent-attention", "linformer", "skip-layer"}
 """They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`, or
-`cofi` and `voita-heads`; what is their own is tried in their own tests."""
+`cofi` and `voita-heads`, or `linear-learned` and `early-exit`; what is their own is tried in their own tests."""
 
 
 def marked(names: Iterable[str]) -> list[Any]:
@@ -172,6 +185,12 @@ class Made:
         except Unsupported as missing:
             pytest.skip(str(missing))
         return opened(engine, self.folder)
+
+
+def sound(model: LoadedModel, ids: Tensor) -> bool:
+    """Whether all logits are numbers; a decoder that is no distribution over all tokens may rule some out."""
+    logits = model.logits(ids)
+    return bool((torch.isfinite(logits) | ((logits == -torch.inf) & (model.scoring == "none"))).all())
 
 
 def opened(engine: EngineConfig, folder: Path) -> LoadedModel:

@@ -16,7 +16,7 @@ from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
 from slimbench.harness.measure import memory
 from slimbench.harness.measure.capacity import largest_batch
-from slimbench.harness.measure.latency import prompts
+from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.loaded import Step
 from slimbench.harness.measure.memory import measure, peak_of
 from slimbench.harness.schema.speed import MemoryResult

@@ -15,7 +15,7 @@ class Pass:
     """One perplexity measurement of a suite: a corpus under a protocol.
 
     Attributes:
-        protocol: `window`, `incremental`, `llamacpp` or `document`.
+        protocol: `window`, `incremental`, `llamacpp`, `suffix`, `stream` or `document`.
         seqlen: Tokens of a window; no meaning for documents.
         limit: Windows or documents at most, None for all.
     """
@@ -26,7 +26,7 @@ class Pass:
     limit: int | None
 
 
-PROTOCOLS = ("window", "incremental", "llamacpp", "document")
+PROTOCOLS = ("window", "incremental", "llamacpp", "suffix", "stream", "document")
 
 
 class SuiteConfig(Strict):
@@ -36,7 +36,8 @@ class SuiteConfig(Strict):
         name: How records and board call it.
         corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
             The first one is the headline, the others are out-of-domain text beside it.
-        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window) or `document` (lm-eval's
+        protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window), `suffix` (the same, behind its
+            first half as a prompt), `stream` (one text of so many tokens through one cache, in windows of 1,024) or `document` (lm-eval's
             rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
             corpus, the others on the first corpus only, on equally many tokens.
         seqlen: Tokens of a window.
@@ -84,6 +85,8 @@ class SuiteConfig(Strict):
                 raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
             if at and (not length.isdigit() or int(length) < 8 or name == "document"):
                 raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
+            if at and name == "stream" and int(length) % 1024:
+                raise ValueError(f"'{text}' has not a multiple of 1,024 tokens")
         if not protocols or protocols[0] == "document":
             raise ValueError("the first protocol is the headline and must score windows")
         return protocols

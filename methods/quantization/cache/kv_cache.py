@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from slimbench.methods.base import ANY_BASE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
-from slimbench.methods.formats import policy as policies
+from slimbench.methods.base import Citation, DenseModel, Needs
+from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.kv.cache import CachePolicy, OwnCache, TransformersCache, bytes_per_token, facts
 from slimbench.methods.formats.kv.scheme import Scheme
 
 
-class _KVCache(Method):
-    """What all share: the base as it is, and a policy beside it."""
-
-    needs = Needs(weights=False)
-    accepts = ANY_BASE
-    produces = policies.FORMAT
+class _KVCache(PolicyMethod):
+    """What all share: how the cache is stored, and the bytes that it takes."""
 
     @abstractmethod
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         """How the cache is stored."""
 
-    def check(self, shape: ModelShape) -> None:
-        self.policy().check(shape)
-
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        policy = self.policy()
+    def claims(self, policy: Any, dense: DenseModel) -> dict[str, Any]:
         told = facts(policy, dense)
-        policies.save(policy, dense, out)
-        return Claim(self.produces, cache_bytes_per_token=bytes_per_token(told["cache_bytes"]), details=told)
+        return {"cache_bytes_per_token": bytes_per_token(told["cache_bytes"]), "details": told}
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class KVInt(_KVCache):
         if self.residual_length is not None and self.residual_length < 1:
             raise ValueError(f"residual_length must be positive, not {self.residual_length}; without one no token stays exact")
 
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         scheme = Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         return OwnCache(scheme, scheme, self.residual_length or 0)
 
@@ -85,7 +75,7 @@ class KIVI(_KVCache):
     def __post_init__(self) -> None:
         self.policy()
 
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         keys = Scheme(bits=self.bits, axis="channel", group_size=self.group_size)
         return OwnCache(keys, Scheme(bits=self.bits, group_size=self.group_size), self.residual_length)
 
@@ -103,7 +93,7 @@ class KVFp8(_KVCache):
 
     scale: Literal["token", "none"] = "token"
 
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         scheme = Scheme(number="e4m3", scaled=self.scale == "token")
         return OwnCache(scheme, scheme)
 
@@ -138,7 +128,7 @@ class KVQuanto(_KVTransformers):
     group_size: Literal[32, 64, 128] = 32
     residual_length: int = 128
 
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         return TransformersCache("quanto", self.nbits, 0, 0, self.group_size, self.residual_length)
 
 
@@ -159,5 +149,5 @@ class KVHqq(_KVTransformers):
     group_size: Literal[32, 64, 128] = 32
     residual_length: int = 128
 
-    def policy(self) -> CachePolicy:
+    def policy(self, seed: int = 0) -> CachePolicy:
         return TransformersCache("hqq", self.nbits, 1, 1, self.group_size, self.residual_length)

@@ -77,7 +77,7 @@ def test_arithmetic_that_many_share_is_refused_for_each_of_them(edit: Edit) -> N
         ("methods/kernels/cpu/packed_mm.cpp", "#include", "// one more line\n#include", "format packed"),
         ("methods/kernels/cuda/hardware.cuh", "#pragma once", "#pragma once\n// x", "format packed"),
         ("methods/kernels/triton/packed_mm.py", "_TWO_23 = ", "_TWO_23 = 1 + ", "format packed"),
-        ("harness/measure/perplexity.py", "-logprobs.double().mean(1)", "-logprobs.double().sum(1)", "protocol window"),
+        ("harness/measure/perplexity.py", "watcher).double().mean(1)", "watcher).double().sum(1)", "protocol window"),
         ("harness/measure/loaded.py", "logsumexp(", "logsumexp(1 * ", "protocol window"),
         ("harness/engines/transformers.py", "_CHUNK = ", "_CHUNK = 1 + ", "engine transformers"),
     ],

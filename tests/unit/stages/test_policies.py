@@ -11,6 +11,7 @@ import pytest
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure import perplexity
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import compress, quality, speed
@@ -65,6 +66,7 @@ class Under(Method):
 @pytest.fixture(autouse=True)
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(policies._KINDS, ("attention", "planted"), f"{__name__}.Planted")
+    monkeypatch.setattr(quality, "_count_work", lambda *_: None)  # its calls are not those of a protocol
 
 
 def run(overrides: list[str], stage: Any, settings: str, *more: str) -> Any:
@@ -150,3 +152,44 @@ def test_the_strictest_of_several_policies_holds(tmp_path: Path) -> None:
     (tmp_path / "policy.json").write_text(json.dumps(described))
     model = TransformersModel(policies.load(tmp_path), "cpu")
     assert (model.scoring, model.max_batch, KVInt().policy().scoring) == ("step", 4, "exact")
+
+
+def test_behind_a_prompt_what_follows_is_scored_as_the_policy_allows(overrides: list[str]) -> None:
+    through = "suite.protocols=[suffix]"
+    whole = run(overrides, quality, "scoring=exact", "suite.protocols=[llamacpp]").perplexity[0]
+    for scoring, calls in (("exact", {(6, 33), (6, 30)}), ("suffix", {(6, 33), (6, 30)}), ("step", {(6, 33), (6, 1)})):
+        found = run(overrides, quality, f"scoring={scoring}", through).perplexity[0]
+        assert {call for call in CALLS if call[0] == 6} == calls, "the prompt at once, then the rest"
+        assert found.labels_per_window == 31 == whole.labels_per_window
+        assert found.window_nll == pytest.approx(whole.window_nll, rel=1e-5), "without a policy it is llama.cpp's protocol"
+        assert found.protocol == "suffix-1"
+    with pytest.raises(Unsupported, match="the policy allows none"):
+        run(overrides, quality, "scoring=none", through)
+
+
+def test_a_stream_goes_through_one_cache_and_is_told_in_stretches(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "STRETCH", 32)
+    exact = run(overrides, quality, "scoring=exact", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]
+    through = [length for batch, length in CALLS if batch == 1 and length > 8]
+    assert exact.protocol == "stream-1" and exact.labels_per_window == 32 and len(exact.window_nll) == 4
+    assert sum(through[:2]) == 128, "all of it, in pieces, before anything else"
+    step = run(overrides, quality, "scoring=step", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]
+    assert step.window_nll == pytest.approx(exact.window_nll, rel=1e-4)
+    whole = run(overrides, quality, "scoring=exact", "suite.protocols=[window]", "suite.seqlen=129", "suite.windows=1").perplexity[0]
+    assert sum(exact.window_nll) / 4 == pytest.approx(whole.window_nll[0], rel=1e-4), "one text of 128 labels"
+    with pytest.raises(Unsupported, match="the policy allows suffix"):
+        run(overrides, quality, "scoring=suffix", "suite.protocols=[stream]", "suite.seqlen=128")
+
+
+def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    steps = step_overrides(["slimbench.methods.compact.streaming_llm.StreamingLLM(budget=12,sinks=2)"])
+    config = resolve([*overrides, *steps])
+    compress.run(config, "streaming-work", Silent())
+    measured = quality.run(config, "streaming-work", None, Silent())
+    assert measured.work and measured.work.prompts == 6 and measured.work.prompt_tokens == 64
+    assert measured.work.cache_tokens and measured.work.cache_tokens.mean == 13
+    assert measured.work.stepwise_gap is not None and abs(measured.work.stepwise_gap) < 1e-3
+    assert measured.work.flags == []
+    assert measured.evidence and "claims less work a token, which nothing has measured" not in measured.evidence.flags
+    assert {"work"} <= set(measured.seconds)

@@ -1,0 +1,185 @@
+"""What runs for a token, counted by hooks while a text is gone on with, in passes that nobody times.
+
+A policy says what it leaves out; what was left out is seen here, on the loaded module: how many rows each matrix multiplied, in which
+blocks, and how many keys each call of torch's attention was given and allowed to see. Prompts are text, each goes through alone, and only
+decode steps are counted: the prompt's own pass is work of another kind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from slimbench.harness.measure.evidence import products
+from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.schema.work import Spread, WorkResult
+from slimbench.methods.base import Unsupported, Work
+from slimbench.methods.formats.architecture.layout import layout_of
+from slimbench.methods.formats.architecture.structure import blocks_of
+
+NEW_TOKENS = 32
+"""Tokens by which each text is gone on with."""
+_SLACK = 1.02
+
+
+@dataclass
+class Count:
+    """What ran in one decode step.
+
+    Attributes:
+        passes: Rows of each pass: of each call of the projection to keys of the last block, which no token leaves out.
+        products: Parameters of matrices times rows that went through them.
+        blocks: Rows that went through the feed-forward part of a block, over all blocks.
+        reads: Of each call of the attention, keys that a query saw, mean over queries and heads.
+    """
+
+    passes: list[int] = field(default_factory=list)
+    products: int = 0
+    blocks: int = 0
+    reads: list[float] = field(default_factory=list)
+
+
+class _Attentions(TorchFunctionMode):
+    """Sees each call of torch's attention."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            query, key = args[0], args[1]
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            self.count.reads.append(seen(query.shape[2], key.shape[2], mask, kwargs.get("is_causal", False)))
+        return func(*args, **kwargs)
+
+
+def seen(queries: int, keys: int, mask: torch.Tensor | None, causal: bool) -> float:
+    """Keys that a query sees, mean over queries and heads.
+
+    Args:
+        mask: As torch's attention takes it: bool, or added to the scores.
+    """
+    if mask is not None:
+        allowed = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min
+        return float(allowed.sum(-1).double().mean()) * keys / mask.shape[-1]
+    return keys - (queries - 1) / 2 if causal else float(keys)
+
+
+@contextmanager
+def counted(module: Any) -> Iterator[Count]:
+    """Count what runs of a causal language model meanwhile."""
+    count, handles = Count(), []
+
+    def watch(layer: Any, change: Callable[[int], None]) -> None:
+        handles.append(layer.register_forward_hook(lambda _, inputs, output: change(_rows(inputs, output))))
+
+    def products_of(parameters: int) -> Callable[[int], None]:
+        def add(rows: int) -> None:
+            count.products += parameters * rows
+
+        return add
+
+    def block(rows: int) -> None:
+        count.blocks += rows
+
+    blocks = list(blocks_of(module).values())
+    last = layout_of(blocks[-1])
+    watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), count.passes.append)
+    for layer, parameters in products(module):
+        watch(layer, products_of(parameters))
+    for found in blocks:
+        watch(found.get_submodule(layout_of(found).mlp[0]), block)
+    try:
+        with _Attentions(count):
+            yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(inputs: tuple[Any, ...], output: Any) -> int:
+    given = inputs[0] if inputs else output
+    return int(given.numel() // given.shape[-1])
+
+
+def measure(model: Generates, texts: torch.Tensor, claim: Work | None, on_progress: Callable[[int, int], None]) -> WorkResult:
+    """Go on with texts, and count.
+
+    Args:
+        texts: Token ids of equally long prompts, int64 [N, T].
+        claim: What the artefact's methods say.
+        on_progress: Called with texts done and texts in all.
+
+    Raises:
+        methods.base.Unsupported: The engine shows no module whose parts could be watched.
+    """
+    module = getattr(model, "module", None)
+    if module is None:
+        raise Unsupported("the engine does not show what runs for a token")
+    steps: list[Count] = []
+    held: list[int] = []
+    for done, text in enumerate(texts.split(1)):
+        on_progress(done, len(texts))
+        step = model.prefill(text, NEW_TOKENS)
+        for _ in range(NEW_TOKENS - 1):
+            with counted(module) as count:
+                step = model.decode_step(step)
+            steps.append(count)
+        held.append(model.cache_bytes(step.state) or 0)
+    passes = [rows for count in steps for rows in count.passes]
+    found = WorkResult(
+        tokens=len(steps),
+        prompts=len(texts),
+        prompt_tokens=texts.shape[1],
+        passes=len(passes),
+        pass_rows={str(rows): count for rows, count in sorted(Counter(passes).items())},
+        total_parameters=sum(parameters for _, parameters in products(module)),
+        blocks=spread([float(count.blocks) for count in steps]),
+        active_parameters=spread([float(count.products) for count in steps]),
+        cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
+        cache_bytes=max(held),
+    )
+    found.flags += differences(found, claim, token_bytes(module))
+    return found
+
+
+def token_bytes(module: Any) -> float:
+    """Bytes of the keys and values of one token in all layers."""
+    widths = [part.k_proj.out_features + part.v_proj.out_features for part in module.modules() if hasattr(part, "k_proj")]
+    return float(sum(widths) * module.dtype.itemsize)
+
+
+def spread(values: list[float]) -> Spread:
+    """Mean and percentiles of what was counted token by token."""
+    low, middle, high = np.percentile(values, [5, 50, 95])
+    return Spread(mean=float(np.mean(values)), p5=float(low), p50=float(middle), p95=float(high))
+
+
+def differences(found: WorkResult, claim: Work | None, token: float) -> list[str]:
+    """One line for each point in which a claim says less than what ran.
+
+    Args:
+        token: Bytes that one takes in a cache that keeps all.
+    """
+    claim, flags = claim or Work(), []
+    if claim.blocks is not None and found.blocks and found.blocks.mean > _SLACK * claim.blocks:
+        flags.append(f"claims {claim.blocks:.4g} blocks a token, ran {found.blocks.mean:.4g}")
+    if claim.active_parameters is not None and found.active_parameters and found.active_parameters.mean > _SLACK * claim.active_parameters:
+        flags.append(f"claims {claim.active_parameters:,.0f} active parameters, multiplied {found.active_parameters.mean:,.0f}")
+    if claim.cache_tokens is None:
+        return flags
+    if found.cache_tokens and found.cache_tokens.p95 > _SLACK * (claim.cache_tokens + 1):
+        flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, read {found.cache_tokens.p95:,.0f}")
+    if found.cache_bytes and found.cache_bytes > _SLACK * claim.cache_tokens * token:
+        flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, holds the bytes of {found.cache_bytes / token:,.0f}")
+    return flags

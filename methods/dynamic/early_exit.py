@@ -1,0 +1,128 @@
+"""Early exit: a token that an exit is sure of runs no further blocks (`methods.formats.depth.exit`).
+
+The model stays as it is. Behind each exit a linear map T h = h + W h + b is trained, so that norm and head predict from T h what they
+predict in the end; it begins as the identity. All blocks are frozen, so what an exit learns depends on no other exit.
+
+    distillation   KL of the model's distribution from the exit's, as FastBERT (arXiv 2004.02178), §3.3, teaches its branches
+    nll            cross entropy with the text, as DeeBERT (arXiv 2004.12993), §3.1, trains its off-ramps
+
+The papers train classifiers of one sentence; here every token of a text is one. How many tokens leave comes out of the threshold: records
+hold the blocks that ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.core.training import TrainingSettings
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.depth.exit import Criterion, EarlyExit
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EarlyExits(TrainingSettings, Method):
+    """What all share.
+
+    Attributes:
+        criterion: By what an exit is sure.
+        threshold: From which value on.
+        exits: Blocks that have run at each; null: those after a fifth, a third, a half, two thirds and five sixths of all.
+    """
+
+    name = "early-exit"
+    citation = Citation("CALM", year=2022, arxiv="2207.07061")
+    needs = Needs(calibration=True, training=True)
+    accepts = DENSE
+    produces = policies.FORMAT
+
+    criterion: Criterion = "margin"
+    threshold: float = 0.9
+    exits: tuple[int, ...] | None = None
+    learning_rate: float = 1e-3
+
+    def places(self, shape: ModelShape) -> tuple[int, ...]:
+        """Blocks that have run at each exit."""
+        if self.exits is not None:
+            return tuple(self.exits)
+        shares = (1 / 5, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+        return tuple(sorted({max(1, min(shape.num_layers - 1, round(share * shape.num_layers))) for share in shares}))
+
+    def policy(self, shape: ModelShape) -> EarlyExit:
+        return EarlyExit(self.criterion, self.threshold, self.places(shape))
+
+    def check(self, shape: ModelShape) -> None:
+        self.policy(shape).check(shape)
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        import torch
+
+        from slimbench.methods.core.architecture.surgery import counts
+        from slimbench.methods.core.learning import trained
+        from slimbench.methods.core.training import cut, train
+
+        model: Any = trained.load(dense)
+        policy = self.policy(dense.shape)
+        parameters = start(policy.exits, model)
+        done = train(self, parameters, self._loss(model, policy.exits, parameters, dense), cut(calibration.ids, self.length), dense)
+        stored = {name: value.detach().to(getattr(torch, dense.dtype)) for name, value in parameters.items()}
+        policies.save(replace(policy, translators=stored), dense, out)
+        whole = counts(model)["parameters"] + sum(value.numel() for value in stored.values())
+        facts = {"exits": list(policy.exits), "exit_parameters": sum(value.numel() for value in stored.values())}
+        return done.added_to(Claim(self.produces, parameters=whole, teacher=trained.teacher(self), details=facts))
+
+    def _loss(self, model: Any, exits: tuple[int, ...], parameters: Mapping[str, nn.Parameter], dense: DenseModel) -> Any:
+        """Mean loss of the exits; terms by exit."""
+        import torch
+        from torch.nn import functional
+
+        from slimbench.methods.core.learning.terms import term
+        from slimbench.methods.core.losses import divergence, next_token
+        from slimbench.methods.formats.architecture.structure import blocks_of
+
+        blocks, head = list(blocks_of(model).values()), model.get_output_embeddings()
+
+        def states_of(ids: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+            held: dict[int, Tensor] = {}
+            handles = [
+                blocks[place - 1].register_forward_hook(lambda _, __, made, place=place: held.__setitem__(place, made)) for place in exits
+            ]
+            try:
+                with torch.no_grad():
+                    logits = model(input_ids=ids, use_cache=False).logits
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return held, logits
+
+        def loss(ids: Tensor) -> Tensor:
+            with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
+                held, wanted = states_of(ids)
+                found = []
+                for place, state in held.items():
+                    moved = state + functional.linear(state, parameters[f"{place}.weight"], parameters[f"{place}.bias"])
+                    logits = head(model.base_model.norm(moved))
+                    one = next_token(logits, ids) if self.loss == "nll" else divergence(logits, wanted)
+                    found.append(term(f"exit {place}", one / len(exits)))
+            return torch.stack(found).sum()
+
+        return loss
+
+
+def start(exits: tuple[int, ...], model: Any) -> dict[str, nn.Parameter]:
+    """W and b of each exit, zero: the states as they are."""
+    import torch
+    from torch.nn import Parameter
+
+    width = model.get_input_embeddings().embedding_dim
+    made: dict[str, nn.Parameter] = {}
+    for place in exits:
+        made[f"{place}.weight"] = Parameter(torch.zeros(width, width, device=model.device))
+        made[f"{place}.bias"] = Parameter(torch.zeros(width, device=model.device))
+    return made

@@ -1,0 +1,79 @@
+"""The policy `exit` of the slot `depth`: a token leaves the model at the first exit that is sure of it.
+
+An exit stands behind a block. There the hidden state h of a token is translated, T h = h + W h + b, and norm and head of the model predict
+from it. A token leaves where its exit is sure, by `criterion`:
+
+    maximum   the largest probability is at least λ                                       CALM's softmax response in its plain form
+    margin    the difference of the two largest probabilities is at least λ               CALM (arXiv 2207.07061), §3.4
+    entropy   the entropy, in nats, is at most 1 - λ of that of all tokens being alike    DeeBERT (arXiv 2004.12993), §3.2
+    state     the cosine of h and the state behind the exit before (at the first, the embedding) is at least λ    CALM, §3.4
+    patience  λ exits in a row predict the same token                                     PABEE (arXiv 2006.04152), §3.2
+
+`state` asks no head, the others ask it at every exit that a token comes to. What a token that has left would have been in later blocks is
+its state as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. The logits of
+a token are those of its exit, or of the model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
+
+One text at a time. A text gives the same in any pieces, since a token's exit depends on earlier tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.formats.policy import Policy, Scoring, tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Criterion = Literal["maximum", "margin", "entropy", "state", "patience"]
+NEVER = 1e9
+"""A threshold that no token reaches."""
+
+
+@dataclass(frozen=True)
+class EarlyExit(Policy):
+    """Exits behind some blocks.
+
+    Attributes:
+        criterion: By what an exit is sure.
+        threshold: λ.
+        exits: Blocks that have run at each, in ascending order.
+        translators: `L.weight` [hidden, hidden] and `L.bias` of the exit behind L blocks; an exit without them translates nothing.
+    """
+
+    slot = "depth"
+    kind = "exit"
+
+    criterion: Criterion
+    threshold: float
+    exits: tuple[int, ...]
+    translators: Mapping[str, Tensor] = tensors()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exits", tuple(self.exits))
+        if not self.exits or sorted(set(self.exits)) != list(self.exits) or self.exits[0] < 1:
+            raise ValueError(f"exits must be numbers of blocks in ascending order, not {list(self.exits)}")
+
+    @property
+    def scoring(self) -> Scoring:
+        return "exact"
+
+    @property
+    def max_batch(self) -> int:
+        return 1
+
+    def neutral(self) -> EarlyExit:
+        return replace(self, threshold=NEVER)
+
+    def check(self, shape: ModelShape) -> None:
+        if self.exits[-1] >= shape.num_layers:
+            raise Unsupported(f"exits must lie before the last of {shape.num_layers} blocks, not behind block {self.exits[-1]}")
+
+    def install(self, model: Any) -> None:
+        """Raises `Unsupported` if the blocks of the model are not built like those of Llama."""
+        from slimbench.methods.formats.depth.rows import install
+
+        install(model, self.criterion, self.threshold, self.exits, self.translators)

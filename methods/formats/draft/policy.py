@@ -1,0 +1,112 @@
+"""Policies of the slot `draft`: cheap guesses at the next tokens, which the model itself then checks all at once.
+
+After a text x, γ tokens are guessed. One pass of the model over the last token of x and the guesses tells what it would have chosen at each
+place; the guesses are taken as far as they agree with that, and the model's own choice after them. So every pass gives one token at
+least, and the text is the model's own greedy one: in exact arithmetic drafts change time alone. Where the guesses come from:
+
+    lookup    the text itself: what followed where its last tokens, at most `ngram` of them, stood for the first time before
+    exit      the first `blocks` blocks of the model, its norm and its head. Their keys, values and states are taken over when the guesses
+              are checked, so that these blocks run once for each token
+
+One text at a time. Guesses never reach beyond the tokens that are wanted. Logits of a given text are those of the base.
+
+Sources: speculative decoding (Leviathan et al., arXiv 2211.17192), prompt lookup (Saxena, 2023), LayerSkip (Elhoushi et al.,
+arXiv 2404.16710, §4.3).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.formats.policy import Policy, Scoring
+
+if TYPE_CHECKING:
+    from slimbench.methods.formats.draft.speculation import Drafter
+
+
+class DraftPolicy(Policy):
+    """Guesses before each pass.
+
+    Attributes:
+        tokens: γ; 0: none, and the base is reproduced.
+    """
+
+    slot = "draft"
+    tokens: int
+
+    @property
+    def scoring(self) -> Scoring:
+        return "exact"
+
+    @property
+    def max_batch(self) -> int:
+        return 1
+
+    def neutral(self) -> DraftPolicy:
+        return replace(self, tokens=0)  # type: ignore[type-var]
+
+    @abstractmethod
+    def drafter(self, model: Any) -> Drafter:
+        """What guesses, for one loaded model."""
+
+    def install(self, model: Any) -> None:
+        """Leaves in the model's `drafter` what guesses; raises `Unsupported` if its parts are not known."""
+        model.drafter = self.drafter(model)
+
+
+@dataclass(frozen=True)
+class Lookup(DraftPolicy):
+    """Guesses from the text itself.
+
+    Attributes:
+        tokens: γ at most.
+        ngram: Tokens that are looked for at most.
+    """
+
+    kind = "lookup"
+
+    tokens: int
+    ngram: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.ngram < 1:
+            raise ValueError(f"tokens must not be negative and ngram at least 1, not {self.tokens} and {self.ngram}")
+
+    def check(self, shape: ModelShape) -> None:
+        """Any model."""
+
+    def drafter(self, model: Any) -> Drafter:
+        from slimbench.methods.formats.draft.speculation import LookupDrafter
+
+        return LookupDrafter(model, self.tokens, self.ngram)
+
+
+@dataclass(frozen=True)
+class Exit(DraftPolicy):
+    """Guesses of the first blocks.
+
+    Attributes:
+        tokens: γ.
+        blocks: Blocks that guess.
+    """
+
+    kind = "exit"
+
+    tokens: int
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.blocks < 1:
+            raise ValueError(f"tokens must not be negative and blocks at least 1, not {self.tokens} and {self.blocks}")
+
+    def check(self, shape: ModelShape) -> None:
+        if self.blocks >= shape.num_layers:
+            raise Unsupported(f"of {shape.num_layers} blocks fewer than all must guess, not {self.blocks}")
+
+    def drafter(self, model: Any) -> Drafter:
+        from slimbench.methods.formats.draft.speculation import ExitDrafter
+
+        return ExitDrafter(model, self.tokens, self.blocks)

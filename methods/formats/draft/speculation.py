@@ -1,0 +1,160 @@
+"""Greedy generation of one text whose next tokens are guessed first (`methods.formats.draft.policy`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimbench.methods.base import Unsupported
+from slimbench.methods.formats.architecture.structure import blocks_of
+from slimbench.methods.formats.kv.quantized import layer_bytes
+
+
+class Speculation:
+    """One text that is gone on with.
+
+    Args:
+        drafter: Guesses, and checks its guesses.
+        ids: The prompt, int64 [1, T].
+        room: Tokens that are wanted.
+        cache: An empty cache; None for that of transformers.
+
+    Attributes:
+        text: Token ids so far, those included that were not asked for yet.
+        cache: Keys and values of all tokens of the text but the last.
+        drafted: Tokens that were guessed.
+        accepted: Of these, taken.
+
+    Raises:
+        Unsupported: The prompt is not one text, or the cache cannot let go of tokens that were guessed wrongly.
+    """
+
+    def __init__(self, drafter: Drafter, ids: Tensor, room: int, cache: Any = None) -> None:
+        if len(ids) != 1:
+            raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
+        out = drafter.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.drafter, self.cache, self.room = drafter, out.past_key_values, room
+        if not all(getattr(layer, "is_croppable", False) for layer in self.cache.layers):
+            raise Unsupported("the cache cannot take back tokens that were guessed wrongly")
+        self.text: list[int] = ids[0].tolist()
+        self.drafted = self.accepted = 0
+        self._waiting: deque[int] = deque()
+        self._take([int(out.logits[0, -1].argmax())])
+
+    def next(self) -> Tensor:
+        """The next token, int64 [1, 1]."""
+        if not self._waiting:
+            self._pass()
+        return torch.tensor([[self._waiting.popleft()]])
+
+    def _take(self, tokens: list[int]) -> None:
+        self.text += tokens
+        self.room -= len(tokens)
+        self._waiting.extend(tokens)
+
+    def _pass(self) -> None:
+        guesses, chosen = self.drafter.guess_and_check(self.text, self.cache, max(0, self.room - 1))
+        agreed = next((place for place, guess in enumerate(guesses) if chosen[place] != guess), len(guesses))
+        if wrong := len(guesses) - agreed:
+            self.cache.crop(-wrong)
+        self.drafted += len(guesses)
+        self.accepted += agreed
+        self._take([*guesses[:agreed], chosen[agreed]])
+
+    def stored_bytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(layer_bytes(layer) for layer in self.cache.layers)
+
+
+class Drafter(ABC):
+    """Guesses for one loaded model.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: γ, guesses at most.
+    """
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
+
+    def begin(self, ids: Tensor, room: int, cache: Any = None) -> Speculation:
+        """Go on with a prompt; arguments as of `Speculation`."""
+        return Speculation(self, ids, room, cache)
+
+    @abstractmethod
+    def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
+        """Guess, and let the model choose behind the last token of a text and behind each guess.
+
+        Args:
+            text: Token ids.
+            cache: Holds all of them but the last; afterwards the last and the guesses too.
+            most: Guesses at most.
+
+        Returns:
+            The guesses, and the model's choices, one more.
+        """
+
+
+class LookupDrafter(Drafter):
+    """Guesses from the text itself."""
+
+    def __init__(self, model: Any, tokens: int, ngram: int) -> None:
+        super().__init__(model, tokens)
+        self.ngram = ngram
+
+    def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
+        guesses = looked_up(text, self.ngram, min(self.tokens, most))
+        ids = torch.tensor([[text[-1], *guesses]], device=self.model.device)
+        out = self.model(ids, past_key_values=cache, use_cache=True)
+        return guesses, out.logits[0].argmax(-1).tolist()
+
+
+def looked_up(text: list[int], ngram: int, tokens: int) -> list[int]:
+    """What followed the last tokens of a text where they stood first, the longest of them that stood there; at most so many tokens."""
+    for size in range(min(ngram, len(text) - 1), 0, -1):
+        last = text[-size:]
+        for place in range(len(text) - size):
+            if text[place : place + size] == last:
+                return text[place + size : place + size + tokens]
+    return []
+
+
+class ExitDrafter(Drafter):
+    """Guesses of the first blocks of the model itself."""
+
+    def __init__(self, model: Any, tokens: int, blocks: int) -> None:
+        super().__init__(model, tokens)
+        self.base, self.head, self.all = model.base_model, model.get_output_embeddings(), list(blocks_of(model).values())
+        self.early = blocks
+        if not all(hasattr(self.base, part) for part in ("embed_tokens", "rotary_emb", "norm")):
+            raise Unsupported(f"guesses of the first blocks are for models built like Llama, not {type(model).__name__}")
+
+    def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
+        first, count = len(text) - 1, min(self.tokens, most)
+        token, states, guesses = text[-1], [], list[int]()
+        for place in range(count + 1):
+            hidden = self.base.embed_tokens(torch.tensor([[token]], device=self.model.device))
+            states.append(self._run(self.all[: self.early], hidden, cache, first + place))
+            if place < count:
+                token = int(self.head(self.base.norm(states[-1]))[0, -1].argmax())
+                guesses.append(token)
+        hidden = self._run(self.all[self.early :], torch.cat(states, 1), cache, first)
+        return guesses, self.head(self.base.norm(hidden))[0].argmax(-1).tolist()
+
+    def _run(self, blocks: list[Any], hidden: Tensor, cache: Any, first: int) -> Tensor:
+        """States [1, T, d] of tokens at first, first + 1, … behind some blocks, whose layers of the cache hold all tokens before."""
+        tokens = hidden.shape[1]
+        places = torch.arange(first, first + tokens, device=hidden.device)[None]
+        rotations = self.base.rotary_emb(hidden, position_ids=places)
+        seen = None
+        if tokens > 1:
+            seen = (torch.arange(first + tokens, device=hidden.device)[None] <= places[0][:, None])[None, None]
+        for block in blocks:
+            hidden = block(
+                hidden, attention_mask=seen, position_ids=places, position_embeddings=rotations, past_key_values=cache, use_cache=True
+            )
+        return hidden

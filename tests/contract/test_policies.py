@@ -1,0 +1,242 @@
+"""What every policy promises: at its neutral setting it is the base, in force it is not, and no token depends on later or other texts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slimbench.harness.config.registry import entries
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.methods.core.policies import PolicyMethod
+from slimbench.methods.formats.attention.content import Routing
+from slimbench.methods.formats.attention.entmax import Entmax
+from slimbench.methods.formats.attention.latent import Latent
+from slimbench.methods.formats.attention.linear import Linear
+from slimbench.methods.formats.attention.pooled import Pooled
+from slimbench.methods.formats.attention.span import Span
+from slimbench.methods.formats.attention.vq import VQ
+from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.depth.router import Router
+from slimbench.methods.formats.policy import Policy
+from tests.support import tiny
+
+SMALL: dict[str, dict[str, Any]] = {
+    "streaming-llm": {"sinks": 2, "budget": 11},
+    "h2o": {"budget": 10},
+    "tova": {"budget": 10},
+    "knorm": {"budget": 10},
+    "snapkv": {"budget": 70},
+    "spatten": {"budget": 10},
+    "random-eviction": {"budget": 10},
+    "quest": {"budget": 12, "page": 4, "dense_layers": 1},
+    "sparse-transformer": {"stride": 6, "summary": 2},
+    "longformer": {"window": 6, "dilation": 2},
+    "bigbird": {"block": 4, "window": 2, "world": 1, "random": 1},
+    "blockbert": {"block": 8},
+    "linear-attention": {},
+    "performer": {"features": 32},
+    "combiner": {"block": 8},
+    "reformer": {"rounds": 2, "buckets": 16, "local": 4},
+    "sinkhorn": {"block": 8, "blocks": 2},
+    "hyper-attention": {"block": 8, "samples": 8, "projections": 3, "shortest": 16},
+    "bp-transformer": {"spans": 2},
+    "kivi": {"residual_length": 32},
+    "kv-int": {},
+    "kv-fp8": {},
+}
+"""By a method's name: what makes it act within a text of `LENGTH` tokens."""
+LIBRARIES = {"kv-hqq", "kv-quanto"}
+"""The cache of transformers rounds the first tokens of a text whatever its settings, and groups over a batch: it has no neutral setting."""
+DRAFTS = {"prompt-lookup", "self-speculation"}
+"""They change no logits; `tests/unit/methods/formats/test_speculation.py` holds what they promise."""
+
+
+def tensors(*size: int, names: tuple[str, ...], scale: float = 1.0) -> dict[str, Tensor]:
+    """Normal numbers for each of three layers."""
+    draw = torch.Generator().manual_seed(0)
+    return {f"{layer}.{name}": torch.randn(size, generator=draw) * scale for layer in range(3) for name in names}
+
+
+SPANS = {f"{layer}.span": torch.tensor([0.0, 3.0, 7.25, 12.5]) for layer in range(3)}
+ALPHAS = {f"{layer}.alpha": torch.tensor([1.2, 1.5, 2.0, 1.8]) for layer in range(3)}
+MEANS = {name.partition(".")[0]: functional.normalize(means, dim=-1) for name, means in tensors(2, 6, 32, names=("means",)).items()}
+PAIRS = {f"{layer}.pairs": torch.tensor([[0, 3], [1, 7]]) for layer in range(3)}
+TRAINED: dict[str, Policy] = {
+    "early-exit": EarlyExit("margin", 0.2, (1, 2)),
+    "skip-layer": Router(0.5, tensors(128, names=("weight",)) | {f"{layer}.bias": torch.zeros(1) for layer in range(3)}),
+    "linear-learned": Linear("hedgehog", 8, maps=tensors(4, 32, 32, names=("query", "key"), scale=0.2)),
+    "linformer": Pooled("projection", 8, 2, tensors(2, 8, names=("keys", "values"), scale=0.5)),
+    "transformer-vq": VQ(8, tensors(2, 16, 32, names=("codes",))),
+    "routing-transformer": Routing(6, MEANS),
+    "adaptive-span": Span(4, SPANS),
+    "entmax": Entmax(ALPHAS),
+    "latent-attention": Latent(20, 2, PAIRS | tensors(20, 120, names=("down",), scale=0.1) | tensors(120, 20, names=("up",), scale=0.3)),
+}
+"""Of methods that train before they write a policy."""
+PROMPT, LENGTH = 80, 112
+
+
+@cache
+def policies() -> dict[str, Policy]:
+    """That of one method of each class and pattern, by name of the first YAML."""
+    found = dict(TRAINED)
+    for method in (entry.method for entry in entries()):
+        if isinstance(method, PolicyMethod) and method.name in SMALL:
+            kind = getattr(method, "pattern", getattr(method, "feature", ""))
+            found.setdefault(f"{method.name}-{kind}".strip("-"), replace(method, **SMALL[method.name]).policy())
+    return found
+
+
+NAMES = sorted(set(policies()) - {"performer-fourier"})
+"""Of sines and cosines the sums of weights come near zero, and rounding is no longer small."""
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    """Three blocks in float32, with weights that make attentions sharp."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = tiny.SHAPE | {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return model
+
+
+def under(base: Any, policy: Policy) -> TransformersModel:
+    model = copy.deepcopy(base)
+    policy.install(model)
+    loaded = TransformersModel(model, "cpu")
+    loaded.scoring = policy.scoring
+    return loaded
+
+
+def texts(count: int = 2) -> Tensor:
+    return torch.randint(0, tiny.SHAPE["vocab_size"], (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: TransformersModel, ids: Tensor) -> Tensor:
+    """Logits [B, LENGTH - PROMPT, V] of what follows a prompt, by the passes that the policy allows."""
+    if model.scoring in ("exact", "chunk"):
+        return model.logits(ids)[:, PROMPT:]
+    _, state = model.extend(ids[:, :PROMPT])
+    parts, rest = [], ids[:, PROMPT:]
+    for piece in rest.split(1 if model.scoring == "step" else rest.shape[1], 1):
+        found, state = model.extend(piece, state)
+        parts.append(found)
+    return torch.cat(parts, 1)
+
+
+def watched(model: TransformersModel) -> list[str]:
+    """Grows with each call of the policy's own code: of an operator, of the cache that it made, or of its exits."""
+    calls: list[str] = []
+    for module in model.module.modules():
+        if hasattr(module, "operator"):
+            module.operator.register_forward_hook(lambda *_: calls.append("operator"))
+    if hasattr(model.module.base_model, "exits"):
+        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.exits.places)))
+    elif hasattr(model.module.base_model, "routed"):
+        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.routed.routers)))
+    elif not calls and model._new_cache() is not None:
+        make = model._new_cache
+
+        def made() -> Any:
+            cache = make()
+            update = cache.update
+
+            def updated(*given: Any, **more: Any) -> Any:
+                calls.append("cache")
+                return update(*given, **more)
+
+            cache.update = updated
+            return cache
+
+        model._new_cache = made
+    return calls
+
+
+def far(first: Tensor, second: Tensor) -> float:
+    """Largest difference, relative to the largest logit."""
+    return float((first - second).abs().max() / second.abs().max())
+
+
+def test_every_policy_that_is_shipped_is_tried() -> None:
+    shipped = {entry.method.name for entry in entries() if isinstance(entry.method, PolicyMethod)}
+    assert shipped == set(SMALL) | DRAFTS | LIBRARIES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_its_neutral_setting_it_is_the_base_though_its_own_code_runs(base: Any, name: str) -> None:
+    ids, plain = texts(), TransformersModel(base, "cpu")
+    model = under(base, policies()[name].neutral())
+    calls = watched(model)
+    found, wanted = logits(model, ids), plain.logits(ids)[:, PROMPT:]
+    assert len(calls) >= 3, "its own code ran in every layer"
+    assert far(found, wanted) <= 1e-4
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_force_it_changes_what_comes_after(base: Any, name: str) -> None:
+    ids = texts()
+    assert far(logits(under(base, policies()[name]), ids), TransformersModel(base, "cpu").logits(ids)[:, PROMPT:]) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "exact" and not name.startswith("kv-")])
+def test_a_whole_text_gives_what_its_tokens_give_one_by_one_and_in_pieces(base: Any, name: str) -> None:
+    model, ids = under(base, policies()[name]), texts(policies()[name].max_batch or 2)
+    whole = model.logits(ids)
+    for sizes in ([1] * LENGTH, [13, 1, 50, 2, LENGTH - 66]):
+        parts, state = [], None
+        for piece in ids.split(sizes, 1):
+            found, state = model.extend(piece, state)
+            parts.append(found)
+        assert far(torch.cat(parts, 1), whole) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "suffix"])
+def test_what_follows_a_prompt_gives_the_same_one_by_one(base: Any, name: str) -> None:
+    model, ids = under(base, policies()[name]), texts()
+    whole = logits(model, ids)
+    model.scoring = "step"
+    assert far(logits(model, ids), whole) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_of_a_batch_gives_what_it_gives_alone(base: Any, name: str) -> None:
+    model, ids = under(base, policies()[name]), texts(3)
+    if policies()[name].max_batch == 1:
+        pytest.skip("it runs one text at a time")
+    alone = torch.cat([logits(model, text) for text in ids.split(1)])
+    assert far(logits(model, ids), alone) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_knows_later_ones(base: Any, name: str) -> None:
+    model, ids = under(base, policies()[name]), texts()
+    other, at = ids.clone(), PROMPT + 12
+    other[:, at:] = (other[:, at:] + 7) % tiny.SHAPE["vocab_size"]
+    first, second = (logits(model, text)[:, : at - PROMPT] for text in (ids, other))
+    assert far(first, second) <= 1e-6
+    assert far(logits(model, ids)[:, at - PROMPT :], logits(model, other)[:, at - PROMPT :]) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("k")])
+def test_its_steps_of_decoding_are_those_of_scoring(base: Any, name: str) -> None:
+    model, ids = under(base, policies()[name]), texts(policies()[name].max_batch or 2)
+    step, state, chosen = model.prefill(ids[:, :PROMPT], 16), None, []
+    for _ in range(8):
+        chosen.append(step.token)
+        step = model.decode_step(step)
+    found, state = model.extend(ids[:, :PROMPT], state)
+    for token in chosen:
+        assert torch.equal(found[:, -1:].argmax(-1), token)
+        found, state = model.extend(token, state)

@@ -1,0 +1,159 @@
+"""What runs for a token, as hooks count it, against torch's counter of operations, and claims that say less than what ran."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.dynamic.work import counted, differences, measure, seen, spread
+from slimbench.harness.schema.work import Spread, WorkResult
+from slimbench.methods.base import Work
+from slimbench.methods.formats.attention.eviction import Eviction
+from slimbench.methods.formats.attention.operators.interface import KeptCache
+from slimbench.methods.formats.attention.pages import Pages
+from slimbench.methods.formats.attention.patterns import Strided
+from slimbench.methods.formats.attention.window import Window
+from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.draft.policy import Exit, Lookup
+from slimbench.methods.formats.policy import Policy
+from tests.support import tiny
+
+BLOCKS, HEADS, WIDTH = 4, 4, 16
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(tiny.SHAPE | {"num_hidden_layers": BLOCKS, "vocab_size": 64}))).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return model
+
+
+def under(base: Any, policy: Policy | None) -> TransformersModel:
+    model = copy.deepcopy(base)
+    if policy:
+        policy.install(model)
+    return TransformersModel(model, "cpu")
+
+
+def text(tokens: int = 60) -> Tensor:
+    return torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+POLICIES = [
+    None,
+    Window(2, 20),
+    Eviction("knorm", 24),
+    Eviction("random", 24),
+    Pages(16, 4, 1),
+    Strided(8),
+    EarlyExit("maximum", 0.1, (1, 2)),
+    Lookup(4, 2),
+    Exit(3, 2),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_hooks_count_what_torch_counts(base: Any, policy: Policy | None) -> None:
+    model = under(base, policy)
+    step = model.prefill(text(), 20)
+    for _ in range(12):
+        # torch counts products of matrices, but not those inside the fused attention of a CPU
+        with sdpa_kernel(SDPBackend.MATH), counted(model.module) as count, FlopCounterMode(display=False) as flops:
+            step = model.decode_step(step)
+        rows = sum(count.passes)
+        assert (rows == 0) == (count.products == 0)
+        attention = sum(4 * HEADS * WIDTH * read for read in count.reads) * (1 if rows <= 1 else 0)
+        if rows <= 1:  # of several tokens at once torch counts pairs that a mask takes out
+            assert 2 * count.products + attention == pytest.approx(flops.get_total_flops(), rel=0.01)
+
+
+def test_hooks_are_gone_after_it(base: Any) -> None:
+    model = under(base, None)
+    with counted(model.module):
+        pass
+    assert all(not module._forward_hooks for module in model.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "mask", "causal", "wanted"),
+    [
+        (1, 9, None, False, 9),
+        (4, 4, None, True, 2.5),
+        (2, 4, torch.tensor([[True, False, False, True], [True, True, True, True]]), False, 3),
+        (1, 3, torch.tensor([[0.0, -torch.inf, 0.0]]), False, 2),
+    ],
+)
+def test_keys_that_are_seen(queries: int, keys: int, mask: Tensor | None, causal: bool, wanted: float) -> None:
+    assert seen(queries, keys, mask, causal) == wanted
+
+
+def test_a_window_reads_and_holds_what_it_says(base: Any) -> None:
+    found = measure(under(base, Window(2, 20)), text().repeat(2, 1), Work(cache_tokens=22), lambda *_: None)
+    assert found.cache_tokens == Spread(mean=23, p5=23, p50=23, p95=23), "with the token itself"
+    assert found.cache_bytes == 22 * BLOCKS * 2 * 2 * WIDTH * 4
+    assert found.blocks == Spread(mean=BLOCKS, p5=BLOCKS, p50=BLOCKS, p95=BLOCKS)
+    assert found.flags == [] and found.tokens == 2 * 31 == found.passes and found.pass_rows == {"1": 62}
+    assert found.active_parameters and found.active_parameters.mean == found.total_parameters
+
+
+class Hoarder(Window):
+    """A window that masks what it should drop."""
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        model.new_cache = lambda: Hoard(BLOCKS)
+
+
+class Hoard(KeptCache):
+    """Keeps every key that it ever saw beside what its operators keep."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers, 1 << 30)
+        self.hoarded: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.hoarded += [key_states, value_states]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def stored_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.hoarded)
+
+
+def test_a_cache_that_frees_nothing_is_told(base: Any) -> None:
+    found = measure(under(base, Hoarder(2, 20)), text(), Work(cache_tokens=22), lambda *_: None)
+    assert found.flags == ["claims 22 tokens in the cache, holds the bytes of 91"]
+
+
+def test_attention_to_more_than_is_claimed_is_told(base: Any) -> None:
+    found = measure(under(base, Window(2, 40)), text(), Work(cache_tokens=22), lambda *_: None)
+    assert found.flags[0] == "claims 22 tokens in the cache, read 43"
+
+
+def test_blocks_that_run_behind_a_mask_are_told(base: Any) -> None:
+    """An exit that is chosen after all blocks have run."""
+    found = measure(under(base, None), text(), Work(blocks=2.0, active_parameters=1000.0), lambda *_: None)
+    assert found.flags[0] == "claims 2 blocks a token, ran 4"
+    assert found.flags[1].startswith("claims 1,000 active parameters, multiplied ")
+    honest = measure(under(base, EarlyExit("maximum", 0.0, (2,))), text(), Work(blocks=2.0), lambda *_: None)
+    assert honest.flags == []
+
+
+@pytest.mark.parametrize("claim", [None, Work(), Work(blocks=3.96), Work(cache_tokens=100)])
+def test_slack_and_silence_are_no_lies(claim: Work | None) -> None:
+    found = WorkResult(tokens=1, prompts=1, blocks=spread([4.0, 4.0]), cache_tokens=spread([101.0]), cache_bytes=1000)
+    assert differences(found, claim, 10.0) == []
+
+
+def test_spreads_are_quantiles() -> None:
+    assert spread([float(x) for x in range(101)]) == Spread(mean=50, p5=5, p50=50, p95=95)

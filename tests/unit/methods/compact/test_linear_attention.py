@@ -1,0 +1,82 @@
+"""Attention transfer: what is minimised, that it falls in every layer, and that the artefact computes with what was learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.methods.base import Calibration, DenseModel
+from slimbench.methods.compact.linear_attention import LearnedLinear, start
+from slimbench.methods.core.learning import trained
+from slimbench.methods.core.learning.states import attention_states
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.attention.operators.interface import attentions
+from tests.support import tiny
+
+METHOD = LearnedLinear(steps=40, batch_size=4, length=32, window=4, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    """A model with sharp attentions, in float32."""
+    folder = tmp_path_factory.mktemp("dense")
+    model = tiny.save_model(folder / "plain", "float32").load()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return tiny.saved(model, folder / "sharp")
+
+
+def errors(model: Any, method: LearnedLinear, parameters: Any, ids: torch.Tensor) -> list[float]:
+    """Of each layer the squared error, with scores and results written out for one head after the other."""
+    found = []
+    with torch.no_grad(), attention_states(model, [0, 1]) as states:
+        model(input_ids=ids, use_cache=False)
+        for layer in (0, 1):
+            query, key, value = states.queries[layer], states.keys[layer], states.values[layer]
+            total, count = 0.0, 0
+            for row in range(len(ids)):
+                for head in range(query.shape[1]):
+                    group = head // (query.shape[1] // key.shape[1])
+                    q, k, v = query[row, head].double(), key[row, group].double(), value[row, group].double()
+                    products = q @ k.T / q.shape[1] ** 0.5
+                    before = torch.ones_like(products).tril() > 0
+                    exact = products.masked_fill(~before, -torch.inf).softmax(1) @ v
+                    maps = [parameters[f"{layer}.{which}"][head].double() for which in ("query", "key")]
+                    f_q, f_k = (torch.cat([(x @ m).softmax(1), (-x @ m).softmax(1)], 1) for x, m in zip((q, k), maps, strict=True))
+                    near = before & (torch.ones_like(products).tril(-method.window) == 0)
+                    soft = products.masked_fill(~near, -torch.inf)
+                    soft = torch.sigmoid(parameters[f"{layer}.gate"][head].double()) * (soft - soft.amax(1, keepdim=True)).exp()
+                    weights = soft + (f_q @ f_k.T).masked_fill(near | ~before, 0)
+                    total += float(((weights / weights.sum(1, keepdim=True)) @ v - exact).square().sum())
+                    count += exact.numel()
+            found.append(total / count)
+    return found
+
+
+def test_the_loss_is_the_papers_and_training_lowers_it_in_every_layer(dense: DenseModel, tmp_path: Path) -> None:
+    model = trained.load(dense)
+    ids = tiny.tokens(samples=8, length=32).ids
+    before = start(METHOD, attentions(model), dense)
+    wanted = errors(model, METHOD, before, ids)
+    assert float(METHOD._loss(model, before)(ids)) == pytest.approx(sum(wanted), rel=1e-3)
+    claim = METHOD.compress(dense, Calibration(ids, "tiny"), tmp_path)
+    after = policies.read(tmp_path)[0][0].maps  # type: ignore[attr-defined]
+    held_out = tiny.tokens(samples=4, length=32, seed=9).ids
+    learned = errors(model, METHOD, after, held_out)
+    assert all(late < early for late, early in zip(learned, errors(model, METHOD, before, held_out), strict=True))
+    assert claim.training_tokens == 40 * 4 * 32 and claim.trained_parameters == 2 * (2 * 4 * 16 * 16 + 4)
+
+
+def test_the_artefact_attends_with_what_was_learned(dense: DenseModel, tmp_path: Path) -> None:
+    ids = tiny.tokens(samples=4, length=32).ids
+    for folder, steps in (("one", 1), ("many", 40)):
+        (tmp_path / folder).mkdir()
+        replace(METHOD, steps=steps).compress(dense, Calibration(ids, "tiny"), tmp_path / folder)
+    plain = TransformersModel(dense.load(), "cpu").logits(ids)
+    one, many = (TransformersModel(policies.load(tmp_path / folder), "cpu").logits(ids) for folder in ("one", "many"))
+    assert float((many - plain).square().mean()) < float((one - plain).square().mean())
