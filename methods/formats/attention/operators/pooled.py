@@ -43,7 +43,7 @@ class BlockOperator(Operator):
         whole = count // self.block
         if self.pooling == "combiner":
             own["asked"] = self._asked(query, held.get("asked"), first - start)
-        old = {name: held[name] for name in ("old_keys", "old_values") if name in held}
+        old: dict[str, Tensor] = {name: part for name, part in held.items() if name in ("old_keys", "old_values")}
         if whole:
             old = {name: joined(old.get(name), made) for name, made in self._summaries(own, turned, whole, start).items()}
         if kept:

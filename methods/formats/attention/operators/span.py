@@ -32,8 +32,7 @@ class SpanOperator(Operator):
     @property
     def reach(self) -> int:
         """Tokens before a token of which some head sees the first."""
-        learns = self.span is not None and self.span.requires_grad
-        return reached(self.span, self.ramp) if learns else self._reach
+        return reached(self.span, self.ramp) if self.span is not None and self.span.requires_grad else self._reach
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
         first, tokens, reach = self.first(query, kept), query.shape[2], self.reach
@@ -42,8 +41,7 @@ class SpanOperator(Operator):
         query, count = self.rotary(query, first), keys.shape[2]
         if kept:
             gone = max(0, count - reach)
-            newest = (keys, values) if not gone else (part[:, :, gone:].clone() for part in (keys, values))
-            kept.keep(dict(zip(("keys", "values"), newest, strict=True)))
+            kept.keep({"keys": keys[:, :, gone:], "values": values[:, :, gone:]})
         if self.span is None:
             return attention(query, keys, values, self.scaling, earlier_and_itself(first, tokens, count, query.device))
         keys, values = (repeated(part, query.shape[1]) for part in (keys, values))
@@ -53,8 +51,8 @@ class SpanOperator(Operator):
             until = count - tokens + begin + part.shape[2]
             low = max(0, until - part.shape[2] - reach)
             mask = self._mask(part.shape[2], until - low, query.device).to(query.dtype)
-            seen = (states[:, :, low:until] for states in (keys, values))
-            found.append(functional.scaled_dot_product_attention(part, *seen, attn_mask=mask, scale=self.scaling))
+            near, made = keys[:, :, low:until], values[:, :, low:until]
+            found.append(functional.scaled_dot_product_attention(part, near, made, attn_mask=mask, scale=self.scaling))
         return torch.cat(found, 2)
 
     def _mask(self, tokens: int, keys: int, device: torch.device) -> Tensor:
