@@ -131,7 +131,7 @@ class TransformersModel(LoadedModel):
 
 def _kept(layer: Any) -> list[torch.Tensor | None]:
     """What a layer of a cache of transformers keeps: keys and values, or the states of a recurrent layer."""
-    states = [*getattr(layer, "conv_states", ()), *getattr(layer, "recurrent_states", ())]
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
     return [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
 
 

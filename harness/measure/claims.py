@@ -192,4 +192,4 @@ def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int 
         elif not claim.cache_bytes_per_token / _SLACK <= taken <= claim.cache_bytes_per_token * _SLACK:
             yield f"claims {claim.cache_bytes_per_token:,.6g} bytes of cache a token, takes {taken:,.6g}"
     if claim.work is not None:
-        yield UNMEASURED
+        yield "claims less work a token, which nothing has measured"

@@ -117,7 +117,6 @@ class RoutingTransformer(Method):
         if calibration.ids.numel() < self.centroids:
             raise Unsupported(f"{calibration.ids.numel()} calibration tokens are fewer than {self.centroids} centroids")
         model, seed = dense.load(), self.seed + dense.seed
-        self.policy().neutral().install(model)
         found = keys(model, calibration.ids, self.samples, seed, dense.progress)
         means = {str(layer): spherical_means(part, self.centroids, self.steps, seed) for layer, part in found.items()}
         policies.save(replace(self.policy(), means=means), dense, out)
@@ -128,34 +127,21 @@ def keys(model: Any, ids: Tensor, samples: int, seed: int, progress: Progress | 
     """Keys [key-value heads, samples, D] of some tokens, not rotated, by layer.
 
     Args:
-        model: Whose attentions go through operators.
         ids: Texts [N, T], of whose tokens as many are drawn.
     """
     import torch
 
+    from slimbench.methods.core.learning.states import unrotated
     from slimbench.methods.core.walk import batches
-    from slimbench.methods.formats.attention.operators.interface import attentions
 
     chosen = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
-    found: dict[int, list[Tensor]] = {module.layer_idx: [] for module in attentions(model)}
-    here = chosen
-
-    def taking(layer: int) -> Any:
-        def take(_: Any, given: tuple[Tensor, ...]) -> None:
-            tokens = given[1].transpose(1, 2).flatten(0, 1)
-            found[layer].append(tokens[here.to(tokens.device)].float().cpu())
-
-        return take
-
-    handles = [module.operator.register_forward_pre_hook(taking(module.layer_idx)) for module in attentions(model)]
+    found: dict[int, list[Tensor]] = {}
     begin = 0
-    with torch.no_grad():
-        for batch in batches(ids, model.device, progress):
-            here = chosen[(chosen >= begin) & (chosen < begin + batch.numel())] - begin
-            begin += batch.numel()
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)
-    for handle in handles:
-        handle.remove()
+    for batch in batches(ids, model.device, progress):
+        here = chosen[(chosen >= begin) & (chosen < begin + batch.numel())] - begin
+        begin += batch.numel()
+        for layer, (_, key, _) in unrotated(model, batch).items():
+            found.setdefault(layer, []).append(key.transpose(1, 2).flatten(0, 1)[here.to(key.device)].float().cpu())
     return {layer: torch.cat(parts).transpose(0, 1) for layer, parts in found.items()}
 
 

@@ -3,28 +3,25 @@
     which pairs     of each head the pairs of channels of the largest mean ‖q_i‖ ‖k_i‖ over calibration tokens stay rotated   §3.1
     C, U            the r leading directions of what calibration tokens have as values and keys without position: Cᵀ = U        §3.2, joint
 
-and then both are fitted as linear attentions are, so that the result of each layer comes near that of the attention as it was. The paper
-takes the directions from the weights, and trains the whole model on some thousandths of its pretraining.
+and then both are fitted to the attention as it was (`methods.core.learning.transfer`). The paper takes the directions from the weights,
+and trains the whole model on some thousandths of its pretraining.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Unsupported
-from slimbench.methods.core.training import TrainingSettings
-from slimbench.methods.formats import policy as policies
+from slimbench.methods.base import Citation, ModelShape, Unsupported
+from slimbench.methods.core.learning.transfer import AttentionTransfer, Named
 from slimbench.methods.formats.attention.latent import Latent
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LatentAttention(TrainingSettings, Method):
+class LatentAttention(AttentionTransfer):
     """A latent vector in place of keys and values.
 
     Attributes:
@@ -35,9 +32,7 @@ class LatentAttention(TrainingSettings, Method):
 
     name = "latent-attention"
     citation = Citation("MHA2MLA", year=2025, arxiv="2502.14837")
-    needs = Needs(calibration=True, training=True)
-    accepts = DENSE
-    produces = policies.FORMAT
+    brings = "parts"
 
     rank: int = 128
     pairs: int = 8
@@ -46,45 +41,29 @@ class LatentAttention(TrainingSettings, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Latent(self.rank, self.pairs)
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, not {self.tokens}")
+
+    def policy(self) -> Latent:
+        return Latent(self.rank, self.pairs)
 
     def check(self, shape: ModelShape) -> None:
         whole = shape.num_kv_heads * (2 * shape.head_dim - 2 * self.pairs)
         if 2 * self.pairs > shape.head_dim or self.rank > whole:
             raise Unsupported(f"{self.rank} numbers beside {self.pairs} rotated pairs are more than the {max(0, whole)} they stand for")
 
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
-        import torch
-
-        from slimbench.methods.core.architecture.surgery import counts
-        from slimbench.methods.core.learning import trained
-        from slimbench.methods.core.training import cut, train
-
-        model: Any = trained.load(dense)
-        pairs, directions = self.begin(model, calibration.ids)
-        learned = {name: torch.nn.Parameter(part) for name, part in directions.items()}
-        done = train(self, learned, self._loss(model, pairs, learned), cut(calibration.ids, self.length), dense)
-        stored = {name: part.detach().to(getattr(torch, dense.dtype)) for name, part in learned.items()}
-        policies.save(replace(Latent(self.rank, self.pairs), parts=stored | pairs), dense, out)
-        size = sum(part.numel() for part in stored.values())
-        numbers = self.rank + dense.shape.num_kv_heads * 2 * self.pairs
-        bytes_ = float(dense.shape.num_layers * numbers * getattr(torch, dense.dtype).itemsize)
-        whole = counts(model)["parameters"] + size
-        return done.added_to(Claim(self.produces, parameters=whole, cache_bytes_per_token=bytes_, teacher="the model itself"))
-
-    def begin(self, model: Any, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def begin(self, model: Any, ids: Tensor) -> tuple[Named, Named]:
         """Pairs of each layer, and C and U before they are fitted."""
         import torch
 
+        from slimbench.methods.core.learning.states import unrotated
         from slimbench.methods.formats.attention.operators.latent import merged, split
 
-        pairs: dict[str, Tensor] = {}
-        directions: dict[str, Tensor] = {}
+        pairs: Named = {}
+        directions: Named = {}
         rows = ids[: max(1, -(-self.tokens // ids.shape[1]))]
         with torch.no_grad():
-            for layer, (query, key, value) in self._states(model, rows).items():
+            for layer, (query, key, value) in unrotated(model, rows).items():
                 norms = [(part.unflatten(3, (2, -1)) ** 2).sum(3).sqrt() for part in (query, key)]  # [B, heads, T, d / 2]
                 asked = norms[0].unflatten(1, (key.shape[1], -1)).mean((0, 2, 3))
                 strength = asked * norms[1].mean((0, 2))
@@ -96,47 +75,7 @@ class LatentAttention(TrainingSettings, Method):
                 directions |= {f"{layer}.down": basis.T.contiguous(), f"{layer}.up": basis.contiguous()}
         return pairs, directions
 
-    def _states(self, model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Queries, keys and values of each layer, not rotated."""
+    def cache_numbers(self, model: Any) -> int:
         from slimbench.methods.formats.attention.operators.interface import attentions
-        from slimbench.methods.formats.depth.rows import states
 
-        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-        def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            query, key, value = (states(module, which, hidden) for which in ("q", "k", "v"))
-            found[module.layer_idx] = query, key, value
-
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attentions(model)]
-        try:
-            model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
-    def _loss(self, model: Any, pairs: Mapping[str, Tensor], learned: Mapping[str, nn.Parameter]) -> Any:
-        """Squared error of the results of all layers."""
-        import torch
-
-        from slimbench.methods.formats.attention.operators.interface import Rotary, attention
-        from slimbench.methods.formats.attention.operators.latent import LatentOperator
-
-        rotary = Rotary(model.base_model.rotary_emb)
-
-        def loss(ids: Tensor) -> Tensor:
-            rotary.forget()
-            with torch.no_grad():
-                held = self._states(model, ids)
-            errors = []
-            for layer, (query, key, value) in held.items():
-                scaling = query.shape[3] ** -0.5
-                with torch.no_grad():
-                    wanted = attention(rotary(query, 0), rotary(key, 0), value, scaling)
-                parts = {part: learned[f"{layer}.{part}"] for part in ("down", "up")} | {"pairs": pairs[f"{layer}.pairs"]}
-                found: Tensor = LatentOperator(rotary, scaling, parts)(query, key, value, None)
-                errors.append((found - wanted).square().mean())
-            return torch.stack(errors).sum()
-
-        return loss
+        return sum(self.rank + part.k_proj.out_features // part.head_dim * 2 * self.pairs for part in attentions(model))

@@ -1,29 +1,22 @@
 """Linear attention put on a model that was trained with softmax (`methods.formats.attention.linear`).
 
-Features that are fixed or drawn are put on as they are. Learned ones are fitted by attention transfer: in every layer, with all weights of
-the model frozen, the result of the linear attention is brought near that of the softmax attention on the same queries, keys and values,
-
-    Σ_layers mean ‖ŷ - y‖²        over heads, positions and channels        LoLCATs (arXiv 2410.10254), eq. 5
-
-so that what a layer learns depends on no other layer. LoLCATs follows with low-rank adapters of the whole model, which is not done here.
+Features that are fixed or drawn are put on as they are. Learned ones are fitted in each layer to the attention as it was
+(`methods.core.learning.transfer`), which is LoLCATs' first step; low-rank adapters of the whole model, its second, are not learned here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Citation, DenseModel
+from slimbench.methods.core.learning.transfer import AttentionTransfer, Named
 from slimbench.methods.core.policies import PolicyMethod
-from slimbench.methods.core.training import TrainingSettings
-from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.linear import Linear
 from slimbench.methods.formats.policy import Policy
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class Performer(PolicyMethod):
 
 
 @dataclass(frozen=True)
-class LearnedLinear(TrainingSettings, Method):
+class LearnedLinear(AttentionTransfer):
     """Features that are fitted to the softmax attention of each layer, beside a window that stays exact.
 
     Attributes:
@@ -86,84 +79,29 @@ class LearnedLinear(TrainingSettings, Method):
 
     name = "linear-learned"
     citation = Citation("LoLCATs", year=2024, arxiv="2410.10254")
-    needs = Needs(calibration=True, training=True)
-    accepts = DENSE
-    produces = policies.FORMAT
+    brings = "maps"
 
     feature: Literal["hedgehog", "relu"] = "hedgehog"
     window: int = 64
     learning_rate: float = 1e-2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.policy()
-
     def policy(self) -> Linear:
         return Linear(self.feature, self.window)
 
-    def check(self, shape: ModelShape) -> None:
-        self.policy().check(shape)
-
-    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+    def begin(self, model: Any, ids: Tensor) -> tuple[Named, Named]:
+        """Maps of each layer and head begin as the identity, gates half open."""
         import torch
 
-        from slimbench.methods.core.architecture.surgery import counts
-        from slimbench.methods.core.learning import trained
-        from slimbench.methods.core.training import cut, train
         from slimbench.methods.formats.attention.operators.interface import attentions
 
-        model: Any = trained.load(dense)
-        parameters = start(self, attentions(model), dense)
-        done = train(self, parameters, self._loss(model, parameters), cut(calibration.ids, self.length), dense)
-        stored = {name: value.detach().to(getattr(torch, dense.dtype)) for name, value in parameters.items()}
-        policies.save(replace(self.policy(), maps=stored), dense, out)
-        size = sum(value.numel() for value in stored.values())
-        whole = counts(model)["parameters"] + size
-        details = {"feature_parameters": size}
-        said = Claim(self.produces, parameters=whole, cache_bytes_per_token=0.0, teacher="the model itself", details=details)
-        return done.added_to(said)
+        made: Named = {}
+        for module in attentions(model):
+            heads, width = module.q_proj.out_features // module.head_dim, module.head_dim
+            for which in ("query", "key"):
+                made[f"{module.layer_idx}.{which}"] = torch.eye(width).repeat(heads, 1, 1).to(model.device)
+            if self.window:
+                made[f"{module.layer_idx}.gate"] = torch.zeros(heads, device=model.device)
+        return {}, made
 
-    def _loss(self, model: Any, parameters: Mapping[str, nn.Parameter]) -> Any:
-        """Squared error of the results of all layers."""
-        import torch
-
-        from slimbench.methods.core.learning.states import attention_states
-        from slimbench.methods.formats.attention.operators.interface import attention, attentions
-
-        layers = [module.layer_idx for module in attentions(model)]
-
-        def loss(ids: Tensor) -> Tensor:
-            with torch.no_grad(), attention_states(model, layers) as states:
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            errors = []
-            for layer in layers:
-                query, key, value = (part[layer] for part in (states.queries, states.keys, states.values))
-                wanted = attention(query, key, value, query.shape[-1] ** -0.5)
-                errors.append((self.attended(layer, parameters, query, key, value) - wanted).square().mean())
-            return torch.stack(errors).sum()
-
-        return loss
-
-    def attended(self, layer: int, parameters: Mapping[str, nn.Parameter], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The result of a layer's linear attention [B, H, T, D] with the maps as they are now; queries and keys are rotated."""
-        from slimbench.methods.formats.attention.operators.linear import LinearOperator, Unturned
-
-        own = {name.partition(".")[2]: part for name, part in parameters.items() if name.partition(".")[0] == str(layer)}
-        operator = LinearOperator(Unturned(), query.shape[-1] ** -0.5, self.feature, self.window, (1, 0), own)
-        found: Tensor = operator(query, key, value, None)
-        return found
-
-
-def start(method: LearnedLinear, layers: list[Any], dense: DenseModel) -> dict[str, nn.Parameter]:
-    """Maps of each layer and head begin as the identity, gates half open."""
-    import torch
-    from torch.nn import Parameter
-
-    made: dict[str, nn.Parameter] = {}
-    for module in layers:
-        heads, width = module.q_proj.out_features // module.head_dim, module.head_dim
-        for which in ("query", "key"):
-            made[f"{module.layer_idx}.{which}"] = Parameter(torch.eye(width).repeat(heads, 1, 1).to(dense.device))
-        if method.window:
-            made[f"{module.layer_idx}.gate"] = Parameter(torch.zeros(heads, device=dense.device))
-    return made
+    def cache_numbers(self, model: Any) -> int:
+        return 0

@@ -75,24 +75,17 @@ class TransformerVQ(Method):
 
 
 def calibration_keys(model: Any, ids: Tensor, count: int, dense: DenseModel) -> dict[int, Tensor]:
-    """Of each layer the keys [G, n, D], not rotated, of about `count` tokens, evenly spread over the text; the model is changed."""
+    """Of each layer the keys [G, n, D], not rotated, of about `count` tokens, evenly spread over the text."""
     import torch
 
+    from slimbench.methods.core.learning.states import unrotated
     from slimbench.methods.core.walk import batches
-    from slimbench.methods.formats.attention.operators.interface import attentions
 
-    VQ(1).neutral().install(model)
     step = max(1, ids.numel() // count)
-    found: dict[int, list[Tensor]] = {module.layer_idx: [] for module in attentions(model)}
-
-    def keep(own: list[Tensor], key: Tensor) -> None:
-        own.append(key.transpose(0, 1).flatten(1, 2)[:, ::step].clone())
-
-    for module in attentions(model):
-        module.operator.register_forward_hook(lambda _, given, __, own=found[module.layer_idx]: keep(own, given[1]))
-    with torch.no_grad():
-        for batch in batches(ids, dense.device, dense.progress):
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    found: dict[int, list[Tensor]] = {}
+    for batch in batches(ids, dense.device, dense.progress):
+        for layer, (_, key, _) in unrotated(model, batch).items():
+            found.setdefault(layer, []).append(key.transpose(0, 1).flatten(1, 2)[:, ::step].clone())
     return {layer: torch.cat(parts, 1).float() for layer, parts in found.items()}
 
 

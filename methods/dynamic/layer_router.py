@@ -67,10 +67,10 @@ class LayerRouter(TrainingSettings, Method):
         from slimbench.methods.core.architecture.surgery import counts
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, train
-        from slimbench.methods.formats.depth import routed
+        from slimbench.methods.formats.depth import rows
 
         model: Any = trained.load(dense)
-        routed.check(model)
+        rows.check(model)
         windows = cut(calibration.ids, self.length)
         gates = Gates(model, self.threshold, windows[: self.batch_size])
         done = train(self, gates.learned, self._loss(model, gates, dense), windows, dense)

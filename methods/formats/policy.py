@@ -140,7 +140,7 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    _try(policy, dense.path)
+    fits(policy, dense.path)
     if dense.format == HUGGINGFACE:
         link_source(dense, out)
     else:
@@ -160,8 +160,12 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
     (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
 
 
-def _try(policy: Policy, folder: Path) -> None:
-    """Install it on the model of a folder without data; a model that brings code of its own is not tried."""
+def fits(policy: Policy, folder: Path) -> None:
+    """Install it on the model of a folder without data; a model that brings code of its own is not tried.
+
+    Raises:
+        Unsupported: It cannot be installed there.
+    """
     from slimbench.methods.formats import storage
 
     if not json.loads((folder / "config.json").read_text()).get("auto_map"):

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.dynamic import work
+from slimbench.methods.base import DenseModel
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.attention.content import Routing
 from slimbench.methods.formats.attention.entmax import Entmax
@@ -25,6 +27,7 @@ from slimbench.methods.formats.attention.vq import VQ
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.policy import Policy
+from tests.contract.shipped import classes
 from tests.support import tiny
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -240,3 +243,15 @@ def test_its_steps_of_decoding_are_those_of_scoring(base: Any, name: str) -> Non
     for token in chosen:
         assert torch.equal(found[:, -1:].argmax(-1), token)
         found, state = model.extend(token, state)
+
+
+BOUNDED = {name: method for name, method in classes().items() if isinstance(method, PolicyMethod) and "budget" in SMALL.get(name, {})}
+
+
+@pytest.mark.parametrize("name", sorted(set(BOUNDED) - {"snapkv", "quest"}))
+def test_what_a_bounded_cache_claims_is_what_it_reads_and_holds(base: Any, dense: DenseModel, name: str) -> None:
+    method: Any = replace(BOUNDED[name], **SMALL[name])
+    claim = method.claims(method.policy(), dense)["work"]
+    found = work.measure(under(base, method.policy()), texts(), claim, lambda *_: None)
+    assert found.flags == [] and found.cache_tokens is not None
+    assert found.cache_tokens.p95 == claim.cache_tokens + 1, "what is held, and the token itself"

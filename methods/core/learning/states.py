@@ -75,6 +75,27 @@ def attention_states(model: Any, layers: Collection[int]) -> Iterator[States]:
         model.set_attn_implementation(before)
 
 
+@torch.no_grad()
+def unrotated(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Queries [B, H, T, D], keys and values [B, G, T, D] of a text by layer, before queries and keys are rotated."""
+    from slimbench.methods.formats.attention.operators.interface import attentions
+    from slimbench.methods.formats.depth.rows import states
+
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        found[module.layer_idx] = states(module, "q", hidden), states(module, "k", hidden), states(module, "v", hidden)
+
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in attentions(model)]
+    try:
+        model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **more: Any
 ) -> tuple[Tensor, None]:

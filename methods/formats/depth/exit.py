@@ -74,6 +74,6 @@ class EarlyExit(Policy):
 
     def install(self, model: Any) -> None:
         """Raises `Unsupported` if the blocks of the model are not built like those of Llama."""
-        from slimbench.methods.formats.depth.rows import install
+        from slimbench.methods.formats.depth.exits import Exits
 
-        install(model, self.criterion, self.threshold, self.exits, self.translators)
+        Exits(model, self.criterion, self.threshold, self.exits, self.translators).install("exits")

@@ -66,6 +66,6 @@ class Router(Policy):
 
     def install(self, model: Any) -> None:
         """Raises `Unsupported` if the blocks of the model are not built like those of Llama."""
-        from slimbench.methods.formats.depth.routed import install
+        from slimbench.methods.formats.depth.routed import Routed
 
-        install(model, self.threshold, self.routers)
+        Routed(model, self.threshold, self.routers).install("routed")

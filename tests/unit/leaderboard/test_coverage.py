@@ -58,12 +58,13 @@ def test_what_a_method_covers_is_held_by_a_test_of_that_method() -> None:
     assert [f"{id_}: no test imports {name}" for id_, name in sorted(claimed) if name not in tested] == []
 
 
+BRANCHES = ("pruning", "distillation", "peft", "compact", "dynamic")
+
+
 def test_every_answer_names_the_tests_that_hold_its_formula() -> None:
     held = read_yaml(FORMULAS)
     classes = {entry.name: f"{type(entry.method).__module__}.{type(entry.method).__name__}" for entry in entries()}
-    answered = [
-        answer for branch in ("pruning", "distillation", "peft") for answer in coverage.table(branch) if answer.status is not Status.MISSING
-    ]
+    answered = [answer for branch in BRANCHES for answer in coverage.table(branch) if answer.status is not Status.MISSING]
     assert sorted(held) == sorted(answer.system.id for answer in answered)
     for answer in answered:
         file, _, tests = held[answer.system.id].partition("::")

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimbench.methods.formats.attention.operators.interface import Kept, Operator, Rotary, attention, earlier_and_itself, joined, repeated
+from slimbench.methods.formats.attention.operators.interface import (
+    Kept,
+    Operator,
+    Rotary,
+    attention,
+    earlier_and_itself,
+    joined,
+    of_each_head,
+    repeated,
+)
 from slimbench.methods.formats.attention.policy import ALL
 
 _QUERIES = 256
@@ -61,7 +70,7 @@ class ContentOperator(Operator):
             asked, beside = self.follow(*(turned if self.of_rotated else (query, key)), held)
         keys, values = joined(held.get("keys"), turned[1]), joined(held.get("values"), value)
         if kept:
-            kept.tensors_by_name = {"keys": keys, "values": values} | beside
+            kept.keep({"keys": keys, "values": values} | beside)
         count = keys.shape[2]
         if count <= self.always:
             return attention(turned[0], keys, values, self.scaling, earlier_and_itself(first, tokens, count, query.device))
@@ -84,7 +93,7 @@ class ContentOperator(Operator):
         seen = (self.seen(asked, beside, places[:, -1:], places) | (places == places[:, -1:]))[:, :, 0]
         widest = int(seen.sum(-1).max())
         chosen = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :widest]
-        keys, values = (_of_each_head(part, chosen) for part in (keys, values))
+        keys, values = (of_each_head(part, chosen) for part in (keys, values))
         return attention(query, keys, values, self.scaling, seen.gather(-1, chosen)[:, :, None])
 
 
@@ -240,10 +249,3 @@ def hashes(states: Tensor, directions: Tensor) -> Tensor:
     """Hashes [B, H, T, rounds] of vectors [B, H, T, D], by directions [H, D, rounds, b / 2]."""
     turned = torch.einsum("bhtd,hdrn->bhtrn", states.float(), directions)
     return torch.cat([turned, -turned], -1).argmax(-1)
-
-
-def _of_each_head(states: Tensor, places: Tensor) -> Tensor:
-    """Of keys or values [B, G, K, D] those at places [B, H, n] of each head of queries; no other is copied."""
-    by_group = places.unflatten(1, (states.shape[1], -1))[..., None]
-    shared = states[:, :, None].expand(-1, -1, by_group.shape[2], -1, -1)
-    return shared.gather(3, by_group.expand(-1, -1, -1, -1, states.shape[3])).flatten(1, 2)

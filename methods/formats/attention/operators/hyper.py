@@ -39,7 +39,7 @@ class HyperOperator(Operator):
         held = kept.tensors_by_name if kept else {}
         keys, values = joined(held.get("keys"), self.rotary(key, first)), joined(held.get("values"), value)
         if kept:
-            kept.tensors_by_name = {"keys": keys, "values": values}
+            kept.keep({"keys": keys, "values": values})
         query = self.rotary(query, first)
         if first or tokens < 2 * self.shortest:
             return attention(query, keys, values, self.scaling, earlier_and_itself(first, tokens, keys.shape[2], query.device))

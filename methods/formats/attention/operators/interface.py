@@ -288,6 +288,12 @@ def repeated(states: Tensor, heads: int) -> Tensor:
     return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], 1)
 
 
+def of_each_head(states: Tensor, places: Tensor) -> Tensor:
+    """Of keys or values [B, G, K, D] those at places [B, H, n] of each head of queries, [B, H, n, D]; no other is copied."""
+    by_group = places.unflatten(1, (states.shape[1], -1))[..., None].expand(-1, -1, -1, -1, states.shape[3])
+    return states[:, :, None].expand(-1, -1, by_group.shape[2], -1, -1).gather(3, by_group).flatten(1, 2)
+
+
 def joined(earlier: Tensor | None, new: Tensor) -> Tensor:
     """Keys or values [B, G, K, D] and then the new ones."""
     return new if earlier is None else torch.cat([earlier, new], 2)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slimbench.methods.formats.attention.operators.interface import Kept, Operator, Rotary, attention, earlier_and_itself, joined, repeated
+from slimbench.methods.formats.attention.operators.interface import (
+    Kept,
+    Operator,
+    Rotary,
+    attention,
+    earlier_and_itself,
+    joined,
+    of_each_head,
+    repeated,
+)
 
 
 class PagesOperator(Operator):
@@ -48,12 +57,5 @@ class PagesOperator(Operator):
         chosen = bound.topk(min(self.pages, bound.shape[-1])).indices.sort(-1).values
         places = (chosen[..., None] * self.page + torch.arange(self.page, device=chosen.device)).flatten(2)
         inside = places < count
-        wide = places.clamp(max=count - 1)[..., None].expand(-1, -1, -1, keys.shape[3])
-        keys, values = (_of_each_head(part[:, :, :count], wide) for part in (keys, values))
+        keys, values = (of_each_head(part[:, :, :count], places.clamp(max=count - 1)) for part in (keys, values))
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=inside[:, :, None], scale=self.scaling)
-
-
-def _of_each_head(states: Tensor, places: Tensor) -> Tensor:
-    """Of keys or values [B, G, K, D] those at places [B, H, n, D] of each head of queries; no other is copied."""
-    by_group = places.unflatten(1, (states.shape[1], -1))
-    return states[:, :, None].expand(-1, -1, by_group.shape[2], -1, -1).gather(3, by_group).flatten(1, 2)

@@ -21,11 +21,6 @@ METHOD = AdaptiveSpan(ramp=8, steps=10, batch_size=4, length=32)
 CALIBRATION = Calibration(tiny.tokens(samples=8, length=32).ids, "tiny")
 
 
-@pytest.fixture(autouse=True)
-def kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "span"), "slimbench.methods.formats.attention.span.Span")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """A model with sharp attentions, in float32."""

@@ -22,11 +22,6 @@ from tests.support import tiny
 METHOD = RoutingTransformer(centroids=4, window=6, samples=50)
 
 
-@pytest.fixture(autouse=True)
-def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "routing"), f"{Routing.__module__}.Routing")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """A model with sharp attentions, in float32."""

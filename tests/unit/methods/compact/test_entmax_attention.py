@@ -17,11 +17,6 @@ from tests.support import tiny
 METHOD = EntmaxAttention(steps=10, batch_size=4, length=32, start=1.5)
 
 
-@pytest.fixture(autouse=True)
-def kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "entmax"), "slimbench.methods.formats.attention.entmax.Entmax")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """A model with sharp attentions, in float32."""

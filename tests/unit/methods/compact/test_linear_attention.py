@@ -11,11 +11,10 @@ import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.methods.base import Calibration, DenseModel
-from slimbench.methods.compact.linear_attention import LearnedLinear, start
+from slimbench.methods.compact.linear_attention import LearnedLinear
 from slimbench.methods.core.learning import trained
 from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.formats import policy as policies
-from slimbench.methods.formats.attention.operators.interface import attentions
 from tests.support import tiny
 
 METHOD = LearnedLinear(steps=40, batch_size=4, length=32, window=4, learning_rate=0.02)
@@ -61,9 +60,10 @@ def errors(model: Any, method: LearnedLinear, parameters: Any, ids: torch.Tensor
 def test_the_loss_is_the_papers_and_training_lowers_it_in_every_layer(dense: DenseModel, tmp_path: Path) -> None:
     model = trained.load(dense)
     ids = tiny.tokens(samples=8, length=32).ids
-    before = start(METHOD, attentions(model), dense)
+    fixed, before = METHOD.begin(model, ids)
     wanted = errors(model, METHOD, before, ids)
-    assert float(METHOD._loss(model, before)(ids)) == pytest.approx(sum(wanted), rel=1e-3)
+    learning = {name: torch.nn.Parameter(part) for name, part in before.items()}
+    assert float(METHOD.error(model, fixed, learning)(ids)) == pytest.approx(sum(wanted), rel=1e-3)
     claim = METHOD.compress(dense, Calibration(ids, "tiny"), tmp_path)
     after = policies.read(tmp_path)[0][0].maps  # type: ignore[attr-defined]
     held_out = tiny.tokens(samples=4, length=32, seed=9).ids

@@ -11,7 +11,7 @@ import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.methods.base import Calibration, DenseModel
-from slimbench.methods.compact.pooled_attention import BPTransformer, Combiner, Linformer, exact_operators, start
+from slimbench.methods.compact.pooled_attention import BPTransformer, Combiner, Linformer
 from slimbench.methods.core.learning import trained
 from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.formats import policy as policies
@@ -19,11 +19,6 @@ from slimbench.methods.formats.attention.pooled import Pooled
 from tests.support import tiny
 
 METHOD = Linformer(steps=40, batch_size=4, length=32, block=8, summaries=2, learning_rate=0.02)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "pooled"), "slimbench.methods.formats.attention.pooled.Pooled")
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +77,16 @@ def errors(model: Any, method: Linformer, parameters: Any, ids: torch.Tensor) ->
 
 def test_the_loss_is_that_of_the_layers_and_training_lowers_it_in_each(dense: DenseModel, tmp_path: Path) -> None:
     model, ids = trained.load(dense), tiny.tokens(samples=8, length=32).ids
-    before = start(METHOD, [0, 1], dense)
+    fixed, before = METHOD.begin(model, ids)
     wanted = errors(model, METHOD, before, ids)
-    watched = trained.load(dense)
-    operators = exact_operators(watched, METHOD.policy())
-    assert float(METHOD._loss(watched, operators, before)(ids).detach()) == pytest.approx(sum(wanted), rel=1e-3)
+    learned = {name: torch.nn.Parameter(part) for name, part in before.items()}
+    assert float(METHOD.error(model, fixed, learned)(ids).detach()) == pytest.approx(sum(wanted), rel=1e-3)
     claim = METHOD.compress(dense, Calibration(ids, "tiny"), tmp_path)
     made: Any = policies.read(tmp_path)[0][0]
     assert made == Pooled("projection", 8, 2) and set(made.weights) == set(before)
     held_out = tiny.tokens(samples=4, length=32, seed=9).ids
-    learned, averaged = (errors(model, METHOD, weights, held_out) for weights in (made.weights, before))
-    assert all(late < early for late, early in zip(learned, averaged, strict=True))
+    better, averaged = (errors(model, METHOD, weights, held_out) for weights in (made.weights, before))
+    assert all(late < early for late, early in zip(better, averaged, strict=True))
     assert claim.training_tokens == 40 * 4 * 32 and claim.trained_parameters == 2 * 2 * 2 * 8
     assert claim.parameters == sum(part.numel() for part in model.parameters()) + 2 * 2 * 2 * 8
 

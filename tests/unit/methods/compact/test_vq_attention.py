@@ -18,11 +18,6 @@ from tests.support import tiny
 METHOD = TransformerVQ(codes=8, exact=4, steps=30)
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "vq"), "slimbench.methods.formats.attention.vq.VQ")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     """A model with sharp attentions, in float32."""

@@ -22,11 +22,6 @@ METHOD = LayerRouter(share=0.6, steps=60, batch_size=4, length=32, learning_rate
 CALIBRATION = Calibration(tiny.tokens(samples=8, length=32).ids, "tiny")
 
 
-@pytest.fixture(autouse=True)
-def kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("depth", "router"), "slimbench.methods.formats.depth.router.Router")
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return tiny.save_model(tmp_path_factory.mktemp("dense"), "float32", num_hidden_layers=BLOCKS)

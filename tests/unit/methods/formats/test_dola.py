@@ -13,6 +13,7 @@ from torch import Tensor
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.dynamic.dola import Dola
 from slimbench.methods.formats.depth.contrast import Contrast
 from slimbench.methods.formats.depth.contrasted import divergence
 from tests.support import tiny
@@ -149,3 +150,8 @@ def test_what_does_not_fit_is_refused(base: Any) -> None:
     model.config.logits_scaling = 8.0
     with pytest.raises(Unsupported, match="logits_scaling"):
         Contrast((0, 2)).install(model)
+
+
+def test_the_method_is_this_policy() -> None:
+    shape = ModelShape.from_config(tiny.SHAPE | {"num_hidden_layers": 12, "architectures": ["x"]})
+    assert Dola().policy(shape) == Contrast((2, 4), 0.1)

@@ -12,8 +12,9 @@ from torch import Tensor
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import Unsupported
+from slimbench.methods.dynamic.early_exit import EarlyExits
 from slimbench.methods.formats.depth.exit import EarlyExit
-from slimbench.methods.formats.depth.rows import confidence
+from slimbench.methods.formats.depth.exits import confidence
 from tests.support import tiny
 
 BLOCKS, EXITS = 6, (2, 4)
@@ -165,3 +166,10 @@ def test_exits_that_do_not_fit_are_refused() -> None:
         EarlyExit("margin", 0.5, (2,)).check(ModelShape.from_config(shape | {"architectures": ["x"]}))
     with pytest.raises(ValueError, match="ascending"):
         EarlyExit("margin", 0.5, (4, 2))
+
+
+def test_the_method_is_this_policy() -> None:
+    from slimbench.methods.base import ModelShape
+
+    shape = ModelShape.from_config(tiny.SHAPE | {"num_hidden_layers": 30, "architectures": ["x"]})
+    assert EarlyExits().policy(shape) == EarlyExit("margin", 0.9, (6, 10, 15, 20, 25))

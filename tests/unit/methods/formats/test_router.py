@@ -12,6 +12,7 @@ from torch import Tensor
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.dynamic.layer_router import LayerRouter
 from slimbench.methods.formats.depth.router import Router
 from tests.support import tiny
 
@@ -149,3 +150,7 @@ def test_what_does_not_fit_is_refused() -> None:
     size = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(Unsupported, match="built like those of Llama"):
         Router(0.5).install(OPTForCausalLM(OPTConfig(**size, ffn_dim=32, word_embed_proj_dim=32)))
+
+
+def test_the_method_is_this_policy() -> None:
+    assert LayerRouter().policy() == Router(0.5)

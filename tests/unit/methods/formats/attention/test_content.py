@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slimbench.harness.measure.dynamic.work import Count, _Attentions
+from slimbench.methods.compact.content_attention import Reformer, RoutingTransformer, SinkhornAttention
 from slimbench.methods.formats.attention.content import Lsh, Routing, Sinkhorn
 from slimbench.methods.formats.attention.operators.content import LshOperator, hashes
 from slimbench.methods.formats.attention.operators.interface import Kept
@@ -262,3 +263,9 @@ def test_pairs_that_are_always_seen_are_counted() -> None:
 def test_settings_out_of_range_are_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         make()
+
+
+def test_the_methods_are_these_policies() -> None:
+    assert Reformer(seed=1).policy(2) == Lsh(4, 32, 64, seed=3)
+    assert RoutingTransformer().policy() == Routing(128)
+    assert SinkhornAttention().policy() == Sinkhorn(64, 4, 7, 0.75)

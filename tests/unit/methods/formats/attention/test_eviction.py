@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.cache_eviction import H2O, TOVA, Knorm, RandomEviction, SnapKV, SpAtten
 from slimbench.methods.formats.attention.eviction import OBSERVED, Eviction
 from slimbench.methods.formats.attention.operators.interface import Kept
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
@@ -146,3 +147,9 @@ def test_the_bytes_of_a_bounded_cache_are_those_of_its_tokens(rule: str) -> None
 def test_budgets_that_hold_nothing_are_refused(rule: str, budget: int) -> None:
     with pytest.raises(ValueError, match="budget must be at least"):
         Eviction(rule, budget)  # type: ignore[arg-type]
+
+
+def test_the_methods_are_these_policies() -> None:
+    rules = {H2O: "h2o", TOVA: "tova", Knorm: "knorm", SnapKV: "snapkv", SpAtten: "spatten"}
+    assert all(method(budget=100).policy() == Eviction(rule, 100) for method, rule in rules.items())  # type: ignore[arg-type]
+    assert RandomEviction(seed=2).policy(3) == Eviction("random", 512, 5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.hyper_attention import HyperAttention
 from slimbench.methods.formats.attention.hyper import Hyper
 from slimbench.methods.formats.attention.operators.hyper import HyperOperator, ranks
 from slimbench.methods.formats.attention.operators.interface import Kept
@@ -197,3 +198,7 @@ def test_pairs_that_are_exact_are_those_of_the_last_part_of_a_prompt() -> None:
 def test_settings_out_of_range_are_refused(settings: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="must"):
         Hyper(*settings)
+
+
+def test_the_method_is_this_policy() -> None:
+    assert HyperAttention(seed=1).policy(2) == Hyper(256, 256, 7, 4096, seed=3)

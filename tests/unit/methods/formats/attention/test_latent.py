@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.latent_attention import LatentAttention
 from slimbench.methods.formats.attention.latent import Latent
 from slimbench.methods.formats.attention.operators.interface import Kept
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
@@ -72,3 +73,7 @@ def test_batches_and_layers_without_parts_are_as_they_should() -> None:
         assert torch.allclose(whole[row : row + 1], alone, atol=1e-5)
     other = run(policy(10).operator(rotary(WIDTH), WIDTH**-0.5, 1), states, [TOKENS])
     assert torch.equal(other, run(policy(10).neutral().operator(rotary(WIDTH), WIDTH**-0.5, 0), states, [TOKENS]))
+
+
+def test_the_method_is_this_policy() -> None:
+    assert LatentAttention().policy() == Latent(128, 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.linear_attention import LearnedLinear, LinearAttention, Performer
 from slimbench.methods.formats.attention.linear import Linear
 from slimbench.methods.formats.attention.operators.interface import Kept
 from slimbench.methods.formats.attention.operators.linear import LinearOperator, Unturned, orthogonal
@@ -135,3 +136,10 @@ def test_long_texts_of_large_keys_stay_finite() -> None:
 def test_a_window_beside_features_that_are_not_learned_is_refused() -> None:
     with pytest.raises(ValueError, match="a window stands beside learned features"):
         Linear("elu", 64)
+
+
+def test_the_methods_are_these_policies() -> None:
+    assert LinearAttention().policy() == Linear("elu") and LinearAttention(feature="efficient").policy() == Linear("efficient")
+    assert Performer(seed=1).policy(2) == Linear("positive", features=256, seed=3)
+    assert Performer(feature="fourier").policy() == Linear("fourier", features=256)
+    assert LearnedLinear().policy() == Linear("hedgehog", 64)

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from slimbench.methods.compact.sparse_attention import BigBird as BigBirds
+from slimbench.methods.compact.sparse_attention import BlockBERT, SparseTransformer
+from slimbench.methods.compact.sparse_attention import Longformer as Longformers
 from slimbench.methods.formats.attention.patterns import BigBird, BlockBert, Fixed, Longformer, Pattern, Strided
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
@@ -87,3 +90,11 @@ def test_random_blocks_are_earlier_ones_outside_window_and_beginning_and_differ(
 def test_settings_out_of_range_are_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         make()
+
+
+def test_the_methods_are_these_policies() -> None:
+    assert SparseTransformer().policy() == Strided(32)
+    assert SparseTransformer(pattern="fixed").policy() == Fixed(32, 4)
+    assert Longformers().policy() == Longformer(128, 1)
+    assert BigBirds(seed=2).policy(3) == BigBird(16, 3, 2, 3, seed=5)
+    assert BlockBERT().policy() == BlockBert(128, 3)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.pooled_attention import BPTransformer, Combiner, Linformer
 from slimbench.methods.formats.attention.operators.interface import Kept
 from slimbench.methods.formats.attention.pooled import Pooled, Pooling
 from tests.unit.methods.formats.attention.support import States, draw, rotary, run, turned
@@ -197,3 +198,8 @@ def test_what_is_kept_is_never_changed_in_place(kind: Pooling) -> None:
 def test_settings_out_of_range_are_refused(settings: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Pooled(*settings)
+
+
+def test_the_methods_are_these_policies() -> None:
+    assert Linformer().policy() == Pooled("projection", 32, 8)
+    assert Combiner().policy() == Pooled("combiner", 32) and BPTransformer().policy() == Pooled("spans", 16)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.attention_span import AdaptiveSpan
 from slimbench.methods.formats.attention.operators.interface import Kept
 from slimbench.methods.formats.attention.policy import ALL
 from slimbench.methods.formats.attention.span import Span
@@ -109,3 +110,7 @@ def test_settings_out_of_range_are_refused() -> None:
         Span(0)
     with pytest.raises(ValueError, match="spans must not be negative"):
         policy([1, -1, 1, 1])
+
+
+def test_the_method_is_this_policy() -> None:
+    assert AdaptiveSpan().policy() == Span(32)

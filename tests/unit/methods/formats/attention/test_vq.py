@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.vq_attention import TransformerVQ
 from slimbench.methods.formats.attention.operators.interface import Kept
 from slimbench.methods.formats.attention.vq import VQ
 from tests.unit.methods.formats.attention.support import States, draw, rotary, run, turned
@@ -115,3 +116,7 @@ def test_pairs_left_alone_are_those_of_the_window() -> None:
 def test_a_window_without_the_token_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="exact must be at least 1"):
         VQ(0)
+
+
+def test_the_method_is_this_policy() -> None:
+    assert TransformerVQ().policy() == VQ(256)

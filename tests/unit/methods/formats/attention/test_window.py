@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slimbench.methods.base import Unsupported
+from slimbench.methods.compact.streaming_llm import StreamingLLM
 from slimbench.methods.formats.attention.operators.interface import Kept, KeptCache
 from slimbench.methods.formats.attention.window import Window
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
@@ -97,3 +98,7 @@ def test_models_that_rotate_otherwise_are_refused() -> None:
     for model in (opt, GPTNeoXForCausalLM(GPTNeoXConfig(**size, intermediate_size=32))):
         with pytest.raises(Unsupported, match="rotate whole queries and keys by halves"):
             Window(4, 12).install(model)
+
+
+def test_the_method_is_this_policy() -> None:
+    assert StreamingLLM().policy() == Window(4, 508) and StreamingLLM(sinks=0).policy() == Window(0, 512)

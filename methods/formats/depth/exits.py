@@ -1,0 +1,93 @@
+"""The base of a model with exits (`methods.formats.depth.exit`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimbench.methods.formats.depth.rows import Partial, linear, run_block
+
+
+class Exits(Partial):
+    """The base of a model with exits.
+
+    Attributes:
+        left: Tokens that left after so many blocks, since it was made; the policy's own count.
+    """
+
+    def __init__(self, model: Any, criterion: str, threshold: float, exits: Sequence[int], translators: Mapping[str, Tensor]) -> None:
+        super().__init__(model)
+        self.criterion, self.threshold, self.places, self.left = criterion, threshold, set(exits), dict[int, int]()
+        held = [place for place in exits if f"{place}.weight" in translators]
+        maps = {str(place): linear(model, translators[f"{place}.weight"], translators[f"{place}.bias"]) for place in held}
+        self.maps = nn.ModuleDict(maps)
+
+    def through(self, hidden: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
+        active = torch.arange(hidden.shape[1], device=hidden.device)
+        found, before, agreed = hidden.new_zeros(hidden.shape), hidden, _Agreed(hidden.shape[1], hidden.device)
+        for index, block in enumerate(self._base[0].layers[: self.blocks], start=1):
+            hidden = run_block(block, hidden, active, rotations, cache, first)
+            if index not in self.places or not len(active):
+                continue
+            states = hidden[:, active]
+            translated = self.translated(index, states)
+            sure = self.sure(translated, states, before[:, active], agreed, active)
+            found[:, active[sure]] = translated[:, sure]
+            self._count(index, int(sure.sum()))
+            active, before = active[~sure], hidden
+        found[:, active] = hidden[:, active]
+        self._count(self.blocks, len(active))
+        return found
+
+    def _count(self, blocks: int, tokens: int) -> None:
+        if tokens:
+            self.left[blocks] = self.left.get(blocks, 0) + tokens
+
+    def translated(self, exit_: int, states: Tensor) -> Tensor:
+        """States [1, n, d] as the exit hands them to norm and head."""
+        return states + self.maps[str(exit_)](states) if str(exit_) in self.maps else states
+
+    def sure(self, translated: Tensor, states: Tensor, before: Tensor, agreed: _Agreed, active: Tensor) -> Tensor:
+        """Which tokens leave here, bool [n].
+
+        Args:
+            translated: States for norm and head, [1, n, d].
+            states: As the block left them.
+            before: The same behind the exit before.
+            agreed: What earlier exits predicted of all tokens.
+            active: Which tokens these are.
+        """
+        criterion, threshold = self.criterion, self.threshold
+        if criterion == "state":
+            return functional.cosine_similarity(states.float(), before.float(), dim=-1)[0] >= threshold
+        logits = self._head[0](self._base[0].norm(translated))[0].float()
+        if criterion == "patience":
+            return agreed.count(active, logits.argmax(-1)) >= threshold
+        return confidence(logits, criterion) >= threshold
+
+
+class _Agreed:
+    """How many exits in a row predicted the same of each token."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.last = torch.full((tokens,), -1, device=device)
+        self.times = torch.zeros(tokens, dtype=torch.int64, device=device)
+
+    def count(self, active: Tensor, predicted: Tensor) -> Tensor:
+        """Take in what an exit predicts of some tokens; PABEE counts agreements, so a first prediction has none."""
+        self.times[active] = torch.where(predicted == self.last[active], self.times[active] + 1, 0)
+        self.last[active] = predicted
+        return self.times[active]
+
+
+def confidence(logits: Tensor, criterion: str) -> Tensor:
+    """How sure logits [n, V] are, [n]: `maximum`, `margin`, or for `entropy` 1 - entropy / ln V."""
+    if criterion == "entropy":
+        logp = logits.log_softmax(-1)
+        return 1 + (logp.exp() * logp).sum(-1) / torch.log(torch.tensor(float(logits.shape[-1])))
+    largest = logits.softmax(-1).topk(2, -1).values
+    return largest[:, 0] if criterion == "maximum" else largest[:, 0] - largest[:, 1]
