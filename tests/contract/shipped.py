@@ -149,9 +149,12 @@ SLOW = {"kv-quanto": "its library compiles an extension for minutes when it is f
 ALIKE = {"assistant", "distilbert", "fitnets", "fsp", "minillm", "mutual", "ted"}
 ALIKE |= {"context", "in-context", "kard", "lion", "mcc-kd", "programs", "rationale", "scotd", "scott", "socratic", "symbolic"}
 ALIKE |= {"compresso", "mccarley"}
+ALIKE |= {"h2o", "tova", "knorm", "snapkv", "spatten", "random-eviction", "quest", "reformer", "sinkhorn", "hyper-attention", "combiner"}
+ALIKE |= {"sparse-transformer", "longformer", "bigbird", "blockbert", "bp-transformer", "linear-attention", "prompt-lookup"}
 ALIKE |= {"adaptive-span", "entmax", "latent-attention", "linformer", "skip-layer"}
 """They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`, or
-`cofi` and `voita-heads`, or `linear-learned` and `early-exit`; what is their own is tried in their own tests."""
+`cofi` and `voita-heads`, or `linear-learned` and `early-exit`, or they are policies that are written as `streaming-llm` is, and kept to
+their promises in test_policies.py; what is their own is tried in their own tests."""
 
 
 def marked(names: Iterable[str]) -> list[Any]:
