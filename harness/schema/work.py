@@ -28,8 +28,8 @@ class WorkResult(Schema):
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention read.
         cache_bytes: Of the largest cache at the end of a text.
-        stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, or a
-            stream was, or drafts leave logits alone.
+        stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
+            more than 1,024 labels, or drafts leave logits alone.
         flags: One line for each point in which the claim differs.
     """
 

@@ -27,7 +27,7 @@ from slimbench.tasks.overlap import overlap
 from slimbench.tasks.teaching import data_set
 
 _WORK_TEXTS, _WORK_TOKENS = 8, 2048
-_GAP = 0.005
+_GAP, _STEPS = 0.005, 1024
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
@@ -112,8 +112,10 @@ def _count_work(
 
 
 def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> float | None:
-    """How much perplexity two windows have more token by token; None where they were scored so, or drafts leave logits alone."""
-    if not isinstance(model, Scores) or model.scoring == "step" or part.wanted.protocol == "stream" or set(model.slots) == {"draft"}:
+    """How much perplexity two windows have more token by token; None where they were scored so, are long, or drafts leave logits alone."""
+    if not isinstance(model, Scores) or model.scoring == "step" or part.labels > _STEPS or part.wanted.protocol == "stream":
+        return None
+    if set(model.slots) == {"draft"}:
         return None
     few = part.ids[: model.batch(2)]
     stepped = part.stepwise(model, few)
