@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -75,9 +76,14 @@ def test_the_reference_against_itself_is_one(committed_rows: list[Row]) -> None:
 
 
 def test_rows_of_one_format_and_as_many_bytes_are_as_fast(committed: list[Record], committed_rows: list[Row]) -> None:
-    """At most one pair in twenty of the front table is called different in decode speed where the same kernel reads as many bytes."""
+    """At most one pair in twenty of the front table is called different in decode speed where the same kernel reads as many bytes.
+
+    One table has one processor: that of the README is the one with the most rows.
+    """
     index = Index(oldest_first(committed))
-    front = [row for row in committed_rows if (row.suite, row.speed) == ("front", "front") and row.speedup is not None]
+    measured_front = [row for row in committed_rows if (row.suite, row.speed) == ("front", "front") and row.speedup is not None]
+    processor = Counter(row.fingerprint for row in measured_front).most_common(1)[0][0]
+    front = [row for row in measured_front if row.fingerprint == processor]
     alike = [(a, b) for a, b in combinations(front, 2) if (a.kernel, a.weight_bytes) == (b.kernel, b.weight_bytes)]
     found = {f"{a.pipeline} v {b.pipeline}": of_rows(index, a, b).speed[0] for a, b in alike}
     assert {speed.phase for speed in found.values()} == {"decode"} and len(found) >= 20
