@@ -62,13 +62,15 @@ def grouped(model: Any, groups: int) -> Any:
     """A model with fewer heads of keys and values, in the dtype of the first.
 
     Raises:
-        Unsupported: More in it depends on their number than the two projections.
+        Unsupported: It cannot have fewer, or more in it depends on their number than the two projections.
     """
     from transformers import AutoModelForCausalLM
 
+    before = getattr(model.config, "num_key_value_heads", None)
+    if before is None:
+        raise Unsupported(f"{type(model).__name__} has as many heads of keys and values as of queries, and no other number")
     config = type(model.config).from_dict(model.config.to_dict() | {"num_key_value_heads": groups})
     made: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    before = model.config.num_key_value_heads
     tensors = {name: mean(tensor, before, groups) if name.endswith(_PROJECTIONS) else tensor for name, tensor in model.state_dict().items()}
     if unlike := _unlike(tensors, made.state_dict()):
         raise Unsupported(f"{type(model).__name__} has more than projections that depend on the number of key and value heads: {unlike}")
