@@ -134,7 +134,7 @@ class SpeedConfig(Strict):
     flush_cache: bool = False
     largest_batch: Whole | None = Field(default=None, ge=1)
     prompts: PromptsConfig | None = None
-    rows: list[Whole] | None = None
+    rows: list[Annotated[Whole, Field(ge=1)]] | None = None
 
     @field_validator("grid", mode="before")
     @classmethod

@@ -181,7 +181,8 @@ def _surroundings(trusted: bool, use_cache: bool) -> Iterator[Path]:
 def _sources(cell: Cell) -> str:
     """What a cell reads and runs, in one line."""
     config = cell.config
-    texts = [*config.suite.corpus, *([config.calibration.source] if cell.identity.calibration else [])]
+    prompts = [config.speed.prompts.corpus] if config.speed.prompts else []
+    texts = [*config.suite.corpus, *prompts, *([config.calibration.source] if cell.identity.calibration else [])]
     return ", ".join([config.model.source, *texts, f"engine {config.engine.name}", f"at most {config.limits.wall_s:g} s"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import RunConfig, SuiteConfig
+from slimbench.harness.config.schema import RunConfig, SpeedConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
 from slimbench.harness.stages import calibration_text, models, teaching
@@ -38,11 +38,19 @@ def keys(config: RunConfig) -> Keys:
             protocol_versions(config.suite) | ({"imitation": protocols.IMITATION} if any(m.needs.text for m in methods) else {}),
             prompts.load().sha256 if config.suite.continuations else None,
         ),
-        speed=speed_part(config.speed.model_dump(), protocols.SPEED),
+        speed=speed_part(_speed_settings(config.speed), protocols.SPEED),
         taught=teaching.keys(config) or None,
         threads=config.device.threads,
         cards=config.device.cards if config.device.cards > 1 else None,
     ).keys()
+
+
+def _speed_settings(speed: SpeedConfig) -> dict[str, Any]:
+    """The settings of speed, with the content of the texts of its prompts in place of their name."""
+    settings = speed.model_dump()
+    if speed.prompts:
+        settings["prompts"]["corpus"] = corpora.fingerprint(speed.prompts.corpus)
+    return settings
 
 
 def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:

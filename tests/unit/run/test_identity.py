@@ -129,6 +129,18 @@ def test_only_threads_that_were_asked_for_stand_in_the_speed_key(overrides: list
     assert (one.compress, one.quality) == (all_cores.compress, all_cores.quality) and one.speed != all_cores.speed
 
 
+def test_the_content_of_timed_prompts_stands_in_the_speed_key(overrides: list[str], tmp_path: Path) -> None:
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("Where do the geese go in winter?\n")
+    prompted = [*overrides, f"+speed.prompts.corpus=file:{texts}"]
+    before = cell(prompted).identity.keys
+    (moved := tmp_path / "moved.txt").write_text(texts.read_text())
+    assert cell([*overrides, f"+speed.prompts.corpus=file:{moved}"]).identity.keys == before
+    texts.write_text("Where do the ducks go in winter?\n")
+    after = cell(prompted).identity.keys
+    assert (after.compress, after.quality) == (before.compress, before.quality) and after.speed != before.speed
+
+
 def test_where_compression_runs_stands_in_its_key(
     overrides: list[str], machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,8 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_a_shipped_cell_needs_no_trust(honest: dict[str, Any]) -> None:
     assert configuration(honest, trusted=False).pipeline[0].target == shipped_method("gptq")["_target_"]
     assert configuration(changed(honest, "calibration.source", "self"), trusted=False).calibration.source == "self"
+    prompted = configuration(changed(honest, "speed.prompts", {"corpus": "bigbench-mysteries"}), trusted=False)
+    assert prompted.speed.prompts is not None and prompted.speed.prompts.corpus == "bigbench-mysteries"
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -58,6 +60,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "file:x",
         [3],
         ["self"],
+    ),
+    "speed.prompts": (
+        {"corpus": "file:/etc/passwd"},
+        {"corpus": "hf:text:/etc/passwd:train:text"},
+        {"corpus": None},
+        ["file:/etc/passwd"],
     ),
     "suite.tasks": (["/tmp/task.yaml"], ["../task"], "a/b"),
     "calibration.source": ("file:calibration.txt", "hf:json:/home/x.json:train:text", None),
