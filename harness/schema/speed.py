@@ -7,6 +7,7 @@ from typing import Literal
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.generation import TimedTokens
+from slimbench.harness.schema.work import WorkResult
 
 
 class Samples(Schema):
@@ -193,6 +194,8 @@ class SpeedResult(Schema):
         read_bandwidth_gbs: The same of reads; None in records of schema 7.
         load: Highest reading of the points, by name.
         rows_ms: Milliseconds of the candidate's passes by number of tokens, behind a prompt of the headline; empty where not asked for.
+        work: What ran for a token of the headline's texts, counted apart from the timed runs; None where prompts are random ids, or
+            nothing acts while the model runs.
         flags: One line for each fact that makes a figure doubtful.
     """
 
@@ -204,4 +207,5 @@ class SpeedResult(Schema):
     largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
     rows_ms: dict[str, float] = {}
+    work: WorkResult | None = None
     flags: list[str] = []

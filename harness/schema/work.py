@@ -22,6 +22,9 @@ class WorkResult(Schema):
         prompt_tokens: Tokens of each text before them.
         passes: Of the model to its end, for all of these tokens; fewer where a draft was accepted.
         pass_rows: How many passes had so many tokens, guesses included.
+        pass_tokens: How many passes gave so many tokens: the guesses that were taken, and one.
+        calls: Matrices that took part in calls of so many rows, in models: 1 is all matrices once. By the time of a pass of so many rows
+            it tells what the tokens should take.
         total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran.
         experts: Experts of a layer that ran.
@@ -38,6 +41,8 @@ class WorkResult(Schema):
     prompt_tokens: int | None = None
     passes: int | None = None
     pass_rows: dict[str, int] = {}
+    pass_tokens: dict[str, int] = {}
+    calls: dict[str, float] = {}
     total_parameters: int | None = None
     blocks: Spread | None = None
     experts: Spread | None = None

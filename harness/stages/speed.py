@@ -8,15 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
-from slimbench.harness.measure import capacity, gpu, latency, machine, memory, perplexity, soundness
-from slimbench.harness.measure.dynamic import texts
+from slimbench.harness.measure import capacity, claims, gpu, latency, machine, memory, perplexity, soundness
+from slimbench.harness.measure.dynamic import texts, work
 from slimbench.harness.measure.hardware import available_memory
 from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.measure.timer import timer
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stages import models
 from slimbench.harness.stages.common import Again, Reporter, evidence_of, load, tokenizer_of
+from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Unsupported
 
@@ -70,6 +74,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     share = _share_of(protocol, processes)
 
     tokens = _tokens(config, report) if protocol.prompts else None
+    if tokens is not None and model.slots:
+        result.work = WorkResult(**figure(["work"], 1, lambda: _work(model, config, key, tokens, grid[0], report).model_dump()))
+        if result.work.tokens and claims.UNMEASURED in found.flags:
+            found.flags.remove(claims.UNMEASURED)
 
     def measure(process: int, index: int) -> dict[str, Any]:
         asked = None
@@ -110,6 +118,18 @@ def _tokens(config: RunConfig, report: Reporter) -> Any:
     report.phase("prompts")
     assert config.speed.prompts
     return perplexity.token_stream(config.speed.prompts.corpus, tokenizer_of(models.prepare(config.model, report.phase), config))[0]
+
+
+def _work(model: Generates, config: RunConfig, key: str, tokens: Any, point: SpeedPoint, report: Reporter) -> WorkResult:
+    """What runs for the tokens of the headline's texts."""
+    report.phase("work")
+    assert config.speed.prompts
+    asked = torch.cat(list(texts.drawn(tokens, point, config.speed.prompts).ids.values()))
+    claim = artefact.read_manifest(artefact.location(key)).claim.work
+    try:
+        return work.measure(model, asked, claim, report.progress, point.new_tokens)
+    except Unsupported as error:
+        return WorkResult(tokens=0, prompts=len(asked), flags=[f"work not counted: {error}"])
 
 
 def _rows(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, float]:

@@ -12,9 +12,10 @@ from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.grids import grids
 from slimbench.leaderboard.figures.groups import Group, Grouping, Unplottable, by_quality, by_speed, by_suite, by_table, measured
 from slimbench.leaderboard.figures.joint import joint
-from slimbench.leaderboard.figures.lines import bits, degradation, removed, sparsity
+from slimbench.leaderboard.figures.lines import active, bits, degradation, held, removed, sparsity
 from slimbench.leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLEXITY, SPEED
 from slimbench.leaderboard.figures.palette import Palette
+from slimbench.leaderboard.figures.policies import drafts, stream
 from slimbench.leaderboard.figures.recovery import recovery
 from slimbench.leaderboard.figures.scatter import against, divergence
 from slimbench.leaderboard.figures.seeds import seeds
@@ -51,6 +52,10 @@ KINDS = (
     Kind("grids", "methods of equal bits on common grids", by_quality, grids),
     Kind("methods-sparsity", "perplexity over sparsity, a line for each method", by_quality, sparsity),
     Kind("methods-removed", "perplexity over the parameters removed, a line for each method", by_quality, removed),
+    Kind("methods-active", "perplexity over the parameters that take part in a token", by_quality, active),
+    Kind("methods-cache", "perplexity over the bytes of the cache behind a text", by_quality, held),
+    Kind("stream", "perplexity along one text through one cache", by_quality, stream),
+    Kind("drafts", "tokens of a pass and speed-up with drafts, beside what the passes should give", by_speed, drafts),
     Kind("recovery", "perplexity over the tokens of recovery, from the pruned model on", by_quality, recovery),
     Kind("joint", "pipelines beside their steps alone", by_quality, joint),
     Kind("degradation", "perplexity above dense over the size of the model", by_suite, degradation),

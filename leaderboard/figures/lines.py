@@ -10,7 +10,7 @@ from slimbench.leaderboard.figures.canvas import Plot, bit_axis, canvas, log_axi
 from slimbench.leaderboard.figures.drawing import INK, MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out, listed, off_scale, unbeaten
 from slimbench.leaderboard.figures.labels import Named, place
-from slimbench.leaderboard.figures.measures import BITS, DELTA, PERPLEXITY, REMOVED, SPARSITY, Measure, Point, front, points
+from slimbench.leaderboard.figures.measures import ACTIVE, BITS, DELTA, HELD, PERPLEXITY, REMOVED, SPARSITY, Measure, Point, front, points
 from slimbench.leaderboard.figures.palette import method_of
 from slimbench.leaderboard.figures.scatter import UNNAMED, corpus, settle
 from slimbench.leaderboard.rows.row import Row
@@ -24,6 +24,8 @@ OFF_SCALE = 20.0
 _DENSE_BITS = 15.5
 _LEAST_ZEROS = 0.02
 _LEAST_REMOVED = 0.001
+_FEWER = (BITS, ACTIVE, HELD)
+"""Measures of which less compresses more."""
 
 
 def bits(group: Group) -> Plot:
@@ -63,6 +65,32 @@ def removed(group: Group) -> Plot:
         return (row.removed or 0) > _LEAST_REMOVED
 
     return _settings(group, REMOVED, smaller, "parameters removed")
+
+
+def active(group: Group) -> Plot:
+    """Perplexity over the parameters that take part in a token, where that is not the same for all tokens.
+
+    Raises:
+        Unplottable: Fewer than two rows whose work was counted.
+    """
+
+    def acts(row: Row) -> bool:
+        return row.active_share is not None and abs(row.active_share - 1) > _LEAST_REMOVED and row.tokens_per_pass == 1
+
+    return _settings(group, ACTIVE, acts, "parameters that take part")
+
+
+def held(group: Group) -> Plot:
+    """Perplexity over the bytes of the cache behind a text.
+
+    Raises:
+        Unplottable: Fewer than two rows with caches of different size.
+    """
+
+    def counted(row: Row) -> bool:
+        return row.held_cache_bytes is not None and row.tokens_per_pass == 1
+
+    return _settings(group, HELD, counted, "bytes of the cache")
 
 
 def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: str) -> Plot:
@@ -110,7 +138,8 @@ def _across(ax: Axes, x: Measure, values: Sequence[float]) -> None:
     if x is BITS:
         bit_axis(ax, values)
     else:
-        ax.set_xlim(0, 100 if x is SPARSITY else min(100.0, 1.15 * max(values)))
+        most = 1.15 * max(values)
+        ax.set_xlim(0, 100 if x is SPARSITY else min(100.0, most) if x is REMOVED else most)
 
 
 def _named(group: Group, point: Point, y: float, more: str = "") -> Named:
@@ -155,8 +184,8 @@ def _by_method(ax: Axes, shown: Sequence[Point], off: Sequence[Point], group: Gr
 
 
 def _least(x: Measure) -> Measure:
-    """The measure with less of it taken as better for bits, more of zeros and of what is removed: what compresses more."""
-    return x if x is BITS else Measure(x.key, x.label, x.missing, x.name, x.scale, rising=True)
+    """The measure with less of it taken as better where less compresses more, else with more."""
+    return x if x in _FEWER else Measure(x.key, x.label, x.missing, x.name, x.scale, rising=True)
 
 
 def _ceiling(ax: Axes, top: float, shown: Sequence[Point], off: Sequence[Point], group: Group) -> list[list[tuple[float, float]]]:

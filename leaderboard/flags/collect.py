@@ -52,7 +52,8 @@ def flags(
     lines += speed.speed.flags if speed and speed.speed else []
     lines += facts.of_speed(speed, rival) if speed and not (compress and compress.simulated) else []
     lines += [*quality.quality.flags, *facts.of_quality(quality.quality)] if quality and quality.quality else []
-    lines += quality.quality.work.flags if quality and quality.quality and quality.quality.work else []
+    counted = (quality and quality.quality and quality.quality.work, speed and speed.speed and speed.speed.work)
+    lines += [line for work in counted if work for line in work.flags]
     lines += facts.never_exercised(quality.quality, theirs, compress) if quality and quality.quality else []
     lines += losses
     lines += compress.compress.flags if compress and compress.compress else []

@@ -95,6 +95,7 @@ class Perplexity(Group):
         default=None, description="Fraction of the first corpus' scored n-grams that also stand in the calibration text, 0..1."
     )
     corpus: str | None = Field(default=None, description="Corpus of the perplexity.")
+    stretches: list[float] = Field(default=[], description="Perplexity of each stretch of 1,024 tokens of a stream, in order.")
 
 
 class Divergence(Group):

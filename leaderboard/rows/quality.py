@@ -50,6 +50,7 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     ratio = attempt(stats.perplexity_ratio_interval, *pair, otherwise=UNKNOWN)
     return Perplexity(
         corpus=head.corpus,
+        stretches=_stretches(head),
         perplexity=_value(head),
         perplexity_low=low,
         perplexity_high=high,
@@ -66,6 +67,12 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
         },
         calibration_overlap=head.calibration_overlap,
     )
+
+
+def _stretches(result: PerplexityResult) -> list[float]:
+    """Perplexity of each window of a stream; none of another protocol, or where one has none."""
+    is_stream = result.protocol.partition("-")[0] == "stream"
+    return [math.exp(min(nll, 700.0)) for nll in result.window_nll] if is_stream and all(map(math.isfinite, result.window_nll)) else []
 
 
 def divergence(ours: QualityResult, theirs: QualityResult | None) -> Divergence:

@@ -19,9 +19,10 @@ from slimbench.leaderboard.rows.groups import (
     Size,
     Speed,
 )
+from slimbench.leaderboard.rows.work import Work
 
 
-class Row(Calibration, Cost, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
+class Row(Calibration, Cost, Work, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
     """One cell of the board: its groups, and what it is among the other rows."""
 
     rank: int | None = Field(

@@ -25,6 +25,7 @@ from slimbench.leaderboard.rows.quality import accuracy, divergence, fidelity, l
 from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.work import work
 from slimbench.leaderboard.verdicts.judged import Paired, judged
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped
@@ -149,6 +150,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         _size(bearer, compress, evidences[0] if evidences else None),
         _cost(compress),
         _cache(compress, result),
+        work(quality.quality if quality else None, speed.speed if speed and not simulated else None),
         calibration(bearer),
     )
 

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.flags.kinds import noise, noisy
 from slimbench.leaderboard.rows.clean import clean
@@ -33,6 +34,11 @@ EVIDENCE_TITLE = "Found by the stage"
 _LONGEST_TEXT = 20_000
 _SHOWN_APART = {"Status", "Flags", "Command", "Provenance", "Perplexity", "Accuracy % (against the reference)", "Speed over the grid"}
 _BYTES = decimal(1, 1e-6)
+_WORK = {
+    "blocks": "Decoder blocks that ran",
+    "active_parameters": "Parameters of matrices that took part, 10⁶",
+    "cache_tokens": "Tokens that an attention read",
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,32 @@ def _speeds(row: Row) -> Grid:
     return Grid("Speed: batch × prompt + new tokens", ("Point", *(header for header, _ in forms.values())), rows)
 
 
+def _work(records: Mapping[Stage, Record]) -> Grid:
+    """What ran for a token, of the texts of each stage that counted it."""
+    results = {stage: records[stage].quality or records[stage].speed for stage in (Stage.QUALITY, Stage.SPEED) if stage in records}
+    counts = {stage: work for stage, result in results.items() if result and (work := result.work) and work.tokens}
+    rows = []
+    for name, form in zip(_WORK, (decimal(1), decimal(1, 1e-6), decimal(0)), strict=True):
+        for stage, counted in counts.items():
+            if (found := getattr(counted, name)) is not None:
+                rows.append(
+                    (f"{_WORK[name]} ({stage})", *(_number(form, clean(getattr(found, part))) for part in ("mean", "p5", "p50", "p95")))
+                )
+    facts = [
+        (
+            f"Counted by {stage}",
+            f"{counted.tokens:,} tokens behind {plural(counted.prompts, 'text')} of {counted.prompt_tokens or 0:,}, {_passes(counted)}",
+        )
+        for stage, counted in counts.items()
+    ]
+    return Grid("Work of a token, counted by hooks", ("Count", "Mean", "5 %", "Median", "95 %"), rows, facts)
+
+
+def _passes(counted: WorkResult) -> str:
+    """`1,536 passes, 1.31 tokens a pass`."""
+    return f"{counted.passes or 0:,} passes, {decimal(2)(counted.tokens / max(1, counted.passes or 0))} tokens a pass"
+
+
 def _number(form: Any, value: Any) -> str:
     return form(value) if isinstance(value, int | float) else EMPTY
 
@@ -164,6 +196,8 @@ def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
         if result and result.evidence:
             yield _found(f"{EVIDENCE_TITLE} {stage}", result.evidence)
             break
+    if (counted := _work(records)).rows:
+        yield counted
     if compress and compress.compress:
         files = [(_cut(clean(f.name)), f"{f.bytes:,}", (f.sha256 or EMPTY)[:64]) for f in compress.compress.files[:100]]
         yield Grid("Files of the artefact", ("File", "Bytes", "SHA-256"), files)

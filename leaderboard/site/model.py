@@ -12,9 +12,10 @@ from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board, plural
 from slimbench.leaderboard.site.lines import Line, heads
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
-from slimbench.leaderboard.tables import cache
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
+from slimbench.leaderboard.tables.side import Side
+from slimbench.leaderboard.tables.writers import SIDES
 
 LOW_BITS = 5.0
 _MOST_SCALED = 200
@@ -60,7 +61,7 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
         sizes: There is a plot over model sizes.
     """
     sections = [
-        {**setting, "lines": [lines[names.cell(row)] for row in table.rows], "heads": heads(board, number), "cache": _caches(table.rows)}
+        {**setting, "lines": [lines[names.cell(row)] for row in table.rows], "heads": heads(board, number), "sides": _sides(table.rows)}
         for number, (table, setting) in enumerate(zip(board.tables, board.settings, strict=True))
         if table.rows[0].model == name
     ]
@@ -79,14 +80,15 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
     )
 
 
-def _caches(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the key-value caches of a set take at each length; None where no method rounds them."""
-    known = cache.shown(rows)[:_MOST_SCALED]
-    if not known:
-        return None
-    header, texts = cache.cells(known)
+def _sides(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What stands beside the table of a set: bytes of caches, work of a token."""
+    return [_side(side, known[:_MOST_SCALED]) for side in SIDES if (known := side.shown(rows))]
+
+
+def _side(side: Side, rows: Sequence[Row]) -> dict[str, Any]:
+    header, texts = side.cells(rows)
     shown = [[shorten(name, LONGEST_REMARK), *numbers] for name, *numbers in texts]
-    return {"title": cache.TITLE, "reading": cache.READING, "header": header, "rows": shown}
+    return {"title": side.title, "reading": side.reading, "header": header, "rows": shown}
 
 
 def _parameters(rows: Sequence[Row]) -> int | None:

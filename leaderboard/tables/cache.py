@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from slimbench.leaderboard.rows.groups import CACHE_TOKENS
-from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import decimal
+from slimbench.leaderboard.tables.side import Side
 
-TITLE = "Key-value cache, 10⁶ bytes"
-READING = (
+_READING = (
     "Bytes of one sequence by its tokens, scales and exact tokens included; `measured` is of the batch at the end of the speed point. "
     "Exact keys are the share of the pairs of a scored token and one that it attends to whose key was not rounded: there the policy did "
     "nothing."
@@ -25,14 +22,4 @@ CACHE = (
         for kilo in (int(tokens) // 1024 for tokens in CACHE_TOKENS)
     ),
 )
-
-
-def shown(rows: Sequence[Row]) -> list[Row]:
-    """The rows whose cache is known; none where only references are."""
-    known = [row for row in rows if row.cache_bytes_1k is not None]
-    return known if any(not row.is_reference for row in known) else []
-
-
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Heads and texts of the table of rows that are `shown`."""
-    return ["Pipeline", *(column.header for column in CACHE)], [[row.label, *(column.plus_minus(row) for column in CACHE)] for row in rows]
+TABLE = Side("Key-value cache, 10⁶ bytes", _READING, CACHE, lambda row: row.cache_bytes_1k is not None)

@@ -17,13 +17,16 @@ from slimbench.leaderboard.rows.row import Row
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from slimbench.leaderboard.tables import cache
+from slimbench.leaderboard.tables import cache, work
 from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
 from slimbench.leaderboard.tables.resolution import anchors, resolution
+from slimbench.leaderboard.tables.side import Side
 from slimbench.leaderboard.tables.tables import Table, tables
 from slimbench.util.text import csv_text
 
+SIDES = (cache.TABLE, work.TABLE)
+"""What stands below a table, where its rows have it."""
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -69,16 +72,27 @@ def _markdown_table(table: Table) -> str:
         cells.append([*names, *(escape(c.plus_minus(row)) if c.format is str else c.plus_minus(row) for c in columns), escape(notes)])
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     said = [line for text in (*anchors(table.rows), *resolution(table.rows)) for line in ("", escape(text))]
-    return "\n".join([f"## {escape(table.title)}", "", escape(table.setting), *said, "", *lines, *_markdown_cache(table), ""])
+    return "\n".join(
+        [
+            f"## {escape(table.title)}",
+            "",
+            escape(table.setting),
+            *said,
+            "",
+            *lines,
+            *(line for side in SIDES for line in _markdown_side(side, table)),
+            "",
+        ]
+    )
 
 
-def _markdown_cache(table: Table) -> list[str]:
-    rows = cache.shown(table.rows)
+def _markdown_side(side: Side, table: Table) -> list[str]:
+    rows = side.shown(table.rows)
     if not rows:
         return []
-    heads, texts = cache.cells(rows)
+    heads, texts = side.cells(rows)
     lines = [heads, ["---", *("--:" for _ in heads[1:])], *([escape(name), *numbers] for name, *numbers in texts)]
-    return ["", f"### {cache.TITLE}", "", cache.READING, "", *("| " + " | ".join(line) + " |" for line in lines)]
+    return ["", f"### {side.title}", "", side.reading, "", *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 def to_terminal(board: Sequence[Row]) -> RenderableType:
@@ -93,26 +107,26 @@ def to_terminal(board: Sequence[Row]) -> RenderableType:
             for note in notes_of(row):
                 numbers.setdefault(note, len(numbers) + 1)
         notes = [Text(f"{number:>3}  {shorten(note, 300)}", style="dim") for note, number in numbers.items()]
-        parts += [_Fitted(table, numbers), *notes, Text(""), *_terminal_cache(table)]
+        parts += [_Fitted(table, numbers), *notes, Text(""), *(part for side in SIDES for part in _terminal_side(side, table))]
     return Group(*parts, Text("\n".join(READING), style="dim"))
 
 
-def _terminal_cache(table: Table) -> list[RenderableType]:
+def _terminal_side(side: Side, table: Table) -> list[RenderableType]:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    rows = cache.shown(table.rows)
+    rows = side.shown(table.rows)
     if not rows:
         return []
-    heads, texts = cache.cells(rows)
-    printed = RichTable(title=Text(cache.TITLE), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    heads, texts = side.cells(rows)
+    printed = RichTable(title=Text(side.title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     printed.add_column(heads[0], overflow="fold", min_width=12)
     for head in heads[1:]:
         printed.add_column(head, justify="right")
     for name, *numbers in texts:
         printed.add_row(Text(shorten(name, 60)), *map(Text, numbers))
-    return [printed, Text(cache.READING, style="dim"), Text("")]
+    return [printed, Text(side.reading, style="dim"), Text("")]
 
 
 @dataclass(frozen=True)

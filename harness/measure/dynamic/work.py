@@ -8,7 +8,7 @@ decode steps are counted: the prompt's own pass is work of another kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +39,14 @@ class Count:
         products: Parameters of matrices times rows that went through them.
         blocks: Rows that went through the feed-forward part of a block, over all blocks.
         reads: Of each call of the attention, keys that a query saw, mean over queries and heads.
+        calls: Parameters of the matrices that took part in calls of so many rows, each as often as it did.
     """
 
     passes: list[int] = field(default_factory=list)
     products: int = 0
     blocks: int = 0
     reads: list[float] = field(default_factory=list)
+    calls: Counter[int] = field(default_factory=Counter)
 
 
 class _Attentions(TorchFunctionMode):
@@ -86,6 +88,7 @@ def counted(module: Any) -> Iterator[Count]:
     def products_of(parameters: int) -> Callable[[int], None]:
         def add(rows: int) -> None:
             count.products += parameters * rows
+            count.calls[rows] += parameters
 
         return add
 
@@ -112,13 +115,16 @@ def _rows(inputs: tuple[Any, ...], output: Any) -> int:
     return int(given.numel() // given.shape[-1])
 
 
-def measure(model: Generates, texts: torch.Tensor, claim: Work | None, on_progress: Callable[[int, int], None]) -> WorkResult:
+def measure(
+    model: Generates, texts: torch.Tensor, claim: Work | None, on_progress: Callable[[int, int], None], new_tokens: int = NEW_TOKENS
+) -> WorkResult:
     """Go on with texts, and count.
 
     Args:
         texts: Token ids of equally long prompts, int64 [N, T].
         claim: What the artefact's methods say.
         on_progress: Called with texts done and texts in all.
+        new_tokens: By which each text is gone on with; the first of them is the prompt's and is not counted.
 
     Raises:
         methods.base.Unsupported: The engine shows no module whose parts could be watched.
@@ -128,13 +134,18 @@ def measure(model: Generates, texts: torch.Tensor, claim: Work | None, on_progre
         raise Unsupported("the engine does not show what runs for a token")
     steps: list[Count] = []
     held: list[int] = []
+    given: Counter[int] = Counter()
+    total = sum(parameters for _, parameters in products(module))
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
-        step = model.prefill(text, NEW_TOKENS)
-        for _ in range(NEW_TOKENS - 1):
+        step = model.prefill(text, new_tokens)
+        own: list[Count] = []
+        for _ in range(new_tokens - 1):
             with counted(module) as count:
                 step = model.decode_step(step)
-            steps.append(count)
+            own.append(count)
+        steps += own
+        given.update(tokens_of_passes(own))
         held.append(model.cache_bytes(step.state) or 0)
     passes = [rows for count in steps for rows in count.passes]
     found = WorkResult(
@@ -143,7 +154,9 @@ def measure(model: Generates, texts: torch.Tensor, claim: Work | None, on_progre
         prompt_tokens=texts.shape[1],
         passes=len(passes),
         pass_rows={str(rows): count for rows, count in sorted(Counter(passes).items())},
-        total_parameters=sum(parameters for _, parameters in products(module)),
+        pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
+        calls={str(rows): parameters / total for rows, parameters in sorted(sum((count.calls for count in steps), Counter()).items())},
+        total_parameters=total,
         blocks=spread([float(count.blocks) for count in steps]),
         active_parameters=spread([float(count.products) for count in steps]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
@@ -151,6 +164,17 @@ def measure(model: Generates, texts: torch.Tensor, claim: Work | None, on_progre
     )
     found.flags += differences(found, claim, token_bytes(module))
     return found
+
+
+def tokens_of_passes(steps: Sequence[Count]) -> list[int]:
+    """Tokens that each pass gave, in order: its own step's, and those of the steps behind it that had to run nothing."""
+    given: list[int] = []
+    for step in steps:
+        if step.passes:
+            given.append(1)
+        elif given:
+            given[-1] += 1
+    return given
 
 
 def token_bytes(module: Any) -> float:

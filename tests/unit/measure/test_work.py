@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.dynamic.work import counted, differences, measure, seen, spread
+from slimbench.harness.measure.dynamic.work import Count, counted, differences, measure, seen, spread, tokens_of_passes
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -157,3 +157,24 @@ def test_slack_and_silence_are_no_lies(claim: Work | None) -> None:
 
 def test_spreads_are_quantiles() -> None:
     assert spread([float(x) for x in range(101)]) == Spread(mean=50, p5=5, p50=50, p95=95)
+
+
+def test_passes_give_their_own_token_and_those_of_steps_that_ran_nothing() -> None:
+    steps = [Count(passes=[4]), Count(), Count(), Count(passes=[4]), Count(passes=[1]), Count()]
+    assert tokens_of_passes(steps) == [3, 1, 2]
+
+
+@pytest.mark.parametrize("policy", [None, Lookup(4, 2), Exit(3, 2)], ids=str)
+def test_passes_and_calls_add_up(base: Any, policy: Policy | None) -> None:
+    """What passes gave is all tokens, and the shares of the models that ran are the products of the matrices by their rows."""
+    looping = torch.tensor([[5, 6, 7, 8]]).repeat(1, 12)
+    found = measure(under(base, policy), torch.cat([looping, text(48)]), None, lambda *_: None, 25)
+    assert found.tokens == 2 * 24 == sum(int(tokens) * count for tokens, count in found.pass_tokens.items())
+    assert sum(found.pass_tokens.values()) == found.passes
+    assert found.active_parameters and found.total_parameters
+    products = sum(int(rows) * share for rows, share in found.calls.items()) * found.total_parameters
+    assert products == pytest.approx(found.tokens * found.active_parameters.mean)
+    if policy is None:
+        assert found.calls == {"1": 48.0} and found.pass_tokens == {"1": 48}
+    if isinstance(policy, Exit):
+        assert set(found.calls) >= {"1", "4"} and found.calls["1"] > found.passes / 2, "half of the blocks and a head guess, token by token"

@@ -1,0 +1,86 @@
+"""What ran for a token of a row, and how long that should take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pydantic import Field
+
+from slimbench.harness.schema.quality import QualityResult
+from slimbench.harness.schema.speed import SpeedResult
+from slimbench.harness.schema.work import WorkResult
+from slimbench.leaderboard.rows.groups import Group
+
+
+class Work(Group):
+    """What ran for a token, counted by hooks; all of it None where all of the model always runs."""
+
+    blocks_per_token: float | None = Field(default=None, description="Decoder blocks that ran for a token, mean.")
+    blocks_p5: float | None = Field(default=None, description="Their 5th percentile over tokens.")
+    blocks_p95: float | None = Field(default=None, description="Their 95th percentile over tokens.")
+    active_share: float | None = Field(
+        default=None,
+        description="Parameters of matrices that took part in a token, each as often as it did, over those of all matrices, mean.",
+    )
+    cache_tokens: float | None = Field(default=None, description="Tokens whose keys and values an attention read for a token, mean.")
+    held_cache_bytes: int | None = Field(default=None, description="Bytes of the largest cache at the end of a text.")
+    tokens_per_pass: float | None = Field(default=None, description="Tokens that a pass of the model gave, mean; above 1 with drafts.")
+    pass_tokens: dict[str, int] = Field(default={}, description="How many passes gave so many tokens.")
+    work_prompt: int | None = Field(default=None, description="Tokens of each text behind which work was counted.")
+    stepwise_gap: float | None = Field(
+        default=None, description="Perplexity of some windows token by token over that of the record, less 1."
+    )
+    predicted_speedup: float | None = Field(
+        default=None,
+        description="Decode time of the reference / what the counted calls should take by the measured times of passes of so many tokens.",
+    )
+
+
+def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
+    """The work of a row: of the texts whose speed was measured, and of those of quality where speed was not."""
+    timed, scored = speed.work if speed else None, quality.work if quality else None
+    found = timed if timed and timed.tokens else scored
+    if found is None or not found.tokens:
+        return Work()
+    return Work(
+        blocks_per_token=found.blocks.mean if found.blocks else None,
+        blocks_p5=found.blocks.p5 if found.blocks else None,
+        blocks_p95=found.blocks.p95 if found.blocks else None,
+        active_share=found.active_parameters.mean / found.total_parameters if found.active_parameters and found.total_parameters else None,
+        cache_tokens=found.cache_tokens.mean if found.cache_tokens else None,
+        held_cache_bytes=found.cache_bytes,
+        tokens_per_pass=found.tokens / found.passes if found.passes else None,
+        pass_tokens=found.pass_tokens,
+        work_prompt=found.prompt_tokens,
+        stepwise_gap=scored.stepwise_gap if scored else None,
+        predicted_speedup=_predicted(found, speed) if speed and found is timed else None,
+    )
+
+
+def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
+    """Time of the reference's steps over the predicted one of the candidate's; None where either is not known."""
+    reference = speed.points[0].reference if speed.points else None
+    own = predicted_ms(found.calls, speed.rows_ms, found.tokens)
+    return float(np.mean(reference.decode_ms)) / own if reference and reference.decode_ms and own else None
+
+
+def predicted_ms(calls: Mapping[str, float], rows_ms: Mapping[str, float], tokens: int) -> float | None:
+    """Milliseconds that a token should take: Σ_r calls(r) t(r) / tokens.
+
+    A call of a part of the matrices with r rows takes its share of t(r), the time of a pass of r tokens through all of them; t is linear
+    between the numbers of rows that were timed. With all matrices and drafts of γ tokens that cost nothing this is the model of
+    Leviathan et al. (arXiv 2211.17192, theorem 3.8), with t(γ + 1) / t(1) in the place of their 1.
+
+    Args:
+        calls: Of each number of rows, how many whole models its calls make.
+        rows_ms: Time of a pass by its number of tokens.
+
+    Returns:
+        None where no calls were counted, or one has more rows than were timed.
+    """
+    known = sorted((int(rows), ms) for rows, ms in rows_ms.items())
+    if not calls or not known or max(map(int, calls)) > known[-1][0]:
+        return None
+    rows, times = zip(*known, strict=True)
+    return float(sum(share * np.interp(int(count), rows, times) for count, share in calls.items()) / tokens)

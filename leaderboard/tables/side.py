@@ -1,0 +1,34 @@
+"""Tables that stand beside the main one, for rows that have more to tell than it has columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.tables.columns import Column
+
+
+@dataclass(frozen=True)
+class Side:
+    """A table beside the main one.
+
+    Attributes:
+        reading: How to read it.
+        belongs: Whether a row has something to tell; references may have, but do not make a table alone.
+    """
+
+    title: str
+    reading: str
+    columns: Sequence[Column]
+    belongs: Callable[[Row], bool]
+
+    def shown(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that belong to it; none where only references do."""
+        known = [row for row in rows if self.belongs(row)]
+        return known if any(not row.is_reference for row in known) else []
+
+    def cells(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+        """Heads and texts of the table of rows that are `shown`."""
+        heads = ["Pipeline", *(column.header for column in self.columns)]
+        return heads, [[row.label, *(column.plus_minus(row) for column in self.columns)] for row in rows]

@@ -1,0 +1,175 @@
+"""What the board says of the work of a token: rows, tables, pages, and the speed-up that it should give."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+
+from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.work import Spread, WorkResult
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.catalogue import figures
+from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.rows.work import predicted_ms
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.tables.writers import to_markdown
+from tests.support.board_records import Spec, records, site_files
+from tests.unit.leaderboard.test_board import printed
+
+ROWS_MS = {"1": 40.0, "2": 44.0, "4": 52.0, "8": 80.0}
+
+
+def even(value: float) -> Spread:
+    return Spread(mean=value, p5=value, p50=value, p95=value)
+
+
+def drafted(shares: dict[str, int], **more: Any) -> WorkResult:
+    """Passes of four tokens, of which so many gave so many."""
+    passes, tokens = sum(shares.values()), sum(int(given) * count for given, count in shares.items())
+    return WorkResult(
+        tokens=tokens,
+        prompts=8,
+        prompt_tokens=128,
+        passes=passes,
+        pass_rows={"4": passes},
+        pass_tokens=shares,
+        calls={"4": float(passes)},
+        total_parameters=1000,
+        blocks=even(30.0 * 4 * passes / tokens),
+        active_parameters=even(4000.0 * passes / tokens),
+        **more,
+    )
+
+
+def with_drafts() -> list[Record]:
+    made = records(Spec())
+    for name, shares, ms in (("lookup", {"1": 30, "2": 20, "4": 10}, 31.0), ("exit", {"1": 60, "2": 2}, 52.0)):
+        own = records(Spec(name, "dynamic", decode_ms=ms))
+        for record in own:
+            if record.speed:
+                record.speed.work, record.speed.rows_ms = drafted(shares), ROWS_MS
+        made += own
+    return made
+
+
+def with_exits() -> list[Record]:
+    made = records(Spec())
+    for blocks, loss in ((24.0, 1.1), (12.0, 1.9)):
+        own = records(Spec(f"calm(threshold={blocks / 30})", "dynamic", loss=loss))
+        for record in own:
+            record.cell.steps = [{"name": "calm", "method": "CALM"}]
+            if record.quality:
+                record.quality.work = WorkResult(
+                    tokens=248,
+                    prompts=8,
+                    passes=248,
+                    pass_tokens={"1": 248},
+                    calls={"1": 248 * blocks / 30},
+                    total_parameters=1000,
+                    blocks=Spread(mean=blocks, p5=2, p50=blocks, p95=30),
+                    active_parameters=even(1000 * blocks / 30),
+                    cache_bytes=int(blocks * 1e6),
+                    stepwise_gap=0.002,
+                )
+        made += own
+    return made
+
+
+def streamed() -> list[Record]:
+    made = records(Spec()) + records(Spec("window", "compact", loss=2.0))
+    for record in made:
+        if record.quality:
+            record.quality.perplexity[0].protocol = "stream-1"
+    return made
+
+
+@cache
+def board_of(make: Any) -> Any:
+    return rows(make())
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.8])
+def test_the_predicted_time_is_the_model_of_speculative_decoding(acceptance: float) -> None:
+    """Drafts that cost nothing, each guess right with one probability: (1 − α^(γ+1)) / (1 − α) tokens for a pass of t(γ + 1)."""
+    guesses, passes, draw = 3, 40_000, random.Random(0)
+    given = [1 + next((k for k in range(guesses) if draw.random() > acceptance), guesses) for _ in range(passes)]
+    wanted = ROWS_MS["4"] * (1 - acceptance) / (1 - acceptance ** (guesses + 1))
+    assert predicted_ms({"4": float(passes)}, ROWS_MS, sum(given)) == pytest.approx(wanted, rel=0.01)
+
+
+def test_times_between_those_that_were_measured_lie_on_a_line_and_beyond_them_nothing_is_said() -> None:
+    assert predicted_ms({"3": 1.0, "6": 1.0}, ROWS_MS, 2) == pytest.approx((48 + 66) / 2)
+    assert predicted_ms({"1": 0.5}, ROWS_MS, 1) == 20, "half of the matrices"
+    assert predicted_ms({"9": 1.0}, ROWS_MS, 1) is predicted_ms({}, ROWS_MS, 1) is predicted_ms({"1": 1.0}, {}, 1) is None
+
+
+def test_a_row_tells_what_its_drafts_gave_and_should_give() -> None:
+    row = next(row for row in board_of(with_drafts) if row.pipeline == "lookup")
+    dense = next(row for row in board_of(with_drafts) if row.is_reference)
+    assert row.tokens_per_pass == pytest.approx(110 / 60) and row.pass_tokens == {"1": 30, "2": 20, "4": 10}
+    reference = [record.speed.points[0].reference for record in with_drafts() if record.speed and record.cell.pipeline == "lookup"]
+    assert reference[0] and row.predicted_speedup
+    mean = sum(reference[0].decode_ms) / len(reference[0].decode_ms)
+    assert row.predicted_speedup == pytest.approx(mean / (60 * 52 / 110))
+    assert row.active_share == pytest.approx(4 * 60 / 110) and row.work_prompt == 128
+    assert dense.tokens_per_pass is dense.predicted_speedup is dense.active_share is None
+
+
+def test_work_of_the_timed_texts_goes_before_that_of_quality() -> None:
+    made = with_drafts()
+    for record in made:
+        if record.quality and record.cell.pipeline == "lookup":
+            record.quality.work = drafted({"1": 100}, stepwise_gap=0.01)
+    row = next(row for row in rows(made) if row.pipeline == "lookup")
+    assert row.tokens_per_pass == pytest.approx(110 / 60) and row.stepwise_gap == 0.01
+    for record in made:
+        if record.speed:
+            record.speed.work = None
+    row = next(row for row in rows(made) if row.pipeline == "lookup")
+    assert row.tokens_per_pass == 1 and row.predicted_speedup is None, "passes of other texts say nothing of the timed ones"
+
+
+def test_flags_of_the_work_of_timed_texts_stand_at_the_row() -> None:
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work:
+            record.speed.work.flags.append("claims 4 blocks a token, ran 30")
+    row = next(row for row in rows(made) if row.pipeline == "lookup")
+    assert "claims 4 blocks a token, ran 30" in row.flags
+
+
+def test_work_stands_in_a_table_of_its_own() -> None:
+    for text in (to_markdown(board_of(with_exits)), printed(with_exits(), 200)):
+        table = text[text.index("Work of a token") :]
+        assert "24.0 (2.0–30.0)" in table and "80.0" in table and "12.00" in table
+        assert "dense" not in "".join(line for line in table.splitlines() if "2.0–30.0" in line)
+    assert "Work of a token" not in to_markdown(rows(records(Spec())))
+
+
+def test_pages_show_the_work() -> None:
+    board = Board.of(with_exits())
+    files = site_files(board, {}, Gallery())
+    row = next(row for row in board.rows if row.pipeline == "calm(threshold=0.8)")
+    cell, model = files[names.cell(row)].decode(), files[names.model(row.model)].decode()
+    assert "Work of a token, counted by hooks" in cell and "Decoder blocks that ran (quality)" in cell and "248 passes" in cell
+    assert "Work of a token" in model and "24.0 (2.0–30.0)" in model
+
+
+def plot(make: Any, kind: str) -> Plot:
+    (found,) = figures(board_of(make), [kind])
+    assert isinstance(found, Plot), found
+    return found
+
+
+def test_figures_of_policies_read_what_rows_say() -> None:
+    assert (
+        plot(with_drafts, "drafts").reading.startswith("lookup is fastest") and "1.83 tokens a pass" in plot(with_drafts, "drafts").reading
+    )
+    assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_exits, "methods-cache").reading
+    first = plot(streamed, "stream").reading
+    assert first.startswith("dense is lowest in the last stretch")
