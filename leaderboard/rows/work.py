@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +13,10 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.schema.work import WorkResult
 from slimbench.leaderboard.rows.groups import Group
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,5}")
+_MOST = 100
+"""Numbers of rows or tokens that are read of a record."""
 
 
 class Work(Group):
@@ -51,7 +57,7 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
         cache_tokens=found.cache_tokens.mean if found.cache_tokens else None,
         held_cache_bytes=found.cache_bytes,
         tokens_per_pass=found.tokens / found.passes if found.passes else None,
-        pass_tokens=found.pass_tokens,
+        pass_tokens={str(tokens): int(count) for tokens, count in sorted(by_number(found.pass_tokens).items())},
         work_prompt=found.prompt_tokens,
         stepwise_gap=scored.stepwise_gap if scored else None,
         predicted_speedup=_predicted(found, speed) if speed and found is timed else None,
@@ -79,8 +85,13 @@ def predicted_ms(calls: Mapping[str, float], rows_ms: Mapping[str, float], token
     Returns:
         None where no calls were counted, or one has more rows than were timed.
     """
-    known = sorted((int(rows), ms) for rows, ms in rows_ms.items())
-    if not calls or not known or max(map(int, calls)) > known[-1][0]:
+    counted, known = by_number(calls), sorted(by_number(rows_ms).items())
+    if not counted or not known or max(counted) > known[-1][0]:
         return None
     rows, times = zip(*known, strict=True)
-    return float(sum(share * np.interp(int(count), rows, times) for count, share in calls.items()) / tokens)
+    return float(sum(share * np.interp(count, rows, times) for count, share in counted.items()) / tokens)
+
+
+def by_number(counts: Mapping[str, float]) -> dict[int, float]:
+    """What a record has by a number of rows or tokens; no key of another kind, and nothing that is not above zero."""
+    return {int(key): count for key, count in list(counts.items())[:_MOST] if _NUMBER.fullmatch(key) and 0 < count < math.inf}

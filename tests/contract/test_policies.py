@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,6 +28,7 @@ from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.policy import Policy
 from tests.contract.shipped import classes
 from tests.support import tiny
+from tests.support.policies import far, under, watched
 
 SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
@@ -114,14 +114,6 @@ def base() -> Any:
     return model
 
 
-def under(base: Any, policy: Policy) -> TransformersModel:
-    model = copy.deepcopy(base)
-    policy.install(model)
-    loaded = TransformersModel(model, "cpu")
-    loaded.scoring = policy.scoring
-    return loaded
-
-
 def texts(count: int = 2) -> Tensor:
     return torch.randint(0, tiny.SHAPE["vocab_size"], (count, LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -136,39 +128,6 @@ def logits(model: TransformersModel, ids: Tensor) -> Tensor:
         found, state = model.extend(piece, state)
         parts.append(found)
     return torch.cat(parts, 1)
-
-
-def watched(model: TransformersModel) -> list[str]:
-    """Grows with each call of the policy's own code: of an operator, of the cache that it made, or of its exits."""
-    calls: list[str] = []
-    for module in model.module.modules():
-        if hasattr(module, "operator"):
-            module.operator.register_forward_hook(lambda *_: calls.append("operator"))
-    if hasattr(model.module.base_model, "exits"):
-        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.exits.places)))
-    elif hasattr(model.module.base_model, "routed"):
-        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.routed.routers)))
-    elif not calls and model._new_cache() is not None:
-        make = model._new_cache
-
-        def made() -> Any:
-            cache = make()
-            update = cache.update
-
-            def updated(*given: Any, **more: Any) -> Any:
-                calls.append("cache")
-                return update(*given, **more)
-
-            cache.update = updated
-            return cache
-
-        model._new_cache = made
-    return calls
-
-
-def far(first: Tensor, second: Tensor) -> float:
-    """Largest difference, relative to the largest logit."""
-    return float((first - second).abs().max() / second.abs().max())
 
 
 def test_every_policy_that_is_shipped_is_tried() -> None:

@@ -14,7 +14,7 @@ from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.catalogue import figures
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.rows.work import predicted_ms
+from slimbench.leaderboard.rows.work import by_number, predicted_ms
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.tables.writers import to_markdown
@@ -106,6 +106,18 @@ def test_times_between_those_that_were_measured_lie_on_a_line_and_beyond_them_no
     assert predicted_ms({"3": 1.0, "6": 1.0}, ROWS_MS, 2) == pytest.approx((48 + 66) / 2)
     assert predicted_ms({"1": 0.5}, ROWS_MS, 1) == 20, "half of the matrices"
     assert predicted_ms({"9": 1.0}, ROWS_MS, 1) is predicted_ms({}, ROWS_MS, 1) is predicted_ms({"1": 1.0}, {}, 1) is None
+
+
+def test_what_a_record_counts_is_taken_for_numbers_only() -> None:
+    hostile = {"4": 10.0, "-1": 5.0, "<b>": 1.0, "1e3": 1.0, "²": 2.0, "7": -3.0, "8": float("inf"), "9" * 400: 1.0}
+    assert by_number(hostile) == {4: 10.0} and len(by_number({str(number): 1.0 for number in range(1, 100_000)})) <= 100
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work:
+            record.speed.work.pass_tokens = {"<script>": 3, "2": 4}
+            record.speed.rows_ms = {"x": 1.0}
+    row = next(row for row in rows(made) if row.pipeline == "lookup")
+    assert row.pass_tokens == {"2": 4} and row.predicted_speedup is None
 
 
 def test_a_row_tells_what_its_drafts_gave_and_should_give() -> None:

@@ -1,0 +1,52 @@
+"""Models under a policy, and whether its own code ran."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.methods.formats.policy import Policy
+
+
+def under(base: Any, policy: Policy) -> TransformersModel:
+    model = copy.deepcopy(base)
+    policy.install(model)
+    loaded = TransformersModel(model, "cpu")
+    loaded.scoring = policy.scoring
+    return loaded
+
+
+def watched(model: TransformersModel) -> list[str]:
+    """Grows with each call of the policy's own code: of an operator, of the cache that it made, or of its exits."""
+    calls: list[str] = []
+    for module in model.module.modules():
+        if hasattr(module, "operator"):
+            module.operator.register_forward_hook(lambda *_: calls.append("operator"))
+    if hasattr(model.module.base_model, "exits"):
+        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.exits.places)))
+    elif hasattr(model.module.base_model, "routed"):
+        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.routed.routers)))
+    elif not calls and model._new_cache() is not None:
+        make = model._new_cache
+
+        def made() -> Any:
+            cache = make()
+            update = cache.update
+
+            def updated(*given: Any, **more: Any) -> Any:
+                calls.append("cache")
+                return update(*given, **more)
+
+            cache.update = updated
+            return cache
+
+        model._new_cache = made
+    return calls
+
+
+def far(first: Tensor, second: Tensor) -> float:
+    """Largest difference, relative to the largest logit."""
+    return float((first - second).abs().max() / second.abs().max())
