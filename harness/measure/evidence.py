@@ -122,9 +122,8 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
 
 def products(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     """The layers that multiply, the head among them, each with the number of weights that it stands for."""
-    find_head: Any = getattr(module, "get_output_embeddings", None)
-    head = find_head() if find_head else None
-    layers: list[Any] = [layer for layer in module.modules() if _role(layer, layer is head) in _PRODUCTS and hasattr(layer, "in_features")]
+    heads = _heads(module)
+    layers: list[Any] = [layer for layer in module.modules() if _role(layer, layer in heads) in _PRODUCTS and hasattr(layer, "in_features")]
     return [(layer, layer.in_features * layer.out_features) for layer in layers]
 
 
@@ -140,11 +139,10 @@ def _holdings(module: torch.nn.Module) -> Iterator[tuple[Any, str, list[torch.Te
 
     Memory shared with an earlier layer counts there.
     """
-    find_head: Any = getattr(module, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    heads = _heads(module)
     seen: set[Hashable] = set()
     for layer in module.modules():
-        role = _role(layer, layer is head)
+        role = _role(layer, layer in heads)
         with brought_in(layer) as elsewhere:
             fresh: list[torch.Tensor] = []
             for tensor in resident_tensors(layer):
@@ -155,6 +153,12 @@ def _holdings(module: torch.nn.Module) -> Iterator[tuple[Any, str, list[torch.Te
                     fresh.append(tensor)
             if fresh or role in ("head", "embedding"):
                 yield layer, role, fresh, elsewhere
+
+
+def _heads(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The output head of a model, and that of the `draft` that it holds."""
+    finders: list[Any] = [getattr(owner, "get_output_embeddings", None) for owner in (module, getattr(module, "draft", None))]
+    return [head for find in finders if find and (head := find()) is not None]
 
 
 def _role(layer: torch.nn.Module, is_head: bool) -> str:

@@ -26,7 +26,7 @@ class WorkResult(Schema):
         calls: Matrices that took part in calls of so many rows, in models: 1 is all matrices once. By the time of a pass of so many rows
             it tells what the tokens should take.
         total_parameters: Of all matrices, the head's among them.
-        blocks: Decoder blocks that ran.
+        blocks: Decoder blocks that ran, those of a draft model among them.
         experts: Experts of a layer that ran.
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention read.

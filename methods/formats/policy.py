@@ -26,11 +26,13 @@ other fields are the settings of the kind. The kinds that there are:
                router         a token runs the blocks whose router lets it in
                contrast       logits against those of an early block
     draft      lookup, exit   the next tokens are guessed, from the text or by the first blocks (`methods.formats.draft.policy`)
+               model          another model guesses them
 
 Those of `attention` and the other ones of `cache` and `depth` lie in `methods.formats.attention` and `methods.formats.depth`, in modules of
 their names.
 
-Tensors that a policy brings lie in `policy.safetensors` as `SLOT.NAME`.
+Tensors that a policy brings lie in `policy.safetensors` as `SLOT.NAME`; a model that it brings is an artefact of its own in the folder
+`SLOT`, of the format that its settings name.
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
 `chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
@@ -62,6 +64,9 @@ Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
 """From the least to the most that a policy asks: of several, that of the strictest holds."""
 
 _BROUGHT = "tensors"
+_BESIDE = "model"
+BROUGHT_MODEL = {_BESIDE: True}
+"""Metadata of a field that holds the folder of a model which a policy brings; it is no setting, and None where only settings are known."""
 _FORMATS = "slimbench.methods.formats"
 _KINDS = {
     ("cache", "quantized"): f"{_FORMATS}.kv.cache.OwnCache",
@@ -75,6 +80,7 @@ _KINDS = {
     ("depth", "contrast"): f"{_FORMATS}.depth.contrast.Contrast",
     ("draft", "lookup"): f"{_FORMATS}.draft.policy.Lookup",
     ("draft", "exit"): f"{_FORMATS}.draft.policy.Exit",
+    ("draft", "model"): f"{_FORMATS}.draft.policy.Model",
     ("attention", "lsh"): f"{_FORMATS}.attention.content.Lsh",
     ("attention", "routing"): f"{_FORMATS}.attention.content.Routing",
     ("attention", "sinkhorn"): f"{_FORMATS}.attention.content.Sinkhorn",
@@ -133,7 +139,7 @@ class Policy(ABC):
 
 
 def save(policy: Policy, dense: DenseModel, out: Path) -> None:
-    """Write the base as it is, and the policy with its tensors beside it.
+    """Write the base as it is, and the policy with its tensors beside it; a model that it brings lies in the folder of its slot already.
 
     Raises:
         Unsupported: The policy cannot be installed on a model of this kind.
@@ -145,10 +151,10 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
         link_source(dense, out)
     else:
         link_files(dense.path, out)
-    if brought := {f"{policy.slot}.{key}": value for name in _held(type(policy)) for key, value in getattr(policy, name).items()}:
+    if brought := {f"{policy.slot}.{key}": value for name in _held(policy, _BROUGHT) for key, value in getattr(policy, name).items()}:
         save_file({key: value.detach().cpu().contiguous() for key, value in brought.items()}, out / TENSORS, metadata={"format": "pt"})
-    bare: Any = replace(policy, **{name: {} for name in _held(type(policy))})  # type: ignore[type-var]
-    settings = {name: value for name, value in asdict(bare).items() if name not in _held(type(policy))}
+    bare: Any = replace(policy, **{name: {} for name in _held(policy, _BROUGHT)})  # type: ignore[type-var]
+    settings = {name: value for name, value in asdict(bare).items() if name not in _held(policy, _BROUGHT, _BESIDE)}
     described = {
         "format": f"slimbench {FORMAT}",
         "schema": SCHEMA,
@@ -179,7 +185,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
         ValueError: The schema is newer than this program, or it knows no such slot, kind or base.
     """
     policies, base = read(folder)
-    model = _load_base(folder, base, device, trust_remote_code)
+    model = load_base(folder, base, device, trust_remote_code)
     for policy in policies:
         policy.install(model)
     model.slots = [policy.slot for policy in policies]
@@ -196,26 +202,28 @@ def read(folder: Path) -> tuple[list[Policy], str]:
     if described["schema"] > SCHEMA:
         raise ValueError(f"{FORMAT} schema {described['schema']} is newer than {SCHEMA}; update slimbench")
     brought = load_file(folder / TENSORS) if (folder / TENSORS).is_file() else {}
-    return [_policy(slot, brought, **settings) for slot, settings in described["slots"].items()], described["base"]
+    return [_policy(slot, brought, folder, **settings) for slot, settings in described["slots"].items()], described["base"]
 
 
-def _policy(slot: str, brought: dict[str, Tensor], kind: str, **settings: Any) -> Policy:
+def load_base(folder: Path, base: str, device: str, trust_remote_code: bool = False) -> Any:
+    """The model of a folder, in evaluation mode; raises `ValueError` for a format that no policy sits on."""
+    if base not in ANY_BASE:
+        raise ValueError(f"a policy does not sit on the format '{base}'")
+    module = HUGGINGFACE if base == "bitsandbytes" else base
+    return importlib.import_module(f"{_FORMATS}.{module}").load(folder, device, trust_remote_code)
+
+
+def _policy(slot: str, brought: dict[str, Tensor], folder: Path, kind: str, **settings: Any) -> Policy:
     path = _KINDS.get((slot, kind))
     if path is None:
         raise ValueError(f"there is no policy '{kind}' for the slot '{slot}'")
     module, _, name = path.rpartition(".")
     made: type[Policy] = getattr(importlib.import_module(module), name)
     own = {key.removeprefix(f"{slot}."): value for key, value in brought.items() if key.startswith(f"{slot}.")}
-    return made(**settings, **dict.fromkeys(_held(made), own))
+    beside = dict.fromkeys(_held(made, _BESIDE), folder / slot)
+    return made(**settings, **dict.fromkeys(_held(made, _BROUGHT), own), **beside)
 
 
-def _held(kind: type[Policy]) -> list[str]:
-    """The fields of a kind of policy that hold tensors."""
-    return [f.name for f in fields(kind) if f.metadata.get(_BROUGHT)]  # type: ignore[arg-type]
-
-
-def _load_base(folder: Path, base: str, device: str, trust_remote_code: bool) -> Any:
-    if base not in ANY_BASE:
-        raise ValueError(f"a policy does not sit on the format '{base}'")
-    module = HUGGINGFACE if base == "bitsandbytes" else base
-    return importlib.import_module(f"{_FORMATS}.{module}").load(folder, device, trust_remote_code)
+def _held(policy: Policy | type[Policy], *what: str) -> list[str]:
+    """The fields of a policy that hold tensors, or a model, and no settings."""
+    return [f.name for f in fields(policy) if any(f.metadata.get(kind) for kind in what)]  # type: ignore[arg-type]

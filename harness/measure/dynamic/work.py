@@ -37,7 +37,7 @@ class Count:
     Attributes:
         passes: Rows of each pass: of each call of the projection to keys of the last block, which no token leaves out.
         products: Parameters of matrices times rows that went through them.
-        blocks: Rows that went through the feed-forward part of a block, over all blocks.
+        blocks: Rows that went through the feed-forward part of a block, over all blocks, those of a draft model among them.
         reads: Of each call of the attention, keys that a query saw, mean over queries and heads.
         calls: Parameters of the matrices that took part in calls of so many rows, each as often as it did.
     """
@@ -98,6 +98,8 @@ def counted(module: Any) -> Iterator[Count]:
     blocks = list(blocks_of(module).values())
     last = layout_of(blocks[-1])
     watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), count.passes.append)
+    if (draft := getattr(module, "draft", None)) is not None:
+        blocks += blocks_of(draft).values()
     for layer, parameters in products(module):
         watch(layer, products_of(parameters))
     for found in blocks:

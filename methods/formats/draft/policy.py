@@ -7,21 +7,23 @@ least, and the text is the model's own greedy one: in exact arithmetic drafts ch
     lookup    the text itself: what followed where its last tokens, at most `ngram` of them, stood for the first time before
     exit      the first `blocks` blocks of the model, its norm and its head. Their keys, values and states are taken over when the guesses
               are checked, so that these blocks run once for each token
+    model     another model of the same tokens, greedily, with a cache of its own; both caches let go of what was guessed wrongly
 
 One text at a time. Guesses never reach beyond the tokens that are wanted. Logits of a given text are those of the base.
 
-Sources: speculative decoding (Leviathan et al., arXiv 2211.17192), prompt lookup (Saxena, 2023), LayerSkip (Elhoushi et al.,
-arXiv 2404.16710, §4.3).
+Sources: speculative decoding (Leviathan et al., arXiv 2211.17192, algorithm 1 with greedy choices), prompt lookup (Saxena, 2023), LayerSkip
+(Elhoushi et al., arXiv 2404.16710, §4.3).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import ModelShape, Unsupported
-from slimbench.methods.formats.policy import Policy, Scoring
+from slimbench.methods.formats.policy import BROUGHT_MODEL, Policy, Scoring, load_base
 
 if TYPE_CHECKING:
     from slimbench.methods.formats.draft.speculation import Drafter
@@ -110,3 +112,45 @@ class Exit(DraftPolicy):
         from slimbench.methods.formats.draft.speculation import ExitDrafter
 
         return ExitDrafter(model, self.tokens, self.blocks)
+
+
+@dataclass(frozen=True)
+class Model(DraftPolicy):
+    """Guesses of another model.
+
+    Attributes:
+        tokens: γ.
+        base: Format of the other model.
+        model: Its folder.
+    """
+
+    kind = "model"
+
+    tokens: int
+    base: str
+    model: Path | None = field(default=None, repr=False, compare=False, metadata=BROUGHT_MODEL)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise ValueError(f"tokens must not be negative, not {self.tokens}")
+
+    def check(self, shape: ModelShape) -> None:
+        """Any model."""
+
+    def install(self, model: Any) -> None:
+        """Leaves the other model in the model's `draft`, a part of it, so that whoever looks what a model holds and runs sees it too.
+
+        Raises:
+            Unsupported: The other model has other tokens.
+        """
+        assert self.model is not None
+        model.draft = load_base(self.model, self.base, "cpu" if model.device.type == "meta" else str(model.device))
+        sizes = [each.config.vocab_size for each in (model.draft, model)]
+        if sizes[0] != sizes[1]:
+            raise Unsupported(f"a draft must have the tokens of the model; it has {sizes[0]:,}, the model {sizes[1]:,}")
+        super().install(model)
+
+    def drafter(self, model: Any) -> Drafter:
+        from slimbench.methods.formats.draft.speculation import ModelDrafter
+
+        return ModelDrafter(model, self.tokens, model.draft)

@@ -38,7 +38,7 @@ class Speculation:
             raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
         out = drafter.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.drafter, self.cache, self.room = drafter, out.past_key_values, room
-        if not all(getattr(layer, "is_croppable", False) for layer in self.cache.layers):
+        if not croppable(self.cache):
             raise Unsupported("the cache cannot take back tokens that were guessed wrongly")
         self.text: list[int] = ids[0].tolist()
         self.drafted = self.accepted = 0
@@ -66,8 +66,8 @@ class Speculation:
         self._take([*guesses[:agreed], chosen[agreed]])
 
     def stored_bytes(self) -> int:
-        """Bytes of the cache."""
-        return sum(layer_bytes(layer) for layer in self.cache.layers)
+        """Bytes of the cache, and of that of what guesses."""
+        return bytes_of(self.cache) + self.drafter.stored_bytes()
 
 
 class Drafter(ABC):
@@ -85,6 +85,10 @@ class Drafter(ABC):
         """Go on with a prompt; arguments as of `Speculation`."""
         return Speculation(self, ids, room, cache)
 
+    def stored_bytes(self) -> int:
+        """Bytes that it keeps of a text beside the cache of the model."""
+        return 0
+
     @abstractmethod
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
         """Guess, and let the model choose behind the last token of a text and behind each guess.
@@ -98,6 +102,12 @@ class Drafter(ABC):
             The guesses, and the model's choices, one more.
         """
 
+    def chosen(self, text: list[int], guesses: list[int], cache: Any) -> list[int]:
+        """The model's choices behind the last token of a text and behind each guess, in one pass."""
+        ids = torch.tensor([[text[-1], *guesses]], device=self.model.device)
+        chosen: list[int] = self.model(ids, past_key_values=cache, use_cache=True).logits[0].argmax(-1).tolist()
+        return chosen
+
 
 class LookupDrafter(Drafter):
     """Guesses from the text itself."""
@@ -108,9 +118,7 @@ class LookupDrafter(Drafter):
 
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
         guesses = looked_up(text, self.ngram, min(self.tokens, most))
-        ids = torch.tensor([[text[-1], *guesses]], device=self.model.device)
-        out = self.model(ids, past_key_values=cache, use_cache=True)
-        return guesses, out.logits[0].argmax(-1).tolist()
+        return guesses, self.chosen(text, guesses, cache)
 
 
 def looked_up(text: list[int], ngram: int, tokens: int) -> list[int]:
@@ -158,3 +166,73 @@ class ExitDrafter(Drafter):
                 hidden, attention_mask=seen, position_ids=places, position_embeddings=rotations, past_key_values=cache, use_cache=True
             )
         return hidden
+
+
+class ModelDrafter(Drafter):
+    """Guesses of another model; each text has a drafter of its own, with a cache.
+
+    Args:
+        draft: The other model.
+
+    Attributes:
+        cache: Its keys and values; None before a text begins.
+        held: Tokens in it.
+    """
+
+    def __init__(self, model: Any, tokens: int, draft: Any) -> None:
+        super().__init__(model, tokens)
+        self.draft, self.cache, self.held = draft, None, 0
+
+    def begin(self, ids: Tensor, room: int, cache: Any = None) -> Speculation:
+        """As of `Drafter`; the prompt goes through the draft too.
+
+        Raises:
+            Unsupported: As of `Speculation`, or the draft's cache cannot let go of tokens.
+        """
+        own = ModelDrafter(self.model, self.tokens, self.draft)
+        text = Speculation(own, ids, room, cache)
+        if own.tokens:
+            own.read(ids[0].tolist())
+            if not croppable(own.cache):
+                raise Unsupported("the cache of the draft cannot take back tokens that were guessed wrongly")
+        return text
+
+    def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
+        guesses = self.guess(text, min(self.tokens, most))
+        return guesses, self.chosen(text, guesses, cache)
+
+    def guess(self, text: list[int], count: int) -> list[int]:
+        """The draft's own greedy continuation of a text, so many tokens.
+
+        What the cache holds is the text up to the place of its last token, where the last guesses ended or the first wrong one stood.
+        """
+        if not count:
+            return []
+        if self.held >= len(text):
+            self.held = len(text) - 1
+            self.cache.crop(self.held)
+        guesses = [self.read(text[self.held :])]
+        while len(guesses) < count:
+            guesses.append(self.read(guesses[-1:]))
+        return guesses
+
+    def read(self, tokens: list[int]) -> int:
+        """Take tokens into the cache, and say which one the draft would choose after them."""
+        ids = torch.tensor([tokens], device=self.draft.device)
+        out = self.draft(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        self.held += len(tokens)
+        return int(out.logits[0, -1].argmax())
+
+    def stored_bytes(self) -> int:
+        return 0 if self.cache is None else bytes_of(self.cache)
+
+
+def croppable(cache: Any) -> bool:
+    """Whether a cache of transformers can let go of its last tokens."""
+    return all(getattr(layer, "is_croppable", False) for layer in cache.layers)
+
+
+def bytes_of(cache: Any) -> int:
+    """Bytes of a cache of transformers."""
+    return sum(layer_bytes(layer) for layer in cache.layers)

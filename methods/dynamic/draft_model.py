@@ -1,0 +1,122 @@
+"""Speculative decoding (Leviathan et al., arXiv 2211.17192): a smaller model guesses, and the model checks all guesses in one pass.
+
+The smaller model is made of the model itself, so that both have the same tokens, and lies in the artefact with tensors of its own. Its
+layers and its head are rounded to nearest on a symmetric grid. Where a step before packed the model, it is made of the one that the
+pipeline began with.
+
+With an acceptance rate α of single guesses, γ of them, and a guess that costs c of a pass of the model, the paper expects
+(1 - α^(γ + 1)) / (1 - α) tokens for the cost of γ c + 1 passes (equation 1, theorem 3.8). Records hold passes, tokens and times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, ModelShape, Needs, Unsupported
+from slimbench.methods.core.policies import PolicyMethod
+from slimbench.methods.core.settings import Coded, Grouped
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.draft.policy import Model
+
+
+@dataclass(frozen=True)
+class DraftModel(Coded, Grouped, PolicyMethod):
+    """Guesses of a copy in few bits, with all of its blocks.
+
+    Attributes:
+        tokens: γ, guesses of a pass.
+        bits: Bits of a weight of the copy, before scales.
+    """
+
+    name = "draft-model"
+    citation = Citation("Speculative decoding", year=2022, arxiv="2211.17192")
+    needs = Needs()
+
+    tokens: int = 3
+    bits: Literal[4, 8] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.policy()
+
+    def policy(self, seed: int = 0) -> Model:
+        return Model(self.tokens, "packed")
+
+    def left_out(self, model: Any, calibration: Calibration, dense: DenseModel) -> Sequence[int]:
+        """Indices of the blocks that the copy does without."""
+        return ()
+
+    def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
+        from torch import nn
+
+        from slimbench.methods.core.architecture.surgery import counts, name_of, remove_blocks
+        from slimbench.methods.core.layers import block_linears, check_groups
+        from slimbench.methods.formats import packed
+        from slimbench.methods.formats.architecture.structure import blocks_of
+        from slimbench.methods.kernels.rounding import round_layers
+
+        copy: Any = dense.load() if dense.format in DENSE else dense.load_original()
+        total = len(blocks_of(copy))
+        gone = self.left_out(copy, calibration, dense)
+        remove_blocks(copy, gone)
+        layers, made = block_linears(copy), counts(copy)["parameters"]
+        if type(head := copy.get_output_embeddings()) is nn.Linear:
+            layers[name_of(copy, head)] = head
+        check_groups(layers, self.group_size)
+        policy = replace(self.policy(dense.seed), model=out / Model.slot)
+        (out / Model.slot).mkdir()
+        packed.save(copy, round_layers(layers, packed.Grid(self.bits, self.group_size)), out / Model.slot)
+        policies.save(policy, dense, out)
+        dense.progress(1, 1)
+        facts = {
+            "draft_blocks": [index for index in range(total) if index not in gone],
+            "draft_parameters": made,
+            "draft_bytes": sum(file.stat().st_size for file in (out / Model.slot).glob("*.safetensors")),
+        }
+        return Claim(self.produces, parameters=parameters_of(dense.path) + made, details=facts)
+
+
+@dataclass(frozen=True)
+class PrunedDraft(DraftModel):
+    """Guesses of a copy in few bits that has fewer blocks.
+
+    Attributes:
+        blocks: Blocks that stay: those of the largest influence (ShortGPT, arXiv 2403.03853), all measured on the whole model.
+    """
+
+    name = "draft-blocks"
+    citation = Citation("Speculative decoding", year=2022, arxiv="2211.17192")
+    needs = Needs(calibration=True)
+
+    blocks: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks < 1:
+            raise ValueError(f"blocks must be at least 1, not {self.blocks}")
+
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if self.blocks >= shape.num_layers:
+            raise Unsupported(f"of {shape.num_layers} blocks fewer than all must guess, not {self.blocks}; draft-model has them all")
+
+    def left_out(self, model: Any, calibration: Calibration, dense: DenseModel) -> Sequence[int]:
+        import torch
+
+        from slimbench.methods.core.masks import lowest
+        from slimbench.methods.core.statistics import block_influence
+
+        influence = torch.tensor(block_influence(model, calibration.ids, dense.progress), dtype=torch.float64)
+        return [int(index) for index in lowest(influence, max(0, len(influence) - self.blocks)).nonzero()]
+
+
+def parameters_of(folder: Path) -> int:
+    """Parameters of the model in a folder, whatever its layers are stored as, what is shared counted once; no weight is read."""
+    from slimbench.methods.formats import storage
+
+    model = storage.skeleton(folder)
+    model.tie_weights()  # what was made without data shares nothing yet
+    return sum(parameter.numel() for parameter in model.parameters())
