@@ -124,6 +124,19 @@ def _check(config: RunConfig) -> None:
     methods = [method for _, method in steps]
     if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
         raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
+    _check_prompts(config, methods)
+
+
+def _check_prompts(config: RunConfig, methods: list[Method]) -> None:
+    """Raise `ConfigError` if texts that are timed are those that a policy learned from: it would be surer of them than of others."""
+    if config.speed.prompts is None or "speed" not in config.stages:
+        return
+    corpus = config.speed.prompts.corpus
+    if any(method.needs.calibration for method in methods) and corpus == config.calibration.source:
+        raise ConfigError(f"speed.prompts.corpus={corpus} is the calibration text; choose another set")
+    learned = [recipe(str(getattr(method, "recipe", ""))) for method in methods if method.needs.text]
+    if any(corpus in asked.corpora for asked in learned):
+        raise ConfigError(f"speed.prompts.corpus={corpus} is a text of the recipe; choose another set")
 
 
 def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from slimbench.harness.config.sections.base import NUMBER, Real, Strict, Whole
 from slimbench.harness.config.sections.suite import SuiteConfig
@@ -135,6 +135,14 @@ class SpeedConfig(Strict):
     largest_batch: Whole | None = Field(default=None, ge=1)
     prompts: PromptsConfig | None = None
     rows: list[Annotated[Whole, Field(ge=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _all_texts(self) -> SpeedConfig:
+        if (asked := self.prompts) and asked.count * asked.repeats > self.max_repeats:
+            raise ValueError(f"max_repeats={self.max_repeats} ends before {asked.count} prompts have {asked.repeats} repeats each")
+        if asked and asked.count < 2 * self.processes:
+            raise ValueError(f"{self.processes} processes need at least {2 * self.processes} prompts, not {asked.count}")
+        return self
 
     @field_validator("grid", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from slimbench.methods.base import Claim, Needs
 _CACHE_TOKENS = 512
 _DENSE_BITS = 16
 UNMEASURED = "claims less work a token, which nothing has measured"
-"""Of a claim that `harness.measure.work` has not been held against."""
+"""Of a claim that `harness.measure.dynamic.work` has not been held against."""
 _SLACK = 1.02
 _VECTORS = 0.005  # of the parameters, that lie in norms and biases at most
 
@@ -192,4 +192,4 @@ def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int 
         elif not claim.cache_bytes_per_token / _SLACK <= taken <= claim.cache_bytes_per_token * _SLACK:
             yield f"claims {claim.cache_bytes_per_token:,.6g} bytes of cache a token, takes {taken:,.6g}"
     if claim.work is not None:
-        yield "claims less work a token, which nothing has measured"
+        yield UNMEASURED

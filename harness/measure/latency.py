@@ -32,6 +32,7 @@ from slimbench.harness.schema.generation import TimedTokens
 from slimbench.harness.schema.speed import EnergyResult, GpuState, Samples, SpeedPointResult
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
 from slimbench.harness.stats.speedups import middle, paired_speedup
+from slimbench.harness.stats.workload import spread_within
 
 _PROBE_EVERY = 4
 
@@ -311,14 +312,16 @@ def half_widths(
 
     Returns:
         `decode` and `prefill` of the candidate and, with a reference, `reference_decode` and the paired `speedup`; None for fewer
-        than six samples.
+        than six samples. Where prompts differ, `repeats` alone: what repeats of the same prompts say of the speed-up (`spread_within`).
     """
+    if len(prompts):
+        return {"repeats": spread_within(candidate.decode_ms, reference.decode_ms, prompts)} if reference else {"repeats": None}
     found = {"decode": _spread(candidate.decode_ms, runs), "prefill": _spread(candidate.prefill_ms, runs)}
     if reference:
         found["reference_decode"] = _spread(reference.decode_ms, runs)
         enough = len(reference.decode_ms) >= FEWEST_FOR_MEDIAN
         times = candidate.decode_ms, reference.decode_ms
-        found["speedup"] = _relative(*paired_speedup(*times, runs=runs, prompts=prompts)) if enough else None
+        found["speedup"] = _relative(*paired_speedup(*times, runs=runs)) if enough else None
     return found
 
 

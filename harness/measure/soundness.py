@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.speed import Probe, Roofline, SpeedPointResult, SpeedResult
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN
 from slimbench.harness.stats.speedups import middle, paired_speedup
+from slimbench.harness.stats.workload import workload_mean
 
 DRIFT = 0.15
 """Change of the machine probe within a point, relative to its median, above which the point is flagged."""
@@ -17,20 +21,45 @@ DRIFT = 0.15
 _EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 
 
-def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool) -> None:
+@dataclass(frozen=True)
+class Touched:
+    """What a token reads, in parts of all that a pass of the whole model reads; None where it was not counted.
+
+    Attributes:
+        weights: Of the weights.
+        cache: Of the keys and values.
+    """
+
+    weights: float | None = 1.0
+    cache: float | None = 1.0
+
+
+ALL = Touched()
+
+
+def touched_by(work: WorkResult | None) -> Touched:
+    """What counted calls read: weights once in each call, however many rows it has, and the cache once in each pass."""
+    if work is None or not work.tokens or not work.calls:
+        return Touched(None, None)
+    return Touched(sum(work.calls.values()) / work.tokens, (work.passes or 0) / work.tokens)
+
+
+def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool, by_text: bool = False) -> None:
     """Complete a result whose points are measured: best bandwidths, rooflines, highest load, flags.
 
     Args:
         disturbances: For each point the flags of its `LoadWatch`.
         cache_size: Bytes of the last-level cache.
         is_reference: Candidate and reference are the same loaded model.
+        by_text: A policy decides from token to token how much runs.
     """
     probes = [probe for point in result.points for probe in point.probes]
     result.copy_bandwidth_gbs = max(probe.copy_gbs for probe in probes)
     result.read_bandwidth_gbs = max((probe.read_gbs for probe in probes if probe.read_gbs), default=None)
     for point, seen in zip(result.points, disturbances, strict=True):
         if result.evidence:
-            point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size)
+            touched = touched_by(result.work) if by_text else ALL
+            point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size, touched)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)
 
@@ -44,7 +73,14 @@ def weights_read(evidence: Evidence) -> int:
     return sum(layer.bytes for layer in evidence.layers if layer.role != "embedding" or tied)
 
 
-def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, read_gbs: float | None, cache_size: int) -> Roofline:
+def roofline(
+    point: SpeedPointResult,
+    evidence: Evidence,
+    copy_gbs: float,
+    read_gbs: float | None,
+    cache_size: int,
+    touched: Touched = ALL,
+) -> Roofline:
     """The least time that a decode step can take at the measured bandwidth, and the fraction of it that was reached.
 
     A step reads its weights once, and the KV cache of each sequence. There is no such bound where all of it fits into the cache, or
@@ -55,20 +91,25 @@ def roofline(point: SpeedPointResult, evidence: Evidence, copy_gbs: float, read_
         copy_gbs: Best copy bandwidth seen, GB/s.
         read_gbs: Best read bandwidth seen, GB/s; None where points of an earlier version were gone on with: then the copy's is the roof.
         cache_size: Bytes of the last-level cache.
+        touched: What a token reads of them, where a policy decides on that.
 
     Source: Williams, Waterman and Patterson, Roofline, CACM 2009.
     """
-    weights = weights_read(evidence)
-    found = Roofline(weight_bytes=weights, cache_bytes=point.kv_cache_bytes, bandwidth="read" if read_gbs else "copy")
+    if touched.weights is None or touched.cache is None:
+        return Roofline(weight_bytes=0, reason="what a policy reads from token to token was not counted")
+    weights, held = round(touched.weights * weights_read(evidence)), point.kv_cache_bytes
+    cache = None if held is None else round(touched.cache * held)
+    found = Roofline(weight_bytes=weights, cache_bytes=cache, bandwidth="read" if read_gbs else "copy")
     if any(_EXPERTS.search(layer.layer) for layer in evidence.layers):
         found.reason = "a mixture of experts reads only some of its weights in each step"
-    elif point.kv_cache_bytes is None:
+    elif cache is None:
         found.reason = "the engine does not show the size of its KV cache"
-    elif weights + point.kv_cache_bytes <= cache_size:
+    elif weights + cache <= cache_size:
         found.reason = "weights and KV cache fit into the last-level cache"
     else:
-        found.bound_ms = (weights + point.kv_cache_bytes) / (read_gbs or copy_gbs) / 1e6
-        found.fraction = found.bound_ms / middle(point.candidate.decode_ms, point.processes).value
+        found.bound_ms = (weights + cache) / (read_gbs or copy_gbs) / 1e6
+        prompts, times = point.prompt_of_pairs, point.candidate.decode_ms
+        found.fraction = found.bound_ms / (workload_mean(times, prompts) if prompts else middle(times, point.processes)).value
     return found
 
 
@@ -83,7 +124,7 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
     if is_reference and point.reference and len(point.reference.decode_ms) >= FEWEST_FOR_MEDIAN:
         times = point.candidate.decode_ms, point.reference.decode_ms
         ratio, low, high = paired_speedup(*times, runs=point.processes, prompts=point.prompt_of_pairs)
-        if not low <= 1 <= high:
+        if math.isfinite(high) and not low <= 1 <= high:
             found.append(f"A/A: the reference differs from itself by {abs(ratio - 1):.1%}; the machine was not steady")
     if (drift := _drift(point.probes)) > DRIFT:
         found.append(f"the machine's matrix product changed by {drift:.0%}")

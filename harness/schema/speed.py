@@ -108,7 +108,8 @@ class SpeedPointResult(Schema):
             run before.
         probes: Readings of the machine before, between and after bursts of runs.
         half_widths: Larger distance from the median to a bound of its 95 % interval, over the median, of `decode`, `prefill`,
-            `reference_decode` and `speedup`; None where there are too few samples for an interval.
+            `reference_decode` and `speedup`; None where there are too few samples for an interval. Where prompts differ, of `repeats` of
+            the same prompts alone.
         processes: Pairs that each process took, in order: the samples are those of the first process, then those of the second, and so
             on. Empty in records of schema 7, whose samples are of one process.
         stopped: What ended repetition: `target`, `max_repeats` or `budget`; `spread` where each process reached the target and the

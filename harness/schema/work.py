@@ -18,24 +18,26 @@ class WorkResult(Schema):
     """What ran for a token, counted while it ran; None where all of it always runs.
 
     Attributes:
+        slots: Parts of the run that a policy decides on.
         tokens: That were counted, of `prompts` texts.
         prompt_tokens: Tokens of each text before them.
         passes: Of the model to its end, for all of these tokens; fewer where a draft was accepted.
         pass_rows: How many passes had so many tokens, guesses included.
         pass_tokens: How many passes gave so many tokens: the guesses that were taken, and one.
-        calls: Matrices that took part in calls of so many rows, in models: 1 is all matrices once. By the time of a pass of so many rows
-            it tells what the tokens should take.
+        calls: Matrices that took part in calls of so many rows, in models: 1 is all matrices of the model once, without those of a draft.
+            By the times of passes of so many rows it tells what the tokens should take.
         total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran, those of a draft model among them.
         experts: Experts of a layer that ran.
         active_parameters: Parameters of matrices that took part, each as often as it did.
-        cache_tokens: Tokens whose keys and values an attention read.
+        cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.
         flags: One line for each point in which the claim differs.
     """
 
+    slots: list[str] = []
     tokens: int
     prompts: int
     prompt_tokens: int | None = None

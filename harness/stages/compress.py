@@ -76,8 +76,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
             elif taken.attempts:
                 flags.append(f"{step.name} began again after an interruption: its times are those of the last attempt")
             earlier += before_this
-            if claim and claim.format == EDITED:
-                shape = edited.shape_of(current)
+            if claim:
+                shape = edited.shape_of(current) if claim.format == EDITED else models.shape_of(current)
                 method.check(shape)
             dense = DenseModel(
                 path=current,

@@ -74,7 +74,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     share = _share_of(protocol, processes)
 
     tokens = _tokens(config, report) if protocol.prompts else None
-    if tokens is not None and model.slots:
+    if tokens is not None:
         result.work = WorkResult(**figure(["work"], 1, lambda: _work(model, config, key, tokens, grid[0], report).model_dump()))
         if result.work.tokens and claims.UNMEASURED in found.flags:
             found.flags.remove(claims.UNMEASURED)
@@ -99,13 +99,15 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         raise Again
     disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in parts]
     result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in parts]
-    soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference)
+    by_text = bool(_BY_TEXT & set(model.slots))
+    soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, by_text)
+    result.flags += texts.untimed(result.points)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
     beyond = [point for point in protocol.grid if point not in grid]
     limit = f"the policy runs at most {model.max_batch} at once"
     result.flags += [f"unsupported: {point.batch}×{point.prompt}+{point.new_tokens}, {limit}" for point in beyond]
-    if _BY_TEXT & set(model.slots) and not protocol.prompts:
+    if by_text and not protocol.prompts:
         result.flags.append("random prompts: what the policy does depends on the text; speed=policy has texts")
     if reference is None:
         result.flags.append("no speed-up: the reference did not run here")

@@ -35,7 +35,7 @@ def workload_speedup(
         level: Confidence, 0..1.
 
     Returns:
-        Ratio, lower bound, upper bound; no bounds (`nan`) for fewer than six prompts.
+        Ratio, lower bound, upper bound; no bounds (`nan`) for fewer than six prompts, or no more than there are processes.
 
     Raises:
         ValueError: Different numbers of samples, none, or a time that is not finite and above zero.
@@ -49,9 +49,9 @@ def workload_speedup(
     wanted, mine, its = _means(numbers, ours, theirs)
     ratio = float(its.sum() / mine.sum())
     count = len(wanted)
-    if count < FEWEST:
-        return Estimate(ratio, *UNDEFINED)
     parts = _processes(numbers, ours, theirs, runs)
+    if count < FEWEST or count <= len(parts):
+        return Estimate(ratio, *UNDEFINED)
     ratios = [float(other.sum() / own.sum()) for _, own, other in parts]
     residuals = np.concatenate([other - part * own for part, (_, own, other) in zip(ratios, parts, strict=True)])
     within = float(residuals @ residuals) / (count - len(parts)) / its.mean() ** 2
@@ -63,6 +63,43 @@ def workload_speedup(
         reach += max(seen, (normal_quantile(level) * PROCESS) ** 2) / len(parts)
     width = math.sqrt(reach)
     return Estimate(ratio, ratio * math.exp(-width), ratio * math.exp(width))
+
+
+def workload_mean(times_ms: Samples, prompts: Sequence[int], level: float = 0.95) -> Estimate:
+    """Mean time over prompts, of the mean times of each, with Student's interval over prompts.
+
+    Args:
+        times_ms: Shape [samples].
+        prompts: Of each sample the number of its prompt.
+
+    Raises:
+        ValueError: No samples, or not as many prompts.
+    """
+    values, numbers = np.asarray(times_ms, dtype=np.float64), np.asarray(prompts)
+    if not len(values) or len(values) != len(numbers):
+        raise ValueError("each time needs a prompt")
+    _, means = _means(numbers, values)
+    mean = float(means.mean())
+    if len(means) < FEWEST:
+        return Estimate(mean, *UNDEFINED)
+    width = float(stats.t.ppf((1 + level) / 2, len(means) - 1)) * float(means.std(ddof=1)) / math.sqrt(len(means))
+    return Estimate(mean, mean - width, mean + width)
+
+
+def spread_within(candidate_ms: Samples, reference_ms: Samples, prompts: Sequence[int], level: float = 0.95) -> float | None:
+    """Half of the interval that repeats of the same prompts alone give to the mean logarithm of the speed-up; None without repeats.
+
+    It says how far repeating has come. What prompts differ by does not get less with it.
+    """
+    ours, theirs = paired_values(candidate_ms, reference_ms)
+    ratios, numbers = np.log(theirs / ours), np.asarray(prompts)
+    there, place = np.unique(numbers, return_inverse=True)
+    free = len(ratios) - len(there)
+    if free < FEWEST - 1:
+        return None
+    means = np.bincount(place, ratios) / np.bincount(place)
+    within = float(((ratios - means[place]) ** 2).sum()) / free
+    return float(stats.t.ppf((1 + level) / 2, free)) * math.sqrt(within / len(ratios))
 
 
 def _processes(

@@ -75,7 +75,7 @@ def active(group: Group) -> Plot:
     """
 
     def acts(row: Row) -> bool:
-        return row.active_share is not None and abs(row.active_share - 1) > _LEAST_REMOVED and row.tokens_per_pass == 1
+        return row.active_share is not None and "depth" in row.slots
 
     return _settings(group, ACTIVE, acts, "parameters that take part")
 
@@ -88,7 +88,7 @@ def held(group: Group) -> Plot:
     """
 
     def counted(row: Row) -> bool:
-        return row.held_cache_bytes is not None and row.tokens_per_pass == 1
+        return row.held_cache_bytes is not None and bool({"cache", "attention"} & set(row.slots))
 
     return _settings(group, HELD, counted, "bytes of the cache")
 

@@ -61,14 +61,14 @@ def drafts(group: Group) -> Plot:
     Raises:
         Unplottable: No row with drafts was timed on texts.
     """
-    whole = [row for row in group.rows if row.tokens_per_pass is not None and len(row.pass_tokens) > 1 and row.speedup is not None]
+    whole = [row for row in group.rows if "draft" in row.slots and row.predicted_speedup is not None and row.speedup is not None]
     if not whole:
         raise Unplottable("no row with drafts was timed on texts")
     rows = sorted(whole, key=lambda row: (-(row.speedup or 0), group.name(row)))[:MOST_DRAFTS]
     note = (
-        "Left: share of the passes that gave so many tokens; 1 is a pass whose first guess was wrong, or that had none. Right: decode time "
-        "of the dense model on the same texts over that of the row, with its 95 % interval; the hollow mark is what the counted passes "
-        "should give by the measured times of passes of so many tokens."
+        "Left: share of the passes that gave so many tokens; 1 is a pass whose first guess was wrong, or without any. "
+        "Right: decode time of the dense model on the same texts over that of the row, with its 95 % interval; the hollow mark is what the "
+        "counted passes should give by the measured times of passes of so many tokens."
     )
     note += f" The {len(whole) - len(rows)} slowest are left out." if len(whole) > len(rows) else ""
     text = " ".join(filter(None, [note, left_out(group, [*whole, *(row for row in group.rows if row.is_reference)], "drafts on texts")]))
@@ -110,8 +110,7 @@ def _speedups(ax: Axes, rows: Sequence[Row]) -> None:
         value = row.speedup or 0.0
         low, high = row.speedup_low or value, row.speedup_high or value
         ax.errorbar([value], [place], xerr=[[value - low], [high - value]], fmt="o", ms=6, color="#0072b2", elinewidth=1.2, zorder=3)
-        if row.predicted_speedup is not None:
-            ax.plot([row.predicted_speedup], [place], marker="D", ms=6, mfc="none", mec="#d55e00", ls="none", zorder=4)
+        ax.plot([row.predicted_speedup], [place], marker="D", ms=6, mfc="none", mec="#d55e00", ls="none", zorder=4)
     ax.axvline(1, color=MUTED, lw=0.9)
     ax.set_xlim(left=0)
     ax.set_xlabel("times as fast as dense  (faster is better →)")

@@ -92,6 +92,8 @@ def never_exercised(result: QualityResult, theirs: QualityResult | None, compres
         else:
             yield f"policy never exercised in {', '.join(tasks)}: no prompt is longer than what stays exact"
     claim = compress.compress.claim if compress and compress.compress else None
+    if result.work and result.work.slots == ["draft"]:  # it leaves all log-likelihoods as they are
+        return
     if claim is None or theirs is None or claim.format not in _POLICIES or any(task.exact_keys is not None for task in result.zeroshot):
         return
     pairs = shared_items(result.zeroshot, theirs.zeroshot)

@@ -236,12 +236,14 @@ class Timing(Group):
     prefill_low: float | None = Field(default=None, description="Lower bound of the prefill time, order statistics.")
     prefill_high: float | None = Field(default=None, description="Upper bound of the prefill time, order statistics.")
     decode_tokens_per_s: float | None = Field(
-        default=None, description="Tokens per second while decoding, of one sequence, at the median time."
+        default=None, description="Tokens per second while decoding, of one sequence, at the median time; over texts at the mean."
     )
     decode_low: float | None = Field(default=None, description="Lower bound of the decode rate, order statistics.")
     decode_high: float | None = Field(default=None, description="Upper bound of the decode rate, order statistics.")
     speedup: float | None = Field(
-        default=None, description="Decode time of the reference / decode time, median over pairs of adjacent runs on the same engine."
+        default=None,
+        description="Decode time of the reference / decode time, median over pairs of adjacent runs on the same engine; of all "
+        "texts together where prompts are texts.",
     )
     speedup_low: float | None = Field(default=None, description="Lower bound of the speed-up, order statistics of the paired ratios.")
     speedup_high: float | None = Field(default=None, description="Upper bound of the speed-up, order statistics of the paired ratios.")

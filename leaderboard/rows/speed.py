@@ -11,6 +11,7 @@ from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
+from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Speed, Timing
 
 
@@ -59,8 +60,8 @@ def _bandwidth(readings: Sequence[float | None]) -> float | None:
 def _timing(point: SpeedPointResult) -> Timing:
     """The numbers of one point of the grid."""
     ours, theirs = point.candidate, point.reference
-    prefill = attempt(_middle, ours.prefill_ms, point.processes, otherwise=UNKNOWN)
-    decode = attempt(_rate, ours.decode_ms, point.processes, otherwise=UNKNOWN)
+    prefill = attempt(_middle, ours.prefill_ms, point.processes, point.prompt_of_pairs, otherwise=UNKNOWN)
+    decode = attempt(_rate, ours.decode_ms, point.processes, point.prompt_of_pairs, otherwise=UNKNOWN)
     by = partial(speedup, runs=point.processes, prompts=point.prompt_of_pairs)
     ratio = attempt(by, ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
     return Timing(
@@ -78,14 +79,16 @@ def _timing(point: SpeedPointResult) -> Timing:
     )
 
 
-def _middle(values: Sequence[float], runs: Sequence[int]) -> Estimate:
-    """The middle and its bounds; no bounds for fewer samples than can carry them."""
+def _middle(values: Sequence[float], runs: Sequence[int], prompts: Sequence[int]) -> Estimate:
+    """The middle and its bounds, over prompts where they differ; no bounds for fewer samples than can carry them."""
+    if len(prompts):
+        return workload_mean(values, prompts)
     return _carried(speedups.middle(values, runs), len(values))
 
 
-def _rate(milliseconds: Sequence[float], runs: Sequence[int]) -> Estimate:
+def _rate(milliseconds: Sequence[float], runs: Sequence[int], prompts: Sequence[int]) -> Estimate:
     """Tokens per second with bounds, from milliseconds per token."""
-    middle, low, high = _middle(milliseconds, runs)
+    middle, low, high = _middle(milliseconds, runs, prompts)
     return Estimate(*(1000 / ms if ms > 0 else math.nan for ms in (middle, high, low)))
 
 

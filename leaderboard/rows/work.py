@@ -20,8 +20,9 @@ _MOST = 100
 
 
 class Work(Group):
-    """What ran for a token, counted by hooks; all of it None where all of the model always runs."""
+    """What ran for a token, counted by hooks; all of it None where nothing decides on that while the model runs."""
 
+    slots: list[str] = Field(default=[], description="Parts of the run that a policy decides on: cache, attention, depth, draft and so on.")
     blocks_per_token: float | None = Field(default=None, description="Decoder blocks that ran for a token, mean.")
     blocks_p5: float | None = Field(default=None, description="Their 5th percentile over tokens.")
     blocks_p95: float | None = Field(default=None, description="Their 95th percentile over tokens.")
@@ -50,6 +51,7 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
     if found is None or not found.tokens:
         return Work()
     return Work(
+        slots=found.slots,
         blocks_per_token=found.blocks.mean if found.blocks else None,
         blocks_p5=found.blocks.p5 if found.blocks else None,
         blocks_p95=found.blocks.p95 if found.blocks else None,
@@ -65,7 +67,12 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
 
 
 def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
-    """Time of the reference's steps over the predicted one of the candidate's; None where either is not known."""
+    """Time of the reference's steps over the predicted one of the candidate's; None where either is not known.
+
+    Of drafts alone: passes are timed with every other policy in force, which decides by the text.
+    """
+    if found.slots != ["draft"]:
+        return None
     reference = speed.points[0].reference if speed.points else None
     own = predicted_ms(found.calls, speed.rows_ms, found.tokens)
     return float(np.mean(reference.decode_ms)) / own if reference and reference.decode_ms and own else None

@@ -10,7 +10,7 @@ from slimbench.leaderboard.tables.side import Side
 _READING = (
     "Counted by hooks behind a text, in passes that nobody times; means over tokens. Parameters of matrices take part as often as they do: "
     "a head that is asked twice counts twice. The predicted speed-up is what the counted calls should take by the measured times of passes "
-    "of so many tokens; it leaves out attention over the cache, and what the policy itself decides."
+    "of so many tokens; it is told of drafts, and leaves out what guessing takes apart from matrices."
 )
 _PAIRED = ("perplexity_delta_percent", "decode_tokens_per_s", "speedup")
 

@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.methods.formats.architecture.layout import layout_of
+from slimbench.methods.formats.architecture.structure import blocks_of
+from slimbench.methods.formats.depth.rows import Partial
 from slimbench.methods.formats.policy import Policy
 
 
@@ -25,10 +28,21 @@ def watched(model: TransformersModel) -> list[str]:
     for module in model.module.modules():
         if hasattr(module, "operator"):
             module.operator.register_forward_hook(lambda *_: calls.append("operator"))
-    if hasattr(model.module.base_model, "exits"):
-        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.exits.places)))
-    elif hasattr(model.module.base_model, "routed"):
-        model.module.base_model.norm.register_forward_hook(lambda *_: calls.extend(map(str, model.module.base_model.routed.routers)))
+    if isinstance(partial := getattr(model.module.base_model, "exits", getattr(model.module.base_model, "routed", None)), Partial):
+        inner = partial.through
+
+        def through(*given: Any) -> Any:
+            for block in blocks_of(model.module).values():
+                name = layout_of(block).mlp[0]
+                handles.append(block.get_submodule(name).register_forward_hook(lambda *_: calls.append("block")))
+            try:
+                return inner(*given)
+            finally:
+                while handles:
+                    handles.pop().remove()
+
+        handles: list[Any] = []
+        partial.through = through  # type: ignore[method-assign]
     elif not calls and model._new_cache() is not None:
         make = model._new_cache
 

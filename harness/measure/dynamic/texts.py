@@ -14,7 +14,7 @@ from slimbench.harness.config.schema import PromptsConfig, SpeedPoint
 from slimbench.harness.measure.loaded import Loaded, Scores
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.measure.timer import Timer
-from slimbench.harness.schema.speed import TextPrompts
+from slimbench.harness.schema.speed import SpeedPointResult, TextPrompts
 from slimbench.tasks.errors import DataError
 
 
@@ -38,7 +38,7 @@ class Texts:
 
 
 def drawn(tokens: np.ndarray, point: SpeedPoint, config: PromptsConfig, process: int = 0, processes: int = 1) -> Texts:
-    """The prompts of one of several processes, from places of a text that are drawn without overlap.
+    """The prompts of one of several processes, from places of a text that are drawn without overlap, in the order of the draw.
 
     Args:
         tokens: The whole text, int32.
@@ -50,17 +50,17 @@ def drawn(tokens: np.ndarray, point: SpeedPoint, config: PromptsConfig, process:
     places = len(tokens) // each
     if places < config.count:
         raise DataError(f"corpus {config.corpus} has {len(tokens)} tokens, fewer than {config.count} prompts of {each}")
-    chosen = np.sort(np.random.default_rng(config.seed).choice(places, config.count, replace=False))
+    chosen = np.random.default_rng(config.seed).choice(places, config.count, replace=False)
     ids = [torch.from_numpy(tokens[place * each : (place + 1) * each].astype(np.int64)).view(point.batch, -1) for place in chosen]
     told = TextPrompts(corpus=public_name(config.corpus), count=config.count, sha256=sha256(torch.stack(ids)))
     return Texts({number: ids[number] for number in range(process, config.count, processes)}, config.repeats, told)
 
 
-def time_rows(model: Scores, point: SpeedPoint, rows: Sequence[int], clock: Timer, repeats: int = 10) -> dict[str, float]:
-    """Median milliseconds of a pass of so many tokens behind a prompt, by their number; all numbers take turns."""
-    _, state = model.extend(prompts(model, point))
+def time_rows(model: Scores, point: SpeedPoint, rows: Sequence[int], clock: Timer, repeats: int = 8) -> dict[str, float]:
+    """Median milliseconds of a pass of so many tokens, by their number; all take turns behind a prompt, which is then read anew."""
     taken: dict[int, list[float]] = {count: [] for count in rows}
     for repeat in range(repeats + 1):
+        _, state = model.extend(prompts(model, point))
         for count in rows:
             ids = torch.randint(0, model.vocab_size, (point.batch, count), generator=torch.Generator().manual_seed(repeat))
             model.synchronize()
@@ -70,6 +70,16 @@ def time_rows(model: Scores, point: SpeedPoint, rows: Sequence[int], clock: Time
             if repeat:
                 taken[count].append(took)
     return {str(count): statistics.median(times) for count, times in taken.items()}
+
+
+def untimed(points: Sequence[SpeedPointResult]) -> list[str]:
+    """One line for each point whose time ended before every text was timed."""
+    found = []
+    for point in points:
+        if point.prompts and (timed := len(set(point.prompts.pairs))) < point.prompts.count:
+            place = f"({point.batch}×{point.prompt}+{point.new_tokens})"
+            found.append(f"speed of {timed} of {point.prompts.count} texts: the time was over {place}")
+    return found
 
 
 def prompts(model: Loaded, point: SpeedPoint) -> torch.Tensor:

@@ -38,14 +38,14 @@ class Count:
         passes: Rows of each pass: of each call of the projection to keys of the last block, which no token leaves out.
         products: Parameters of matrices times rows that went through them.
         blocks: Rows that went through the feed-forward part of a block, over all blocks, those of a draft model among them.
-        reads: Of each call of the attention, keys that a query saw, mean over queries and heads.
+        reads: Of each call of the attention, the keys that it was given: a mask hides some from a query and frees none.
         calls: Parameters of the matrices that took part in calls of so many rows, each as often as it did.
     """
 
     passes: list[int] = field(default_factory=list)
     products: int = 0
     blocks: int = 0
-    reads: list[float] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
     calls: Counter[int] = field(default_factory=Counter)
 
 
@@ -59,22 +59,8 @@ class _Attentions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            query, key = args[0], args[1]
-            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            self.count.reads.append(seen(query.shape[2], key.shape[2], mask, kwargs.get("is_causal", False)))
+            self.count.reads.append(args[1].shape[2])
         return func(*args, **kwargs)
-
-
-def seen(queries: int, keys: int, mask: torch.Tensor | None, causal: bool) -> float:
-    """Keys that a query sees, mean over queries and heads.
-
-    Args:
-        mask: As torch's attention takes it: bool, or added to the scores.
-    """
-    if mask is not None:
-        allowed = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min
-        return float(allowed.sum(-1).double().mean()) * keys / mask.shape[-1]
-    return keys - (queries - 1) / 2 if causal else float(keys)
 
 
 @contextmanager
@@ -97,7 +83,10 @@ def counted(module: Any) -> Iterator[Count]:
 
     blocks = list(blocks_of(module).values())
     last = layout_of(blocks[-1])
-    watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), count.passes.append)
+    try:
+        watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), count.passes.append)
+    except AttributeError as error:
+        raise Unsupported("the last block has no projection to keys of its own, by which passes are counted") from error
     if (draft := getattr(module, "draft", None)) is not None:
         blocks += blocks_of(draft).values()
     for layer, parameters in products(module):
@@ -136,8 +125,10 @@ def measure(
         raise Unsupported("the engine does not show what runs for a token")
     steps: list[Count] = []
     held: list[int] = []
+    shares: list[Share] = []
     given: Counter[int] = Counter()
     total = sum(parameters for _, parameters in products(module))
+    drafts = sum(parameters for _, parameters in products(module.draft)) if hasattr(module, "draft") else 0
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -147,6 +138,7 @@ def measure(
                 step = model.decode_step(step)
             own.append(count)
         steps += own
+        shares += shared(own)
         given.update(tokens_of_passes(own))
         held.append(model.cache_bytes(step.state) or 0)
     passes = [rows for count in steps for rows in count.passes]
@@ -157,10 +149,14 @@ def measure(
         passes=len(passes),
         pass_rows={str(rows): count for rows, count in sorted(Counter(passes).items())},
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
-        calls={str(rows): parameters / total for rows, parameters in sorted(sum((count.calls for count in steps), Counter()).items())},
+        slots=list(model.slots),
+        calls={
+            str(rows): parameters / (total - drafts)
+            for rows, parameters in sorted(sum((count.calls for count in steps), Counter()).items())
+        },
         total_parameters=total,
-        blocks=spread([float(count.blocks) for count in steps]),
-        active_parameters=spread([float(count.products) for count in steps]),
+        blocks=spread([share.blocks for share in shares]),
+        active_parameters=spread([share.products for share in shares]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_bytes=max(held),
     )
@@ -177,6 +173,25 @@ def tokens_of_passes(steps: Sequence[Count]) -> list[int]:
         elif given:
             given[-1] += 1
     return given
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of what ran, the part of one token: a pass is shared out among the tokens that it gave."""
+
+    blocks: float
+    products: float
+
+
+def shared(steps: Sequence[Count]) -> list[Share]:
+    """The share of each token of one text; arguments as of `tokens_of_passes`."""
+    starts = [place for place, step in enumerate(steps) if step.passes or not place]
+    parts = [steps[begin:end] for begin, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    return [
+        Share(sum(step.blocks for step in part) / len(part), sum(step.products for step in part) / len(part))
+        for part in parts
+        for _ in part
+    ]
 
 
 def token_bytes(module: Any) -> float:

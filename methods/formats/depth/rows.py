@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.architecture.layout import layout_of
+from slimbench.methods.formats.architecture.modules import NoAttention, Nothing
 from slimbench.methods.formats.architecture.structure import blocks_of
+from slimbench.methods.formats.kv.cache import full_attention_layers
 
 
 class Partial(nn.Module):
@@ -65,10 +67,22 @@ class Partial(nn.Module):
         base.forward = self.run
 
 
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+"""Numbers of a config by which some architectures multiply what Llama leaves alone."""
+
+
 def check(model: Any) -> None:
-    """Raise `Unsupported` unless the blocks of a model are built like those of Llama."""
-    if not hasattr(model.base_model, "rotary_emb") or any(layout_of(block).out != "o_proj" for block in blocks_of(model).values()):
-        raise Unsupported(f"this policy is for blocks built like those of Llama; {type(model).__name__} has others")
+    """Raise `Unsupported` unless the blocks of a model do what those of Llama do: rotate, attend to all tokens, and add."""
+    blocks, other = blocks_of(model).values(), f"this policy is for blocks built like those of Llama; {type(model).__name__} has others"
+    parts = [block.get_submodule(layout_of(block).attention) for block in blocks if layout_of(block).out == "o_proj"]
+    if not hasattr(model.base_model, "rotary_emb") or len(parts) < len(blocks):
+        raise Unsupported(other)
+    attentions = [part for part in parts if not isinstance(part, Nothing | NoAttention)]
+    if not all(hasattr(part, "k_proj") and getattr(part, "use_rope", True) for part in attentions):
+        raise Unsupported(other)
+    full_attention_layers(model.config)
+    if told := [name for name in _MULTIPLIERS if getattr(model.config, name, 1) not in (1, 1.0)]:
+        raise Unsupported(f"this policy knows no {told[0]}, which {type(model).__name__} has")
 
 
 def linear(model: Any, weight: Tensor, bias: Tensor) -> nn.Linear:

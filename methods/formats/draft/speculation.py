@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.architecture.structure import blocks_of
+from slimbench.methods.formats.depth.rows import check
 from slimbench.methods.formats.kv.quantized import layer_bytes
 
 
@@ -138,8 +139,7 @@ class ExitDrafter(Drafter):
         super().__init__(model, tokens)
         self.base, self.head, self.all = model.base_model, model.get_output_embeddings(), list(blocks_of(model).values())
         self.early = blocks
-        if not all(hasattr(self.base, part) for part in ("embed_tokens", "rotary_emb", "norm")):
-            raise Unsupported(f"guesses of the first blocks are for models built like Llama, not {type(model).__name__}")
+        check(model)
 
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
         first, count = len(text) - 1, min(self.tokens, most)

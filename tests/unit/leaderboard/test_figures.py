@@ -32,7 +32,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.format import decimal
 from slimbench.leaderboard.tables.tables import pareto, tables
 from tests.support.board_records import Spec, board, equal_grid, records
-from tests.unit.leaderboard.test_work import streamed, with_drafts, with_exits
+from tests.unit.leaderboard.test_work import streamed, with_caches, with_drafts, with_exits
 
 SCATTER = ("perplexity-bytes", "perplexity-bits", "perplexity-speed", "accuracy-bytes", "accuracy-bits", "accuracy-speed", "divergence")
 HOSTILE = "$x_1$ <b>&\"' \\frac{"
@@ -129,7 +129,7 @@ EVERYTHING = {
     "methods-sparsity": lambda: [*records(Spec()), *family("Wanda", [("wanda", 0.5, 1.9), ("wanda(sparsity=0.7)", 0.7, 9.0)], "pruning")],
     "methods-removed": lambda: [*records(Spec()), *thinner({"flap(ratio=0.1)": (0.9, 1.4), "flap": (0.75, 3.0)})],
     "methods-active": with_exits,
-    "methods-cache": with_exits,
+    "methods-cache": with_caches,
     "stream": streamed,
     "drafts": with_drafts,
     "recovery": lambda: [*records(Spec()), *recovered("shortgpt", 3.0, {4000: 2.1, 16000: 1.6})],

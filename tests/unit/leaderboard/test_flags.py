@@ -466,3 +466,10 @@ def test_a_board_of_lean_records_says_of_each_row_what_whole_records_say(committ
     said = {row.place: (row.flags, row.accuracy_verdict) for row in committed_rows}
     assert {row.place: (row.flags, row.accuracy_verdict) for row in rows(light)} == said
     assert any(flag.startswith("policy never exercised") for flags, _ in said.values() for flag in flags)
+
+
+def test_drafts_leave_all_answers_as_they_are_and_are_not_told_that_they_never_acted() -> None:
+    for slots, told in ((["draft"], 0), (["cache"], 1)):
+        made = alike(with_policy())
+        made[4].quality.work = WorkResult(slots=slots, tokens=8, prompts=1)  # type: ignore[union-attr]
+        assert len(unexercised(made)) == told

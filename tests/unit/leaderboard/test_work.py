@@ -11,7 +11,7 @@ import pytest
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.leaderboard.figures.canvas import Plot
-from slimbench.leaderboard.figures.catalogue import figures
+from slimbench.leaderboard.figures.catalogue import Absent, figures
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.rows.work import by_number, predicted_ms
@@ -32,6 +32,7 @@ def drafted(shares: dict[str, int], **more: Any) -> WorkResult:
     """Passes of four tokens, of which so many gave so many."""
     passes, tokens = sum(shares.values()), sum(int(given) * count for given, count in shares.items())
     return WorkResult(
+        slots=["draft"],
         tokens=tokens,
         prompts=8,
         prompt_tokens=128,
@@ -65,6 +66,7 @@ def with_exits() -> list[Record]:
             record.cell.steps = [{"name": "calm", "method": "CALM"}]
             if record.quality:
                 record.quality.work = WorkResult(
+                    slots=["depth"],
                     tokens=248,
                     prompts=8,
                     passes=248,
@@ -77,6 +79,14 @@ def with_exits() -> list[Record]:
                     stepwise_gap=0.002,
                 )
         made += own
+    return made
+
+
+def with_caches() -> list[Record]:
+    made = with_exits()
+    for record in made:
+        if record.quality and record.quality.work:
+            record.quality.work.slots = ["cache"]
     return made
 
 
@@ -146,6 +156,17 @@ def test_work_of_the_timed_texts_goes_before_that_of_quality() -> None:
     assert row.tokens_per_pass == 1 and row.predicted_speedup is None, "passes of other texts say nothing of the timed ones"
 
 
+def test_of_other_policies_than_drafts_nothing_is_predicted() -> None:
+    """Their passes are timed with the policy in force: what they leave out would count twice."""
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work:
+            record.speed.work.slots = ["depth"]
+    assert all(row.predicted_speedup is None for row in rows(made))
+    (absent,) = figures(rows(made), ["drafts"])
+    assert isinstance(absent, Absent) and "no row with drafts" in absent.reason
+
+
 def test_flags_of_the_work_of_timed_texts_stand_at_the_row() -> None:
     made = with_drafts()
     for record in made:
@@ -182,6 +203,6 @@ def test_figures_of_policies_read_what_rows_say() -> None:
     assert (
         plot(with_drafts, "drafts").reading.startswith("lookup is fastest") and "1.83 tokens a pass" in plot(with_drafts, "drafts").reading
     )
-    assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_exits, "methods-cache").reading
+    assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_caches, "methods-cache").reading
     first = plot(streamed, "stream").reading
     assert first.startswith("dense is lowest in the last stretch")

@@ -10,7 +10,7 @@ import torch
 
 from slimbench.harness.config.schema import PromptsConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
-from slimbench.harness.measure.dynamic.texts import drawn, time_rows
+from slimbench.harness.measure.dynamic.texts import drawn, time_rows, untimed
 from slimbench.harness.measure.latency import Instruments, combined, measure_point
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.measure.soundness import flags
@@ -85,7 +85,10 @@ def test_each_prompt_is_timed_next_to_the_reference_and_the_record_says_which(mo
     whole = combined(parts, 0.03)
     assert whole.prompts and whole.prompts.count == 6 and whole.prompt_of_pairs == [*parts[0].prompt_of_pairs, *parts[1].prompt_of_pairs]
     assert len(whole.prompt_of_pairs) == len(whole.candidate.decode_ms) == sum(whole.processes)
-    assert whole.half_widths["speedup"] is not None
+    assert set(whole.half_widths) == {"repeats"} and whole.half_widths["repeats"] is not None
+    assert untimed([whole]) == []
+    part = whole.model_copy(update={"prompts": whole.prompts.model_copy(update={"pairs": [0, 1, 1, 4]})})
+    assert untimed([part]) == ["speed of 3 of 6 texts: the time was over (1×16+4)"]
     assert whole.tokens and len(whole.tokens.candidate) <= 6
     assert not any("timed tokens differ" in line for line in flags(whole, [], False))
 
@@ -103,5 +106,20 @@ def test_passes_of_several_tokens_are_timed_in_turn(model: LoadedModel) -> None:
         found = time_rows(model, POINT, [1, 3, 9], WallTimer(), repeats=4)
     finally:
         del model.extend  # type: ignore[method-assign]
-    assert seen == [16, *[1, 3, 9] * 5]
+    assert seen == [16, 1, 3, 9] * 5, "behind the same prompt each time"
     assert list(found) == ["1", "3", "9"] and min(found.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"prompts": {"corpus": "x", "count": 24, "repeats": 2}, "max_repeats": 40},
+            "max_repeats=40 ends before 24 prompts have 2 repeats each",
+        ),
+        ({"prompts": {"corpus": "x", "count": 4}, "processes": 3}, "3 processes need at least 6 prompts, not 4"),
+    ],
+)
+def test_protocols_that_cannot_time_all_texts_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SpeedConfig(name="t", grid=[POINT], **changes)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.dynamic.work import Count, counted, differences, measure, seen, spread, tokens_of_passes
+from slimbench.harness.measure.dynamic.work import Count, counted, differences, measure, shared, spread, tokens_of_passes
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -85,19 +85,6 @@ def test_hooks_are_gone_after_it(base: Any) -> None:
     assert all(not module._forward_hooks for module in model.module.modules())
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys", "mask", "causal", "wanted"),
-    [
-        (1, 9, None, False, 9),
-        (4, 4, None, True, 2.5),
-        (2, 4, torch.tensor([[True, False, False, True], [True, True, True, True]]), False, 3),
-        (1, 3, torch.tensor([[0.0, -torch.inf, 0.0]]), False, 2),
-    ],
-)
-def test_keys_that_are_seen(queries: int, keys: int, mask: Tensor | None, causal: bool, wanted: float) -> None:
-    assert seen(queries, keys, mask, causal) == wanted
-
-
 def test_a_window_reads_and_holds_what_it_says(base: Any) -> None:
     found = measure(under(base, Window(2, 20)), text().repeat(2, 1), Work(cache_tokens=22), lambda *_: None)
     assert found.cache_tokens == Spread(mean=23, p5=23, p50=23, p95=23), "with the token itself"
@@ -157,6 +144,11 @@ def test_slack_and_silence_are_no_lies(claim: Work | None) -> None:
 
 def test_spreads_are_quantiles() -> None:
     assert spread([float(x) for x in range(101)]) == Spread(mean=50, p5=5, p50=50, p95=95)
+
+
+def test_a_pass_is_shared_out_among_the_tokens_that_it_gave() -> None:
+    steps = [Count(passes=[4], products=400, blocks=8), Count(), Count(passes=[1], products=100, blocks=2)]
+    assert [(share.blocks, share.products) for share in shared(steps)] == [(4, 200), (4, 200), (2, 100)]
 
 
 def test_passes_give_their_own_token_and_those_of_steps_that_ran_nothing() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimbench.harness.stats.speedups import indirect_speedup, paired_speedup
-from slimbench.harness.stats.workload import prompt_speedups, workload_speedup
+from slimbench.harness.stats.workload import prompt_speedups, spread_within, workload_mean, workload_speedup
 
 
 def drawn(
@@ -81,3 +81,34 @@ def test_two_workloads_are_compared_through_their_reference() -> None:
     assert found.value == pytest.approx(2)
     alone = workload_speedup(ours, theirs, prompts, runs)
     assert math.log(found.high / 2) == pytest.approx(math.sqrt(2) * math.log(alone.high / alone.value))
+
+
+def test_no_more_prompts_than_processes_carry_no_interval() -> None:
+    found = workload_speedup([1.0] * 6, [2.0] * 6, [0, 1, 2, 3, 4, 5], [1] * 6)
+    assert found.value == 2 and math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_the_mean_time_is_that_of_prompts_and_its_interval_holds_it() -> None:
+    value, low, high = workload_mean([10.0, 10, 10, 40, 20, 20, 20, 20], [0, 0, 0, 1, 2, 3, 4, 5])
+    assert value == pytest.approx((10 + 40 + 4 * 20) / 6) and low < value < high, "a prompt that was timed thrice counts once"
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        means = rng.normal(30, 5, 12)
+        found = workload_mean(np.repeat(means, 2) + rng.normal(0, 0.5, 24), np.repeat(np.arange(12), 2).tolist())
+        held += found.low <= 30 <= found.high
+    assert 930 <= held <= 970
+    assert math.isnan(workload_mean([1.0, 2.0], [0, 1]).low)
+
+
+def test_what_repeats_say_does_not_know_how_prompts_differ() -> None:
+    """Half-widths shrink with repeats, and are as wide as the repeats of one prompt scatter, however different the prompts are."""
+    rng = np.random.default_rng(1)
+
+    def half(prompts: int, repeats: int, between: float) -> float:
+        speedups = np.repeat(rng.lognormal(0.3, between, prompts), repeats) * rng.lognormal(0, 0.05, prompts * repeats)
+        found = spread_within(np.full(len(speedups), 30.0), 30.0 * speedups, np.repeat(np.arange(prompts), repeats).tolist())
+        assert found is not None
+        return found
+
+    assert half(100, 4, 0.5) == pytest.approx(1.96 * 0.05 / 20, rel=0.15) == pytest.approx(half(100, 4, 0.0), rel=0.3)
+    assert spread_within([1.0] * 8, [2.0] * 8, list(range(8))) is None, "without repeats nothing is known"

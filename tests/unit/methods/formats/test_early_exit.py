@@ -15,6 +15,7 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.dynamic.early_exit import EarlyExits
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.depth.exits import confidence
+from slimbench.methods.formats.draft.policy import Exit
 from tests.support import tiny
 
 BLOCKS, EXITS = 6, (2, 4)
@@ -166,6 +167,26 @@ def test_exits_that_do_not_fit_are_refused() -> None:
         EarlyExit("margin", 0.5, (2,)).check(ModelShape.from_config(shape | {"architectures": ["x"]}))
     with pytest.raises(ValueError, match="ascending"):
         EarlyExit("margin", 0.5, (4, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "told"),
+    [
+        ("Phi3", {"pad_token_id": 0}, "built like those of Llama"),
+        ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}, "built like those of Llama"),
+        ("Granite", {"residual_multiplier": 0.5}, "knows no residual_multiplier"),
+        ("Granite", {"embedding_multiplier": 12.0}, "knows no embedding_multiplier"),
+        ("Mistral", {"sliding_window": 8}, "attend to all tokens"),
+    ],
+)
+@pytest.mark.parametrize("policy", [EarlyExit("margin", 0.5, (1,)), Exit(2, 1)], ids=["exit", "draft"])
+def test_models_that_compute_otherwise_than_llama_are_refused(policy: Any, kind: str, more: dict[str, Any], told: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**(tiny.SHAPE | more))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(Unsupported, match=told):
+        policy.install(model)
 
 
 def test_the_method_is_this_policy() -> None:

@@ -108,7 +108,7 @@ def test_a_draft_that_is_always_wrong_changes_no_token(base: Any) -> None:
         step = loaded.decode_step(step)
         written.append(int(step.token))
     assert step.state.accepted == 0 < step.state.drafted
-    assert written[:2] == TransformersModel(base, "cpu").generate(ids, 20)[0][:2]
+    assert written == TransformersModel(base, "cpu").generate(ids, 20)[0]
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3])
