@@ -18,6 +18,7 @@ from slimbench.harness.schema.compress import ArtefactFile
 from slimbench.harness.schema.evidence import simulation
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Imported, Record
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import compare
 from slimbench.leaderboard.compare.verdict import verdict
