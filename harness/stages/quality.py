@@ -112,7 +112,7 @@ def _count_work(
 
 
 def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> float | None:
-    """How much perplexity two windows have more token by token; None where they were scored so, are long, or drafts leave logits alone."""
+    """How much perplexity few windows have more token by token; None where they were scored so, are long, or drafts leave logits alone."""
     if not isinstance(model, Scores) or model.scoring == "step" or part.labels > _STEPS or part.wanted.protocol == "stream":
         return None
     if set(model.slots) == {"draft"}:

@@ -110,7 +110,7 @@ def _speedups(ax: Axes, rows: Sequence[Row]) -> None:
         value = row.speedup or 0.0
         low, high = row.speedup_low or value, row.speedup_high or value
         ax.errorbar([value], [place], xerr=[[value - low], [high - value]], fmt="o", ms=6, color="#0072b2", elinewidth=1.2, zorder=3)
-        ax.plot([row.predicted_speedup], [place], marker="D", ms=6, mfc="none", mec="#d55e00", ls="none", zorder=4)
+        ax.plot([row.predicted_speedup or 0.0], [place], marker="D", ms=6, mfc="none", mec="#d55e00", ls="none", zorder=4)
     ax.axvline(1, color=MUTED, lw=0.9)
     ax.set_xlim(left=0)
     ax.set_xlabel("times as fast as dense  (faster is better →)")

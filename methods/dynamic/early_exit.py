@@ -1,9 +1,10 @@
 """Early exit: a token that an exit is sure of runs no further blocks (`methods.formats.depth.exit`).
 
 The model stays as it is. Behind each exit a linear map T h = h + W h + b is trained, so that norm and head predict from T h what they
-predict in the end; it begins as the identity. All blocks are frozen, so what an exit learns depends on no other exit.
+predict in the end; it begins as the identity. All blocks are frozen: exits meet in the clipped gradient of their mean
+loss alone.
 
-    distillation   KL of the model's distribution from the exit's, as FastBERT (arXiv 2004.02178), §3.3, teaches its branches
+    distillation   KL of the model's distribution from the exit's, as the program of FastBERT (arXiv 2004.02178) teaches its branches
     nll            cross entropy with the text, as DeeBERT (arXiv 2004.12993), §3.1, trains its off-ramps
 
 The papers train classifiers of one sentence; here every token of a text is one. How many tokens leave comes out of the threshold: records

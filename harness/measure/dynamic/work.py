@@ -200,7 +200,7 @@ def token_bytes(module: Any) -> float:
     return float(sum(widths) * module.dtype.itemsize)
 
 
-def spread(values: list[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     """Mean and percentiles of what was counted token by token."""
     low, middle, high = np.percentile(values, [5, 50, 95])
     return Spread(mean=float(np.mean(values)), p5=float(low), p50=float(middle), p95=float(high))

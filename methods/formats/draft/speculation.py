@@ -181,7 +181,8 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: Any, tokens: int, draft: Any) -> None:
         super().__init__(model, tokens)
-        self.draft, self.cache, self.held = draft, None, 0
+        self.draft, self.held = draft, 0
+        self.cache: Any = None
 
     def begin(self, ids: Tensor, room: int, cache: Any = None) -> Speculation:
         """As of `Drafter`; the prompt goes through the draft too.

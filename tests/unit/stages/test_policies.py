@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import perplexity
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import compress, quality, speed
+from slimbench.harness.stages.common import Again
+from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.policy import Policy, Scoring
@@ -193,3 +196,64 @@ def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: l
     assert measured.work.flags == []
     assert measured.evidence and "claims less work a token, which nothing has measured" not in measured.evidence.flags
     assert {"work"} <= set(measured.seconds)
+
+
+LOOKUP = "slimbench.methods.dynamic.prompt_lookup.PromptLookup(tokens=3)"
+TEXTS = ["speed.grid=[{batch: 1, prompt: 12, new_tokens: 6}]", "speed.processes=3", "speed.min_repeats=2", "speed.max_repeats=12"]
+
+
+def test_texts_are_shared_out_over_processes_and_their_work_is_counted_once(overrides: list[str], tmp_path: Path) -> None:
+    """Three processes in turn, cut off and begun again between them: each text is timed in one of them, and all of them are counted."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + number * number % 23) for number in range(3000)))
+    more = [*TEXTS, f"+speed.prompts={{corpus: 'file:{text}', count: 6, repeats: 2}}", "+speed.rows=[1,4]", "speed.budget_s=60"]
+    config = resolve([*overrides, *step_overrides([LOOKUP]), *more])
+    compress.run(config, "looked-up", Silent())
+    turns = 1
+    while turns < 9:
+        try:
+            measured = speed.run(config, "looked-up", None, Silent(), Journal("looked-up-speed", {}))
+            break
+        except Again:
+            turns += 1
+    (point,) = measured.points
+    assert turns == 3 == len(point.processes) and point.prompts and point.prompts.count == 6
+    shares = [set(point.prompts.pairs[sum(point.processes[:n]) : sum(point.processes[: n + 1])]) for n in range(3)]
+    assert shares == [{0, 3}, {1, 4}, {2, 5}], "each process has its own texts"
+    assert measured.work and measured.work.slots == ["draft"] and measured.work.prompts == 6 and measured.work.tokens == 6 * 5
+    assert sum(int(given) * count for given, count in measured.work.pass_tokens.items()) == 30
+    assert set(measured.rows_ms) == {"1", "4"} and not any("random prompts" in flag or "texts:" in flag for flag in measured.flags)
+    assert point.roofline and (point.roofline.weight_bytes > 0 or point.roofline.reason)
+
+
+def test_without_texts_what_a_draft_reads_is_not_guessed(overrides: list[str]) -> None:
+    config = resolve([*overrides, *step_overrides([LOOKUP]), TEXTS[0], "speed.processes=1", "speed.max_repeats=4"])
+    compress.run(config, "looked-up", Silent())
+    measured = speed.run(config, "looked-up", None, Silent())
+    assert measured.work is None and "random prompts: what the policy does depends on the text; speed=policy has texts" in measured.flags
+    roof = measured.points[0].roofline
+    assert (
+        roof
+        and roof.bound_ms is None
+        and roof.weight_bytes == 0
+        and roof.reason == "what a policy reads from token to token was not counted"
+    )
+
+
+@pytest.mark.parametrize(("where", "told"), [("calibration", "is the calibration text"), ("elsewhere", None)])
+def test_texts_that_a_policy_learned_from_are_not_timed(overrides: list[str], tmp_path: Path, where: str, told: str | None) -> None:
+    files = {name: tmp_path / f"{name}.txt" for name in ("calibration", "elsewhere")}
+    for file in files.values():
+        file.write_text(file.name * 100)
+    calls = [
+        "method=calm",
+        f"calibration=file:{files['calibration']}",
+        f"+speed.prompts={{corpus: 'file:{files[where]}', count: 2, repeats: 1}}",
+        "speed.processes=1",
+    ]
+    kept = [override for override in overrides if not override.startswith(("method", "~method", "calibration="))]
+    if told:
+        with pytest.raises(ConfigError, match=told):
+            resolve([*kept, *calls])
+    else:
+        resolve([*kept, *calls])

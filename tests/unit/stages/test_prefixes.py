@@ -13,7 +13,7 @@ from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.schema.compress import CompressResult, Spent
 from slimbench.harness.stages import compress
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim
+from slimbench.methods.base import Claim, Unsupported
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support.lying import FineTune
@@ -120,3 +120,10 @@ def test_a_shorter_artefact_of_other_code_or_bytes_is_not_gone_on_from(
     again = run(cell)
     assert again.reused_steps == [] and calls == ["Magnitude", "RTN"] * 2
     assert [file.sha256 for file in again.files] == [file.sha256 for file in first.files]
+
+
+def test_each_step_is_told_the_shape_that_the_one_before_it_left(overrides: list[str]) -> None:
+    """A step that asks for more blocks than are left is refused, though the first model had them."""
+    drop = "slimbench.methods.pruning.depth.shortgpt.ShortGPT(fraction=0.5)"
+    with pytest.raises(Unsupported, match="fewer than all must guess"):
+        run(cell_of(overrides, drop, "slimbench.methods.dynamic.self_speculation.SelfSpeculation(blocks=1)", seed=5))
