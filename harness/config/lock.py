@@ -66,6 +66,7 @@ _PROTOCOLS = {
     "document": (f"{_MEASURE}.documents.measure",),
     "zeroshot": (f"{_MEASURE}.zeroshot.measure",),
     "generation": (f"{_MEASURE}.generation.measure",),
+    "retrieval": (f"{_MEASURE}.dynamic.retrieval.measure",),
     "divergence": (f"{_MEASURE}.divergence.Recorder", f"{_MEASURE}.divergence.Comparison"),
     "speed": ("slimbench.harness.stages.speed.run",),
     "written": ("slimbench.util.writing.own.generate",),
@@ -258,7 +259,7 @@ def _protocols(config: RunConfig, stage: Stage) -> list[str]:
         return ["speed"]
     names = list(dict.fromkeys(wanted.protocol for wanted in config.suite.passes()))
     names += ["divergence"] * config.suite.divergence + ["zeroshot"] * bool(config.suite.tasks)
-    return names + ["generation"] * bool(config.suite.continuations)
+    return names + ["generation"] * bool(config.suite.continuations) + ["retrieval"] * bool(config.suite.retrieval)
 
 
 def _protocol_version(name: str) -> int:

@@ -112,8 +112,10 @@ def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str
 def _check(config: RunConfig) -> None:
     """Raise `ConfigError` for fields that do not go together, or not with this machine."""
     _check_folder(config.results)
-    if "quality" in config.stages and not config.suite.corpus and not config.suite.tasks and not config.model.is_random:
+    if "quality" in config.stages and not config.suite.texts and not config.suite.tasks and not config.model.is_random:
         raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
+    if config.suite.retrieval and config.suite.retrieval.corpus in config.suite.corpus:
+        raise ConfigError(f"suite.retrieval.corpus={config.suite.retrieval.corpus} is what perplexity is measured on; choose another text")
     if config.suite.sample_seed is not None and config.suite.limit is None:
         raise ConfigError("suite.sample_seed draws suite.limit items of each task; give suite.limit too")
     if config.model.track != "causal-lm":
@@ -122,7 +124,7 @@ def _check(config: RunConfig) -> None:
     _check_order(steps)
     _check_teaching(config, steps)
     methods = [method for _, method in steps]
-    if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.corpus:
+    if any(m.needs.calibration for m in methods) and config.calibration.source in config.suite.texts:
         raise ConfigError(f"calibration={config.calibration.source} is the test text of suite '{config.suite.name}'; choose another set")
     _check_prompts(config, methods)
 
@@ -146,7 +148,7 @@ def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:
     for name, method in steps:
         if method.needs.text:
             asked = recipe(str(getattr(method, "recipe", "")))
-            if shared := sorted(set(asked.corpora) & set(config.suite.corpus)):
+            if shared := sorted(set(asked.corpora) & set(config.suite.texts)):
                 raise ConfigError(
                     f"'{name}' learns from {shared[0]}, the test text of suite '{config.suite.name}'; choose another recipe or suite"
                 )

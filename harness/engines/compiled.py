@@ -18,6 +18,7 @@ import torch
 from slimbench.harness.engines import decode_attention
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.methods.base import Unsupported
 from slimbench.util.compat import inductor
 
 _ROUND = 32
@@ -68,6 +69,10 @@ class CompiledModel(TransformersModel):
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
         return Step(step.state.decode(step.token, step.state.cache).clone(), step.state)
+
+    def branch(self, state: Any) -> Any:
+        """Compiled steps are bound to the memory of their cache."""
+        raise Unsupported(f"this engine does not {self.ability}")
 
     def cache_bytes(self, state: Any) -> int | None:
         return super().cache_bytes(state.cache)

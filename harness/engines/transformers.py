@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from slimbench.harness.engines import spread
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect, linear_bits
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.loaded import Branches, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
 
 _CHUNK = 64
@@ -22,7 +24,7 @@ _CHUNK = 64
 load_pretrained = huggingface.load
 
 
-class TransformersModel(LoadedModel):
+class TransformersModel(Branches):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
@@ -93,6 +95,12 @@ class TransformersModel(LoadedModel):
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
         return Step(step.state.next(), step.state) if self._drafter else self._greedy(step.token, step.state)
+
+    @torch.inference_mode()
+    def branch(self, state: Any) -> Any:
+        if self._drafter:
+            raise Unsupported("guesses leave the answers as they are without them")
+        return copy.deepcopy(state)
 
     def _greedy(self, ids: torch.Tensor, cache: Any) -> Step:
         out = self.module(ids, **{self._state: cache}, use_cache=True, logits_to_keep=1)

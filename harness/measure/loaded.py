@@ -209,6 +209,20 @@ class LoadedModel(Scores, Generates):
     """A causal language model in memory: it scores and it generates."""
 
 
+class Branches(LoadedModel):
+    """It goes on from one text in several ways."""
+
+    ability = "go on from one text in several ways"
+
+    @abstractmethod
+    def branch(self, state: Any) -> Any:
+        """A copy of the state of a text: what goes on from one of them is not seen by the other.
+
+        Raises:
+            methods.base.Unsupported: It cannot be copied.
+        """
+
+
 def label_logprobs(logits: torch.Tensor, labels: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
     """Log-probabilities of the labels, float32 [B, T], on the device of the logits.
 

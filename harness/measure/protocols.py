@@ -28,6 +28,9 @@ WRITTEN = 1
 GENERATION = 1
 """Greedy continuations of prompts."""
 
+RETRIEVAL = 1
+"""Facts asked for behind long contexts."""
+
 IMITATION = 1
 """Students held against what their teacher wrote."""
 

@@ -182,7 +182,7 @@ def _sources(cell: Cell) -> str:
     """What a cell reads and runs, in one line."""
     config = cell.config
     prompts = [config.speed.prompts.corpus] if config.speed.prompts else []
-    texts = [*config.suite.corpus, *prompts, *([config.calibration.source] if cell.identity.calibration else [])]
+    texts = [*config.suite.texts, *prompts, *([config.calibration.source] if cell.identity.calibration else [])]
     return ", ".join([config.model.source, *texts, f"engine {config.engine.name}", f"at most {config.limits.wall_s:g} s"])
 
 
@@ -237,6 +237,12 @@ def _quality(before: QualityResult, after: QualityResult) -> tuple[Outcome, str]
         changed = sum(old != new for old, new in written)
         equal &= not changed
         figures.append(f"{changed} of {len(written)} continuations changed")
+    facts = list(zip(before.retrieval, after.retrieval, strict=True))
+    if count := sum(len(old.correct) for old, _ in facts):
+        changed = sum(a != b for old, new in facts for a, b in zip(old.correct, new.correct, strict=True))
+        equal &= all(old.answers_sha256 == new.answers_sha256 for old, new in facts)
+        within &= changed <= ITEM_TOLERANCE * count
+        figures.append(f"{changed} of {count} facts changed")
     return (Outcome.EQUAL if equal else Outcome.WITHIN if within else Outcome.DIFFERS), "; ".join(figures)
 
 

@@ -12,7 +12,7 @@ from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
 from slimbench.harness.stages import calibration_text, models, teaching
 from slimbench.harness.store.keys import Parts, speed_part, suite_part
-from slimbench.tasks import corpora, prompts, zeroshot
+from slimbench.tasks import corpora, prompts, retrieval, zeroshot
 
 
 def keys(config: RunConfig) -> Keys:
@@ -32,7 +32,7 @@ def keys(config: RunConfig) -> Keys:
         engine={"name": config.engine.name, "version": engines.version(config.engine.target)},
         device=config.device.name,
         suite=suite_part(
-            config.suite.model_dump(),
+            _suite_settings(config.suite),
             [corpora.fingerprint(spec) for spec in config.suite.corpus],
             zeroshot.fingerprint(config.suite.include_path, config.suite.tasks) if config.suite.tasks else None,
             protocol_versions(config.suite) | ({"imitation": protocols.IMITATION} if any(m.needs.text for m in methods) else {}),
@@ -43,6 +43,14 @@ def keys(config: RunConfig) -> Keys:
         threads=config.device.threads,
         cards=config.device.cards if config.device.cards > 1 else None,
     ).keys()
+
+
+def _suite_settings(suite: SuiteConfig) -> dict[str, Any]:
+    """The settings of a suite; of its contexts the content of text and facts in place of the text's name."""
+    settings = suite.model_dump()
+    if suite.retrieval:
+        settings["retrieval"] |= {"corpus": corpora.fingerprint(suite.retrieval.corpus), "facts": retrieval.fingerprint()}
+    return settings
 
 
 def _speed_settings(speed: SpeedConfig) -> dict[str, Any]:
@@ -58,4 +66,5 @@ def protocol_versions(suite: SuiteConfig) -> dict[str, Any]:
     versions: dict[str, Any] = {p.protocol: protocols.PERPLEXITY[p.protocol] for p in suite.passes()}
     versions |= {"divergence": protocols.DIVERGENCE} if suite.divergence and suite.corpus else {}
     versions |= {"zeroshot": protocols.ZEROSHOT} if suite.tasks else {}
+    versions |= {"retrieval": protocols.RETRIEVAL} if suite.retrieval else {}
     return versions | ({"generation": protocols.GENERATION} if suite.continuations else {})

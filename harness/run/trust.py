@@ -87,7 +87,8 @@ def _shipped(step: Any) -> dict[str, Any]:
 def _distrusted(config: dict[str, Any]) -> Iterator[str]:
     """Why a configuration needs trust, one line for each reason."""
     model, suite, text, speed = (_section(config, name) for name in ("model", "suite", "calibration", "speed"))
-    prompts = [_section(speed, "prompts").get("corpus")] if speed.get("prompts") is not None else []
+    named = [(speed, "prompts"), (suite, "retrieval")]
+    others = [_section(part, name).get("corpus") for part, name in named if part.get(name) is not None]
     source = str(model.get("source"))
     yield from _bringing_code(config)
     kind, _, rest = source.partition(":")
@@ -95,7 +96,7 @@ def _distrusted(config: dict[str, Any]) -> Iterator[str]:
         yield f"model.source={source}: neither a packaged asset nor a model of the hub"
     if (revision := model.get("revision")) is not None and not _REVISION.fullmatch(str(revision)):
         yield f"model.revision={revision}: no commit, tag or branch"
-    for spec in (*_list(suite.get("corpus")), *prompts, *([] if text.get("source") == SELF else [text.get("source")])):
+    for spec in (*_list(suite.get("corpus")), *others, *([] if text.get("source") == SELF else [text.get("source")])):
         if not _is_public(spec):
             yield f"text '{spec}': neither a packaged corpus nor a data set of the hub"
     words = [*_list(suite.get("tasks")), *(_section(step, "settings") for step in _list(config.get("pipeline")))]

@@ -11,6 +11,7 @@ from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.generation import GenerationResult
 from slimbench.harness.schema.imitation import ImitationResult
+from slimbench.harness.schema.retrieval import RetrievalResult
 from slimbench.harness.schema.work import WorkResult
 
 
@@ -169,6 +170,7 @@ class QualityResult(Schema):
         work: What ran for a token, where that differs from token to token.
         generation: What it wrote after prompts, where the suite has some and the engine generates.
         imitation: How near it came to the teacher whose text it learned from; None where it learned from none.
+        retrieval: What it still knew of long contexts, one result for each length.
         forward_tokens: Tokens that went through the model, padding included; 0 where they were not counted.
         seconds: Wall time of each part, by name.
         flags: One line for each fact that makes a number doubtful, such as calibration text inside the test text.
@@ -180,6 +182,7 @@ class QualityResult(Schema):
     work: WorkResult | None = None
     generation: GenerationResult | None = None
     imitation: ImitationResult | None = None
+    retrieval: list[RetrievalResult] = []
     evidence: Evidence | None = None
     load_seconds: float | None = None
     forward_tokens: int = 0

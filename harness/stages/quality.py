@@ -1,4 +1,4 @@
-"""The stage `quality`: perplexity, divergence from the reference, zero-shot accuracy and continuations of an artefact loaded from disk."""
+"""The stage `quality`: perplexity, divergence from the reference, zero-shot accuracy, continuations, retrieval of an artefact from disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
-from slimbench.harness.measure.dynamic import work
-from slimbench.harness.measure.loaded import Generates, Loaded, Scores
+from slimbench.harness.measure.dynamic import retrieval, work
+from slimbench.harness.measure.loaded import Branches, Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stages import models, teaching
@@ -47,6 +49,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     source = models.prepare(config.model, report.phase)
     tokenizer = tokenizer_of(source, config)
     windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol != "document"]
+    asked = suite.retrieval
+    contexts = [retrieval.Contexts(tokenizer, asked, length, suite.add_bos) for length in asked.lengths] if asked else []
     distributions = Distributions(config, key, reference_key, report, journal)
     distributions.prepare(windows)
     loaded, load_seconds = load(config, key, report)
@@ -84,6 +88,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.forward_tokens += tokens
     if suite.continuations:
         _continue(loaded, tokenizer, suite, result, report, journal)
+    _retrieve(loaded, contexts, seen, result, report, journal)
     _imitate(config, loaded, tokenizer, result, report, journal)
     result.flags += [*_flags(result, distributions), *journal.remarks()]
     return result
@@ -133,6 +138,27 @@ def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: Qualit
         result.flags.append(f"no continuations: {error}")
 
 
+def _retrieve(
+    loaded: Loaded, asked: list[retrieval.Contexts], seen: Any, result: QualityResult, report: Reporter, journal: Journal
+) -> None:
+    """Ask for facts behind contexts of each length; where that cannot be, say why.
+
+    Args:
+        seen: Calibration tokens, which none of the contexts should share; None without any.
+    """
+    for contexts in asked:
+        try:
+            model = Branches.of(loaded)
+            with _timed(result, report, journal, f"retrieval {contexts.length}", "contexts") as kept:
+                found, tokens = retrieval.measure(model, contexts, report.progress, kept)
+        except Unsupported as error:
+            result.flags = list(dict.fromkeys([*result.flags, f"no retrieval: {error}"]))
+            continue
+        found.calibration_overlap = None if seen is None else overlap([np.array(context.ids) for context in contexts.contexts], seen)
+        result.retrieval.append(found)
+        result.forward_tokens += tokens
+
+
 def _imitate(config: RunConfig, loaded: Loaded, tokenizer: Any, result: QualityResult, report: Reporter, journal: Journal) -> None:
     """Hold a model against the teacher whose text it learned from; where that cannot be, say why."""
     name = next((method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text), None)
@@ -164,6 +190,7 @@ def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str,
 
 def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
     fractions = [(p.corpus, p.calibration_overlap) for p in result.perplexity] + [(t.task, t.calibration_overlap) for t in result.zeroshot]
+    fractions += [(f"{r.corpus} ({r.length} tokens)", r.calibration_overlap) for r in result.retrieval]
     shared = [f"{fraction:.1%} of {name}" for name, fraction in fractions if fraction and fraction > _OVERLAP]
     found = [f"calibration text inside the test text: {', '.join(dict.fromkeys(shared))}"] if shared else []
     return found + (["no divergence: the reference did not run here"] if distributions.missing else [])

@@ -121,6 +121,7 @@ _NOTE = (
     r"no divergence: .+",
     r"no speed-up: .+",
     r"no continuations: .+",
+    r"no retrieval: .+",
     r"work not counted: .+",
     r"perplexity token by token differs by .+",
     r"not held against its teacher: .+",

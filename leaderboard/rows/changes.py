@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import SuiteConfig
+from slimbench.harness.config.sections.suite import RetrievalConfig
 from slimbench.harness.config.sources import choice
 
 _APART = ("name", "batch_tokens")
@@ -27,23 +28,26 @@ def protocol(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def changes(section: Mapping[str, Any]) -> str | None:
     """`corpus=file:corpus.txt, windows=4`: where a suite differs from the shipped one of its name; None where it does not."""
-    shipped = _shipped(str(section.get("name")))
-    return (
-        ", ".join(
-            f"{name}={_written(name, value)}"
-            for name, value in section.items()
-            if name in shipped and name not in _APART and _listed(value) != _listed(shipped[name])
-        )
-        or None
-    )
+    return ", ".join(_differences(section, _shipped(str(section.get("name"))))) or None
+
+
+def _differences(section: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in section.items():
+        if name not in shipped or name in _APART or _listed(value) == _listed(shipped[name]):
+            continue
+        if isinstance(value, dict):
+            usual = shipped[name] if isinstance(shipped[name], dict) else dict.fromkeys(RetrievalConfig.model_fields)
+            yield from (f"{name}.{text}" for text in _differences(value, usual))
+        else:
+            yield f"{name}={_written(name, value)}"
 
 
 @cache
 def _shipped(name: str) -> dict[str, Any]:
     """The suite of that name, all its settings; empty where there is none."""
     try:
-        return SuiteConfig.defaults() | choice("suite", name)
-    except ConfigError:
+        return SuiteConfig.model_validate(choice("suite", name)).model_dump()
+    except (ConfigError, ValueError):
         return {}
 
 
@@ -53,6 +57,8 @@ def _placeless(name: str, value: Any) -> Any:
         return _placeless(name, value[0] if value else None)  # as it was written when there could be but one
     if name in ("corpus", "include_path") and isinstance(value, list):
         return [_placeless(name, spec) for spec in value]
+    if isinstance(value, dict):
+        return {key: _placeless(key, part) for key, part in value.items()}
     return "file:" if _is_place(name, value) else value
 
 

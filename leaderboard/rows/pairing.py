@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from slimbench.harness.schema.generation import GenerationResult
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult, ZeroshotResult
+from slimbench.harness.schema.retrieval import RetrievalResult
 from slimbench.harness.stats.fidelity import Apart, apart
 
 T = TypeVar("T")
@@ -30,6 +31,11 @@ def items_of(result: ZeroshotResult) -> tuple[Any, ...]:
 def prompts_of(result: GenerationResult) -> tuple[Any, ...]:
     """What identifies the prompts of a result and how they were continued."""
     return result.protocol, result.asked.sha256, result.length
+
+
+def facts_of(result: RetrievalResult) -> tuple[Any, ...]:
+    """What identifies the facts of a result and how they were asked for."""
+    return result.protocol, result.corpus_sha256, result.length, result.items_sha256, tuple(result.context)
 
 
 def partners(ours: Sequence[T], theirs: Sequence[T], identity: Callable[[T], Any]) -> list[tuple[T, T | None]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.board import figures, grids, joint, serve, students
+from slimbench.harness.cli.board import figures, grids, joint, retrieval, serve, students
 from slimbench.harness.cli.terminal import (
     DEFAULT_RESULTS,
     FORMATS,
@@ -70,5 +70,6 @@ def board_table(
 app.command("figures")(figures.figures)
 app.command("grids")(grids.grids)
 app.command("joint")(joint.joint)
+app.command("retrieval")(retrieval.retrieval)
 app.command("students")(students.students)
 app.command("serve")(serve.serve)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from slimbench.harness.config.sections.base import Folders, Strict, Uris, Whole
 from slimbench.util.text import nearest
@@ -27,6 +28,45 @@ class Pass:
 
 
 PROTOCOLS = ("window", "incremental", "llamacpp", "suffix", "stream", "document")
+
+
+class RetrievalConfig(Strict):
+    """Facts that are hidden in long texts, and asked for once these were read (`slimbench.tasks.retrieval`).
+
+    Attributes:
+        corpus: Text around them: a name from `slimbench assets list`, `file:PATH` or `hf:PATH:CONFIG:SPLIT:FIELD`; neither the suite's nor
+            calibration text.
+        lengths: Tokens of a context, one length or several.
+        contexts: Contexts of each length.
+        needles: Facts in each context.
+        questions: Of these, asked for behind each context.
+        seed: Draws names, digits, places and what is asked.
+    """
+
+    corpus: str = Field(min_length=1)
+    lengths: list[Annotated[Whole, Field(ge=64)]] = Field(default=[1024, 2048, 4096], min_length=1)
+    contexts: Whole = Field(default=12, ge=2, le=1000)
+    needles: Whole = Field(default=4, ge=1, le=32)
+    questions: Whole = Field(default=4, ge=1, le=32)
+    seed: Whole = Field(default=0, ge=0)
+
+    @field_validator("lengths", mode="before")
+    @classmethod
+    def _one_or_several(cls, lengths: object) -> object:
+        return lengths if isinstance(lengths, list) else [lengths]
+
+    @field_validator("lengths")
+    @classmethod
+    def _each_once(cls, lengths: list[int]) -> list[int]:
+        if twice := [length for place, length in enumerate(lengths) if length in lengths[:place]]:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return lengths
+
+    @model_validator(mode="after")
+    def _asks_for_what_is_there(self) -> RetrievalConfig:
+        if self.questions > self.needles:
+            raise ValueError(f"questions must be at most needles, {self.needles}, not {self.questions}")
+        return self
 
 
 class SuiteConfig(Strict):
@@ -54,6 +94,7 @@ class SuiteConfig(Strict):
         sample_seed: Draws those from the whole of each task; None takes the first.
         num_fewshot: Examples before each question.
         continuations: Tokens by which each packaged prompt is continued greedily, to be held against the reference's; None: no prompts.
+        retrieval: Facts in long contexts, asked for once these were read; None: none.
         batch_tokens: Tokens of one zero-shot batch at most. No part of the protocol.
     """
 
@@ -74,6 +115,7 @@ class SuiteConfig(Strict):
     sample_seed: Whole | None = Field(default=None, ge=0)
     num_fewshot: Whole = Field(default=0, ge=0)
     continuations: Whole | None = Field(default=None, ge=1, le=4096)
+    retrieval: RetrievalConfig | None = None
     batch_tokens: Whole = Field(default=1024, ge=1)
 
     @field_validator("protocols")
@@ -90,6 +132,11 @@ class SuiteConfig(Strict):
         if not protocols or protocols[0] == "document":
             raise ValueError("the first protocol is the headline and must score windows")
         return protocols
+
+    @property
+    def texts(self) -> list[str]:
+        """The corpora that anything is measured on."""
+        return [*self.corpus, *([self.retrieval.corpus] if self.retrieval else [])]
 
     def passes(self) -> list[Pass]:
         """Every perplexity measurement, the headline first."""

@@ -109,7 +109,7 @@ def _of_cell(config: RunConfig) -> Iterator[Supply]:
         yield Supply("model", f"{model.source}@{model.revision}" if model.revision else model.source)
     elif model.source.startswith("asset:"):
         yield Supply(_ASSET, model.source.removeprefix("asset:"))
-    texts = list(config.suite.corpus) if "quality" in config.stages else []
+    texts = config.suite.texts if "quality" in config.stages else []
     texts += [config.speed.prompts.corpus] if config.speed.prompts and "speed" in config.stages else []
     texts += [config.calibration.source] if any(need.calibration for need in needs) and config.calibration.source != SELF else []
     texts += [spec for method in methods if method.needs.text for spec in recipe(method.recipe).corpora]

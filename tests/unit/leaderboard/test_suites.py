@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from slimbench.harness.config.compose import resolve
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.compare.compare import compare
-from slimbench.leaderboard.rows.changes import changes
+from slimbench.leaderboard.rows.changes import changes, protocol
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.tables import tables
 from slimbench.leaderboard.tables.writers import to_terminal
@@ -43,6 +44,9 @@ def _with(spec: Spec, **suite: Any) -> list[Record]:
         ({"limit": None}, "limit=null"),
         ({"num_fewshot": 5, "chunk": 64, "include_path": ["asset:bigbench"]}, "num_fewshot=5"),
         ({"include_path": ["/home/me/tasks", "asset:bigbench"]}, "include_path=[file:tasks,asset:bigbench]"),
+        ({"retrieval": None}, None),
+        ({"retrieval": {"corpus": "file:/home/me/story.txt", "seed": 3}}, "retrieval.corpus=file:story.txt, retrieval.seed=3"),
+        ({"retrieval": {"\x1b]0;x": 1}}, None),
     ],
 )
 def test_a_suite_is_named_by_what_differs_from_the_shipped_one(suite: dict[str, Any], text: str | None) -> None:
@@ -82,3 +86,12 @@ def test_columns_of_dashes_are_left_out(width: int) -> None:
 
 def test_the_names_of_shipped_suites_say_nothing_of_folders(tmp_path: Path) -> None:
     assert changes(QUICK | {"corpus": [f"file:{tmp_path}/secret/x.txt"]}) == "corpus=file:x.txt"
+
+
+def test_a_shipped_suite_that_asks_of_contexts_is_itself_whole_as_records_have_it() -> None:
+    shipped = resolve(["suite=retrieval"]).suite.model_dump(mode="json")
+    assert changes(shipped) is None
+    assert changes(shipped | {"retrieval": shipped["retrieval"] | {"contexts": 3}}) == "retrieval.contexts=3"
+    assert changes(shipped | {"retrieval": None}) == "retrieval=null"
+    places = [shipped | {"retrieval": shipped["retrieval"] | {"corpus": f"file:{folder}/story.txt"}} for folder in ("a", "b")]
+    assert protocol(places[0]) == protocol(places[1]) != protocol(shipped)

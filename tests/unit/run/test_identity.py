@@ -27,7 +27,7 @@ from slimbench.harness.store.store import Store
 from slimbench.methods.base import Needs
 from slimbench.methods.quantization.weight import rtn
 from slimbench.methods.quantization.weight.rtn import RTN
-from slimbench.tasks import gguf
+from slimbench.tasks import gguf, retrieval
 from slimbench.tasks.errors import DataError, HubError
 from tests.support.board_records import Spec, records
 from tests.support.paths import ROOT
@@ -139,6 +139,31 @@ def test_the_content_of_timed_prompts_stands_in_the_speed_key(overrides: list[st
     texts.write_text("Where do the ducks go in winter?\n")
     after = cell(prompted).identity.keys
     assert (after.compress, after.quality) == (before.compress, before.quality) and after.speed != before.speed
+
+
+def test_the_content_of_contexts_stands_in_the_quality_key_of_suites_that_have_some(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text("Where do the geese go in winter?\n")
+    asked = [*overrides, f"+suite.retrieval.corpus=file:{story}"]
+    plain, before = cell(overrides).identity.keys, cell(asked).identity.keys
+    assert (before.compress, before.speed) == (plain.compress, plain.speed) and before.quality != plain.quality
+    (moved := tmp_path / "moved.txt").write_text(story.read_text())
+    assert cell([*overrides, f"+suite.retrieval.corpus=file:{moved}"]).identity.keys == before
+    settings = ("lengths=[64,128]", "contexts=3", "needles=5", "questions=1", "seed=1")
+    changed = {cell([*asked, f"+suite.retrieval.{setting}"]).identity.keys.quality for setting in settings}
+    assert len(changed | {before.quality}) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "FACT", " {name} knows {digits}.")
+        assert cell(overrides).identity.keys == plain and cell(asked).identity.keys.quality != before.quality, (
+            "other facts, another measurement"
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols, "RETRIEVAL", 2)
+        assert cell(overrides).identity.keys == plain and cell(asked).identity.keys.quality != before.quality
+    story.write_text("Where do the ducks go in winter?\n")
+    assert cell(asked).identity.keys.quality != before.quality
 
 
 def test_where_compression_runs_stands_in_its_key(

@@ -40,6 +40,8 @@ def test_a_shipped_cell_needs_no_trust(honest: dict[str, Any]) -> None:
     assert configuration(changed(honest, "calibration.source", "self"), trusted=False).calibration.source == "self"
     prompted = configuration(changed(honest, "speed.prompts", {"corpus": "bigbench-mysteries"}), trusted=False)
     assert prompted.speed.prompts is not None and prompted.speed.prompts.corpus == "bigbench-mysteries"
+    asked = configuration(changed(honest, "suite.retrieval", {"corpus": "bigbench-mysteries"}), trusted=False)
+    assert asked.suite.retrieval is not None and asked.suite.texts[-1] == "bigbench-mysteries"
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -62,6 +64,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         ["self"],
     ),
     "speed.prompts": (
+        {"corpus": "file:/etc/passwd"},
+        {"corpus": "hf:text:/etc/passwd:train:text"},
+        {"corpus": None},
+        ["file:/etc/passwd"],
+    ),
+    "suite.retrieval": (
         {"corpus": "file:/etc/passwd"},
         {"corpus": "hf:text:/etc/passwd:train:text"},
         {"corpus": None},

@@ -1,0 +1,158 @@
+"""What is found in long contexts beside dense: item by item, what dense does not find left out, no score where that is too little."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slimbench.harness.cli.main import app
+from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.retrieval import RetrievalResult
+from slimbench.harness.stats.shares import clustered_share
+from slimbench.harness.store.store import Store
+from slimbench.leaderboard.compare import retrieval
+from tests.support.board_records import Spec, records
+from tests.unit.cli.test_cli import slimbench
+
+CONTEXT = [place // 3 for place in range(18)]
+DENSE = [1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+OURS = [1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0]
+
+
+def result(correct: list[int], length: int = 1024, **changed: object) -> RetrievalResult:
+    fields = {
+        "protocol": "retrieval-1",
+        "corpus": "bigbench-mysteries",
+        "corpus_sha256": "c0",
+        "length": length,
+        "needles": 3,
+        "items_sha256": f"items of {length}",
+        "context": CONTEXT,
+        "depth": [0.1, 0.5, 0.9] * 6,
+        "correct": correct,
+        "answers_sha256": "a0",
+        "cache_bytes": 1000 * length,
+        "step_ms": [30.0, 31.0, 90.0, 29.0, 32.0, 30.5],
+    }
+    return RetrievalResult.model_validate(fields | changed)
+
+
+def with_facts(spec: Spec, *results: RetrievalResult) -> list[Record]:
+    made = records(spec)
+    next(record.quality for record in made if record.quality).retrieval = list(results)
+    return made
+
+
+def board(ours: list[int] = OURS, dense: list[int] = DENSE, **changed: object) -> list[Record]:
+    return [
+        *with_facts(Spec(), result(dense), result(dense, 2048)),
+        *with_facts(Spec("h2o(budget=256)", "compact"), result(ours, cache_bytes=256_000, **changed)),
+    ]
+
+
+def line(made: list[Record], method: str = "h2o(budget=256)", length: int = 1024) -> retrieval.Line:
+    (found,) = [one for one in retrieval.lines(made) if one.row.pipeline == method and one.ours.length == length]
+    return found
+
+
+def test_the_score_is_of_the_items_that_dense_finds() -> None:
+    found = line(board())
+    assert found.answered == 13 and found.score is not None
+    assert found.score.value == 9 / 13, "of 11 right answers two are at items that dense has wrong"
+    assert found.score == clustered_share([1, 2, 3, 1, 2], [2, 3, 3, 2, 3]), "clusters are contexts; one has no item that dense finds"
+    assert line(board(), "dense").score == (1.0, *clustered_share([2, 3, 3, 2, 3], [2, 3, 3, 2, 3])[1:])
+
+
+def test_numbers_of_bytes_and_times_stand_beside_those_of_dense() -> None:
+    figures = {(one["method"], one["length"]): one for one in retrieval.figures(retrieval.lines(board()))}
+    ours = figures["h2o(budget=256)", 1024]
+    assert (ours["items"], ours["answered"], ours["dense_answers"], ours["left_out"]) == (18, 11, 13, 5)
+    assert (ours["cache_bytes"], ours["dense_cache_bytes"]) == (256_000, 1_024_000)
+    assert (ours["step_ms"], ours["dense_step_ms"], ours["reason"]) == (30.75, 30.75, None)
+    assert [one["method"] for one in retrieval.figures(retrieval.lines(board()))] == ["h2o(budget=256)", "dense", "dense"], (
+        "fewest bytes first"
+    )
+
+
+@pytest.mark.parametrize(("answers", "has_score"), [(retrieval.FEWEST - 1, False), (retrieval.FEWEST, True)])
+def test_a_length_at_which_dense_finds_too_little_says_so_and_has_no_score(answers: int, has_score: bool) -> None:
+    found = line(board(dense=[1] * answers + [0] * (18 - answers)))
+    assert (found.score is not None) == has_score and found.answered == answers
+    if not has_score:
+        assert found.reason == "dense finds 7 of 18 facts, fewer than 8"
+        (figures,) = [one for one in retrieval.figures([found])]
+        assert figures["score"] is figures["score_low"] is None and figures["cache_bytes"] == 256_000
+
+
+@pytest.mark.parametrize(
+    "changed", [{"items_sha256": "others"}, {"corpus_sha256": "c1"}, {"protocol": "retrieval-2"}, {"context": [0] * 18}, {"length": 1025}]
+)
+def test_other_items_are_held_against_nothing(changed: dict[str, object]) -> None:
+    found = line(board(**changed), length=int(str(changed.get("length", 1024))))
+    assert found.score is None and found.answered is None
+    assert found.reason == "dense was not asked the same on this engine and machine"
+
+
+def test_dense_of_another_machine_or_engine_is_not_what_a_row_is_held_against() -> None:
+    ours = with_facts(Spec("h2o(budget=256)", "compact"), result(OURS))
+    for other in (Spec(cpu="Another CPU"), Spec(engine="compiled"), Spec(model="other")):
+        assert line([*with_facts(other, result(DENSE)), *ours]).score is None
+
+
+def test_contexts_with_calibration_text_have_no_score_and_short_windows_matter_not() -> None:
+    for flag, has_score in (
+        ("calibration text inside the test text: 3.0% of bigbench-mysteries (1024 tokens)", False),
+        ("policy never exercised by bigbench-wikipedia: the windows are no longer than what stays exact", True),
+    ):
+        made = board()
+        next(record.quality for record in made if record.quality and record.cell.pipeline != "dense").flags.append(flag)
+        found = line(made)
+        assert (found.score is not None) == has_score and found.reason == ("" if has_score else flag)
+
+
+def test_of_one_context_there_is_a_score_and_no_interval() -> None:
+    made = [*with_facts(Spec(), result(DENSE, context=[0] * 18)), *with_facts(Spec("tova"), result(OURS, context=[0] * 18))]
+    found = retrieval.figures([line(made, "tova")])[0]
+    assert found["score"] == 9 / 13 and found["score_low"] is None and found["score_high"] is None
+
+
+def test_columns_of_unequal_length_are_no_result() -> None:
+    for changed in ({"context": CONTEXT[1:]}, {"depth": [0.5]}, {"correct": [1] * 17}, {"correct": [2] * 18}):
+        with pytest.raises(ValueError):
+            RetrievalResult.model_validate(result(DENSE).model_dump() | changed)
+
+
+def test_tables_tell_it_by_length() -> None:
+    tables = retrieval.tables(retrieval.lines(board()))
+    first, second = tables
+    assert "1,024 tokens · dense finds 13 of 18 facts" in first and "2,048 tokens" in second
+    ours, dense = tables[first]
+    assert (ours["method"], ours["score"], ours["MB"], ours["MB of dense"], ours["ms"]) == ("h2o(budget=256)", "69", "0.26", "1.02", "30.8")
+    assert dense["score"] == "100" and dense["95 % interval"].endswith(" to 100") and not dense["95 % interval"].startswith("100")
+
+
+def test_hostile_texts_write_nothing_to_a_terminal() -> None:
+    made = board()
+    for record in made:
+        record.cell.model = "m\x1b]0;x\x07"
+    found = retrieval.lines(made)
+    assert "\x1b" not in str(retrieval.tables(found)) + json.dumps(retrieval.figures(found)) and "\\u001b" not in json.dumps(
+        retrieval.figures(found)
+    )
+
+
+def test_the_command_prints_it_and_says_what_makes_some(tmp_path: Path) -> None:
+    full, empty = Store(tmp_path / "full"), Store(tmp_path / "empty")
+    for record in board():
+        full.put(record)
+    for record in records(Spec()):
+        empty.put(record)
+    told = CliRunner().invoke(app, ["board", "retrieval", "--results", str(full.root), "--format", "json"])
+    assert [one["method"] for one in json.loads(told.stdout)] == ["h2o(budget=256)", "dense", "dense"]
+    shown = CliRunner().invoke(app, ["board", "retrieval", "--results", str(full.root)])
+    assert shown.exit_code == 0 and "dense finds 13 of 18 facts" in shown.stdout and "left out" in shown.stdout
+    none = slimbench("board", "retrieval", "--results", str(empty.root))
+    assert none.returncode == 2 and "suite=retrieval" in none.stderr and none.stderr.count("\n") == 1
