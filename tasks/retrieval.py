@@ -138,7 +138,7 @@ def _context(
     filler = stretch[: recipe.length - sum(map(len, facts))]
     if 2 * len(filler) < recipe.length:
         raise DataError(
-            f"{recipe.needles} facts are more than half of a context of {recipe.length:,} tokens; take fewer, or longer contexts"
+            f"facts are more than half of a context of {recipe.length:,} tokens; take fewer than {recipe.needles}, or longer contexts"
         )
     allowed = [0, *(place for place, token in enumerate(filler, 1) if token in ends)]
     wanted = [(part + rng.random()) / recipe.needles * len(filler) for part in range(recipe.needles)]

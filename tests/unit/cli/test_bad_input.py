@@ -58,7 +58,7 @@ NAMES = [item.name for item in entries()]
         (["suite=retrieval", "suite.retrieval.lengths=[1024,1024]"], "1024 stands there twice"),
         (["suite=retrieval", "suite.retrieval.lengths=8"], "input should be greater than or equal to 64, not 8"),
         (["suite=retrieval", "suite.retrieval.needle=8"], "did you mean 'suite.retrieval.needles'"),
-        (["suite=retrieval", "method=gptq", "calibration.source=bigbench-mysteries"], "is the test text of suite 'retrieval'"),
+        (["suite=retrieval", "method=gptq", "calibration=bigbench-mysteries"], "is the test text of suite 'retrieval'"),
         (["results="], "results: "),
         (["model.track=encoder"], "model.track=encoder: no suite measures it yet; choose causal-lm"),
         (["model.track=encodr"], "model.track: 'encodr' is no valid choice; did you mean 'encoder'?"),

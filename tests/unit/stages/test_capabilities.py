@@ -98,17 +98,17 @@ def test_an_engine_that_does_not_generate_says_so_in_place_of_continuations(cell
 def story(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("story") / "story.txt"
     file.write_text("".join(f"In year {i} nothing was said of doors. " for i in range(100)))
-    return f"+suite.retrieval={{corpus: 'file:{file}', lengths: [96, 192, 512], contexts: 3, needles: 1, questions: 1}}"
+    return f"+suite.retrieval={{corpus: 'file:{file}', lengths: [160, 200, 512], contexts: 3, needles: 1, questions: 1}}"
 
 
 def test_contexts_are_asked_at_each_length_that_fits_and_the_others_say_why(
     cell: tuple[Any, str], overrides: list[str], story: str
 ) -> None:
     result = quality.run(resolve([*overrides, story]), cell[1], cell[1], Silent())
-    assert [one.length for one in result.retrieval] == [96, 192]
+    assert [one.length for one in result.retrieval] == [160, 200]
     assert all(len(one.correct) == len(one.step_ms) == 3 and one.corpus == "file:story.txt" for one in result.retrieval)
-    assert result.retrieval[1].cache_bytes == 2 * (result.retrieval[0].cache_bytes or 0) > 0
-    assert "retrieval 96" in result.seconds
+    assert 160 * (result.retrieval[1].cache_bytes or 0) == 200 * (result.retrieval[0].cache_bytes or 0) > 0
+    assert "retrieval 160" in result.seconds
     (flag,) = result.flags
     assert flag.startswith("no retrieval: a context of 512 tokens and what follows are ") and kind(flag) is Kind.NOTE
     plain = quality.run(resolve(overrides), cell[1], cell[1], Silent())
@@ -130,13 +130,11 @@ def test_contexts_of_calibration_text_are_flagged(cell: tuple[Any, str], overrid
     """A copy of the text under another name is found by its content."""
     (copied := tmp_path / "copied.txt").write_text(Path(story.split("file:")[1].split("'")[0]).read_text())
     key = "ca9ab112"
-    config = resolve(
-        [*overrides, story, "method=gptq", f"calibration.source=file:{copied}", "calibration_samples=8", "calibration_length=64"]
-    )
+    config = resolve([*overrides, story, "method=gptq", f"calibration=file:{copied}", "calibration_samples=8", "calibration_length=64"])
     compress.run(config, key, Silent())
     result = quality.run(config, key, cell[1], Silent())
     assert all(one.calibration_overlap for one in result.retrieval)
-    assert any(flag.startswith("calibration text inside the test text: ") and "story.txt (96 tokens)" in flag for flag in result.flags)
+    assert any(flag.startswith("calibration text inside the test text: ") and "story.txt (160 tokens)" in flag for flag in result.flags)
 
 
 def test_an_engine_that_does_not_generate_answers_no_task_that_asks_for_a_text(tmp_path: Path) -> None:

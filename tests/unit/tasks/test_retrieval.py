@@ -78,7 +78,7 @@ def test_all_is_drawn_from_the_seed_and_the_hash_is_of_every_item() -> None:
     ("changed", "message"),
     [
         ({"length": 20_000}, r"corpus story has 5\d,\d{3} tokens, fewer than 6 contexts of 20,000"),
-        ({"length": 64}, "5 facts are more than half of a context of 64 tokens; take fewer, or longer contexts"),
+        ({"length": 64}, "facts are more than half of a context of 64 tokens; take fewer than 5, or longer contexts"),
     ],
 )
 def test_a_text_that_is_too_short_is_refused_in_one_line(changed: dict[str, int], message: str) -> None:
