@@ -33,7 +33,8 @@ def missing(engine: EngineConfig) -> str | None:
     """The command that would make an engine run here, None where nothing is missing."""
     if engine.environment:
         return None if environments.get(engine.environment).is_made else f"needs its environment: slimbench env make {engine.environment}"
-    absent = [name for name in engine.modules if importlib.util.find_spec(name) is None]
+    modules = [*engine.modules, *(["flash_attn"] if engine.attention == "flash_attention_2" else [])]
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
     extra = f"'slimbench[{engine.extra}]'" if engine.extra else " ".join(absent)
     return f"needs {', '.join(absent)}: pip install {extra}" if absent else None
 

@@ -13,6 +13,7 @@ from slimbench.harness.config.sections.teaching import TeacherConfig
 from slimbench.util import durations
 
 OnExisting = Literal["keep", "failed", "stale", "all"]
+Attention = Literal["default", "eager", "sdpa", "flash", "math", "flash_attention_2"]
 
 
 class ModelConfig(Strict):
@@ -65,6 +66,10 @@ class EngineConfig(Strict):
         extra: Optional dependency group of slimbench that installs them.
         environment: Name in `slimbench env list` of the environment that the stages run in; None for the harness's own.
         spreads: The formats of those that it spreads over several cards.
+        attention: By what a model attends, with the same result but for rounding: `default`, as it comes; `eager`, with all scores in
+            memory; `sdpa`, torch's fused operator, and that held to one kernel: `flash` in tiles, `math` as plain products;
+            `flash_attention_2`, the package flash_attn, on a card.
+        attentions: What of these it takes beside `default`.
         memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
         compiles: It makes code while it runs, by a compiler in its own process.
     """
@@ -77,8 +82,22 @@ class EngineConfig(Strict):
     extra: str | None = None
     environment: str | None = None
     spreads: list[str] = []
+    attention: Attention = "default"
+    attentions: list[Attention] = []
     memory: Literal["model", "layer"] | None = None
     compiles: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name, and after it what of its settings makes other numbers."""
+        return self.name if self.attention == "default" else f"{self.name}+{self.attention}"
+
+    @model_validator(mode="after")
+    def _takes_attention(self) -> EngineConfig:
+        if self.attention not in ("default", *self.attentions):
+            able = f", it takes {', '.join(self.attentions)}" if self.attentions else "; leave it out"
+            raise ValueError(f"attention={self.attention}: engine {self.name} has no such setting{able}")
+        return self
 
 
 class SpeedPoint(Strict):

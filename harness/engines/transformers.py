@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from slimbench.harness.engines import spread
+from slimbench.harness.engines import attention, spread
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect, linear_bits
 from slimbench.harness.measure.loaded import Branches, LoadedModel, Step
@@ -162,13 +162,23 @@ def _contiguous(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
 
 
 class TransformersEngine(Engine):
-    """Loads every format that ends as a module with the call of a transformers model; over several cards whole blocks on each of them."""
+    """Loads every format that ends as a module with the call of a transformers model; over several cards whole blocks on each of them.
+
+    Args:
+        attention: By what models attend (`engines.attention`); `default`: as they come.
+    """
 
     version: ClassVar[int] = 1
 
+    def __init__(self, loaders: dict[str, str], cards: int = 1, attention: str = attention.DEFAULT) -> None:
+        super().__init__(loaders, cards)
+        self.attention = attention
+
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
-        if self.cards == 1:
-            return TransformersModel(loader(artefact, device, trust_remote_code), device)
-        first = torch.device(device).index or 0
-        places = spread.device_map(artefact, range(first, first + self.cards), trust_remote_code)
-        return TransformersModel(loader(artefact, device, trust_remote_code, device_map=places), device)
+        placed = {}
+        if self.cards > 1:
+            first = torch.device(device).index or 0
+            placed["device_map"] = spread.device_map(artefact, range(first, first + self.cards), trust_remote_code)
+        module = loader(artefact, device, trust_remote_code, **placed)
+        attention.use(module, self.attention)
+        return TransformersModel(module, device)

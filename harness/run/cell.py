@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slimbench.harness.config import engines
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method, describe
 from slimbench.harness.config.registry import step_label
@@ -53,8 +52,7 @@ class Cell:
         """The configuration as records have it: methods and engine by name and version; no folder of results, no path of a class."""
         config = self.config.model_dump(mode="json", exclude={"results", "launcher"})
         pipeline = [describe(step) for step in self.config.pipeline]
-        engine = {"name": self.config.engine.name, "version": engines.version(self.config.engine.target)}
-        return config | {"pipeline": pipeline, "reference": describe(self.config.reference), "engine": engine}
+        return config | {"pipeline": pipeline, "reference": describe(self.config.reference), "engine": identity.engine(self.config)}
 
     def prefix_key(self, steps: int) -> str:
         """Compress key of the cell whose pipeline is the first so many steps of this one."""
@@ -100,7 +98,7 @@ def make_cell(config: RunConfig, overrides: tuple[str, ...] = ()) -> Cell:
             pipeline="+".join(step_label(step) for step in config.pipeline),
             steps=[describe(s) | _facts(m) for s, m in zip(config.pipeline, methods, strict=True)],
             family="+".join(dict.fromkeys(m.family for m in methods)),
-            engine=config.engine.name,
+            engine=config.engine.label,
             device=config.device.name,
             suite=config.suite.name,
             speed=config.speed.name,

@@ -29,7 +29,7 @@ def keys(config: RunConfig) -> Keys:
         calibration=calibration_text.fingerprint(config) if any(m.needs.calibration for m in methods) else None,
         seed=config.seed,
         compress_device=config.device.compress,
-        engine={"name": config.engine.name, "version": engines.version(config.engine.target)},
+        engine=engine(config),
         device=config.device.name,
         suite=suite_part(
             _suite_settings(config.suite),
@@ -51,6 +51,12 @@ def _suite_settings(suite: SuiteConfig) -> dict[str, Any]:
     if suite.retrieval:
         settings["retrieval"] |= {"corpus": corpora.fingerprint(suite.retrieval.corpus), "facts": retrieval.fingerprint()}
     return settings
+
+
+def engine(config: RunConfig) -> dict[str, Any]:
+    """An engine as keys and records have it: name and version, and by what models attend where that is set."""
+    chosen = {"attention": config.engine.attention} if config.engine.attention != "default" else {}
+    return {"name": config.engine.name, "version": engines.version(config.engine.target)} | chosen
 
 
 def _speed_settings(speed: SpeedConfig) -> dict[str, Any]:

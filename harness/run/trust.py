@@ -48,7 +48,7 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
     own = {
         "pipeline": [_shipped(step) for step in _list(config.get("pipeline"))],
         "reference": _shipped(config.get("reference")),
-        "engine": choice("engine", str(_section(config, "engine").get("name"))),
+        "engine": _engine(_section(config, "engine")),
         "limits": {},
     }
     return RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own)
@@ -71,8 +71,8 @@ def require_own_code(configs: Iterable[RunConfig], trusted: bool) -> None:
             own = targets.get(step.name) or targets.setdefault(step.name, shipped_target(step.name))
             if step.target != own:
                 raise Distrusted(f"method '{step.name}' is {own} here, not {step.target}")
-        name = config.engine.name
-        if config.engine != (engines.get(name) or engines.setdefault(name, EngineConfig.model_validate(choice("engine", name)))):
+        name, asked = config.engine.name, config.engine.model_copy(update={"attention": "default"})
+        if asked != (engines.get(name) or engines.setdefault(name, EngineConfig.model_validate(_engine({"name": name})))):
             raise Distrusted(f"engine '{name}' is not what conf/engine/{name}.yaml says")
         if not trusted and (reason := next(_bringing_code(config.model_dump(include={"model", "suite"})), None)):
             raise Distrusted(reason)
@@ -82,6 +82,11 @@ def _shipped(step: Any) -> dict[str, Any]:
     """A step with the class that this installation has for a method of its name."""
     name = str(_section({"step": step}, "step").get("name"))
     return {"name": name, "target": shipped_target(name), "settings": _section(step, "settings")}
+
+
+def _engine(told: dict[str, Any]) -> dict[str, Any]:
+    """The engine that this installation has under a name, with the attention that a record tells."""
+    return choice("engine", str(told.get("name"))) | {"attention": told.get("attention", "default")}
 
 
 def _distrusted(config: dict[str, Any]) -> Iterator[str]:

@@ -79,7 +79,7 @@ class Distributions:
         def plain() -> Scores:
             return Scores.of(load(config, key, self.report, "load reference")[0])
 
-        found = {} if self.config.engine.name == "transformers" else {"transformers": plain}
+        found = {} if self.config.engine.label == "transformers" else {"transformers": plain}
         return found if config.model.dtype == "float32" else found | {"float32": lambda: _in_float32(plain())}
 
     def _record(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
@@ -103,7 +103,7 @@ class Distributions:
         return digest(
             {
                 "reference": self.reference_key,
-                "engine": self.config.engine.name,
+                "engine": self.config.engine.label,
                 "device": self.config.device.name,
                 "pass": wanted | {"corpus": corpora.fingerprint(windows.wanted.corpus)},
                 "protocol": [suite.add_bos, suite.chunk, suite.top_k],

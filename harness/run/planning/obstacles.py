@@ -120,6 +120,8 @@ def _no_engine(cell: Cell) -> str | None:
         return f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}"
     if device not in engine.devices:
         return f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}"
+    if engine.attention == "flash_attention_2" and device != "cuda":
+        return f"engine.attention=flash_attention_2 runs on cuda, not on {device}; flash is torch's own"
     if cell.config.device.cards > 1 and format_ not in engine.spreads:
         able = [e.name for e in engines.catalogue() if format_ in e.spreads]
         return f"engine {engine.name} spreads no {format_} over several cards" + (f"; {', '.join(able)} would" if able else "")

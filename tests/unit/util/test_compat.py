@@ -137,6 +137,8 @@ def test_the_compiler_shows_a_pass_its_graph_and_takes_the_options_of_a_step() -
 
 
 def test_a_model_says_how_it_attends_and_what_is_not_moved(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
     from slimbench.util.compat import transformers as of
 
     model = tiny.save_model(tmp_path).load()
@@ -145,6 +147,9 @@ def test_a_model_says_how_it_attends_and_what_is_not_moved(tmp_path: Path) -> No
     assert of.attention_implementation(model) == "eager"
     assert "past_key_values" in of.keys_left_in_place(model)
     assert of.blocks_kept_whole(model) == {"LlamaDecoderLayer"}
+    assert of.attends_through_interface(model)
+    state_space = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8))
+    assert not of.attends_through_interface(state_space)
 
 
 def test_a_weight_that_is_kept_elsewhere_has_a_hook_that_brings_it_in() -> None:

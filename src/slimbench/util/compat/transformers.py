@@ -10,6 +10,11 @@ def attention_implementation(model: Any) -> str | None:
     return getattr(model.config, "_attn_implementation", None)
 
 
+def attends_through_interface(model: Any) -> bool:
+    """Whether a model has attentions that another function can be put in the place of."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
 def keys_left_in_place(model: Any) -> Any:
     """Names of the arguments of a model's layers that are not moved from device to device, such as its cache."""
     return getattr(model, "_skip_keys_device_placement", None)
