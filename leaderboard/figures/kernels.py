@@ -67,7 +67,7 @@ def draw(table: pd.DataFrame, kind: Literal["svg", "png"]) -> bytes:
     """The plot as a file.
 
     Args:
-        table: Columns as of `harness.measure.kernels.KernelRow`.
+        table: Columns as of `harness.measure.bench.kernels.KernelRow`.
     """
     table = _labelled(table)
     figure: Callable[[pd.DataFrame], Figure] = _dots if table["batch"].nunique() == 1 else _lines

@@ -13,8 +13,8 @@ from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.measure import kernels as bench
 from slimbench.harness.measure import machine
+from slimbench.harness.measure.bench import kernels as bench
 from slimbench.leaderboard.figures import kernels
 
 LAYERS = [("small", 64, 256), ("small", 48, 128)]

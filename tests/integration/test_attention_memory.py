@@ -1,0 +1,48 @@
+"""Temporary memory of attention over the length of a text, as the system sees it: squared for all scores, in proportion for tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from slimbench.harness.measure.bench import attention as bench
+from slimbench.harness.measure.bench.attention import AttentionRow, Setting
+from slimbench.leaderboard.figures.attention import growth
+
+SETTING = Setting(heads=8, width=64, lengths=[512, 1024], dtypes=["float32"], repeats=1)
+
+
+@pytest.fixture(scope="module")
+def peaks() -> pd.DataFrame:
+    found = bench.run(SETTING, bench.chosen(["naive", "math", "flash"]), "cpu", 1, lambda *_: None)
+    rows = pd.DataFrame([bench.to_row(row) for row in found if isinstance(row, AttentionRow)])
+    if rows["peak_bytes"].isna().any():
+        pytest.skip("this system does not tell the peak of a process")
+    return rows
+
+
+def test_naive_grows_with_the_square_and_flash_in_proportion(peaks: pd.DataFrame) -> None:
+    grown = {str(name): growth(rows) or 0.0 for name, rows in peaks.groupby("implementation")}
+    assert 1.8 < grown["naive"] < 2.2 and 1.7 < grown["math"] < 2.2
+    assert 0.7 < grown["flash"] < 1.3
+
+
+def test_sizes_are_those_of_scores_and_of_results(peaks: pd.DataFrame) -> None:
+    longest = peaks[peaks["length"] == 1024].set_index("implementation")["peak_bytes"]
+    scores, result = 4 * 8 * 1024**2, 4 * 8 * 64 * 1024
+    assert 2 * scores <= longest["naive"] <= 4 * scores
+    assert result <= longest["flash"] <= 2 * result
+
+
+def test_memory_past_the_allocator_of_torch_is_seen() -> None:
+    def hoards(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        hidden = np.ones(20_000_000, dtype=np.uint8)
+        return bench.naive(query, key, value) * float(hidden[-1])
+
+    (row,) = bench.run(Setting(1, 8, [16], ["float32"], 1), {"hoards": hoards}, "cpu", 1, lambda *_: None)
+    assert isinstance(row, AttentionRow)
+    if row.peak_bytes is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert 20_000_000 <= row.peak_bytes < 24_000_000 and row.relative_error < 1e-6
