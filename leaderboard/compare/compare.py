@@ -31,9 +31,9 @@ from slimbench.leaderboard.compare.texts import (
 from slimbench.leaderboard.flags.kinds import Figure, meaning, spoiling
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.pairing import shared_items
+from slimbench.leaderboard.rows.results.speed import speedup
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.rows.speed import speedup
 from slimbench.util.text import nearest
 
 _SHORTEST_KEY = 4

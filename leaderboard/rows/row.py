@@ -19,7 +19,7 @@ from slimbench.leaderboard.rows.groups import (
     Size,
     Speed,
 )
-from slimbench.leaderboard.rows.work import Work
+from slimbench.leaderboard.rows.results.work import Work
 
 
 class Row(Calibration, Cost, Work, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):

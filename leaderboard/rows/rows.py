@@ -17,15 +17,15 @@ from slimbench.leaderboard.flags import facts
 from slimbench.leaderboard.flags.collect import flags
 from slimbench.leaderboard.flags.joined import other_code
 from slimbench.leaderboard.rows import changes, steps
-from slimbench.leaderboard.rows import speed as speeds
 from slimbench.leaderboard.rows.groups import Cache, Cost, Fidelity, Identity, Size, Speed
 from slimbench.leaderboard.rows.index import Index, cells, oldest_first
 from slimbench.leaderboard.rows.pairing import items_of, prompts_of
-from slimbench.leaderboard.rows.quality import accuracy, divergence, fidelity, losses, perplexity
 from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
+from slimbench.leaderboard.rows.results import speed as speeds
+from slimbench.leaderboard.rows.results.quality import accuracy, divergence, fidelity, losses, perplexity
+from slimbench.leaderboard.rows.results.work import work
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.work import work
 from slimbench.leaderboard.verdicts.judged import Paired, judged
 from slimbench.util.hashing import short_hash
 from slimbench.util.parallel import mapped

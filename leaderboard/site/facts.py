@@ -10,10 +10,10 @@ from slimbench.harness.config.engines import catalogue
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.flags.kinds import Figure, labelled, spoiling
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.cache import CACHE
 from slimbench.leaderboard.tables.columns import COLUMNS, places, seed_spread
 from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, shorten
 from slimbench.leaderboard.tables.resolution import shown_by
+from slimbench.leaderboard.tables.sides.cache import CACHE
 
 LONGEST_DETAIL = 2000
 

@@ -14,7 +14,7 @@ from slimbench.leaderboard.site.lines import Line, heads
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
-from slimbench.leaderboard.tables.side import Side
+from slimbench.leaderboard.tables.sides.side import Side
 from slimbench.leaderboard.tables.writers import SIDES
 
 LOW_BITS = 5.0

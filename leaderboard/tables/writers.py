@@ -17,11 +17,11 @@ from slimbench.leaderboard.rows.row import Row
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from slimbench.leaderboard.tables import cache, work
 from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
 from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
 from slimbench.leaderboard.tables.resolution import anchors, resolution
-from slimbench.leaderboard.tables.side import Side
+from slimbench.leaderboard.tables.sides import cache, work
+from slimbench.leaderboard.tables.sides.side import Side
 from slimbench.leaderboard.tables.tables import Table, tables
 from slimbench.util.text import csv_text
 

@@ -7,8 +7,8 @@ The routers alone learn, with all weights of the model frozen, on whole texts wi
 
 and the gradient of g is that of p (straight through). All blocks run at first: w is 0, and b lies above the threshold. Late states are many
 times as long as early ones, so w is u over the median length of the states before its block, and u learns. The paper trains the whole
-model with the routers, from scratch; the form of router and price is assumed here. Which tokens skip comes out of the text: records hold the
-blocks that ran.
+model with the routers, from scratch; the form of router and price is assumed here. Which tokens skip comes out of the text: records
+hold the blocks that ran.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ WRITERS = {
     "leaderboard/flags/declared.py": ("declared", "_training"),
     "leaderboard/flags/facts.py": ("of_speed", "_above_the_bytes", "of_quality", "never_exercised"),
     "leaderboard/flags/joined.py": ("strangers", "_elsewhere", "_of_other_bytes", "other_code"),
-    "leaderboard/rows/quality.py": ("losses",),
+    "leaderboard/rows/results/quality.py": ("losses",),
 }
 """Functions all of whose texts with a space are flags, beside those that have `flags` in their name."""
 READERS = {

@@ -14,8 +14,8 @@ import pytest
 
 from slimbench.harness.schema.generation import TimedTokens
 from slimbench.harness.store.store import Store
+from slimbench.leaderboard.rows.results.speed import speed
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.rows.speed import speed
 from slimbench.leaderboard.tables.writers import to_json
 from tests.bench import recompute
 from tests.support.board_records import Spec, board, records, write

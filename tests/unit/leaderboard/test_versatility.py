@@ -17,7 +17,7 @@ from slimbench.harness.schema.quality import ZeroshotResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import holm, mcnemar
 from slimbench.leaderboard.rows.groups import Accuracy
-from slimbench.leaderboard.rows.quality import losses
+from slimbench.leaderboard.rows.results.quality import losses
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.facts import details

@@ -13,8 +13,8 @@ from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.catalogue import Absent, figures
 from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.rows.results.work import by_number, predicted_ms
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.rows.work import by_number, predicted_ms
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.tables.writers import to_markdown

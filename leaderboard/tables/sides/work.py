@@ -5,7 +5,7 @@ from __future__ import annotations
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import decimal
-from slimbench.leaderboard.tables.side import Side
+from slimbench.leaderboard.tables.sides.side import Side
 
 _READING = (
     "Counted by hooks behind a text, in passes that nobody times; means over tokens. Parameters of matrices take part as often as they do: "

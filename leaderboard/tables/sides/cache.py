@@ -5,7 +5,7 @@ from __future__ import annotations
 from slimbench.leaderboard.rows.groups import CACHE_TOKENS
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import decimal
-from slimbench.leaderboard.tables.side import Side
+from slimbench.leaderboard.tables.sides.side import Side
 
 _READING = (
     "Bytes of one sequence by its tokens, scales and exact tokens included; `measured` is of the batch at the end of the speed point. "
