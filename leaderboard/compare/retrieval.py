@@ -100,8 +100,8 @@ def score(ours: RetrievalResult, dense: RetrievalResult) -> Estimate:
     for number, right, known in zip(ours.context, ours.correct, dense.correct, strict=True):
         if known:
             clusters[number].append(right)
-    right, asked = [sum(items) for items in clusters.values()], [len(items) for items in clusters.values()]
-    return attempt(clustered_share, right, asked, otherwise=Estimate(sum(right) / sum(asked), *UNDEFINED))
+    found, asked = [sum(items) for items in clusters.values()], [len(items) for items in clusters.values()]
+    return attempt(clustered_share, found, asked, otherwise=Estimate(sum(found) / sum(asked), *UNDEFINED))
 
 
 def figures(found: Sequence[Line]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -97,5 +97,5 @@ def _over_length(ax: Axes, panel: _Panel, table: pd.DataFrame, palette: Palette)
 def _line(ax: Axes, panel: _Panel, rows: pd.DataFrame, look: Look, label: str) -> None:
     values = panel.factor * rows[panel.column]
     reach = [values - panel.factor * rows["low"], panel.factor * rows["high"] - values] if panel.column == "milliseconds" else None
-    style = {"color": look.colour, "marker": look.marker, "linestyle": look.dashes}
+    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": look.dashes}
     ax.errorbar(rows["length"], values, yerr=reach, markersize=4, linewidth=1.2, elinewidth=0.9, label=label, **style)
