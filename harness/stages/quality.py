@@ -190,7 +190,7 @@ def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str,
 
 def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
     fractions = [(p.corpus, p.calibration_overlap) for p in result.perplexity] + [(t.task, t.calibration_overlap) for t in result.zeroshot]
-    fractions += [(f"{r.corpus} ({r.length} tokens)", r.calibration_overlap) for r in result.retrieval]
+    fractions += [(r.corpus, r.calibration_overlap) for r in result.retrieval]
     shared = [f"{fraction:.1%} of {name}" for name, fraction in fractions if fraction and fraction > _OVERLAP]
     found = [f"calibration text inside the test text: {', '.join(dict.fromkeys(shared))}"] if shared else []
     return found + (["no divergence: the reference did not run here"] if distributions.missing else [])

@@ -29,6 +29,7 @@ READERS = {
     "harness/measure/hardware.py": "instructions of a processor",
     "harness/schema/hardware.py": "instructions of a processor",
     "leaderboard/compare/compare.py": "reads those of rows",
+    "leaderboard/compare/retrieval.py": "reads those of rows",
     "leaderboard/compare/verdict.py": "prints those of rows",
     "leaderboard/flags/kinds.py": "tells them apart",
     "leaderboard/advice.py": "prints those of a row",

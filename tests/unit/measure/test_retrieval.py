@@ -39,12 +39,16 @@ class Remembering(Branches):
     """Answers by what it finds in the tokens that it holds: all of them, or the newest. It changes its state in place, as caches do."""
 
     scoring = "exact"
-    vocab_size, max_length, device = 257, 10_000, torch.device("cpu")
+    vocab_size, max_length = 257, 10_000
 
     def __init__(self, tokenizer: Any, window: int = 10_000, copies: bool = True) -> None:
         self.tokenizer, self.window, self.copies = tokenizer, window, copies
         self.read: list[str] = []
         self.pieces: list[int] = []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def synchronize(self) -> None: ...
 
