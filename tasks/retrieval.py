@@ -35,6 +35,8 @@ _NAMES = (
 )
 NAMES = tuple(_NAMES.split())
 DIGITS = 5
+VERSION = 1
+"""Raised when other contexts come of the same arguments."""
 MOST = len(NAMES)
 """Facts of a context at most: each has a name of its own."""
 _ANSWER = re.compile(r"\s*(\d+)")
@@ -84,8 +86,8 @@ class Context:
 
 
 def fingerprint() -> str:
-    """Of the words and names that all contexts are made with."""
-    return digest([FACT, QUESTION, NAMES, DIGITS])
+    """Of the words and names that all contexts are made with, and of how."""
+    return digest([VERSION, FACT, QUESTION, NAMES, DIGITS])
 
 
 def sha256(contexts: Sequence[Context]) -> str:
