@@ -46,7 +46,7 @@ class Line:
         ours: Its result.
         dense: That of dense on the same items; None where there is none.
         answered: Items that dense answers; None without it.
-        score: Of these, the share that the row answers; None where `reason` says why not.
+        score: Of these, the share that the row answers, of dense itself all without an interval; None where `reason` says why not.
     """
 
     row: Row
@@ -87,7 +87,7 @@ def _line(row: Row, ours: RetrievalResult, dense: RetrievalResult | None, spoile
         return Line(row, ours, dense, answered, None, f"dense finds {answered} of {len(dense.correct)} facts, fewer than {FEWEST}")
     if spoiled:
         return Line(row, ours, dense, answered, None, spoiled)
-    return Line(row, ours, dense, answered, score(ours, dense))
+    return Line(row, ours, dense, answered, Estimate(1.0, *UNDEFINED) if ours is dense else score(ours, dense))
 
 
 def score(ours: RetrievalResult, dense: RetrievalResult) -> Estimate:
