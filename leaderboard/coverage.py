@@ -2,7 +2,7 @@
 
 `methods/survey.csv` names the systems of "Model Compression and Efficient Inference for Large Language Models: A Survey"
 (arXiv:2402.09748) and a few later ones. What a method stands for, it says itself (`Citation.covers`). `methods/coverage.yaml` says
-where that is only a part of the system, which method (or engine) comes near to another, or why there is none.
+where that is only a part of the system, which method (or engine, or model) comes near to another, or why there is none.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Answer:
     """What slimbench has for a system.
 
     Attributes:
-        methods: Names of the methods, or engines, that cover or approximate it.
+        methods: Names of the methods, engines or models that cover or approximate it.
         how: What differs, or why there is none.
     """
 
@@ -104,7 +104,7 @@ class Notes:
     Attributes:
         engines: System → the engines that are what it is.
         models: System → the models of `conf/model/` that are what it is.
-        approximated: System → the method or engine that comes near, and what differs.
+        approximated: System → the method, engine or model that comes near, and what differs.
         missing: System → why no method does it.
         defaults: Branch or number of a section → why no method does what it has left.
     """
@@ -217,7 +217,7 @@ def problems(
         *(f"'{id_}' has two answers" for id_ in sorted(set(noted)) if noted.count(id_) > 1),
         *(f"'{name}' is no engine{nearest(name, engines)}" for name in sorted(by_engine) if name not in engines),
         *(f"'{name}' is no model{nearest(name, models)}" for name in sorted(by_model) if name not in models),
-        *(f"'{id_}' is approximated by '{by}'{nearest(by, covers)}" for id_, by in near if by not in {*covers, *engines}),
+        *(f"'{id_}' is approximated by '{by}'{nearest(by, covers)}" for id_, by in near if by not in {*covers, *engines, *models}),
         *(f"a reason is given for '{key}', which is no section" for key in said.defaults if key not in sections),
         *(f"'{system.id}' has no answer" for system in open_ if not _reason(system, said)),
     ]

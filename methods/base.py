@@ -95,6 +95,7 @@ class ModelShape:
     """The sizes of a decoder that a method checks before heavy work. All counts, no units.
 
     Attributes:
+        num_heads: 0 of a model without attention, as `num_kv_heads`.
         widths: Numbers of inputs that the linear layers of the blocks have, where edits left others than the hidden and the
             intermediate size.
     """
@@ -112,8 +113,8 @@ class ModelShape:
 
     @property
     def head_dim(self) -> int:
-        """Width of a key or value of one head."""
-        return self.head_size or self.hidden_size // self.num_heads
+        """Width of a key or value of one head; 0 of a model without attention."""
+        return self.head_size or (self.hidden_size // self.num_heads if self.num_heads else 0)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
@@ -128,8 +129,8 @@ class ModelShape:
             hidden_size=hidden,
             intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
             num_layers=first("num_hidden_layers", "n_layer"),
-            num_heads=heads,
-            num_kv_heads=first("num_key_value_heads") or heads,
+            num_heads=heads or 0,
+            num_kv_heads=first("num_key_value_heads") or heads or 0,
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", True)),
             head_size=config.get("head_dim"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from slimbench.harness.config import engines
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries
 from slimbench.harness.config.sources import read_yaml, shipped
@@ -64,6 +65,8 @@ BRANCHES = ("pruning", "distillation", "peft", "compact", "dynamic")
 def test_every_answer_names_the_tests_that_hold_its_formula() -> None:
     held = read_yaml(FORMULAS)
     classes = {entry.name: f"{type(entry.method).__module__}.{type(entry.method).__name__}" for entry in entries()}
+    classes |= {engine.name: engine.target for engine in engines.catalogue()}
+    models = set(shipped("model"))
     answered = [answer for branch in BRANCHES for answer in coverage.table(branch) if answer.status is not Status.MISSING]
     assert sorted(held) == sorted(answer.system.id for answer in answered)
     for answer in answered:
@@ -71,6 +74,9 @@ def test_every_answer_names_the_tests_that_hold_its_formula() -> None:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert set(tests.split()) <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, held[answer.system.id]
         owners = {classes[name] for name in answer.methods if name in classes}
+        named = {word for name in models & set(answer.methods) for word in (f'"{name}"', f'"random-{name}"')}
+        if any(isinstance(node, ast.Constant) and f'"{node.value}"' in named for node in ast.walk(tree)):
+            continue
         assert owners & imported(ROOT / file) or {name.rpartition(".")[0] for name in owners} & modules(ROOT / file), answer.system.id
 
 
@@ -125,6 +131,7 @@ def test_a_method_may_stand_for_a_part_of_a_system() -> None:
         ),
         (COVERS, Notes(approximated={"pruning/b": ("two", "x")}, missing={"pruning/b": "x"}), "'pruning/b' has two answers"),
         (COVERS, Notes(approximated={"pruning/b": ("tow", "x")}), "'pruning/b' is approximated by 'tow'; did you mean 'two'?"),
+        (COVERS, Notes(approximated={"pruning/b": ("smollm-135m", "x")}), "'pruning/b' is approximated by 'smollm-135m'"),
         (COVERS, Notes(engines={"pruning/b": ("trnsformers",)}), "'trnsformers' is no engine; did you mean 'transformers'?"),
         (COVERS, Notes(models={"pruning/b": ("smollm-135m",)}), "'smollm-135m' is no model; did you mean 'smollm2-135m'?"),
         (COVERS, Notes(models={"pruning/z": ("smollm2-135m",)}), "'pruning/z' is noted, but is no system"),
@@ -160,4 +167,12 @@ def test_a_model_covers_a_system() -> None:
     said = Notes(models={"pruning/b": ("smollm2-135m",)}, defaults=NOTES.defaults)
     answer = next(a for a in coverage.answers(FOUND, {}, said) if a.system.id == "pruning/b")
     assert (answer.status, answer.methods) == (coverage.Status.COVERED, ("smollm2-135m",))
+    assert not any("'pruning/b'" in line for line in coverage.problems(FOUND, {}, ["transformers"], said, ["smollm2-135m"]))
+
+
+@pytest.mark.parametrize("name", ["transformers", "smollm2-135m"])
+def test_an_engine_or_a_model_comes_near_a_system(name: str) -> None:
+    said = Notes(approximated={"pruning/b": (name, "a part")}, defaults=NOTES.defaults)
+    answer = next(a for a in coverage.answers(FOUND, {}, said) if a.system.id == "pruning/b")
+    assert (answer.status, answer.methods, answer.how) == (coverage.Status.APPROXIMATED, (name,), "a part")
     assert not any("'pruning/b'" in line for line in coverage.problems(FOUND, {}, ["transformers"], said, ["smollm2-135m"]))
