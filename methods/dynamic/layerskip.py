@@ -53,7 +53,7 @@ class LayerSkip(TrainingSettings, Method):
     """
 
     name = "layerskip"
-    citation = Citation("LayerSkip", year=2024, arxiv="2404.16710")
+    citation = Citation("LayerSkip", year=2024, arxiv="2404.16710", covers=("dynamic/calm-layerskip",))
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     least_steps = 1000

@@ -47,6 +47,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "compresso": TRAINED | {"prompt": ""},
     "context": TRAINED | {"length": 64},
     "distilbert": TRAINED,
+    "draft-blocks": {"blocks": 1},
     "dsp-heads": TRAINED,
     "dylora": TRAINED,
     "fitnets": TRAINED,
@@ -70,6 +71,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "kmeans": {"steps": 5},
     "l0-weights": TRAINED,
     "layerdrop": TRAINED,
+    "layerskip": TRAINED | {"every": 2},
     "latent-attention": TRAINED | {"rank": 24, "pairs": 4, "tokens": 64},
     "linear-learned": TRAINED | {"window": 8},
     "linformer": TRAINED | {"block": 8},
@@ -151,10 +153,10 @@ ALIKE |= {"context", "in-context", "kard", "lion", "mcc-kd", "programs", "ration
 ALIKE |= {"compresso", "mccarley"}
 ALIKE |= {"h2o", "tova", "knorm", "snapkv", "spatten", "random-eviction", "quest", "reformer", "sinkhorn", "hyper-attention", "combiner"}
 ALIKE |= {"sparse-transformer", "longformer", "bigbird", "blockbert", "bp-transformer", "linear-attention", "prompt-lookup"}
-ALIKE |= {"adaptive-span", "entmax", "latent-attention", "linformer", "skip-layer"}
+ALIKE |= {"adaptive-span", "entmax", "latent-attention", "linformer", "skip-layer", "layerskip", "draft-blocks"}
 """They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`, or
-`cofi` and `voita-heads`, or `linear-learned` and `early-exit`, or they are policies that are written as `streaming-llm` is, and kept to
-their promises in test_policies.py; what is their own is tried in their own tests."""
+`cofi` and `voita-heads`, or `linear-learned` and `early-exit`, or `layerdrop`, or `draft-model`, or they are policies that are written as
+`streaming-llm` is, and kept to their promises in test_policies.py; what is their own is tried in their own tests."""
 
 
 def marked(names: Iterable[str]) -> list[Any]:

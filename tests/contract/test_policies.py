@@ -57,8 +57,8 @@ SMALL: dict[str, dict[str, Any]] = {
 """By a method's name: what makes it act within a text of `LENGTH` tokens."""
 LIBRARIES = {"kv-hqq", "kv-quanto"}
 """The cache of transformers rounds the first tokens of a text whatever its settings, and groups over a batch: it has no neutral setting."""
-DRAFTS = {"prompt-lookup", "self-speculation"}
-"""They change no logits; `tests/unit/methods/formats/test_speculation.py` holds what they promise."""
+DRAFTS = {"prompt-lookup", "self-speculation", "draft-model", "draft-blocks"}
+"""They change no logits; `tests/unit/methods/formats/test_speculation.py` and `…/dynamic/test_draft_model.py` hold what they promise."""
 
 
 def tensors(*size: int, names: tuple[str, ...], scale: float = 1.0) -> dict[str, Tensor]:
