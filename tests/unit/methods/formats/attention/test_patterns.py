@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from slimbench.methods.compact.sparse_attention import BigBird as BigBirds
 from slimbench.methods.compact.sparse_attention import BlockBERT, SparseTransformer
 from slimbench.methods.compact.sparse_attention import Longformer as Longformers
+from slimbench.methods.formats.attention.operators import pattern as operators
 from slimbench.methods.formats.attention.patterns import BigBird, BlockBert, Fixed, Longformer, Pattern, Strided
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
@@ -31,7 +33,8 @@ def longformer(t: int, j: int, head: int) -> bool:
 
 
 def blockbert(t: int, j: int, head: int) -> bool:
-    return j // 32 in {t // 32, t // 32 - head % 3}
+    block = t // 32 - head % 3
+    return j // 32 == (block if block >= 0 else t // 32)
 
 
 BIGBIRD = BigBird(8, 2, 1, 2, seed=5)
@@ -39,7 +42,7 @@ BIGBIRD = BigBird(8, 2, 1, 2, seed=5)
 
 def bigbird(t: int, j: int, head: int) -> bool:
     row, column = t // 8, j // 8
-    return row - column in {0, 1} or column == 0 or column in BIGBIRD.drawn(row, 0, head).tolist()
+    return row - column in {0, 1} or column == 0 or column in BIGBIRD.drawn(row, 0, head)
 
 
 SETS: list[tuple[Pattern, Callable[[int, int, int], bool]]] = [
@@ -53,13 +56,14 @@ SETS: list[tuple[Pattern, Callable[[int, int, int], bool]]] = [
 
 @pytest.mark.parametrize(("pattern", "rule"), SETS, ids=lambda part: getattr(part, "kind", ""))
 def test_the_tokens_that_are_seen_are_those_of_the_definition(pattern: Pattern, rule: Callable[[int, int, int], bool]) -> None:
-    at = torch.arange(TOKENS)
-    for head in range(3):
-        seen = pattern.seen(at[:, None], at[None], 0, head) & (at[None] <= at[:, None])
+    at, total = torch.arange(TOKENS), 0
+    seen = pattern.seen(at[:, None], at[None], 0, 6) & (at[None] <= at[:, None])
+    for head in range(6):
         wanted = torch.tensor([[j <= t and rule(t, j, head) for j in range(TOKENS)] for t in range(TOKENS)])
-        assert torch.equal(seen, wanted)
-        if head == 0:
-            assert pattern.exact_keys(TOKENS) == int(wanted.sum())
+        assert torch.equal(seen[head % len(seen)], wanted)
+        assert wanted.any(1).all(), "no token sees nothing"
+        total += int(wanted.sum())
+    assert pattern.exact_keys(TOKENS) == round(total / 6), "the mean over heads"
 
 
 @pytest.mark.parametrize(("pattern", "rule"), SETS, ids=lambda part: getattr(part, "kind", ""))
@@ -77,11 +81,55 @@ def test_a_token_attends_to_these_and_no_other(pattern: Pattern, rule: Callable[
             assert torch.allclose(whole[0, head, token].double(), weights @ states[2][0, group, seen].double(), atol=1e-5)
 
 
+class Sizes(TorchFunctionMode):
+    """Numbers of elements of all that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += [part.numel() for part in (out if isinstance(out, tuple) else [out]) if isinstance(part, torch.Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("pattern", [part for part, _ in SETS], ids=lambda part: part.kind)
+def test_no_table_of_all_pairs_is_built_and_work_grows_with_their_number(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_QUERIES", 32)
+    operator, whole = pattern.operator(rotary(WIDTH), WIDTH**-0.5, 0), []
+    for tokens in (256, 512):
+        with Sizes() as sizes:
+            operator(*draw(1, HEADS, GROUPS, tokens, WIDTH), None)
+        assert max(sizes.made) <= max(32 * tokens * HEADS, tokens * HEADS * WIDTH)
+        whole.append(sum(sizes.made))
+    assert whole[1] <= 5 * whole[0]
+    with Sizes() as sizes:
+        pattern.exact_keys(16_384)
+    assert max(sizes.made) <= 16_384
+
+
+@pytest.mark.parametrize(("pattern", "rule"), SETS, ids=lambda part: getattr(part, "kind", ""))
+def test_one_token_reads_the_keys_that_it_sees_and_no_other(
+    pattern: Pattern, rule: Callable[[int, int, int], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, states = [], draw(2, HEADS, GROUPS, 130, WIDTH)
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Any, key: Any, value: Any, **more: Any) -> Any:
+        given.append(key.shape[2])
+        return real(query, key, value, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    run(pattern.operator(rotary(WIDTH), WIDTH**-0.5, 0), states, [1] * 130)
+    assert given == [max(sum(rule(t, j, head) for j in range(t + 1)) for head in range(HEADS)) for t in range(130)]
+
+
 def test_random_blocks_are_earlier_ones_outside_window_and_beginning_and_differ() -> None:
-    drawn = [tuple(BIGBIRD.drawn(20, layer, head).tolist()) for layer in range(3) for head in range(3)]
+    drawn = [BIGBIRD.drawn(20, layer, head) for layer in range(3) for head in range(3)]
     assert all(len(set(blocks)) == 2 and all(1 <= block <= 18 for block in blocks) for blocks in drawn)
     assert len(set(drawn)) > 4
-    again, other = (tuple(BigBird(8, 2, 1, 2, seed=seed).drawn(20, 0, 0).tolist()) for seed in (5, 6))
+    again, other = (BigBird(8, 2, 1, 2, seed=seed).drawn(20, 0, 0) for seed in (5, 6))
     assert drawn[0] == again != other
     assert len(BIGBIRD.drawn(2, 0, 0)) == 0, "between the beginning and the window there is none yet"
 
