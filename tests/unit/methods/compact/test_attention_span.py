@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_the_model_with_spans_and_their_price(dense: DenseMo
     with torch.no_grad():
         logs = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     text = -logs[:, :-1].gather(2, ids[:, 1:, None]).mean()
-    assert float(loss.detach()) == pytest.approx(float(text) + 0.25 * (4 * 10 + 26) / 8, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(text) + 0.25 * (10 + 26 / 4), rel=1e-5)
     plain = trained.load(dense)(input_ids=ids, use_cache=False).logits
     assert not torch.allclose(plain.double().log_softmax(-1), logs, atol=1e-2), "spans are in force"
     loss.backward()
@@ -75,6 +75,22 @@ def test_the_artefact_keeps_what_it_claims(dense: DenseModel, tmp_path: Path) ->
     step = model.prefill(tiny.tokens(samples=1, length=60).ids)
     step = model.decode_step(step)
     assert model.cache_bytes(step.state) == sum(longest) * 2 * 2 * 16 * 4
+
+
+def test_a_head_whose_ramp_leaves_the_texts_gets_the_longest_span(dense: DenseModel, tmp_path: Path) -> None:
+    claim, policy = compressed(replace(METHOD, price=0.0, start=1.0, steps=1, longest=300), dense, tmp_path / "far")
+    assert all((span == 300).all() for span in policy.spans.values()) and claim.details["longest_spans"] == 8
+    assert claim.work.cache_tokens == 307, "more than the 32 tokens of a text"
+    assert METHOD.told(torch.tensor([0.0, 24.0, 24.5, 32.0]), 32).tolist() == [0, 24, 2048, 2048]
+    near, _ = compressed(replace(METHOD, price=0.0, start=0.25, steps=1), dense, tmp_path / "near")
+    assert near.details["longest_spans"] == 0
+
+
+def test_the_texts_of_training_are_long_and_the_longest_span_is_longer() -> None:
+    method = AdaptiveSpan()
+    assert method.length == 512 and method.longest == 2048
+    with pytest.raises(ValueError, match="longest must be at least the length of 512 tokens, not 100"):
+        AdaptiveSpan(longest=100)
 
 
 def test_spans_stay_between_nothing_and_the_length() -> None:
