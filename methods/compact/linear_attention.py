@@ -2,6 +2,8 @@
 
 Features that are fixed or drawn are put on as they are. Learned ones are fitted in each layer to the attention as it was
 (`methods.core.learning.transfer`), which is LoLCATs' first step; low-rank adapters of the whole model, its second, are not learned here.
+`hedgehog` and `t2r` have LoLCATs' loss of outputs too: Hedgehog's own is the cross entropy of weights, and T2R learns its features with the
+whole model.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_OPEN = 0.1
+"""σ(g) at first."""
+
+
 @dataclass(frozen=True)
 class LinearAttention(PolicyMethod):
     """Features that are there from the start.
@@ -28,9 +34,15 @@ class LinearAttention(PolicyMethod):
     """
 
     name = "linear-attention"
-    citation = Citation("Linear Transformer", year=2020, arxiv="2006.16236")
+    citation = Citation("Linear Transformer", year=2020, arxiv="2006.16236", covers=("compact/linear-transformer",))
 
     feature: Literal["elu", "efficient"] = "elu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature == "efficient":
+            cited = Citation("Efficient Attention", year=2018, arxiv="1812.01243", covers=("compact/efficient-attention",))
+            object.__setattr__(self, "citation", cited)
 
     def policy(self, seed: int = 0) -> Policy:
         return Linear(self.feature)
@@ -50,7 +62,7 @@ class Performer(PolicyMethod):
     """
 
     name = "performer"
-    citation = Citation("Performer", year=2020, arxiv="2009.14794", covers=("compact/performer", "compact/random-fourier-features"))
+    citation = Citation("Performer", year=2020, arxiv="2009.14794", covers=("compact/performer",))
     draws = True
 
     feature: Literal["positive", "fourier"] = "positive"
@@ -60,6 +72,9 @@ class Performer(PolicyMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.policy()
+        if self.feature == "fourier":
+            cited = Citation("Random features for large-scale kernel machines", year=2007, covers=("compact/random-fourier-features",))
+            object.__setattr__(self, "citation", cited)
 
     def policy(self, seed: int = 0) -> Policy:
         return Linear(self.feature, features=self.features, seed=self.seed + seed)
@@ -73,7 +88,7 @@ class LearnedLinear(AttentionTransfer):
     """Features that are fitted to the softmax attention of each layer, beside a window that stays exact.
 
     Attributes:
-        feature: `hedgehog`: softmax over channels of W x and -W x; `relu`: T2R.
+        feature: `hedgehog`: softmax over channels of W x and -W x, Hedgehog's, with a window LoLCATs'; `relu`: T2R's.
         window: Newest tokens that are attended to exactly; 0: none.
     """
 
@@ -85,11 +100,18 @@ class LearnedLinear(AttentionTransfer):
     window: int = 64
     learning_rate: float = 1e-2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature == "relu":
+            object.__setattr__(self, "citation", Citation("T2R", year=2021, arxiv="2103.13076"))
+        elif not self.window:
+            object.__setattr__(self, "citation", Citation("Hedgehog", year=2024, arxiv="2402.04347"))
+
     def policy(self) -> Linear:
         return Linear(self.feature, self.window)
 
     def begin(self, model: Any, ids: Tensor) -> tuple[Named, Named]:
-        """Maps of each layer and head begin as the identity, gates half open."""
+        """Maps of each layer and head begin as the identity without a bias, the weight of the window as in LoLCATs."""
         import torch
 
         from slimbench.methods.formats.attention.operators.interface import attentions
@@ -99,8 +121,10 @@ class LearnedLinear(AttentionTransfer):
             heads, width = module.q_proj.out_features // module.head_dim, module.head_dim
             for which in ("query", "key"):
                 made[f"{module.layer_idx}.{which}"] = torch.eye(width).repeat(heads, 1, 1).to(model.device)
+                if self.feature == "relu":
+                    made[f"{module.layer_idx}.{which}_bias"] = torch.zeros(heads, width, device=model.device)
             if self.window:
-                made[f"{module.layer_idx}.gate"] = torch.zeros(heads, device=model.device)
+                made[f"{module.layer_idx}.gate"] = torch.full((heads,), _OPEN, device=model.device).logit()
         return {}, made
 
     def cache_numbers(self, model: Any) -> int:

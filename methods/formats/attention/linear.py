@@ -6,17 +6,20 @@ With features φ of rotated queries and keys, the window w, and weights a:
     older,  j ≤ t - w          a_tj = ⟨φ(q_t), φ(k_j)⟩
     y_t = Σ_j a_tj v_j / Σ_j a_tj
 
-Of the older ones only S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j) are kept, in float32, for each head of queries. Features of x, by `feature`:
+Of the older ones only S = Σ φ(k_j) v_jᵀ and z = Σ φ(k_j) are kept, in float32: for each head of keys, or of queries where these have
+learned features of their own. Features of x, by `feature`:
 
     elu        elu(x) + 1                                                Linear Transformer (arXiv 2006.16236), eq. 7
-    relu       relu(W x), W learned for each head                        T2R (arXiv 2103.13076)
+    relu       relu(W x + b), W and b learned for each head              T2R (arXiv 2103.13076)
     hedgehog   [softmax(W x), softmax(-W x)], W learned for each head    Hedgehog (arXiv 2402.04347), LoLCATs (arXiv 2410.10254)
     positive   exp(ωᵀx' - ‖x'‖² / 2) / √m, rows of ω orthogonal          Performer, FAVOR+ (arXiv 2009.14794), lemma 1
-    fourier    exp(‖x'‖² / 2) [cos ωᵀx', sin ωᵀx'] / √m                  Rahimi and Recht, Random features, NIPS 2007, for exp(⟨x, y⟩)
+    fourier    exp(‖x'‖² / 2) [cos ωᵀx', sin ωᵀx'] / √m, ω independent   Rahimi and Recht, Random features, NIPS 2007, for exp(⟨x, y⟩)
     efficient  queries: softmax over channels; keys: softmax over the tokens so far of each channel     arXiv 1812.01243, causal
 
-x' = x / d^¼, so that ⟨φ(q), φ(k)⟩ is exp(⟨q, k⟩ / √d) on average for `positive` and `fourier`. Where a window stands beside learned
-features, the largest exponent is taken from its weights alone, as in LoLCATs. A window over everything is the base.
+x' = x / d^¼, so that ⟨φ(q), φ(k)⟩ is exp(⟨q, k⟩ / √d) on average for `positive` and `fourier`. To each feature of `positive` 10⁻⁶ of the
+largest one of its vector are added, as in the authors' program (google-research, `performer`), so that no weights of a query are all 0.
+Where a window stands beside learned features, the largest exponent is taken from its weights alone, as in LoLCATs. A window over everything
+is the base.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Linear(OperatorPolicy):
         window: w, newest tokens, the token itself among them; 0: none.
         features: m, of `positive` and `fourier`.
         seed: Of their draw.
-        maps: Of learned features: `L.query` and `L.key` [heads, d, d] of each layer, and with a window `L.gate` [heads].
+        maps: Of learned features: W, `L.query` and `L.key` [heads, d, d] of each layer, of `relu` also b, `L.query_bias` and `L.key_bias`
+            [heads, d], and with a window `L.gate` [heads].
     """
 
     slot = "attention"

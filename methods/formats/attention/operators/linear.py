@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict, functional
 
+from slimbench.methods.formats.attention.linear import LEARNED
 from slimbench.methods.formats.attention.operators.interface import Kept, Operator, Rotary, attention, earlier_and_itself, joined, repeated
 from slimbench.methods.formats.attention.policy import ALL
 
 _CHUNK, _CHUNK_BY_CHANNEL = 128, 32
 _LEAST = 1e-12
+_ADDED = 1e-6
+"""To features of which the largest is 1."""
 
 
 class LinearOperator(Operator):
-    """Keeps `keys` and `values` of the newest tokens, and of all older ones `state` [B, H, F, D], `norm` [B, H, F] and `top`, the logarithm
-    of the factor by which both are too small: [B, H, 1], or for `efficient` [B, H, F].
+    """Keeps `keys` and `values` of the newest tokens, and of all older ones `state` [B, S, F, D], `norm` [B, S, F] and `top`, the logarithm
+    of the factor by which both are too small: [B, S, 1], or for `efficient` [B, S, F]. Each of the S states serves H / S consecutive heads
+    of queries: with learned features there is one for each, with others one for each head of keys.
 
     Args:
         draw: Number of random features, and their seed.
-        maps: `query`, `key` and `gate` of learned features.
+        maps: `query`, `key`, `query_bias`, `key_bias` and `gate` of learned features.
     """
 
     def __init__(
@@ -55,16 +59,21 @@ class LinearOperator(Operator):
     def _chunk(self, query: Tensor, key: Tensor, value: Tensor, held: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The result for some tokens, and what is kept after them."""
         keys, values = joined(held.get("keys"), key), joined(held.get("values"), value)
-        count, tokens, heads = keys.shape[2], query.shape[2], query.shape[1]
-        wide, many = repeated(keys, heads), repeated(values, heads).float()
+        count, tokens = keys.shape[2], query.shape[2]
+        states = query.shape[1] if self.feature in LEARNED else key.shape[1]
+        wide, many = repeated(keys, states), repeated(values, states).float()
         at = torch.arange(count - tokens, count, device=query.device)[:, None]
         places = torch.arange(count, device=query.device)[None]
         older = places <= at - self.window
-        asked, theirs = self.features(query, "query"), self.features(wide, "key")
+        asked, theirs = self.features(query, "query")[0].unflatten(1, (states, -1)), self.features(wide, "key")
         if self.feature == "efficient":
-            result = self._efficient(asked[0], theirs[1], many, older, held)
+            result = self._efficient(asked, theirs[1], many, older, held).flatten(1, 2)
         else:
-            result = self._weighted(query, wide, asked, theirs, many, (older, (places <= at) & ~older), held)
+            scores = None
+            if self.window:
+                newest = (places <= at) & ~older
+                scores = ((query @ wide.transpose(2, 3)).float() * self.scaling).masked_fill(~newest, -torch.inf)
+            result = self._weighted(asked, theirs, many, older, scores, held).flatten(1, 2)
         leaving = max(0, count - self.window)
         after = self._absorbed(theirs, many, leaving, held)
         if self.window:
@@ -73,54 +82,55 @@ class LinearOperator(Operator):
 
     def _weighted(
         self,
-        query: Tensor,
-        keys: Tensor,
-        asked: tuple[Tensor, Tensor],
+        asked: Tensor,
         theirs: tuple[Tensor, Tensor],
         values: Tensor,
-        seen: tuple[Tensor, Tensor],
+        older: Tensor,
+        scores: Tensor | None,
         held: dict[str, Tensor],
     ) -> Tensor:
-        """Σ a v / Σ a over the newest, the older ones that are still there, and the state.
+        """Σ a v / Σ a over the newest, the older ones that are still there, and the state: [B, S, H / S, T, D].
 
         Args:
-            asked: Features of the queries; what they are multiplied with falls out.
+            asked: Features of the queries, [B, S, H / S, T, F]; what they are multiplied with falls out.
             theirs: Features of the keys, and the logarithms of what they are multiplied with.
-            seen: Which keys are older, and which are in the window, bool [T, K].
+            values: [B, S, K, D].
+            older: Which keys are older, bool [T, K].
+            scores: Exponents [B, H, T, K] of the window, where there is one.
         """
-        older, newest = seen
-        scale = _largest(theirs[1], query.shape[2], held)  # of the keys that a token sees, so that it depends on no later one
-        weights = (asked[0] @ theirs[0].transpose(2, 3)) * (theirs[1].transpose(2, 3) - scale).clamp(max=0).exp()
+        scale = _largest(theirs[1], asked.shape[3], held)[:, :, None]  # of the keys that a token sees, so that it depends on no later one
+        weights = (asked @ theirs[0][:, :, None].transpose(3, 4)) * (theirs[1][:, :, None].transpose(3, 4) - scale).clamp(max=0).exp()
         weights = weights.masked_fill(~older, 0)
-        if self.window:
-            scores = ((query @ keys.transpose(2, 3)).float() * self.scaling).masked_fill(~newest, -torch.inf)
+        if scores is not None:
             gate = torch.sigmoid(self.maps["gate"].float())[:, None, None] if "gate" in self.maps else 1.0
-            weights = weights + gate * (scores - scores.amax(-1, keepdim=True)).exp()
-        total, sums = weights @ values, weights.sum(-1, keepdim=True)
+            weights = weights + (gate * (scores - scores.amax(-1, keepdim=True)).exp())[:, :, None]
+        total, sums = weights @ values[:, :, None], weights.sum(-1, keepdim=True)
         if "state" in held:
-            shrunk = (held["top"][..., None] - scale).exp()
-            total = total + shrunk * (asked[0] @ held["state"])
-            sums = sums + shrunk * (asked[0] @ held["norm"][..., None])
-        return total / torch.where(sums.abs() < _LEAST, torch.full_like(sums, _LEAST), sums)
+            shrunk = (held["top"][:, :, None, None] - scale).exp()
+            total = total + shrunk * (asked @ held["state"][:, :, None])
+            sums = sums + shrunk * (asked @ held["norm"][:, :, None, :, None])
+        least = _LEAST if self.feature == "fourier" else torch.finfo(sums.dtype).tiny
+        return total / torch.where(sums.abs() < least, torch.full_like(sums, least), sums)
 
     def _efficient(self, asked: Tensor, logs: Tensor, values: Tensor, older: Tensor, held: dict[str, Tensor]) -> Tensor:
-        """Σ_f q_f · Σ_j exp(k_jf) v_j / Σ_j exp(k_jf) over the tokens so far.
+        """Σ_f q_f · Σ_j exp(k_jf) v_j / Σ_j exp(k_jf) over the tokens so far, [B, S, H / S, T, D].
 
         Args:
-            asked: Softmax of the queries over channels, [B, H, T, F].
-            logs: Keys [B, H, K, F].
+            asked: Softmax of the queries over channels, [B, S, H / S, T, F].
+            logs: Keys [B, S, K, F].
+            values: [B, S, K, D].
             older: Which of them a token sees, bool [T, K].
         """
-        top = _largest(logs, asked.shape[2], held)
-        grown = (logs[:, :, None] - top[:, :, :, None]).clamp(max=0).exp() * older[..., None]  # [B, H, T, K, F]
+        top = _largest(logs, asked.shape[3], held)
+        grown = (logs[:, :, None] - top[:, :, :, None]).clamp(max=0).exp() * older[..., None]  # [B, S, T, K, F]
         norms = grown.sum(3)
         if "state" in held:
             shrunk = (held["top"][:, :, None] - top).exp()
             norms = norms + shrunk * held["norm"][:, :, None]
-        share = asked / norms.clamp(min=_LEAST)
-        result = torch.einsum("bhtkf,bhtf->bhtk", grown, share) @ values
+        share = asked / norms.clamp(min=_LEAST)[:, :, None]
+        result = torch.einsum("bgtkf,bgrtf->bgrtk", grown, share) @ values[:, :, None]
         if "state" in held:
-            result = result + (share * shrunk) @ held["state"]
+            result = result + (share * shrunk[:, :, None]) @ held["state"][:, :, None]
         return result
 
     def _absorbed(self, theirs: tuple[Tensor, Tensor], values: Tensor, leaving: int, held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,9 +159,10 @@ class LinearOperator(Operator):
             return functional.elu(x) + 1, none
         if self.feature == "efficient":
             return (x.softmax(-1), none) if which == "query" else (torch.ones_like(x), x)
-        if self.feature in ("relu", "hedgehog"):
+        if self.feature in LEARNED:
             turned = torch.einsum("bhtd,hdf->bhtf", x, self.maps[which].float())
             if self.feature == "relu":
+                turned = turned + self.maps[f"{which}_bias"].float()[:, None]
                 return functional.relu(turned).clamp(min=_LEAST), none
             return torch.cat([turned.softmax(-1), (-turned).softmax(-1)], -1).clamp(min=_LEAST), none
         x = x * self.scaling**0.5
@@ -161,12 +172,12 @@ class LinearOperator(Operator):
             return torch.cat([projected.cos(), projected.sin()], -1) / count**0.5, half
         exponent = projected - half
         top = exponent.amax(-1, keepdim=True)
-        return (exponent - top).exp() / count**0.5, top
+        return ((exponent - top).exp() + _ADDED) / count**0.5, top
 
     def directions(self, width: int, device: torch.device) -> Tensor:
-        """ω [m, d]: blocks of orthogonal rows, as long as rows of normal numbers are."""
+        """ω [m, d]: rows of normal numbers, or for `positive` blocks of orthogonal rows that are as long."""
         if width not in self._directions:
-            self._directions[width] = orthogonal(self.draw[0], width, self.draw[1])
+            self._directions[width] = (independent if self.feature == "fourier" else orthogonal)(self.draw[0], width, self.draw[1])
         return self._directions[width].to(device)
 
 
@@ -184,6 +195,11 @@ def _largest(logs: Tensor, tokens: int, held: dict[str, Tensor]) -> Tensor:
     """Of each of the last tokens the largest logarithm of the keys [B, H, K, F] up to it and of the state: [B, H, T, F]."""
     found = logs.cummax(2).values[:, :, -tokens:]
     return torch.maximum(found, held["top"][:, :, None]) if "top" in held else found
+
+
+def independent(count: int, width: int, seed: int) -> Tensor:
+    """`count` rows [count, width] of independent normal numbers."""
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
 def orthogonal(count: int, width: int, seed: int) -> Tensor:
