@@ -57,7 +57,7 @@ class LatentAttention(AttentionTransfer):
         import torch
 
         from slimbench.methods.core.learning.states import unrotated
-        from slimbench.methods.formats.attention.operators.latent import merged, split
+        from slimbench.methods.formats.attention.operators.latent import merged, places, taken
 
         pairs: Named = {}
         directions: Named = {}
@@ -68,7 +68,7 @@ class LatentAttention(AttentionTransfer):
                 asked = norms[0].unflatten(1, (key.shape[1], -1)).mean((0, 2, 3))
                 strength = asked * norms[1].mean((0, 2))
                 chosen = strength.topk(self.pairs, 1).indices.sort(1).values if self.pairs else strength[:, :0].long()
-                joint = merged(split(key, chosen)[1], value).flatten(0, 1).double()
+                joint = merged(taken(key, places(chosen, key.shape[3])[1]), value).flatten(0, 1).double()
                 _, vectors = torch.linalg.eigh(joint.T @ joint)
                 basis = vectors[:, -self.rank :].flip(1).float()
                 pairs[f"{layer}.pairs"] = chosen

@@ -23,6 +23,8 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.kv.quantized import StoredCache
 
 NAME = "slimbench_operator"
+_BY_LENGTH = ("dynamic", "longrope")
+"""Types of rotations in transformers."""
 
 
 class Kept(DynamicLayer):
@@ -118,6 +120,11 @@ class Rotary:
         self.embedding = embedding
         self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def factor(self) -> float:
+        """By which rotated queries and keys are longer than they were (YaRN)."""
+        return float(getattr(self.embedding, "attention_scaling", 1.0))
+
     def forget(self) -> None:
         """A new pass begins: no table of an earlier one is asked for again."""
         self._tables.clear()
@@ -190,7 +197,7 @@ def take_rotary(model: Any) -> Rotary:
     """Replace the rotary embedding of a model by one that does not rotate.
 
     Raises:
-        Unsupported: It has none, or queries and keys are rotated otherwise than in Llama.
+        Unsupported: It has none, queries and keys are rotated otherwise than in Llama, or angles depend on the length of a text.
     """
     base = model.base_model
     places = [module for module in base.modules() if isinstance(getattr(module, "rotary_emb", None), nn.Module)]
@@ -198,6 +205,8 @@ def take_rotary(model: Any) -> Rotary:
     if len(places) != 1 or not found or not all(map(_rotates_halves, found)):
         kind = type(model).__name__
         raise Unsupported(f"this policy is for models that rotate whole queries and keys by halves, as Llama; {kind} does not")
+    if (kind := getattr(places[0].rotary_emb, "rope_type", "default")) in _BY_LENGTH:
+        raise Unsupported(f"rotations of the type '{kind}' change with the length of a text, so that keys would have to be rotated anew")
     rotary = Rotary(places[0].rotary_emb)
     places[0].rotary_emb = Unrotated(rotary)
     return rotary

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from slimbench.methods.compact.latent_attention import LatentAttention
 from slimbench.methods.formats.attention.latent import Latent
@@ -62,6 +65,42 @@ def test_a_token_takes_the_latent_vector_and_the_rotated_channels() -> None:
     kept = Kept()
     run(policy(10).operator(rotary(WIDTH), WIDTH**-0.5, 0), draw(1, HEADS, GROUPS, TOKENS, WIDTH), [TOKENS - 2, 1, 1], kept)
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept.tensors) == 4 * TOKENS * (10 + GROUPS * 2 * PAIRS)
+
+
+def test_a_step_reads_what_is_kept_and_makes_no_keys_and_values_of_it() -> None:
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                made.append(out.numel())
+            if func is functional.scaled_dot_product_attention:
+                given.append((args[1].shape[1], args[1].shape[2]))
+            return out
+
+    made: list[int] = []
+    given: list[tuple[int, int]] = []
+    operator, kept = policy(10).operator(rotary(WIDTH), WIDTH**-0.5, 0), Kept()
+    states = draw(1, HEADS, GROUPS, 300, WIDTH)
+    run(operator, tuple(part[:, :, :296] for part in states), [296], kept)  # type: ignore[arg-type]
+    for first, size in ((296, 1), (297, 3)):
+        made.clear()
+        with Sizes():
+            run(operator, tuple(part[:, :, first : first + size] for part in states), [size], kept)  # type: ignore[arg-type]
+        assert max(made) <= (first + size) * (10 + GROUPS * 2 * PAIRS)
+    assert given == [(1, 297), (1, 300)]
+    whole = run(policy(10).operator(rotary(WIDTH), WIDTH**-0.5, 0), states, [300])
+    pieces = run(policy(10).operator(rotary(WIDTH), WIDTH**-0.5, 0), states, [296, 1, 3])
+    assert torch.allclose(whole, pieces, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[TOKENS], [TOKENS - 3, 1, 2]])
+def test_rotations_that_lengthen_vectors_lengthen_all_channels(sizes: list[int]) -> None:
+    states, made, longer = draw(1, HEADS, GROUPS, TOKENS, WIDTH), policy(LONG), rotary(WIDTH)
+    longer.embedding.attention_scaling = 1.25  # type: ignore[assignment]
+    found = run(made.operator(longer, WIDTH**-0.5, 0), states, sizes)
+    plain = run(made.operator(rotary(WIDTH), 1.25**2 * WIDTH**-0.5, 0), states, sizes)
+    assert torch.allclose(found, plain, atol=1e-4)
+    assert not torch.allclose(found, run(made.operator(rotary(WIDTH), WIDTH**-0.5, 0), states, sizes), atol=1e-2)
 
 
 def test_batches_and_layers_without_parts_are_as_they_should() -> None:
