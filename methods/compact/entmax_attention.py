@@ -32,8 +32,10 @@ class EntmaxAttention(TrainingSettings, Method):
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     produces = policies.FORMAT
+    least_steps = 1000
 
     start: float = 1.25
+    length: int = 512
     learning_rate: float = 0.05
     loss: Literal["distillation", "nll"] = "nll"
 

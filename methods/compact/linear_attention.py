@@ -102,6 +102,8 @@ class LearnedLinear(AttentionTransfer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.window >= self.length:
+            raise ValueError(f"window must be below the length of {self.length} tokens, or no feature is learned, not {self.window}")
         if self.feature == "relu":
             object.__setattr__(self, "citation", Citation("T2R", year=2021, arxiv="2103.13076"))
         elif not self.window:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import DENSE, Calibration, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
@@ -34,15 +34,25 @@ class AttentionTransfer(TrainingSettings, Method):
 
     Class attributes:
         brings: The field of the policy that holds its tensors.
+
+    Attributes:
+        length: Tokens of a sequence at most; calibration windows are cut to it.
+        loss: Attentions learn from those of the model itself, and by no other loss.
     """
 
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     produces = policies.FORMAT
+    least_steps = 1000
     brings: ClassVar[str]
+
+    length: int = 512
+    loss: Literal["distillation"] = "distillation"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loss != "distillation":
+            raise ValueError(f"loss must be 'distillation', that of each attention from the one as it was, not '{self.loss}'")
         self.policy()
 
     @abstractmethod

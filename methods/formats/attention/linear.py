@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.formats.attention.policy import ALL, OperatorPolicy
+from slimbench.methods.formats.attention.policy import ALL, OperatorPolicy, positive
 from slimbench.methods.formats.policy import Scoring, tensors
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ class Linear(OperatorPolicy):
     maps: Mapping[str, Tensor] = tensors()
 
     def __post_init__(self) -> None:
-        if self.window < 0 or self.features < 1:
-            raise ValueError(f"window must not be negative and features at least 1, not {self.window} and {self.features}")
+        positive(features=self.features)
+        if self.window < 0:
+            raise ValueError(f"window must not be negative, not {self.window}")
         if 0 < self.window < ALL and self.feature not in LEARNED:
             raise ValueError(f"a window stands beside learned features, {' or '.join(LEARNED)}, not beside '{self.feature}'")
 

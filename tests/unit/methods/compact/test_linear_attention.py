@@ -11,7 +11,11 @@ import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.methods.base import Calibration, DenseModel
-from slimbench.methods.compact.linear_attention import LearnedLinear
+from slimbench.methods.compact.attention_span import AdaptiveSpan
+from slimbench.methods.compact.entmax_attention import EntmaxAttention
+from slimbench.methods.compact.latent_attention import LatentAttention
+from slimbench.methods.compact.linear_attention import LearnedLinear, Performer
+from slimbench.methods.compact.pooled_attention import Linformer
 from slimbench.methods.core.learning import trained
 from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.formats import policy as policies
@@ -70,6 +74,36 @@ def test_the_loss_is_the_papers_and_training_lowers_it_in_every_layer(dense: Den
     learned = errors(model, METHOD, after, held_out)
     assert all(late < early for late, early in zip(learned, errors(model, METHOD, before, held_out), strict=True))
     assert claim.training_tokens == 40 * 4 * 32 and claim.trained_parameters == 2 * (2 * 4 * 16 * 16 + 4)
+
+
+def test_learning_begins_where_the_papers_do(dense: DenseModel) -> None:
+    model, ids = trained.load(dense), tiny.tokens(samples=1, length=32).ids
+    _, first = METHOD.begin(model, ids)
+    assert torch.allclose(torch.sigmoid(first["0.gate"]), torch.tensor(0.1)), "LoLCATs' weight of the window"
+    _, relu = LearnedLinear(feature="relu", window=0).begin(model, ids)
+    assert set(relu) == {f"{layer}.{which}{part}" for layer in (0, 1) for which in ("query", "key") for part in ("", "_bias")}
+    assert torch.equal(relu["0.query_bias"], torch.zeros(4, 16))
+
+
+LEARNED = (LearnedLinear, LatentAttention, Linformer, AdaptiveSpan, EntmaxAttention)
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_attentions_learn_from_texts_of_useful_length_and_short_runs_are_known(kind: Any) -> None:
+    assert kind().length == 512 and kind.least_steps == 1000
+
+
+def test_a_window_over_whole_texts_of_training_is_refused() -> None:
+    with pytest.raises(ValueError, match="window must be below the length of 64 tokens"):
+        LearnedLinear(length=64, window=64)
+    with pytest.raises(ValueError, match="features must be at least 1, not 0"):
+        Performer(features=0)
+
+
+@pytest.mark.parametrize("kind", [LearnedLinear, LatentAttention, Linformer])
+def test_a_loss_that_would_do_nothing_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="loss must be 'distillation'"):
+        kind(loss="nll")
 
 
 def test_the_artefact_attends_with_what_was_learned(dense: DenseModel, tmp_path: Path) -> None:
