@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from slimbench.methods.base import Citation, DenseModel, Work
 from slimbench.methods.core.policies import PolicyMethod
-from slimbench.methods.formats.attention.eviction import Eviction, Rule
+from slimbench.methods.formats.attention.eviction import SCORE_BYTES, Eviction, Rule
 from slimbench.methods.formats.policy import Policy
 
 _IDS = ("quantization/h2o-streamingllm-snapkv-tova-knorm",)
@@ -39,8 +39,16 @@ class _Bounded(PolicyMethod):
         return {"work": Work(cache_tokens=self.budget)}
 
 
+class _Scored(_Bounded):
+    """A score stays beside each token of each head."""
+
+    def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
+        scores = SCORE_BYTES * dense.shape.num_kv_heads * dense.shape.num_layers
+        return super().claims(policy, dense) | {"details": {"score_bytes_per_token": scores}}
+
+
 @dataclass(frozen=True)
-class H2O(_Bounded):
+class H2O(_Scored):
     """H2O: half of the cache for the newest tokens, half for those that got most attention so far, the heavy hitters."""
 
     name, rule = "h2o", "h2o"
@@ -57,10 +65,27 @@ class TOVA(_Bounded):
 
 @dataclass(frozen=True)
 class Knorm(_Bounded):
-    """Keys of large norm leave: they get little attention."""
+    """Keys of large norm leave: they get little attention.
+
+    Attributes:
+        skip_layers: First layers whose caches stay whole, where norms tell least; 0: none.
+    """
 
     name, rule = "knorm", "knorm"
     citation = Citation("L2-norm cache compression", year=2024, arxiv="2406.11430", covers=_IDS)
+
+    skip_layers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip_layers < 0:
+            raise ValueError(f"skip_layers must not be negative, not {self.skip_layers}")
+
+    def policy(self, seed: int = 0) -> Policy:
+        return Eviction(self.rule, self.budget, skip_layers=self.skip_layers)
+
+    def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
+        return {} if self.skip_layers else super().claims(policy, dense)
 
 
 @dataclass(frozen=True)
@@ -86,14 +111,14 @@ class SnapKV(PolicyMethod):
 
 @dataclass(frozen=True)
 class SpAtten(_Bounded):
-    """SpAtten's token pruning as its authors put it on decoders: the first tokens, the newest, and those that the last pass attended to."""
+    """SpAtten's token pruning with a fixed budget: the first tokens, the newest, and those that the last pass attended to most."""
 
     name, rule = "spatten", "spatten"
     citation = Citation("SpAtten", year=2020, arxiv="2012.09852")
 
 
 @dataclass(frozen=True)
-class RandomEviction(_Bounded):
+class RandomEviction(_Scored):
     """The control: tokens leave at random.
 
     Attributes:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.methods.base import Calibration, ModelShape, Unsupported, Work
 from slimbench.methods.compact.cache_eviction import H2O, TOVA, Knorm, RandomEviction, SnapKV, SpAtten
+from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.eviction import OBSERVED, Eviction
 from slimbench.methods.formats.attention.operators.interface import Kept
+from tests.support import tiny
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
@@ -149,7 +155,34 @@ def test_budgets_that_hold_nothing_are_refused(rule: str, budget: int) -> None:
         Eviction(rule, budget)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", [H2O(budget=8), RandomEviction(budget=8), TOVA(budget=8)], ids=lambda method: method.name)
+def test_scores_beside_keys_and_values_are_claimed(method: Any, tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense", "float32")
+    (tmp_path / "out").mkdir()
+    claim = method.compress(dense, Calibration.none(), tmp_path / "out")
+    model = TransformersModel(policies.load(tmp_path / "out"), "cpu")
+    held = model.cache_bytes(model.prefill(tiny.tokens(samples=1, length=40).ids, 1).state)
+    keys_and_values = 8 * 2 * dense.shape.num_kv_heads * dense.shape.head_dim * dense.shape.num_layers * 4
+    assert held == keys_and_values + 8 * claim.details.get("score_bytes_per_token", 0)
+
+
+def test_the_first_layers_of_knorm_keep_everything() -> None:
+    states, policy = draw(1, HEADS, GROUPS, 30, WIDTH), Knorm(budget=8).policy()
+    for layer, wanted in ((0, 30), (1, 30), (2, 8)):
+        kept = Kept()
+        run(policy.operator(rotary(WIDTH), WIDTH**-0.5, layer), states, [30], kept)  # type: ignore[attr-defined]
+        assert kept.tensors_by_name["keys"].shape[2] == wanted
+    shape = ModelShape("Llama", 64, 128, 2, HEADS, GROUPS, 96, True)
+    with pytest.raises(Unsupported, match="2 skip_layers are all 2 layers"):
+        Knorm().check(shape)
+    with pytest.raises(ValueError, match="skip_layers must not be negative"):
+        Knorm(skip_layers=-1)
+    assert Knorm().claims(policy, None) == {}  # type: ignore[arg-type]
+    assert Knorm(skip_layers=0).claims(policy, None) == {"work": Work(cache_tokens=512)}  # type: ignore[arg-type]
+
+
 def test_the_methods_are_these_policies() -> None:
-    rules = {H2O: "h2o", TOVA: "tova", Knorm: "knorm", SnapKV: "snapkv", SpAtten: "spatten"}
+    assert Knorm(budget=100).policy() == Eviction("knorm", 100, skip_layers=2)
+    rules = {H2O: "h2o", TOVA: "tova", SnapKV: "snapkv", SpAtten: "spatten"}
     assert all(method(budget=100).policy() == Eviction(rule, 100) for method, rule in rules.items())  # type: ignore[arg-type]
     assert RandomEviction(seed=2).policy(3) == Eviction("random", 512, 5)
