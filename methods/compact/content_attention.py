@@ -116,6 +116,7 @@ class RoutingTransformer(Method):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         if calibration.ids.numel() < self.centroids:
             raise Unsupported(f"{calibration.ids.numel()} calibration tokens are fewer than {self.centroids} centroids")
+        policies.fits(self.policy().neutral(), dense.path)
         model, seed = dense.load(), self.seed + dense.seed
         found = keys(model, calibration.ids, self.samples, seed, dense.progress)
         means = {str(layer): spherical_means(part, self.centroids, self.steps, seed) for layer, part in found.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.compact.content_attention import keys
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.vq import VQ
 
@@ -29,7 +30,7 @@ class TransformerVQ(Method):
         codes: S, of each head of keys; at most as many as there are keys.
         exact: Newest tokens that are attended to exactly.
         steps: Of k-means.
-        seed: Of its start.
+        seed: Of the choice of keys and of its start.
     """
 
     name = "transformer-vq"
@@ -63,30 +64,16 @@ class TransformerVQ(Method):
 
         from slimbench.methods.core.architecture.surgery import counts
 
+        policies.fits(self.policy().neutral(), dense.path)
         model: Any = dense.load()
         size = counts(model)["parameters"]
-        keys = calibration_keys(model, calibration.ids, self.codes * _KEYS, dense)
-        seeds = self.seed + dense.seed
-        books = {f"{layer}.codes": k_means(part, self.codes, self.steps, seeds) for layer, part in keys.items()}
+        seed = self.seed + dense.seed
+        found = keys(model, calibration.ids, self.codes * _KEYS, seed, dense.progress)
+        books = {f"{layer}.codes": k_means(part.to(model.device), self.codes, self.steps, seed) for layer, part in found.items()}
         stored = {name: book.to(getattr(torch, dense.dtype)) for name, book in books.items()}
         policies.save(replace(self.policy(), books=stored), dense, out)
         added = sum(book.numel() for book in stored.values())
         return Claim(self.produces, parameters=size + added, details={"code_parameters": added})
-
-
-def calibration_keys(model: Any, ids: Tensor, count: int, dense: DenseModel) -> dict[int, Tensor]:
-    """Of each layer the keys [G, n, D], not rotated, of about `count` tokens, evenly spread over the text."""
-    import torch
-
-    from slimbench.methods.core.learning.states import unrotated
-    from slimbench.methods.core.walk import batches
-
-    step = max(1, ids.numel() // count)
-    found: dict[int, list[Tensor]] = {}
-    for batch in batches(ids, dense.device, dense.progress):
-        for layer, (_, key, _) in unrotated(model, batch).items():
-            found.setdefault(layer, []).append(key.transpose(0, 1).flatten(1, 2)[:, ::step].clone())
-    return {layer: torch.cat(parts, 1).float() for layer, parts in found.items()}
 
 
 def k_means(keys: Tensor, codes: int, steps: int, seed: int) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.methods.base import DenseModel
-from slimbench.methods.compact.vq_attention import TransformerVQ, calibration_keys, k_means
+from slimbench.methods.base import Calibration, DenseModel, Unsupported
+from slimbench.methods.compact.content_attention import RoutingTransformer
+from slimbench.methods.compact.vq_attention import TransformerVQ, k_means
 from slimbench.methods.formats import policy as policies
 from tests.support import tiny
 
@@ -28,15 +29,30 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
     return tiny.saved(model, folder / "sharp")
 
 
-def test_keys_are_those_of_the_projections_before_rotation(dense: DenseModel) -> None:
+def test_codes_are_of_keys_that_are_drawn_wherever_they_stand(dense: DenseModel, tmp_path: Path) -> None:
     ids, seen, model = tiny.tokens(samples=6, length=32).ids, [], dense.load()
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda _, __, result: seen.append(result))
     with torch.no_grad():
         model(ids)
-    wanted = seen[0].flatten(0, 1).unflatten(1, (2, -1)).transpose(0, 1)
-    assert torch.allclose(calibration_keys(dense.load(), ids, 10_000, dense)[1], wanted, atol=1e-5)
-    some = calibration_keys(dense.load(), ids, 48, dense)[1]
-    assert torch.allclose(some, wanted[:, ::4], atol=1e-5)
+    made = seen[0].flatten(0, 1).unflatten(1, (2, -1)).transpose(0, 1)
+    replace(METHOD, codes=2, steps=0).compress(dense, Calibration(ids, "tiny"), tmp_path)
+    policy: Any = policies.read(tmp_path)[0][0]
+    places = [int(torch.cdist(code[None], made[0]).argmin()) for code in policy.books["1.codes"][0]]
+    assert torch.allclose(made[:, places], policy.books["1.codes"], atol=1e-5), "not rotated, and of the same tokens in all heads"
+    drawn = torch.randperm(192, generator=torch.Generator().manual_seed(0))[:64]
+    assert set(places) <= set(drawn.tolist())
+    assert {int(place) % 32 for place in drawn} - set(range(0, 32, 3)), "no fixed stride, which would take the same places of each text"
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    size = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    other = tiny.saved(GPTNeoXForCausalLM(GPTNeoXConfig(**size)), tmp_path / "neox")
+    monkeypatch.setattr(DenseModel, "load", lambda _: pytest.fail("the model is loaded"))
+    for method in (METHOD, RoutingTransformer(centroids=2)):
+        with pytest.raises(Unsupported, match="rotate whole queries and keys by halves"):
+            method.compress(other, tiny.tokens(), tmp_path)
 
 
 def test_codes_are_the_means_of_the_keys_that_are_nearest_to_them() -> None:
