@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slimbench.methods.base import Citation
 from slimbench.methods.core.learning.transfer import AttentionTransfer, Named
 from slimbench.methods.core.policies import PolicyMethod
+from slimbench.methods.formats.attention.policy import positive
 from slimbench.methods.formats.attention.pooled import Pooled
 from slimbench.methods.formats.policy import Policy
 
@@ -55,7 +56,7 @@ class BPTransformer(PolicyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.policy()
+        positive(spans=self.spans)
 
     def policy(self, seed: int = 0) -> Policy:
         return Pooled("spans", self.spans)

@@ -14,6 +14,8 @@ from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.attention import patterns
 from slimbench.methods.formats.policy import Policy
 
+_SUMMARY = 4
+
 
 class _Sparse(PolicyMethod):
     def __post_init__(self) -> None:
@@ -36,7 +38,12 @@ class SparseTransformer(_Sparse):
 
     pattern: Literal["strided", "fixed"] = "strided"
     stride: int = 32
-    summary: int = 4
+    summary: int = _SUMMARY
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern == "strided" and self.summary != _SUMMARY:
+            raise ValueError(f"summary is a setting of the pattern 'fixed'; 'strided' has none, not {self.summary}")
 
     def policy(self, seed: int = 0) -> Policy:
         if self.pattern == "strided":

@@ -31,7 +31,10 @@ class StreamingLLM(PolicyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.policy()
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, not {self.sinks}")
+        if self.budget <= self.sinks:
+            raise ValueError(f"budget must exceed the {self.sinks} sinks, not {self.budget}")
 
     def policy(self, seed: int = 0) -> Policy:
         return Window(self.sinks, self.budget - self.sinks)

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from slimbench.methods.formats.attention.policy import ALL, OperatorPolicy
+from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.formats.attention.policy import ALL, OperatorPolicy, positive
 from slimbench.methods.formats.policy import Scoring
 
 if TYPE_CHECKING:
@@ -42,8 +43,15 @@ class Pages(OperatorPolicy):
     dense_layers: int
 
     def __post_init__(self) -> None:
-        if self.page < 1 or self.dense_layers < 0 or self.budget < _FEWEST * self.page:
+        positive(page=self.page)
+        if self.dense_layers < 0:
+            raise ValueError(f"dense_layers must not be negative, not {self.dense_layers}")
+        if self.budget < _FEWEST * self.page:
             raise ValueError(f"budget must be at least {_FEWEST} pages, not {self.budget} tokens with pages of {self.page}")
+
+    def check(self, shape: ModelShape) -> None:
+        if self.dense_layers >= shape.num_layers:
+            raise Unsupported(f"{self.dense_layers} dense_layers are all {shape.num_layers} layers of the model; none would choose pages")
 
     @property
     def scoring(self) -> Scoring:

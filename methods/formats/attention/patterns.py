@@ -101,6 +101,8 @@ class Fixed(Pattern):
 
     def __post_init__(self) -> None:
         positive(stride=self.stride, summary=self.summary)
+        if self.summary >= self.stride:
+            raise ValueError(f"summary must be below the stride of {self.stride}, or everything is seen, not {self.summary}")
 
     def neutral(self) -> Fixed:
         return Fixed(ALL, self.summary)

@@ -114,3 +114,8 @@ def test_an_artefact_without_tensors_is_the_policy_alone(dense: DenseModel, tmp_
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):
         Linformer(**settings)
+
+
+def test_spans_are_refused_by_their_own_name() -> None:
+    with pytest.raises(ValueError, match="spans must be at least 1, not 0"):
+        BPTransformer(spans=0)

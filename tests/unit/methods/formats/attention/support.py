@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slimbench.methods.formats.attention.operators.interface import Kept, Operator, Rotary
 
@@ -45,3 +48,18 @@ def run(operator: Operator, states: States, sizes: Sequence[int], kept: Any = No
         kept.update(key, value)
         parts.append(operator(query, key, value, kept))
     return torch.cat(parts, 2)
+
+
+@contextmanager
+def given() -> Iterator[list[int]]:
+    """Numbers of keys that torch's attention is called with, those behind a mask included."""
+    found: list[int] = []
+    real = functional.scaled_dot_product_attention
+
+    def watched(query: Any, key: Any, value: Any, **more: Any) -> Any:
+        found.append(key.shape[2])
+        return real(query, key, value, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", watched)
+        yield found

@@ -15,7 +15,7 @@ from slimbench.methods.compact.sparse_attention import BlockBERT, SparseTransfor
 from slimbench.methods.compact.sparse_attention import Longformer as Longformers
 from slimbench.methods.formats.attention.operators import pattern as operators
 from slimbench.methods.formats.attention.patterns import BigBird, BlockBert, Fixed, Longformer, Pattern, Strided
-from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
+from tests.unit.methods.formats.attention.support import draw, given, rotary, run, turned
 
 HEADS, GROUPS, WIDTH, TOKENS = 4, 2, 16, 257
 
@@ -110,19 +110,11 @@ def test_no_table_of_all_pairs_is_built_and_work_grows_with_their_number(pattern
 
 
 @pytest.mark.parametrize(("pattern", "rule"), SETS, ids=lambda part: getattr(part, "kind", ""))
-def test_one_token_reads_the_keys_that_it_sees_and_no_other(
-    pattern: Pattern, rule: Callable[[int, int, int], bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given, states = [], draw(2, HEADS, GROUPS, 130, WIDTH)
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query: Any, key: Any, value: Any, **more: Any) -> Any:
-        given.append(key.shape[2])
-        return real(query, key, value, **more)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    run(pattern.operator(rotary(WIDTH), WIDTH**-0.5, 0), states, [1] * 130)
-    assert given == [max(sum(rule(t, j, head) for j in range(t + 1)) for head in range(HEADS)) for t in range(130)]
+def test_one_token_reads_the_keys_that_it_sees_and_no_other(pattern: Pattern, rule: Callable[[int, int, int], bool]) -> None:
+    operator = pattern.operator(rotary(WIDTH), WIDTH**-0.5, 0)
+    with given() as read:
+        run(operator, draw(2, HEADS, GROUPS, 130, WIDTH), [1] * 130)
+    assert read == [max(sum(rule(t, j, head) for j in range(t + 1)) for head in range(HEADS)) for t in range(130)]
 
 
 def test_random_blocks_are_earlier_ones_outside_window_and_beginning_and_differ() -> None:
@@ -134,7 +126,10 @@ def test_random_blocks_are_earlier_ones_outside_window_and_beginning_and_differ(
     assert len(BIGBIRD.drawn(2, 0, 0)) == 0, "between the beginning and the window there is none yet"
 
 
-@pytest.mark.parametrize("make", [lambda: Strided(0), lambda: Fixed(8, 0), lambda: Longformer(4, -1), lambda: BigBird(8, 0, 1, 1)])
+REFUSED = (lambda: Strided(0), lambda: Fixed(8, 0), lambda: Fixed(8, 8), lambda: Longformer(4, -1), lambda: BigBird(8, 0, 1, 1))
+
+
+@pytest.mark.parametrize("make", REFUSED)
 def test_settings_out_of_range_are_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         make()
@@ -142,6 +137,8 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any]) -> None:
 
 def test_the_methods_are_these_policies() -> None:
     assert SparseTransformer().policy() == Strided(32)
+    with pytest.raises(ValueError, match="summary is a setting of the pattern 'fixed'"):
+        SparseTransformer(summary=2)
     assert SparseTransformer(pattern="fixed").policy() == Fixed(32, 4)
     assert Longformers().policy() == Longformer(128, 1)
     assert BigBirds(seed=2).policy(3) == BigBird(16, 3, 2, 3, seed=5)

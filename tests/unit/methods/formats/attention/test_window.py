@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_settings_out_of_range_are_refused(settings: tuple[int, int]) -> None:
         Window(*settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"budget": 4}, "budget must exceed the 4 sinks, not 4"), ({"sinks": -1}, "sinks must not be negative, not -1")],
+)
+def test_the_methods_settings_are_refused_by_their_own_names(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamingLLM(**settings)
+
+
 def test_models_that_rotate_otherwise_are_refused() -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -98,6 +108,22 @@ def test_models_that_rotate_otherwise_are_refused() -> None:
     for model in (opt, GPTNeoXForCausalLM(GPTNeoXConfig(**size, intermediate_size=32))):
         with pytest.raises(Unsupported, match="rotate whole queries and keys by halves"):
             Window(4, 12).install(model)
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic", "longrope", "yarn"])
+def test_models_whose_angles_depend_on_the_length_of_a_text_are_refused(kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 32}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    size = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=64, rope_parameters=rope))
+    if kind in ("dynamic", "longrope"):
+        with pytest.raises(Unsupported, match=f"'{kind}' change with the length of a text"):
+            Window(4, 12).install(model)
+    else:
+        Window(4, 12).install(model)
 
 
 def test_the_method_is_this_policy() -> None:
