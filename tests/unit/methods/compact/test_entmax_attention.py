@@ -47,6 +47,7 @@ def test_heads_learn_and_the_artefact_attends_with_what_was_learned(dense: Dense
     assert len({float(alpha) for values in learned.values() for alpha in values}) == 8, "heads differ"
     assert claim.details["alpha_mean"] == pytest.approx(float(torch.cat(list(learned.values())).mean()), abs=1e-6)
     assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]
+    assert claim.teacher is None, "alphas learn from the text"
     assert claim.trained_parameters == 8 and claim.training_tokens == 10 * 4 * 32
     assert claim.parameters == sum(p.numel() for p in trained.load(dense).parameters()) + 8
     found = TransformersModel(policies.load(tmp_path), "cpu")

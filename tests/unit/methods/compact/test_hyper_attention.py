@@ -19,8 +19,7 @@ from tests.support import tiny
 METHOD = HyperAttention(block=8, samples=8, projections=3, shortest=16)
 
 
-def test_what_follows_a_prompt_is_under_its_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._KINDS, ("attention", "hyper"), f"{Hyper.__module__}.Hyper")
+def test_what_follows_a_prompt_is_under_its_estimate(tmp_path: Path) -> None:
     dense = tiny.save_model(tmp_path / "dense", "float32")
     model = dense.load()
     for parameter in model.parameters():

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimbench.methods.compact.entmax_attention import EntmaxAttention
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.operators.entmax import entmax
 from slimbench.methods.formats.attention.operators.interface import Kept
@@ -155,7 +154,3 @@ def test_pairs_left_alone_are_those_of_heads_of_softmax() -> None:
 def test_alphas_out_of_range_are_refused(alpha: Any) -> None:
     with pytest.raises(ValueError, match=r"each alpha must lie in \[1, 2\]"):
         Entmax({"0.alpha": torch.tensor([1.5, alpha])})
-
-
-def test_the_method_writes_this_policy() -> None:
-    assert EntmaxAttention.produces == "policy" and EntmaxAttention().loss == "nll"
