@@ -47,7 +47,7 @@ class AttentionTransfer(TrainingSettings, Method):
     brings: ClassVar[str]
 
     length: int = 512
-    loss: Literal["distillation"] = "distillation"  # type: ignore[assignment]
+    loss: Literal["distillation"] = "distillation"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from slimbench.methods.formats.attention.policy import ALL, OperatorPolicy, positive
+from slimbench.methods.formats.attention.policy import ALL, LEARNED, OperatorPolicy, positive
 from slimbench.methods.formats.policy import Scoring, tensors
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from slimbench.methods.formats.attention.operators.interface import Operator, Rotary
 
 Feature = Literal["elu", "relu", "hedgehog", "positive", "fourier", "efficient"]
-LEARNED = ("relu", "hedgehog")
 DRAWN = ("positive", "fourier")
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 ALL = 1 << 30
 """More tokens than any text has."""
+LEARNED = ("relu", "hedgehog")
+"""Features of linear attention whose maps are fitted; those of a head differ."""
 FIRST = 4
 """Tokens at the beginning of a text that SpAtten keeps."""
 OBSERVED = 64

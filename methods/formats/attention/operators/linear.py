@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict, functional
 
-from slimbench.methods.formats.attention.linear import LEARNED
 from slimbench.methods.formats.attention.operators.interface import Kept, Operator, Rotary, attention, earlier_and_itself, joined, repeated
-from slimbench.methods.formats.attention.policy import ALL
+from slimbench.methods.formats.attention.policy import ALL, LEARNED
 
 _CHUNK, _CHUNK_BY_CHANNEL = 128, 32
 _LEAST = 1e-12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,16 @@ from slimbench.methods.formats.attention.operators.interface import (
     repeated,
 )
 
-if TYPE_CHECKING:
-    from slimbench.methods.formats.attention.patterns import Pattern
-
 _QUERIES = 256
 """Tokens of which it is held at once what they see."""
+
+
+class Pattern(Protocol):
+    """What the operator asks of `methods.formats.attention.patterns.Pattern`."""
+
+    def seen(self, at: Tensor, keys: Tensor, layer: int, heads: int) -> Tensor: ...
+
+    def counts(self, at: Tensor) -> Tensor: ...
 
 
 class PatternOperator(Operator):
