@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from slimbench.methods.compact.entmax_attention import EntmaxAttention, alphas, put
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.operators.entmax import entmax
 from slimbench.methods.formats.attention.operators.interface import Kept
+from tests.support import tiny
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
 HEADS, GROUPS, WIDTH, TOKENS = 4, 2, 16, 40
@@ -154,3 +157,14 @@ def test_pairs_left_alone_are_those_of_heads_of_softmax() -> None:
 def test_alphas_out_of_range_are_refused(alpha: Any) -> None:
     with pytest.raises(ValueError, match=r"each alpha must lie in \[1, 2\]"):
         Entmax({"0.alpha": torch.tensor([1.5, alpha])})
+
+
+def test_the_alphas_with_which_the_method_begins_give_the_weights_of_that_alpha(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "plain", "float32").load()
+    method, scores = EntmaxAttention(start=1.5), rows(8)
+    put(model, method.start)
+    begun = alphas(model)
+    assert set(begun) == {"0.alpha", "1.alpha"}
+    wanted = torch.stack([entmax15(row) for row in scores.double()])
+    for alpha in torch.cat(list(begun.values())).detach():
+        assert torch.allclose(entmax(scores, alpha[None]).double(), wanted, atol=1e-5)
