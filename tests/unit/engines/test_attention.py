@@ -20,6 +20,7 @@ from slimbench.harness.engines.transformers import TransformersEngine, Transform
 from slimbench.harness.run import identity, trust
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.run.planning import obstacles
+from slimbench.harness.run.planning.plan import make_plan, task_name
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import common, compress
 from slimbench.methods.base import Unsupported
@@ -119,6 +120,21 @@ def test_a_policy_that_attends_in_its_own_way_is_refused(folder: Path, policy: P
             attention.use(model, setting)
     attention.use(model, "default")
     assert attention_implementation(model) == before
+
+
+@pytest.mark.parametrize("method", ["h2o", "lolcats", "longformer", "adaptive-span"])
+def test_it_is_refused_before_the_work(overrides: list[str], method: str) -> None:
+    there = cell(overrides, f"method={method}", "engine.attention=flash")
+    reason = f"engine.attention=flash: {method} attends in its own way; leave the setting out"
+    assert obstacles.obstacle(there, Stage.QUALITY) == obstacles.obstacle(there, Stage.SPEED) == reason
+    stages = {task.stage for task in make_plan([there]).tasks if task.name.startswith(task_name(there.identity, task.stage))}
+    assert stages == {Stage.QUALITY, Stage.SPEED}, "what cannot be measured is not compressed"
+    assert obstacles.obstacle(cell(overrides, f"method={method}"), Stage.SPEED) is None
+
+
+@pytest.mark.parametrize("method", ["kv-int8", "prompt-lookup", "rtn-4bit"])
+def test_what_leaves_attention_alone_is_planned(overrides: list[str], method: str) -> None:
+    assert obstacles.obstacle(cell(overrides, f"method={method}", "engine.attention=flash"), Stage.SPEED) is None
 
 
 @pytest.mark.parametrize("policy", [OwnCache(Scheme(), Scheme()), Lookup(3, 2)])
