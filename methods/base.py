@@ -98,6 +98,7 @@ class ModelShape:
         num_heads: 0 of a model without attention, as `num_kv_heads`.
         widths: Numbers of inputs that the linear layers of the blocks have, where edits left others than the hidden and the
             intermediate size.
+        latent: Numbers of a token that a layer keeps for all heads, of a model with latent attention; 0 of others.
     """
 
     architecture: str
@@ -110,6 +111,7 @@ class ModelShape:
     tied_embeddings: bool
     head_size: int | None = None
     widths: tuple[int, ...] = ()
+    latent: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -134,6 +136,7 @@ class ModelShape:
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", True)),
             head_size=config.get("head_dim"),
+            latent=config["kv_lora_rank"] + (first("qk_rope_head_dim") or 0) if first("kv_lora_rank") else 0,
         )
 
     def check_group(self, group_size: int) -> None:

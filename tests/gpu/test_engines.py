@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from slimbench.harness.engines import semi_structured
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel, load_pretrained
@@ -27,6 +28,19 @@ def test_semi_structured_products_are_those_of_the_dense_weights(tmp_path: Path)
     found = sparse.evidence()
     assert found.kernel and "sparse" in found.kernel and found.effective_bits and found.effective_bits < 10
     assert {layer.pattern for layer in found.layers if layer.role == "linear"} == {"2:4"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "kernel"), [("flash", "_scaled_dot_product_flash_attention"), ("math", "_scaled_dot_product_attention_math")]
+)
+def test_attention_is_by_the_kernel_of_the_setting(tmp_path: Path, setting: str, kernel: str) -> None:
+    folder, ids = save_model(tmp_path).path, torch.randint(0, 256, (1, 48))
+    model = TransformersEngine({}, attention=setting).open(folder, load_pretrained, "cuda:0", False)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = model.logits(ids)
+    fused = {event.key for event in seen.key_averages() if event.key.startswith("aten::_scaled_dot_product")}
+    assert f"aten::{kernel}" in fused and all(kernel in name for name in fused)
+    assert torch.allclose(found.float(), TransformersModel(load_pretrained(folder, "cuda:0"), "cuda:0").logits(ids).float(), atol=0.05)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")

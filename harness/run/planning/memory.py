@@ -96,8 +96,10 @@ class _Model:
 
     @property
     def token(self) -> int:
-        """Bytes of keys and values of a token."""
-        return 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_dim * self.width if self.shape else 0
+        """Bytes of keys and values of a token, or of the vector that stands for them."""
+        if self.shape is None:
+            return 0
+        return self.shape.num_layers * (self.shape.latent or 2 * self.shape.num_kv_heads * self.shape.head_dim) * self.width
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_method_is_refused_in_one_line_or_goes_on(recorded: tuple[RunConfig, A
     assert "\n" not in (obstacles.obstacle(cell, Stage.COMPRESS) or "")
 
 
-def test_latent_attention_keeps_one_vector_a_token(tmp_path: Path) -> None:
+def test_latent_attention_keeps_one_vector_a_token(tmp_path: Path, text: Path) -> None:
     """DeepSeek-V2: a token is kept as `kv_lora_rank` numbers for all heads and `qk_rope_head_dim` rotated ones."""
     shape = {
         "model_type": "deepseek_v2",
@@ -178,3 +178,6 @@ def test_latent_attention_keeps_one_vector_a_token(tmp_path: Path) -> None:
     rest, state = latent.extend(ids()[:, 20:], state)
     assert torch.allclose(torch.cat([found, rest], 1), latent.logits(ids()), atol=1e-4)
     assert latent.cache_bytes(state) == 2 * 2 * 24 * (16 + 4) * 4
+    here = resolve([*tiny_overrides(tmp_path, text), "model.parameters=1000000"])
+    need = memory.estimate(here, (), Stage.SPEED, models.known_shape(here.model))
+    assert need is not None and need.cache == 2 * (8 + 4) * (16 + 4) * 4
