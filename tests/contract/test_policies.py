@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import DenseModel
 from slimbench.methods.core.policies import PolicyMethod
+from slimbench.methods.formats import policy as written
 from slimbench.methods.formats.attention.content import Routing
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.latent import Latent
@@ -34,12 +37,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
     "h2o": {"budget": 10},
     "tova": {"budget": 10},
-    "knorm": {"budget": 10},
+    "knorm": {"budget": 10, "skip_layers": 0},
     "snapkv": {"budget": 70},
     "spatten": {"budget": 10},
     "random-eviction": {"budget": 10},
     "quest": {"budget": 12, "page": 4, "dense_layers": 1},
-    "sparse-transformer": {"stride": 6, "summary": 2},
+    "sparse-transformer": {"stride": 6},
     "longformer": {"window": 6, "dilation": 2},
     "bigbird": {"block": 4, "window": 2, "world": 1, "random": 1},
     "blockbert": {"block": 8},
@@ -162,6 +165,34 @@ def test_a_whole_text_gives_what_its_tokens_give_one_by_one_and_in_pieces(base: 
             found, state = model.extend(piece, state)
             parts.append(found)
         assert far(torch.cat(parts, 1), whole) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "exact" and not name.startswith("kv-")])
+def test_in_two_bytes_too_a_text_gives_about_the_same_in_pieces(base: Any, name: str) -> None:
+    model, ids = under(copy.deepcopy(base).to(torch.bfloat16), policies()[name]), texts(policies()[name].max_batch or 2)
+    whole, parts, state = model.logits(ids).float(), [], None
+    for piece in ids.split([13, 1, 50, 2, 1, LENGTH - 67], 1):
+        found, state = model.extend(piece, state)
+        parts.append(found)
+    assert torch.isfinite(whole).all()
+    assert float((torch.cat(parts, 1).float() - whole).abs().mean() / whole.abs().mean()) <= 0.1
+
+
+@pytest.mark.parametrize("name", sorted(policies()))
+def test_an_artefact_brings_back_the_policy_and_its_tensors(base: Any, name: str, tmp_path: Path) -> None:
+    policy, ids = policies()[name], texts(policies()[name].max_batch or 2)
+    (tmp_path / "out").mkdir()
+    written.save(policy, tiny.saved(base, tmp_path / "dense"), tmp_path / "out")
+    assert written.read(tmp_path / "out")[0] == [policy]
+    loaded = TransformersModel(written.load(tmp_path / "out"), "cpu")
+    assert loaded.scoring == policy.scoring
+    assert far(logits(loaded, ids), logits(under(base, policy), ids)) <= 1e-5
+
+
+def test_every_kind_of_policy_that_changes_logits_is_brought_back() -> None:
+    tried = {(policy.slot, policy.kind) for policy in policies().values()}
+    others = {("cache", "transformers"), ("cache", "prefix"), ("draft", "lookup"), ("draft", "exit"), ("depth", "contrast")}
+    assert tried | others == set(written._KINDS) and not tried & others
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "suffix"])

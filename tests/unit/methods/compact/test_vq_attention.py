@@ -41,7 +41,6 @@ def test_codes_are_of_keys_that_are_drawn_wherever_they_stand(dense: DenseModel,
     assert torch.allclose(made[:, places], policy.books["1.codes"], atol=1e-5), "not rotated, and of the same tokens in all heads"
     drawn = torch.randperm(192, generator=torch.Generator().manual_seed(0))[:64]
     assert set(places) <= set(drawn.tolist())
-    assert {int(place) % 32 for place in drawn} - set(range(0, 32, 3)), "no fixed stride, which would take the same places of each text"
 
 
 def test_a_model_that_does_not_fit_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

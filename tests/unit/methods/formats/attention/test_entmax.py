@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimbench.methods.compact.entmax_attention import EntmaxAttention, alphas, put
+from slimbench.methods.compact.entmax_attention import EntmaxAttention, put
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.operators.entmax import entmax
-from slimbench.methods.formats.attention.operators.interface import Kept
+from slimbench.methods.formats.attention.operators.interface import Kept, attentions
 from tests.support import tiny
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
@@ -159,12 +159,9 @@ def test_alphas_out_of_range_are_refused(alpha: Any) -> None:
         Entmax({"0.alpha": torch.tensor([1.5, alpha])})
 
 
-def test_the_alphas_with_which_the_method_begins_give_the_weights_of_that_alpha(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "plain", "float32").load()
-    method, scores = EntmaxAttention(start=1.5), rows(8)
-    put(model, method.start)
-    begun = alphas(model)
-    assert set(begun) == {"0.alpha", "1.alpha"}
-    wanted = torch.stack([entmax15(row) for row in scores.double()])
-    for alpha in torch.cat(list(begun.values())).detach():
-        assert torch.allclose(entmax(scores, alpha[None]).double(), wanted, atol=1e-5)
+def test_the_heads_of_a_model_begin_at_the_start_of_the_method(tmp_path: Path) -> None:
+    model: Any = tiny.save_model(tmp_path, "float32").load()
+    put(model, EntmaxAttention(start=1.5).start)
+    states = draw(1, HEADS, GROUPS, TOKENS, WIDTH)
+    for module in attentions(model):
+        assert torch.allclose(run(module.operator, states, [TOKENS]), by_sorting(*states, [1.5] * HEADS), atol=1e-4)
