@@ -58,6 +58,8 @@ class LlamaCppModel(LoadedModel):
 
     keeps_cache = True
 
+    cache_dtype = "float16"
+
     def __init__(self, weights: Weights, evidence: Callable[[], Evidence]) -> None:
         self._weights, self._evidence = weights, evidence
         self.vocab_size, self.max_length = weights.vocab_size, weights.max_length

@@ -39,6 +39,8 @@ class ONNXRuntimeModel(GraphModel):
         scratch: Folder for the profile of one decode step.
     """
 
+    cache_dtype = "float32"
+
     def __init__(self, graph: Path, config: dict[str, Any], scratch: Path) -> None:
         import onnxruntime
 

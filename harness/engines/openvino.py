@@ -31,6 +31,8 @@ _PACKED = ("i8", "u8", "i4", "u4")
 class OpenVINOModel(GraphModel):
     """A compiled stateful graph; each sequence of calls has an inference request of its own, which holds its KV cache."""
 
+    cache_dtype = "float32"
+
     def __init__(self, graph: Any, config: dict[str, Any]) -> None:
         import openvino
 

@@ -17,6 +17,7 @@ _DENSE_BITS = 16
 UNMEASURED = "claims less work a token, which nothing has measured"
 """Of a claim that `harness.measure.dynamic.work` has not been held against."""
 _SLACK = 1.02
+_CONSTANTS = 1e-5  # of the parameters, that a graph may have as numbers it computes with
 _VECTORS = 0.005  # of the parameters, that lie in norms and biases at most
 
 
@@ -27,10 +28,12 @@ def check(
     needs: Sequence[Needs] = (),
     dense_parameters: int | None = None,
     loaded_bits: float | None = None,
+    dtype: str | None = None,
 ) -> Evidence:
     """The evidence of a loaded artefact, with a flag for each point in which the claim differs from it. Arguments as of `flags`.
 
     Args:
+        dtype: Name of the dtype in which the claim counts the bytes of a cache: that of the source.
         loaded_bits: What `Loaded.loaded_bits` gave before the first call, where the model has run already.
     """
     found = model.evidence()
@@ -38,8 +41,15 @@ def check(
         found.loaded_bits = loaded_bits
     if claim.cache_bytes_per_token is not None and isinstance(model, Generates):
         found.cache_bytes_per_token = cache_bytes_per_token(model)
-    found.flags = flags(claim, found, disk_bytes, needs, dense_parameters, model.shares_vectors)
+    wider = _itemsize(model.cache_dtype) / _itemsize(dtype) if model.cache_dtype and dtype else 1.0
+    found.flags = flags(claim, found, disk_bytes, needs, dense_parameters, model.shares_vectors, wider)
     return found
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a number of a dtype of torch."""
+    size: int = getattr(torch, dtype).itemsize
+    return size
 
 
 def cache_bytes_per_token(model: Generates) -> float | None:
@@ -62,6 +72,7 @@ def flags(
     needs: Sequence[Needs] = (),
     dense_parameters: int | None = None,
     shares_vectors: bool = False,
+    wider: float = 1.0,
 ) -> list[str]:
     """One line for each point in which claim and evidence differ; stored bits count as more than claimed from 2 % on.
 
@@ -70,7 +81,8 @@ def flags(
         needs: Of each method that made it; with none nothing is said of training.
         dense_parameters: In the matrices of the model that it was made from; None where they are not known. Some engines make one of
             equal norms or biases, so these do not count.
-        shares_vectors: As of `Loaded`: of the parameters claimed, those of norms and biases may be missing.
+        shares_vectors: As of `Loaded`: of the parameters claimed, those of norms and biases may be missing, and few constants be more.
+        wider: Bytes of a number in the cache of the engine over those of the claim.
     """
     linear = [layer for layer in evidence.layers if layer.role == "linear"]
     return [
@@ -78,7 +90,7 @@ def flags(
         *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
         *_compute_flags(claim, linear),
         *_grid_flags(claim, linear),
-        *_architecture_flags(claim, evidence, dense_parameters, shares_vectors),
+        *_architecture_flags(claim, evidence, dense_parameters, shares_vectors, wider),
         *(_training_flags(claim, needs) if needs else []),
         *(f"a slower kernel ran: {reason}" for reason in evidence.missing_kernels),
         *([simulation(claim, evidence)] if claim.simulated else []),
@@ -175,9 +187,12 @@ def _training_flags(claim: Claim, needs: Sequence[Needs]) -> Iterator[str]:
         yield "asks a teacher, claims none"
 
 
-def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int | None, shares_vectors: bool) -> Iterator[str]:
+def _architecture_flags(
+    claim: Claim, evidence: Evidence, dense_parameters: int | None, shares_vectors: bool, wider: float
+) -> Iterator[str]:
     missing = 0 if claim.parameters is None else claim.parameters - evidence.parameters
-    if claim.parameters is not None and not 0 <= missing <= (_VECTORS * claim.parameters if shares_vectors else 0):
+    most, least = (_VECTORS, -_CONSTANTS) if shares_vectors else (0.0, 0.0)
+    if claim.parameters is not None and not least * claim.parameters <= missing <= most * claim.parameters:
         yield f"claims {claim.parameters:,} parameters, has {evidence.parameters:,}"
     elif claim.parameters is None and dense_parameters is not None and evidence.parameters < dense_parameters:
         yield f"claims no cut, has {evidence.parameters:,} parameters, fewer than the {dense_parameters:,} in the matrices of its source"
@@ -186,10 +201,10 @@ def _architecture_flags(claim: Claim, evidence: Evidence, dense_parameters: int 
     elif claim.layers is not None and evidence.blocks != claim.layers:
         yield f"claims {claim.layers} layers, runs {evidence.blocks}"
     if claim.cache_bytes_per_token is not None:
-        taken = evidence.cache_bytes_per_token
+        taken, claimed = evidence.cache_bytes_per_token, wider * claim.cache_bytes_per_token
         if taken is None:
             yield "the bytes of the cache cannot be read"
-        elif not claim.cache_bytes_per_token / _SLACK <= taken <= claim.cache_bytes_per_token * _SLACK:
-            yield f"claims {claim.cache_bytes_per_token:,.6g} bytes of cache a token, takes {taken:,.6g}"
+        elif not claimed / _SLACK <= taken <= claimed * _SLACK:
+            yield f"claims {claimed:,.6g} bytes of cache a token, takes {taken:,.6g}"
     if claim.work is not None:
         yield UNMEASURED

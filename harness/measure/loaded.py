@@ -36,7 +36,9 @@ class Loaded(ABC):
         max_length: Positions that the model was made for.
         max_batch: Sequences that its policy runs at once at most; None without a limit.
         slots: Parts of the run that a policy decides on (`methods.formats.policy`).
-        shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters.
+        shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters; it may count some
+            constants of its graph.
+        cache_dtype: Name of the dtype of keys and values, where the engine chooses it and not the artefact.
     """
 
     vocab_size: int
@@ -44,6 +46,7 @@ class Loaded(ABC):
     max_batch: int | None = None
     slots: Sequence[str] = ()
     shares_vectors: bool = False
+    cache_dtype: str | None = None
 
     def batch(self, wanted: int) -> int:
         """So many sequences, or as many of them as run at once."""

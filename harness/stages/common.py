@@ -78,7 +78,9 @@ def evidence_of(model: Loaded, config: RunConfig, key: str, loaded_bits: float |
     """What was loaded, held against what the manifest of the cell's artefact claims; `loaded_bits` as of `claims.check`."""
     folder = artefact.location(key)
     manifest, needs = artefact.read_manifest(folder), [build_method(step).needs for step in config.pipeline]
-    found = claims.check(model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters, loaded_bits)
+    found = claims.check(
+        model, manifest.claim, artefact.disk_bytes(folder), needs, manifest.dense_parameters, loaded_bits, config.model.dtype
+    )
     return found.model_copy(update={"artefact": content(manifest.files)})
 
 

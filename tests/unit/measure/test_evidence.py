@@ -348,6 +348,23 @@ def test_flags(claim: dict[str, Any], found: Evidence, disk_bytes: int | None, e
     assert flags(Claim("any", **claim), found, disk_bytes) == expected
 
 
+def test_constants_of_a_graph_are_no_parameters() -> None:
+    """A graph has some numbers that it computes with; the smallest cut of a model is far more than these."""
+    claim, found = Claim("any", parameters=99_114_048), evidence().model_copy(update={"parameters": 99_114_246})
+    assert flags(claim, found, shares_vectors=True) == []
+    assert flags(claim, found) == ["claims 99,114,048 parameters, has 99,114,246"]
+    more = found.model_copy(update={"parameters": 99_114_048 + 1_728})
+    assert flags(claim, more, shares_vectors=True), "one channel"
+
+
+def test_a_cache_is_held_against_its_claim_in_the_dtype_that_the_engine_keeps() -> None:
+    claim = Claim("any", cache_bytes_per_token=15_360.0)
+    taken = evidence(cache_bytes_per_token=30_720.0)
+    assert flags(claim, taken, wider=2.0) == []
+    assert flags(claim, taken) == ["claims 15,360 bytes of cache a token, takes 30,720"]
+    assert flags(claim, evidence(cache_bytes_per_token=46_080.0), wider=2.0) == ["claims 30,720 bytes of cache a token, takes 46,080"]
+
+
 @pytest.mark.parametrize(("claimed", "flagged"), [(9_999, True), (10_000, False), (10_050, False), (10_051, True)])
 def test_an_engine_that_shares_norms_may_miss_those_alone(claimed: int, flagged: bool) -> None:
     assert bool(flags(Claim("any", parameters=claimed), evidence(), shares_vectors=True)) is flagged
