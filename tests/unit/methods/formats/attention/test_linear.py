@@ -141,10 +141,10 @@ def test_long_texts_of_large_keys_stay_finite() -> None:
 def test_a_query_far_from_all_keys_still_takes_shares_of_their_values() -> None:
     query, key, value = draw(2, HEADS, GROUPS, 200, WIDTH)
     operator = Linear("positive", features=24).operator(rotary(WIDTH), WIDTH**-0.5, 0)
-    for scale in (8, 32):
-        found = run(operator, (query * scale, key, value), [130, 69, 1])
+    for scale, length in ((8, 1), (8, 4), (32, 8)):
+        found = run(operator, (query * scale, key * length, value), [130, 69, 1])
         assert torch.allclose(found[:, :, 0], value[:, :, 0].repeat_interleave(HEADS // GROUPS, 1), atol=1e-4)
-        ones = run(operator, (query * scale, key, torch.ones_like(value)), [130, 69, 1])
+        ones = run(operator, (query * scale, key * length, torch.ones_like(value)), [130, 69, 1])
         assert torch.allclose(ones, torch.ones_like(ones), atol=1e-4), "weights sum to 1"
 
 
