@@ -207,4 +207,4 @@ def _architecture_flags(
         elif not claimed / _SLACK <= taken <= claimed * _SLACK:
             yield f"claims {claimed:,.6g} bytes of cache a token, takes {taken:,.6g}"
     if claim.work is not None:
-        yield UNMEASURED
+        yield "claims less work a token, which nothing has measured"

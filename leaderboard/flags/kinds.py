@@ -102,6 +102,7 @@ _NOISE = (
     r"\S+ pairs of runs dropped: .+",
     r"speed of .+ runs?, too few for an interval.*",
     r"speed of one process: .+",
+    r"speed of \S+ of \S+ texts: .+",
     r"speed within ± .+, aimed at ± .+",
 )
 

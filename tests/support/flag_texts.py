@@ -13,6 +13,7 @@ SOURCES = ("harness", "leaderboard", "methods", "tasks", "src/slimbench/util")
 FILLED = "7"
 """What stands for a value that is filled in."""
 WRITERS = {
+    "harness/measure/dynamic/texts.py": ("untimed",),
     "harness/measure/machine.py": ("LoadWatch.read",),
     "harness/schema/evidence.py": ("simulation",),
     "harness/store/partial.py": ("Journal.remarks",),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from slimbench.harness.measure import operators
-from slimbench.harness.measure.claims import flags
+from slimbench.harness.measure.claims import UNMEASURED, flags
 from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.zeros import holds, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
@@ -363,6 +363,10 @@ def test_a_cache_is_held_against_its_claim_in_the_dtype_that_the_engine_keeps() 
     assert flags(claim, taken, wider=2.0) == []
     assert flags(claim, taken) == ["claims 15,360 bytes of cache a token, takes 30,720"]
     assert flags(claim, evidence(cache_bytes_per_token=46_080.0), wider=2.0) == ["claims 30,720 bytes of cache a token, takes 46,080"]
+
+
+def test_work_that_nothing_measured_is_told_in_the_words_by_which_it_is_taken_back() -> None:
+    assert flags(Claim("any", work=Work(blocks=2.5)), evidence()) == [UNMEASURED]
 
 
 @pytest.mark.parametrize(("claimed", "flagged"), [(9_999, True), (10_000, False), (10_050, False), (10_051, True)])

@@ -132,10 +132,11 @@ def test_only_threads_that_were_asked_for_stand_in_the_speed_key(overrides: list
 def test_the_content_of_timed_prompts_stands_in_the_speed_key(overrides: list[str], tmp_path: Path) -> None:
     texts = tmp_path / "prompts.txt"
     texts.write_text("Where do the geese go in winter?\n")
-    prompted = [*overrides, f"+speed.prompts.corpus=file:{texts}"]
+    few = ["+speed.prompts.count=6", "+speed.prompts.repeats=1", "speed.max_repeats=6"]
+    prompted = [*overrides, *few, f"+speed.prompts.corpus=file:{texts}"]
     before = cell(prompted).identity.keys
     (moved := tmp_path / "moved.txt").write_text(texts.read_text())
-    assert cell([*overrides, f"+speed.prompts.corpus=file:{moved}"]).identity.keys == before
+    assert cell([*overrides, *few, f"+speed.prompts.corpus=file:{moved}"]).identity.keys == before
     texts.write_text("Where do the ducks go in winter?\n")
     after = cell(prompted).identity.keys
     assert (after.compress, after.quality) == (before.compress, before.quality) and after.speed != before.speed

@@ -38,7 +38,7 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_a_shipped_cell_needs_no_trust(honest: dict[str, Any]) -> None:
     assert configuration(honest, trusted=False).pipeline[0].target == shipped_method("gptq")["_target_"]
     assert configuration(changed(honest, "calibration.source", "self"), trusted=False).calibration.source == "self"
-    prompted = configuration(changed(honest, "speed.prompts", {"corpus": "bigbench-mysteries"}), trusted=False)
+    prompted = configuration(changed(honest, "speed.prompts", {"corpus": "bigbench-mysteries", "count": 12}), trusted=False)
     assert prompted.speed.prompts is not None and prompted.speed.prompts.corpus == "bigbench-mysteries"
     asked = configuration(changed(honest, "suite.retrieval", {"corpus": "bigbench-mysteries"}), trusted=False)
     assert asked.suite.retrieval is not None and asked.suite.texts[-1] == "bigbench-mysteries"
