@@ -191,7 +191,8 @@ def test_an_artefact_brings_back_the_policy_and_its_tensors(base: Any, name: str
 
 def test_every_kind_of_policy_that_changes_logits_is_brought_back() -> None:
     tried = {(policy.slot, policy.kind) for policy in policies().values()}
-    others = {("cache", "transformers"), ("cache", "prefix"), ("draft", "lookup"), ("draft", "exit"), ("depth", "contrast")}
+    drafts = {("draft", "lookup"), ("draft", "exit"), ("draft", "model")}
+    others = {("cache", "transformers"), ("cache", "prefix"), ("depth", "contrast")} | drafts
     assert tried | others == set(written._KINDS) and not tried & others
 
 

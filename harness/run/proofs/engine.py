@@ -27,16 +27,17 @@ _WINDOW, _CHUNK, _STEPS = 24, 7, 6
 
 
 def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
-    """Make tiny artefacts of a format until one loads; hold whole windows, the cache and greedy decoding of it against each other."""
+    """Make tiny artefacts of a format until one runs; hold whole windows, the cache and greedy decoding of it against each other."""
     reason = f"no method that writes format {format_} can run here"
     try:
         for folder in _artefacts(format_, scratch):
             try:
                 model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+                verdict = _judge(model)
             except Unsupported as refusal:
                 reason = str(refusal)
                 continue
-            return Checked(format_, model.evidence().kernel, _judge(model))
+            return Checked(format_, model.evidence().kernel, verdict)
     except Unsupported as refusal:
         reason = str(refusal)
     except Exception as error:
@@ -74,7 +75,7 @@ def _first_to_try(entry: Entry) -> tuple[Any, ...]:
 
 def _judge(loaded: Loaded) -> str:
     model, writer = Scores.of(loaded), Generates.of(loaded)
-    ids = torch.randint(0, model.vocab_size, (2, _WINDOW), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, model.vocab_size, (model.batch(2), _WINDOW), generator=torch.Generator().manual_seed(1))
     whole = model.logits(ids).float().cpu()
     if not torch.isfinite(whole).all():
         return "FAILED: logits are not finite"

@@ -31,12 +31,15 @@ class Speculation:
         accepted: Of these, taken.
 
     Raises:
-        Unsupported: The prompt is not one text, or the cache cannot let go of tokens that were guessed wrongly.
+        Unsupported: The prompt is not one text, weights do not lie where they compute, or the cache cannot let go of tokens that were
+            guessed wrongly.
     """
 
     def __init__(self, drafter: Drafter, ids: Tensor, room: int, cache: Any = None) -> None:
         if len(ids) != 1:
             raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
+        if drafter.model.device.type == "meta":
+            raise Unsupported("drafts do not run where each layer brings in its weights for the time of its call")
         out = drafter.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.drafter, self.cache, self.room = drafter, out.past_key_values, room
         if not croppable(self.cache):

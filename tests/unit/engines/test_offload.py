@@ -22,6 +22,7 @@ from slimbench.harness.measure import memory
 from slimbench.harness.measure.offloaded import brought_in
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store import artefact
+from slimbench.methods.base import Unsupported
 from tests.support import tiny
 from tests.unit.methods.test_methods import shipped_step
 
@@ -162,3 +163,9 @@ def test_the_memory_measurement_shows_what_is_saved(make: Make) -> None:
     eager = load("transformers", folder)
     memory._generate(eager, point)
     assert memory.measure(eager, point, 0).process_bytes > split.process_bytes + 40 * MB  # type: ignore[operator]
+
+
+def test_drafts_are_refused_in_one_line(make: Make) -> None:
+    away = load("offload", make("prompt-lookup"))
+    with pytest.raises(Unsupported, match="drafts do not run where each layer brings in its weights"):
+        away.prefill(torch.zeros(1, 4, dtype=torch.int64), 4)
