@@ -34,7 +34,7 @@ def one_of_each() -> dict[str, Policy]:
         if not isinstance(method, PolicyMethod) or method.name in DRAFTS | LIBRARIES or entry.name == "random-features":
             continue
         names = {field.name for field in fields(method)}
-        small = {"budget": BUDGET} | ({"residual_length": 32} if "residual_length" in names else {})
+        small = {"budget": BUDGET, "residual_length": 32} | ({"shortest": 64, "block": 32, "samples": 32} if "shortest" in names else {})
         found[entry.name] = replace(method, **{name: value for name, value in small.items() if name in names}).policy()
     return found
 
