@@ -215,7 +215,7 @@ class LimitsConfig(Strict):
     retry_pause_s: Real = Field(default=10.0, ge=0)
 
 
-Minutes = Annotated[float, BeforeValidator(lambda value: durations.seconds(value) / 60 if isinstance(value, str) else value), Field(gt=0)]
+Minutes = Annotated[Real, BeforeValidator(lambda value: durations.seconds(value) / 60 if isinstance(value, str) else value), Field(gt=0)]
 
 
 class SizeConfig(Strict):

@@ -28,7 +28,7 @@ TRAINED = {"steps": 9, "batch_size": 2, "length": 16, "checkpoint_every": 4}
 CHEAP: dict[str, dict[str, Any]] = {
     "accuracy-predictor": {"configurations": 12, "candidates": 50, "tokens": 64},
     "adalora": TRAINED,
-    "adaptive-span": TRAINED,
+    "adaptive-span": TRAINED | {"ramp": 4, "learning_rate": 0.05},
     "adapter": TRAINED,
     "adapterdrop": TRAINED,
     "adapterfusion": TRAINED,
