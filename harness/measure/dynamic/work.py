@@ -1,7 +1,7 @@
 """What runs for a token, counted by hooks while a text is gone on with, in passes that nobody times.
 
 A policy says what it leaves out; what was left out is seen here, on the loaded module: how many rows each matrix multiplied, in which
-blocks, and how many keys each call of torch's attention was given and allowed to see. Prompts are text, each goes through alone, and only
+blocks, and how many keys each call of torch's attention was given. Prompts are text, each goes through alone, and only
 decode steps are counted: the prompt's own pass is work of another kind.
 """
 

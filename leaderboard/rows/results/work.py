@@ -12,6 +12,7 @@ from pydantic import Field
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.schema.work import WorkResult
+from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Group
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,5}")
@@ -75,7 +76,11 @@ def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
         return None
     reference = speed.points[0].reference if speed.points else None
     own = predicted_ms(found.calls, speed.rows_ms, found.tokens)
-    return float(np.mean(reference.decode_ms)) / own if reference and reference.decode_ms and own else None
+    if reference is None or not reference.decode_ms or not own:
+        return None
+    prompts = speed.points[0].prompt_of_pairs
+    dense = workload_mean(reference.decode_ms, prompts).value if prompts else float(np.mean(reference.decode_ms))
+    return dense / own
 
 
 def predicted_ms(calls: Mapping[str, float], rows_ms: Mapping[str, float], tokens: int) -> float | None:
