@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,9 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from slimbench.leaderboard.figures.canvas import CAPTION, side_legend
-from slimbench.leaderboard.figures.drawing import DPI, MUTED, render
+from slimbench.leaderboard.figures.drawing import DPI, MUTED, render, write_beside
 from slimbench.leaderboard.figures.palette import Look, Palette
-from slimbench.util.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +35,7 @@ _PANELS = (
 
 def plot(path: Path) -> list[Path]:
     """Draw the table that an attention benchmark wrote, PNG and SVG beside it."""
-    table, written = pd.read_csv(path), []
-    for kind in ("png", "svg"):
-        written.append(path.with_suffix(f".{kind}"))
-        write_atomically(written[-1], draw(table, kind))
-    return written
+    return write_beside(path, partial(draw, pd.read_csv(path)))
 
 
 def draw(table: pd.DataFrame, kind: Literal["svg", "png"]) -> bytes:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from slimbench.util.files import write_atomically
 
 DPI = 160
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#d0d7de"
@@ -65,6 +68,14 @@ def render_all(make: Callable[[], Figure], kinds: Sequence[Kind] = KINDS) -> dic
             figure.savefig(out, format=kind, dpi=DPI, metadata=_METADATA[kind], facecolor="white")
             files[kind] = _fewer_colours(out) if kind == "png" else out.getvalue()
     return files
+
+
+def write_beside(table: Path, draw: Callable[[Literal["png", "svg"]], bytes]) -> list[Path]:
+    """Write a figure of a table beside it, as PNG and SVG; the files."""
+    files = table.with_suffix(".png"), table.with_suffix(".svg")
+    write_atomically(files[0], draw("png"))
+    write_atomically(files[1], draw("svg"))
+    return list(files)
 
 
 def _fewer_colours(png: io.BytesIO) -> bytes:

@@ -8,6 +8,7 @@ With one batch every layer is a dot beside the name of the kernel; with several 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,9 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from slimbench.leaderboard.figures.canvas import canvas, category_axis, legend, side_legend
-from slimbench.leaderboard.figures.drawing import DPI, INK, MUTED, render
+from slimbench.leaderboard.figures.drawing import DPI, INK, MUTED, render, write_beside
 from slimbench.leaderboard.figures.palette import Look, Palette
-from slimbench.util.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,11 +56,7 @@ def _beyond(table: pd.DataFrame) -> str:
 
 def plot(path: Path) -> list[Path]:
     """Draw the table that a kernel benchmark wrote, PNG and SVG beside it."""
-    table, written = pd.read_csv(path), []
-    for kind in ("png", "svg"):
-        written.append(path.with_suffix(f".{kind}"))
-        write_atomically(written[-1], draw(table, kind))
-    return written
+    return write_beside(path, partial(draw, pd.read_csv(path)))
 
 
 def draw(table: pd.DataFrame, kind: Literal["svg", "png"]) -> bytes:

@@ -14,7 +14,7 @@ and blocks that run are not rescaled. Of the states x_l behind block l and the t
 
 C says which blocks have a loss in an update. `rotational`: every R-th of them, ⌈L / R⌉, and the pattern moves round by one block with each
 update; `gradual`: from the last to the first, one more with every T / 2 L updates, all from T / 2 on. The last block always has one, as in
-the authors' program.
+the authors' program. Equation (7) and the T - 1 of (4) were not held against the paper's own text.
 
 What comes out has the shape that it had, so that `self-speculation` and early exits follow it. The paper trains on billions of tokens.
 """
