@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,8 @@ from slimbench.harness.measure.bench import attention as bench
 from slimbench.harness.measure.bench.attention import AttentionRow, Setting
 from slimbench.leaderboard.figures.attention import growth
 
-SETTING = Setting(heads=8, width=64, lengths=[512, 1024], dtypes=["float32"], repeats=1)
+# A matrix of scores has 32 MB and more: the C library then asks the system for each one, and keeps none back.
+SETTING = Setting(heads=8, width=64, lengths=[1024, 2048], dtypes=["float32"], repeats=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,8 @@ def test_naive_grows_with_the_square_and_flash_in_proportion(peaks: pd.DataFrame
 
 
 def test_sizes_are_those_of_scores_and_of_results(peaks: pd.DataFrame) -> None:
-    longest = peaks[peaks["length"] == 1024].set_index("implementation")["peak_bytes"]
-    scores, result = 4 * 8 * 1024**2, 4 * 8 * 64 * 1024
+    longest = peaks[peaks["length"] == 2048].set_index("implementation")["peak_bytes"]
+    scores, result = 4 * 8 * 2048**2, 4 * 8 * 64 * 2048
     assert 2 * scores <= longest["naive"] <= 4 * scores
     assert result <= longest["flash"] <= 2 * result
 
@@ -45,4 +48,5 @@ def test_memory_past_the_allocator_of_torch_is_seen() -> None:
     assert isinstance(row, AttentionRow)
     if row.peak_bytes is None:
         pytest.skip("this system does not tell the peak of a process")
-    assert 20_000_000 <= row.peak_bytes < 24_000_000 and row.relative_error < 1e-6
+    # The system counts whole pages: of the array's first and last a neighbour may have been there before.
+    assert 20_000_000 - 2 * mmap.PAGESIZE <= row.peak_bytes < 24_000_000 and row.relative_error < 1e-6
