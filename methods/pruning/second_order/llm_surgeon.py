@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _REMOVED = -1.0  # below every cost: what is gone stays gone
+_LAZY_ROWS = 128  # rows that are waited for before all those below are updated at once
 
 Factors = tuple["Tensor", "Tensor"]
 """G [out, out] and A [in, in] of a layer, undamped; A with a further input, always one, if there is a bias."""
@@ -114,16 +115,18 @@ class LLMSurgeon(Surgery, Sparse, Method):
         layers = block_linears(model)
         check_runs(layers, self.pattern)
         gone = {name: torch.zeros(layer.weight.shape, dtype=torch.bool) for name, layer in layers.items()}
-        for shot, progress in enumerate(passes(dense.progress, self.shots), 1):
-            found = curvature(model, layers, calibration.ids, progress)
+        seen = passes(dense.progress, 2 * self.shots)
+        for shot in range(1, self.shots + 1):
+            found = curvature(model, layers, calibration.ids, seen[2 * shot - 2])
             costs = {}
             for name, layer in layers.items():
                 inverses = self.inverses(found[name], layer.weight.device)
                 costs[name] = weight_costs(layer.weight.detach(), *inverses).float().cpu().masked_fill(gone[name], _REMOVED)
             gone = self.masks(costs, shot)
-            for name, layer in layers.items():
+            for done, (name, layer) in enumerate(layers.items(), 1):
                 inverses = self.inverses(found.pop(name), layer.weight.device)
                 assign(layer, remove(joined(layer), gone[name].to(layer.weight.device), *inverses, self.correlated))
+                seen[2 * shot - 1](done, len(layers))
         save_dense(model, out)
         blocks = [[mask for name, mask in gone.items() if name.startswith(f"{block}.")] for block in blocks_of(model)]
         shares = [round(sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks), 4) for masks in blocks]
@@ -303,14 +306,19 @@ def remove(weight: Tensor, gone: Tensor, outputs: Tensor, inputs: Tensor, correl
     """
     import torch
 
-    left, columns = weight.clone(), gone.shape[1]
+    left, columns, settled = weight.clone(), gone.shape[1], 0
+    pulls = torch.zeros_like(weight)  # P A⁻¹
     for first, last in row_sets(gone.sum(1).tolist(), correlated):
+        if last - settled > _LAZY_ROWS:
+            left[first:] -= outputs[first:, settled:first] @ pulls[settled:first]
+            settled = first
         row, column = gone[first:last].nonzero(as_tuple=True)
         held = outputs[first:last, first:last][row][:, row] * inputs[column][:, column]
-        wanted = left[first:last][row, column].unsqueeze(1)
-        pull = torch.zeros_like(left[first:last])
-        pull[row, column] = torch.cholesky_solve(wanted, torch.linalg.cholesky(held)).squeeze(1)
-        left -= outputs[:, first:last] @ (pull @ inputs)
+        now = left[first:last] - outputs[first:last, settled:first] @ pulls[settled:first]
+        pull = torch.zeros_like(now)
+        pull[row, column] = torch.cholesky_solve(now[row, column].unsqueeze(1), torch.linalg.cholesky(held)).squeeze(1)
+        pulls[first:last] = pull @ inputs
+    left = weight - outputs @ pulls
     left[:, :columns].masked_fill_(gone, 0.0)
     return left
 

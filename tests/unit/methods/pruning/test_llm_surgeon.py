@@ -75,8 +75,10 @@ def test_costs_are_the_least_rise_of_the_quadratic_form(bias: bool) -> None:
     np.testing.assert_allclose(rows.numpy(), [optimum(w, g, a, only(w.shape, r))[1] for r in range(6)], rtol=1e-9)
 
 
+@pytest.mark.parametrize("lazy", [128, 1, 3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_remains_is_the_constrained_minimum(bias: bool) -> None:
+def test_what_remains_is_the_constrained_minimum(bias: bool, lazy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimbench.methods.pruning.second_order.llm_surgeon._LAZY_ROWS", lazy)
     w, g, a = layer(bias)
     gone = np.random.default_rng(4).random((6, 8)) < 0.4
     gone[2], whole = False, np.zeros(w.shape, dtype=bool)
@@ -191,7 +193,7 @@ def test_a_model_is_pruned_as_by_brute_force(small: DenseModel, sparsity: float,
     zeros, size = sum(int((weight == 0).sum()) for weight in got.values()), sum(weight.numel() for weight in got.values())
     assert zeros == round(sparsity * size) and claim.sparsity == zeros / size and claim.pattern == pattern
     assert claim.format == "huggingface" and len(claim.details["block_sparsity"]) == 2
-    assert reports[-1] == 1 and reports == sorted(reports) and len(reports) == 5 * shots
+    assert reports[-1] == 1 and reports == sorted(reports) and len(reports) == (5 + len(got)) * shots, "each sample and each layer is told"
     if pattern is None:
         assert len({int((weight == 0).sum()) / weight.numel() for weight in got.values()}) > 7, "one threshold for all layers"
 
