@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -183,6 +184,7 @@ def measure(
         A result for each task, and the number of tokens that went through the model, padding included.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval would fork this process, threads, locks, handlers and all, and may wait for it forever
     folders = [str(folder) for folder in zeroshot.folders(suite.include_path, suite.tasks)]
     own = zeroshot.of_lm_eval(suite.include_path, suite.tasks)
     data_sets.fetch(own)

@@ -39,6 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "doc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
         )
     (folder / "both.yaml").write_text("group: both\ntask: [sums, letters]\n")
+    (folder / "last_word.yaml").write_text(
+        f"task: last_word\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'letters.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: ' {{answer}}'\n"
+        "metric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "- {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
+    )
     return folder
 
 
@@ -78,6 +84,17 @@ def test_the_members_of_a_group_are_drawn_too(ask: Any) -> None:
     alone, in_group = ask(limit=5, sample_seed=1), ask(tasks=["both"], limit=5, sample_seed=1)
     assert {task: result.items for task, result in in_group.items()} == {task: result.items for task, result in alone.items()}
     assert {len(result.items.ids) for result in in_group.values()} == {5}
+
+
+def test_no_process_is_forked_for_the_spread_of_a_metric(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval draws anew for the spread of a perplexity, in forks of this process: they would keep its threads' locks and its handlers."""
+
+    def pool(*_: Any) -> Any:
+        raise AssertionError("a pool of processes")
+
+    monkeypatch.setattr("multiprocessing.Pool", pool)
+    result = ask(tasks=["last_word"])["last_word"]
+    assert result.metric == "acc" and len(result.items.ids) == SIZES["letters"]
 
 
 def test_a_larger_sample_holds_a_smaller_one_and_places_are_equally_likely() -> None:
