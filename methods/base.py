@@ -96,8 +96,7 @@ class ModelShape:
 
     Attributes:
         num_heads: 0 of a model without attention, as `num_kv_heads`.
-        widths: Numbers of inputs that the linear layers of the blocks have, where edits left others than the hidden and the
-            intermediate size.
+        widths: Numbers of inputs of the linear layers of the blocks, where edits left others than hidden and intermediate size.
         latent: Numbers of a token that a layer keeps for all heads, of a model with latent attention; 0 of others.
     """
 
@@ -232,12 +231,15 @@ def _format(earlier: str, later: str) -> str:
     return EDITED if (earlier, later) == (EDITED, HUGGINGFACE) else later
 
 
-def _later(earlier: Any, later: Any) -> Any:
-    return later
-
-
 def _latest(earlier: Any, later: Any) -> Any:
     return earlier if later is None else later
+
+
+def _joined(earlier: Any, later: Any) -> Any:
+    """Work of which each figure is that of the latest step that says it; an empty `Work` takes back all that was said."""
+    if earlier is None or later in (None, Work()):
+        return _latest(earlier, later)
+    return replace(earlier, **{name: figure for name, figure in asdict(later).items() if figure is not None})
 
 
 def _said(rule: Callable[[Any, Any], Any], default: Any = None) -> Any:
@@ -266,8 +268,8 @@ class Work:
 class Claim:
     """What a method says that it wrote; the harness holds it against the evidence of the loaded artefact.
 
-    Each field carries the rule by which the claims of the steps of a pipeline become one: that of the last step, that of the latest
-    step that says something, or the sum. Bits, group size and simulation are one grid and go together.
+    Each field carries the rule by which claims of steps become one: that of the last step, that of the latest which says something, of
+    work figure by figure, or the sum. Bits, group size and simulation are one grid and go together.
 
     Attributes:
         format: Artefact format; the engine's table says who loads it.
@@ -293,13 +295,13 @@ class Claim:
     sparsity: float | None = _said(_latest)
     pattern: str | None = _said(_latest)
     activation_bits: int | None = _said(_latest)
-    simulated: bool = _said(_later, False)
+    simulated: bool = _said(_latest, False)
     training_tokens: int = _said(operator.add, 0)
     trained_parameters: int = _said(operator.add, 0)
     details: dict[str, Any] = field(default_factory=dict, metadata={"then": operator.or_})
     parameters: int | None = _said(_latest)
     layers: int | None = _said(_latest)
-    work: Work | None = field(default=None, metadata={"then": _latest})
+    work: Work | None = field(default=None, metadata={"then": _joined})
     cache_bytes_per_token: float | None = _said(_latest)
     teacher: str | None = _said(_latest)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slimbench.harness.config.sections.teaching import recipe
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method
+from slimbench.methods.formats.policy import LAST, Acts, conflict
 from slimbench.util.text import nearest
 
 
@@ -169,14 +171,18 @@ def _check_folder(results: str) -> None:
 
 
 def _check_order(steps: list[tuple[str, Method]]) -> None:
-    """Raise `ConfigError` unless each step of a pipeline reads what the one before it writes."""
+    """Raise `ConfigError` unless each step of a pipeline reads what the one before it writes, and what acts in the end acts together."""
+    acting = [(name, method.policy()) for name, method in steps if isinstance(method, Acts)]
+    for (first, policy), (second, other) in itertools.combinations(acting, 2):
+        if reason := conflict(policy, other, (first, second)):
+            raise ConfigError(f"'{second}' cannot follow '{first}': {reason}")
     wrong = _first_misfit(steps)
     if wrong is None:
         if steps and (needed := steps[0][1].after):
             name = steps[0][0]
             raise ConfigError(f"'{name}' cannot be the first step: it teaches what a step before it made, as in method=[{needed},{name}]")
         return
-    index, format_ = wrong
+    index, reason = wrong
     (name, method), others = steps[index], [step for step in steps if step is not steps[index]]
     moved = ([*others[:place], steps[index], *others[place:]] for place in range(index))
     right = next((order for order in moved if _first_misfit(order) is None), None)
@@ -189,16 +195,18 @@ def _check_order(steps: list[tuple[str, Method]]) -> None:
         else f"put it after a step that writes {method.accepts[0]}"
     )
     place = f"cannot follow '{before}'" if before else "cannot be the first step"
-    raise ConfigError(f"'{name}' {place}: it reads {' or '.join(method.accepts)}, not {format_}; {hint}")
+    raise ConfigError(f"'{name}' {place}: {reason}; {hint}")
 
 
 def _first_misfit(steps: list[tuple[str, Method]]) -> tuple[int, str] | None:
-    """Position of the first step that does not read what is there, and the format of that; None if the order is right."""
-    format_ = HUGGINGFACE
+    """Position of the first step that does not read what is there, or follows a draft, and why it may not; None if the order is right."""
+    format_, slot = HUGGINGFACE, None
     for index, (_, method) in enumerate(steps):
         if format_ not in method.accepts:
-            return index, format_
-        format_ = method.produces_after(format_)
+            return index, f"it reads {' or '.join(method.accepts)}, not {format_}"
+        if slot == "draft":
+            return index, LAST
+        format_, slot = method.produces_after(format_), getattr(method, "slot", None)
     return None
 
 

@@ -23,7 +23,8 @@ from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import EDITED, HUGGINGFACE, Calibration, Claim, DenseModel
-from slimbench.methods.formats import edited
+from slimbench.methods.formats import edited, policy
+from slimbench.methods.formats.architecture import edits
 from slimbench.tasks import corpora
 from slimbench.tasks.calibration import SELF
 
@@ -77,7 +78,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 flags.append(f"{step.name} began again after an interruption: its times are those of the last attempt")
             earlier += before_this
             if claim:
-                shape = edited.shape_of(current) if claim.format == EDITED else models.shape_of(current)
+                is_edited = claim.format == EDITED or (claim.format == policy.FORMAT and (current / edits.DESCRIPTION).is_file())
+                shape = edited.shape_of(current) if is_edited else models.shape_of(current)
                 method.check(shape)
             dense = DenseModel(
                 path=current,

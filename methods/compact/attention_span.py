@@ -22,6 +22,7 @@ from slimbench.methods.core.learning.hooks import Group, Hooks
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.span import Span
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdaptiveSpan(TrainingSettings, Method):
+class AdaptiveSpan(TrainingSettings, Acts, Method):
     """A learned span for each head (`methods.formats.attention.span`).
 
     Attributes:
@@ -42,6 +43,7 @@ class AdaptiveSpan(TrainingSettings, Method):
     """
 
     name = "adaptive-span"
+    slot = "attention"
     citation = Citation("Adaptive Attention Span", year=2019, arxiv="1905.07799")
     needs = Needs(calibration=True, training=True)
     accepts = DENSE

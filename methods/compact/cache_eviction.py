@@ -24,6 +24,7 @@ class _Bounded(PolicyMethod):
         budget: Tokens of which a head keeps keys and values.
     """
 
+    slot = "cache"
     rule: ClassVar[Rule]
 
     budget: int = 512
@@ -97,6 +98,7 @@ class SnapKV(PolicyMethod):
     """
 
     name = "snapkv"
+    slot = "cache"
     citation = Citation("SnapKV", year=2024, arxiv="2404.14469", covers=_IDS)
 
     budget: int = 512

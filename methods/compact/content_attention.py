@@ -14,7 +14,7 @@ from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseMod
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.content import Lsh, Routing, Sinkhorn
-from slimbench.methods.formats.policy import Policy
+from slimbench.methods.formats.policy import Acts, Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ class Reformer(PolicyMethod):
     """
 
     name = "reformer"
+    slot = "attention"
     citation = Citation("Reformer", year=2020, arxiv="2001.04451")
     draws = True
 
@@ -62,6 +63,7 @@ class SinkhornAttention(PolicyMethod):
     """
 
     name = "sinkhorn"
+    slot = "attention"
     citation = Citation("Sparse Sinkhorn Attention", year=2020, arxiv="2002.11296")
 
     block: int = 64
@@ -78,7 +80,7 @@ class SinkhornAttention(PolicyMethod):
 
 
 @dataclass(frozen=True)
-class RoutingTransformer(Method):
+class RoutingTransformer(Acts, Method):
     """Routing Transformer: a token sees the newest, and those whose key belongs to the centroid of its query.
 
     Attributes:
@@ -90,6 +92,7 @@ class RoutingTransformer(Method):
     """
 
     name = "routing-transformer"
+    slot = "attention"
     citation = Citation("Routing Transformer", year=2020, arxiv="2003.05997")
     needs = Needs(calibration=True)
     accepts = DENSE

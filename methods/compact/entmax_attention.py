@@ -14,13 +14,14 @@ from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseMod
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.entmax import Entmax
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class EntmaxAttention(TrainingSettings, Method):
+class EntmaxAttention(TrainingSettings, Acts, Method):
     """A learned α for each head (`methods.formats.attention.entmax`).
 
     Attributes:
@@ -28,6 +29,7 @@ class EntmaxAttention(TrainingSettings, Method):
     """
 
     name = "entmax"
+    slot = "attention"
     citation = Citation("Adaptively Sparse Transformers", year=2019, arxiv="1909.00015")
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
@@ -44,8 +46,11 @@ class EntmaxAttention(TrainingSettings, Method):
         if not 1 < self.start < 2:
             raise ValueError(f"start must lie between 1 and 2, not {self.start}")
 
+    def policy(self) -> Entmax:
+        return Entmax()
+
     def check(self, shape: ModelShape) -> None:
-        Entmax().check(shape)
+        self.policy().check(shape)
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.architecture.surgery import counts

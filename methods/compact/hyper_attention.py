@@ -23,6 +23,7 @@ class HyperAttention(PolicyMethod):
     """
 
     name = "hyper-attention"
+    slot = "attention"
     citation = Citation("HyperAttention", year=2023, arxiv="2310.05869", covers=("compact/hyperattention",))
     draws = True
 

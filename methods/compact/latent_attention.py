@@ -31,6 +31,7 @@ class LatentAttention(AttentionTransfer):
     """
 
     name = "latent-attention"
+    slot = "cache"
     citation = Citation("MHA2MLA", year=2025, arxiv="2502.14837")
     brings = "parts"
 

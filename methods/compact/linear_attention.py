@@ -34,6 +34,7 @@ class LinearAttention(PolicyMethod):
     """
 
     name = "linear-attention"
+    slot = "attention"
     citation = Citation("Linear Transformer", year=2020, arxiv="2006.16236", covers=("compact/linear-transformer",))
 
     feature: Literal["elu", "efficient"] = "elu"
@@ -62,6 +63,7 @@ class Performer(PolicyMethod):
     """
 
     name = "performer"
+    slot = "attention"
     citation = Citation("Performer", year=2020, arxiv="2009.14794", covers=("compact/performer",))
     draws = True
 

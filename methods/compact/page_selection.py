@@ -21,6 +21,7 @@ class Quest(PolicyMethod):
     """
 
     name = "quest"
+    slot = "attention"
     citation = Citation("Quest", year=2024, arxiv="2406.10774")
 
     budget: int = 512

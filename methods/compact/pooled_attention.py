@@ -29,6 +29,7 @@ class Combiner(PolicyMethod):
     """
 
     name = "combiner"
+    slot = "attention"
     citation = Citation("Combiner", year=2021, arxiv="2107.05768")
 
     block: int = 32
@@ -50,6 +51,7 @@ class BPTransformer(PolicyMethod):
     """
 
     name = "bp-transformer"
+    slot = "attention"
     citation = Citation("BP-Transformer", year=2019, arxiv="1911.04070")
 
     spans: int = 16

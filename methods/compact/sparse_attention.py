@@ -18,6 +18,8 @@ _SUMMARY = 4
 
 
 class _Sparse(PolicyMethod):
+    slot = "attention"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.policy()

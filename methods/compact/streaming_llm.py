@@ -24,6 +24,7 @@ class StreamingLLM(PolicyMethod):
     """
 
     name = "streaming-llm"
+    slot = "cache"
     citation = Citation("StreamingLLM", year=2023, arxiv="2309.17453", covers=("compact/sliding-window-mistral-streamingllm-sinks",))
 
     budget: int = 512

@@ -14,6 +14,7 @@ from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseMod
 from slimbench.methods.compact.content_attention import keys
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.vq import VQ
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ _KEYS = 32
 
 
 @dataclass(frozen=True)
-class TransformerVQ(Method):
+class TransformerVQ(Acts, Method):
     """A state of constant size, and a window that stays exact.
 
     Attributes:
@@ -34,6 +35,7 @@ class TransformerVQ(Method):
     """
 
     name = "transformer-vq"
+    slot = "attention"
     citation = Citation("Transformer-VQ", year=2023, arxiv="2309.16354")
     needs = Needs(calibration=True)
     accepts = DENSE

@@ -6,16 +6,16 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-from slimbench.methods.base import ANY_BASE, Calibration, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.formats import policy as policies
-from slimbench.methods.formats.policy import Policy
+from slimbench.methods.formats.policy import Acts, Policy
 
 
-class PolicyMethod(Method):
-    """The base as it is, and a policy beside it."""
+class PolicyMethod(Acts, Method):
+    """The base as it is, and a policy beside it, after those that are there."""
 
     needs = Needs(weights=False)
-    accepts = ANY_BASE
+    accepts = policies.ADDED
     produces = policies.FORMAT
 
     @abstractmethod

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slimbench.methods.base import ANY_BASE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.contrast import Contrast
+from slimbench.methods.formats.policy import Acts
 
 
 @dataclass(frozen=True)
-class Dola(Method):
+class Dola(Acts, Method):
     """Contrasts of blocks.
 
     Attributes:
@@ -25,9 +26,10 @@ class Dola(Method):
     """
 
     name = "dola"
+    slot = "depth"
     citation = Citation("DoLa", year=2023, arxiv="2309.03883")
     needs = Needs(weights=False)
-    accepts = ANY_BASE
+    accepts = policies.ADDED
     produces = policies.FORMAT
 
     half: Literal["lower", "upper"] = "lower"
@@ -35,10 +37,16 @@ class Dola(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Contrast((), self.floor)
+        self.policy()
 
-    def policy(self, shape: ModelShape) -> Contrast:
-        """Even numbers of blocks; not the embeddings where the head is the same matrix, which would predict the token itself."""
+    def policy(self, shape: ModelShape | None = None) -> Contrast:
+        """Even numbers of blocks; not the embeddings where the head is the same matrix, which would predict the token itself.
+
+        Args:
+            shape: None: no candidates, since they depend on it.
+        """
+        if shape is None:
+            return Contrast((), self.floor)
         middle = shape.num_layers // 2
         span = range(middle) if self.half == "lower" else range(middle, shape.num_layers)
         places = tuple(place for place in span if place % 2 == 0 and (place or not shape.tied_embeddings))

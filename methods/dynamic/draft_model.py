@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, ModelShape, Needs, Unsupported
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, ModelShape, Needs, Unsupported, Work
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.core.settings import Coded, Grouped
 from slimbench.methods.formats import policy as policies
@@ -32,6 +32,7 @@ class DraftModel(Coded, Grouped, PolicyMethod):
     """
 
     name = "draft-model"
+    slot = "draft"
     citation = Citation("Speculative decoding", year=2022, arxiv="2211.17192")
     needs = Needs()
 
@@ -58,7 +59,8 @@ class DraftModel(Coded, Grouped, PolicyMethod):
         from slimbench.methods.formats.architecture.structure import blocks_of
         from slimbench.methods.kernels.rounding import round_layers
 
-        copy: Any = dense.load() if dense.format in DENSE else dense.load_original()
+        below = policies.base_of(dense)
+        copy: Any = below.load() if below.format in DENSE else below.load_original()
         total = len(blocks_of(copy))
         gone = self.left_out(copy, calibration, dense)
         remove_blocks(copy, gone)
@@ -76,7 +78,8 @@ class DraftModel(Coded, Grouped, PolicyMethod):
             "draft_parameters": made,
             "draft_bytes": sum(file.stat().st_size for file in (out / Model.slot).glob("*.safetensors")),
         }
-        return Claim(self.produces, parameters=parameters_of(dense.path) + made, details=facts)
+        work = Work() if dense.format == self.produces else None  # its own cache keeps all tokens, and all of it runs
+        return Claim(self.produces, parameters=parameters_of(dense.path) + made, work=work, details=facts)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ class PrunedDraft(DraftModel):
 
 
 def parameters_of(folder: Path) -> int:
-    """Parameters of the model in a folder, whatever its layers are stored as, what is shared counted once; no weight is read."""
-    from slimbench.methods.formats import storage
-
-    model = storage.skeleton(folder)
+    """Parameters of the model in a folder, whatever its layers are stored as, what is shared counted once, and of its policies; no weight
+    of it is read.
+    """
+    model = policies.skeleton(folder)
     model.tie_weights()  # what was made without data shares nothing yet
     return sum(parameter.numel() for parameter in model.parameters())

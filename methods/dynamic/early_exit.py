@@ -22,13 +22,14 @@ from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseMod
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.exit import Criterion, EarlyExit
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class EarlyExits(TrainingSettings, Method):
+class EarlyExits(TrainingSettings, Acts, Method):
     """What all share.
 
     Attributes:
@@ -38,6 +39,7 @@ class EarlyExits(TrainingSettings, Method):
     """
 
     name = "early-exit"
+    slot = "depth"
     citation = Citation("CALM", year=2022, arxiv="2207.07061")
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
@@ -48,6 +50,10 @@ class EarlyExits(TrainingSettings, Method):
     exits: tuple[int, ...] | None = None
     learning_rate: float = 1e-3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.policy()
+
     def places(self, shape: ModelShape) -> tuple[int, ...]:
         """Blocks that have run at each exit."""
         if self.exits is not None:
@@ -55,8 +61,10 @@ class EarlyExits(TrainingSettings, Method):
         shares = (1 / 5, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
         return tuple(sorted({max(1, min(shape.num_layers - 1, round(share * shape.num_layers))) for share in shares}))
 
-    def policy(self, shape: ModelShape) -> EarlyExit:
-        return EarlyExit(self.criterion, self.threshold, self.places(shape))
+    def policy(self, shape: ModelShape | None = None) -> EarlyExit:
+        """Without a shape the exits that settings name, or one."""
+        known = (1,) if self.exits is None else tuple(self.exits)
+        return EarlyExit(self.criterion, self.threshold, self.places(shape) if shape else known)
 
     def check(self, shape: ModelShape) -> None:
         self.policy(shape).check(shape)

@@ -23,13 +23,14 @@ from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseMod
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.router import Router
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class LayerRouter(TrainingSettings, Method):
+class LayerRouter(TrainingSettings, Acts, Method):
     """A learned router for each block.
 
     Attributes:
@@ -39,6 +40,7 @@ class LayerRouter(TrainingSettings, Method):
     """
 
     name = "skip-layer"
+    slot = "depth"
     citation = Citation("SkipLayer", year=2023, arxiv="2311.15436")
     needs = Needs(calibration=True, training=True)
     accepts = DENSE

@@ -20,6 +20,7 @@ class PromptLookup(PolicyMethod):
     """
 
     name = "prompt-lookup"
+    slot = "draft"
     citation = Citation("Prompt lookup decoding", year=2023)
 
     tokens: int = 10

@@ -23,6 +23,7 @@ class SelfSpeculation(PolicyMethod):
     """
 
     name = "self-speculation"
+    slot = "draft"
     citation = Citation("LayerSkip: self-speculative decoding", year=2024, arxiv="2404.16710")
 
     blocks: int = 10

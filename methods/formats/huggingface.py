@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,10 @@ def link_source(dense: DenseModel, out: Path) -> None:
             _link(file.resolve(), out / file.name)
 
 
-def link_files(folder: Path, out: Path) -> None:
-    """Link all files of an artefact but its manifest, or copy them."""
+def link_files(folder: Path, out: Path, without: Collection[str] = ()) -> None:
+    """Link all files of an artefact but its manifest and those of some names, or copy them."""
     for file in folder.rglob("*"):
-        if file.is_file() and file.name != "artefact.json":
+        if file.is_file() and file.name not in ("artefact.json", *without):
             (out / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             _link(file.resolve(), out / file.relative_to(folder))
 

@@ -4,8 +4,8 @@ The folder holds the files of the base as they are, and `policy.json`:
 
     {"format": "slimbench policy", "schema": 1, "base": FORMAT, "slots": {SLOT: {"kind": KIND, …}}, "scoring": SCORING, "max_batch": N}
 
-A slot is a part of the run that a policy decides on: `attention`, `cache`, `depth`, `experts`, `draft`, `route`; each is filled once. Its
-other fields are the settings of the kind. The kinds that there are:
+A slot is a part of the run that a policy decides on: `attention`, `cache`, `depth`, `experts`, `draft`, `route`; each is filled once, in
+the order of the steps that fill them. Its other fields are the settings of the kind. The kinds that there are:
 
     cache      quantized      keys and values in few bits (`methods.formats.kv.cache.OwnCache`)
                transformers   the quantized cache of transformers (`TransformersCache`)
@@ -36,8 +36,9 @@ Tensors that a policy brings lie in `policy.safetensors` as `SLOT.NAME`; a model
 
 `scoring` says by which passes a whole text may be scored with the policy in force: `exact` (in any pieces, the same numbers come out),
 `chunk` (in pieces of the policy's own length), `step` (token by token), `suffix` (behind a prompt alone), `none`. `max_batch` is the
-largest batch, null without a limit. The base is what the loader of its format makes; the policy is then installed on that module, which
-holds `slots`, `scoring` and `max_batch` from then on.
+largest batch, null without a limit; of several policies the strictest hold. The base is what the loader of its format makes; the policies
+are then installed on that module, in their order, which holds `slots`, `scoring` and `max_batch` from then on. `conflict` says which of
+them act together.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape
+from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape, Unsupported
 from slimbench.methods.formats.huggingface import link_files, link_source
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ FORMAT = "policy"
 DESCRIPTION = "policy.json"
 TENSORS = "policy.safetensors"
 SCHEMA = 1
+ADDED = (*ANY_BASE, FORMAT)
+"""Formats that a method can follow which only adds a policy."""
 Slot = Literal["attention", "cache", "depth", "experts", "draft", "route"]
 Scoring = Literal["exact", "chunk", "step", "suffix", "none"]
 """From the least to the most that a policy asks: of several, that of the strictest holds."""
@@ -110,10 +114,12 @@ class Policy(ABC):
     Class attributes:
         slot: The part of the run that it decides on.
         kind: Its name among those of the slot.
+        attends: It computes attention in its own way, whatever the engine is told.
     """
 
     slot: ClassVar[Slot]
     kind: ClassVar[str]
+    attends: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -124,6 +130,16 @@ class Policy(ABC):
     def max_batch(self) -> int | None:
         """The largest batch that it runs with; None without a limit."""
         return None
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether what it keeps can let go of tokens that were guessed wrongly, and is then as if they had never come."""
+        return True
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether what it keeps depends on the queries of all tokens, so that each of them must run each block."""
+        return False
 
     @abstractmethod
     def neutral(self) -> Policy:
@@ -138,32 +154,95 @@ class Policy(ABC):
         """Put it in force on a loaded module."""
 
 
+class Acts(ABC):
+    """A method whose artefact acts while a model runs.
+
+    Class attributes:
+        slot: The part of the run that its policy decides on.
+    """
+
+    slot: ClassVar[Slot]
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """What it asks the engine to do, as far as its settings tell: without tensors, and without what depends on the model."""
+
+
+LAST = "a draft guesses for all that acts, so it comes last"
+
+
+def conflict(first: Policy, second: Policy, names: tuple[str, str]) -> str | None:
+    """Why two policies do not act together, whatever their order, in a line; None where they do.
+
+    Args:
+        names: Of what brings each.
+    """
+    held = {policy.slot: policy for policy in (first, second)}
+    name = {policy.slot: f"'{own}'" for policy, own in zip((first, second), names, strict=True)}
+    if first.slot == second.slot:
+        return f"both decide on the slot {first.slot}; leave one of the two out"
+    if held.keys() == {"attention", "cache"}:
+        if held["attention"].kind == "linear":
+            return f"with {name['attention']} there is no KV cache left"
+        if held["cache"].attends:
+            return "each brings an attention of its own, and a layer has one"
+        return f"{name['attention']} attends to keys and values that it keeps itself, not to those of {name['cache']}"
+    other = next((slot for slot in ("attention", "cache") if slot in held), None)
+    if held.keys() == {"depth", "draft"} and held["draft"].kind == "exit":
+        return "both decide which blocks run for a token"
+    if other and "depth" in held and held["depth"].attends and held[other].reads_queries:
+        lost = "attention weights" if other == "cache" else "queries"
+        return f"blocks that {name['depth']} skips have no {lost}, which {name[other]} needs of every token"
+    if other and "draft" in held and not held[other].rolls_back:
+        return f"the {other} {name[other]} cannot roll back a rejected draft"
+    return None
+
+
 def save(policy: Policy, dense: DenseModel, out: Path) -> None:
-    """Write the base as it is, and the policy with its tensors beside it; a model that it brings lies in the folder of its slot already.
+    """Write the base as it is, and the policy with its tensors beside it, after those that are there; a model that it brings lies in the
+    folder of its slot already.
 
     Raises:
-        Unsupported: The policy cannot be installed on a model of this kind.
+        Unsupported: The policy cannot be installed on a model of this kind, or does not act together with one that is there.
     """
     from safetensors.torch import save_file
 
+    earlier, base, slots = [], dense.format, dict[str, Any]()
+    if dense.format == FORMAT:
+        earlier, base = read(dense.path)
+        slots = json.loads((dense.path / DESCRIPTION).read_text())["slots"]
+    for there in earlier:
+        if reason := LAST if there.slot == "draft" else conflict(there, policy, (there.kind, policy.kind)):
+            raise Unsupported(f"the policy '{policy.kind}' cannot follow '{there.kind}': {reason}")
     fits(policy, dense.path)
+    every = [*earlier, policy]
     if dense.format == HUGGINGFACE:
         link_source(dense, out)
     else:
-        link_files(dense.path, out)
-    if brought := {f"{policy.slot}.{key}": value for name in _held(policy, _BROUGHT) for key, value in getattr(policy, name).items()}:
+        link_files(dense.path, out, () if not earlier else (DESCRIPTION, TENSORS))
+    if brought := {f"{p.slot}.{key}": value for p in every for name in _held(p, _BROUGHT) for key, value in getattr(p, name).items()}:
         save_file({key: value.detach().cpu().contiguous() for key, value in brought.items()}, out / TENSORS, metadata={"format": "pt"})
     bare: Any = replace(policy, **{name: {} for name in _held(policy, _BROUGHT)})  # type: ignore[type-var]
     settings = {name: value for name, value in asdict(bare).items() if name not in _held(policy, _BROUGHT, _BESIDE)}
     described = {
         "format": f"slimbench {FORMAT}",
         "schema": SCHEMA,
-        "base": dense.format,
-        "slots": {policy.slot: {"kind": policy.kind} | settings},
-        "scoring": policy.scoring,
-        "max_batch": policy.max_batch,
+        "base": base,
+        "slots": slots | {policy.slot: {"kind": policy.kind} | settings},
+        "scoring": _strictest(every),
+        "max_batch": _smallest(every),
     }
     (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _strictest(policies: Sequence[Policy]) -> Scoring:
+    """By which passes a text may be scored with all of them in force."""
+    return max((policy.scoring for policy in policies), key=get_args(Scoring).index)
+
+
+def _smallest(policies: Sequence[Policy]) -> int | None:
+    """The largest batch that all of them run with."""
+    return min((policy.max_batch for policy in policies if policy.max_batch), default=None)
 
 
 def fits(policy: Policy, folder: Path) -> None:
@@ -172,14 +251,27 @@ def fits(policy: Policy, folder: Path) -> None:
     Raises:
         Unsupported: It cannot be installed there.
     """
+    if not json.loads((folder / "config.json").read_text()).get("auto_map"):
+        policy.install(skeleton(folder))
+
+
+def skeleton(folder: Path) -> Any:
+    """The model of a folder without data, under the policies that lie there."""
     from slimbench.methods.formats import storage
 
-    if not json.loads((folder / "config.json").read_text()).get("auto_map"):
-        policy.install(storage.skeleton(folder))
+    model = storage.skeleton(folder)
+    for policy in read(folder)[0] if (folder / DESCRIPTION).is_file() else ():
+        policy.install(model)
+    return model
+
+
+def base_of(dense: DenseModel) -> DenseModel:
+    """The model below the policies of an artefact: the same files, of the format of the base."""
+    return replace(dense, format=read(dense.path)[1]) if dense.format == FORMAT else dense
 
 
 def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """Load the base in evaluation mode and put the policy in force.
+    """Load the base in evaluation mode and put the policies in force, in their order.
 
     Raises:
         ValueError: The schema is newer than this program, or it knows no such slot, kind or base.
@@ -189,8 +281,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     for policy in policies:
         policy.install(model)
     model.slots = [policy.slot for policy in policies]
-    model.scoring = max((policy.scoring for policy in policies), key=get_args(Scoring).index)
-    model.max_batch = min((policy.max_batch for policy in policies if policy.max_batch), default=None)
+    model.scoring, model.max_batch = _strictest(policies), _smallest(policies)
     return model
 
 

@@ -10,20 +10,22 @@ all virtual tokens then have the key and the value 0. That is not the model with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.kv.prefix import Prefix
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class PrefixTuning(TrainingSettings, Method):
+class PrefixTuning(TrainingSettings, Acts, Method):
     """A policy beside the model as it is: the numbers of the prefix are parameters that it has more.
 
     Attributes:
@@ -32,6 +34,7 @@ class PrefixTuning(TrainingSettings, Method):
     """
 
     name = "prefix-tuning"
+    slot = "cache"
     accepts = DENSE
     citation = Citation("Prefix-tuning", year=2021, arxiv="2101.00190", covers=("peft/prefix-tuning",))
     needs = Needs(calibration=True, training=True)
@@ -46,13 +49,17 @@ class PrefixTuning(TrainingSettings, Method):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    def policy(self) -> Prefix:
+        return Prefix(self.tokens)
+
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
         from slimbench.methods.core.architecture.surgery import counts
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, objective, train
-        from slimbench.methods.formats.kv.prefix import Prefix, PrefixCache, heads_of
+        from slimbench.methods.formats.kv.prefix import heads_of
+        from slimbench.methods.formats.kv.prefix_cache import PrefixCache
 
         model: Any = trained.load(dense)
         heads = heads_of(model)
@@ -67,7 +74,7 @@ class PrefixTuning(TrainingSettings, Method):
         with torch.no_grad():
             states = self.states(parameters, heads, dense.shape.head_dim)
         stored = {name: state.to(getattr(torch, dense.dtype)) for name, state in states.items()}
-        policies.save(Prefix(self.tokens, stored), dense, out)
+        policies.save(replace(self.policy(), states=stored), dense, out)
         size = sum(state.numel() for state in stored.values())
         bytes_ = sum(state.numel() * state.element_size() for state in stored.values())
         facts = {"prefix_tokens": self.tokens, "prefix_parameters": size, "prefix_cache_bytes": bytes_}

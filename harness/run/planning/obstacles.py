@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from slimbench.harness.config import engines, environments
 from slimbench.harness.config.errors import ConfigError
@@ -18,7 +16,7 @@ from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.methods.base import Unsupported, format_of
-from slimbench.methods.formats.attention.policy import OperatorPolicy
+from slimbench.methods.formats.policy import Acts
 from slimbench.tasks.calibration import SELF
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -125,21 +123,14 @@ def _no_engine(cell: Cell) -> str | None:
         return f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}"
     if engine.attention == "flash_attention_2" and device != "cuda":
         return f"engine.attention=flash_attention_2 runs on cuda, not on {device}; flash is torch's own"
-    own = next((step.name for step, method in zip(cell.config.pipeline, cell.methods, strict=True) if _attends_itself(method)), None)
+    steps = zip(cell.config.pipeline, cell.methods, strict=True)
+    own = next((step.name for step, method in steps if isinstance(method, Acts) and method.policy().attends), None)
     if engine.attention != "default" and own:
         return f"engine.attention={engine.attention}: {own} attends in its own way; leave the setting out"
     if cell.config.device.cards > 1 and format_ not in engine.spreads:
         able = [e.name for e in engines.catalogue() if format_ in e.spreads]
         return f"engine {engine.name} spreads no {format_} over several cards" + (f"; {', '.join(able)} would" if able else "")
     return None
-
-
-def _attends_itself(method: Any) -> bool:
-    """Whether a method's policy puts an attention of its own into each layer; what else replaces attention is met when it is loaded."""
-    make = getattr(method, "policy", None)
-    if not callable(make) or any(asked.default is asked.empty for asked in inspect.signature(make).parameters.values()):
-        return False
-    return isinstance(make(), OperatorPolicy)
 
 
 def _no_text(cell: Cell, stage: Stage) -> str | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from slimbench.methods.base import DENSE, Calibration, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +30,7 @@ Named = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class AttentionTransfer(TrainingSettings, Method):
+class AttentionTransfer(TrainingSettings, Acts, Method):
     """What all share.
 
     Class attributes:
@@ -44,6 +45,7 @@ class AttentionTransfer(TrainingSettings, Method):
     accepts = DENSE
     produces = policies.FORMAT
     least_steps = 1000
+    slot = "attention"
     brings: ClassVar[str]
 
     length: int = 512

@@ -155,6 +155,11 @@ class Sinkhorn(Content):
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
 
+    @property
+    def reads_queries(self) -> bool:
+        """Blocks are matched by the mean of their queries."""
+        return True
+
     def neutral(self) -> Sinkhorn:
         return replace(self, block=ALL)
 

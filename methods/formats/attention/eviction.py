@@ -75,6 +75,15 @@ class Eviction(OperatorPolicy):
     def scoring(self) -> Scoring:
         return "suffix" if self.rule == "snapkv" else "step"
 
+    @property
+    def rolls_back(self) -> bool:
+        """Behind a prompt `snapkv` keeps all; with the others one pass over several tokens is not what these are one by one."""
+        return self.rule == "snapkv"
+
+    @property
+    def reads_queries(self) -> bool:
+        return self.rule not in ("knorm", "random")
+
     def neutral(self) -> Eviction:
         return replace(self, budget=ALL)
 

@@ -66,6 +66,11 @@ class Hyper(OperatorPolicy):
     def scoring(self) -> Scoring:
         return "suffix"
 
+    @property
+    def reads_queries(self) -> bool:
+        """The place of a query depends on the others of its half."""
+        return True
+
     def neutral(self) -> Hyper:
         return replace(self, shortest=ALL)
 

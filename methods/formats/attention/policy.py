@@ -27,6 +27,8 @@ OBSERVED = 64
 class OperatorPolicy(Policy):
     """One operator a layer."""
 
+    attends = True
+
     @property
     def chunk(self) -> int:
         """Tokens that go through the cache at once while whole texts are scored."""
@@ -49,7 +51,7 @@ class OperatorPolicy(Policy):
         """Raises as `operators.interface.install`."""
         from slimbench.methods.formats.attention.operators.interface import install
 
-        install(model, self.operator, self.chunk)
+        install(model, self.operator, self.chunk, self.rolls_back)
         model.exact_keys = self.exact_keys
 
 

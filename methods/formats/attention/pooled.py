@@ -73,6 +73,11 @@ class Pooled(OperatorPolicy):
     def scoring(self) -> Scoring:
         return "exact"
 
+    @property
+    def reads_queries(self) -> bool:
+        """Combiner pools those of a block."""
+        return self.pooling == "combiner"
+
     def neutral(self) -> Pooled:
         return replace(self, block=ALL)
 

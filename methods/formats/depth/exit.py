@@ -10,8 +10,9 @@ from it. A token leaves where its exit is sure, by `criterion`:
     patience  λ exits in a row predict the same token                                     PABEE (arXiv 2006.04152), §3.2
 
 `state` asks no head, the others ask it at every exit that a token comes to. What a token that has left would have been in later blocks is
-its state as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. The logits of
-a token are those of its exit, or of the model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
+its state as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. A policy that
+decides by attention weights what it keeps has none of these, and is refused beside exits. The logits of a token are those of its exit, or
+of the model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
 
 One text at a time. A text gives the same in any pieces, since a token's exit depends on earlier tokens alone.
 """
@@ -46,6 +47,7 @@ class EarlyExit(Policy):
 
     slot = "depth"
     kind = "exit"
+    attends = True
 
     criterion: Criterion
     threshold: float

@@ -40,6 +40,7 @@ class Router(Policy):
 
     slot = "depth"
     kind = "router"
+    attends = True
 
     threshold: float
     routers: Mapping[str, Tensor] = tensors()

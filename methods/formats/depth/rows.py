@@ -93,7 +93,7 @@ def linear(model: Any, weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def run_block(block: Any, hidden: Tensor, active: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
-    """One block for some tokens; all of them give keys and values.
+    """One block for some tokens; all of them give keys and values. Where a policy has put an operator into the attention, that attends.
 
     Args:
         hidden: [1, T, d].
@@ -111,12 +111,29 @@ def run_block(block: Any, hidden: Tensor, active: Tensor, rotations: tuple[Tenso
     key = rotate(key, key, *rotations)[1]
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-    if not len(active):
+    if hasattr(attention, "operator"):
+        out = _operated(attention, normed, key, value, active, cache)
+        if not len(active):
+            return hidden
+    elif not len(active):
         return hidden
-    query = states(attention, "q", normed[:, active])
-    query = rotate(query, query, *(table[:, active] for table in rotations))[0]
-    out = attend(query, key, value, attention.scaling, active + first)
+    else:
+        query = states(attention, "q", normed[:, active])
+        query = rotate(query, query, *(table[:, active] for table in rotations))[0]
+        out = attend(query, key, value, attention.scaling, active + first)
     return _fed(block, hidden, active, hidden[:, active] + attention.get_submodule(layout.out)(out.transpose(1, 2).flatten(2)))
+
+
+def _operated(attention: Any, normed: Tensor, key: Tensor, value: Tensor, active: Tensor, cache: Any) -> Tensor:
+    """What an operator [1, H, n, D] gives some tokens; it sees keys and values of all, and of those that do not run the query 0."""
+    from slimbench.methods.formats.attention.operators.interface import operate
+
+    heads, tokens = attention.q_proj.out_features // attention.head_dim, normed.shape[1]
+    query = key.new_zeros(1, heads, tokens, attention.head_dim)
+    if len(active):
+        query = query.index_copy(2, active, states(attention, "q", normed[:, active]))
+    kept = None if cache is None else cache.layers[attention.layer_idx]
+    return operate(attention, query, key, value, kept)[:, :, active]
 
 
 def _fed(block: Any, hidden: Tensor, active: Tensor, running: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ least, and the text is the model's own greedy one: in exact arithmetic drafts ch
               are checked, so that these blocks run once for each token
     model     another model of the same tokens, greedily, with a cache of its own; both caches let go of what was guessed wrongly
 
-One text at a time. Guesses never reach beyond the tokens that are wanted. Logits of a given text are those of the base.
+One text at a time. Guesses never reach beyond the tokens that are wanted. Logits of a given text are those of the base. Where a policy of
+attention or cache is in force, what wrong guesses left in its cache is undone: it goes back to where it was before them, and sees those
+that were right again (`methods.formats.attention.operators.interface.Kept`).
 
 Sources: speculative decoding (Leviathan et al., arXiv 2211.17192, algorithm 1 with greedy choices), prompt lookup (Saxena, 2023), LayerSkip
 (Elhoushi et al., arXiv 2404.16710, §4.3).

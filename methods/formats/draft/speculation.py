@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,10 +63,11 @@ class Speculation:
         self._waiting.extend(tokens)
 
     def _pass(self) -> None:
-        guesses, chosen = self.drafter.guess_and_check(self.text, self.cache, max(0, self.room - 1))
-        agreed = next((place for place, guess in enumerate(guesses) if chosen[place] != guess), len(guesses))
-        if wrong := len(guesses) - agreed:
-            self.cache.crop(-wrong)
+        with _watched(self.cache):
+            guesses, chosen = self.drafter.guess_and_check(self.text, self.cache, max(0, self.room - 1))
+            agreed = next((place for place, guess in enumerate(guesses) if chosen[place] != guess), len(guesses))
+            if wrong := len(guesses) - agreed:
+                self.cache.crop(-wrong)
         self.drafted += len(guesses)
         self.accepted += agreed
         self._take([*guesses[:agreed], chosen[agreed]])
@@ -145,7 +148,7 @@ class ExitDrafter(Drafter):
         check(model)
 
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
-        first, count = len(text) - 1, min(self.tokens, most)
+        first, count = cache.get_seq_length(), min(self.tokens, most)
         token, states, guesses = text[-1], [], list[int]()
         for place in range(count + 1):
             hidden = self.base.embed_tokens(torch.tensor([[token]], device=self.model.device))
@@ -232,8 +235,23 @@ class ModelDrafter(Drafter):
         return 0 if self.cache is None else bytes_of(self.cache)
 
 
+@contextmanager
+def _watched(cache: Any) -> Iterator[None]:
+    """A cache of a policy notes meanwhile what comes, so that it can let go of it."""
+    if not hasattr(cache, "watch"):
+        yield
+        return
+    cache.watch()
+    try:
+        yield
+    finally:
+        cache.settle()
+
+
 def croppable(cache: Any) -> bool:
-    """Whether a cache of transformers can let go of its last tokens."""
+    """Whether a cache can let go of its last tokens: one of transformers, or that of a policy."""
+    if hasattr(cache, "rolls_back"):
+        return bool(cache.rolls_back)
     return all(getattr(layer, "is_croppable", False) for layer in cache.layers)
 
 

@@ -35,6 +35,11 @@ class CachePolicy(Policy):
     def scoring(self) -> Scoring:
         return "chunk" if self.residual_length else "exact"
 
+    @property
+    def rolls_back(self) -> bool:
+        """Tokens that were rounded share bytes, or scales, with others."""
+        return False
+
     @abstractmethod
     def exact_keys(self, tokens: int) -> int:
         """Pairs of a query and a key that it attends to, itself included, whose key is not rounded, of the `tokens` · (`tokens` + 1) / 2

@@ -14,17 +14,15 @@ same numbers come out in whatever pieces a text goes through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.methods.formats.policy import Policy, Scoring, tensors
 
-_AT_ONCE = 1 << 30  # no text is as long: it goes through the cache in one piece
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class Prefix(Policy):
 
     def install(self, model: Any) -> None:
         """Raises `ValueError` if there are not as many states as the model has attentions, or they are not of its heads."""
+        from torch import nn
+        from transformers.cache_utils import DynamicCache
+
+        from slimbench.methods.formats.kv.prefix_cache import PrefixCache
+
         if not self.tokens:
             model.new_cache = lambda: DynamicCache(config=model.config)
             return
@@ -84,39 +87,3 @@ def heads_of(model: Any) -> list[int]:
     if not attentions:
         return [getattr(config, "num_key_value_heads", None) or config.num_attention_heads] * layers
     return [attention.k_proj.out_features // attention.head_dim for attention in attentions]
-
-
-class PrefixLayer(DynamicLayer):
-    """The cache of a layer that begins with keys and values [heads, k, head_dim], the same for all sequences of a batch."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.prefix = keys, values
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        pairs = zip(self.prefix, (key_states, value_states), strict=True)
-        self.keys, self.values = (part.to(like).expand(len(like), *part.shape) for part, like in pairs)
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        held = self.keys if self.keys is not None else self.prefix[0]
-        return int(held.shape[-2])
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-
-
-class PrefixCache(Cache):
-    """A cache that begins with the keys and values of each layer in turn.
-
-    Attributes:
-        chunk: Tokens that go through it at once while whole texts are scored.
-    """
-
-    chunk = _AT_ONCE
-
-    def __init__(self, states: Sequence[Tensor] | nn.ParameterList) -> None:
-        held = list(states)
-        super().__init__(layers=[PrefixLayer(keys, values) for keys, values in zip(held[::2], held[1::2], strict=True)])

@@ -15,6 +15,8 @@ from slimbench.methods.formats.kv.scheme import Scheme
 class _KVCache(PolicyMethod):
     """What all share: how the cache is stored, and the bytes that it takes."""
 
+    slot = "cache"
+
     @abstractmethod
     def policy(self, seed: int = 0) -> CachePolicy:
         """How the cache is stored."""

@@ -43,6 +43,8 @@ class Kept(DynamicLayer):
         super().__init__()
         self.seen = 0
         self.tensors_by_name: dict[str, Tensor] = {}
+        self._before: tuple[int, dict[str, Tensor]] | None = None
+        self._calls: list[tuple[Operator, tuple[Tensor, Tensor, Tensor]]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
@@ -64,6 +66,34 @@ class Kept(DynamicLayer):
 
     def restore(self, snapshot: tuple[int, dict[str, Tensor]]) -> None:
         self.seen, self.tensors_by_name = snapshot[0], dict(snapshot[1])
+
+    def watch(self) -> None:
+        """From now on note what its operator is given, so that `crop` can let go of some of it."""
+        self._before, self._calls = self.snapshot(), []
+
+    def settle(self) -> None:
+        """No longer; what was noted is free."""
+        self._before, self._calls = None, []
+
+    def note(self, operator: Operator, *states: Tensor) -> None:
+        """What its operator is called with: queries, keys and values of new tokens."""
+        if self._before is not None:
+            self._calls.append((operator, states))  # type: ignore[arg-type]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Let go of the last tokens: go back to where `watch` was called, and let the operator see those again that stay.
+
+        Args:
+            tokens_to_remove: Minus their number; all of them came since.
+        """
+        assert self._before is not None and tokens_to_remove < 0
+        calls, seen = self._calls, self.seen + tokens_to_remove
+        self.restore(self._before)
+        self._calls = []
+        if calls and (count := seen - self.seen):
+            self.seen = seen
+            query, key, value = (torch.cat(parts, 2)[:, :, :count] for parts in zip(*(states for _, states in calls), strict=True))
+            calls[0][0](query, key, value, self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -93,12 +123,22 @@ class KeptCache(StoredCache):
 
     Attributes:
         chunk: Tokens that go through it at once while whole texts are scored.
+        rolls_back: Several tokens in one pass leave in it what they leave one by one, so that it can let go of the last ones.
     """
 
-    def __init__(self, layers: int, chunk: int) -> None:
+    def __init__(self, layers: int, chunk: int, rolls_back: bool = True) -> None:
         self.kept = [Kept() for _ in range(layers)]
         super().__init__(layers=list(self.kept))
-        self.chunk = chunk
+        self.chunk, self.rolls_back = chunk, rolls_back
+
+    def watch(self) -> None:
+        """From now on, until `settle`, it can let go of tokens that come."""
+        for layer in self.kept:
+            layer.watch()
+
+    def settle(self) -> None:
+        for layer in self.kept:
+            layer.settle()
 
     def snapshot(self) -> list[Any]:
         """What `restore` puts back; it shares its memory with the cache."""
@@ -230,12 +270,13 @@ def _rotates_halves(attention: Any) -> bool:
     return found.shape == states.shape and torch.equal(found, rotated(states, tables[0], tables[1]))
 
 
-def install(model: Any, make: Callable[[Rotary, float, int], Operator], chunk: int) -> None:
+def install(model: Any, make: Callable[[Rotary, float, int], Operator], chunk: int, rolls_back: bool = True) -> None:
     """Put an operator into each attention of a model, and leave in `new_cache` what makes an empty cache for them.
 
     Args:
         make: Called with the rotations of the model, the scaling of the attention and its layer, counted from 0.
         chunk: Tokens that go through the cache at once while whole texts are scored.
+        rolls_back: As of `KeptCache`.
 
     Raises:
         Unsupported: The model does not rotate queries and keys as Llama does, or not every layer attends to all tokens.
@@ -247,7 +288,7 @@ def install(model: Any, make: Callable[[Rotary, float, int], Operator], chunk: i
         module.operator = make(rotary, module.scaling, module.layer_idx).to(model.device)
         module.register_forward_pre_hook(_hand_over, with_kwargs=True)
     attend_by_operators(model)
-    model.new_cache = lambda: KeptCache(layers, chunk)
+    model.new_cache = lambda: KeptCache(layers, chunk, rolls_back)
 
 
 def attend_by_operators(model: Any) -> None:
@@ -272,7 +313,15 @@ def _hand_over(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> tuple[Tensor, None]:
     """What transformers calls; its result is [B, T, H, D]."""
     kept, module.kept = module.kept, None
-    return module.operator(query, key, value, kept).transpose(1, 2).contiguous(), None
+    return operate(module, query, key, value, kept).transpose(1, 2).contiguous(), None
+
+
+def operate(module: Any, query: Tensor, key: Tensor, value: Tensor, kept: Kept | None) -> Tensor:
+    """What the operator of an attention gives; arguments as of it."""
+    if kept is not None:
+        kept.note(module.operator, query, key, value)
+    result: Tensor = module.operator(query, key, value, kept)
+    return result
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor | None = None) -> Tensor:

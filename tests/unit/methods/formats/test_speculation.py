@@ -12,7 +12,7 @@ from torch import Tensor
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import ModelShape, Unsupported
-from slimbench.methods.formats.attention.window import Window
+from slimbench.methods.formats.attention.eviction import Eviction
 from slimbench.methods.formats.draft.policy import DraftPolicy, Exit, Lookup
 from slimbench.methods.formats.draft.speculation import Drafter, looked_up
 from slimbench.methods.formats.kv.cache import OwnCache
@@ -168,7 +168,7 @@ def test_what_cannot_be_taken_back_and_several_texts_are_refused(base: Any) -> N
     with pytest.raises(Unsupported, match="cannot take back"):
         TransformersModel(model, "cpu").prefill(prompts(1), 4)
     model = copy.deepcopy(base)
-    Window(2, 8).install(model)
+    Eviction("h2o", 8).install(model)
     Lookup(4, 2).install(model)
     with pytest.raises(Unsupported, match="cannot take back"):
         TransformersModel(model, "cpu").prefill(prompts(1), 4)
