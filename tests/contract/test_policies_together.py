@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from slimbench.methods.formats.policy import Policy
 from tests.support import tiny
 from tests.support.policies import far
 
-BLOCKS, TOKENS, PROMPT, LENGTH, ROOM = 4, 24, 40, 72, 40
+BLOCKS, TOKENS, PROMPT, LENGTH, ROOM = 4, 24, 40, 64, 28
 SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
     "snapkv": {"budget": 70},
@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """By the name of a YAML: what makes it act within a text of `LENGTH` tokens."""
 FITTED: dict[str, Policy] = {
-    "calm": EarlyExit("margin", 0.3, (1, 2, 3)),
+    "calm": EarlyExit("margin", 0.05, (1, 2, 3)),
     "dola": Contrast((1, 2), 0.1),
 }
 LOGITS = [
@@ -60,7 +60,6 @@ DRAFTED = [
     ("longformer", "prompt-lookup"),
     ("quest", "prompt-lookup"),
     ("linear-elu", "prompt-lookup"),
-    ("linear-elu", "self-speculation"),
     ("streaming-llm", "prompt-lookup"),
     ("streaming-llm", "self-speculation"),
     ("snapkv", "prompt-lookup"),
@@ -105,7 +104,11 @@ def under(dense: DenseModel, folder: Path, *policies: Policy) -> TransformersMod
     return TransformersModel(written.load(artefact(dense, folder, *policies).path), "cpu")
 
 
-def texts(count: int = 6, length: int = LENGTH) -> Tensor:
+def plain(dense: DenseModel) -> TransformersModel:
+    return TransformersModel(written.load_base(dense.path, "huggingface", "cpu"), "cpu")
+
+
+def texts(count: int = 1, length: int = LENGTH) -> Tensor:
     return torch.randint(0, TOKENS, (count, length), generator=torch.Generator().manual_seed(2))
 
 
@@ -134,7 +137,7 @@ def differ(first: Tensor, second: Tensor) -> float:
 @pytest.mark.parametrize("pair", LOGITS, ids="+".join)
 def test_two_that_change_logits_act_both_and_each_as_it_does_alone(pair: tuple[str, str], dense: DenseModel, tmp_path: Path) -> None:
     one, other = map(policy, pair)
-    ids, base = texts(2), TransformersModel(written.load_base(dense.path, "huggingface", "cpu"), "cpu")
+    ids, base = texts(), plain(dense)
     both = logits(under(dense, tmp_path, one, other), ids)
     alone = [logits(under(dense, tmp_path, each), ids) for each in (one, other)]
     assert differ(both, alone[0]) > 1e-3 < differ(both, alone[1]), "both act"
@@ -147,37 +150,34 @@ def test_two_that_change_logits_act_both_and_each_as_it_does_alone(pair: tuple[s
 
 @pytest.mark.parametrize("pair", LOGITS, ids="+".join)
 def test_of_two_a_whole_text_gives_what_its_tokens_give_one_by_one(pair: tuple[str, str], dense: DenseModel, tmp_path: Path) -> None:
-    model, ids = under(dense, tmp_path, *map(policy, pair)), texts(2)
+    model, ids = under(dense, tmp_path, *map(policy, pair)), texts()
     if model.scoring != "exact":
-        assert model.scoring == max((policy(name).scoring for name in pair), key=["exact", "step", "none"].index)
+        assert model.scoring == max((policy(name).scoring for name in pair), key=get_args(written.Scoring).index)
         return
     whole = torch.cat([model.logits(text)[:, PROMPT:] for text in ids.split(1)])
     assert far(logits(model, ids), whole) <= 1e-4
 
 
-def passes(model: TransformersModel, ids: Tensor) -> int:
-    """Calls of the last block's projection to keys while texts are gone on with, those of prompts left out."""
+def continued(model: TransformersModel, ids: Tensor) -> tuple[list[list[int]], int]:
+    """Continuations of texts, and the calls of the last block's projection to keys that these took, those of prompts left out."""
     calls: list[int] = []
     handle = model.module.base_model.layers[-1].self_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
-    for text in ids.split(1):
-        model.generate(text, ROOM)
+    found = [model.generate(text, ROOM)[0] for text in ids.split(1)]
     handle.remove()
-    return len(calls) - len(ids)
+    return found, len(calls) - len(ids)
 
 
 @pytest.mark.parametrize("pair", DRAFTED, ids="+".join)
 def test_a_draft_over_another_policy_changes_no_token_and_saves_passes(pair: tuple[str, str], dense: DenseModel, tmp_path: Path) -> None:
     one, draft = map(policy, pair)
-    ids, alone = texts(6, 80 if "snapkv" in pair else 20), under(dense, tmp_path, one)
-    both = under(dense, tmp_path, one, draft)
-    wanted = [alone.generate(text, ROOM)[0] for text in ids.split(1)]
-    assert [both.generate(text, ROOM)[0] for text in ids.split(1)] == wanted
-    plain = TransformersModel(written.load_base(dense.path, "huggingface", "cpu"), "cpu")
-    assert wanted != [plain.generate(text, ROOM)[0] for text in ids.split(1)], "the other policy acts, under the draft too"
-    assert passes(both, ids) < passes(alone, ids) == len(ids) * (ROOM - 1)
-    assert passes(under(dense, tmp_path, one, draft.neutral()), ids) == len(ids) * (ROOM - 1)
-    if one.slot != "depth":
-        assert far(logits(both, texts(2)), logits(alone, texts(2))) == 0, "it changes no logits"
+    ids, each = texts(2, 80 if "snapkv" in pair else 20), 2 * (ROOM - 1)
+    wanted, plain_passes = continued(alone := under(dense, tmp_path, one), ids)
+    found, passes = continued(both := under(dense, tmp_path, one, draft), ids)
+    assert found == wanted and passes < plain_passes == each
+    assert continued(under(dense, tmp_path, draft), ids)[0] != wanted, "the other policy acts, under the draft too"
+    assert continued(under(dense, tmp_path, one, draft.neutral()), ids) == (wanted, each)
+    assert continued(under(dense, tmp_path, one.neutral(), draft.neutral()), ids) == continued(plain(dense), ids)
+    assert torch.equal(logits(both, texts()), logits(alone, texts())), "it changes no logits"
 
 
 @pytest.mark.parametrize("pair", [pair for pair in DRAFTED if pair[0] not in FITTED], ids="+".join)
@@ -189,22 +189,23 @@ def test_what_was_guessed_wrongly_leaves_nothing_behind(pair: tuple[str, str], d
     while step.state.room > 0:
         step = both.decode_step(step)
     assert step.state.accepted < step.state.drafted, "some guesses were wrong"
-    plain = alone.prefill(ids, ROOM)
+    other = alone.prefill(ids, ROOM)
     for _ in range(ROOM - 1):
-        plain = alone.decode_step(plain)
-    for found, wanted in zip(step.state.cache.kept, plain.state.kept, strict=True):
+        other = alone.decode_step(other)
+    for found, wanted in zip(step.state.cache.kept, other.state.kept, strict=True):
         assert found.seen == wanted.seen == ids.shape[1] + ROOM - 1
         assert found.tensors_by_name.keys() == wanted.tensors_by_name.keys()
         assert not found._calls and found._before is None
         for name, tensor in wanted.tensors_by_name.items():
-            assert far(found.tensors_by_name[name], tensor) <= 1e-4, name
+            off = float((found.tensors_by_name[name] - tensor).abs().max())
+            assert off <= 1e-4 * max(1.0, float(tensor.abs().max())), name
 
 
 def test_three_slots_are_filled_at_once(dense: DenseModel, tmp_path: Path) -> None:
     one, window, draft = map(policy, ("calm", "streaming-llm", "prompt-lookup"))
     model, alone = under(dense, tmp_path, one, window, draft), under(dense, tmp_path, one, window)
     assert model.slots == ["depth", "cache", "draft"] and model.max_batch == 1 and model.scoring == "exact"
-    for text in texts(4, 20).split(1):
+    for text in texts(2, 20).split(1):
         assert model.generate(text, ROOM) == alone.generate(text, ROOM)
 
 
@@ -226,7 +227,7 @@ def test_what_two_claim_is_what_hooks_count(dense: DenseModel, tmp_path: Path) -
     both, claim = steps(dense, tmp_path, "streaming-llm", "prompt-lookup")
     assert claim.work == Work(cache_tokens=11) and claim.format == "policy"
     model = TransformersModel(written.load(both.path), "cpu")
-    found = work.measure(model, texts(4, 30), claim.work, lambda *_: None)
+    found = work.measure(model, texts(2, 30), claim.work, lambda *_: None)
     assert found.flags == [] and found.slots == ["cache", "draft"]
     assert found.passes is not None and found.passes < found.tokens
     assert found.cache_bytes == 11 * work.token_bytes(model.module), "a rejected guess keeps no token alive"
@@ -236,7 +237,7 @@ def test_what_two_claim_is_what_hooks_count(dense: DenseModel, tmp_path: Path) -
 
 def test_blocks_and_cache_are_both_counted(dense: DenseModel, tmp_path: Path) -> None:
     found = work.measure(
-        under(dense, tmp_path, policy("calm"), policy("streaming-llm")), texts(4, 30), Work(cache_tokens=11), lambda *_: None
+        under(dense, tmp_path, policy("calm"), policy("streaming-llm")), texts(2, 30), Work(cache_tokens=11), lambda *_: None
     )
     assert found.flags == [] and found.blocks and found.blocks.mean < BLOCKS and found.cache_tokens and found.cache_tokens.p95 == 12
 
@@ -245,10 +246,10 @@ def test_a_draft_with_a_cache_of_its_own_takes_back_what_was_claimed(dense: Dens
     both, claim = steps(dense, tmp_path, "streaming-llm", "draft-model")
     assert claim.work == Work()
     model, alone = TransformersModel(written.load(both.path), "cpu"), under(dense, tmp_path, policy("streaming-llm"))
-    for text in texts(3, 20).split(1):
+    for text in texts(2, 20).split(1):
         assert model.generate(text, ROOM) == alone.generate(text, ROOM)
     assert claim.parameters == sum(parameter.numel() for parameter in written.load_base(dense.path, "huggingface", "cpu").parameters()) * 2
-    assert work.measure(model, texts(2, 30), claim.work, lambda *_: None).flags == []
+    assert work.measure(model, texts(1, 30), claim.work, lambda *_: None).flags == []
 
 
 def test_an_artefact_holds_policies_and_tensors_in_their_order_and_leaves_the_one_before_as_it_was(

@@ -70,8 +70,8 @@ ORDERS = [
         "'streaming-llm' cannot follow 'prompt-lookup': a draft guesses for all that acts, so it comes last",
     ),
     (("streaming-llm", "calm"), "'calm' cannot follow 'streaming-llm': it reads huggingface or edited, not policy"),
-    (("streaming-llm", "gptq"), "'gptq' cannot follow 'streaming-llm': it reads huggingface, not policy"),
-    (("streaming-llm", "prompt-lookup", "gptq"), "'gptq' cannot follow 'prompt-lookup': it reads huggingface, not policy"),
+    (("streaming-llm", "gptq"), "'gptq' cannot follow 'streaming-llm': it reads huggingface or edited, not policy"),
+    (("streaming-llm", "prompt-lookup", "gptq"), "'gptq' cannot follow 'prompt-lookup': it reads huggingface or edited, not policy"),
 ]
 RIGHT = [
     ("streaming-llm", "prompt-lookup"),
