@@ -132,6 +132,8 @@ WRONG_ORDERS = [
     (["magnitude", "gguf-q4_0", "shortgpt"], "'shortgpt' cannot follow 'gguf-q4_0'", "write method=[shortgpt,magnitude,gguf-q4_0]"),
     (["kv-int8", "gptq"], "'gptq' cannot follow 'kv-int8'", "write method=[gptq,kv-int8]"),
     (["kv-int8", "kv-fp8"], "'kv-fp8' cannot follow 'kv-int8'", "leave one of the two out"),
+    (["h2o", "prompt-lookup"], "'prompt-lookup' cannot follow 'h2o'", "the cache 'h2o' cannot roll back a rejected draft"),
+    (["prompt-lookup", "window-512"], "'window-512' cannot follow 'prompt-lookup'", "write method=[window-512,prompt-lookup]"),
     (["llm-pruner", "onnx-int8"], "'onnx-int8' cannot follow 'llm-pruner': it reads huggingface, not", "leave one of the two out"),
 ]
 

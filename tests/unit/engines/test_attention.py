@@ -122,7 +122,7 @@ def test_a_policy_that_attends_in_its_own_way_is_refused(folder: Path, policy: P
     assert attention_implementation(model) == before
 
 
-@pytest.mark.parametrize("method", ["h2o", "lolcats", "longformer", "adaptive-span"])
+@pytest.mark.parametrize("method", ["h2o", "lolcats", "longformer", "adaptive-span", "calm"])
 def test_it_is_refused_before_the_work(overrides: list[str], method: str) -> None:
     there = cell(overrides, f"method={method}", "engine.attention=flash")
     reason = f"engine.attention=flash: {method} attends in its own way; leave the setting out"
@@ -132,7 +132,7 @@ def test_it_is_refused_before_the_work(overrides: list[str], method: str) -> Non
     assert obstacles.obstacle(cell(overrides, f"method={method}"), Stage.SPEED) is None
 
 
-@pytest.mark.parametrize("method", ["kv-int8", "prompt-lookup", "rtn-4bit"])
+@pytest.mark.parametrize("method", ["kv-int8", "prompt-lookup", "dola", "rtn-4bit"])
 def test_what_leaves_attention_alone_is_planned(overrides: list[str], method: str) -> None:
     assert obstacles.obstacle(cell(overrides, f"method={method}", "engine.attention=flash"), Stage.SPEED) is None
 

@@ -18,7 +18,7 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import compress, quality, speed
 from slimbench.harness.stages.common import Again
 from slimbench.harness.store.partial import Journal
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported, Work
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.policy import Policy, Scoring
 from slimbench.methods.quantization.cache.kv_cache import KVInt
@@ -200,6 +200,20 @@ def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: l
 
 LOOKUP = "slimbench.methods.dynamic.prompt_lookup.PromptLookup(tokens=3)"
 TEXTS = ["speed.grid=[{batch: 1, prompt: 12, new_tokens: 6}]", "speed.processes=3", "speed.min_repeats=2", "speed.max_repeats=12"]
+
+
+def test_two_policies_go_through_the_stages_as_one_artefact(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    window = "slimbench.methods.compact.streaming_llm.StreamingLLM(budget=12,sinks=2)"
+    both, one = (resolve([*overrides, *step_overrides(steps)]) for steps in ([window, LOOKUP], [window]))
+    first = compress.run(one, "window-alone", Silent())
+    made = compress.run(both, "window-and-guesses", Silent(), ["window-alone"])
+    assert made.claim == first.claim and made.claim.work == Work(cache_tokens=12) and len(made.reused_steps) == 1
+    measured = quality.run(both, "window-and-guesses", None, Silent())
+    alone = quality.run(one, "window-alone", None, Silent())
+    assert measured.work and alone.work and measured.work.slots == ["cache", "draft"]
+    assert measured.work.flags == alone.work.flags == [] and measured.work.cache_bytes == alone.work.cache_bytes
+    assert measured.perplexity[0].window_nll == pytest.approx(alone.perplexity[0].window_nll, rel=1e-5)
 
 
 def test_texts_are_shared_out_over_processes_and_their_work_is_counted_once(overrides: list[str], tmp_path: Path) -> None:
