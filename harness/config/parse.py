@@ -200,13 +200,13 @@ def _check_order(steps: list[tuple[str, Method]]) -> None:
 
 def _first_misfit(steps: list[tuple[str, Method]]) -> tuple[int, str] | None:
     """Position of the first step that does not read what is there, or follows a draft, and why it may not; None if the order is right."""
-    format_, slot = HUGGINGFACE, None
+    format_, is_drafted = HUGGINGFACE, False
     for index, (_, method) in enumerate(steps):
         if format_ not in method.accepts:
             return index, f"it reads {' or '.join(method.accepts)}, not {format_}"
-        if slot == "draft":
+        if is_drafted:
             return index, LAST
-        format_, slot = method.produces_after(format_), getattr(method, "slot", None)
+        format_, is_drafted = method.produces_after(format_), isinstance(method, Acts) and method.slot == "draft"
     return None
 
 

@@ -177,8 +177,8 @@ def conflict(first: Policy, second: Policy, names: tuple[str, str]) -> str | Non
     Args:
         names: Of what brings each.
     """
-    held = {policy.slot: policy for policy in (first, second)}
-    name = {policy.slot: f"'{own}'" for policy, own in zip((first, second), names, strict=True)}
+    held: dict[str, Policy] = {policy.slot: policy for policy in (first, second)}
+    name: dict[str, str] = {policy.slot: f"'{own}'" for policy, own in zip((first, second), names, strict=True)}
     if first.slot == second.slot:
         return f"both decide on the slot {first.slot}; leave one of the two out"
     if held.keys() == {"attention", "cache"}:
@@ -207,7 +207,8 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    earlier, base, slots = [], dense.format, dict[str, Any]()
+    earlier: list[Policy] = []
+    base, slots = dense.format, dict[str, Any]()
     if dense.format == FORMAT:
         earlier, base = read(dense.path)
         slots = json.loads((dense.path / DESCRIPTION).read_text())["slots"]

@@ -21,8 +21,11 @@ from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import Calibration, Claim, DenseModel, Unsupported, Work
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats import policy as written
+from slimbench.methods.formats.attention.latent import Latent
+from slimbench.methods.formats.attention.policy import OperatorPolicy
 from slimbench.methods.formats.depth.contrast import Contrast
 from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.kv.prefix import Prefix
 from slimbench.methods.formats.policy import Policy
 from tests.support import tiny
 from tests.support.policies import far
@@ -40,10 +43,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "self-speculation": {"tokens": 3, "blocks": 2},
 }
 """By the name of a YAML: what makes it act within a text of `LENGTH` tokens."""
+
+
+def drawn(*size: int, names: tuple[str, ...], scale: float) -> dict[str, Tensor]:
+    """Normal numbers for each layer."""
+    draw = torch.Generator().manual_seed(0)
+    return {f"{layer}.{name}": torch.randn(size, generator=draw) * scale for layer in range(BLOCKS) for name in names}
+
+
+PAIRS = {f"{layer}.pairs": torch.tensor([[0, 3], [1, 7]]) for layer in range(BLOCKS)}
 FITTED: dict[str, Policy] = {
     "calm": EarlyExit("margin", 0.05, (1, 2, 3)),
     "dola": Contrast((1, 2), 0.1),
+    "prefix-tuning": Prefix(3, drawn(2, 3, 16, names=("keys", "values"), scale=2.0)),
+    "mla-128": Latent(20, 2, PAIRS | drawn(20, 56, names=("down",), scale=0.1) | drawn(56, 20, names=("up",), scale=0.3)),
 }
+"""What methods fit to a model, by the name of a YAML."""
 LOGITS = [
     ("calm", "longformer"),
     ("calm", "linear-elu"),
@@ -63,6 +78,9 @@ DRAFTED = [
     ("streaming-llm", "prompt-lookup"),
     ("streaming-llm", "self-speculation"),
     ("snapkv", "prompt-lookup"),
+    ("mla-128", "prompt-lookup"),
+    ("prefix-tuning", "prompt-lookup"),
+    ("prefix-tuning", "self-speculation"),
     ("calm", "prompt-lookup"),
     ("dola", "prompt-lookup"),
 ]
@@ -178,7 +196,7 @@ def test_a_draft_over_another_policy_changes_no_token_and_saves_passes(pair: tup
     assert torch.equal(logits(both, texts()), logits(alone, texts())), "it changes no logits"
 
 
-@pytest.mark.parametrize("pair", [pair for pair in DRAFTED if pair[0] not in FITTED], ids="+".join)
+@pytest.mark.parametrize("pair", [pair for pair in DRAFTED if isinstance(policy(pair[0]), OperatorPolicy)], ids="+".join)
 def test_what_was_guessed_wrongly_leaves_nothing_behind(pair: tuple[str, str], dense: DenseModel, tmp_path: Path) -> None:
     one, draft = map(policy, pair)
     alone, both = under(dense, tmp_path, one), under(dense, tmp_path, one, draft)
@@ -250,22 +268,30 @@ def test_a_draft_with_a_cache_of_its_own_takes_back_what_was_claimed(dense: Dens
     assert work.measure(model, texts(1, 30), claim.work, lambda *_: None).flags == []
 
 
+def test_parameters_of_a_draft_and_of_what_was_fitted_before_it_are_all_claimed(dense: DenseModel, tmp_path: Path) -> None:
+    width = tiny.SHAPE["hidden_size"]
+    exits = EarlyExit("margin", 0.05, (1,), {"1.weight": torch.zeros(width, width), "1.bias": torch.zeros(width)})
+    both, claim = steps(artefact(dense, tmp_path, exits), tmp_path, "draft-model")
+    assert claim.parameters == TransformersModel(written.load(both.path), "cpu").evidence().parameters
+
+
 def test_an_artefact_holds_policies_and_tensors_in_their_order_and_leaves_the_one_before_as_it_was(
     dense: DenseModel, tmp_path: Path
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     width = tiny.SHAPE["hidden_size"]
     maps = {f"1.{name}": torch.randn(size, generator=draw) / width for name, size in (("weight", (width, width)), ("bias", (width,)))}
-    exits = replace(policy("calm"), translators=maps)
+    exits = EarlyExit("margin", 0.05, (1, 2, 3), maps)
     first = artefact(dense, tmp_path, exits)
     before = {file.name: file.read_bytes() for file in first.path.iterdir()}
     second = tmp_path / "second"
     second.mkdir()
     written.save(policy("streaming-llm"), first, second)
     assert {file.name: file.read_bytes() for file in first.path.iterdir()} == before
-    (found, window), base = written.read(second)
-    assert (found, window, base) == (exits, policy("streaming-llm"), "huggingface")
-    assert all(torch.equal(found.translators[name], tensor) for name, tensor in maps.items())
+    held: Any
+    held, base = written.read(second)
+    assert held == [exits, policy("streaming-llm")] and base == "huggingface"
+    assert all(torch.equal(held[0].translators[name], tensor) for name, tensor in maps.items())
     described, earlier = (json.loads((folder / written.DESCRIPTION).read_text()) for folder in (second, first.path))
     assert list(described["slots"]) == ["depth", "cache"] and described["slots"]["depth"] == earlier["slots"]["depth"]
     assert (described["base"], described["scoring"], described["max_batch"], described["schema"]) == ("huggingface", "exact", 1, 1)

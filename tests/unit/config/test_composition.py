@@ -133,7 +133,7 @@ def test_the_slot_of_a_method_is_that_of_its_policy_and_no_other_has_one() -> No
         assert isinstance(method, Acts) == (method.produces == FORMAT), found.name
         if isinstance(method, Acts):
             assert method.slot == method.policy().slot, found.name
-            assert "slot" not in asdict(method), "it is no setting, so keys do not know it"  # type: ignore[call-overload]
+            assert "slot" not in asdict(found.method), "it is no setting, so keys do not know it"
         else:
             assert not hasattr(method, "slot")
     assert all(OF.values()) and sum(map(len, OF.values())) == len(ACTING)

@@ -44,7 +44,7 @@ class Kept(DynamicLayer):
         self.seen = 0
         self.tensors_by_name: dict[str, Tensor] = {}
         self._before: tuple[int, dict[str, Tensor]] | None = None
-        self._calls: list[tuple[Operator, tuple[Tensor, Tensor, Tensor]]] = []
+        self._calls: list[tuple[Operator, tuple[Tensor, ...]]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
@@ -78,7 +78,7 @@ class Kept(DynamicLayer):
     def note(self, operator: Operator, *states: Tensor) -> None:
         """What its operator is called with: queries, keys and values of new tokens."""
         if self._before is not None:
-            self._calls.append((operator, states))  # type: ignore[arg-type]
+            self._calls.append((operator, states))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Let go of the last tokens: go back to where `watch` was called, and let the operator see those again that stay.
