@@ -23,6 +23,7 @@ from slimbench.methods.formats.attention.content import Routing
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.latent import Latent
 from slimbench.methods.formats.attention.linear import Linear
+from slimbench.methods.formats.attention.policy import OperatorPolicy
 from slimbench.methods.formats.attention.pooled import Pooled
 from slimbench.methods.formats.attention.span import Span
 from slimbench.methods.formats.attention.vq import VQ
@@ -234,6 +235,44 @@ def test_its_steps_of_decoding_are_those_of_scoring(base: Any, name: str) -> Non
     for token in chosen:
         assert torch.equal(found[:, -1:].argmax(-1), token)
         found, state = model.extend(token, state)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(policies()[name], OperatorPolicy)])
+def test_tokens_that_are_taken_back_leave_nothing_behind(base: Any, name: str) -> None:
+    model, policy, ids = under(base, policies()[name]), policies()[name], texts(policies()[name].max_batch or 2)
+    _, state = model.extend(ids[:, :PROMPT])
+    assert state.rolls_back == policy.rolls_back == (policy.scoring != "step"), "else a pass of several tokens is another one"
+    other = model.branch(state)
+    state.watch()
+    for piece in ids[:, PROMPT : PROMPT + 7].split([1, 6], 1):
+        _, state = model.extend(piece, state)
+    state.crop(-4)
+    state.settle()
+    if policy.rolls_back:
+        _, other = model.extend(ids[:, PROMPT : PROMPT + 3], other)
+        found, wanted = (model.extend(ids[:, PROMPT + 20 : PROMPT + 24], each)[0] for each in (state, other))
+        assert state.get_seq_length() == other.get_seq_length() and far(found, wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(policies()[name], OperatorPolicy)])
+def test_without_the_queries_of_other_tokens_the_same_is_kept_and_seen_unless_it_says_that_it_reads_them(base: Any, name: str) -> None:
+    policy, kept, seen = policies()[name], list[dict[str, Tensor]](), list[Tensor]()
+    for others, own in ((1, 1), (0, 0), (0, 1)):
+        model = under(base, policy)
+        operator = next(module.operator for module in model.module.modules() if hasattr(module, "operator"))
+        inner, asked = operator.forward, torch.full((PROMPT, 1), float(others))
+        asked[-1] = own
+
+        def forward(query: Tensor, *more: Any, inner: Any = inner, asked: Tensor = asked) -> Tensor:
+            found: Tensor = inner(query * asked, *more)
+            seen.append(found[:, :, -1])
+            return found
+
+        operator.forward = forward
+        _, state = model.extend(texts(policy.max_batch or 2)[:, :PROMPT])
+        kept.append(state.kept[0].tensors_by_name)
+    keeps = all(torch.equal(kept[0][part], kept[1][part]) for part in kept[0])
+    assert (keeps and far(seen[0], seen[2]) <= 1e-5) != policy.reads_queries
 
 
 BOUNDED = {name: method for name, method in classes().items() if isinstance(method, PolicyMethod) and "budget" in SMALL.get(name, {})}
