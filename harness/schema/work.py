@@ -15,7 +15,7 @@ class Spread(Schema):
 
 
 class WorkResult(Schema):
-    """What ran for a token, counted while it ran; None where all of it always runs.
+    """What ran for a token, counted while it ran; None where all of it always runs, and of what the engine does not show.
 
     Attributes:
         slots: Parts of the run that a policy decides on.

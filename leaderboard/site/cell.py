@@ -172,7 +172,8 @@ def _work(records: Mapping[Stage, Record]) -> Grid:
         )
         for stage, counted in counts.items()
     ]
-    return Grid("Work of a token, counted by hooks", ("Count", "Mean", "5 %", "Median", "95 %"), rows, facts)
+    header = ("Count", "Mean", "5 %", "Median", "95 %") if rows else ()
+    return Grid("Work of a token, as counted", header, rows, facts)
 
 
 def _passes(counted: WorkResult) -> str:
@@ -196,7 +197,7 @@ def _evidence(records: Mapping[Stage, Record]) -> Iterator[Grid]:
         if result and result.evidence:
             yield _found(f"{EVIDENCE_TITLE} {stage}", result.evidence)
             break
-    if (counted := _work(records)).rows:
+    if (counted := _work(records)).facts:
         yield counted
     if compress and compress.compress:
         files = [(_cut(clean(f.name)), f"{f.bytes:,}", (f.sha256 or EMPTY)[:64]) for f in compress.compress.files[:100]]

@@ -44,10 +44,13 @@ def details(row: Row) -> list[tuple[str, str]]:
 
 
 def _artefact(row: Row) -> str:
-    """`format huggingface, which transformers, compiled, … load`: where else the cell's artefact may be measured or used."""
+    """`format huggingface, which transformers, compiled, … load`: where else the cell's artefact may be measured or used.
+
+    An engine that loads no policies and ran the draft of this one by itself is among them.
+    """
     if row.format is None:
         return ""
-    loading = _loading(row.format)
+    loading = list(dict.fromkeys([*_loading(row.format), *([row.engine] if row.slots == ["draft"] else [])]))
     return f"format {row.format}, which {', '.join(loading) or 'no engine'} load{'s' if len(loading) < 2 else ''}"
 
 

@@ -21,7 +21,7 @@ _MOST = 100
 
 
 class Work(Group):
-    """What ran for a token, counted by hooks; all of it None where nothing decides on that while the model runs."""
+    """What ran for a token, as it was counted; all of it None where nothing decides on that while the model runs."""
 
     slots: list[str] = Field(default=[], description="Parts of the run that a policy decides on: cache, attention, depth, draft and so on.")
     blocks_per_token: float | None = Field(default=None, description="Decoder blocks that ran for a token, mean.")

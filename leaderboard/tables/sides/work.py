@@ -8,9 +8,9 @@ from slimbench.leaderboard.tables.format import decimal
 from slimbench.leaderboard.tables.sides.side import Side
 
 _READING = (
-    "Counted by hooks behind a text, in passes that nobody times; means over tokens. Parameters of matrices take part as often as they do: "
-    "a head that is asked twice counts twice. The predicted speed-up is what the counted calls should take by the measured times of passes "
-    "of so many tokens; it is told of drafts, and leaves out what guessing takes apart from matrices."
+    "Counted behind a text, by hooks or by an engine that tells its passes alone, and not timed; means over tokens. Parameters of matrices "
+    "take part as often as they do: a head that is asked twice counts twice. The predicted speed-up is what the counted calls should take "
+    "by the measured times of passes of so many tokens; it is told of drafts, and leaves out what guessing takes apart from matrices."
 )
 _PAIRED = ("perplexity_delta_percent", "decode_tokens_per_s", "speedup")
 
@@ -39,5 +39,5 @@ TABLE = Side(
     "Work of a token",
     _READING,
     (*(column for key in _PAIRED for column in COLUMNS if column.key == key), *_COUNTS),
-    lambda row: row.blocks_per_token is not None,
+    lambda row: row.blocks_per_token is not None or row.tokens_per_pass is not None,
 )

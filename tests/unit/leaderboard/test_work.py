@@ -17,7 +17,9 @@ from slimbench.leaderboard.rows.results.work import by_number, predicted_ms
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
+from slimbench.leaderboard.site.facts import details
 from slimbench.leaderboard.tables.writers import to_markdown
+from slimbench.methods.base import Claim
 from tests.support.board_records import Spec, records, site_files
 from tests.unit.leaderboard.test_board import printed
 
@@ -189,8 +191,34 @@ def test_pages_show_the_work() -> None:
     files = site_files(board, {}, Gallery())
     row = next(row for row in board.rows if row.pipeline == "calm(threshold=0.8)")
     cell, model = files[names.cell(row)].decode(), files[names.model(row.model)].decode()
-    assert "Work of a token, counted by hooks" in cell and "Decoder blocks that ran (quality)" in cell and "248 passes" in cell
+    assert "Work of a token, as counted" in cell and "Decoder blocks that ran (quality)" in cell and "248 passes" in cell
     assert "Work of a token" in model and "24.0 (2.0–30.0)" in model
+
+
+def with_passes_alone() -> list[Record]:
+    """Those of an engine that shows nothing of what runs in a pass."""
+    made = records(Spec(engine="llamacpp"))
+    own = records(Spec("prompt-lookup", "dynamic", engine="llamacpp", decode_ms=31.0))
+    for record in own:
+        if record.speed:
+            hidden = {"blocks": None, "active_parameters": None, "total_parameters": None}
+            record.speed.work, record.speed.rows_ms = drafted({"1": 30, "2": 20, "4": 10}).model_copy(update=hidden), ROWS_MS
+        if record.compress:
+            record.compress.claim = Claim("policy")
+    return made + own
+
+
+def test_passes_alone_are_shown_and_their_engine_named() -> None:
+    board = Board.of(with_passes_alone())
+    row = next(row for row in board.rows if row.pipeline == "prompt-lookup")
+    assert row.tokens_per_pass == pytest.approx(110 / 60) and row.blocks_per_token is None is row.active_share
+    table = to_markdown(board.rows)
+    (line,) = (line for line in table[table.index("Work of a token") :].splitlines() if "prompt-lookup" in line)
+    assert "1.83" in line and row.predicted_speedup is not None
+    files = site_files(board, {}, Gallery())
+    cell = files[names.cell(row)].decode()
+    assert "60 passes, 1.83 tokens a pass" in cell and "Decoder blocks that ran" not in cell
+    assert dict(details(row))["Artefact"] == "format policy, which transformers, offload, llamacpp load"
 
 
 def plot(make: Any, kind: str) -> Plot:
