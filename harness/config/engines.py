@@ -6,12 +6,17 @@ import ast
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.config import environments
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.sources import choice, shipped
-from slimbench.methods.base import Unsupported
+from slimbench.methods.base import Method, Unsupported
+from slimbench.methods.formats.policy import FORMAT, Acts
+
+if TYPE_CHECKING:
+    from slimbench.methods.formats.policy import Policy
 
 
 def catalogue() -> list[EngineConfig]:
@@ -50,6 +55,31 @@ def able(format_: str) -> EngineConfig:
         if not engine.environment and missing(engine) is None:
             return engine
     raise Unsupported("; ".join(f"{e.name} {missing(e)}" for e in loading) or f"no engine loads format {format_}")
+
+
+def policy_of(method: Method) -> Policy | None:
+    """What a method asks an engine to do while a model runs, as far as its settings say it; None where it asks nothing."""
+    return method.policy() if isinstance(method, Acts) else None
+
+
+def follows(engine: EngineConfig, policy: Policy | None) -> bool:
+    """Whether an engine that does not load policies runs one by itself: a draft of a kind that it has."""
+    return FORMAT not in engine.loaders and policy is not None and policy.slot == "draft" and policy.kind in engine.drafts
+
+
+def beyond(limits: dict[str, tuple[int, int | None]], policy: Policy) -> str | None:
+    """The setting of a policy that an engine cannot follow, and the nearest that it can; None where it follows all of them.
+
+    Args:
+        limits: The least and the most of each setting.
+    """
+    for name, (least, most) in limits.items():
+        value = getattr(policy, name)
+        nearest = max(value, least) if most is None else min(max(value, least), most)
+        if nearest != value:
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            return f"takes {name} {allowed}, not {value}: the nearest is {name}={nearest}"
+    return None
 
 
 @cache

@@ -62,7 +62,8 @@ class Entry:
         """The engines that load what it writes."""
         from slimbench.harness.config import engines
 
-        return [engine.name for engine in engines.catalogue() if self.method.produces in engine.loaders]
+        policy = engines.policy_of(self.method)
+        return [e.name for e in engines.catalogue() if self.method.produces in e.loaders or engines.follows(e, policy)]
 
 
 def entry(name: str) -> Entry:

@@ -70,6 +70,8 @@ class EngineConfig(Strict):
             memory; `sdpa`, torch's fused operator, and that held to one kernel: `flash` in tiles, `math` as plain products;
             `flash_attention_2`, the package flash_attn, on a card.
         attentions: What of these it takes beside `default`.
+        drafts: Kinds of drafts (`methods.formats.draft.policy`) that it runs by itself, on the formats that it loads, if it loads no
+            policies; of each the least and the most of every setting, null without a limit.
         memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
         compiles: It makes code while it runs, by a compiler in its own process.
     """
@@ -84,6 +86,7 @@ class EngineConfig(Strict):
     spreads: list[str] = []
     attention: Attention = "default"
     attentions: list[Attention] = []
+    drafts: dict[str, dict[str, tuple[int, int | None]]] = {}
     memory: Literal["model", "layer"] | None = None
     compiles: bool = False
 
@@ -91,6 +94,12 @@ class EngineConfig(Strict):
     def label(self) -> str:
         """Its name, and after it what of its settings makes other numbers."""
         return self.name if self.attention == "default" else f"{self.name}+{self.attention}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its class is called with; settings that are off are left out, so that a class need not know them."""
+        chosen: dict[str, Any] = {"attention": self.attention} if self.attention != "default" else {}
+        return {"loaders": self.loaders} | chosen | ({"drafts": self.drafts} if self.drafts else {})
 
     @model_validator(mode="after")
     def _takes_attention(self) -> EngineConfig:

@@ -6,9 +6,10 @@ artefact of another format is written when the artefact is loaded, and thrown aw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,10 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from slimbench.harness.engines import gguf_evidence
-from slimbench.harness.engines.base import Engine
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.engines.drafts import DraftedText, DraftingEngine, Guess
+from slimbench.harness.measure.loaded import CountsPasses, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store.artefact import read_manifest, staging
+from slimbench.methods.base import Unsupported
+from slimbench.methods.formats.draft.policy import Lookup
+from slimbench.methods.formats.policy import Policy
 
 if TYPE_CHECKING:
     from slimbench.harness.engines.llamacpp_context import Context, Weights
@@ -159,8 +163,72 @@ class LlamaCppModel(LoadedModel):
         return Cached(state.begun, state.sequences, state.length + tokens)
 
 
-class LlamaCppEngine(Engine):
-    """Loads what a loader can give as a GGUF file."""
+class DraftingModel(LlamaCppModel, CountsPasses):
+    """A model in llama.cpp whose next tokens are guessed and checked in one batch. One text at a time; scores are those without guesses.
+
+    Args:
+        weights: What was loaded.
+        evidence: Reads the evidence.
+        guess: Guesses the tokens.
+    """
+
+    slots = ("draft",)
+    max_batch = 1
+
+    def __init__(self, weights: Weights, evidence: Callable[[], Evidence], guess: Guess) -> None:
+        super().__init__(weights, evidence)
+        self._guess = guess
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        if len(ids) != 1:
+            raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
+        step = super().prefill(ids, room)
+        return Step(step.token, DraftedText(ids[0].tolist(), int(step.token), room, self._guess, partial(self._chosen, step.state)))
+
+    def decode_step(self, step: Step) -> Step:
+        return Step(step.state.next(), step.state)
+
+    def passes(self, state: DraftedText) -> Sequence[int]:
+        return state.passes
+
+    def cache_bytes(self, state: Cached | DraftedText) -> int:
+        """Bytes of the keys and values of the tokens of a text; guesses that were wrong are overwritten by the next pass."""
+        return super().cache_bytes(Cached(self._begun, 1, state.held) if isinstance(state, DraftedText) else state)
+
+    def _chosen(self, prompt: Cached, held: int, tokens: list[int]) -> list[int]:
+        """What the model chooses behind each of some tokens of a text, of which the cache keeps the first `held`."""
+        state = self._resume(replace(prompt, length=held), len(tokens))
+        chosen = np.empty(len(tokens), np.int64)
+        for where, scores in self._feed(torch.tensor([tokens]), state):
+            chosen[where] = scores.argmax(-1)
+        found: list[int] = chosen.tolist()
+        return found
+
+
+def guess_of(draft: Policy) -> Guess:
+    """What guesses as a policy asks: llama-cpp-python's own lookup.
+
+    The library takes guesses in its class `Llama`, which copies every logit to Python and computes those of a whole prompt. Here they are
+    taken below that class, as all that this engine does, so that dense decodes by the same calls and a speed-up is that of the guesses.
+
+    Raises:
+        methods.base.Unsupported: The library does not guess so.
+    """
+    if not isinstance(draft, Lookup):
+        raise Unsupported(f"llama-cpp-python guesses by lookup, not by {draft.kind}")
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    library = LlamaPromptLookupDecoding(max_ngram_size=draft.ngram, num_pred_tokens=draft.tokens)
+
+    def guess(text: Sequence[int], most: int) -> list[int]:
+        found: list[int] = library(np.array(text, np.intc))[:most].tolist()
+        return found
+
+    return guess
+
+
+class LlamaCppEngine(DraftingEngine):
+    """Loads what a loader can give as a GGUF file, and guesses tokens where a policy asks for it."""
 
     version: ClassVar[int] = 1
 
@@ -176,6 +244,15 @@ class LlamaCppEngine(Engine):
         with _file(artefact, loader) as file:
             weights = Weights(file)
         return LlamaCppModel(weights, lambda: _evidence(artefact, loader, weights.resident_bytes))
+
+    def open_drafting(self, artefact: Path, loader: Loader, draft: Policy, device: str, trust_remote_code: bool) -> LoadedModel:
+        """As `open`, with guesses as a policy asks; it raises the same."""
+        from slimbench.harness.engines.llamacpp_context import Weights
+
+        guess = guess_of(draft)
+        with _file(artefact, loader) as file:
+            weights = Weights(file)
+        return DraftingModel(weights, lambda: _evidence(artefact, loader, weights.resident_bytes), guess)
 
 
 def _evidence(artefact: Path, loader: Loader, resident_bytes: int) -> Evidence:

@@ -193,6 +193,16 @@ class Generates(Capability):
         return written
 
 
+class CountsPasses(Generates):
+    """It counts the passes of a text itself, where no module shows them."""
+
+    ability = "count its passes"
+
+    @abstractmethod
+    def passes(self, state: Any) -> Sequence[int]:
+        """Tokens of each pass of the whole model since that of the prompt, in order, guesses included."""
+
+
 class Encodes(Capability):
     """It turns texts into vectors."""
 

@@ -44,8 +44,7 @@ def load(config: RunConfig, key: str, report: Reporter, phase: str = "load artef
         harness.store.artefact.Damaged: Its files are not those that were published.
     """
     report.phase(phase)
-    chosen = {"attention": config.engine.attention} if config.engine.attention != "default" else {}
-    engine = locate(config.engine.target)(loaders=config.engine.loaders, cards=config.device.cards, **chosen)
+    engine = locate(config.engine.target)(cards=config.device.cards, **config.engine.arguments)
     device = f"cuda:{config.device.index}" if config.device.name == "cuda" else "cpu"
     folder = artefact.opened(key)
     began = time.perf_counter()

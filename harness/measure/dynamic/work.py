@@ -1,4 +1,4 @@
-"""What runs for a token, counted by hooks while a text is gone on with, in passes that nobody times.
+"""What runs for a token, counted while a text is gone on with, in passes that nobody times: by hooks, or by an engine that shows no module.
 
 A policy says what it leaves out; what was left out is seen here, on the loaded module: how many rows each matrix multiplied, in which
 blocks, and how many keys each call of torch's attention was given. Prompts are text, each goes through alone, and only
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from slimbench.harness.measure.evidence import products
-from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
 from slimbench.methods.formats.architecture.layout import layout_of
@@ -118,11 +118,12 @@ def measure(
         new_tokens: By which each text is gone on with; the first of them is the prompt's and is not counted.
 
     Raises:
-        methods.base.Unsupported: The engine shows no module whose parts could be watched.
+        methods.base.Unsupported: The engine shows no module whose parts could be watched, and does not count its passes;
+            or the claim is of what passes do not tell.
     """
     module = getattr(model, "module", None)
     if module is None:
-        raise Unsupported("the engine does not show what runs for a token")
+        return _by_passes(model, texts, claim, on_progress, new_tokens)
     steps: list[Count] = []
     held: list[int] = []
     shares: list[Share] = []
@@ -162,6 +163,42 @@ def measure(
     )
     found.flags += differences(found, claim, token_bytes(module))
     return found
+
+
+def _by_passes(
+    model: Generates, texts: torch.Tensor, claim: Work | None, on_progress: Callable[[int, int], None], new_tokens: int
+) -> WorkResult:
+    """As `measure`, by what an engine counts itself: passes of the whole model, and nothing of what is in them."""
+    if not isinstance(model, CountsPasses):
+        raise Unsupported("the engine does not show what runs for a token")
+    if claim is not None:
+        raise Unsupported("the engine tells its passes alone, and the claim is of what runs in them")
+    rows: Counter[int] = Counter()
+    given: Counter[int] = Counter()
+    held: list[int] = []
+    for done, text in enumerate(texts.split(1)):
+        on_progress(done, len(texts))
+        step = model.prefill(text, new_tokens)
+        own: list[Count] = []
+        for _ in range(new_tokens - 1):
+            before = len(model.passes(step.state))
+            step = model.decode_step(step)
+            own.append(Count(passes=list(model.passes(step.state)[before:])))
+        rows.update(tokens for count in own for tokens in count.passes)
+        given.update(tokens_of_passes(own))
+        held.append(model.cache_bytes(step.state) or 0)
+    told = {str(count): passes for count, passes in sorted(rows.items())}
+    return WorkResult(
+        tokens=len(texts) * (new_tokens - 1),
+        prompts=len(texts),
+        prompt_tokens=texts.shape[1],
+        passes=rows.total(),
+        pass_rows=told,
+        pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
+        slots=list(model.slots),
+        calls=told,
+        cache_bytes=max(held) or None,
+    )
 
 
 def tokens_of_passes(steps: Sequence[Count]) -> list[int]:

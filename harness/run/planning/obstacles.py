@@ -16,7 +16,7 @@ from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
 from slimbench.methods.base import Unsupported, format_of
-from slimbench.methods.formats.policy import Acts
+from slimbench.methods.formats.policy import FORMAT, Acts
 from slimbench.tasks.calibration import SELF
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -117,7 +117,10 @@ def _no_compression(cell: Cell) -> str | None:
 
 def _no_engine(cell: Cell) -> str | None:
     engine, device, format_ = cell.config.engine, cell.config.device.name, format_of(cell.methods)
-    if format_ not in engine.loaders:
+    if format_ == FORMAT and format_ not in engine.loaders:
+        if refusal := _no_policy(cell):
+            return refusal
+    elif format_ not in engine.loaders:
         return f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}"
     if device not in engine.devices:
         return f"engine {engine.name} runs on {' and '.join(engine.devices)}, not on {device}"
@@ -131,6 +134,19 @@ def _no_engine(cell: Cell) -> str | None:
         able = [e.name for e in engines.catalogue() if format_ in e.spreads]
         return f"engine {engine.name} spreads no {format_} over several cards" + (f"; {', '.join(able)} would" if able else "")
     return None
+
+
+def _no_policy(cell: Cell) -> str | None:
+    """Why an engine that loads no policies does not run that of a pipeline by itself; None where it does."""
+    engine, name, policy = cell.config.engine, cell.config.pipeline[-1].name, engines.policy_of(cell.methods[-1])
+    if policy is None or not engines.follows(engine, policy):
+        own = f" (of policies only drafts by {' and '.join(engine.drafts)})" if engine.drafts else ""
+        able = [e.name for e in engines.catalogue() if FORMAT in e.loaders or engines.follows(e, policy)]
+        return f"engine {engine.name} does not run {name}{own}; {', '.join(able)} would"
+    if (base := format_of(cell.methods[:-1])) not in engine.loaders:
+        return f"engine {engine.name} does not load format {base}, which {name} follows; it loads {', '.join(engine.loaders)}"
+    misfit = engines.beyond(engine.drafts[policy.kind], policy)
+    return f"{name}: engine {engine.name} {misfit}" if misfit else None
 
 
 def _no_text(cell: Cell, stage: Stage) -> str | None:

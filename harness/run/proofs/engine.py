@@ -20,6 +20,7 @@ from slimbench.harness.run.proofs.method import sparse_model, tiny_model
 from slimbench.harness.stages import models
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
+from slimbench.methods.formats import policy
 from slimbench.util import files
 
 _TOLERANCE = 0.05  # of the largest logit: bfloat16 in another order
@@ -32,7 +33,7 @@ def prove(engine: EngineConfig, format_: str, scratch: Path) -> Checked:
     try:
         for folder in _artefacts(format_, scratch):
             try:
-                model = locate(engine.target)(loaders=engine.loaders).load(folder, "cpu")
+                model = locate(engine.target)(**engine.arguments).load(folder, "cpu")
                 verdict = _judge(model)
             except Unsupported as refusal:
                 reason = str(refusal)
@@ -111,7 +112,7 @@ def _apart_through_the_cache(model: Scores, ids: torch.Tensor, whole: torch.Tens
 
 def main() -> None:
     engine = get(sys.argv[1])
-    for format_ in engine.loaders:
+    for format_ in [*engine.loaders, *([policy.FORMAT] if engine.drafts else [])]:
         with files.scratch("check") as scratch:
             print(to_line(prove(engine, format_, Path(scratch))), flush=True)
 

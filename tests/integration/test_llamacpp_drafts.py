@@ -1,0 +1,167 @@
+"""Prompt lookup in llama.cpp on the real model; the work is done in its environment, which must have been made before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config import engines, environments
+from slimbench.harness.config.registry import entry
+from slimbench.harness.config.sources import shipped_method
+from slimbench.harness.config.targets import locate
+from slimbench.harness.measure.dynamic import work
+from slimbench.harness.store import artefact
+from slimbench.methods.base import Claim, DenseModel
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.draft.policy import Lookup
+from tests.support import tiny
+
+ENVIRONMENT = environments.get("llamacpp")
+TOKENS, NGRAM, NEW = 10, 2, 48
+TEXTS = {
+    "repetitive": "The red fox runs over the hill. The blue bird sings in the tree. " * 3 + "The red fox",
+    "news": "The council said on Tuesday that the bridge over the river would stay closed until the end of the month, since",
+}
+
+pytestmark = pytest.mark.skipif(not ENVIRONMENT.is_made, reason="needs `slimbench env make llamacpp`, which compiles for a while")
+
+
+def publish(folder: Path, claim: Claim) -> Path:
+    artefact.write_manifest(folder, artefact.Manifest(key=folder.name, model="m", pipeline=[], claim=claim))
+    return folder
+
+
+def answer() -> None:
+    """Runs in the environment: go on with texts, with and without drafts, while the calls of llama.cpp are counted; JSON to stdout."""
+    import llama_cpp
+
+    request, calls = json.load(sys.stdin), list[int]()
+    decode = llama_cpp.llama_decode
+
+    def counted(context: Any, batch: Any) -> Any:
+        calls.append(batch.n_tokens)
+        return decode(context, batch)
+
+    llama_cpp.llama_decode = counted
+    config = engines.get("llamacpp")
+    engine = locate(config.target)(**config.arguments)
+    found: dict[str, Any] = {}
+    for name, folders in request["artefacts"].items():
+        plain, drafting = (engine.load(Path(folders[kind]), "cpu") for kind in ("base", "drafted"))
+        for text, ids in request["ids"].items():
+            prompt = torch.tensor([ids])
+            greedy, margins = _greedy(plain, prompt)
+            found[f"{name} {text}"] = {"greedy": greedy, "margins": margins, "drafted": _drafted(drafting, prompt, calls)}
+        ids = torch.tensor([request["ids"]["news"]])
+        found[name] = {
+            "apart": float((drafting.logits(ids) - plain.logits(ids)).abs().max()),
+            "kernels": [model.evidence().kernel for model in (plain, drafting)],
+            "work": work.measure(drafting, torch.tensor([request["ids"]["repetitive"]]), None, lambda *_: None, NEW).model_dump(),
+        }
+    found["wrong"] = _wrong(drafting, torch.tensor([request["ids"]["repetitive"]]), calls)
+    print(json.dumps(found))
+
+
+def _greedy(model: Any, prompt: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The model's own tokens, one by one, and by how much each was ahead of the next best."""
+    logits, state = model.extend(prompt)
+    tokens, margins = [], []
+    for _ in range(NEW):
+        best = logits[0, -1].topk(2)
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        logits, state = model.extend(torch.tensor([tokens[-1:]]), state)
+    return tokens, margins
+
+
+def _drafted(model: Any, prompt: torch.Tensor, calls: list[int]) -> dict[str, Any]:
+    step = model.prefill(prompt, NEW)
+    calls.clear()
+    tokens = [int(step.token)]
+    for _ in range(NEW - 1):
+        step = model.decode_step(step)
+        tokens.append(int(step.token))
+    text = step.state
+    return {"tokens": tokens, "calls": list(calls), "passes": list(model.passes(text)), "drafted": text.drafted, "accepted": text.accepted}
+
+
+def _wrong(model: Any, prompt: torch.Tensor, calls: list[int]) -> dict[str, Any]:
+    """What comes of guesses of which each is another token than the model's."""
+    own, begun = model.generate(prompt, NEW), prompt.shape[1]
+    model._guess = lambda text, most: [(token + 1) % model.vocab_size for token in own[0][len(text) - begun :][: min(4, most)]]
+    return _drafted(model, prompt, calls) | {"own": own[0]}
+
+
+@pytest.fixture(scope="module")
+def there(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What llama.cpp gives: on the dense model, and on one that is packed in 4 bits."""
+    from transformers import AutoTokenizer
+
+    root, dense = tmp_path_factory.mktemp("artefacts"), tiny.dense_model(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    folders = {}
+    for name in ("dense", "rtn-4bit-head8"):
+        base, drafted = root / name, root / f"{name}-drafted"
+        base.mkdir()
+        drafted.mkdir()
+        claim = entry(name).method.compress(dense, None, base)
+        publish(base, claim)
+        policies.save(Lookup(TOKENS, NGRAM), DenseModel(base, smollm2, "bfloat16", "cpu", dense.shape, format=claim.format), drafted)
+        publish(drafted, Claim(policies.FORMAT))
+        folders[name] = {"base": str(base), "drafted": str(drafted)}
+    assert shipped_method("prompt-lookup") == {"_target_": "slimbench.methods.dynamic.prompt_lookup.PromptLookup"}
+    request = {"artefacts": folders, "ids": {name: tokenizer(text)["input_ids"] for name, text in TEXTS.items()}}
+    command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_llamacpp_drafts import answer; answer()"]
+    cwd = Path(__file__).parents[2]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, cwd=cwd, timeout=600)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CASES = [f"{name} {text}" for name in ("dense", "rtn-4bit-head8") for text in TEXTS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_those_without_guesses(there: Any, case: str) -> None:
+    """A batch rounds otherwise than a single token; where two tokens are as likely as each other, that decides."""
+    own, margins, drafted = there[case]["greedy"], there[case]["margins"], there[case]["drafted"]["tokens"]
+    first = next((place for place in range(NEW) if own[place] != drafted[place]), NEW)
+    assert first == NEW or margins[first] < 0.05, f"token {first} differs, {margins[first]:.3f} ahead"
+    if "repetitive" in case:
+        assert first == NEW
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_counted_is_what_llama_cpp_was_called_with(there: Any, case: str) -> None:
+    told = there[case]["drafted"]
+    assert told["passes"] == told["calls"]
+    assert len(told["passes"]) == NEW - 1 - told["accepted"]
+    assert sum(told["passes"]) == len(told["passes"]) + told["drafted"]
+
+
+@pytest.mark.parametrize("name", ["dense", "rtn-4bit-head8"])
+def test_a_text_that_repeats_itself_takes_fewer_passes_than_tokens(there: Any, name: str) -> None:
+    told = there[f"{name} repetitive"]["drafted"]
+    assert 0 < told["accepted"] <= told["drafted"] and len(told["passes"]) < (NEW - 1) / 2
+    assert max(told["passes"]) == 1 + TOKENS
+    found = there[name]["work"]
+    assert found["passes"] == len(told["passes"]) and found["tokens"] == NEW - 1 and found["slots"] == ["draft"]
+    assert found["blocks"] is None and found["total_parameters"] is None
+
+
+def test_guesses_that_are_always_wrong_are_never_taken(there: Any) -> None:
+    told = there["wrong"]
+    assert told["accepted"] == 0 < told["drafted"] and told["tokens"] == told["own"]
+    assert len(told["passes"]) == NEW - 1 == len(told["calls"])
+
+
+@pytest.mark.parametrize("name", ["dense", "rtn-4bit-head8"])
+def test_scores_and_kernels_are_those_of_the_base(there: Any, name: str) -> None:
+    assert there[name]["apart"] == 0
+    assert there[name]["kernels"][0] == there[name]["kernels"][1]
