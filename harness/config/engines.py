@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.config.sources import choice, shipped
 from slimbench.methods.base import Method, Unsupported
 from slimbench.methods.formats.policy import FORMAT, Acts
+from slimbench.util.text import nearest
 
 if TYPE_CHECKING:
     from slimbench.methods.formats.policy import Policy
@@ -72,13 +74,18 @@ def beyond(limits: dict[str, tuple[int, int | None]], policy: Policy) -> str | N
 
     Args:
         limits: The least and the most of each setting.
+
+    Raises:
+        ConfigError: It has no such setting.
     """
     for name, (least, most) in limits.items():
-        value = getattr(policy, name)
-        nearest = max(value, least) if most is None else min(max(value, least), most)
-        if nearest != value:
+        if (value := getattr(policy, name, None)) is None:
+            settings = [f.name for f in fields(policy)]  # type: ignore[arg-type]
+            raise ConfigError(f"engine.drafts: {policy.kind} has no setting '{name}'{nearest(name, settings)}")
+        taken = max(value, least) if most is None else min(max(value, least), most)
+        if taken != value:
             allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-            return f"takes {name} {allowed}, not {value}: the nearest is {name}={nearest}"
+            return f"takes {name} {allowed}, not {value}: the nearest is {name}={taken}"
     return None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.draft.policy import Lookup
+from slimbench.methods.formats.gguf import from_huggingface
 from tests.support import tiny
 
 ENVIRONMENT = environments.get("llamacpp")
@@ -64,6 +67,9 @@ def answer() -> None:
             "kernels": [model.evidence().kernel for model in (plain, drafting)],
             "work": work.measure(drafting, torch.tensor([request["ids"]["repetitive"]]), None, lambda *_: None, NEW).model_dump(),
         }
+    found["library"] = _library(Path(request["artefacts"]["dense"]["base"]), request["ids"]["repetitive"])
+    model = engine.load(Path(request["artefacts"]["dense"]["drafted"]), "cpu")
+    found["own"] = _asked(model, torch.tensor([request["ids"]["repetitive"]]))
     found["wrong"] = _wrong(drafting, torch.tensor([request["ids"]["repetitive"]]), calls)
     print(json.dumps(found))
 
@@ -89,6 +95,40 @@ def _drafted(model: Any, prompt: torch.Tensor, calls: list[int]) -> dict[str, An
         tokens.append(int(step.token))
     text = step.state
     return {"tokens": tokens, "calls": list(calls), "passes": list(model.passes(text)), "drafted": text.drafted, "accepted": text.accepted}
+
+
+def _library(artefact: Path, ids: list[int]) -> dict[str, Any]:
+    """What the library's own loop asks of its drafts, by the length of the text before each pass, and what it writes."""
+    from llama_cpp import Llama
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    asked: dict[int, list[int]] = {}
+
+    class Watched(LlamaPromptLookupDecoding):
+        def __call__(self, input_ids: Any, /, **kwargs: Any) -> Any:
+            offered = super().__call__(input_ids, **kwargs)
+            asked[len(input_ids)] = offered.tolist()
+            return offered
+
+    with tempfile.TemporaryDirectory() as scratch:
+        file = from_huggingface(artefact, Path(scratch))
+        settings = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False, "use_mmap": False}
+        model = Llama(str(file), draft_model=Watched(max_ngram_size=NGRAM, num_pred_tokens=TOKENS), **settings)
+        tokens = list(itertools.islice(model.generate(ids, temp=0.0), NEW))
+    return {"tokens": tokens, "asked": sorted(asked.items())}
+
+
+def _asked(model: Any, prompt: torch.Tensor) -> dict[str, Any]:
+    """The same of this engine."""
+    asked: dict[int, list[int]] = {}
+    guess = model._guess
+
+    def watched(text: Any, most: int) -> list[int]:
+        asked[len(text)] = guess(text, most)
+        return asked[len(text)]
+
+    model._guess = watched
+    return {"tokens": model.generate(prompt, NEW)[0], "asked": sorted(asked.items()), "prompt": prompt.shape[1]}
 
 
 def _wrong(model: Any, prompt: torch.Tensor, calls: list[int]) -> dict[str, Any]:
@@ -165,3 +205,13 @@ def test_guesses_that_are_always_wrong_are_never_taken(there: Any) -> None:
 def test_scores_and_kernels_are_those_of_the_base(there: Any, name: str) -> None:
     assert there[name]["apart"] == 0
     assert there[name]["kernels"][0] == there[name]["kernels"][1]
+
+
+def test_passes_are_those_of_the_librarys_own_loop(there: Any) -> None:
+    """Each pass begins at the same place and checks the same guesses, but for those beyond what is wanted, which the library makes too."""
+    theirs, own = there["library"], there["own"]
+    assert theirs["tokens"] == own["tokens"] and len(own["tokens"]) == NEW
+    end = own["prompt"] + NEW - TOKENS
+    whole = [[place, guesses] for place, guesses in own["asked"] if place < end]
+    assert len(whole) >= 3 and whole == [[place, guesses] for place, guesses in theirs["asked"] if place < end]
+    assert any(len(guesses) == TOKENS for _, guesses in whole)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.compose import resolve
+from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entry
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.engines.drafts import DraftingEngine, Guess
@@ -270,6 +271,11 @@ def test_limits_below_and_without_an_end() -> None:
     assert engines.beyond(limits, Lookup(4, 900)) is None
     assert engines.beyond(limits, Lookup(0, 2)) == "takes tokens from 1 to 4, not 0: the nearest is tokens=1"
     assert engines.beyond(limits, Lookup(1, 1)) == "takes ngram of at least 2, not 1: the nearest is ngram=2"
+
+
+def test_a_limit_of_nothing_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.drafts: lookup has no setting 'token'; did you mean 'tokens'"):
+        engines.beyond({"token": (0, 4)}, Lookup(3, 2))
 
 
 def test_lists_and_classes_know_the_drafts_of_an_engine() -> None:
