@@ -191,6 +191,14 @@ class DraftingModel(LlamaCppModel, CountsPasses):
     def passes(self, state: DraftedText) -> Sequence[int]:
         return state.passes
 
+    def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        step = super().prefill(ids, count)
+        tokens = [step.token]
+        while len(tokens) < count:
+            step = super().decode_step(step)
+            tokens.append(step.token)
+        return torch.cat(tokens, 1)
+
     def cache_bytes(self, state: Cached | DraftedText) -> int:
         """Bytes of the keys and values of the tokens of a text; guesses that were wrong are overwritten by the next pass."""
         return super().cache_bytes(Cached(self._begun, 1, state.held) if isinstance(state, DraftedText) else state)

@@ -202,6 +202,10 @@ class CountsPasses(Generates):
     def passes(self, state: Any) -> Sequence[int]:
         """Tokens of each pass of the whole model since that of the prompt, in order, guesses included."""
 
+    @abstractmethod
+    def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """What it writes behind prompts [B, T] without guesses, a pass for each token: int64 [B, count]."""
+
 
 class Encodes(Capability):
     """It turns texts into vectors."""

@@ -32,6 +32,7 @@ class WorkResult(Schema):
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
+        equal: Share of the tokens that the same engine writes without guesses too; None where that was not tried.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.
         flags: One line for each point in which the claim differs.
@@ -51,6 +52,7 @@ class WorkResult(Schema):
     active_parameters: Spread | None = None
     cache_tokens: Spread | None = None
     cache_bytes: int | None = None
+    equal: float | None = None
     stepwise_gap: float | None = None
     flags: list[str] = []
 

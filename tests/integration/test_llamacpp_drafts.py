@@ -188,6 +188,7 @@ def test_a_text_that_repeats_itself_takes_fewer_passes_than_tokens(there: Any, n
     assert max(told["passes"]) == 1 + TOKENS
     found = there[name]["work"]
     assert found["passes"] == len(told["passes"]) and found["tokens"] == NEW - 1 and found["slots"] == ["draft"]
+    assert found["equal"] == 1 and found["flags"] == []
     assert found["blocks"] is None and found["total_parameters"] is None
 
 

@@ -176,19 +176,22 @@ def _by_passes(
     rows: Counter[int] = Counter()
     given: Counter[int] = Counter()
     held: list[int] = []
+    equal: list[float] = []
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
-        own: list[Count] = []
+        own, tokens = list[Count](), [step.token]
         for _ in range(new_tokens - 1):
             before = len(model.passes(step.state))
             step = model.decode_step(step)
+            tokens.append(step.token)
             own.append(Count(passes=list(model.passes(step.state)[before:])))
-        rows.update(tokens for count in own for tokens in count.passes)
+        rows.update(size for count in own for size in count.passes)
         given.update(tokens_of_passes(own))
         held.append(model.cache_bytes(step.state) or 0)
+        equal.append(float((torch.cat(tokens, 1) == model.unguessed(text, new_tokens)).double().mean()))
     told = {str(count): passes for count, passes in sorted(rows.items())}
-    return WorkResult(
+    found = WorkResult(
         tokens=len(texts) * (new_tokens - 1),
         prompts=len(texts),
         prompt_tokens=texts.shape[1],
@@ -198,7 +201,11 @@ def _by_passes(
         slots=list(model.slots),
         calls=told,
         cache_bytes=max(held) or None,
+        equal=float(np.mean(equal)),
     )
+    if found.equal is not None and found.equal < 1:
+        found.flags.append(f"guesses changed the text: {1 - found.equal:.1%} of the tokens are others without them")
+    return found
 
 
 def tokens_of_passes(steps: Sequence[Count]) -> list[int]:

@@ -18,13 +18,14 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entry
 from slimbench.harness.config.schema import EngineConfig
 from slimbench.harness.engines.drafts import DraftingEngine, Guess
-from slimbench.harness.engines.llamacpp import DraftingModel, LlamaCppModel, guess_of
+from slimbench.harness.engines.llamacpp import Cached, DraftingModel, LlamaCppModel, guess_of
 from slimbench.harness.measure.dynamic import work
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.run.planning import obstacles
 from slimbench.harness.run.planning.plan import make_plan, task_name
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, Unsupported, Work
 from slimbench.methods.formats import policy as policies
@@ -141,11 +142,30 @@ def test_a_record_has_what_the_engine_counts_and_nothing_else() -> None:
     rows = {int(rows): count for rows, count in found.pass_rows.items()}
     assert sum(rows.values()) == found.passes == NEW - 1 and rows[5] > 20 and rows[1] == 1, "behind the last token nothing is guessed"
     assert found.cache_bytes == (prompt().shape[1] + NEW - 1) * 6
+    assert found.equal == 1 and found.flags == []
     assert found.blocks is found.active_parameters is found.cache_tokens is found.total_parameters is None
     with pytest.raises(Unsupported, match="tells its passes alone"):
         work.measure(drafting(wrong), prompt(), Work(blocks=1), lambda *_: None)
     with pytest.raises(Unsupported, match="does not show what runs"):
         work.measure(LlamaCppModel(Rings(), evidence), prompt(), None, lambda *_: None)  # type: ignore[arg-type]
+
+
+class Credulous(DraftingModel):
+    """Takes every guess."""
+
+    def _chosen(self, prompt: Cached, held: int, tokens: list[int]) -> list[int]:
+        return [*tokens[1:], super()._chosen(prompt, held, tokens)[-1]]
+
+
+def test_a_model_that_takes_every_guess_is_told() -> None:
+    def found(guess: Guess) -> WorkResult:
+        model = Credulous(Rings(), evidence, guess)  # type: ignore[arg-type]
+        return work.measure(model, prompt(), None, lambda *_: None, NEW)
+
+    assert found(right).flags == [] and found(right).equal == 1
+    lie = found(wrong)
+    assert lie.equal is not None and lie.equal < 0.5 and lie.passes is not None and lie.passes < NEW / 4
+    assert lie.flags == [f"guesses changed the text: {1 - lie.equal:.1%} of the tokens are others without them"]
 
 
 def test_several_texts_and_texts_that_are_gone_are_refused() -> None:
