@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slimbench.harness.config import environments
 from slimbench.harness.config.errors import ConfigError
