@@ -199,7 +199,7 @@ def _by_passes(
         pass_rows=told,
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
         slots=list(model.slots),
-        calls=told,
+        calls={size: float(passes) for size, passes in told.items()},
         cache_bytes=max(held) or None,
         equal=float(np.mean(equal)),
     )
