@@ -124,7 +124,7 @@ def test_a_full_disk_is_a_clear_error_and_the_next_run_goes_on(sweep: Sweep, sma
     process = start(sweep, small_disk, cache, QUALITY)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 75
-    assert "error: cannot write the record" in errors
+    assert "error: cannot write the record" in errors or "error: cannot use the results folder" in errors, "whichever file was the last"
     assert "No space left on device" in errors
     assert "Traceback" not in errors
     records, unreadable = Store(small_disk).scan()
