@@ -140,8 +140,7 @@ class ModelShape:
 
     def check_group(self, group_size: int) -> None:
         """Raise `Unsupported` unless groups of `group_size` tile the inputs of every linear layer."""
-        widths = self.widths or (self.hidden_size, self.intermediate_size)
-        for width in widths:
+        for width in (widths := self.widths or (self.hidden_size, self.intermediate_size)):
             if width % group_size:
                 fits = [g for g in (32, 64, 128, 256) if not any(inputs % g for inputs in widths)]
                 nearest = min(fits, key=lambda g: abs(g - group_size), default=None)
@@ -164,6 +163,7 @@ class DenseModel:
         original: Folder of the model that the pipeline began with; None: `path` is it.
         taught: Folder of the examples that a teacher wrote (`util.writing.teaching`), None without any.
         teacher: Whom a method that `needs.teacher` asks while it trains.
+        draft: Folder and identity of the model that the guesses of a policy shall come from (`methods.formats.policy.ActsByModel`), if any.
         format: Of `path`: one of the formats that the method accepts.
     """
 
@@ -178,6 +178,7 @@ class DenseModel:
     original: Path | None = None
     taught: Path | None = None
     teacher: Teacher | None = None
+    draft: tuple[Path, str] | None = None
     format: str = HUGGINGFACE
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
@@ -308,10 +309,9 @@ class Claim:
     def then(self, later: Claim) -> Claim:
         """The claim of a pipeline whose next step claims `later`."""
         joined = {f.name: f.metadata["then"](getattr(self, f.name), getattr(later, f.name)) for f in fields(self)}
+        grid = {"group_size": later.group_size}
         if later.bits is None:
             grid = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
-        else:
-            grid = {"group_size": later.group_size}
         return Claim(**joined | grid)
 
     def to_dict(self) -> dict[str, Any]:

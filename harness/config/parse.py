@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.config.schema import RunConfig, StepConfig
+from slimbench.harness.config.schema import ModelConfig, RunConfig, StepConfig
 from slimbench.harness.config.sections.teaching import recipe
-from slimbench.harness.config.sources import shipped, shipped_method
+from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method
-from slimbench.methods.formats.policy import LAST, Acts, conflict
+from slimbench.methods.formats.policy import LAST, Acts, ActsByModel, conflict
 from slimbench.util.text import nearest
 
 
@@ -83,7 +83,34 @@ def parse(raw: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(_one_line(error, "", RunConfig)) from error
     _check(config)
-    return config
+    return with_drafts(config)
+
+
+def with_drafts(config: RunConfig) -> RunConfig:
+    """The configuration, and in its steps the models that their settings name.
+
+    Raises:
+        ConfigError: There is none of such a name, or its file leaves open where it is.
+    """
+    steps = [step.model_copy(update={"draft": _draft(step, config.model.dtype)}) for step in config.pipeline]
+    return config.model_copy(update={"pipeline": steps}) if any(step.draft for step in steps) else config
+
+
+def _draft(step: StepConfig, dtype: str) -> ModelConfig | None:
+    method = build_method(step)
+    if not isinstance(method, ActsByModel) or method.model is None:
+        return None
+    key = f"method.{step.name}.model"
+    try:
+        told = choice("model", method.model) | {"dtype": dtype}
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if "???" in told.values():
+        raise ConfigError(f"{key}: model '{method.model}' leaves open what it is; write one that does not below your SLIMBENCH_CONF")
+    try:
+        return ModelConfig.model_validate(told)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, key, ModelConfig)) from error
 
 
 def _step(name: str, settings: Any) -> dict[str, Any]:

@@ -47,11 +47,19 @@ class ModelConfig(Strict):
 
 
 class StepConfig(Strict):
-    """One method of a pipeline: its name in `conf/method/`, the class behind it and its settings."""
+    """One method of a pipeline.
+
+    Attributes:
+        name: In `conf/method/`.
+        target: The class behind it.
+        settings: Of the class.
+        draft: What `conf/model/` says of the model that its setting `model` names, in the dtype of the cell's; None where it names none.
+    """
 
     name: str
     target: str
     settings: dict[str, Any] = {}
+    draft: ModelConfig | None = None
 
 
 class EngineConfig(Strict):

@@ -147,10 +147,14 @@ def _on_its_device(config: RunConfig) -> RunConfig:
 
 
 def _resolve_revision(config: RunConfig) -> RunConfig:
-    """The configuration with the commit of a hub model, and of a teacher on the hub, in place of its branch or tag, where one tells it."""
-    found = {}
-    for name, part in (("model", config.model), ("teacher", config.teacher)):
-        kind, _, repository = part.source.partition(":")
-        if kind == "hf" and (commit := hub.commit_of(repository, part.revision)):
-            found[name] = part.model_copy(update={"revision": commit})
-    return config.model_copy(update=found) if found else config
+    """The configuration with the commit of each model, teacher and draft of the hub in place of its branch or tag, where one tells it."""
+    found: dict[str, Any] = {"pipeline": [step.model_copy(update={"draft": _at_commit(step.draft)}) for step in config.pipeline]}
+    found |= {"model": _at_commit(config.model), "teacher": _at_commit(config.teacher)}
+    return config.model_copy(update=found)
+
+
+def _at_commit(part: Any) -> Any:
+    """A model or teacher with its commit, where it is of the hub and one tells it; None as it is."""
+    kind, _, repository = part.source.partition(":") if part else ("", "", "")
+    commit = hub.commit_of(repository, part.revision) if kind == "hf" else None
+    return part.model_copy(update={"revision": commit}) if commit else part

@@ -71,7 +71,8 @@ def require_commits(configs: Iterable[RunConfig]) -> None:
     Raises:
         HubError: A hub that may be asked did not tell one, and neither does now or only now. What it refuses is left to the stages.
     """
-    for model in {(config.model.source, config.model.revision) for config in configs}:
+    drafts = [(step.draft.source, step.draft.revision) for config in configs for step in config.pipeline if step.draft]
+    for model in {*((config.model.source, config.model.revision) for config in configs), *drafts}:
         kind, _, repository = model[0].partition(":")
         if kind == "hf" and not hub.is_commit(model[1]) and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
             try:

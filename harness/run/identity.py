@@ -10,7 +10,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SpeedConfig, SuiteConfig
 from slimbench.harness.measure import protocols
 from slimbench.harness.schema.identity import Keys
-from slimbench.harness.stages import calibration_text, models, teaching
+from slimbench.harness.stages import calibration_text, drafts, models, teaching
 from slimbench.harness.store.keys import Parts, speed_part, suite_part
 from slimbench.tasks import corpora, prompts, retrieval, zeroshot
 
@@ -40,6 +40,7 @@ def keys(config: RunConfig) -> Keys:
         ),
         speed=speed_part(_speed_settings(config.speed), protocols.SPEED),
         taught=teaching.keys(config) or None,
+        drafts=drafts.keys(config) or None,
         threads=config.device.threads,
         cards=config.device.cards if config.device.cards > 1 else None,
     ).keys()

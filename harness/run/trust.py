@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from slimbench.harness.config.parse import with_drafts
 from slimbench.harness.config.schema import EngineConfig, RunConfig
 from slimbench.harness.config.sources import choice, shipped_target
 from slimbench.tasks import corpora
@@ -51,7 +52,7 @@ def configuration(config: dict[str, Any], trusted: bool) -> RunConfig:
         "engine": _engine(_section(config, "engine")),
         "limits": {},
     }
-    return RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own)
+    return with_drafts(RunConfig.model_validate({name: config[name] for name in _MEASURED if name in config} | own))
 
 
 def require_own_code(configs: Iterable[RunConfig], trusted: bool) -> None:

@@ -18,7 +18,7 @@ from slimbench.harness.measure.cost import Cost
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, Spent
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import calibration_text, models, teaching
+from slimbench.harness.stages import calibration_text, drafts, models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
@@ -46,6 +46,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     methods = [build_method(step) for step in config.pipeline]
     for method in methods:
         method.check(shape)
+    guessing = [drafts.prepare(config, step, report) for step in config.pipeline]
     dense_parameters = models.matrix_parameters(source, config.model.trust_remote_code)
     tokens = calibration_of(config, source, report)
     made_text = next((teaching.text(config, method.recipe, report) for method in methods if method.needs.text), None)
@@ -94,6 +95,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 format=claim.format if claim else HUGGINGFACE,
                 taught=made_text.folder if made_text and method.needs.text else None,
                 teacher=teacher if method.needs.teacher else None,
+                draft=guessing[index],
             )
             made = method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)

@@ -84,13 +84,9 @@ def matrix_parameters(folder: Path, trust_remote_code: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
 
 
-def known_shape(model: ModelConfig) -> ModelShape | None:
-    """The shape of a model where it can be read without fetching or making anything, else None."""
+def folder_of(model: ModelConfig) -> Path | None:
+    """The folder of a model where it is here without fetching or making anything, else None."""
     kind, _, rest = model.source.partition(":")
-    if kind == "random":
-        given = model.shape or {}
-        whole = given.keys() >= {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
-        return ModelShape.from_config(given) if whole else None
     if kind == "file":
         folder = Path(rest).expanduser()
     elif kind == "hf":
@@ -100,7 +96,17 @@ def known_shape(model: ModelConfig) -> ModelShape | None:
         folder = assets.path(uri)
     else:
         folder = _folder(model)
-    return shape_of(folder) if (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def known_shape(model: ModelConfig) -> ModelShape | None:
+    """The shape of a model where it can be read without fetching or making anything, else None."""
+    if model.is_random:
+        given = model.shape or {}
+        whole = given.keys() >= {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+        return ModelShape.from_config(given) if whole else None
+    folder = folder_of(model)
+    return shape_of(folder) if folder else None
 
 
 def weight_bytes(model: ModelConfig) -> int | None:

@@ -23,6 +23,7 @@ class Parts:
         pipeline: For each step `name` and `version` of its method, and its `settings`.
         calibration: Fingerprint of text and sampling; None where no method reads it.
         taught: Key of the text that a teacher writes, for each method that trains on one; None where none does.
+        drafts: Name and content of each model that a method names to guess by; None where none does.
         compress_device: Kind of device that compression runs on: `cpu` or `cuda`.
         engine: `name` and `version`.
         device: Kind of device that quality and speed are measured on.
@@ -44,6 +45,7 @@ class Parts:
     threads: int | None = None
     cards: int | None = None
     taught: Sequence[str] | None = None
+    drafts: Sequence[str] | None = None
 
     def keys(self) -> Keys:
         """The keys of the three stages; quality and speed build on what was compressed."""
@@ -53,6 +55,7 @@ class Parts:
                 pipeline=[dict(step) | {"settings": present(**step["settings"])} for step in self.pipeline],
                 calibration=self.calibration,
                 taught=self.taught,
+                drafts=self.drafts,
                 seed=self.seed,
                 device=self.compress_device,
             )

@@ -168,6 +168,20 @@ class Acts(ABC):
         """What it asks the engine to do, as far as its settings tell: without tensors, and without what depends on the model."""
 
 
+class ActsByModel(Acts):
+    """A method whose artefact holds another model, which guesses.
+
+    Attributes:
+        model: That of `conf/model` which it is made of, smaller and of the same tokens; None: the model itself.
+    """
+
+    model: str | None
+
+    @abstractmethod
+    def check_draft(self, shape: ModelShape) -> None:
+        """Raise `Unsupported`, in one line, if the settings do not fit the model that guesses."""
+
+
 LAST = "a draft guesses for all that acts, so it comes last"
 
 

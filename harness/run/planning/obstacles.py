@@ -14,7 +14,7 @@ from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.stages import models
+from slimbench.harness.stages import drafts, models
 from slimbench.methods.base import Unsupported, format_of
 from slimbench.methods.formats.policy import FORMAT, Acts
 from slimbench.tasks.calibration import SELF
@@ -110,6 +110,8 @@ def _no_compression(cell: Cell) -> str | None:
             method.check(shape)
         except Unsupported as error:
             return str(error)
+    if refusal := drafts.misfit(cell.config):
+        return refusal
     reads = cell.config.calibration.source != SELF
     readers = [s.name for s, m in zip(cell.config.pipeline, cell.methods, strict=True) if (m.needs.calibration and reads) or m.needs.text]
     return f"{readers[0]} needs text, {cell.config.model.name} has no tokenizer" if readers and not _has_tokenizer(cell) else None

@@ -104,11 +104,11 @@ def require(configs: Iterable[RunConfig]) -> None:
 def _of_cell(config: RunConfig) -> Iterator[Supply]:
     methods = [build_method(step) for step in config.pipeline]
     needs = [method.needs for method in methods]
-    model = config.model
-    if model.source.startswith("hf:"):
-        yield Supply("model", f"{model.source}@{model.revision}" if model.revision else model.source)
-    elif model.source.startswith("asset:"):
-        yield Supply(_ASSET, model.source.removeprefix("asset:"))
+    for model in (config.model, *(step.draft for step in config.pipeline if step.draft)):
+        if model.source.startswith("hf:"):
+            yield Supply("model", f"{model.source}@{model.revision}" if model.revision else model.source)
+        elif model.source.startswith("asset:"):
+            yield Supply(_ASSET, model.source.removeprefix("asset:"))
     texts = config.suite.texts if "quality" in config.stages else []
     texts += [config.speed.prompts.corpus] if config.speed.prompts and "speed" in config.stages else []
     texts += [config.calibration.source] if any(need.calibration for need in needs) and config.calibration.source != SELF else []

@@ -209,6 +209,63 @@ def test_the_artefact_holds_the_model_and_a_rounded_copy(method: DraftModel, tie
     assert evidence.weight_bytes == pytest.approx(alone.weight_bytes + held, rel=0.02), "the memory of the row has both"
 
 
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def lengthened(small: DenseModel, folder: Path) -> DenseModel:
+    """The same model behind two further blocks that add nothing."""
+    model: Any = written(folder, **SMALL | {"num_hidden_layers": 4}).load()
+    states = {name.replace("layers.1.", "layers.3.").replace("layers.0.", "layers.2."): t for name, t in small.load().state_dict().items()}
+    model.load_state_dict(states, strict=False)
+    for block in model.model.layers[:2]:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(folder)
+    return tiny.dense_model(folder, "float32")
+
+
+def test_another_model_guesses_and_the_text_is_the_models_own(dense: DenseModel, tmp_path: Path) -> None:
+    """What chooses as the model does is nearly always right, and another one hardly ever: guesses are its own."""
+    small = written(tmp_path / "small", **SMALL)
+    method, shares, size = DraftModel(bits=8, group_size=32, model="small"), list[float](), small.load().num_parameters()
+    for target in (dense, lengthened(small, tmp_path / "longer")):
+        out, alone = tmp_path / f"out-{len(shares)}", plain(target)
+        model, claim = made(method, dataclasses.replace(target, draft=(small.path, "small 0123")), out)
+        drafted = accepted = 0
+        for ids in prompts(4).split(1):
+            step = model.prefill(ids, 30)
+            while step.state.room > 0:
+                step = model.decode_step(step)
+            assert step.state.text == ids[0].tolist() + alone.generate(ids, 30)[0]
+            drafted, accepted = drafted + step.state.drafted, accepted + step.state.accepted
+        shares.append(accepted / drafted)
+        assert torch.equal(model.logits(prompts()), alone.logits(prompts()))
+        told = {name: claim.details[name] for name in ("draft_model", "draft_blocks", "draft_parameters")}
+        assert told == {"draft_model": "small 0123", "draft_blocks": [0, 1], "draft_parameters": size}
+        assert claim.parameters == alone.module.num_parameters() + size
+        evidence = claims.check(model, claim, artefact.disk_bytes(out))
+        assert evidence.flags == [] and evidence.parameters == claim.parameters
+        layer = model.module.draft.model.layers[1].mlp.up_proj.dequantize()
+        source = small.load().model.layers[1].mlp.up_proj.weight.detach()
+        assert float((layer - source).abs().max() / source.abs().max()) < 0.01
+    assert shares[0] < 0.5 and shares[1] > 0.8
+
+
+def test_settings_are_those_of_the_model_that_guesses(dense: DenseModel, tmp_path: Path) -> None:
+    small = written(tmp_path / "small", **SMALL)
+    for method, told in (
+        (DraftModel(model="small"), "group_size 64 does not divide"),
+        (PrunedDraft(blocks=2, model="small", group_size=32), "of 2 blocks"),
+    ):
+        method.check(dense.shape)
+        with pytest.raises(Unsupported, match=told):
+            method.check_draft(small.shape)
+    method = PrunedDraft(blocks=1, bits=8, group_size=32, model="small")
+    model, claim = made(method, dataclasses.replace(dense, draft=(small.path, "small 0123")), tmp_path / "out")
+    assert len(claim.details["draft_blocks"]) == len(model.module.draft.model.layers) == 1
+    assert model.generate(prompts(1), 12) == plain(dense).generate(prompts(1), 12)
+
+
 def influential(dense: DenseModel, count: int) -> list[int]:
     """Blocks that turn the states of the calibration text most."""
     model: Any = dense.load()
