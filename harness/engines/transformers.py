@@ -17,6 +17,7 @@ from slimbench.harness.measure.loaded import Branches, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
+from slimbench.methods.formats.attention.operators import reading as readings
 
 _CHUNK = 64
 
@@ -101,6 +102,24 @@ class TransformersModel(Branches):
         if self._drafter:
             raise Unsupported("guesses leave the answers as they are without them")
         return copy.deepcopy(state)
+
+    @property
+    def decides_after(self) -> bool:
+        alone = self._drafter is None and len(self.slots) <= 1 and len(self._devices) == 1
+        return alone and bool(readings.operators(self.module))
+
+    @torch.inference_mode()
+    def read(self, ids: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
+        cache: Any = self._new_cache()
+        readings.ask(cache)
+        step = self._greedy(ids.to(self._device), cache)
+        return step, readings.take(cache)
+
+    @torch.inference_mode()
+    def decide(self, reading: dict[str, torch.Tensor], tokens: int) -> Any:
+        cache: Any = self._new_cache()
+        readings.decide(self.module, cache, reading, tokens)
+        return cache
 
     def _greedy(self, ids: torch.Tensor, cache: Any) -> Step:
         out = self.module(ids, **{self._state: cache}, use_cache=True, logits_to_keep=1)

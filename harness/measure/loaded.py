@@ -239,6 +239,19 @@ class Branches(LoadedModel):
             methods.base.Unsupported: It cannot be copied.
         """
 
+    @property
+    def decides_after(self) -> bool:
+        """Whether prompts go through it as without its policy, which decides only then what of them stays: `read` and `decide` work."""
+        return False
+
+    def read(self, ids: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
+        """`prefill` of a prompt [1, T], and what it left before the policy decided, by name."""
+        raise NotImplementedError
+
+    def decide(self, reading: dict[str, torch.Tensor], tokens: int) -> Any:
+        """The state after a prompt of so many tokens that left this in the same model under whichever policy, to the bit."""
+        raise NotImplementedError
+
 
 def label_logprobs(logits: torch.Tensor, labels: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
     """Log-probabilities of the labels, float32 [B, T], on the device of the logits.

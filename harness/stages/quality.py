@@ -15,10 +15,11 @@ from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
 from slimbench.harness.measure.dynamic import retrieval, work
+from slimbench.harness.measure.dynamic.readings import Readings
 from slimbench.harness.measure.loaded import Branches, Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.work import WorkResult
-from slimbench.harness.stages import models, teaching
+from slimbench.harness.stages import models, readings, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
 from slimbench.harness.store import artefact
@@ -88,7 +89,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.forward_tokens += tokens
     if suite.continuations:
         _continue(loaded, tokenizer, suite, result, report, journal)
-    _retrieve(loaded, contexts, seen, result, report, journal)
+    if contexts:
+        _retrieve(loaded, contexts, readings.of(config, key), seen, result, report, journal)
     _imitate(config, loaded, tokenizer, result, report, journal)
     result.flags += [*_flags(result, distributions), *journal.remarks()]
     return result
@@ -139,18 +141,25 @@ def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: Qualit
 
 
 def _retrieve(
-    loaded: Loaded, asked: list[retrieval.Contexts], seen: Any, result: QualityResult, report: Reporter, journal: Journal
+    loaded: Loaded,
+    asked: list[retrieval.Contexts],
+    read: Readings,
+    seen: Any,
+    result: QualityResult,
+    report: Reporter,
+    journal: Journal,
 ) -> None:
     """Ask for facts behind contexts of each length; where that cannot be, say why.
 
     Args:
+        read: Contexts that went through the same base before.
         seen: Calibration tokens, which none of the contexts should share; None without any.
     """
     for contexts in asked:
         try:
             model = Branches.of(loaded)
             with _timed(result, report, journal, f"retrieval {contexts.length}", "contexts") as kept:
-                found, tokens = retrieval.measure(model, contexts, report.progress, kept)
+                found, tokens = retrieval.measure(model, contexts, report.progress, kept, read)
         except Unsupported as error:
             result.flags = list(dict.fromkeys([*result.flags, f"no retrieval: {error}"]))
             continue

@@ -21,6 +21,7 @@ KINDS = {
     "artefacts": ("artefacts",),
     "checkpoints": ("checkpoints", "partial"),
     "reference distributions": ("reference",),
+    "readings of prompts": ("readings",),
     "texts of models": ("taught", "written"),
     "tokens": ("tokens",),
     "kernels": ("kernels",),

@@ -20,6 +20,7 @@ import torch
 
 from slimbench.harness.config.sections.suite import RetrievalConfig
 from slimbench.harness.measure import protocols
+from slimbench.harness.measure.dynamic.readings import Readings
 from slimbench.harness.measure.loaded import Branches, Step
 from slimbench.harness.measure.perplexity import public_name, token_stream
 from slimbench.harness.measure.timer import timer
@@ -73,13 +74,18 @@ class Contexts:
 
 
 def measure(
-    model: Branches, asked: Contexts, on_progress: Callable[[int, int], None], part: Part | None = None
+    model: Branches,
+    asked: Contexts,
+    on_progress: Callable[[int, int], None],
+    part: Part | None = None,
+    readings: Readings | None = None,
 ) -> tuple[RetrievalResult, int]:
     """Ask for the facts of all contexts of a length.
 
     Args:
         on_progress: Called with contexts done and contexts in all.
         part: Keeps each context; what it has of an earlier attempt is not read again.
+        readings: Contexts that were read before, and are read once for all policies that decide after them; None: each is read anew.
 
     Returns:
         The result, and how many tokens went through the model.
@@ -96,9 +102,9 @@ def measure(
     on_progress(0, len(asked.contexts))
     for context in asked.contexts:
         key = [context.ids, [question.ids for question in context.questions]]
-        found.append(part.once(key, 1, partial(_read_and_ask, model, asked, context, room)))
+        found.append(part.once(key, 1, partial(_read_and_ask, model, asked, context, room, readings)))
         behind_each = sum(len(question.ids) + asked.answer - 1 for question in context.questions) + _STEPS + 1
-        through += len(asked.start) + asked.length + behind_each
+        through += (0 if found[-1].get("reused") else len(asked.start) + asked.length) + behind_each
         on_progress(len(found), len(asked.contexts))
     answers = [answer for one in found for answer in one["answers"]]
     held = [one["cache_bytes"] for one in found if one["cache_bytes"] is not None]
@@ -119,12 +125,16 @@ def measure(
     return result, through
 
 
-def _read_and_ask(model: Branches, asked: Contexts, context: Context, room: int) -> dict[str, Any]:
-    """Token ids of the answers to the questions of a context, bytes that are held of it, and median milliseconds of a step behind it."""
-    read = model.prefill(asked.ids(context), room)
+def _read_and_ask(model: Branches, asked: Contexts, context: Context, room: int, readings: Readings | None) -> dict[str, Any]:
+    """Token ids of the answers to the questions of a context, bytes that are held of it, median milliseconds of a step behind it, and
+    whether an earlier pass over it was used.
+    """
+    ids = asked.ids(context)
+    read, reused = readings.prefill(model, ids, room) if readings else (model.prefill(ids, room), False)
     held = model.cache_bytes(read.state)
     answers = [_answer(model, model.branch(read.state), question, asked.answer) for question in context.questions]
-    return {"answers": answers, "cache_bytes": held, "step_ms": _milliseconds(model, Step(read.token, model.branch(read.state)))}
+    step_ms = _milliseconds(model, Step(read.token, model.branch(read.state)))
+    return {"answers": answers, "cache_bytes": held, "step_ms": step_ms, "reused": reused}
 
 
 def _answer(model: Branches, state: Any, question: Question, tokens: int) -> list[int]:

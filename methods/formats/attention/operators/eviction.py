@@ -17,6 +17,8 @@ _QUERIES = 256
 class EvictionOperator(Operator):
     """Keeps `keys` and `values` [B, G, K, D], and with `h2o` and `random` `scores` [B, G, K], in the order of the text."""
 
+    decides_after = True
+
     def __init__(self, rotary: Rotary, scaling: float, rule: str, budget: int, seed: tuple[int, int]) -> None:
         super().__init__(rotary, scaling)
         self.rule, self.budget, self.seed = rule, budget, seed
@@ -28,66 +30,57 @@ class EvictionOperator(Operator):
         query = self.rotary(query, first)
         seen = earlier_and_itself(keys.shape[2] - tokens, tokens, keys.shape[2], query.device)
         result = attention(query, keys, values, self.scaling, seen)
-        if kept:
+        if kept is None:
+            return result
+        if kept.reading is not None and not first:
+            kept.reading = reading(query, keys, values, self.scaling)
+            self.decide(kept.reading, kept)
+        else:
             kept.keep(self._after({"keys": keys, "values": values}, held.get("scores"), query, first))
         return result
 
-    def _after(self, held: dict[str, Tensor], scores: Tensor | None, query: Tensor, first: int) -> dict[str, Tensor]:
+    def decide(self, reading: dict[str, Tensor], kept: Kept) -> None:
+        """See `Operator`; by a `reading`."""
+        held = {name: reading[name] for name in ("keys", "values")}
+        kept.keep(self._after(held, None, reading["observed"], 0, reading["sums"]))
+
+    def _after(
+        self, held: dict[str, Tensor], scores: Tensor | None, query: Tensor, first: int, sums: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What is held after a pass.
 
         Args:
             scores: Those of the tokens before it.
-            query: Rotated.
+            query: Rotated; where `sums` are given, the last ones are enough.
+            sums: Of each key the weights that it got; None: not yet known.
         """
         rule, budget, count = self.rule, self.budget, held["keys"].shape[2]
         if rule == "h2o":
-            held["scores"] = self._sums(query, held["keys"], scores)
+            held["scores"] = _sums(query, held["keys"], self.scaling, scores) if sums is None else sums
         elif rule == "random":
             held["scores"] = self._drawn(held["keys"], scores, first)
         if count <= budget or (rule == "snapkv" and first):
             return held
         oldest = FIRST if rule == "spatten" else 0
         newest = {"h2o": budget // 2, "snapkv": OBSERVED, "spatten": (budget - FIRST) // 2}.get(rule, 1)
-        judged = held["scores"] if "scores" in held else self._judged(query, held["keys"])
+        judged = held["scores"] if "scores" in held else self._judged(query, held["keys"], sums)
         chosen = judged[..., oldest : count - newest].topk(budget - oldest - newest).indices.sort(-1).values + oldest
         ends = [torch.arange(*span, device=chosen.device).expand(*chosen.shape[:2], -1) for span in ((0, oldest), (count - newest, count))]
         return {name: _taken(tensor, torch.cat([ends[0], chosen, ends[1]], -1)) for name, tensor in held.items()}
 
-    def _judged(self, query: Tensor, keys: Tensor) -> Tensor:
+    def _judged(self, query: Tensor, keys: Tensor, sums: Tensor | None) -> Tensor:
         """Scores [B, G, K] that need none of before."""
         if self.rule == "knorm":
             return -keys.norm(dim=-1)
         if self.rule == "spatten":
-            return self._sums(query, keys, None)
+            return _sums(query, keys, self.scaling) if sums is None else sums
         if self.rule == "tova":
-            newest = self._weights(query[:, :, -1:], keys)
+            newest = _weights(query[:, :, -1:], keys, self.scaling)
             return newest.mean((1, 2))[:, None].expand(-1, keys.shape[1], -1)
-        observed = self._weights(query[:, :, -OBSERVED:], keys).mean(2)
+        observed = _weights(query[:, :, -OBSERVED:], keys, self.scaling).mean(2)
         outside = observed.shape[-1] - OBSERVED
         smooth = functional.avg_pool1d(observed[..., :outside], _SMOOTHED, 1, _SMOOTHED // 2)
         return functional.pad(_of_groups(smooth, keys.shape[1]), (0, OBSERVED))
-
-    def _sums(self, query: Tensor, keys: Tensor, scores: Tensor | None) -> Tensor:
-        """Of each key the weights that it got, those of earlier passes included, float32 [B, G, K]."""
-        total = query.new_zeros((*keys.shape[:3],), dtype=torch.float32)
-        if scores is not None:
-            total[..., : scores.shape[-1]] += scores
-        ahead = keys.shape[2] - query.shape[2]
-        for begin in range(0, query.shape[2], _QUERIES):
-            part = query[:, :, begin : begin + _QUERIES]
-            until = ahead + begin + part.shape[2]
-            total[..., :until] += _of_groups(self._weights(part, keys[:, :, :until]).sum(2), keys.shape[1])
-        return total
-
-    def _weights(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Weights of the attention, float32 [B, H, T, K]; the queries are the last tokens of the keys."""
-        count, tokens = keys.shape[2], query.shape[2]
-        grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        scores = (grouped @ keys.transpose(2, 3)).unflatten(2, (-1, tokens)).flatten(1, 2).float() * self.scaling
-        if tokens > 1:
-            later = torch.ones(tokens, count, dtype=torch.bool, device=query.device).triu(count - tokens + 1)
-            scores = scores.masked_fill(later, -torch.inf)
-        return torch.softmax(scores, -1)
 
     def _drawn(self, keys: Tensor, scores: Tensor | None, first: int) -> Tensor:
         """Those that were drawn for earlier tokens, and new ones by seed, layer and position alone, the same for all texts of a batch."""
@@ -99,6 +92,40 @@ class EvictionOperator(Operator):
     def _draw(self, position: int, heads: int) -> Tensor:
         mixed = (self.seed[0] * 1_000_003 + self.seed[1]) * 1_000_003 + position
         return torch.rand(heads, generator=torch.Generator().manual_seed(mixed % (1 << 63)))
+
+
+def reading(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> dict[str, Tensor]:
+    """What operators decide by that see a prompt as a dense model does: `keys` and `values` of all its tokens, `observed`, its last
+    queries, and `sums`, as of `_sums`.
+
+    Args:
+        query: Rotated, as `keys`.
+    """
+    return {"keys": keys, "values": values, "observed": query[:, :, -OBSERVED:].contiguous(), "sums": _sums(query, keys, scaling)}
+
+
+def _sums(query: Tensor, keys: Tensor, scaling: float, scores: Tensor | None = None) -> Tensor:
+    """Of each key the weights that it got, those of earlier passes included, float32 [B, G, K]."""
+    total = query.new_zeros((*keys.shape[:3],), dtype=torch.float32)
+    if scores is not None:
+        total[..., : scores.shape[-1]] += scores
+    ahead = keys.shape[2] - query.shape[2]
+    for begin in range(0, query.shape[2], _QUERIES):
+        part = query[:, :, begin : begin + _QUERIES]
+        until = ahead + begin + part.shape[2]
+        total[..., :until] += _of_groups(_weights(part, keys[:, :, :until], scaling).sum(2), keys.shape[1])
+    return total
+
+
+def _weights(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Weights of the attention, float32 [B, H, T, K]; the queries are the last tokens of the keys."""
+    count, tokens = keys.shape[2], query.shape[2]
+    grouped = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ keys.transpose(2, 3)).unflatten(2, (-1, tokens)).flatten(1, 2).float() * scaling
+    if tokens > 1:
+        later = torch.ones(tokens, count, dtype=torch.bool, device=query.device).triu(count - tokens + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return torch.softmax(scores, -1)
 
 
 def _of_groups(weights: Tensor, groups: int) -> Tensor:

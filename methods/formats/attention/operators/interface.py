@@ -35,6 +35,7 @@ class Kept(DynamicLayer):
     Attributes:
         seen: Tokens that came.
         tensors_by_name: What its operator keeps, along the batch first.
+        reading: What its operator decided by after a prompt (`Operator.decide`), where that is asked for by an empty one; None: it is not.
     """
 
     is_croppable = False
@@ -43,6 +44,7 @@ class Kept(DynamicLayer):
         super().__init__()
         self.seen = 0
         self.tensors_by_name: dict[str, Tensor] = {}
+        self.reading: dict[str, Tensor] | None = None
         self._before: tuple[int, dict[str, Tensor]] | None = None
         self._calls: list[tuple[Operator, tuple[Tensor, ...]]] = []
 
@@ -205,7 +207,12 @@ class Operator(nn.Module):
     Args:
         rotary: Those of the model.
         scaling: Factor of the products of queries and keys.
+
+    Class attributes:
+        decides_after: A prompt goes through it as through a dense model, and only then it decides what of that it keeps.
     """
+
+    decides_after = False
 
     def __init__(self, rotary: Rotary, scaling: float) -> None:
         super().__init__()

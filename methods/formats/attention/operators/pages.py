@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slimbench.methods.formats.attention.operators.eviction import reading
 from slimbench.methods.formats.attention.operators.interface import (
     Kept,
     Operator,
@@ -21,6 +22,8 @@ from slimbench.methods.formats.attention.operators.interface import (
 class PagesOperator(Operator):
     """Keeps `keys` and `values`, and `low` and `high` [B, G, pages, D] of whole pages."""
 
+    decides_after = True
+
     def __init__(self, rotary: Rotary, scaling: float, pages: int, page: int) -> None:
         super().__init__(rotary, scaling)
         self.pages, self.page = pages, page
@@ -30,13 +33,20 @@ class PagesOperator(Operator):
         held = kept.tensors_by_name if kept else {}
         keys, values = joined(held.get("keys"), self.rotary(key, first)), joined(held.get("values"), value)
         low, high = self._bounds(held, keys)
+        query = self.rotary(query, first)
         if kept:
             kept.keep({"keys": keys, "values": values, "low": low, "high": high})
-        query = self.rotary(query, first)
+            if kept.reading is not None and not first:
+                kept.reading = reading(query, keys, values, self.scaling)
         if not first or -(-keys.shape[2] // self.page) <= self.pages:
             return attention(query, keys, values, self.scaling, earlier_and_itself(first, tokens, keys.shape[2], query.device))
         parts = [self._one(query[:, :, i : i + 1], keys[:, :, : first + i + 1], values, low, high) for i in range(tokens)]
         return torch.cat(parts, 2)
+
+    def decide(self, reading: dict[str, Tensor], kept: Kept) -> None:
+        """See `Operator`."""
+        low, high = self._bounds({}, reading["keys"])
+        kept.keep({"keys": reading["keys"], "values": reading["values"], "low": low, "high": high})
 
     def _bounds(self, held: dict[str, Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest keys of all whole pages; those that were whole before are taken as they were."""
