@@ -229,6 +229,10 @@ class Operator(nn.Module):
             kept: What the layer keeps, which has counted these tokens; None: the text begins with them and nothing follows.
         """
 
+    def decide(self, reading: dict[str, Tensor], kept: Kept) -> None:
+        """Put into an empty layer of a cache what a prompt leaves there, from its reading; of operators that decide after it."""
+        raise NotImplementedError
+
     @staticmethod
     def first(query: Tensor, kept: Kept | None) -> int:
         """Position of the first of the new tokens."""

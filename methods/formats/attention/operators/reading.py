@@ -11,8 +11,9 @@ from slimbench.methods.formats.attention.operators.interface import KeptCache, O
 
 def operators(model: Any) -> list[Operator]:
     """Those of the layers of a model, if each of them decides after a prompt; none otherwise."""
-    found = [getattr(attention, "operator", None) for attention in attentions(model)]
-    return found if all(operator is not None and operator.decides_after for operator in found) else []
+    every = [getattr(attention, "operator", None) for attention in attentions(model)]
+    deciding = [operator for operator in every if isinstance(operator, Operator) and operator.decides_after]
+    return deciding if len(deciding) == len(every) else []
 
 
 def ask(cache: KeptCache) -> None:
