@@ -73,8 +73,9 @@ def counted(module: Any) -> Iterator[Count]:
 
     def products_of(parameters: int) -> Callable[[int], None]:
         def add(rows: int) -> None:
-            count.products += parameters * rows
-            count.calls[rows] += parameters
+            if rows:  # a head whose logits are all known is called with none
+                count.products += parameters * rows
+                count.calls[rows] += parameters
 
         return add
 

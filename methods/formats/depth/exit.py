@@ -9,16 +9,18 @@ from it. A token leaves where its exit is sure, by `criterion`:
     state     the cosine of h and the state behind the exit before (at the first, the embedding) is at least λ    CALM, §3.4
     patience  λ exits in a row predict the same token                                     PABEE (arXiv 2006.04152), §3.2
 
-`state` asks no head, the others ask it at every exit that a token comes to. What a token that has left would have been in later blocks is
-its state as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. A policy that
-decides by attention weights what it keeps has none of these, and is refused beside exits. The logits of a token are those of its exit, or
-of the model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
+`state` asks no head, the others ask it at every exit that a token comes to. The logits by which it leaves are those that it is given: the
+head is not asked again for them (`methods.formats.depth.decided`). What a token that has left would have been in later blocks is its state
+as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. A policy that decides by
+attention weights what it keeps has none of these, and is refused beside exits. The logits of a token are those of its exit, or of the
+model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
 
 One text at a time. A text gives the same in any pieces, since a token's exit depends on earlier tokens alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal

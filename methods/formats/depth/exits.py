@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimbench.methods.formats.depth.decided import Decided
 from slimbench.methods.formats.depth.rows import Partial, linear, run_block
 
 
@@ -25,18 +26,22 @@ class Exits(Partial):
         held = [place for place in exits if f"{place}.weight" in translators]
         maps = {str(place): linear(model, translators[f"{place}.weight"], translators[f"{place}.bias"]) for place in held}
         self.maps = nn.ModuleDict(maps)
+        self.decided = Decided(self._base[0], self._head[0])
 
     def through(self, hidden: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
         active = torch.arange(hidden.shape[1], device=hidden.device)
         found, before, agreed = hidden.new_zeros(hidden.shape), hidden, _Agreed(hidden.shape[1], hidden.device)
+        self.decided.clear()
         for index, block in enumerate(self._base[0].layers[: self.blocks], start=1):
             hidden = run_block(block, hidden, active, rotations, cache, first)
             if index not in self.places or not len(active):
                 continue
             states = hidden[:, active]
             translated = self.translated(index, states)
-            sure = self.sure(translated, states, before[:, active], agreed, active)
+            sure, logits = self.sure(translated, states, before[:, active], agreed, active)
             found[:, active[sure]] = translated[:, sure]
+            if logits is not None:
+                self.decided.add(active[sure], logits[sure])
             self._count(index, int(sure.sum()))
             active, before = active[~sure], hidden
         found[:, active] = hidden[:, active]
@@ -51,8 +56,8 @@ class Exits(Partial):
         """States [1, n, d] as the exit hands them to norm and head."""
         return states + self.maps[str(exit_)](states) if str(exit_) in self.maps else states
 
-    def sure(self, translated: Tensor, states: Tensor, before: Tensor, agreed: _Agreed, active: Tensor) -> Tensor:
-        """Which tokens leave here, bool [n].
+    def sure(self, translated: Tensor, states: Tensor, before: Tensor, agreed: _Agreed, active: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which tokens leave here, bool [n], and the logits [n, V] by which that was decided; None where no head was asked.
 
         Args:
             translated: States for norm and head, [1, n, d].
@@ -63,11 +68,11 @@ class Exits(Partial):
         """
         criterion, threshold = self.criterion, self.threshold
         if criterion == "state":
-            return functional.cosine_similarity(states.float(), before.float(), dim=-1)[0] >= threshold
-        logits = self._head[0](self._base[0].norm(translated))[0].float()
+            return functional.cosine_similarity(states.float(), before.float(), dim=-1)[0] >= threshold, None
+        logits = self._head[0](self._base[0].norm(translated))[0]
         if criterion == "patience":
-            return agreed.count(active, logits.argmax(-1)) >= threshold
-        return confidence(logits, criterion) >= threshold
+            return agreed.count(active, logits.float().argmax(-1)) >= threshold, logits
+        return confidence(logits.float(), criterion) >= threshold, logits
 
 
 class _Agreed:

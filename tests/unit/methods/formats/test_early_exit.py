@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
@@ -149,7 +151,98 @@ def test_blocks_that_a_token_leaves_do_not_run(base: Any) -> None:
     head = base.lm_head.weight.numel()
     assert found.active_parameters is not None and plain.active_parameters is not None
     assert plain.active_parameters.mean == BLOCKS * whole + head
-    assert found.active_parameters.mean == 2 * whole + (BLOCKS - 2) * keys + 2 * head, "the exit's test is a head, and so is the answer"
+    assert found.active_parameters.mean == 2 * whole + (BLOCKS - 2) * keys + head, "the exit's test is the answer"
+
+
+class Multiplied(TorchFunctionMode):
+    """Rows that a matrix multiplied, whichever module asked for it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.rows = weight, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and args[1] is self.weight:
+            self.rows += args[0].shape[:-1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def forgetful(model: TransformersModel) -> TransformersModel:
+    """The same, and the head is asked again for what an exit has asked it."""
+    model.module.model.exits.decided.add = lambda *_: None
+    return model
+
+
+def asked(policy: EarlyExit, blocks: int) -> int:
+    """How often a token that leaves after so many blocks has the head asked for it."""
+    if policy.criterion == "state":
+        return 1
+    return sum(place <= blocks for place in policy.exits) + (blocks == BLOCKS)
+
+
+@pytest.mark.parametrize(("criterion", "threshold"), CRITERIA)
+def test_logits_that_decided_are_given_and_the_head_is_not_asked_for_them_again(base: Any, criterion: Any, threshold: float) -> None:
+    policy, ids = EarlyExit(criterion, threshold, EXITS, maps()), text()
+    slow, model, other = Slow(base, policy), under(base, policy), forgetful(under(base, policy))
+    weights, size, state, beside = [each.module.lm_head.weight for each in (model, other)], base.lm_head.weight.numel(), None, None
+    for place, token in enumerate(ids.split(1, 1)):
+        with torch.no_grad():
+            slow.logits(int(token), place)
+        with Multiplied(weights[0]) as found, work.counted(model.module) as seen:
+            given, state = model.extend(token, state)
+        with Multiplied(weights[1]) as twice, work.counted(other.module) as seen_twice:
+            wanted, beside = other.extend(token, beside)
+        assert torch.equal(given, wanted), "the same numbers to the bit"
+        left_early = slow.blocks[-1] < BLOCKS and criterion != "state"
+        assert found.rows == asked(policy, slow.blocks[-1]) == twice.rows - left_early
+        assert seen_twice.products - seen.products == size * left_early, "hooks see the same"
+        assert 0 not in seen.calls
+    assert len(set(slow.blocks)) > 1, "some leave, some do not"
+
+
+@pytest.mark.parametrize(("criterion", "threshold"), CRITERIA)
+def test_of_whole_texts_and_of_their_ends_the_head_is_asked_for_the_rest_alone(base: Any, criterion: Any, threshold: float) -> None:
+    policy, ids = EarlyExit(criterion, threshold, EXITS, maps()), text()
+    slow, model, other = Slow(base, policy), under(base, policy), forgetful(under(base, policy))
+    with torch.no_grad():
+        for place, token in enumerate(ids[0]):
+            slow.logits(int(token), place)
+    at_exits = [asked(policy, blocks) - (blocks == BLOCKS or criterion == "state") for blocks in slow.blocks]
+    for start in (0, 25, 39):
+        ends = [criterion == "state" or blocks == BLOCKS for blocks in slow.blocks[start:]]
+        with Multiplied(model.module.lm_head.weight) as found, work.counted(model.module) as seen:
+            given = model.logits(ids, start)
+        with work.counted(other.module) as seen_twice:
+            wanted = other.logits(ids, start)
+        assert given.shape == wanted.shape == (1, 40 - start, 256)
+        assert torch.allclose(given, wanted, atol=1e-5 * float(wanted.abs().max()))
+        assert found.rows == sum(at_exits) + sum(ends)
+        assert seen_twice.products - seen.products == base.lm_head.weight.numel() * (len(ends) - sum(ends))
+
+
+def test_at_its_neutral_setting_the_head_is_asked_once_for_the_answer(base: Any) -> None:
+    neutral = EarlyExit("state", 0.8, EXITS, maps()).neutral()
+    model = under(base, neutral)
+    with Multiplied(model.module.lm_head.weight) as found:
+        assert torch.equal(model.logits(text()), forgetful(under(base, neutral)).logits(text()))
+    assert found.rows == 40
+    model = under(base, EarlyExit("margin", 0.8, EXITS, maps()).neutral())
+    with Multiplied(model.module.lm_head.weight) as found:
+        model.logits(text())
+    assert found.rows == 40 * (len(EXITS) + 1)
+
+
+def test_other_calls_of_the_head_and_several_texts_are_left_alone(base: Any) -> None:
+    model = under(base, EarlyExit("maximum", 0.1, EXITS, maps()))
+    head, several = model.module.lm_head, torch.cat([text(), text().flip(1)])
+    with torch.no_grad():
+        states = model.module.model(input_ids=text()).last_hidden_state
+        for own in (torch.randn_like(states), states[:, :7], states.clone()):
+            assert torch.equal(head(own), functional.linear(own, head.weight))
+        whole = model.logits(several)
+    for row, ids in zip(whole, several, strict=True):
+        alone = model.logits(ids[None])[0]
+        assert torch.allclose(row, alone, atol=1e-5 * float(alone.abs().max()))
 
 
 def test_confidence_is_torchs() -> None:
