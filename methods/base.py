@@ -253,13 +253,15 @@ class Work:
     """Mean work of a token where not all of a model runs for each; None where nothing is left out.
 
     Attributes:
-        blocks: Decoder blocks that run.
+        blocks: Decoder blocks that run; where it comes out of the text, at most.
+        fewest_blocks: Decoder blocks that run for every token.
         experts: Experts of a layer that run.
         active_parameters: Parameters that take part.
         cache_tokens: Tokens whose keys and values are kept at most.
     """
 
     blocks: float | None = None
+    fewest_blocks: int | None = None
     experts: float | None = None
     active_parameters: float | None = None
     cache_tokens: int | None = None
@@ -309,9 +311,8 @@ class Claim:
     def then(self, later: Claim) -> Claim:
         """The claim of a pipeline whose next step claims `later`."""
         joined = {f.name: f.metadata["then"](getattr(self, f.name), getattr(later, f.name)) for f in fields(self)}
-        grid = {"group_size": later.group_size}
-        if later.bits is None:
-            grid = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
+        kept = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
+        grid: dict[str, Any] = kept if later.bits is None else {"group_size": later.group_size}
         return Claim(**joined | grid)
 
     def to_dict(self) -> dict[str, Any]:

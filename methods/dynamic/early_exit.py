@@ -7,8 +7,9 @@ loss alone.
     distillation   KL of the model's distribution from the exit's, as the program of FastBERT (arXiv 2004.02178) teaches its branches
     nll            cross entropy with the text, as DeeBERT (arXiv 2004.12993), §3.1, trains its off-ramps
 
-The papers train classifiers of one sentence; here every token of a text is one. How many tokens leave comes out of the threshold: records
-hold the blocks that ran.
+The papers train classifiers of one sentence; here every token of a text is one. How many tokens leave comes out of threshold and text:
+records hold the blocks that ran. Claimed are the most and the fewest that a token runs on any text (`EarlyExit.runs`), and not their mean,
+of which calibration text, from which the exits learned, would say too little.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.exit import Criterion, EarlyExit
@@ -84,7 +85,9 @@ class EarlyExits(TrainingSettings, Acts, Method):
         policies.save(replace(policy, translators=stored), dense, out)
         whole = counts(model)["parameters"] + sum(value.numel() for value in stored.values())
         facts = {"exits": list(policy.exits), "exit_parameters": sum(value.numel() for value in stored.values())}
-        return done.added_to(Claim(self.produces, parameters=whole, teacher=trained.teacher(self), details=facts))
+        least, most = policy.runs(dense.shape.num_layers)
+        work = Work(blocks=most, fewest_blocks=least)
+        return done.added_to(Claim(self.produces, parameters=whole, work=work, teacher=trained.teacher(self), details=facts))
 
     def _loss(self, model: Any, exits: tuple[int, ...], parameters: Mapping[str, nn.Parameter], dense: DenseModel) -> Any:
         """Mean loss of the exits; terms by exit."""

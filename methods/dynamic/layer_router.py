@@ -8,7 +8,8 @@ The routers alone learn, with all weights of the model frozen, on whole texts wi
 and the gradient of g is that of p (straight through). All blocks run at first: w is 0, and b lies above the threshold. Late states are many
 times as long as early ones, so w is u over the median length of the states before its block, and u learns. The paper trains the whole
 model with the routers, from scratch; the form of router and price is assumed here. Which tokens skip comes out of the text: records
-hold the blocks that ran.
+hold the blocks that ran. Claimed is what holds on any text (`Router.runs`): a router with w = 0 is open or shut for good, and of others
+nothing can be said, since ρ has a price and is no bound.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.router import Router
@@ -78,10 +79,13 @@ class LayerRouter(TrainingSettings, Acts, Method):
         gates = Gates(model, self.threshold, windows[: self.batch_size])
         done = train(self, gates.learned, self._loss(model, gates, dense), windows, dense)
         stored = {name: value.to(getattr(torch, dense.dtype)) for name, value in gates.routers().items()}
-        policies.save(replace(self.policy(), routers=stored), dense, out)
+        policy = replace(self.policy(), routers=stored)
+        policies.save(policy, dense, out)
         whole = counts(model)["parameters"] + sum(value.numel() for value in stored.values())
         facts = {"share_by_block": [round(float(share), 4) for share in gates.shares]}
-        return done.added_to(Claim(self.produces, parameters=whole, teacher=trained.teacher(self), details=facts))
+        least, most = policy.runs(dense.shape.num_layers)
+        work = Work(blocks=most, fewest_blocks=least)
+        return done.added_to(Claim(self.produces, parameters=whole, work=work, teacher=trained.teacher(self), details=facts))
 
     def _loss(self, model: Any, gates: Gates, dense: DenseModel) -> Any:
         """Puts the gates into the model."""

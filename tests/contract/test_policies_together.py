@@ -258,6 +258,16 @@ def test_blocks_and_cache_are_both_counted(dense: DenseModel, tmp_path: Path) ->
     assert found.flags == [] and found.blocks and found.blocks.mean < BLOCKS and found.cache_tokens and found.cache_tokens.p95 == 12
 
 
+def test_blocks_of_tokens_that_were_guessed_in_vain_break_no_claim(dense: DenseModel, tmp_path: Path) -> None:
+    claim = Work(blocks=BLOCKS, fewest_blocks=1)
+    assert work.measure(under(dense, tmp_path, policy("calm"), policy("prompt-lookup")), texts(2, 30), claim, lambda *_: None).flags == []
+    model = under(dense, tmp_path, policy("calm").neutral(), policy("prompt-lookup"))
+    found = work.measure(model, texts(2, 30), claim, lambda *_: None)
+    assert found.flags == [] and found.blocks and found.blocks.mean > 1.05 * BLOCKS
+    lie = work.measure(model, texts(2, 30), Work(blocks=BLOCKS - 1), lambda *_: None)
+    assert lie.flags == [f"claims {BLOCKS - 1} blocks a token, ran {BLOCKS}"]
+
+
 def test_a_draft_with_a_cache_of_its_own_takes_back_what_was_claimed(dense: DenseModel, tmp_path: Path) -> None:
     both, claim = steps(dense, tmp_path, "streaming-llm", "draft-model")
     assert claim.work == Work()

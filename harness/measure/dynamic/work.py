@@ -252,14 +252,20 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def differences(found: WorkResult, claim: Work | None, token: float) -> list[str]:
-    """One line for each point in which a claim says less than what ran.
+    """One line for each point in which a claim says less than what ran, or more than what ran at least.
+
+    Of a token that was guessed in vain the blocks that it ran count for itself, not for the token that came instead.
 
     Args:
         token: Bytes that one takes in a cache that keeps all.
     """
     claim, flags = claim or Work(), []
-    if claim.blocks is not None and found.blocks and found.blocks.mean > _SLACK * claim.blocks:
-        flags.append(f"claims {claim.blocks:.4g} blocks a token, ran {found.blocks.mean:.4g}")
+    rows = sum(int(size) * passes for size, passes in found.pass_rows.items())
+    ran = found.blocks.mean * found.tokens / max(rows, found.tokens) if found.blocks else None
+    if claim.blocks is not None and ran is not None and ran > _SLACK * claim.blocks:
+        flags.append(f"claims {claim.blocks:.4g} blocks a token, ran {ran:.4g}")
+    if claim.fewest_blocks is not None and found.blocks and found.blocks.p5 * _SLACK < claim.fewest_blocks:
+        flags.append(f"claims at least {claim.fewest_blocks} blocks a token, ran {found.blocks.p5:.4g}")
     if claim.active_parameters is not None and found.active_parameters and found.active_parameters.mean > _SLACK * claim.active_parameters:
         flags.append(f"claims {claim.active_parameters:,.0f} active parameters, multiplied {found.active_parameters.mean:,.0f}")
     if claim.cache_tokens is None:

@@ -69,6 +69,20 @@ class EarlyExit(Policy):
     def max_batch(self) -> int:
         return 1
 
+    def runs(self, blocks: int) -> tuple[int, int]:
+        """The least and the most blocks, of so many, that a token runs whatever the text.
+
+        Probabilities and shares of entropy lie between 0 and 1, cosines between -1 and 1; of λ exits that agree the first has one before it.
+        """
+        if self.criterion == "patience":
+            agreeing = max(0, math.ceil(self.threshold))
+            least = self.exits[agreeing] if agreeing < len(self.exits) else blocks
+            return least, blocks if agreeing else least
+        if self.threshold > 1:
+            return blocks, blocks
+        always = self.threshold <= (-1 if self.criterion == "state" else 0)
+        return self.exits[0], self.exits[0] if always else blocks
+
     def neutral(self) -> EarlyExit:
         return replace(self, threshold=NEVER)
 

@@ -57,6 +57,18 @@ class Router(Policy):
     def max_batch(self) -> int:
         return 1
 
+    def runs(self, blocks: int) -> tuple[int, int]:
+        """The least and the most blocks, of so many, that a token runs whatever the text: what a router with w = 0 says is known."""
+        open_ = [self._always(block) for block in range(blocks)]
+        return sum(known is True for known in open_), sum(known is not False for known in open_)
+
+    def _always(self, block: int) -> bool | None:
+        """Whether every token runs a block, or none does; None where it comes out of the text."""
+        weight, bias = (self.routers.get(f"{block}.{part}") for part in ("weight", "bias"))
+        if weight is None or bias is None or self.threshold < 0:
+            return True
+        return None if weight.any() else float(bias.float().sigmoid()) > self.threshold
+
     def neutral(self) -> Router:
         return replace(self, threshold=ALWAYS)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.methods.base import Calibration, DenseModel
+from slimbench.methods.base import Calibration, DenseModel, Work
 from slimbench.methods.core.learning import trained
 from slimbench.methods.dynamic.layer_router import Gates, LayerRouter, lengths
 from slimbench.methods.formats import policy as policies
@@ -92,6 +92,7 @@ def test_all_blocks_run_at_first_and_about_the_wanted_share_at_last(dense: Dense
     assert course["loss_terms"]["share"][0][1] == pytest.approx(10 * 0.4**2, abs=1e-4)
     shares = claim.details["share_by_block"]
     assert sum(shares) / BLOCKS == pytest.approx(0.6, abs=0.15)
+    assert claim.work == Work(blocks=BLOCKS, fewest_blocks=0), "of routers that learned nothing is known"
     assert claim.trained_parameters == BLOCKS * 65 and claim.training_tokens == 60 * 4 * 32
     assert claim.parameters == sum(p.numel() for p in trained.load(dense).parameters()) + BLOCKS * 65
     model = TransformersModel(policies.load(tmp_path), "cpu")

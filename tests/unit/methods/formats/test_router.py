@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
-from slimbench.methods.base import ModelShape, Unsupported
+from slimbench.methods.base import ModelShape, Unsupported, Work
 from slimbench.methods.dynamic.layer_router import LayerRouter
 from slimbench.methods.formats.depth.router import Router
 from tests.support import tiny
@@ -123,6 +123,14 @@ def test_work_is_counted_as_it_ran(base: Any) -> None:
     found = work.measure(model, text(), None, lambda *_: None)
     assert found.blocks is not None and found.active_parameters is not None
     assert found.blocks.mean == BLOCKS - 2
+    assert Router(0.5, never).runs(BLOCKS) == (BLOCKS - 2, BLOCKS - 2)
+    claim = Work(blocks=2, fewest_blocks=2)
+    assert work.measure(model, text(), claim, lambda *_: None).flags == []
+    (told,) = work.measure(under(base, Router(0.5, never).neutral()), text(), claim, lambda *_: None).flags
+    assert told == "claims 2 blocks a token, ran 4", "a mask over blocks that run"
+    always = never | {"1.bias": torch.ones(1)}
+    (told,) = work.measure(model, text(), Work(fewest_blocks=Router(0.5, always).runs(BLOCKS)[0]), lambda *_: None).flags
+    assert told == "claims at least 3 blocks a token, ran 2"
     block = base.model.layers[0]
     whole = sum(part.weight.numel() for part in block.modules() if hasattr(part, "in_features"))
     keys = sum(getattr(block.self_attn, name).weight.numel() for name in ("k_proj", "v_proj"))
@@ -154,3 +162,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_method_is_this_policy() -> None:
     assert LayerRouter().policy() == Router(0.5)
+
+
+def test_what_every_token_runs_is_known_of_routers_that_read_nothing() -> None:
+    assert Router(0.5, routers()).runs(BLOCKS) == (1, BLOCKS), "block 1 has no router"
+    assert Router(0.5, routers()).neutral().runs(BLOCKS) == (BLOCKS, BLOCKS)
+    still = {"0.weight": torch.zeros(64), "0.bias": torch.ones(1), "2.weight": torch.zeros(64), "2.bias": -torch.ones(1)}
+    assert Router(0.5, routers() | still).runs(BLOCKS) == (2, 3)

@@ -1,0 +1,79 @@
+"""What exits claim: bounds that hold on any text, held against what runs, and lies that are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.dynamic import work
+from slimbench.methods.base import Calibration, DenseModel, Work
+from slimbench.methods.dynamic.early_exit import EarlyExits
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.depth.exit import EarlyExit
+from tests.support import tiny
+from tests.support.policies import under
+
+BLOCKS, EXITS = 5, (1, 2, 4)
+CALIBRATION = Calibration(tiny.tokens(samples=4, length=32).ids, "tiny")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> DenseModel:
+    return tiny.save_model(tmp_path_factory.mktemp("dense"), "float32", num_hidden_layers=BLOCKS)
+
+
+def counted(model: TransformersModel, claim: Work | None) -> Any:
+    return work.measure(model, tiny.tokens(samples=2, length=24, seed=5).ids, claim, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "threshold", "claim"),
+    [
+        ("margin", 0.02, Work(blocks=5, fewest_blocks=1)),
+        ("maximum", 0.0, Work(blocks=1, fewest_blocks=1)),
+        ("entropy", 1.5, Work(blocks=5, fewest_blocks=5)),
+        ("state", 0.0, Work(blocks=5, fewest_blocks=1)),
+        ("patience", 1, Work(blocks=5, fewest_blocks=2)),
+        ("patience", 2, Work(blocks=5, fewest_blocks=4)),
+        ("patience", 3, Work(blocks=5, fewest_blocks=5)),
+    ],
+)
+def test_the_claim_holds_on_a_text(dense: DenseModel, criterion: Any, threshold: float, claim: Work, tmp_path: Path) -> None:
+    method = EarlyExits(criterion=criterion, threshold=threshold, exits=EXITS, steps=2, batch_size=2, length=16)
+    assert method.compress(dense, CALIBRATION, tmp_path).work == claim
+    found = counted(TransformersModel(policies.load(tmp_path), "cpu"), claim)
+    assert found.flags == [] and claim.blocks and claim.fewest_blocks
+    assert claim.fewest_blocks <= found.blocks.p5 <= found.blocks.p95 <= claim.blocks
+
+
+def test_exits_that_leave_before_they_could_know_are_told(dense: DenseModel) -> None:
+    """Patience of two asks three exits; this one asks none and leaves at the first."""
+    least, most = EarlyExit("patience", 2, EXITS).runs(BLOCKS)
+    found = counted(under(dense.load(), EarlyExit("maximum", 0.0, EXITS)), Work(blocks=most, fewest_blocks=least))
+    assert found.flags == ["claims at least 4 blocks a token, ran 1"]
+
+
+def test_an_exit_that_is_chosen_after_all_blocks_have_run_is_told(dense: DenseModel) -> None:
+    least, most = EarlyExit("maximum", 0.0, EXITS).runs(BLOCKS)
+    found = counted(under(dense.load(), EarlyExit("maximum", 0.0, EXITS).neutral()), Work(blocks=most, fewest_blocks=least))
+    assert found.flags == ["claims 1 blocks a token, ran 5"]
+
+
+def test_one_that_asks_the_whole_model_first_is_told(dense: DenseModel) -> None:
+    """An oracle: a whole pass says where to leave, and then the token leaves there."""
+    model = under(dense.load(), EarlyExit("margin", 0.02, EXITS))
+    base, inner = model.module.model, model.module.model.forward
+
+    def forward(**given: Any) -> Any:
+        hidden = base.embed_tokens(given["input_ids"])
+        for block in base.layers:
+            block.mlp(hidden)
+        return inner(**given)
+
+    base.forward = forward
+    least, most = EarlyExit("margin", 0.02, EXITS).runs(BLOCKS)
+    (flag,) = counted(model, Work(blocks=most, fewest_blocks=least)).flags
+    assert flag.startswith("claims 5 blocks a token, ran ")
