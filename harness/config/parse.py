@@ -141,8 +141,10 @@ def _share(steps: list[dict[str, Any]], shared: dict[str, Any]) -> list[dict[str
 def _check(config: RunConfig) -> None:
     """Raise `ConfigError` for fields that do not go together, or not with this machine."""
     _check_folder(config.results)
-    if "quality" in config.stages and not config.suite.texts and not config.suite.tasks and not config.model.is_random:
-        raise ConfigError("the stage quality measures nothing: suite.corpus and suite.tasks are both empty; give stages=[speed]")
+    if "quality" in config.stages and config.suite.is_empty and not config.model.is_random:
+        raise ConfigError(
+            "the stage quality measures nothing: suite.corpus, tasks, retrieval and continuations are all empty; give one or stages=[speed]"
+        )
     if config.suite.retrieval and config.suite.retrieval.corpus in config.suite.corpus:
         raise ConfigError(f"suite.retrieval.corpus={config.suite.retrieval.corpus} is what perplexity is measured on; choose another text")
     if config.suite.sample_seed is not None and config.suite.limit is None:

@@ -31,7 +31,7 @@ class Distributions:
     def __init__(self, config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal) -> None:
         self.config, self.reference_key, self.report, self.journal = config, reference_key, report, journal
         self.is_reference = key == reference_key
-        self.wanted = config.suite.divergence
+        self.wanted = config.suite.divergence and bool(config.suite.corpus)
 
     @property
     def missing(self) -> bool:

@@ -44,7 +44,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
 
     Raises:
         harness.measure.perplexity.Diverged: The artefact is worse than chance.
-        methods.base.Unsupported: The engine does not score tokens.
+        methods.base.Unsupported: The engine does not score tokens, and the suite has texts or tasks.
     """
     suite, journal = config.suite, journal or Journal()
     source = models.prepare(config.model, report.phase)
@@ -55,14 +55,13 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     distributions = Distributions(config, key, reference_key, report, journal)
     distributions.prepare(windows)
     loaded, load_seconds = load(config, key, report)
-    model = Scores.of(loaded)
-    result = QualityResult(evidence=evidence_of(model, config, key), load_seconds=load_seconds, forward_tokens=0)
+    result = QualityResult(evidence=evidence_of(loaded, config, key), load_seconds=load_seconds, forward_tokens=0)
     calibration = calibration_of(config, source, report, writes=False)
     if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
         result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
     seen = calibration.ids.numpy() if calibration else None
     for part in windows:
-        name = f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
+        model, name = Scores.of(loaded), f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
         with _timed(result, report, journal, name, "windows") as kept:
             measured = distributions.measure(model, part, kept)
         if not result.perplexity and measured.perplexity > model.vocab_size:
@@ -77,15 +76,15 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         _count_work(config, key, loaded, windows[0], result, report, journal)
     if suite.noise_windows and distributions.is_reference and windows:
         with _timed(result, report, journal, "noise", "comparisons") as kept:
-            result.perplexity[0].noise = distributions.noise(model, windows[0], kept)
+            result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
         with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
-            scored, tokens = documents.measure(model, tokenizer, wanted, suite.batch_tokens, report.progress, kept)
+            scored, tokens = documents.measure(Scores.of(loaded), tokenizer, wanted, suite.batch_tokens, report.progress, kept)
         result.documents.append(scored)
         result.forward_tokens += tokens
     if suite.tasks:
         with _timed(result, report, journal, "zero-shot", "answers") as kept:
-            result.zeroshot, tokens = zeroshot.measure(model, tokenizer, suite, report.progress, seen, kept)
+            result.zeroshot, tokens = zeroshot.measure(Scores.of(loaded), tokenizer, suite, report.progress, seen, kept)
         result.forward_tokens += tokens
     if suite.continuations:
         _continue(loaded, tokenizer, suite, result, report, journal)
@@ -130,13 +129,15 @@ def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> 
 
 
 def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal) -> None:
-    """Let the model go on from prompts; where it cannot, say why."""
+    """Let the model go on from prompts; where it cannot, say why, or raise `Unsupported` if the suite asks for nothing else."""
     try:
         model = Generates.of(loaded)
         with _timed(result, report, journal, "continuations", "continuations") as kept:
             result.generation, tokens = generation.measure(model, tokenizer, prompts.load(), suite, report.progress, kept)
         result.forward_tokens += tokens
     except Unsupported as error:
+        if not suite.texts and not suite.tasks:
+            raise
         result.flags.append(f"no continuations: {error}")
 
 

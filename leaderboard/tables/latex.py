@@ -190,7 +190,7 @@ def _line(row: Row, table: Table, columns: Sequence[Column], marks: dict[tuple[i
     if row.status not in (Status.OK, INCOMPLETE):
         number = notes.setdefault(row.reason or row.status, len(notes) + 1)
         ended = rf"\emph{{{escape(row.status)}}}~({number})"
-    if row.perplexity is None and row.accuracy is None and row.decode_tokens_per_s is None:
+    if all(each is None for each in (row.perplexity, row.accuracy, row.divergent_share, row.decode_tokens_per_s)):
         return rf"{name} & \multicolumn{{{len(columns)}}}{{l}}{{{ended or escape(row.status)}}} \\"
     values = [_cell(c.plus_minus(row), marks.get((id(row), c.key), [])) for c in columns]
     return " & ".join([f"{name} {ended}".rstrip(), *values]) + r" \\"

@@ -32,3 +32,4 @@ Whole = Annotated[int, NUMBER, Field(le=2**32 - 1)]  # the largest seed that num
 Real = Annotated[float, NUMBER, Field(allow_inf_nan=False)]
 Uris = Annotated[list[str], BeforeValidator(as_list)]
 Folders = Annotated[list[str], BeforeValidator(lambda value: [] if value is None else as_list(value))]
+Texts = Folders

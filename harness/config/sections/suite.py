@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from slimbench.harness.config.sections.base import Folders, Strict, Uris, Whole
+from slimbench.harness.config.sections.base import Folders, Strict, Texts, Uris, Whole
 from slimbench.util.text import nearest
 
 
@@ -75,7 +75,7 @@ class SuiteConfig(Strict):
     Attributes:
         name: How records and board call it.
         corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
-            The first one is the headline, the others are out-of-domain text beside it.
+            The first one is the headline, the others are out-of-domain text beside it. None: no text is scored.
         protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window), `suffix` (the same, behind its
             first half as a prompt), `stream` (one text of so many tokens through one cache, in windows of 1,024) or `document` (lm-eval's
             rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
@@ -99,7 +99,7 @@ class SuiteConfig(Strict):
     """
 
     name: str
-    corpus: Uris = []
+    corpus: Texts = []
     protocols: Uris = ["window"]
     seqlen: Whole = Field(default=512, ge=8)
     windows: Whole | None = Field(default=None, ge=1)
@@ -137,6 +137,11 @@ class SuiteConfig(Strict):
     def texts(self) -> list[str]:
         """The corpora that anything is measured on."""
         return [*self.corpus, *([self.retrieval.corpus] if self.retrieval else [])]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it asks for nothing that could be measured."""
+        return not self.texts and not self.tasks and not self.continuations
 
     def passes(self) -> list[Pass]:
         """Every perplexity measurement, the headline first."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import shared
 from slimbench.harness.store.store import Store, dump
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names
+from slimbench.leaderboard.tables.format import EMPTY
+from slimbench.leaderboard.tables.latex import to_latex
+from slimbench.leaderboard.tables.writers import to_markdown, to_terminal
 from tests.support.board_records import Spec, records, write
 from tests.unit.leaderboard.test_site import HOSTILE, Elements, site
 
@@ -89,3 +97,39 @@ def test_prompts_are_stored_once_and_records_without_any_stay_as_they_were(tmp_p
     assert [path.name.partition("-")[0] for path in sorted((tmp_path / shared.FOLDER).iterdir())].count("prompts") == 1
     assert sorted(map(dump, Store(tmp_path).scan()[0])) == sorted(map(dump, made))
     assert b"generation" not in before
+
+
+def alone(spec: Spec) -> list[Record]:
+    """The records of a cell whose suite has neither texts nor tasks, and that was not timed."""
+    made = [record for record in records(spec) if record.stage is not Stage.SPEED]
+    for record in made:
+        if record.quality:
+            record.quality.perplexity, record.quality.documents, record.quality.zeroshot = [], [], []
+    return made
+
+
+def test_rows_of_continuations_alone_show_them_and_make_up_nothing() -> None:
+    dense, gptq = alone(DENSE), alone(GPTQ)
+    write(dense, SAME)
+    write(gptq, APART)
+    board = rows(dense + gptq)
+    assert [found.pipeline for found in board] == ["dense", "gptq"]
+    reference, found = board
+    assert (found.divergent_share, found.same_continuations) == (12 / 32, 0.25)
+    for each in board:
+        assert each.corpus is each.perplexity is each.perplexity_delta_percent is each.kl_mean is each.accuracy is each.rank is None
+        assert each.perplexity_by_protocol == each.task_accuracy == {}
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(to_terminal(board))
+    text = console.export_text()
+    head = next(line for line in text.splitlines() if "Pipeline" in line)
+    assert "Divergent" in head and not any(word in head for word in ("Perplexity", "KL", "Accuracy"))
+    assert "37.5" in next(line for line in text.splitlines() if "gptq" in line)
+    header, _, _, line = (line.split(" | ") for line in to_markdown(board).splitlines() if line.startswith("|"))
+    cells = dict(zip(header, line, strict=True))
+    assert cells["Perplexity"] == cells["KL"] == cells["Accuracy %"] == EMPTY and cells["Divergent\N{NO-BREAK SPACE}%"].startswith("37.5")
+    assert "37.5" in next(line for line in to_latex(board).splitlines() if line.startswith("gptq"))
+    page = Elements(site(dense + gptq)[names.cell(found)]).text
+    assert "2 of 8 prompts, 4 tokens each" in page and "Where it departs most from the reference" in page
+    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    assert "departs most" not in site(dense + gptq)[names.cell(reference)]
