@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method, describe
 from slimbench.harness.config.registry import step_label
-from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.schema import RunConfig, StepConfig
 from slimbench.harness.measure.hardware import hardware
 from slimbench.harness.run import hub, identity, public
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
 from slimbench.harness.stages import calibration_text
+from slimbench.harness.stages.parts import parts
 from slimbench.tasks import zeroshot
 from slimbench.tasks.errors import DataError
 
@@ -56,7 +58,14 @@ class Cell:
 
     def prefix_key(self, steps: int) -> str:
         """Compress key of the cell whose pipeline is the first so many steps of this one."""
-        return make_cell(self.config.model_copy(update={"pipeline": self.config.pipeline[:steps]})).identity.keys.compress
+        return self._key(self.config.pipeline[:steps])
+
+    def prefix_keys(self) -> list[str]:
+        """Compress keys of the cells whose artefacts are made on the way to that of this one, the first one first."""
+        return [self._key(part.pipeline) for part in parts(self.config.pipeline)[:-1]]
+
+    def _key(self, pipeline: Sequence[StepConfig]) -> str:
+        return make_cell(self.config.model_copy(update={"pipeline": list(pipeline)})).identity.keys.compress
 
     def stages(self) -> list[Stage]:
         """The stages that are asked for and make sense: random weights have no quality."""

@@ -236,5 +236,5 @@ def _environment_facts(cell: Cell, stage: Stage) -> dict[str, Any]:
 
 
 def _prefix_keys(cell: Cell, stage: Stage) -> list[str]:
-    """Compress keys of the shorter pipelines that the one of the cell begins with, the shortest first."""
-    return [cell.prefix_key(steps) for steps in range(1, len(cell.methods))] if stage is Stage.COMPRESS else []
+    """Compress keys of the artefacts on the way to that of the cell, the first one first."""
+    return cell.prefix_keys() if stage is Stage.COMPRESS else []

@@ -20,6 +20,7 @@ from slimbench.harness.schema.compress import CalibrationFacts, CompressResult, 
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import calibration_text, drafts, models, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of
+from slimbench.harness.stages.parts import parts
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import EDITED, HUGGINGFACE, Calibration, Claim, DenseModel
@@ -32,11 +33,11 @@ _NOTE_S = 5.0
 
 
 def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] = (), journal: Journal | None = None) -> CompressResult:
-    """Run the pipeline on the dense model and publish the artefact, and that of each shorter pipeline on the way.
+    """Run the pipeline on the dense model and publish the artefact, and that of each part on the way (`harness.stages.parts`).
 
     Args:
         key: Compress key of the cell.
-        prefixes: Those of the cells whose pipelines are the first one, two, … steps; the longest that has an artefact is gone on from.
+        prefixes: Those of the cells whose artefacts are made on the way; the last that is there is gone on from.
         journal: Keeps what steps take while they run, and has what they took in earlier attempts.
     """
     journal = journal or Journal()
@@ -51,11 +52,12 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     tokens = calibration_of(config, source, report)
     made_text = next((teaching.text(config, method.recipe, report) for method in methods if method.needs.text), None)
     teacher = teaching.remembering(config, key, report) if any(method.needs.teacher for method in methods) else None
-    names = [step.name for step in config.pipeline]
-    unkept: list[str | None] = [None] * (len(methods) - 1)
+    way = parts(config.pipeline)
+    unkept: list[str | None] = [None] * (len(way) - 1)
     keys = [*(prefixes or unkept), key]
     before = None if config.on_existing == "all" else _longest(prefixes, code)
-    reused = names[: prefixes.index(before.key) + 1] if before else []
+    first = prefixes.index(before.key) + 1 if before else 0
+    reused = list(dict.fromkeys(part.step.name for part in way[:first]))
     claim: Claim | None = before.claim if before else None
     step_seconds = dict(zip(reused, before.step_seconds.values(), strict=True)) if before else {}
     earlier = Spent()
@@ -64,7 +66,8 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
     cost, watch = Cost(device), machine.LoadWatch(gpu.monitor(torch.device(device)))
     with artefact.staging(key) as folder:
         current = artefact.object_of(before.key) if before else source
-        for index, (step, method) in list(enumerate(zip(config.pipeline, methods, strict=True)))[len(reused) :]:
+        for index, part in list(enumerate(way))[first:]:
+            step, method = part.step, part.method
             report.phase(f"compress {step.name}")
             out = folder / f"step-{index}"
             out.mkdir()
@@ -97,19 +100,20 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 teacher=teacher if method.needs.teacher else None,
                 draft=guessing[index],
             )
-            made = method.compress(dense, tokens or Calibration.none(), out)
+            made = method.write_settings(dense, out) if part.sets else method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)
             claim = claim.then(made) if claim else made
-            step_seconds[step.name] = time.perf_counter() - step_began + before_this.seconds
+            taken_now = time.perf_counter() - step_began + before_this.seconds
+            step_seconds[step.name] = taken_now + (step_seconds[step.name] if part.sets else 0.0)
             current = out
             if own := keys[index]:
                 report.phase("write artefact")
                 manifest = artefact.Manifest(
                     key=own,
                     model=config.model.name,
-                    pipeline=[describe(step) for step in config.pipeline[: index + 1]],
+                    pipeline=[describe(step) for step in part.pipeline],
                     claim=claim,
-                    code={label: code[label] for label in (f"method {m.name}" for m in methods[: index + 1])},
+                    code={label: code[label] for label in (f"method {m.name}" for m in methods[: len(part.pipeline)])},
                     step_seconds=step_seconds,
                     spent=(before.spent if before else Spent()) + earlier + Spent(**cost.read()),
                     dense_parameters=dense_parameters,

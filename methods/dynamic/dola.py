@@ -1,7 +1,8 @@
 """DoLa: the last block's prediction against that of an early one, for truer answers (Chuang et al., arXiv 2309.03883).
 
 Nothing is saved: it is among the early exits because it reads the same early predictions (`methods.formats.depth.contrast`). It acts where
-text is written; no text is scored with it. The paper adds a penalty of 1.2 for repetitions, which greedy decoding here has not.
+text is written; no text is scored with it. No work is claimed: all blocks run for every token, and the head more often than without it.
+The paper adds a penalty of 1.2 for repetitions, which greedy decoding here has not.
 """
 
 from __future__ import annotations

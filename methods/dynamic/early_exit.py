@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
-from slimbench.methods.formats.depth.exit import Criterion, EarlyExit
+from slimbench.methods.formats.depth.exit import NEVER, Criterion, EarlyExit
 from slimbench.methods.formats.policy import Acts
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class EarlyExits(TrainingSettings, Acts, Method):
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     produces = policies.FORMAT
+    fitted_at: ClassVar[Mapping[str, Any]] = {"criterion": "margin", "threshold": NEVER}
 
     criterion: Criterion = "margin"
     threshold: float = 0.9
@@ -85,9 +86,16 @@ class EarlyExits(TrainingSettings, Acts, Method):
         policies.save(replace(policy, translators=stored), dense, out)
         whole = counts(model)["parameters"] + sum(value.numel() for value in stored.values())
         facts = {"exits": list(policy.exits), "exit_parameters": sum(value.numel() for value in stored.values())}
-        least, most = policy.runs(dense.shape.num_layers)
-        work = Work(blocks=most, fewest_blocks=least)
+        work = self._work(dense.shape)
         return done.added_to(Claim(self.produces, parameters=whole, work=work, teacher=trained.teacher(self), details=facts))
+
+    def write_settings(self, fitted: DenseModel, out: Path) -> Claim:
+        policies.replaced(self.policy(fitted.shape), fitted, out)
+        return Claim(self.produces, work=self._work(fitted.shape))
+
+    def _work(self, shape: ModelShape) -> Work:
+        least, most = self.policy(shape).runs(shape.num_layers)
+        return Work(blocks=most, fewest_blocks=least)
 
     def _loss(self, model: Any, exits: tuple[int, ...], parameters: Mapping[str, nn.Parameter], dense: DenseModel) -> Any:
         """Mean loss of the exits; terms by exit."""

@@ -46,12 +46,12 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from slimbench.methods.base import ANY_BASE, HUGGINGFACE, DenseModel, ModelShape, Unsupported
+from slimbench.methods.base import ANY_BASE, HUGGINGFACE, Claim, DenseModel, ModelShape, Unsupported
 from slimbench.methods.formats.huggingface import link_files, link_source
 
 if TYPE_CHECKING:
@@ -159,13 +159,19 @@ class Acts(ABC):
 
     Class attributes:
         slot: The part of the run that its policy decides on.
+        fitted_at: Settings that nothing is fitted by, each with a value at which artefacts are made that all of its values share.
     """
 
     slot: ClassVar[Slot]
+    fitted_at: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def policy(self) -> Policy:
         """What it asks the engine to do, as far as its settings tell: without tensors, and without what depends on the model."""
+
+    def write_settings(self, fitted: DenseModel, out: Path) -> Claim:
+        """Write the artefact of these settings from that of `fitted_at`, and claim what is not as it was; of those that have some alone."""
+        raise NotImplementedError
 
 
 class ActsByModel(Acts):
@@ -237,17 +243,32 @@ def save(policy: Policy, dense: DenseModel, out: Path) -> None:
         link_files(dense.path, out, () if not earlier else (DESCRIPTION, TENSORS))
     if brought := {f"{p.slot}.{key}": value for p in every for name in _held(p, _BROUGHT) for key, value in getattr(p, name).items()}:
         save_file({key: value.detach().cpu().contiguous() for key, value in brought.items()}, out / TENSORS, metadata={"format": "pt"})
-    bare: Any = replace(policy, **{name: {} for name in _held(policy, _BROUGHT)})  # type: ignore[type-var]
-    settings = {name: value for name, value in asdict(bare).items() if name not in _held(policy, _BROUGHT, _BESIDE)}
     described = {
         "format": f"slimbench {FORMAT}",
         "schema": SCHEMA,
         "base": base,
-        "slots": slots | {policy.slot: {"kind": policy.kind} | settings},
+        "slots": slots | {policy.slot: _settings(policy)},
         "scoring": _strictest(every),
         "max_batch": _smallest(every),
     }
     (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def replaced(policy: Policy, dense: DenseModel, out: Path) -> None:
+    """Write an artefact again, with other settings of one of its policies; its tensors are those that are there."""
+    every = [policy if each.slot == policy.slot else each for each in read(dense.path)[0]]
+    described = json.loads((dense.path / DESCRIPTION).read_text())
+    described["slots"][policy.slot] = _settings(policy)
+    link_files(dense.path, out, (DESCRIPTION,))
+    described |= {"scoring": _strictest(every), "max_batch": _smallest(every)}
+    (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _settings(policy: Policy) -> dict[str, Any]:
+    """Kind and settings of a policy, without what it brings."""
+    bare: Any = replace(policy, **{name: {} for name in _held(policy, _BROUGHT)})  # type: ignore[type-var]
+    told = {name: value for name, value in asdict(bare).items() if name not in _held(policy, _BROUGHT, _BESIDE)}
+    return {"kind": policy.kind} | told
 
 
 def _strictest(policies: Sequence[Policy]) -> Scoring:

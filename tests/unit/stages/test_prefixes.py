@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.run.cell import Cell, make_cell
 from slimbench.harness.schema.compress import CompressResult, Spent
 from slimbench.harness.stages import compress
+from slimbench.harness.stages.parts import parts
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim, Unsupported
+from slimbench.methods.base import Claim, Unsupported, Work
+from slimbench.methods.formats import policy as policies
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support.lying import FineTune
@@ -43,13 +46,13 @@ def cell_of(overrides: list[str], *steps: str, seed: int) -> Cell:
 
 
 def run(cell: Cell) -> CompressResult:
-    prefixes = [cell.prefix_key(steps) for steps in range(1, len(cell.methods))]
-    return compress.run(cell.config, cell.identity.keys.compress, Silent(), prefixes)
+    return compress.run(cell.config, cell.identity.keys.compress, Silent(), cell.prefix_keys())
 
 
 def test_the_key_of_a_prefix_is_that_of_the_shorter_cell(overrides: list[str]) -> None:
     short, long = (cell_of(overrides, *steps, seed=1) for steps in ((MAGNITUDE,), (MAGNITUDE, MASKED, RTN4)))
     assert long.prefix_key(1) == short.identity.keys.compress
+    assert long.prefix_keys() == [long.prefix_key(1), long.prefix_key(2)]
     assert long.prefix_key(3) == long.identity.keys.compress != long.prefix_key(2)
 
 
@@ -127,3 +130,58 @@ def test_each_step_is_told_the_shape_that_the_one_before_it_left(overrides: list
     drop = "slimbench.methods.pruning.depth.shortgpt.ShortGPT(fraction=0.5)"
     with pytest.raises(Unsupported, match="fewer than all must guess"):
         run(cell_of(overrides, drop, "slimbench.methods.dynamic.self_speculation.SelfSpeculation(blocks=1)", seed=5))
+
+
+EXITS = "slimbench.methods.dynamic.early_exit.EarlyExits"
+SHORT = "exits=[1], steps=2, batch_size=2, length=16"
+
+
+@pytest.fixture
+def news(tmp_path: Path) -> list[str]:
+    """A text of its own for the exits to learn from."""
+    (tmp_path / "news.txt").write_text(" ".join(f"On day {n} the {n * n}th report was read aloud." for n in range(300)))
+    return [f"calibration=file:{tmp_path / 'news.txt'}", "calibration_samples=4", "calibration_length=32"]
+
+
+def test_what_only_acts_while_a_model_runs_is_fitted_once_for_all_of_its_values(
+    overrides: list[str], news: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimbench.methods.core import training
+
+    trained, inner = list[int](), training.train
+
+    def train(*given: Any) -> Any:
+        trained.append(1)
+        return inner(*given)
+
+    monkeypatch.setattr(training, "train", train)
+    ways = [("margin", 0.3), ("margin", 0.9), ("entropy", 0.5), ("patience", 1)]
+    cells = [cell_of([*overrides, *news], f"{EXITS}(criterion={criterion}, threshold={at}, {SHORT})", seed=9) for criterion, at in ways]
+    made = [run(cell) for cell in cells]
+    assert len(trained) == 1 and [one.reused_steps for one in made] == [[], ["step0"], ["step0"], ["step0"]]
+    assert len({cell.identity.keys.compress for cell in cells}) == 4 and len({cell.prefix_keys()[0] for cell in cells}) == 1
+    held: list[Any] = [policies.read(artefact.location(cell.identity.keys.compress))[0][0] for cell in cells]
+    assert [(one.criterion, one.threshold) for one in held] == ways
+    assert all(torch.equal(one.translators["1.weight"], held[0].translators["1.weight"]) for one in held)
+    assert held[0].translators["1.weight"].any()
+    size = sum(value.numel() for value in held[0].translators.values())
+    assert {(one.training_tokens, one.claim.trained_parameters) for one in made} == {(2 * 2 * 16, size)}
+    assert [one.claim.work.fewest_blocks for one in made if one.claim.work] == [1, 1, 1, 2]
+    assert all(list(one.step_seconds) == ["step0"] and one.step_seconds["step0"] >= made[0].step_seconds["step0"] / 2 for one in made)
+    fitted = artefact.read_manifest(artefact.location(cells[0].prefix_keys()[0]))
+    assert fitted.pipeline[0]["settings"]["threshold"] == 1e9 and fitted.claim.work == Work(blocks=2, fewest_blocks=2)
+    run(cell_of([*overrides, *news], f"{EXITS}(criterion=margin, threshold=0.3, {SHORT.replace('steps=2', 'steps=3')})", seed=9))
+    assert len(trained) == 2, "other fitting is fitted anew"
+
+
+def test_parts_of_a_pipeline_are_its_steps_and_what_is_fitted_apart(overrides: list[str], news: list[str]) -> None:
+    window = "slimbench.methods.compact.streaming_llm.StreamingLLM(budget=32)"
+    found = cell_of([*overrides, *news], f"{EXITS}(threshold=0.3, {SHORT})", window, seed=9)
+    assert [(part.step.name, part.sets, len(part.pipeline)) for part in parts(found.config.pipeline)] == [
+        ("step0", False, 1),
+        ("step0", True, 1),
+        ("step1", False, 2),
+    ]
+    assert found.prefix_keys()[1:] == [found.prefix_key(1)] != found.prefix_keys()[:1]
+    plain = cell_of([*overrides, *news], f"{EXITS}(threshold=1e9, {SHORT})", seed=9)
+    assert [part.sets for part in parts(plain.config.pipeline)] == [False] and plain.identity.keys.compress == found.prefix_keys()[0]

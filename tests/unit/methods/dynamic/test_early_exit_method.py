@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,17 @@ def test_one_that_asks_the_whole_model_first_is_told(dense: DenseModel) -> None:
     least, most = EarlyExit("margin", 0.02, EXITS).runs(BLOCKS)
     (flag,) = counted(model, Work(blocks=most, fewest_blocks=least)).flags
     assert flag.startswith("claims 5 blocks a token, ran ")
+
+
+def test_what_is_fitted_for_all_settings_gives_the_artefact_of_each(dense: DenseModel, tmp_path: Path) -> None:
+    method = EarlyExits(criterion="patience", threshold=2, exits=EXITS, steps=2, batch_size=2, length=16)
+    folders = [tmp_path / name for name in ("fitted", "set", "direct")]
+    for folder in folders:
+        folder.mkdir()
+    claim = replace(method, **method.fitted_at).compress(dense, CALIBRATION, folders[0])
+    before = {file.name: file.read_bytes() for file in folders[0].iterdir()}
+    again = claim.then(method.write_settings(replace(dense, path=folders[0], format="policy"), folders[1]))
+    assert again.work == method.compress(dense, CALIBRATION, folders[2]).work == Work(blocks=5, fewest_blocks=4)
+    found, wanted, kept = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (folders[1], folders[2], folders[0]))
+    assert found == wanted and kept == before and found["policy.json"] != before["policy.json"]
+    assert claim.work == Work(blocks=5, fewest_blocks=5) and again.trained_parameters == claim.trained_parameters
