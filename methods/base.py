@@ -192,8 +192,8 @@ class DenseModel:
 
         kwargs.setdefault("dtype", getattr(torch, self.dtype))
         if self.format == EDITED:
-            formats = importlib.import_module("slimbench.methods.formats.edited")  # stands above the contract, so by its name
-            return formats.load(self.path, self.device, **kwargs)
+            edited = "slimbench.methods.formats.edited"  # stands above the contract, so by its name
+            return importlib.import_module(edited).load(self.path, self.device, **kwargs)
         model: Any = AutoModelForCausalLM.from_pretrained(self.path, use_safetensors=True, **kwargs)
         return model.to(self.device).eval() if "device_map" not in kwargs else model.eval()
 
@@ -271,8 +271,8 @@ class Work:
 class Claim:
     """What a method says that it wrote; the harness holds it against the evidence of the loaded artefact.
 
-    Each field carries the rule by which claims of steps become one: that of the last step, that of the latest which says something, of
-    work figure by figure, or the sum. Bits, group size and simulation are one grid and go together.
+    Each field has its rule by which claims of steps become one: the last, the latest that says something, of work figure by figure, or the
+    sum. Bits, group size and simulation are one grid and go together.
 
     Attributes:
         format: Artefact format; the engine's table says who loads it.
@@ -311,9 +311,8 @@ class Claim:
     def then(self, later: Claim) -> Claim:
         """The claim of a pipeline whose next step claims `later`."""
         joined = {f.name: f.metadata["then"](getattr(self, f.name), getattr(later, f.name)) for f in fields(self)}
-        kept = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
-        grid: dict[str, Any] = kept if later.bits is None else {"group_size": later.group_size}
-        return Claim(**joined | grid)
+        kept: dict[str, Any] = {"group_size": self.group_size, "simulated": self.simulated or later.simulated}
+        return Claim(**joined | (kept if later.bits is None else {"group_size": later.group_size}))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -72,7 +72,7 @@ class EarlyExit(Policy):
     def runs(self, blocks: int) -> tuple[int, int]:
         """The least and the most blocks, of so many, that a token runs whatever the text.
 
-        Probabilities and shares of entropy lie between 0 and 1, cosines between -1 and 1; of λ exits that agree the first has one before it.
+        Probabilities and shares of entropy lie between 0 and 1, cosines between -1 and 1; of λ exits that agree one is before the first.
         """
         if self.criterion == "patience":
             agreeing = max(0, math.ceil(self.threshold))
