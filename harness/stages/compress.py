@@ -98,7 +98,7 @@ def run(config: RunConfig, key: str, report: Reporter, prefixes: Sequence[str] =
                 format=claim.format if claim else HUGGINGFACE,
                 taught=made_text.folder if made_text and method.needs.text else None,
                 teacher=teacher if method.needs.teacher else None,
-                draft=guessing[index],
+                draft=guessing[len(part.pipeline) - 1],
             )
             made = method.write_settings(dense, out) if part.sets else method.compress(dense, tokens or Calibration.none(), out)
             shutil.rmtree(kept, ignore_errors=True)

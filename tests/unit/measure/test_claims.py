@@ -30,7 +30,8 @@ def test_a_later_step_wins_where_it_says_something() -> None:
     later = Claim("b", 3, None, 0.25, "4:8", 4, False, 5, 2, {"y": 2}, 90, 4, Work(experts=1), 256.0, "else")
     joined = FULL.then(later)
     summed = {"training_tokens": 15, "trained_parameters": 5, "details": {"x": 1, "y": 2}}
-    assert joined == dataclasses.replace(later, **summed)
+    assert joined == dataclasses.replace(later, work=Work(blocks=2.5, experts=1), **summed), "of work, figure by figure"
+    assert joined.then(Claim("c", work=Work())).work == Work(), "an empty one takes back what was said"
 
 
 def test_bits_bring_their_whole_grid() -> None:
