@@ -67,7 +67,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"claims no cut, has .+": (),
     r"claims \S+ layers, runs .+": (),
     r"claims \S+ bytes of cache a token, takes .+": (),
-    r"claims \S+ blocks a token, ran .+": (),
+    r"claims (?:at least )?\S+ blocks a token, ran .+": (),
     r"claims \S+ active parameters, multiplied .+": (),
     r"claims \S+ tokens in the cache, .+": (),
     # another training
