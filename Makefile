@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# A compiled module is kept between the many processes of a test, whatever a container says of it.
+unexport PYTHONDONTWRITEBYTECODE
 EXTRAS ?= quantization,pruning,engines,teaching,cluster,dev
 
 .PHONY: setup demo test test-full unit contract integration lint lock board pictures readme clean
