@@ -20,12 +20,14 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from slimbench.tasks.errors import DataError
 from slimbench.util.hashing import digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FACT = " The pass code of {name} is {digits}. Remember: {digits} is the pass code of {name}."
 QUESTION = "\n\nThe pass code of {name} is"
@@ -121,6 +123,8 @@ def contexts(
     Raises:
         DataError: The text has fewer stretches, or facts would be more than half of a context.
     """
+    import numpy as np
+
     places = len(tokens) // recipe.length
     if places < recipe.count:
         raise DataError(f"corpus {corpus} has {len(tokens):,} tokens, fewer than {recipe.count} contexts of {recipe.length:,}")

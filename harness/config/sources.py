@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -65,11 +65,14 @@ def choice_path(group: str, name: str) -> Path:
     """The YAML behind a choice of a group.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or there are two.
     """
-    if name not in (offered := shipped(group)):
-        raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
-    return next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
+    place = PurePosixPath(name)
+    is_name = place.as_posix() == name and not place.is_absolute() and ".." not in place.parts
+    found = [path for folder in conf_dirs() if os.path.isfile(path := folder / group / f"{name}.yaml")] if is_name else []
+    if len(found) != 1:  # more than one is told by the names of all
+        raise ConfigError(f"no {group} '{name}'{nearest(name, shipped(group))}")
+    return found[0]
 
 
 def choice(group: str, name: str) -> dict[str, Any]:

@@ -56,9 +56,10 @@ def drain(
     share = plan if names is None else plan.only(with_predecessors(plan, names))
     _require_own_keys(share)
     whole = Ledger(plan, store)
+    of_plan = {id(mine): planned for mine, planned in zip(share.cells, plan.cells, strict=True)}
 
     def tell(cell: PlannedCell) -> None:
-        planned = plan.cells[share.cells.index(cell)]
+        planned = of_plan[id(cell)]
         if cell.stages and all(whole.ending(task) for task in plan.of(planned)):
             on_done(planned)
 

@@ -26,6 +26,8 @@ _RTN = "_target_: slimbench.methods.quantization.weight.rtn.RTN\n"
 _OWN = {f"w{bits}-{size}": f"{_RTN}bits: {bits}\ngroup_size: {size}\n" for bits in (2, 4, 8) for size in (32, 64)}
 _OWN |= {f"slow-{label}": f"_target_: tests.cluster.slow.Slow\nlabel: {label}\n" for label in ("a", "b", "c", "d")}
 _OWN |= {"failing": "_target_: tests.support.misbehaving.Misbehaving\nhow: raise\n"}
+_SETTLED_S = 4.0
+"""A job that comes back before its node has forgotten that it was killed is refused there, and lost; SLURM itself waits two minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,6 +73,7 @@ class Sweep:
     name: str
     words: list[str]
     process: subprocess.Popen[str] | None = None
+    queued_again: dict[str, float] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:
@@ -115,7 +118,9 @@ class Sweep:
                 pytest.fail(f"the command is wrong:\n{self.story()}")
             for line in self.cluster.ask("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %r").splitlines():
                 job, reason = line.split(maxsplit=1)
-                if reason == "BeginTime":
+                if reason != "BeginTime":
+                    self.queued_again.pop(job, None)
+                elif time.monotonic() - self.queued_again.setdefault(job, time.monotonic()) > _SETTLED_S:
                     subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], env=self.cluster.environment, check=False)
             time.sleep(0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -131,3 +132,11 @@ def test_a_configuration_names_files_without_their_folder() -> None:
 def test_no_variable_of_the_list_names_a_folder_or_a_secret() -> None:
     assert not [name for name in provenance._VARIABLES if name.endswith(("PATH", "DIR", "HOME", "ROOT", "TOKEN", "KEY"))]
     assert set(provenance.of_process()["variables"]) <= set(os.environ)
+
+
+def test_versions_are_those_that_the_standard_library_reads() -> None:
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        found.setdefault(distribution.metadata["Name"], distribution.version)
+    assert provenance.packages() == dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    assert {"torch", "transformers", "slimbench"} <= found.keys()
