@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -12,18 +13,24 @@ import torch
 from slimbench.harness.measure.bench import attention as bench
 from slimbench.harness.measure.bench.attention import AttentionRow, Setting
 from slimbench.leaderboard.figures.attention import growth
+from tests.support.paths import SLIMBENCH
 
 # A matrix of scores has 32 MB and more: the C library then asks the system for each one, and keeps none back.
-SETTING = Setting(heads=8, width=64, lengths=[1024, 2048], dtypes=["float32"], repeats=1)
+LENGTHS = [1024, 2048]
 
 
 @pytest.fixture(scope="module")
-def peaks() -> pd.DataFrame:
-    found = bench.run(SETTING, bench.chosen(["naive", "math", "flash"]), "cpu", 1, lambda *_: None)
-    rows = pd.DataFrame([bench.to_row(row) for row in found if isinstance(row, AttentionRow)])
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """What the command measures, in a process that has done nothing else."""
+    out = tmp_path_factory.mktemp("attention")
+    words = ["--lengths", ",".join(map(str, LENGTHS)), "--repeats", "1", "--threads", "1", "--out", str(out)]
+    chosen = [word for name in ("naive", "math", "flash") for word in ("--implementation", name)]
+    subprocess.run([*SLIMBENCH, "bench", "attention", *words, *chosen], capture_output=True, check=True)
+    (table,) = out.glob("*.csv")
+    rows = pd.read_csv(table)
     if rows["peak_bytes"].isna().any():
         pytest.skip("this system does not tell the peak of a process")
-    return rows
+    return rows[rows["dtype"] == "float32"]
 
 
 def test_naive_grows_with_the_square_and_flash_in_proportion(peaks: pd.DataFrame) -> None:
@@ -33,8 +40,9 @@ def test_naive_grows_with_the_square_and_flash_in_proportion(peaks: pd.DataFrame
 
 
 def test_sizes_are_those_of_scores_and_of_results(peaks: pd.DataFrame) -> None:
-    longest = peaks[peaks["length"] == 2048].set_index("implementation")["peak_bytes"]
-    scores, result = 4 * 8 * 2048**2, 4 * 8 * 64 * 2048
+    (heads,), (width,), length = peaks["heads"].unique(), peaks["width"].unique(), LENGTHS[-1]
+    longest = peaks[peaks["length"] == length].set_index("implementation")["peak_bytes"]
+    scores, result = 4 * heads * length**2, 4 * heads * width * length
     assert 2 * scores <= longest["naive"] <= 4 * scores
     assert result <= longest["flash"] <= 2 * result
 
