@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -48,7 +48,7 @@ def shipped(group: str) -> list[str]:
     """
     found: list[str] = []
     for folder in conf_dirs():
-        names = _names(str(folder / group))
+        names = (_own_names if folder == CONF_DIR else _names)(str(folder / group))
         if both := sorted(set(found) & set(names)):
             raise ConfigError(f"SLIMBENCH_CONF: {group} '{both[0]}' is a name of slimbench's own; give the file another one")
         found += names
@@ -61,18 +61,18 @@ def _names(folder: str) -> list[str]:
     return [name[1 : -len(".yaml")].replace(os.sep, "/") for name in found]
 
 
+_own_names = functools.cache(_names)  # the package's own files stay as they are while it runs
+
+
 def choice_path(group: str, name: str) -> Path:
     """The YAML behind a choice of a group.
 
     Raises:
-        ConfigError: There is none of that name, or there are two.
+        ConfigError: There is none of that name.
     """
-    place = PurePosixPath(name)
-    is_name = place.as_posix() == name and not place.is_absolute() and ".." not in place.parts
-    found = [path for folder in conf_dirs() if os.path.isfile(path := folder / group / f"{name}.yaml")] if is_name else []
-    if len(found) != 1:  # more than one is told by the names of all
-        raise ConfigError(f"no {group} '{name}'{nearest(name, shipped(group))}")
-    return found[0]
+    if name not in (offered := shipped(group)):
+        raise ConfigError(f"no {group} '{name}'{nearest(name, offered)}")
+    return next(p for folder in conf_dirs() if (p := folder / group / f"{name}.yaml").is_file())
 
 
 def choice(group: str, name: str) -> dict[str, Any]:

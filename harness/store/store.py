@@ -254,7 +254,7 @@ class Store:
         place = self.path(record.cell, record.stage, record.hardware)
         if record.schema_version < NAMED_KEYS:
             place = place.with_name(f"{record.stage.value}-{slug(record.key)}.json")
-        if (path.with_name(path.name.removesuffix(UNREADABLE)) if path.suffix == UNREADABLE else path) != place:
+        if path.with_name(path.name.removesuffix(UNREADABLE)) != place:
             return one_line(f"not to be believed: it belongs at {place.relative_to(self.root).as_posix()}")
         record.foreign = [record.origin] != ids if ids else record.origin is not None
         return record
