@@ -42,14 +42,15 @@ def bits(group: Group) -> Plot:
 
 
 def sparsity(group: Group) -> Plot:
-    """Perplexity over the share of zeros that each pruning method's settings make.
+    """Perplexity over the share of zeros that each pruning method's settings make; zeros of a grid in what was cut are not of pruning.
 
     Raises:
         Unplottable: Fewer than two pruned rows.
     """
 
     def pruned(row: Row) -> bool:
-        return "pruning" in row.family and (row.sparsity or 0) > _LEAST_ZEROS
+        is_cut_and_rounded = (row.removed or 0) > _LEAST_REMOVED and "quantization" in row.family
+        return "pruning" in row.family and (row.sparsity or 0) > _LEAST_ZEROS and not is_cut_and_rounded
 
     return _settings(group, SPARSITY, pruned, "zeros in pruned weights")
 

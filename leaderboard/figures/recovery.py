@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def recovery(group: Group) -> Plot:
-    """A line for each pruned model and each way of its recovery, beginning with the model that was not trained.
+    """A line for each pruned model and each way of its recovery, beginning with the model before that recovery.
 
     Raises:
         Unplottable: No pruned model was measured before and after a training.
@@ -28,14 +28,15 @@ def recovery(group: Group) -> Plot:
     series: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in group.rows:
         before, plus, last = row.pipeline.rpartition("+")
-        if plus and before in by_pipeline and row.training_tokens and row.perplexity is not None:
+        if plus and before in by_pipeline and row.perplexity is not None and _tokens(row) > _tokens(by_pipeline[before]):
             series[before, last.partition("(")[0]].append(row)
     if not series:
         raise Unplottable("no pruned model was measured before and after a training")
-    drawn = {key: [by_pipeline[key[0]], *sorted(own, key=lambda row: row.training_tokens or 0)] for key, own in sorted(series.items())}
+    drawn = {key: [by_pipeline[key[0]], *sorted(own, key=_tokens)] for key, own in sorted(series.items())}
     shown = [row for own in drawn.values() for row in own]
+    lines = {key: _line(own) for key, own in drawn.items()}
     hidden = left_out(group, shown + [row for row in group.rows if row.is_reference], "recovery")
-    text = " ".join(filter(None, ["Bars are 95 % intervals. Lines begin with the model as it was pruned.", hidden]))
+    text = " ".join(filter(None, ["Bars are 95 % intervals. Lines begin with the model before this training.", hidden]))
     title = "Perplexity over the tokens of recovery"
     dense = group.reference.perplexity if group.reference else None
 
@@ -43,7 +44,7 @@ def recovery(group: Group) -> Plot:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 5.6)
         for (before, last), own in drawn.items():
             look = group.palette.look(method_of(own[-1]))
-            line = _line(own)
+            line = lines[before, last]
             style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 6.5, "mec": "white", "mew": 0.7}
             spread = [[p.y - p.low for p in line], [p.high - p.y for p in line]]
             label = shorten(f"{before} + {last}", 44)
@@ -51,7 +52,7 @@ def recovery(group: Group) -> Plot:
         if dense:
             ax.axhline(dense, color=INK, lw=1, ls=(0, (4, 2)), zorder=1, label="dense")
         spread_axis(ax, "y", [row.perplexity or 1.0 for row in shown] + ([dense] if dense else []))
-        most = max(row.training_tokens or 0 for row in shown) / 1000
+        most = max(point.x for line in lines.values() for point in line) / 1000
         ax.set_xlim(-0.03 * most, 1.06 * most)
         ax.set_xlabel("tokens of training, thousands")
         ax.set_ylabel(f"{corpus(group)}{PERPLEXITY.label}", parse_math=False)
@@ -60,12 +61,16 @@ def recovery(group: Group) -> Plot:
 
     gains = [((own[-1].perplexity or 1.0) / (own[0].perplexity or 1.0) - 1, own) for own in drawn.values()]
     gain, own = min(gains, key=lambda pair: pair[0])
-    tokens = f"{(own[-1].training_tokens or 0):,} tokens"
+    tokens = f"{_line(own)[-1].x:,.0f} tokens"
     reading = f"{own[-1].label} gains most: perplexity {decimal(1, 100, signed=True)(gain)} % by {tokens}."
     return Plot(TOKENS.name, group, title, reading, text, make)
 
 
+def _tokens(row: Row) -> int:
+    return row.training_tokens or 0
+
+
 def _line(own: list[Row]) -> list[Point]:
-    """The pruned row at no tokens, and the others at theirs."""
-    start = points([own[0].model_copy(update={"training_tokens": 0})], TOKENS, PERPLEXITY)
-    return start + points(own[1:], TOKENS, PERPLEXITY)
+    """The rows at the tokens that they were trained on after the first of them."""
+    after = [row.model_copy(update={"training_tokens": _tokens(row) - _tokens(own[0])}) for row in own]
+    return points(after, TOKENS, PERPLEXITY)

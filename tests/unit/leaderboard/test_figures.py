@@ -296,6 +296,31 @@ def test_a_setting_that_another_of_its_method_beats_is_off_its_line() -> None:
     assert list(line.get_xdata()) == [3.25, 4.25]
 
 
+def test_recovery_counts_the_tokens_of_its_own_training_and_no_step_without_any() -> None:
+    made = [*records(Spec()), *recovered("l0", 3.0, {4000: 2.1, 16000: 1.6}), *records(Spec("l0+lora(steps=31)+gptq", "pruning", loss=1.7))]
+    for record in made:
+        if record.compress and record.cell.pipeline != "dense":
+            record.compress.training_tokens = (record.compress.training_tokens or 0) + 1000
+    later = [record for record in made if record.cell.pipeline == "l0+lora(steps=31)+gptq"]
+    for record in later:
+        if record.compress:
+            record.compress.training_tokens = 17000
+    lines = {line.get_label(): line for line in shown(of(rows(made), "recovery")[0]).axes[0].get_lines()}
+    drawn = [list(line.get_xdata()) for line in lines.values() if len(line.get_xdata()) == 3]
+    assert drawn == [[0.0, 4.0, 16.0]]
+    assert not any("gptq" in label for label in words(of(rows(made), "recovery")[0]).splitlines() if "+ " in label)
+
+
+def test_zeros_that_a_grid_leaves_in_a_cut_model_are_no_sparsity_of_its_pruning() -> None:
+    cut = list(records(Spec("flap+gptq", "pruning+quantization", loss=1.9, bits=4.25, sparsity=0.14, size=0.4)))
+    for record in cut:
+        record.cell.parameters = 1_000_000
+        for evidence in (part.evidence for part in (record.quality, record.speed) if part and part.evidence):
+            evidence.parameters = 800_000
+    (plot,) = of(rows([*EVERYTHING["methods-sparsity"](), *cut]), "methods-sparsity")
+    assert "flap+gptq" not in words(plot).splitlines() and "without zeros in pruned weights (flap+gptq)" in plot.caption
+
+
 def test_degradation_has_a_point_for_each_size() -> None:
     text = words(of(sample("degradation"), "degradation")[0])
     assert all(part in text for part in ("tiny-10000000", "10 M", "300 M", "rtn", "gptq"))
