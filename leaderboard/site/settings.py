@@ -34,7 +34,7 @@ def setting(table: Table, name: str, dense: str = "") -> Setting:
         "resolution": [
             *anchors(table.rows),
             *resolution(table.rows),
-            *([shorten(dense, LONGEST_REMARK)] if dense else []),
+            *([dense] if dense else []),
             "Intervals are 95 %.",
         ],
         "notes": notes,

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from slimbench.methods.core.training import Loss
 
 
+_HINTON = Citation("Knowledge distillation", year=2015, arxiv="1503.02531", covers=("distillation/hinton-kd-logit",))
+_OTHERS = Citation("f-DISTILL", year=2023, arxiv="2307.15190")
+_SKEW = Citation("DistiLLM", year=2024, arxiv="2402.03898")
+_CITATIONS = {"reverse": _OTHERS, "jsd": _OTHERS, "skew": _SKEW, "skew-reverse": _SKEW}
+"""Of the divergences that are not Hinton's."""
+
+
 @dataclass(frozen=True)
 class LogitDistillation(Distillation):
     """Distillation of the student that the pipeline has made by now.
@@ -35,7 +42,7 @@ class LogitDistillation(Distillation):
     """
 
     name = "kd"
-    citation = Citation("Knowledge distillation", year=2015, arxiv="1503.02531", covers=("distillation/hinton-kd-logit",))
+    citation = _HINTON
 
     teacher_share: float = 0.5
     teacher_temperature: float = 2.0
@@ -52,6 +59,8 @@ class LogitDistillation(Distillation):
             raise ValueError(f"mixture must be between 0 and 1, both excluded, not {self.mixture}")
         if self.divergence in ("forward", "reverse") and self.mixture != 0.5:
             raise ValueError(f"mixture must be left at 0.5, not {self.mixture}: the {self.divergence} divergence mixes nothing")
+        if self.citation is _HINTON:
+            object.__setattr__(self, "citation", _CITATIONS.get(self.divergence, _HINTON))
 
     @property
     def has_teacher(self) -> bool:

@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_CALM = Citation("CALM", year=2022, arxiv="2207.07061")
+_CITATIONS = {
+    ("entropy", "nll"): Citation("DeeBERT", year=2020, arxiv="2004.12993"),
+    ("entropy", None): Citation("FastBERT", year=2020, arxiv="2004.02178"),
+    ("patience", None): Citation("PABEE", year=2020, arxiv="2006.04152"),
+}
+"""By criterion, and loss where it tells two papers apart."""
+
+
 @dataclass(frozen=True)
 class EarlyExits(TrainingSettings, Acts, Method):
     """What all share.
@@ -41,7 +50,7 @@ class EarlyExits(TrainingSettings, Acts, Method):
 
     name = "early-exit"
     slot = "depth"
-    citation = Citation("CALM", year=2022, arxiv="2207.07061")
+    citation = _CALM
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     produces = policies.FORMAT
@@ -54,6 +63,7 @@ class EarlyExits(TrainingSettings, Acts, Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "citation", _CITATIONS.get((self.criterion, self.loss), _CITATIONS.get((self.criterion, None), _CALM)))
         self.policy()
 
     def places(self, shape: ModelShape) -> tuple[int, ...]:

@@ -82,5 +82,7 @@ def test_dense_on_the_other_engines_stands_beside_a_speed_up() -> None:
     told = beside.told(rates, row.engine)
     assert re.fullmatch(r"Dense decodes 8\d\.\d tokens/s on llamacpp, 2\d\.\d on transformers here: a speed-up is against dense .+", told)
     assert beside.told({"transformers": 22.0}, "transformers") == "" and beside.told({}, "transformers") == ""
+    many = beside.told({f"engine-{number}" + "x" * 99: 1e9 - number for number in range(99)}, "transformers")
+    assert many.endswith("on the same engine.") and len(many) < 600
     settings = Board.of(records(Spec()) + records(GPTQ) + records(fast)).settings
     assert sum(any("Dense decodes" in line for line in setting["resolution"]) for setting in settings) == 2

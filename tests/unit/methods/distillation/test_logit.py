@@ -18,6 +18,7 @@ from slimbench.methods.core import losses
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.core.losses import divergence
 from slimbench.methods.core.training import batch, cut
+from slimbench.methods.distillation.hints import FitNets
 from slimbench.methods.distillation.logit import LogitDistillation
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
@@ -181,3 +182,10 @@ def test_a_student_that_would_teach_itself_or_has_not_all_tokens_is_refused(stud
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LogitDistillation(**settings)
+
+
+def test_a_divergence_names_its_paper_and_a_method_built_on_it_keeps_its_own() -> None:
+    found = {kind: LogitDistillation(divergence=kind).citation for kind in ("forward", "reverse", "jsd", "skew")}
+    assert [cited.arxiv for cited in found.values()] == ["1503.02531", "2307.15190", "2307.15190", "2402.03898"]
+    assert [bool(cited.covers) for cited in found.values()] == [True, False, False, False]
+    assert FitNets(divergence="reverse").citation == FitNets.citation != found["reverse"]

@@ -92,3 +92,15 @@ def test_what_is_fitted_for_all_settings_gives_the_artefact_of_each(dense: Dense
     found, wanted, kept = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (folders[1], folders[2], folders[0]))
     assert found == wanted and kept == before and found["policy.json"] != before["policy.json"]
     assert claim.work == Work(blocks=5, fewest_blocks=5) and again.trained_parameters == claim.trained_parameters
+
+
+def test_a_criterion_names_its_paper() -> None:
+    told: list[dict[str, Any]] = [
+        {},
+        {"criterion": "state"},
+        {"criterion": "entropy", "loss": "nll"},
+        {"criterion": "entropy"},
+        {"criterion": "patience", "threshold": 2},
+    ]
+    made = [EarlyExits(**settings) for settings in told]
+    assert [method.citation.arxiv for method in made] == ["2207.07061", "2207.07061", "2004.12993", "2004.02178", "2006.04152"]
