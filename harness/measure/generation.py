@@ -4,6 +4,9 @@ The tokens come out of the loop of prefill and decode steps that the stage `spee
 it together, since padding would change numbers. A batch that they do not fill is filled up with the last of them: each prompt is
 continued in a batch of one size, and an engine that compiles sees few shapes. The token that ends a text is one like others: a model
 that ends at once would otherwise say nothing of how it goes on.
+
+Where the two likeliest tokens of a reference are hardly told apart, rounding decides: a lossless method may part from it there, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import torch
 
 from slimbench.harness.config.schema import SuiteConfig
 from slimbench.harness.measure import protocols
-from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.schema.generation import AskedPrompts, GenerationResult
 from slimbench.harness.store.partial import Part
 from slimbench.methods.base import Unsupported
 from slimbench.tasks.prompts import Prompts
 
 _BATCH = 8
+_UNITS = 2
 
 
 def measure(
@@ -33,6 +37,7 @@ def measure(
     suite: SuiteConfig,
     on_progress: Callable[[int, int], None],
     part: Part | None = None,
+    ties: bool = False,
 ) -> tuple[GenerationResult, int]:
     """Continue prompts by `suite.continuations` tokens.
 
@@ -40,6 +45,7 @@ def measure(
         tokenizer: That of the source model.
         on_progress: Called with prompts done and prompts in all.
         part: Keeps each batch; what it has of an earlier attempt is not written again.
+        ties: Look for the places that are undecided, where the engine shows logits.
 
     Returns:
         The result, and how many tokens went through the model.
@@ -62,6 +68,10 @@ def measure(
         through += batch * (rows.shape[1] + length - 1)
         on_progress(len(written), len(ids))
     tokens = [written[place] for place in range(len(ids))]
+    near: list[list[int]] = []
+    if ties and isinstance(model, Scores) and model.scoring == "exact":
+        near = [_ties(model, prompt, found) for prompt, found in zip(ids, tokens, strict=True)]
+        through += sum(len(prompt) + length - 1 for prompt in ids)
     result = GenerationResult(
         protocol=f"greedy-{protocols.GENERATION}",
         asked=AskedPrompts(sha256=asked.sha256, kinds=list(asked.kinds), texts=list(asked.texts)),
@@ -69,6 +79,7 @@ def measure(
         batch=batch,
         tokens=tokens,
         texts=[tokenizer.decode(found, clean_up_tokenization_spaces=False) for found in tokens],
+        ties=near,
     )
     return result, through
 
@@ -79,3 +90,16 @@ def _batches(ids: list[list[int]], most: int) -> list[list[int]]:
     for place, tokens in enumerate(ids):
         alike[len(tokens)].append(place)
     return [places[first : first + most] for _, places in sorted(alike.items()) for first in range(0, len(places), most)]
+
+
+def undecided(logits: torch.Tensor) -> torch.Tensor:
+    """Whether the two largest logits [..., V] lie at most two units in the last place apart, those of their dtype at the largest; [...]."""
+    first, second = logits.topk(2, -1).values.double().unbind(-1)
+    unit = torch.finfo(logits.dtype).eps * torch.exp2(torch.frexp(first).exponent.double() - 1)
+    return first - second <= _UNITS * unit
+
+
+def _ties(model: Scores, prompt: list[int], written: list[int]) -> list[int]:
+    """The places of a continuation that are undecided, seen in one pass over it and its prompt."""
+    logits = model.logits(torch.tensor([prompt + written[:-1]]), len(prompt) - 1)
+    return [int(place) for place in undecided(logits[0]).nonzero()]

@@ -45,6 +45,8 @@ class GenerationResult(Schema):
         batch: Sequences that were continued at a time.
         tokens: Token ids of each continuation, in the order of the prompts.
         texts: The same as text.
+        ties: Of each continuation the places at which the two likeliest tokens are hardly told apart
+            (`measure.generation.undecided`); none at all where that was not looked at, as with any artefact but a reference.
     """
 
     protocol: str
@@ -53,10 +55,12 @@ class GenerationResult(Schema):
     batch: int
     tokens: list[Ids]
     texts: list[str]
+    ties: list[Ids] = []
 
     @model_validator(mode="after")
     def _rectangular(self) -> GenerationResult:
-        if len({len(column) for column in (self.asked.kinds, self.asked.texts, self.tokens, self.texts)}) > 1:
+        columns = (self.asked.kinds, self.asked.texts, self.tokens, self.texts, self.ties or self.texts)
+        if len(set(map(len, columns))) > 1:
             raise ValueError("prompts and continuations differ in number")
         if self.length < 1 or any(len(ids) != self.length for ids in self.tokens):
             raise ValueError(f"not every continuation has {self.length} tokens")

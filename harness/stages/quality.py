@@ -87,7 +87,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
             result.zeroshot, tokens = zeroshot.measure(Scores.of(loaded), tokenizer, suite, report.progress, seen, kept)
         result.forward_tokens += tokens
     if suite.continuations:
-        _continue(loaded, tokenizer, suite, result, report, journal)
+        _continue(loaded, tokenizer, suite, result, report, journal, distributions.is_reference)
     if contexts:
         _retrieve(loaded, contexts, readings.of(config, key), seen, result, report, journal)
     _imitate(config, loaded, tokenizer, result, report, journal)
@@ -128,12 +128,16 @@ def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> 
     return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
 
 
-def _continue(loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal) -> None:
+def _continue(
+    loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal, is_reference: bool
+) -> None:
     """Let the model go on from prompts; where it cannot, say why, or raise `Unsupported` if the suite asks for nothing else."""
     try:
         model = Generates.of(loaded)
         with _timed(result, report, journal, "continuations", "continuations") as kept:
-            result.generation, tokens = generation.measure(model, tokenizer, prompts.load(), suite, report.progress, kept)
+            result.generation, tokens = generation.measure(
+                model, tokenizer, prompts.load(), suite, report.progress, kept, ties=is_reference
+            )
         result.forward_tokens += tokens
     except Unsupported as error:
         if not suite.texts and not suite.tasks:

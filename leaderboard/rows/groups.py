@@ -138,6 +138,11 @@ class Fidelity(Group):
     divergent_low: float | None = Field(default=None, description="Lower bound of that share, bootstrap over prompts.")
     divergent_high: float | None = Field(default=None, description="Upper bound of that share, bootstrap over prompts.")
     same_continuations: float | None = Field(default=None, description="Share of the prompts whose continuation is the reference's, 0..1.")
+    divergent_at_ties: float | None = Field(
+        default=None,
+        description="Of the continuations that part from the reference's, the share that part where its two likeliest tokens are at most "
+        "two units in the last place apart, 0..1.",
+    )
     divergent_by_kind: dict[str, float | None] = Field(default={}, description="Share of divergent tokens for each kind of prompt.")
     continuations_reason: str | None = Field(default=None, description="Why the row's continuations are compared with none.")
 

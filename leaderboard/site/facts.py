@@ -82,6 +82,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Same continuations": ""
         if row.continuations is None or row.same_continuations is None
         else f"{row.same_continuations * row.continuations:.0f} of {row.continuations} prompts, {row.continuation_tokens} tokens each",
+        "Parted where the reference is undecided": _text(decimal(0, 100), row.divergent_at_ties, " % of the others"),
         "Divergent tokens by kind of prompt": _list(decimal(1, 100), row.divergent_by_kind, " %"),
         "Continuations": "" if row.continuations_reason is None else f"not compared: {row.continuations_reason}",
         "Accuracy % (against the reference)": ", ".join(_task(row, name) for name in row.task_accuracy),

@@ -283,6 +283,8 @@ def continuations(ours: Json | None, theirs: Json | None, records: Records) -> J
     found["first_divergent_low"], found["first_divergent_high"] = mean_bounds(first)
     found["divergent_low"], found["divergent_high"] = mean_bounds(share)
     found["same_continuations"] = float((share == 0).mean())
+    parted = [str(int(at)) in text.split() for at, text, lost in zip(first, theirs.get("ties", []), share, strict=False) if lost]
+    found["divergent_at_ties"] = float(np.mean(parted)) if parted else None
     found["divergent_by_kind"] = {str(kind): float(share[kinds == kind].mean()) for kind in set(kinds)}
     return found
 
@@ -346,6 +348,7 @@ COMPARED = (
 WRITTEN = (
     *("continuations", "continuation_tokens", "first_divergent", "first_divergent_low", "first_divergent_high"),
     *("divergent_share", "divergent_low", "divergent_high", "same_continuations", "divergent_by_kind", "timed_equal"),
+    "divergent_at_ties",
 )
 """Compared too; records that were made before there were prompts have none of them."""
 

@@ -118,8 +118,16 @@ def fidelity(ours: QualityResult, theirs: QualityResult | None, dense: Iterable[
         divergent_low=found.divergent.low,
         divergent_high=found.divergent.high,
         same_continuations=found.same,
+        divergent_at_ties=_at_ties([apart for _, apart in paired], theirs),
         divergent_by_kind={kind: fmean(apart.divergent for other, apart in paired if other == kind) for kind in kinds},
     )
+
+
+def _at_ties(found: Sequence[free_running.Apart], theirs: QualityResult | None) -> float | None:
+    """Of the continuations that part from the reference's, the share that part where it is undecided; None without any, or unseen."""
+    ties = theirs.generation.ties if theirs and theirs.generation else []
+    parted = [apart.first in places for apart, places in zip(found, ties, strict=False) if apart.divergent]
+    return fmean(parted) if parted else None
 
 
 def accuracy(ours: QualityResult, theirs: QualityResult | None) -> Accuracy:

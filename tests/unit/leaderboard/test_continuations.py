@@ -42,8 +42,22 @@ def test_a_row_is_held_against_the_reference_prompt_by_prompt() -> None:
     assert found.first_divergent == (4 + 3 + 2 + 1 + 0 + 3 + 0 + 4) / 8
     assert found.divergent_share == (0 + 1 + 2 + 3 + 4 + 1 + 1 + 0) / 32
     assert found.divergent_by_kind == {"question": (0 + 2 + 4 + 1) / 16, "code": (1 + 3 + 1 + 0) / 16}
+    assert found.divergent_at_ties is None, "nobody looked where the reference is undecided"
     reference = row(dense + gptq, pipeline="dense")
     assert reference.continuations is None and reference.divergent_share is None and reference.continuations_reason is None
+
+
+def test_it_is_told_how_many_part_where_the_reference_is_undecided() -> None:
+    dense, gptq = records(DENSE), records(GPTQ)
+    write(dense, SAME)
+    write(gptq, APART)
+    for record in dense:
+        if record.quality and record.quality.generation:
+            record.quality.generation.ties = [[0], [3], [1, 3], [], [0, 1], [3], [1], [0]]
+    found = row(dense + gptq, pipeline="gptq")
+    assert found.divergent_at_ties == 3 / 6, "the second, fifth and sixth of six; the first and the last do not part"
+    assert "50 % of the others" in Elements(site(dense + gptq)[names.cell(found)]).text
+    assert row(dense + gptq, pipeline="dense").divergent_at_ties is None
 
 
 def test_other_prompts_and_other_engines_are_not_compared_and_the_row_says_so() -> None:

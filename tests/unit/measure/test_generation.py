@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
-from slimbench.harness.measure.generation import measure
+from slimbench.harness.measure.generation import measure, undecided
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.schema.generation import GenerationResult
 from slimbench.methods.base import Unsupported
@@ -64,6 +64,43 @@ def test_each_prompt_goes_on_as_it_does_alone_by_the_likeliest_token(module: Any
     assert result.asked.texts == list(TEXTS) and result.asked.sha256 == ASKED.sha256 and result.length == 5
     assert model.shapes == [(8, 2), (8, 2), (8, 6)], "equally long prompts together, each batch full"
     assert through == 8 * (2 * (2 + 4) + 6 + 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "second", "told"),
+    [
+        (torch.bfloat16, 16.0, 15.75, True),  # one unit is an eighth from 16 on
+        (torch.bfloat16, 16.0, 15.6875, False),
+        (torch.bfloat16, -1.0, -1.015625, True),
+        (torch.bfloat16, -1.0, -1.0234375, False),
+        (torch.float32, 1.0, 1.0 - 2**-22, True),
+        (torch.float32, 1.0, 1.0 - 2**-21, False),
+        (torch.float32, 0.0, -1e-3, False),
+        (torch.float32, 0.0, 0.0, True),
+    ],
+)
+def test_two_tokens_are_hardly_told_apart_within_two_units_of_their_logits(
+    dtype: torch.dtype, first: float, second: float, told: bool
+) -> None:
+    logits = torch.tensor([[-9.0, second, -5.0, first]], dtype=dtype)
+    assert undecided(logits).tolist() == [told] == undecided(logits.flip(1)).tolist()
+
+
+def test_the_undecided_places_are_those_of_the_steps_themselves(talking: Path) -> None:
+    model, tokenizer = Watched(load_pretrained(talking, "cpu").bfloat16()), AutoTokenizer.from_pretrained(talking)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.copy_((parameter * 8).round() / 8)
+    wanted = resolve([]).suite.model_copy(update={"continuations": 20})
+    result, through = measure(model, tokenizer, ASKED, wanted, lambda done, total: None, ties=True)
+    for text, tokens, ties in zip(TEXTS, result.tokens, result.ties, strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        alone = [model.logits(torch.tensor([ids + tokens[:place]]))[:, -1] for place in range(20)]
+        assert ties == [place for place, logits in enumerate(alone) if bool(undecided(logits))]
+    assert 0 < sum(map(len, result.ties)) < 20 * len(TEXTS)
+    plain, fewer = measure(model, tokenizer, ASKED, wanted, lambda done, total: None)
+    assert plain.ties == [] and plain.tokens == result.tokens
+    assert through - fewer == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 19 for text in TEXTS)
 
 
 def test_a_policy_that_runs_one_sequence_at_a_time_gets_one_at_a_time(module: Any, talking: Path) -> None:
