@@ -49,7 +49,7 @@ class Sheared(Smaller, Gated):
     """
 
     name = "sheared-llama"
-    version = 2
+    version = 3
     citation = Citation("Sheared LLaMA", year=2023, arxiv="2310.06694", covers=("pruning/sheared-llama",))
 
     loss: Literal["distillation", "nll"] = "nll"
@@ -176,6 +176,10 @@ class Both(Hooks):
 
     def groups(self) -> Sequence[Group]:
         return [group for hooks in self.hooks for group in hooks.groups()]
+
+    def after_backward(self, step: int) -> None:
+        for hooks in self.hooks:
+            hooks.after_backward(step)
 
     def after_step(self, step: int, optimizer: Any) -> None:
         for hooks in self.hooks:

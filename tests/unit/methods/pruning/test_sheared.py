@@ -13,10 +13,11 @@ import torch
 from slimbench.methods.base import Claim, DenseModel, Method, Unsupported
 from slimbench.methods.core.architecture.uniform import Sizes, sizes_of
 from slimbench.methods.core.learning.gates import Pace
+from slimbench.methods.core.learning.hooks import Hooks
 from slimbench.methods.formats import huggingface
 from slimbench.methods.pruning.gates.nested import Nest
 from slimbench.methods.pruning.gates.shapes import ShapedGates
-from slimbench.methods.pruning.gates.sheared import Mixture, Sheared, update_proportion
+from slimbench.methods.pruning.gates.sheared import Both, Mixture, Sheared, update_proportion
 from tests.support import tiny
 from tests.support.architectures import make
 
@@ -120,10 +121,16 @@ def test_the_sizes_are_hit_and_each_path_follows_its_target(architecture: str, s
         middle, last = ([row[3 + 4 * kind], row[4 + 4 * kind]] for row in (half, path[-1]))
         assert abs(middle[0] - middle[1]) < 0.05
         assert last[1] == pytest.approx(1 - facts["sizes_left"][name] / facts["sizes_before"][name], abs=1e-6)
-    assert facts["gates"]["difference"] < 0.03
+    assert facts["gates"]["difference"] < 0.01
+    assert len(set(facts["gates"]["scale"])) == 4 and 1.0 not in facts["gates"]["scale"], "each kind was weighed against the loss"
     assert [row[0] for row in facts["mix"]["path"]] == [10, 20, 30, 40, 50, 60]
     for row in facts["mix"]["path"]:
         assert sum(row[1:3]) == pytest.approx(1)
+
+
+def test_nothing_that_hooks_do_is_left_out_where_two_act_together() -> None:
+    offered = {name for name, value in vars(Hooks).items() if callable(value) and not name.startswith("_")}
+    assert offered <= set(vars(Both))
 
 
 def test_domains_are_drawn_in_proportion_and_held_out_windows_never(tmp_path: Path) -> None:
