@@ -33,7 +33,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "adapterdrop": TRAINED,
     "adapterfusion": TRAINED,
     "adaround": {"steps": 3},
-    "apt": TRAINED,
+    "apt": TRAINED | {"fade": 0.5},
     "assistant": TRAINED,
     "asvd": {"tokens": 64},
     "awq": {"candidates": 4},

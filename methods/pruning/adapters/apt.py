@@ -88,6 +88,8 @@ class APT(AdapterPruning):
             raise ValueError(f"memory must be at least 0 and below 1, not {self.memory}")
         if not 0 < self.fade <= 1:
             raise ValueError(f"fade must be above 0 and at most 1, not {self.fade}")
+        if (left := self.steps - self.growth.end + 1) * self.fade < 1:
+            raise ValueError(f"fade must be at least 1 / {left}, not {self.fade}: a mask has {left} of {self.steps} steps to close")
         if self.loss != "nll":
             raise ValueError("apt learns from the text and from itself: its loss is nll")
 

@@ -27,7 +27,7 @@ from tests.support import tiny
 from tests.support.architectures import make
 
 CALIBRATION = tiny.tokens(samples=8, length=32)
-FEW: dict[str, Any] = {"steps": 24, "batch_size": 2, "length": 16}
+FEW: dict[str, Any] = {"steps": 24, "batch_size": 2, "length": 16, "fade": 0.25}
 GROUP, CHANNEL = {"llama": 16 * 64 * 6, "opt": 16 * (3 * 65 + 64)}, {"llama": 3 * 64, "opt": 65 + 64}
 GROUPS = {"llama": 2, "opt": 4}
 ONE = {"llama": (16 * 6, 0, 3, 0), "opt": (16 * 4, 16 * 3, 2, 1)}
@@ -391,6 +391,16 @@ def test_other_decoders_and_settings_are_refused_in_one_line(llama: DenseModel, 
     for wrong in ({"growing": 0.5}, {"memory": 1.0}, {"fade": 0.0}, {"loss": "distillation"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             APT(**wrong)
+    with pytest.raises(ValueError, match="fade must be at least 1 / 7, not 0.1: a mask has 7 of 20 steps to close"):
+        APT(steps=20)
+    hooks = watched(APT(steps=20, fade=1 / 7).growth, wanted=192 * 100)[2]
+    for average in hooks.averages.values():
+        average.copy_(torch.arange(len(average)))
+    hooks.fade = 1 / 7
+    for step in range(20):
+        hooks.after_step(step, None)  # type: ignore[arg-type]
+    for name, gate in hooks.gates.items():
+        torch.testing.assert_close(gate, (~hooks.gone[name]).float())
 
 
 def test_the_same_artefact_comes_twice_and_after_an_interruption(llama: DenseModel, tmp_path: Path) -> None:
