@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.core.architecture.units import Structures, cheapest, price
 from slimbench.methods.core.learning.hooks import Group, Hooks
+from slimbench.methods.core.learning.terms import term
 
 _ROWS = 50  # of a path in a claim
 _SURE = 30.0  # α of a gate that no draw moves
@@ -170,7 +171,11 @@ class Lagrangian(Hooks):
         return min(1.0, (self.step + 1) / max(1, self.pace.warm))
 
     def penalty(self) -> Tensor:
-        """κ (λ₁ (ŝ − t) + λ₂ (ŝ − t)²) or λ Σ P(z ≠ 0), a scalar to add to the loss; 0 where gates are fixed."""
+        """What is added to the loss, which hears it by its name: the multipliers climb, and the loss of the text does not."""
+        return term("gates", self.priced())
+
+    def priced(self) -> Tensor:
+        """κ (λ₁ (ŝ − t) + λ₂ (ŝ − t)²) or λ Σ P(z ≠ 0), a scalar; 0 where gates are fixed."""
         if self.pace.price is not None and not self.fixed:
             return self.pace.price * torch.stack([self.law.stays(alpha).sum() for alpha in self.alphas.values()]).sum()
         gap = self.gone() - self.target()

@@ -57,7 +57,7 @@ class ShapedGates(NestedGates):
         """t of each kind in the step that is on, [4]."""
         return self.begun + (self.shares - self.begun) * self.grown
 
-    def penalty(self) -> Tensor:
+    def priced(self) -> Tensor:
         first, second = self.multipliers
         gaps = [shares - target for shares, target in zip(self.each(self.stays()), self.targets(), strict=True)]
         prices = [(first[kind] * gap + second[kind] * gap.square()).mean() for kind, gap in enumerate(gaps)]

@@ -391,7 +391,7 @@ def test_other_decoders_and_settings_are_refused_in_one_line(llama: DenseModel, 
     for wrong in ({"growing": 0.5}, {"memory": 1.0}, {"fade": 0.0}, {"loss": "distillation"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             APT(**wrong)
-    with pytest.raises(ValueError, match="fade must be at least 1 / 7, not 0.1: a mask has 7 of 20 steps to close"):
+    with pytest.raises(ValueError, match=r"fade must be at least 1 / 7, not 0\.1: a mask has 7 of 20 steps to close"):
         APT(steps=20)
     hooks = watched(APT(steps=20, fade=1 / 7).growth, wanted=192 * 100)[2]
     for average in hooks.averages.values():

@@ -123,6 +123,10 @@ def test_the_sizes_are_hit_and_each_path_follows_its_target(architecture: str, s
         assert last[1] == pytest.approx(1 - facts["sizes_left"][name] / facts["sizes_before"][name], abs=1e-6)
     assert facts["gates"]["difference"] < 0.01
     assert len(set(facts["gates"]["scale"])) == 4 and 1.0 not in facts["gates"]["scale"], "each kind was weighed against the loss"
+    training = facts["training"]
+    whole, gates = dict(training["loss_curve"]), dict(training["loss_terms"]["gates"])
+    assert gates[1] == 0.0 and any(gates.values()), "the loss of the text is what is left without it"
+    assert all(0 < whole[step] - gates[step] < 10 for step in gates)
     assert [row[0] for row in facts["mix"]["path"]] == [10, 20, 30, 40, 50, 60]
     for row in facts["mix"]["path"]:
         assert sum(row[1:3]) == pytest.approx(1)
