@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
 from slimbench.methods.core.learning.hooks import Hooks, regroup
+from slimbench.methods.core.learning.teachers import fingerprint, teacher_of, watching
 from slimbench.methods.core.learning.terms import hearing
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class Trained:
         loss_after: Loss of the first step's batch with the final parameters; to be held against the first loss of the curve, but where a
             step has draws or prices of its own: units that are shut at random, texts that are drawn, multipliers that climbed.
         terms: By name, the same points of each part of the loss, where a step had it.
+        start_sha256: Of the parameters before the first step (`core.learning.teachers`); of a student that is distilled, of all of its own.
+        teacher_sha256: Of the teacher that the loss asked, as it was loaded and as it was in the end; None: it asked none.
     """
 
     tokens: int
@@ -140,13 +143,17 @@ class Trained:
     curve: tuple[tuple[int, float], ...]
     loss_after: float
     terms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    start_sha256: str = ""
+    teacher_sha256: str | None = None
 
     @property
     def told(self) -> dict[str, Any]:
-        """How the loss went, for a claim."""
+        """How the loss went, from where and by whom, for a claim."""
         facts: dict[str, Any] = {"loss_curve": [list(point) for point in self.curve]}
         if self.terms:
             facts["loss_terms"] = {name: [list(point) for point in points] for name, points in self.terms.items()}
+        facts |= {"start_sha256": self.start_sha256} if self.start_sha256 else {}
+        facts |= {"teacher_sha256": self.teacher_sha256} if self.teacher_sha256 else {}
         return facts | {"loss_before": self.curve[0][1], "loss_after": self.loss_after}
 
     def added_to(self, claim: Claim) -> Claim:
@@ -163,6 +170,7 @@ def train(
     dense: DenseModel,
     hooks: Hooks | None = None,
     more_follows: bool = False,
+    start: str | None = None,
 ) -> Trained:
     """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
 
@@ -174,9 +182,10 @@ def train(
         dense: Gives the device, the seed of the cell, the progress to report to and the folder of checkpoints.
         hooks: What the method does between the parts of a step; None: nothing.
         more_follows: Another training goes on from this one, so that its last step is kept too.
+        start: Fingerprint of what the training began from, where that is something else than the parameters.
 
     Raises:
-        RuntimeError: The loss is no longer finite.
+        RuntimeError: The loss is no longer finite, or the teacher changed.
     """
     import torch
 
@@ -190,7 +199,8 @@ def train(
     free = {name for group in hooks.groups() if group.free for name in group.names}
     clipped = [value for name, value in parameters.items() if name not in free]
     identity = _identity(settings, {**parameters, **_state(hooks)}, windows) if dense.checkpoints else ""
-    with _seeded(settings.seed, dense.device):
+    start = start or fingerprint(parameters)
+    with _seeded(settings.seed, dense.device), watching() as teachers:
         (losses, terms), due = _resume(dense, identity, parameters, optimizer, hooks), _checkpoints.Due()
         for step in range(len(losses), settings.steps):
             for group in optimizer.param_groups:
@@ -216,7 +226,8 @@ def train(
     shown = _points(len(losses))
     names = dict.fromkeys(name for parts in terms for name in parts)
     courses = {name: _course([parts.get(name) for parts in terms], shown) for name in names}
-    return Trained(_tokens(settings, windows), sum(p.numel() for p in values), _course(losses, shown), after, courses)
+    tokens, taught = _tokens(settings, windows), " ".join(teachers) or None
+    return Trained(tokens, sum(p.numel() for p in values), _course(losses, shown), after, courses, start, taught)
 
 
 def cut(ids: Tensor, length: int) -> Tensor:
@@ -257,7 +268,7 @@ def objective(settings: LoopSettings, student: Any, dense: DenseModel, teacher: 
 
     bfloat16, temperature = dense.dtype == "bfloat16", settings.teacher_temperature
     if settings.loss == "distillation" and teacher is None:
-        teacher = dense.load_original().requires_grad_(False)
+        teacher = teacher_of(dense)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):

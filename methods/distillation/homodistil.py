@@ -85,6 +85,7 @@ class HomoDistil(TrainingSettings, Smaller):
         from slimbench.methods.core.architecture.surgery import cache_bytes_per_token, counts
         from slimbench.methods.core.architecture.uniform import check, narrow, sizes_of
         from slimbench.methods.core.learning import trained
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.training import cut, train
         from slimbench.methods.distillation.student import width_of
 
@@ -92,7 +93,7 @@ class HomoDistil(TrainingSettings, Smaller):
         before, full = student.num_parameters(), sizes_of(student)
         left = self.sizes(full)
         check(student, left)
-        teacher: Any = dense.load_original().requires_grad_(False)
+        teacher: Any = teacher_of(dense)
         widths = [width_of(each) for each in (student, teacher)]
         if widths[0] != widths[1]:
             raise Unsupported(f"hidden states of {widths[0]} features cannot be compared with the teacher's {widths[1]}")

@@ -78,6 +78,7 @@ class Distillation(TrainingSettings, Method):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         from slimbench.methods.core.learning import trained
+        from slimbench.methods.core.learning.teachers import fingerprint, teacher_of
         from slimbench.methods.formats.architecture.modules import KeptLogits
 
         if self.has_teacher and self.after and dense.original in (None, dense.path):
@@ -85,20 +86,23 @@ class Distillation(TrainingSettings, Method):
         student = trained.load(dense)
         if any(isinstance(module, KeptLogits) for module in student.modules()):
             raise Unsupported("the student never predicts some tokens, of which the teacher's distribution has a share")
-        teacher = dense.load_original().requires_grad_(False) if self.has_teacher else None
+        teacher = teacher_of(dense) if self.has_teacher else None
         windows = self.windows(calibration, dense)
         self.prepare(student, windows, dense)
         lessons = self.lessons(student, teacher, dense)
         ends = [round(self.steps * sum(lesson.share for lesson in lessons[:count])) for count in range(len(lessons) + 1)]
+        start = fingerprint(dict(student.named_parameters()))
         done: list[Trained] = []
         for index, lesson in enumerate(lessons):
             lesson.begin()
             own = windows if lesson.windows is None else lesson.windows()
-            done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), own, dense))
+            done.append(self._learn(student, lesson, index, (ends[index], ends[index + 1]), own, dense, start))
         steps = [end - begin for begin, end in pairwise(ends)]
         self.cut_out(student)
         trained.save(student, dense, out)
-        whole = replace(done[-1], tokens=sum(part.tokens for part in done), parameters=max(part.parameters for part in done))
+        taught = next((part.teacher_sha256 for part in done if part.teacher_sha256), None)
+        tokens, most = sum(part.tokens for part in done), max(part.parameters for part in done)
+        whole = replace(done[-1], tokens=tokens, parameters=most, teacher_sha256=taught)
         claim = whole.added_to(replace(self.left(student), teacher=self.taught_by(dense)))
         claim.details["training"] |= {"lesson_steps": steps, "earlier_lessons": [part.told for part in done[:-1]]}
         return claim
@@ -129,7 +133,9 @@ class Distillation(TrainingSettings, Method):
 
         return trained.teacher(self) if self.has_teacher else None
 
-    def _learn(self, student: Any, lesson: Lesson, index: int, steps: tuple[int, int], windows: Any, dense: DenseModel) -> Trained:
+    def _learn(
+        self, student: Any, lesson: Lesson, index: int, steps: tuple[int, int], windows: Any, dense: DenseModel, start: str | None = None
+    ) -> Trained:
         """One lesson, with a part of the progress and a folder of checkpoints of its own."""
         from slimbench.methods.core.training import train
 
@@ -146,7 +152,8 @@ class Distillation(TrainingSettings, Method):
         loop = {each.name: getattr(self, each.name) for each in fields(TrainingSettings)} | {"steps": steps[1] - steps[0]}
         place = replace(dense, progress=progress, checkpoints=kept)
         more = steps[1] < self.steps
-        return train(TrainingSettings(**loop), parameters | dict(lesson.beside), lesson.loss, windows, place, more_follows=more)
+        learned = parameters | dict(lesson.beside)
+        return train(TrainingSettings(**loop), learned, lesson.loss, windows, place, more_follows=more, start=start)
 
 
 def logits(model: Callable[..., Any], ids: Tensor, dense: DenseModel) -> Tensor:

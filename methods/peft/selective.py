@@ -104,11 +104,12 @@ class SparseFinetune(TrainingSettings, Method):
         from slimbench.methods.core.layers import block_linears
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.learning.hooks import Locked
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.training import cut, train
 
         model = trained.load(dense)
         layers = block_linears(model)
-        teacher = dense.load_original().requires_grad_(False)
+        teacher = teacher_of(dense)
         _check_alike(model, teacher)
         parameters = dict(model.requires_grad_(True).named_parameters())
         locked = Locked.zeros({key: parameters[key] for key in (f"{name}.weight" for name in layers)})

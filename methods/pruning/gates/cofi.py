@@ -85,6 +85,7 @@ class CoFi(NestedPruning):
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         import torch
 
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.training import cut, train
         from slimbench.methods.pruning.gates import learned
         from slimbench.methods.pruning.gates.nested import NestedGates, check_parts
@@ -93,7 +94,7 @@ class CoFi(NestedPruning):
         check_parts(model)
         before, gates = model.num_parameters(), NestedGates(model, self.ratio, self.pace())
         self.prepare(gates, dense)
-        teacher = dense.load_original().requires_grad_(False)
+        teacher = teacher_of(dense)
         widths: list[Any] = [each.get_input_embeddings().embedding_dim for each in (model, teacher)]
         if widths[0] != widths[1]:
             raise Unsupported(f"hidden states of {widths[0]} features cannot be compared with those of the first model, {widths[1]}")

@@ -86,9 +86,10 @@ class Compresso(NestedPruning):
         """The loss of a model with adapters whose gates are drawn anew each time."""
         import torch
 
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.losses import cross_entropy, soft_cross_entropy
 
-        teacher = dense.load_original().requires_grad_(False) if self.loss == "distillation" else None
+        teacher = teacher_of(dense) if self.loss == "distillation" else None
 
         def loss(ids: Tensor) -> Tensor:
             whole, before = torch.cat([prompt.expand(len(ids), -1), ids], dim=1), max(1, len(prompt))

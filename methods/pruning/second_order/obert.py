@@ -122,4 +122,5 @@ def _joined(phases: Sequence[Trained]) -> Trained:
     thinned = curve[:: math.ceil(len(curve) / (_POINTS - 1))]
     last = phases[-1]
     points = thinned if thinned[-1] == curve[-1] else [*thinned, curve[-1]]
-    return Trained(sum(phase.tokens for phase in phases), last.parameters, tuple(points), last.loss_after)
+    tokens, start = sum(phase.tokens for phase in phases), phases[0].start_sha256
+    return Trained(tokens, last.parameters, tuple(points), last.loss_after, start_sha256=start, teacher_sha256=last.teacher_sha256)

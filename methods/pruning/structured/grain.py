@@ -105,10 +105,11 @@ class GRAIN(TrainingSettings, Smaller, Method):
         """Predictions and hidden states; of the first the hooks see the gradients that choose units."""
         import torch
 
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.losses import next_token, soft_cross_entropy, square_head
         from slimbench.methods.pruning.structured.dimensions import masked
 
-        teacher = dense.load_original().requires_grad_(False)
+        teacher = teacher_of(dense)
 
         def loss(ids: Tensor) -> Tensor:
             with masked(hooks.kinds, hooks.gone), torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):

@@ -69,9 +69,10 @@ class TSLD(TernaryQAT):
         import torch
         from torch.nn.functional import cross_entropy
 
+        from slimbench.methods.core.learning.teachers import teacher_of
         from slimbench.methods.core.losses import next_token
 
-        teacher, bfloat16 = dense.load_original().requires_grad_(False), dense.dtype == "bfloat16"
+        teacher, bfloat16 = teacher_of(dense), dense.dtype == "bfloat16"
 
         def loss(ids: Tensor) -> Tensor:
             with torch.autocast(dense.device, torch.bfloat16, enabled=bfloat16):
