@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
 from slimbench.methods.core.learning.hooks import Hooks, regroup
-from slimbench.methods.core.learning.teachers import fingerprint, teacher_of, watching
+from slimbench.methods.core.learning.teachers import FIRST, fingerprint, teacher_of, watching
 from slimbench.methods.core.learning.terms import hearing
 
 if TYPE_CHECKING:
@@ -157,9 +157,9 @@ class Trained:
         return facts | {"loss_before": self.curve[0][1], "loss_after": self.loss_after}
 
     def added_to(self, claim: Claim) -> Claim:
-        """The claim, with what was trained and how the loss went."""
-        details = claim.details | {"training": self.told}
-        return replace(claim, training_tokens=self.tokens, trained_parameters=self.parameters, details=details)
+        """The claim, with what was trained, how the loss went, and the teacher that the loss asked, unless the claim names one."""
+        details, teacher = claim.details | {"training": self.told}, claim.teacher or (FIRST if self.teacher_sha256 else None)
+        return replace(claim, training_tokens=self.tokens, trained_parameters=self.parameters, details=details, teacher=teacher)
 
 
 def train(

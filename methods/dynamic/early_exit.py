@@ -97,7 +97,8 @@ class EarlyExits(TrainingSettings, Acts, Method):
         whole = counts(model)["parameters"] + sum(value.numel() for value in stored.values())
         facts = {"exits": list(policy.exits), "exit_parameters": sum(value.numel() for value in stored.values())}
         work = self._work(dense.shape)
-        return done.added_to(Claim(self.produces, parameters=whole, work=work, teacher=trained.teacher(self), details=facts))
+        teacher = "the model itself" if self.loss == "distillation" else None
+        return done.added_to(Claim(self.produces, parameters=whole, work=work, teacher=teacher, details=facts))
 
     def write_settings(self, fitted: DenseModel, out: Path) -> Claim:
         policies.replaced(self.policy(fitted.shape), fitted, out)

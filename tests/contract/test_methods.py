@@ -127,6 +127,17 @@ def test_the_seed_of_a_cell_reaches_what_it_draws(made: Made, dense: DenseModel,
     assert content(make(made.method, dense, tmp_path / "again")) == content(made)
 
 
+def test_a_claim_of_a_teacher_comes_with_its_proof(made: Made) -> None:
+    training = made.claim.details.get("training", {})
+    proofs = {name: training[name] for name in ("start_sha256", "teacher_sha256") if name in training}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", proof) for proof in proofs.values())
+    if "loss_curve" in training:
+        assert "start_sha256" in proofs
+    if made.claim.teacher == "the model that the pipeline began with":
+        assert "teacher_sha256" in proofs
+    assert made.claim.teacher or "teacher_sha256" not in proofs, "whoever taught is named"
+
+
 @pytest.mark.parametrize(
     "name", marked(name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE)
 )

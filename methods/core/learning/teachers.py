@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from slimbench.methods.base import DenseModel
 
+FIRST = "the model that the pipeline began with"
+"""A teacher in the words of a claim."""
+
 _ASKED: ContextVar[dict[str, Any] | None] = ContextVar("teachers", default=None)
 
 

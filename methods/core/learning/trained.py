@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimbench.methods.base import DenseModel
 from slimbench.methods.core.learning.hooks import Hooks
+from slimbench.methods.core.learning.teachers import FIRST
 from slimbench.methods.core.training import LoopSettings, Trained, cut, objective, train
 from slimbench.methods.formats.huggingface import save_dense
 
@@ -47,4 +48,4 @@ def save(model: PreTrainedModel, dense: DenseModel, out: Path) -> None:
 
 def teacher(settings: LoopSettings) -> str | None:
     """Whose outputs were learned, in the words of a claim."""
-    return "the model that the pipeline began with" if settings.loss == "distillation" else None
+    return FIRST if settings.loss == "distillation" else None
