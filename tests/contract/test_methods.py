@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slimbench.harness.config.meaning import meanings
 from slimbench.harness.measure import claims
@@ -138,34 +142,71 @@ def test_a_claim_of_a_teacher_comes_with_its_proof(made: Made) -> None:
     assert made.claim.teacher or "teacher_sha256" not in proofs, "whoever taught is named"
 
 
-@pytest.mark.parametrize(
-    "name", marked(name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE)
-)
-def test_training_that_is_killed_goes_on_to_the_same_artefact(
-    name: str, dense: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    """In place of the end of a process."""
 
-    def save_and_die(*arguments: Any) -> None:
-        save(*arguments)
-        raise Killed
 
-    def watch(*arguments: Any) -> Any:
-        states.append(load(*arguments))
-        return states[-1]
+class Course:
+    """What a training did: steps of its optimizers, and states that it saved or went on from.
 
-    method, save, load = runnable(name), checkpoints.save, checkpoints.load
-    states: list[Any] = []
-    kept = replace(dense, checkpoints=tmp_path / "kept")
-    monkeypatch.setattr(checkpoints, "save", save_and_die)
+    Attributes:
+        dies_at: Index of the saved state after which the run ends; None: it does not.
+    """
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.dies_at, self.steps, self.saved, self.states = dies_at, 0, 0, list[Any]()
+
+    @contextmanager
+    def watched(self) -> Iterator[Course]:
+        """What happens inside is counted."""
+        save, load = checkpoints.save, checkpoints.load
+
+        def saving(*arguments: Any) -> None:
+            save(*arguments)
+            self.saved += 1
+            if self.saved - 1 == self.dies_at:
+                raise Killed
+
+        def loading(*arguments: Any) -> Any:
+            self.states.append(load(*arguments))
+            return self.states[-1]
+
+        def stepped(*_: Any) -> None:
+            self.steps += 1
+
+        hook = register_optimizer_step_post_hook(stepped)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "save", saving)
+            patch.setattr(checkpoints, "load", loading)
+            try:
+                yield self
+            finally:
+                hook.remove()
+
+
+TRAINED = [name for name, method in classes().items() if method.needs.training and name not in FINISHED_AT_ONCE]
+
+
+@pytest.mark.parametrize("made", marked(TRAINED), indirect=True)
+def test_training_that_is_killed_goes_on_to_the_same_artefact(made: Made, dense: DenseModel, tmp_path: Path) -> None:
+    """After any of its saved states, drawn by its name; what it computes again is what was not saved."""
+    method = made.method
+
+    def run(name: str, course: Course, kept: str) -> dict[str, str]:
+        with course.watched():
+            return content(make(method, replace(dense, checkpoints=tmp_path / kept), tmp_path / name))
+
+    whole = Course()
+    assert run("whole", whole, "calm") == content(made), "it is the same whether states are saved or not"
+    assert whole.saved and whole.steps and not any(whole.states)
+    killed, resumed = Course(random.Random(method.name).randrange(whole.saved)), Course()
     with pytest.raises(Killed):
-        make(method, kept, tmp_path / "killed")
-    monkeypatch.setattr(checkpoints, "save", save)
-    monkeypatch.setattr(checkpoints, "load", watch)
-    resumed = content(make(method, kept, tmp_path / "resumed"))
-    assert any(state is not None for state in states), "it began anew"
-    assert resumed == content(make(method, dense, tmp_path / "whole"))
+        run("killed", killed, "stormy")
+    assert run("resumed", resumed, "stormy") == content(made)
+    assert any(state is not None for state in resumed.states), "it began anew"
+    left, every = whole.steps - killed.steps, getattr(method, "checkpoint_every", 0)
+    assert resumed.steps <= left + every, f"{killed.steps} of {whole.steps} steps were saved, and {resumed.steps} came after"
+    assert resumed.steps < whole.steps or not killed.steps, "all steps were taken again"
 
 
 @pytest.mark.parametrize("name", NAMES)
