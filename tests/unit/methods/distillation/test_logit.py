@@ -16,14 +16,15 @@ from torch.nn import functional
 from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core import losses
 from slimbench.methods.core.architecture import surgery
-from slimbench.methods.core.losses import divergence
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.distillation.hints import FitNets
 from slimbench.methods.distillation.logit import LogitDistillation
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
 from tests.support import tiny
+from tests.support.mutants import mutant
 
+KINDS = ["forward", "reverse", "jsd", "skew", "skew-reverse"]
 TOKENS = tiny.tokens(8, 32)
 PLAIN: dict[str, Any] = {
     "steps": 5,
@@ -66,7 +67,7 @@ def slowly(student: list[float], teacher: list[float], kind: str, share: float, 
     return kl(first, [share * a + (1 - share) * b for a, b in zip(first, second, strict=True)])
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew", "skew-reverse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pieces_of_a_divergence_are_the_whole_and_hold_less(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.randn(5, 8, 50).bfloat16()
     mask = torch.rand(5, 8) < 0.8
@@ -85,23 +86,45 @@ def test_pieces_of_a_divergence_are_the_whole_and_hold_less(kind: Any, monkeypat
     torch.testing.assert_close(pieces[1], whole[1], rtol=2e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd", "skew", "skew-reverse"])
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", range(20))
 def test_a_divergence_is_the_papers_over_the_positions_that_count(kind: Any, case: int) -> None:
     generator = torch.Generator().manual_seed(case)
     logits, wanted = (2 * torch.randn(3, 4, 7, generator=generator) for _ in range(2))
-    mask = torch.rand(3, 4, generator=generator) < 0.6 if case % 2 else None
-    share, temperature = (0.1, 0.5, 0.7, 0.9)[case], (1.0, 3.0, 0.5, 2.0)[case]
-    rows = [(i, j) for i in range(3) for j in range(4) if mask is None or bool(mask[i, j])]
-    expected = [slowly(logits[row].tolist(), wanted[row].tolist(), kind, share, temperature) for row in rows]
-    found = divergence(logits, wanted, kind, share, temperature, mask)
-    assert float(found) == pytest.approx(sum(expected) / len(expected), rel=1e-5, abs=1e-6)
-    assert float(divergence(logits, logits, kind, share, temperature)) == pytest.approx(0.0, abs=1e-6)
+    mask = torch.rand(3, 4, generator=generator) < 0.6
+    mask[0, 0], mask[2, 3] = True, False
+    share, temperature = (float(low + width * torch.rand((), generator=generator)) for low, width in ((0.05, 0.9), (0.4, 3.0)))
+    expected = [[slowly(*(of[i, j].tolist() for of in (logits, wanted)), kind, share, temperature) for j in range(4)] for i in range(3)]
+    for counting in (mask, torch.ones_like(mask)):
+        counted = [expected[i][j] for i, j in counting.nonzero().tolist()]
+        found = losses.divergence(logits, wanted, kind, share, temperature, None if counting.all() else counting)
+        assert float(found) == pytest.approx(sum(counted) / len(counted), rel=1e-5, abs=1e-6)
+    assert float(losses.divergence(logits, logits, kind, share, temperature)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("function", "piece", "other"),
+    [
+        (losses._divergence, "q, p = (", "p, q = ("),
+        (losses._divergence, "of.float() / temperature", "of.float()"),
+        (losses._divergence, ".sum(-1).mean()", ".mean()"),
+        (losses.divergence, "logits[mask], teacher[mask]", "logits, teacher"),
+    ],
+    ids=["swapped", "no temperature", "mean over tokens", "no mask"],
+)
+def test_a_divergence_that_is_not_the_papers_is_noticed(
+    kind: Any, function: Any, piece: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, function.__name__, mutant(function, piece, other))
+    for case in range(20):
+        with pytest.raises(AssertionError):
+            test_a_divergence_is_the_papers_over_the_positions_that_count(kind, case)
 
 
 def test_the_gradient_is_the_students_alone() -> None:
     logits, wanted = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
-    divergence(logits, wanted, "jsd").backward()
+    losses.divergence(logits, wanted, "jsd").backward()
     assert logits.grad is not None and bool(logits.grad.any()) and wanted.grad is None
 
 
@@ -142,6 +165,26 @@ def test_a_run_is_the_papers(share: float, temperature: float, student: DenseMod
     assert claim.teacher == ("the model that the pipeline began with" if share else None)
     assert claim.training_tokens == 5 * 2 * 16 and claim.trained_parameters == student.load().num_parameters()
     assert (student.original / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("place", "function", "piece", "other"),
+    [
+        (LogitDistillation, LogitDistillation.loss_of, "alpha * tau**2 * soft", "alpha * soft"),
+        (LogitDistillation, LogitDistillation.loss_of, "made[:, :-1], wanted[:, :-1]", "wanted[:, :-1], made[:, :-1]"),
+        (LogitDistillation, LogitDistillation.loss_of, "made[:, :-1], wanted[:, :-1]", "made[:, :-1], wanted[:, 1:]"),
+        (LogitDistillation, LogitDistillation.loss_of, "self.mixture, tau)", "self.mixture)"),
+        (losses, losses.next_token, "ids[:, 1:]", "ids[:, :-1]"),
+        (losses, losses._divergence, "q, p = (", "p, q = ("),
+    ],
+    ids=["no square", "swapped", "teacher one later", "no temperature", "text one earlier", "the other divergence"],
+)
+def test_a_loss_that_is_not_the_papers_is_noticed(
+    place: Any, function: Any, piece: str, other: str, student: DenseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, function.__name__, mutant(function, piece, other))
+    with pytest.raises(AssertionError):
+        test_a_run_is_the_papers(0.4, 3.0, student, tmp_path)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(student: DenseModel) -> None:
