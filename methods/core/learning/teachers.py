@@ -32,7 +32,7 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     for name in sorted(parameters):
         value = parameters[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
