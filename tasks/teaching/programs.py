@@ -3,6 +3,7 @@
 The language is arithmetic: numbers, lists and tuples of them, names, `+ − * / // % **`, comparisons, `and or not`, conditionals, `for`,
 `while`, `break`, `continue`, assignments, a few functions, and one function of no arguments, `solution`, whose value is then the result.
 No attribute, import, text operation, comprehension or call of anything else is in it. Steps, sizes of numbers and of lists have limits.
+Each item that is built or looked through is a step, taken beforehand, so that the steps bound the memory of a program too.
 The result is what `solution` returns, or the value of `answer`, or of `result`.
 """
 
@@ -239,15 +240,16 @@ class _Run:
 
     def _numbers(self, values: list[Any]) -> list[Any]:
         """A list of numbers alone; looking through it costs a step for each."""
-        self._left -= len(values)
+        self._step(len(values))
         if any(isinstance(value, list) for value in values):
             raise NoProgram("no list of numbers")
         return values
 
     def _called(self, name: str, arguments: list[Any]) -> Any:
         if name == "range":
-            if len(range(*arguments)) > MOST_ITEMS:
+            if (count := len(range(*arguments))) > MOST_ITEMS:
                 raise NoProgram("too many items")
+            self._step(count)
         elif name == "len":
             self._listed(*arguments)
         elif name in ("max", "min", "sum", "sorted") and len(arguments) == 1:
@@ -286,8 +288,8 @@ class _Run:
             raise NoProgram("too many items")
         return value
 
-    def _step(self) -> None:
-        self._left -= 1
+    def _step(self, count: int = 1) -> None:
+        self._left -= count
         if self._left < 0:
             raise NoProgram("too many steps")
 

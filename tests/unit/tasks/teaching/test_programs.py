@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ from slimbench.tasks.teaching import programs
 def test_the_result_is_what_the_program_says(source: str, result: str) -> None:
     assert programs.result(source) == result
 
+
+WIDE = "a = 2 ** 2040\na = a * a\nb = a + 10000\n"
+"""Two numbers of 4,081 bits, between which a range has as many items as it may."""
 
 HOSTILE = {
     "import": "import os\nanswer = 1",
@@ -94,6 +98,10 @@ HOSTILE = {
     "sum of lists": "a = range(2000)\nanswer = len(sum([a] * 400, []))",
     "summed lists": "a = range(2000)\nanswer = len(sum([a, a, a], []))",
     "many items": "answer = len([0] * 10 ** 9)",
+    "kept ranges": f"{WIDE}x = [0]\nn = 0\nwhile n < 40:\n    x = [range(a, b), x]\n    n = n + 1\nanswer = n",
+    "ranges in a list": f"{WIDE}x = [{'range(a, b), ' * 60}]\nanswer = 1",
+    "kept sorts": "a = range(9000)\nx = [0]\nfor n in range(900):\n    x = [sorted(a), x]\nanswer = 1",
+    "kept numbers": "a = 2 ** 4000\nx = [0]\nwhile True:\n    a = a + 1\n    x = [a, a - 1, a - 2, a - 3, -a, x]",
 }
 
 
@@ -105,6 +113,18 @@ def test_anything_else_is_refused_quickly_and_does_nothing(name: str, tmp_path: 
         programs.result(HOSTILE[name])
     assert time.process_time() - began < 2 and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in ("endless", "endless for")])
+def test_what_a_program_builds_is_bounded_in_total(name: str) -> None:
+    """20,000 steps, each with one item of 4,096 bits at most, are some 12 MB; a limit on each list alone would let memory grow."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(programs.NoProgram):
+            programs.result(HOSTILE[name])
+        assert tracemalloc.get_traced_memory()[1] < 24 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_random_programs_come_to_what_python_makes_of_them() -> None:
