@@ -60,7 +60,8 @@ class _Asking(_Stage):
 
     Attributes:
         system: What stands before the chat; None: nothing.
-        parse: Pattern with a named group for each field; None: all of the answer goes into `into`.
+        parse: Pattern with a named group for each field; None: all of the answer goes into `into`. One that takes what stands before a
+            mark begins with `\\A`, else it is tried from each place of an answer that lacks the mark.
     """
 
     system: str | None = None

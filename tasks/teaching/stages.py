@@ -138,8 +138,9 @@ def _parsed(stage: Ask, text: str) -> list[Row]:
     """The fields of an answer, of each place that is looked for; none where it is not of the form."""
     if stage.pattern is None:
         return [{stage.into: text.strip()}]
-    found = [_groups(match) for match in stage.pattern.finditer(text)]
-    return found if stage.every else found[:1]
+    if stage.every:
+        return [_groups(match) for match in stage.pattern.finditer(text)]
+    return [_groups(match)] if (match := stage.pattern.search(text)) else []
 
 
 def _groups(found: Any) -> Row:
