@@ -2,7 +2,8 @@
 
 Asked is `POST {url}/chat/completions`. What may pass, such as a busy server, a timeout or half an answer, is tried again with longer and
 longer pauses; what may not, such as a wrong key, ends in one line. An answer is cut off while it streams once it is longer than it can be,
-and a server that sends a byte now and then is given up when the time for the answer is over. A redirection is not followed.
+and a server that sends a byte now and then, in headers too, is given up when the time for the answer is over. A redirection is not
+followed. Each request has a connection of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
+from slimbench.tasks.teaching.deadline import Deadline
 from slimbench.util.text import nearest, plain
 from slimbench.util.writing.teaching import Completion, Request, TeacherError
 
@@ -90,6 +92,7 @@ class Endpoint:
                         continue
                     except TeacherError as error:
                         failed = failed or error
+                        given_up.set()
                         for other in under_way:
                             other.cancel()
                         continue
@@ -133,7 +136,8 @@ class Endpoint:
         if key and not (key.isascii() and key.isprintable()):
             raise TeacherError(f"the environment variable {self.key_variable} holds no key: it has characters that no header may have")
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        return httpx.Client(headers=headers, timeout=self.timeout_s, trust_env=False, follow_redirects=False)
+        limits = httpx.Limits(max_keepalive_connections=0)  # a connection that is shut is of no other request
+        return httpx.Client(headers=headers, timeout=self.timeout_s, limits=limits, trust_env=False, follow_redirects=False)
 
     def _key(self) -> str | None:
         return (os.environ.get(self.key_variable) or "").strip() or None if self.key_variable else None
@@ -161,7 +165,7 @@ class Endpoint:
             except _Passing as error:
                 malformed, wait, reason = None, error.wait, str(error)
             if attempt + 1 < self.attempts:
-                time.sleep(self._pause(attempt, wait))
+                given_up.wait(self._pause(attempt, wait))
         if malformed is not None:
             return Completion("", "malformed", reason=malformed)
         given_up.set()
@@ -193,20 +197,20 @@ class Endpoint:
         """
         import httpx
 
-        until, found = time.monotonic() + self.timeout_s, bytearray()
+        url, deadline, found = f"{self.url.rstrip('/')}/{path}", Deadline(self.timeout_s), bytearray()
+        late = f"no answer within {self.timeout_s:g} s"
         try:
-            with client.stream(verb, f"{self.url.rstrip('/')}/{path}", json=body) as response:
+            with deadline, client.stream(verb, url, json=body, extensions={"trace": deadline.watch}) as response:
                 for part in response.iter_raw():
                     found += part
                     if len(found) > limit:
                         raise _TooLong
-                    if time.monotonic() > until:
-                        raise _Passing(f"an answer took longer than {self.timeout_s:g} s")
                 status, wait = response.status_code, response.headers.get("retry-after")
-        except httpx.TimeoutException as error:
-            raise _Passing(f"no answer within {self.timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise _Passing(self._told(str(error) or type(error).__name__)) from error
+            is_late = deadline.over or isinstance(error, httpx.TimeoutException)
+            raise _Passing(late if is_late else self._told(str(error) or type(error).__name__)) from error
+        if deadline.over:  # what ends with its connection is not whole
+            raise _Passing(late)
         if status == 200:
             return bytes(found)
         said = f"status {status}: {self._told(found[:400].decode(errors='replace'))}"

@@ -44,6 +44,7 @@ class Reply:
         stall_s: Silence before the body.
         drip_s: Silence after each of its bytes.
         repeated: How often the body is sent, one after the other.
+        raw: What is sent in the place of all of an answer, headers too, at `drip_s`.
     """
 
     body: bytes | str = "yes"
@@ -54,6 +55,7 @@ class Reply:
     stall_s: float = 0.0
     drip_s: float = 0.0
     repeated: int = 1
+    raw: bytes | None = None
 
     @property
     def content(self) -> bytes:
@@ -105,20 +107,26 @@ def serving(answer: Answer, models: tuple[str, ...] = ("teacher",)) -> Iterator[
 
         def _send(self, reply: Reply) -> None:
             content = reply.content
+            if reply.raw is not None:
+                self._drip(reply.raw, reply.drip_s)
+                return
             self.send_response(reply.status)
             for name, value in {"Content-Length": str(len(content) * reply.repeated), **reply.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             for _ in range(reply.repeated):
                 part = content if reply.cut is None else content[: reply.cut]
-                for piece in [part] if not reply.drip_s else [part[place : place + 1] for place in range(len(part))]:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
-                    server.sent += len(piece)
-                    time.sleep(reply.drip_s)
+                self._drip(part, reply.drip_s)
             if reply.cut is not None:
                 self.close_connection = True
                 self.connection.close()
+
+        def _drip(self, part: bytes, seconds: float) -> None:
+            for piece in [part] if not seconds else [part[place : place + 1] for place in range(len(part))]:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                server.sent += len(piece)
+                time.sleep(seconds)
 
         def log_message(self, *_: Any) -> None:
             """Say nothing."""

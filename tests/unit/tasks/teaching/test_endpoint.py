@@ -90,9 +90,41 @@ def test_it_gives_up_in_one_line_after_so_many_attempts(fault: Reply) -> None:
         assert len(server.asked) == 3 and "\n" not in str(error.value) and server.url in str(error.value)
 
 
-def test_pauses_grow_and_a_server_may_ask_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+WHOLE = b"Content-Length: 2\r\n\r\n{}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 150 + b"\r\n" + WHOLE,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 6 + b"HTTP/1.1 200 OK\r\n" + WHOLE,
+        b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 150,
+    ],
+    ids=["header", "interim answers", "body without an end"],
+)
+def test_a_server_that_drips_is_given_up_when_the_time_is_over_whatever_it_drips(raw: bytes) -> None:
+    """A byte every 50 ms, each within any timeout of a read, of an answer that takes more than seven seconds."""
+    with serving(lambda asked: Reply(raw=raw, drip_s=0.05)) as server:
+        began = time.monotonic()
+        with pytest.raises(TeacherError, match=r"gave no answer in 2 attempts: no answer within 0\.5 s"):
+            answers(server, REQUESTS[:3], timeout_s=0.5, attempts=2, at_once=2)
+        assert time.monotonic() - began < 5 and 2 < len(server.asked) <= 4
+
+
+def test_who_gives_up_does_not_wait_for_the_pauses_of_others() -> None:
+    def answer(asked: Asked) -> Reply:
+        first = asked.prompt == "question 0"
+        return Reply(b"no", status=401, stall_s=0.3) if first else Reply(b"busy", status=429, headers={"Retry-After": "20"})
+
+    with serving(answer) as server:
+        began = time.monotonic()
+        with pytest.raises(TeacherError, match="refuses: status 401"):
+            answers(server, REQUESTS[:2], at_once=2)
+        assert time.monotonic() - began < 10
+
+
+def test_pauses_grow_and_a_server_may_ask_for_its_own() -> None:
     slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
     asking = iter([None, None, "7", "3600", None])
 
     class Busy(Endpoint):
@@ -101,6 +133,10 @@ def test_pauses_grow_and_a_server_may_ask_for_its_own(monkeypatch: pytest.Monkey
 
             wait = next(asking)
             raise endpoint._Passing("busy", float(wait) if wait else None)
+
+        def _pause(self, attempt: int, asked: float | None) -> float:
+            slept.append(super()._pause(attempt, asked))
+            return 0.0
 
     with pytest.raises(TeacherError, match="5 attempts"):
         list(Busy("http://127.0.0.1:9/v1", "m").answers(REQUESTS[:1]))
