@@ -34,6 +34,7 @@ def teach(
     words = [*(overrides or ()), *([f"teacher.source={teacher}"] if teacher else ()), *([f"teacher.examples={count}"] if count else ())]
     config = compose.resolve(words)
     who = config.teacher
+    choices.require_asked(asked, who)
     if who.kind == "endpoint" and not who.model and not dry_run:
         raise ConfigError(f"teacher.model: how the server at {who.source} calls its model is needed")
     if dry_run:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.schema import ModelConfig, RunConfig, StepConfig
-from slimbench.harness.config.sections.teaching import recipe
+from slimbench.harness.config.sections.teaching import recipe, require_asked
 from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
 from slimbench.methods.base import HUGGINGFACE, Method
@@ -183,6 +183,7 @@ def _check_teaching(config: RunConfig, steps: list[tuple[str, Method]]) -> None:
                 raise ConfigError(
                     f"'{name}' learns from {shared[0]}, the test text of suite '{config.suite.name}'; choose another recipe or suite"
                 )
+            require_asked(asked, config.teacher)
             if asked.beyond_servers and config.teacher.kind == "endpoint":
                 raise ConfigError(f"'{name}' {asked.beyond_servers}, which no server does; take teacher.source=self or a folder")
         if (method.needs.text or method.needs.teacher) and config.teacher.kind == "endpoint" and not config.teacher.model:

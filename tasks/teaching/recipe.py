@@ -318,12 +318,16 @@ class Recipe(Strict):
         return digest([VERSION, self.model_dump(mode="json", exclude={"name", "paper", "differs"})])
 
     @property
+    def asking(self) -> list[Grow | Ask]:
+        """The stages that ask the teacher."""
+        return [stage for stage in self.stages if isinstance(stage, Grow | Ask)]
+
+    @property
     def beyond_servers(self) -> str | None:
         """What it does that a teacher behind a server cannot; None: nothing."""
-        asking = [stage for stage in self.stages if isinstance(stage, Grow | Ask)]
-        if any(isinstance(stage, Ask) and stage.against is not None for stage in asking):
+        if any(isinstance(stage, Ask) and stage.against is not None for stage in self.asking):
             return "subtracts one distribution from another"
-        return "searches with beams" if any(stage.draw.beams > 1 for stage in asking) else None
+        return "searches with beams" if any(stage.draw.beams > 1 for stage in self.asking) else None
 
     @property
     def corpora(self) -> list[str]:

@@ -64,6 +64,12 @@ class TeacherConfig(Strict):
         return "endpoint" if urlsplit(self.source).scheme in ("http", "https") else "model"
 
 
+def require_asked(asked: Recipe, who: TeacherConfig) -> None:
+    """Raise `ConfigError` for a teacher that a recipe never asks: it would stand in the key and in the record all the same."""
+    if who.kind != "self" and not asked.asking:
+        raise ConfigError(f"recipe '{asked.name}' asks nobody, and {who.source} would be named for nothing; take teacher.source=self")
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of a name, its stages checked against one another.
 

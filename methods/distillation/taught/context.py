@@ -66,6 +66,11 @@ class ContextDistillation(Taught):
 
         return (Lesson(loss),)
 
+    def taught_by(self, dense: DenseModel) -> str | None:
+        """Who wrote the responses, and who gave the distributions."""
+        wrote = super().taught_by(dense)
+        return f"{wrote}; distributions of the model as it was before this step" if wrote else "the model as it was before this step"
+
     def loss_of(self, student: Any, before: Any, pairs: Tensor, dense: DenseModel) -> Tensor:
         """L of a model that learns, with the model as it was."""
         import torch

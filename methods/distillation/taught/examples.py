@@ -92,8 +92,11 @@ class Taught(Distillation):
         return (Lesson(loss),)
 
     def taught_by(self, dense: DenseModel) -> str | None:
+        """Who wrote the text; None where nobody was asked."""
         assert dense.taught is not None
-        return str(json.loads((dense.taught / "manifest.json").read_text(encoding="utf-8"))["teacher"])
+        told = json.loads((dense.taught / "manifest.json").read_text(encoding="utf-8"))
+        stages = told.get("stages")
+        return str(told["teacher"]) if stages is None or any(stage["requests"] for stage in stages) else None
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ class InContext(Taught):
     def has_teacher(self) -> bool:
         return True
 
+    def taught_by(self, dense: DenseModel) -> str | None:
+        """Who gave the distributions; no teacher writes anything for its recipes."""
+        from slimbench.methods.core.learning.teachers import FIRST
+
+        return FIRST
+
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
         return (Lesson(self.loss_of(student, teacher, dense)),)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from slimbench.harness.cli.teach import teach
 from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries, entry
@@ -31,12 +32,15 @@ from tests.unit.cli.test_cli import HEAVY, slimbench
 ODD = ModelShape("LlamaForCausalLM", 72, 136, 2, 4, 2, 256, True)  # no group of 16 or more divides these widths
 PACKAGED = ModelShape("LlamaForCausalLM", 576, 1536, 30, 9, 3, 49152, True)
 NAMES = [item.name for item in entries()]
+SERVER = ["teacher.source=http://127.0.0.1:1/v1", "teacher.model=m"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["method=gtpq"], "no method 'gtpq'; did you mean 'gptq'?"),
+        (["method=[shortgpt,meta-ict]", *SERVER], "recipe 'meta-ict' asks nobody, and http://127.0.0.1:1/v1 would be named for nothing"),
+        (["method=[shortgpt,multitask-ict]", "teacher.source=file:/tmp"], "'multitask-ict' asks nobody, and file:/tmp would be named"),
         (["method=[magnitude,rtn-4bitt]"], "no method 'rtn-4bitt'; did you mean 'rtn-4bit'?"),
         (["method=rtn-4bit", "method.rtn-4bit.bits=5"], "method.rtn-4bit.bits: 5 is no valid choice; choices: 2, 3, 4, 8"),
         (["method=rtn-4bit", "method.rtn-4bit.bits=-4"], "method.rtn-4bit.bits: -4 is no valid choice"),
@@ -84,6 +88,11 @@ def test_a_wrong_value_is_one_line_before_anything_runs(overrides: list[str], ex
     with pytest.raises(ConfigError) as caught:
         make_cell(resolve(overrides))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_teacher_that_would_be_asked_nothing_writes_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"recipe 'meta-ict' asks nobody, and http:\S+ would be named for nothing"):
+        teach("meta-ict", SERVER[1:], teacher="http://127.0.0.1:1/v1")
 
 
 def test_a_setting_of_some_methods_of_a_sweep_is_no_setting_of_the_others() -> None:

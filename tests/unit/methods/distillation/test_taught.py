@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,22 @@ def test_tokens_are_counted_without_what_fills_them_up_and_the_teacher_is_told(d
     assert claim.teacher == "somebody" and claim.format == "huggingface"
     assert claim.details["training"]["loss_after"] < claim.details["training"]["loss_before"]
     assert "tokenizer" not in " ".join(file.name for file in out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher"),
+    [
+        (InContext(), "the model that the pipeline began with"),
+        (ContextDistillation(), "somebody; distributions of the model as it was before this step"),
+        (InstructionTuning(), "somebody"),
+    ],
+)
+def test_a_claim_names_who_was_asked_and_who_gave_distributions(method: Any, teacher: str, dense: DenseModel, tmp_path: Path) -> None:
+    assert method.taught_by(dense) == teacher
+    for requests, named in ((3, "somebody"), (0, None)):
+        stages = [{"kind": "demonstrate", "requests": 0}, {"kind": "ask", "requests": requests}]
+        (tmp_path / "manifest.json").write_text(json.dumps({"teacher": "somebody", "stages": stages}))
+        assert InstructionTuning().taught_by(replace(dense, taught=tmp_path)) == named
 
 
 def test_masks_keep_what_is_beyond_an_answer_out_of_the_loss(dense: DenseModel) -> None:
