@@ -39,19 +39,36 @@ def test_a_shipped_recipe_is_whole_and_some_method_learns_from_it(name: str) -> 
     assert any(entry.method.needs.text and entry.method.recipe == name for entry in entries())
 
 
-def test_recipes_differ_in_what_they_ask_and_keep_not_in_a_name() -> None:
-    """Of what decides: where rows begin, stages, the fields that they make, rules, draws, forms of examples; no words of prompts."""
+WORDING = {"prompt", "shown", "system", "against", "query", "item", "between", "empty", "into", "parse", "draw"}
+"""Of a stage: its words, the names of what it makes, its patterns and how answers are drawn."""
 
-    def shape(name: str) -> str:
-        content = recipe(name).model_dump(mode="json", exclude={"name", "paper", "differs"})
-        for stage in content["stages"]:
-            for words in ("prompt", "shown", "system"):
-                stage.pop(words, None)
-        return json.dumps(content, sort_keys=True)
 
-    names = shipped("recipe")
-    for one, other in itertools.combinations(names, 2):
-        assert shape(one) != shape(other), f"{one} and {other} are the same recipe under two names"
+def bare(content: dict[str, Any]) -> str:
+    """The stages of a recipe without wording: kinds, order, counts, and what is kept by which rule but not by which pattern."""
+    stages = [{name: value for name, value in stage.items() if name not in WORDING} for stage in content["stages"]]
+    for stage in stages:
+        stage["keep"] = {field: rule | {"without": [], "having": []} for field, rule in stage["keep"].items()}
+    return json.dumps(stages, sort_keys=True)
+
+
+def test_recipes_of_two_papers_differ_in_a_stage_not_in_words_or_draws() -> None:
+    """Where rows begin, which words are asked, the patterns, the draws and the forms of examples make no other recipe.
+
+    Two recipes of one paper may differ in the tasks of their examples alone.
+    """
+    found = {name: recipe(name) for name in shipped("recipe")}
+    for (one, first), (other, second) in itertools.combinations(found.items(), 2):
+        if bare(first.model_dump(mode="json")) == bare(second.model_dump(mode="json")):
+            assert first.paper == second.paper, f"{one} and {other} are the same recipe under two names"
+            assert [form.task for form in first.examples] != [form.task for form in second.examples]
+
+
+def test_another_word_draw_or_pattern_makes_no_other_recipe() -> None:
+    content = recipe("magister").model_dump(mode="json")
+    (stage,) = content["stages"]
+    other = stage | {"prompt": "Go on:\n{question}", "draw": stage["draw"] | {"temperature": 1.0}, "parse": "(?P<rationale>.+)"}
+    assert bare(content) == bare(content | {"stages": [other], "start": LEAST["start"], "examples": LEAST["examples"]})
+    assert bare(content) != bare(content | {"stages": [other | {"samples": 2}]})
 
 
 def test_one_changed_character_is_another_key() -> None:
