@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
 from slimbench.methods.core.learning.hooks import Hooks, regroup
@@ -54,6 +54,8 @@ class LoopSettings(Settings, ABC):
     """
 
     draws = True
+    in_one_piece: ClassVar[str | None] = None
+    """Why a batch goes through the model whole; None: it may be cut into pieces, whose mean losses have the mean of the batch."""
 
     steps: int = 40
     batch_size: int = 4
@@ -74,6 +76,8 @@ class LoopSettings(Settings, ABC):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2, not {self.length}")
+        if self.accumulate > 1 and self.in_one_piece:
+            raise ValueError(f"accumulate must be 1, not {self.accumulate}: {self.in_one_piece}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate must not exceed the batch_size {self.batch_size}, not {self.accumulate}")
         if not self.learning_rate > 0:

@@ -205,13 +205,13 @@ class Prompted(Distillation):
         prompt_tokens: Tokens of a window that are its prompt.
     """
 
+    in_one_piece = "a batch is written in one go"
+
     steps: int = 40
     prompt_tokens: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accumulate > 1:
-            raise ValueError(f"accumulate must be 1, not {self.accumulate}: a batch is written in one go")
         if not 1 <= self.prompt_tokens < self.length:
             raise ValueError(f"prompt_tokens must be at least 1 and below the length {self.length}, not {self.prompt_tokens}")
 

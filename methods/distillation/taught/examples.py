@@ -34,6 +34,7 @@ class Taught(Distillation):
 
     needs = Needs(text=True, training=True)
     least_steps = None
+    in_one_piece = "answers are of unequal lengths, and a mean of the means of its pieces is not that of a batch"
     citations: ClassVar[Mapping[str, Citation]] = {}
     """Of each recipe that the method is for."""
     other: ClassVar[Citation | None] = None

@@ -39,6 +39,8 @@ class TSLD(TernaryQAT):
     name = "tsld"
     citation = Citation("TSLD", year=2023, arxiv="2308.06744", covers=("distillation/tsld",))
 
+    in_one_piece = "the teacher's part is a sum over the texts of a whole batch"
+
     learning_rate: float = 1e-4
     token_temperature: float = 10.0
 
@@ -48,8 +50,6 @@ class TSLD(TernaryQAT):
             raise ValueError(f"token_temperature must be positive, not {self.token_temperature}")
         if self.loss != "distillation":
             raise ValueError(f"loss must be distillation, not {self.loss}: the text is learned beside the teacher")
-        if self.accumulate > 1:
-            raise ValueError(f"accumulate must be 1, not {self.accumulate}: the teacher's part is a sum over the texts of a whole batch")
 
     @staticmethod
     def ternary(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:

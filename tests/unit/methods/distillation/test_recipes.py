@@ -68,6 +68,12 @@ def test_recipes_of_methods_are_those_that_there_are() -> None:
             assert recipe(name).name == name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_answers_is_not_cut_into_pieces_of_other_means(method: Any) -> None:
+    with pytest.raises(ValueError, match="accumulate must be 1, not 2: answers are of unequal lengths"):
+        method(accumulate=2, batch_size=4)
+
+
 def test_alpaca_grows_tasks_with_inputs_and_outputs_after_three() -> None:
     text = words()
 
