@@ -217,7 +217,7 @@ class Prompted(Distillation):
 
     def compress(self, dense: DenseModel, calibration: Calibration, out: Path) -> Claim:
         if calibration.ids.shape[1] <= self.prompt_tokens:
-            raise ValueError(
+            raise Unsupported(
                 f"calibration windows of {calibration.ids.shape[1]} tokens have nothing behind a prompt of {self.prompt_tokens}"
             )
         return super().compress(dense, calibration, out)

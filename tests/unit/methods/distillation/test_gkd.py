@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimbench.methods.base import DenseModel
+from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.learning.rollouts import rollout
 from slimbench.methods.distillation.gkd import GKD
 from tests.support import tiny
@@ -133,6 +134,11 @@ def test_texts_are_its_own_as_often_as_asked_for(pair: DenseModel, monkeypatch: 
         for _ in range(60):
             lesson.loss(IDS[:1, :8])
     assert 8 <= len(drawn) <= 28
+
+
+def test_windows_that_are_all_prompt_are_refused_as_what_cannot_be_done(pair: DenseModel, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=f"windows of {TOKENS.ids.shape[1]} tokens have nothing behind a prompt of 40"):
+        GKD(**FEW | {"length": 64, "prompt_tokens": 40}).compress(pair, TOKENS, tmp_path)
 
 
 @pytest.mark.parametrize(
