@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ from slimbench.util.writing.teaching import Completion, Request, TeacherError
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_THE_REQUEST = {400, 413, 422}
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S, _LONGEST_ASKED_S = 30.0, 120.0
 _BYTES_PER_TOKEN, _FRAME = 64, 64 * 1024  # of an answer in JSON, escapes included, and of what stands around it
 
 
@@ -48,7 +50,7 @@ class Endpoint:
         at_once: Requests under way at a time.
         timeout_s: For one answer, from the request to its last byte.
         attempts: For each request.
-        pause_s: Before the second, twice as many before the third, and so on, thirty at most.
+        pause_s: Before the second, twice as many before the third, and so on, thirty at most; a server may ask for others, 120 at most.
     """
 
     url: str
@@ -105,7 +107,7 @@ class Endpoint:
                 raise failed
 
     def require_model(self) -> None:
-        """Raise `TeacherError` if the server does not answer, or says that it serves others than the model."""
+        """Raise `TeacherError` if the server does not answer, speaks another language, or says that it serves others than the model."""
         served = self._served()
         if served and self.model not in served:
             raise TeacherError(f"teacher {self.place} serves no '{self.model}'{nearest(self.model, served)}")
@@ -115,17 +117,34 @@ class Endpoint:
         with self._client() as client:
             for attempt in range(self.attempts):
                 try:
-                    said = json.loads(self._read(client, "GET", "models", None, _FRAME))
+                    return self._named(self._read(client, "GET", "models", None, _FRAME))
                 except _Passing as error:
                     if attempt + 1 == self.attempts:
                         raise TeacherError(f"teacher {self.place} does not answer: {error}") from error
                     time.sleep(self._pause(attempt, error.wait))
-                except (_Refused, _TooLong, ValueError, RecursionError):
-                    return []
-                else:
+                except (_Refused, _TooLong):
                     break
-        rows = said.get("data") if isinstance(said, dict) else None
-        return [plain(row["id"])[:200] for row in rows or () if isinstance(row, dict) and isinstance(row.get("id"), str)]
+        return []
+
+    def _named(self, body: bytes) -> list[str]:
+        """The models that a list names; none where it has another form.
+
+        Raises:
+            TeacherError: It is no JSON at all, such as a page.
+        """
+        if body.strip() and body.lstrip()[:1] not in (b"{", b"["):
+            said = self._told(body[:200].decode(errors="replace"))
+            raise TeacherError(f"teacher {self.place} answers '{said[:60]}' where it should list its models; its address goes up to /v1")
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            return []
+        rows = content.get("data") if isinstance(content, dict) else None
+        return [
+            plain(row["id"])[:200]
+            for row in (rows if isinstance(rows, list) else ())
+            if isinstance(row, dict) and isinstance(row.get("id"), str)
+        ]
 
     def _client(self) -> Any:
         import httpx
@@ -173,7 +192,7 @@ class Endpoint:
 
     def _pause(self, attempt: int, asked: float | None) -> float:
         """Seconds before the next attempt; a server may ask for others."""
-        return min(_LONGEST_PAUSE_S, self.pause_s * 2**attempt if asked is None else asked)
+        return min(_LONGEST_PAUSE_S, self.pause_s * 2**attempt) if asked is None else min(_LONGEST_ASKED_S, asked)
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -215,7 +234,7 @@ class Endpoint:
             return bytes(found)
         said = f"status {status}: {self._told(found[:400].decode(errors='replace'))}"
         if status in _AGAIN:
-            raise _Passing(said, float(wait) if wait and wait.isdigit() else None)
+            raise _Passing(said, _seconds(wait))
         if status in _OF_THE_REQUEST or (status == 404 and path == "models"):
             raise _Refused(said)
         raise TeacherError(f"teacher {self.place} refuses: {said}")
@@ -240,6 +259,20 @@ class _TooLong(Exception):
 
 class _Refused(Exception):
     """The server does not take this one request."""
+
+
+def _seconds(wait: str | None) -> float | None:
+    """What `retry-after` asks for, as seconds or as a date (RFC 9110, section 10.2.3); None where it asks for nothing."""
+    if wait is None:
+        return None
+    if wait.isascii() and wait.isdigit():
+        return float(wait)
+    try:
+        until = parsedate_to_datetime(wait)
+    except ValueError:
+        return None
+    left = (until if until.tzinfo else until.replace(tzinfo=UTC)) - datetime.now(UTC)
+    return max(0.0, left.total_seconds())
 
 
 def _limit(request: Request) -> int:

@@ -81,13 +81,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(answer: Answer, models: tuple[str, ...] = ("teacher",)) -> Iterator[Server]:
-    """A server, until the block ends."""
+def serving(answer: Answer, models: tuple[str, ...] = ("teacher",), listed: Reply | None = None) -> Iterator[Server]:
+    """A server, until the block ends.
+
+    Args:
+        listed: What it says of its models, in the place of their list.
+    """
     lock, running = threading.Lock(), 0
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(Reply(json.dumps({"data": [{"id": name} for name in models]}).encode()))
+            self._send(listed or Reply(json.dumps({"data": [{"id": name} for name in models]}).encode()))
 
         def do_POST(self) -> None:
             nonlocal running

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_who_gives_up_does_not_wait_for_the_pauses_of_others() -> None:
 
 def test_pauses_grow_and_a_server_may_ask_for_its_own() -> None:
     slept: list[float] = []
-    asking = iter([None, None, "7", "3600", None])
+    asking = iter([None, None, "90", "3600", None, None, None, None])
 
     class Busy(Endpoint):
         def _read(self, *_: Any) -> bytes:
@@ -138,9 +139,25 @@ def test_pauses_grow_and_a_server_may_ask_for_its_own() -> None:
             slept.append(super()._pause(attempt, asked))
             return 0.0
 
-    with pytest.raises(TeacherError, match="5 attempts"):
-        list(Busy("http://127.0.0.1:9/v1", "m").answers(REQUESTS[:1]))
-    assert slept == [1.0, 2.0, 7.0, 30.0]
+    with pytest.raises(TeacherError, match="8 attempts"):
+        list(Busy("http://127.0.0.1:9/v1", "m", attempts=8).answers(REQUESTS[:1]))
+    assert slept == [1.0, 2.0, 90.0, 120.0, 16.0, 30.0, 30.0]
+
+
+def test_a_server_asks_for_a_pause_in_seconds_or_until_a_date() -> None:
+    slept: list[float] = []
+
+    class Hurried(Endpoint):
+        def _pause(self, attempt: int, asked: float | None) -> float:
+            slept.append(super()._pause(attempt, asked))
+            return 0.0
+
+    now = time.time()
+    waits = ["45", formatdate(now + 60, usegmt=True), formatdate(now - 60, usegmt=True), formatdate(now + 7200), "soon", "-3", "²"]
+    busy = (Reply(b"busy", status=429, headers={"Retry-After": wait}) for wait in waits)
+    with serving(lambda asked: next(busy)) as server, pytest.raises(TeacherError, match="gave no answer in 7 attempts"):
+        list(Hurried(server.url, "teacher", attempts=7).answers(REQUESTS[:1]))
+    assert slept[0] == 45 and 30 < slept[1] <= 60 and slept[2:4] == [0.0, 120.0] and slept[4:] == [16.0, 30.0]
 
 
 def test_ten_megabytes_are_cut_off_while_they_stream() -> None:
@@ -259,6 +276,17 @@ def test_a_server_that_serves_another_model_is_told_before_it_is_asked() -> None
         assert not server.asked
     with pytest.raises(TeacherError, match="does not answer"):
         replace(teacher(server), attempts=2).require_model()
+
+
+def test_an_address_that_serves_pages_is_told_in_one_line_before_anything_is_asked() -> None:
+    page = Reply(b"\n<!doctype html>\n<title>Chat</title>")
+    with serving(lambda asked: page, listed=page) as server:
+        with pytest.raises(TeacherError, match="answers '<!doctype html>' where it should list its models") as error:
+            teacher(server).require_model()
+        assert not server.asked and "\n" not in str(error.value)
+    for listed in (Reply(b"no", status=404), Reply(b'{"data": 5}'), Reply(b'{"data": [{"id"'), Reply(b"[]"), Reply(b"")):
+        with serving(lambda asked: Reply(), listed=listed) as server:
+            teacher(server).require_model()  # which many do not say
 
 
 def test_no_distribution_is_asked_of_a_server() -> None:
