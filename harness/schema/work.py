@@ -63,8 +63,14 @@ class TeachingFacts(Schema):
     Attributes:
         teacher: Name and revision.
         recipe: Name of the recipe by which it was asked.
-        asked: Examples that were asked for; `kept` passed the filters.
-        tokens: Tokens of the kept examples.
+        asked: Rows that were looked at: those that were kept in the end, and all that were rejected on the way.
+        kept: Rows that passed all filters; a row may make several examples.
+        rejected: Rows and answers by the reason for which they did not stay, of all stages.
+        train: Examples that students learn from; `held_out` those that none sees.
+        dropped: Held-out examples that were left out, since they were too like one to train on.
+        max_rouge_l: The largest of a held-out prompt with one to train on, 0..1; None where the recipe does not compare them.
+        max_rouge_l_answers: The same of responses, for which none was left out.
+        tokens: That the teacher wrote, of all answers, those that were rejected too.
         seconds: Wall time of the teacher, also where its text was there already (`reused`).
         sha256: Hash of the text.
     """
@@ -73,6 +79,12 @@ class TeachingFacts(Schema):
     recipe: str
     asked: int
     kept: int
+    rejected: dict[str, int] = {}
+    train: int | None = None
+    held_out: int | None = None
+    dropped: int | None = None
+    max_rouge_l: float | None = None
+    max_rouge_l_answers: float | None = None
     tokens: int
     seconds: float
     reused: bool = False

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
@@ -25,7 +25,7 @@ from slimbench.tasks.teaching.recipe import Recipe
 from slimbench.util import locks
 from slimbench.util.files import cache_dir, write_atomically
 from slimbench.util.hashing import digest, hash_file
-from slimbench.util.writing.answers import Text, alike
+from slimbench.util.writing.answers import Text, alike, likeness
 from slimbench.util.writing.teaching import HELD_OUT, TRAIN, Example, Request, Teacher, read_examples, write_examples
 
 MANIFEST = "manifest.json"
@@ -42,6 +42,8 @@ class Made:
         tokens: That the teacher wrote, of all answers.
         seconds: That it took for them.
         sha256: Hash of both files, as `sha256` in `hash_of` has it.
+        max_rouge_l: The largest of a held-out prompt with one to train on; None where the recipe does not compare them, or nothing is
+            held out. `max_rouge_l_answers` that of responses, which nothing is dropped for.
         reused: It was there already.
     """
 
@@ -62,6 +64,8 @@ class Made:
     prompt_tokens: int
     seconds: float
     sha256: str
+    max_rouge_l: float | None = None
+    max_rouge_l_answers: float | None = None
     reused: bool = False
 
     @property
@@ -208,6 +212,8 @@ def make(
             prompt_tokens=sum(tally.prompt_tokens for tally in tallies),
             seconds=round(journal.seconds, 2),
             sha256=hash_of(place),
+            max_rouge_l=_nearest(recipe, train, held_out, "prompt"),
+            max_rouge_l_answers=_nearest(recipe, train, held_out, "response"),
         )
         write_atomically(place / MANIFEST, json.dumps(asdict(done), indent=1).encode())
     return done
@@ -241,6 +247,13 @@ def split(recipe: Recipe, rows: Sequence[Row]) -> tuple[list[Example], list[Exam
     near = {text: alike(Text.of(text), known, recipe.apart) for text in {example.prompt for example in held_out}}
     left = [example for example in held_out if not near[example.prompt]]
     return train, left, len(held_out) - len(left)
+
+
+def _nearest(recipe: Recipe, train: Sequence[Example], held_out: Sequence[Example], part: Literal["prompt", "response"]) -> float | None:
+    if recipe.apart is None or not held_out:
+        return None
+    texts, others = ([Text.of(text) for text in {getattr(example, part): None for example in of}] for of in (held_out, train))
+    return round(likeness(texts, others), 4)
 
 
 def examples_of(made: Made) -> tuple[list[Example], list[Example]]:

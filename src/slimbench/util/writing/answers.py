@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,9 +73,26 @@ def alike(text: Text, others: Iterable[Text], limit: float) -> bool:
 
     With n and m words of which k are common it is at most 2 k / (n + m); where that is not above the limit nothing else is computed.
     """
-    size = text.counts.total()
-    near = (other for other in others if 2 * (text.counts & other.counts).total() > limit * (size + other.counts.total()))
-    return any(rouge_l(text.text, other.text) > limit for other in near)
+    return any(rouge_l(text.text, other.text) > limit for other in others if _at_most(text, other) > limit)
+
+
+def likeness(texts: Iterable[Text], others: Sequence[Text]) -> float:
+    """The largest ROUGE-L of one of some texts with one of others, 0..1; 0 where there is no pair.
+
+    As in `alike`, only pairs are computed that may be above the largest one before them.
+    """
+    found = 0.0
+    for text in texts:
+        bounds = [(_at_most(text, other), place) for place, other in enumerate(others)]
+        for bound, place in sorted(bounds, reverse=True):
+            if bound <= found:
+                break
+            found = max(found, rouge_l(text.text, others[place].text))
+    return found
+
+
+def _at_most(one: Text, other: Text) -> float:
+    return 2 * (one.counts & other.counts).total() / max(1, one.counts.total() + other.counts.total())
 
 
 def rouge_l(one: str, other: str) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from slimbench.harness.schema.work import TeachingFacts
+from slimbench.harness.stages.teaching import facts
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, data_set, stages, starts
 from slimbench.tasks.teaching.parts import Row, side
@@ -248,6 +250,39 @@ def test_items_of_one_prompt_are_on_one_side_and_held_out_prompts_are_unlike_tho
     assert max(answers.rouge_l(one.prompt, other.prompt) for one in train for other in held_out) < 0.7
 
 
+def test_a_record_says_what_became_of_all_and_how_near_what_is_held_out_comes() -> None:
+    said: list[str] = []
+
+    def answer(prompt: str) -> str:
+        said.append(f"it is {prompt[4:20]}" if len(said) % 4 else "no")
+        return said[-1]
+
+    made = make(simple(held_out=0.4, apart=0.5), Scripted(answer))
+    train, held_out = data_set.examples_of(made)
+    for found, part in ((made.max_rouge_l, "prompt"), (made.max_rouge_l_answers, "response")):
+        slow = max(answers.rouge_l(getattr(one, part), getattr(other, part)) for one in held_out for other in train)
+        assert found == pytest.approx(slow, abs=1e-4) and 0 < found < 1
+    assert made.max_rouge_l is not None and made.max_rouge_l <= 0.5
+    told = facts(made)
+    assert (told.asked, told.kept, told.rejected) == (40, 30, {"response: number of words": 10})
+    assert (told.train, told.held_out, told.dropped) == (len(train), len(held_out), 30 - len(train) - len(held_out))
+    assert (told.max_rouge_l, told.max_rouge_l_answers) == (made.max_rouge_l, made.max_rouge_l_answers)
+    assert told.tokens == sum(len(text.split()) for text in said), "those of answers that were rejected count too"
+    assert make(simple(apart=None), Scripted(lambda prompt: f"it is {prompt[4:20]}")).max_rouge_l is None
+
+
+def test_texts_and_records_of_earlier_versions_are_read() -> None:
+    made = make(simple(), Scripted(lambda prompt: f"it is {prompt[4:20]}"))
+    file, new = made.folder / data_set.MANIFEST, ("max_rouge_l", "max_rouge_l_answers")
+    content = json.loads(file.read_bytes())
+    file.write_text(json.dumps({name: value for name, value in content.items() if name not in new}))
+    again = data_set.found(made.key)
+    assert again is not None and again.max_rouge_l is None and again.sha256 == made.sha256
+    old = {"teacher": "t", "recipe": "r", "asked": 9, "kept": 8, "tokens": 70, "seconds": 1.0, "reused": True, "sha256": "a"}
+    told = TeachingFacts.model_validate(old)
+    assert told.rejected == {} and {told.train, told.held_out, told.dropped, told.max_rouge_l, told.max_rouge_l_answers} == {None}
+
+
 def test_generated_tasks_are_the_same_each_time_and_have_answers() -> None:
     start = simple(
         start={"kind": "tasks", "names": ["chain_sum", "leg_counting"]},
@@ -293,6 +328,13 @@ def test_the_bound_of_rouge_leaves_out_no_pair() -> None:
     for limit in (0.3, 0.7, 0.95):
         for text in texts:
             assert answers.alike(text, texts[:20], limit) == any(answers.rouge_l(text.text, other.text) > limit for other in texts[:20])
+
+
+def test_the_largest_likeness_is_that_of_all_pairs() -> None:
+    texts = [answers.Text.of(" ".join(f"w{(n * k + n) % 11}" for k in range(3 + n % 5))) for n in range(30)]
+    slow = max(answers.rouge_l(one.text, other.text) for one in texts[:9] for other in texts[9:])
+    assert answers.likeness(texts[:9], texts[9:]) == slow < 1 and answers.likeness(texts, texts) == 1
+    assert answers.likeness([], texts) == answers.likeness(texts, []) == answers.likeness([answers.Text.of("")], texts) == 0
 
 
 def test_an_unfit_answer_has_a_reason() -> None:
