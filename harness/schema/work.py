@@ -14,6 +14,26 @@ class Spread(Schema):
     p95: float
 
 
+class ScoredWork(Schema):
+    """What ran for the tokens of the first corpus while they were scored, counted by hooks in the very passes that give its perplexity.
+
+    Attributes:
+        tokens: That went through the model, those before the first label of a window too.
+        blocks: Decoder blocks that ran for one of them, mean.
+        blocks_p5: Their 5th percentile over tokens; None where the policy does not say what each token ran, or hooks saw other sums.
+        blocks_p95: Their 95th percentile.
+        by_blocks: How many tokens ran so many blocks; empty where percentiles are None.
+        active_parameters: Parameters of matrices that took part in one of them, each as often as it did, mean.
+    """
+
+    tokens: int
+    blocks: float
+    blocks_p5: float | None = None
+    blocks_p95: float | None = None
+    by_blocks: dict[str, int] = {}
+    active_parameters: float
+
+
 class WorkResult(Schema):
     """What ran for a token, counted while it ran; None where all of it always runs, and of what the engine does not show.
 
@@ -33,6 +53,7 @@ class WorkResult(Schema):
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
         equal: Share of the tokens that the same engine writes without guesses too; None where that was not tried.
+        scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.
         flags: One line for each point in which the claim differs.
@@ -53,6 +74,7 @@ class WorkResult(Schema):
     cache_tokens: Spread | None = None
     cache_bytes: int | None = None
     equal: float | None = None
+    scored: ScoredWork | None = None
     stepwise_gap: float | None = None
     flags: list[str] = []
 

@@ -14,7 +14,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
-from slimbench.harness.measure.dynamic import retrieval, work
+from slimbench.harness.measure.dynamic import retrieval, scored, work
 from slimbench.harness.measure.dynamic.readings import Readings
 from slimbench.harness.measure.loaded import Branches, Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
@@ -60,10 +60,13 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
         result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
     seen = calibration.ids.numpy() if calibration else None
+    ran: scored.CountingPart | None = None
     for part in windows:
         model, name = Scores.of(loaded), f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
         with _timed(result, report, journal, name, "windows") as kept:
-            measured = distributions.measure(model, part, kept)
+            counting = None if result.perplexity else scored.counting(loaded, kept)
+            measured = distributions.measure(model, part, counting or kept)
+        ran = ran or counting
         if not result.perplexity and measured.perplexity > model.vocab_size:
             raise perplexity.Diverged(
                 f"perplexity {measured.perplexity:.3g} exceeds the vocabulary size {model.vocab_size}: worse than chance"
@@ -73,14 +76,14 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
     if loaded.slots and windows:
-        _count_work(config, key, loaded, windows[0], result, report, journal)
+        _count_work(config, key, loaded, windows[0], result, report, journal, ran)
     if suite.noise_windows and distributions.is_reference and windows:
         with _timed(result, report, journal, "noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
         with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
-            scored, tokens = documents.measure(Scores.of(loaded), tokenizer, wanted, suite.batch_tokens, report.progress, kept)
-        result.documents.append(scored)
+            document, tokens = documents.measure(Scores.of(loaded), tokenizer, wanted, suite.batch_tokens, report.progress, kept)
+        result.documents.append(document)
         result.forward_tokens += tokens
     if suite.tasks:
         with _timed(result, report, journal, "zero-shot", "answers") as kept:
@@ -96,9 +99,20 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
 
 
 def _count_work(
-    config: RunConfig, key: str, loaded: Loaded, part: perplexity.Windows, result: QualityResult, report: Reporter, journal: Journal
+    config: RunConfig,
+    key: str,
+    loaded: Loaded,
+    part: perplexity.Windows,
+    result: QualityResult,
+    report: Reporter,
+    journal: Journal,
+    ran: scored.CountingPart | None,
 ) -> None:
-    """Count what runs for a token under a policy, behind the beginnings of some windows, and score some token by token; or say why not."""
+    """Count what runs for a token under a policy, behind the beginnings of some windows, and score some token by token; or say why not.
+
+    Args:
+        ran: What ran while the windows were scored; None where that was not counted.
+    """
     ids = part.ids
     texts = ids[:_WORK_TEXTS, : min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)]
     claim = artefact.read_manifest(artefact.location(key)).claim.work
@@ -108,6 +122,9 @@ def _count_work(
             found = kept.once(texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, report.progress).model_dump())
             gap = kept.once(["gap"], 1, lambda: _stepwise_gap(loaded, part, result.perplexity[0].window_nll))
         result.work = WorkResult(**found | {"stepwise_gap": gap})
+        if ran:
+            result.work.scored, told = ran.result()
+            result.work.flags += told
         if gap is not None and abs(gap) > _GAP:
             result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
         if result.evidence and claims.UNMEASURED in result.evidence.flags:

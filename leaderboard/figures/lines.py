@@ -69,14 +69,14 @@ def removed(group: Group) -> Plot:
 
 
 def active(group: Group) -> Plot:
-    """Perplexity over the parameters that take part in a token, where that is not the same for all tokens.
+    """Perplexity over the parameters that take part in a token of the same texts, where that is not the same for all tokens.
 
     Raises:
-        Unplottable: Fewer than two rows whose work was counted.
+        Unplottable: Fewer than two rows whose work was counted while they were scored.
     """
 
     def acts(row: Row) -> bool:
-        return row.active_share is not None and "depth" in row.slots
+        return row.scored_active_share is not None and "depth" in row.slots
 
     return _settings(group, ACTIVE, acts, "parameters that take part")
 

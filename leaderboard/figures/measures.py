@@ -88,7 +88,10 @@ SPEED = Measure(
 )
 SPARSITY = Measure("sparsity", "zeros among the weights of the linear layers, %", "sparsity", "sparsity", 100)
 REMOVED = Measure("removed", "parameters removed of all of the model's, %", "parameters", "removed", 100)
-ACTIVE = Measure("active_share", "parameters that take part in a token, %  (← fewer is better)", "counted work", "active", 100)
+ACTIVE = Measure(
+    "scored_active_share", "parameters that take part in a scored token, %  (← fewer is better)", "counted work", "active", 100
+)
+"""Of the tokens whose perplexity stands on the other axis."""
 HELD = Measure("held_cache_bytes", "cache behind a text, MB  (← smaller is better)", "counted work", "cache", 1e-6)
 TOKENS = Measure("training_tokens", "tokens of training", "training", "recovery")
 

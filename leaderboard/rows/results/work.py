@@ -31,6 +31,15 @@ class Work(Group):
         default=None,
         description="Parameters of matrices that took part in a token, each as often as it did, over those of all matrices, mean.",
     )
+    scored_blocks: float | None = Field(
+        default=None,
+        description="Decoder blocks that ran for a token of the first corpus while it was scored, mean, where exits or routers decide.",
+    )
+    scored_blocks_p5: float | None = Field(default=None, description="Their 5th percentile over tokens.")
+    scored_blocks_p95: float | None = Field(default=None, description="Their 95th percentile over tokens.")
+    scored_active_share: float | None = Field(
+        default=None, description="`active_share` of the tokens of the first corpus while it was scored: the work that its perplexity took."
+    )
     cache_tokens: float | None = Field(default=None, description="Tokens whose keys and values an attention read for a token, mean.")
     held_cache_bytes: int | None = Field(default=None, description="Bytes of the largest cache at the end of a text.")
     tokens_per_pass: float | None = Field(default=None, description="Tokens that a pass of the model gave, mean; above 1 with drafts.")
@@ -51,12 +60,17 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
     found = timed if timed and timed.tokens else scored
     if found is None or not found.tokens:
         return Work()
+    ran = scored.scored if scored else None
     return Work(
         slots=found.slots,
         blocks_per_token=found.blocks.mean if found.blocks else None,
         blocks_p5=found.blocks.p5 if found.blocks else None,
         blocks_p95=found.blocks.p95 if found.blocks else None,
         active_share=found.active_parameters.mean / found.total_parameters if found.active_parameters and found.total_parameters else None,
+        scored_blocks=ran.blocks if ran else None,
+        scored_blocks_p5=ran.blocks_p5 if ran else None,
+        scored_blocks_p95=ran.blocks_p95 if ran else None,
+        scored_active_share=ran.active_parameters / scored.total_parameters if ran and scored and scored.total_parameters else None,
         cache_tokens=found.cache_tokens.mean if found.cache_tokens else None,
         held_cache_bytes=found.cache_bytes,
         tokens_per_pass=found.tokens / found.passes if found.passes else None,

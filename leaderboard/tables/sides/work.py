@@ -8,7 +8,8 @@ from slimbench.leaderboard.tables.format import decimal
 from slimbench.leaderboard.tables.sides.side import Side
 
 _READING = (
-    "Counted behind a text, by hooks or by an engine that tells its passes alone, and not timed; means over tokens. Parameters of matrices "
+    "Counted behind a text, by hooks or by an engine that tells its passes alone, and not timed; means over tokens. What exits and routers "
+    "leave out depends on the text: the columns 'scored' are of the texts whose perplexity stands here. Parameters of matrices "
     "take part as often as they do: a head that is asked twice counts twice. The predicted speed-up is what the counted calls should take "
     "by the measured times of passes of so many tokens; it is told of drafts, and leaves out what guessing takes apart from matrices."
 )
@@ -21,7 +22,7 @@ class _Blocks(Column):
 
     def plus_minus(self, row: Row) -> str:
         """Mean, and 5th to 95th percentile of the tokens where they differ."""
-        low, high = row.blocks_p5, row.blocks_p95
+        low, high = (getattr(row, f"{self.key.removesuffix('_per_token')}_{bound}") for bound in ("p5", "p95"))
         return (
             self.value(row) if low is None or high is None or low == high else f"{self.value(row)} ({self.format(low)}–{self.format(high)})"
         )
@@ -30,6 +31,8 @@ class _Blocks(Column):
 _COUNTS = (
     _Blocks("blocks_per_token", "Blocks", "Decoder blocks that ran for a token, mean (5th to 95th percentile).", decimal(1)),
     Column("active_share", "Parameters %", "Parameters of matrices that took part, over those of all matrices.", decimal(1, 100)),
+    _Blocks("scored_blocks", "Blocks, scored", "The same of the tokens whose perplexity was measured.", decimal(1)),
+    Column("scored_active_share", "Parameters %, scored", "The same of the tokens whose perplexity was measured.", decimal(1, 100)),
     Column("cache_tokens", "Tokens read", "Tokens whose keys and values an attention read, mean.", decimal(0)),
     Column("held_cache_bytes", "Cache MB", "Bytes of the largest cache at the end of a text.", decimal(2, 1e-6)),
     Column("tokens_per_pass", "Tokens a pass", "Tokens that a pass of the model gave; above 1 with drafts.", decimal(2)),

@@ -48,6 +48,9 @@ class Exits(Partial):
         self._count(self.blocks, len(active))
         return found
 
+    def tokens_by_blocks(self) -> dict[int, int]:
+        return dict(self.left)
+
     def _count(self, blocks: int, tokens: int) -> None:
         if tokens:
             self.left[blocks] = self.left.get(blocks, 0) + tokens

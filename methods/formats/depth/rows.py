@@ -34,6 +34,10 @@ class Partial(nn.Module):
         self.blocks = len(blocks_of(model))
 
     @abstractmethod
+    def tokens_by_blocks(self) -> dict[int, int]:
+        """How many tokens ran so many blocks since this was made; the policy's own count."""
+
+    @abstractmethod
     def through(self, hidden: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
         """States [1, T, d] as the last norm reads them, of tokens whose states are those of the embedding; arguments as of `run_block`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slimbench.harness.schema.record import Record
-from slimbench.harness.schema.work import Spread, WorkResult
+from slimbench.harness.schema.work import ScoredWork, Spread, WorkResult
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.catalogue import Absent, figures
 from slimbench.leaderboard.figures.plots import Gallery
@@ -78,6 +78,9 @@ def with_exits() -> list[Record]:
                     blocks=Spread(mean=blocks, p5=2, p50=blocks, p95=30),
                     active_parameters=even(1000 * blocks / 30),
                     cache_bytes=int(blocks * 1e6),
+                    scored=ScoredWork(
+                        tokens=3072, blocks=blocks + 3, blocks_p5=5, blocks_p95=29, active_parameters=1000 * (blocks + 3) / 30
+                    ),
                     stepwise_gap=0.002,
                 )
         made += own
@@ -193,6 +196,33 @@ def test_pages_show_the_work() -> None:
     cell, model = files[names.cell(row)].decode(), files[names.model(row.model)].decode()
     assert "Work of a token, as counted" in cell and "Decoder blocks that ran (quality)" in cell and "248 passes" in cell
     assert "Work of a token" in model and "24.0 (2.0–30.0)" in model
+
+
+def test_a_perplexity_stands_over_the_work_of_the_tokens_that_were_scored() -> None:
+    row = next(row for row in board_of(with_exits) if row.pipeline == "calm(threshold=0.8)")
+    assert (row.blocks_per_token, row.scored_blocks, row.scored_blocks_p5, row.scored_blocks_p95) == (24, 27, 5, 29)
+    assert (row.active_share, row.scored_active_share) == (0.8, 0.9)
+    assert "27.0 (5.0–29.0)" in to_markdown(board_of(with_exits))
+
+    def drawn(change: Any) -> Any:
+        made = with_exits()
+        for record in made:
+            if record.quality and record.quality.work:
+                change(record.quality.work)
+        (found,) = figures(rows(made), ["methods-active"])
+        return found
+
+    def scored_alike(work: WorkResult) -> None:
+        work.scored = work.scored and work.scored.model_copy(update={"active_parameters": 500.0})
+
+    def written_alike(work: WorkResult) -> None:
+        work.active_parameters = even(500.0)
+
+    def unseen(work: WorkResult) -> None:
+        work.scored = None
+
+    assert isinstance(drawn(written_alike), Plot)
+    assert isinstance(drawn(scored_alike), Absent) and isinstance(drawn(unseen), Absent), "what was written is no stand-in"
 
 
 def with_passes_alone() -> list[Record]:

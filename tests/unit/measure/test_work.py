@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.dynamic.work import Count, counted, differences, measure, shared, spread, tokens_of_passes
+from slimbench.harness.measure.dynamic.hooks import Count, counted
+from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
