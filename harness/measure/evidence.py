@@ -127,6 +127,13 @@ def products(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     return [(layer, layer.in_features * layer.out_features) for layer in layers]
 
 
+def bytes_of(layer: torch.nn.Module) -> int:
+    """Bytes of the tensors of a layer as a call has them: those that it shares with others, and those that lie elsewhere between calls."""
+    with brought_in(layer):
+        held = {operators.storage_pointer(tensor): tensor.untyped_storage().nbytes() for tensor in resident_tensors(layer)}
+    return sum(size for pointer, size in held.items() if pointer)
+
+
 def linear_bits(module: torch.nn.Module) -> float | None:
     """Bits per weight of the linear layers as they lie in memory now, None without such layers."""
     linear = [holding for holding in _holdings(module) if holding[1] == "linear"]

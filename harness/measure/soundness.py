@@ -28,20 +28,35 @@ class Touched:
     Attributes:
         weights: Of the weights.
         cache: Of the keys and values.
+        weight_bytes: What it reads of the weights, where the bytes of each call were counted; goes before `weights`.
     """
 
     weights: float | None = 1.0
     cache: float | None = 1.0
+    weight_bytes: int | None = None
 
 
 ALL = Touched()
 
 
-def touched_by(work: WorkResult | None) -> Touched:
-    """What counted calls read: weights once in each call, however many rows it has, and the cache once in each pass."""
+def touched_by(work: WorkResult | None, cache_size: int) -> Touched:
+    """What counted calls read: weights once in each call, however many rows it has, and the cache once in each pass.
+
+    The model and one that guesses for it have weights, passes and a cache each. A part that fits into the last-level cache may stay there
+    from guess to guess: of it no more is taken for granted than one reading a pass.
+
+    Args:
+        cache_size: Bytes of the last-level cache.
+    """
     if work is None or not work.tokens or not work.calls:
         return Touched(None, None)
-    return Touched(sum(work.calls.values()) / work.tokens, (work.passes or 0) / work.tokens)
+    passes, drafted = work.passes or 0, (work.draft_cache_bytes or 0) / (work.cache_bytes or 1)
+    cache = ((1 - drafted) * passes + drafted * (work.draft_passes or 0)) / work.tokens
+    read = [
+        size if (whole := work.part_bytes.get(part, 0)) > cache_size else min(size, whole * passes)
+        for part, size in work.read_bytes.items()
+    ]
+    return Touched(sum(work.calls.values()) / work.tokens, cache, round(sum(read) / work.tokens) if read else None)
 
 
 def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool, by_text: bool = False) -> None:
@@ -58,7 +73,9 @@ def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size
     result.read_bandwidth_gbs = max((probe.read_gbs for probe in probes if probe.read_gbs), default=None)
     for number, (point, seen) in enumerate(zip(result.points, disturbances, strict=True)):
         if result.evidence:
-            touched = touched_by(None if number else result.work) if by_text else ALL  # work is counted on the texts of the first point
+            touched = (
+                touched_by(None if number else result.work, cache_size) if by_text else ALL
+            )  # work is counted on the texts of the first point
             point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size, touched)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)
@@ -67,9 +84,10 @@ def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size
 def weights_read(evidence: Evidence) -> int:
     """Bytes of the weights that a decode step reads: each once for the batch, wherever it lies.
 
-    Of an embedding table only a few rows are read, unless it is the head too.
+    Of an embedding table only a few rows are read, unless it is the head too: then a head has no bytes of its own.
     """
-    tied = not any(layer.bytes for layer in evidence.layers if layer.role == "head")
+    heads = [layer for layer in evidence.layers if layer.role == "head"]
+    tied = not heads or not all(layer.bytes for layer in heads)
     return sum(layer.bytes for layer in evidence.layers if layer.role != "embedding" or tied)
 
 
@@ -97,7 +115,8 @@ def roofline(
     """
     if touched.weights is None or touched.cache is None:
         return Roofline(weight_bytes=0, reason="what a policy reads from token to token was not counted")
-    weights, held = round(touched.weights * weights_read(evidence)), point.kv_cache_bytes
+    counted, held = touched.weight_bytes, point.kv_cache_bytes
+    weights = round(touched.weights * weights_read(evidence)) if counted is None else counted
     cache = None if held is None else round(touched.cache * held)
     found = Roofline(weight_bytes=weights, cache_bytes=cache, bandwidth="read" if read_gbs else "copy")
     if any(_EXPERTS.search(layer.layer) for layer in evidence.layers):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from slimbench.harness.schema.base import Schema
 
+WHOLE, DRAFT = "model", "draft"
+"""Parts of what runs: the model, and a draft model beside it."""
+
 
 class Spread(Schema):
     """How a count is spread over tokens: its mean, and the 5th, 50th and 95th percentile."""
@@ -44,14 +47,18 @@ class WorkResult(Schema):
         passes: Of the model to its end, for all of these tokens; fewer where a draft was accepted.
         pass_rows: How many passes had so many tokens, guesses included.
         pass_tokens: How many passes gave so many tokens: the guesses that were taken, and one.
-        calls: Matrices that took part in calls of so many rows, in models: 1 is all matrices of the model once, without those of a draft.
-            By the times of passes of so many rows it tells what the tokens should take.
+        calls: Matrices of the model that took part in calls of so many rows, in models: 1 is all of them once, without those of a draft
+            model. By the times of passes of so many rows it tells what the tokens should take.
+        part_bytes: Bytes of the matrices of each part; a head that is the embedding too counts its table.
+        read_bytes: Bytes that the calls of each part read: a matrix once in each call, however many rows it has.
+        draft_passes: Of a draft model to its end.
         total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran, those of a draft model among them.
         experts: Experts of a layer that ran.
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
+        draft_cache_bytes: Of these, what a draft model holds.
         equal: Share of the tokens that the same engine writes without guesses too; None where that was not tried.
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
@@ -67,12 +74,16 @@ class WorkResult(Schema):
     pass_rows: dict[str, int] = {}
     pass_tokens: dict[str, int] = {}
     calls: dict[str, float] = {}
+    part_bytes: dict[str, int] = {}
+    read_bytes: dict[str, int] = {}
+    draft_passes: int | None = None
     total_parameters: int | None = None
     blocks: Spread | None = None
     experts: Spread | None = None
     active_parameters: Spread | None = None
     cache_tokens: Spread | None = None
     cache_bytes: int | None = None
+    draft_cache_bytes: int | None = None
     equal: float | None = None
     scored: ScoredWork | None = None
     stepwise_gap: float | None = None

@@ -1,9 +1,12 @@
-"""What runs of a loaded model meanwhile, by hooks: rows of each matrix, of blocks, of passes, and keys that attentions were given."""
+"""What runs of a loaded model meanwhile, by hooks: rows and bytes of matrices, rows of blocks and passes, keys that attentions were given.
+
+A model that guesses for another one is a part of it, and is counted apart: its matrices have other bytes, and a call of them other times.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +14,35 @@ from typing import Any
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from slimbench.harness.measure.evidence import products
+from slimbench.harness.measure.evidence import bytes_of, products
+from slimbench.harness.schema.work import DRAFT, WHOLE
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.architecture.layout import layout_of
 from slimbench.methods.formats.architecture.structure import blocks_of
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer that multiplies.
+
+    Attributes:
+        layer: Of a loaded model.
+        part: To which it belongs.
+        parameters: That it stands for.
+        bytes: That a call of it reads.
+    """
+
+    layer: Any
+    part: str
+    parameters: int
+    bytes: int
+
+
+def matrices_of(module: Any) -> list[Matrix]:
+    """The layers of a causal language model that multiply, those of its draft among them."""
+    draft = getattr(module, "draft", None)
+    drafting = set(map(id, draft.modules())) if draft is not None else set()
+    return [Matrix(layer, DRAFT if id(layer) in drafting else WHOLE, parameters, bytes_of(layer)) for layer, parameters in products(module)]
 
 
 @dataclass
@@ -26,14 +54,18 @@ class Count:
         products: Parameters of matrices times rows that went through them.
         blocks: Rows that went through the feed-forward part of a block, over all blocks, those of a draft model among them.
         reads: Of each call of the attention, the keys that it was given: a mask hides some from a query and frees none.
-        calls: Parameters of the matrices that took part in calls of so many rows, each as often as it did.
+        calls: By part, parameters of the matrices that took part in calls of so many rows, each as often as it did.
+        read: By part, bytes of the matrices that took part, each as often as it was called.
+        drafts: Rows of each pass of a draft model.
     """
 
     passes: list[int] = field(default_factory=list)
     products: int = 0
     blocks: int = 0
     reads: list[int] = field(default_factory=list)
-    calls: Counter[int] = field(default_factory=Counter)
+    calls: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    read: Counter[str] = field(default_factory=Counter)
+    drafts: list[int] = field(default_factory=list)
 
 
 class _Attentions(TorchFunctionMode):
@@ -51,48 +83,54 @@ class _Attentions(TorchFunctionMode):
 
 
 @contextmanager
-def counted(module: Any) -> Iterator[Count]:
+def counted(module: Any, known: Sequence[Matrix] | None = None) -> Iterator[Count]:
     """Count what runs of a causal language model meanwhile.
+
+    Args:
+        known: Its matrices, where they have been looked for already.
 
     Raises:
         methods.base.Unsupported: Its last block has no projection to keys of its own.
     """
     count = Count()
-    with matrices(module, count), _Attentions(count):
+    with watched(module, count, known), _Attentions(count):
         yield count
 
 
 @contextmanager
-def matrices(module: Any, count: Count) -> Iterator[None]:
+def watched(module: Any, count: Count, known: Sequence[Matrix] | None = None) -> Iterator[None]:
     """As `counted`, without the keys: to see them costs a call of Python for each operator of torch."""
     handles = []
 
     def watch(layer: Any, change: Callable[[int], None]) -> None:
         handles.append(layer.register_forward_hook(lambda _, inputs, output: change(_rows(inputs, output))))
 
-    def products_of(parameters: int) -> Callable[[int], None]:
+    def products_of(matrix: Matrix) -> Callable[[int], None]:
         def add(rows: int) -> None:
             if rows:  # a head whose logits are all known is called with none
-                count.products += parameters * rows
-                count.calls[rows] += parameters
+                count.products += matrix.parameters * rows
+                count.calls[matrix.part][rows] += matrix.parameters
+                count.read[matrix.part] += matrix.bytes
 
         return add
 
     def block(rows: int) -> None:
         count.blocks += rows
 
-    blocks = list(blocks_of(module).values())
-    last = layout_of(blocks[-1])
-    try:
-        watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), count.passes.append)
-    except AttributeError as error:
-        raise Unsupported("the last block has no projection to keys of its own, by which passes are counted") from error
-    if (draft := getattr(module, "draft", None)) is not None:
-        blocks += blocks_of(draft).values()
-    for layer, parameters in products(module):
-        watch(layer, products_of(parameters))
-    for found in blocks:
-        watch(found.get_submodule(layout_of(found).mlp[0]), block)
+    for owner, passes in ((module, count.passes), (getattr(module, "draft", None), count.drafts)):
+        if owner is None:
+            continue
+        blocks = list(blocks_of(owner).values())
+        last = layout_of(blocks[-1])
+        try:
+            watch(blocks[-1].get_submodule(last.attention).get_submodule(last.queries[1]), passes.append)
+        except AttributeError as error:
+            if owner is module:
+                raise Unsupported("the last block has no projection to keys of its own, by which passes are counted") from error
+        for found in blocks:
+            watch(found.get_submodule(layout_of(found).mlp[0]), block)
+    for matrix in matrices_of(module) if known is None else known:
+        watch(matrix.layer, products_of(matrix))
     try:
         yield
     finally:

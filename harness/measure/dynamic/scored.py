@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from slimbench.harness.measure.dynamic.hooks import Count, counted, matrices
+from slimbench.harness.measure.dynamic.hooks import Count, counted, matrices_of, watched
 from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.schema.work import ScoredWork
 from slimbench.harness.store.partial import Part
@@ -53,20 +53,21 @@ class CountingPart(Part):
     def __init__(self, part: Part, module: Any) -> None:
         super().__init__(part.name, part.unit, part.journal)
         self._part, self._module, self._ran = part, module, list[Ran]()
+        self._matrices = matrices_of(module)
         self._policy = next((found for found in module.modules() if isinstance(found, Partial)), None)
 
     def once(self, input_: Any, count: int, work: Callable[[], Any], accept: Callable[[Any], bool] = lambda result: True) -> Any:
         """As of `Part`, where `work` gives a mapping; a piece of an earlier attempt that does not say what ran is done again."""
 
-        def watched() -> Any:
+        def counting() -> Any:
             found, before = Count(), self._told()
-            with matrices(self._module, found):
+            with watched(self._module, found, self._matrices):
                 result = work()
             told = self._told() - before
             ran = Ran(sum(found.passes), found.blocks, found.products, {str(blocks): tokens for blocks, tokens in sorted(told.items())})
             return result | {_RAN: asdict(ran)}
 
-        kept = self._part.once(input_, count, watched, lambda earlier: _RAN in earlier and accept(earlier))
+        kept = self._part.once(input_, count, counting, lambda earlier: _RAN in earlier and accept(earlier))
         self._ran.append(Ran(**kept[_RAN]))
         return kept
 

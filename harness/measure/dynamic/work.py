@@ -8,17 +8,16 @@ decode steps are counted: the prompt's own pass is work of another kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from slimbench.harness.measure.dynamic.hooks import Count, counted
-from slimbench.harness.measure.evidence import products
+from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of
 from slimbench.harness.measure.loaded import CountsPasses, Generates
-from slimbench.harness.schema.work import Spread, WorkResult
+from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
 
 NEW_TOKENS = 32
@@ -46,22 +45,23 @@ def measure(
         return _by_passes(model, texts, claim, on_progress, new_tokens)
     steps: list[Count] = []
     held: list[int] = []
+    drafts: list[int] = []
     shares: list[Share] = []
     given: Counter[int] = Counter()
-    total = sum(parameters for _, parameters in products(module))
-    drafts = sum(parameters for _, parameters in products(module.draft)) if hasattr(module, "draft") else 0
+    matrices = matrices_of(module)
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
         own: list[Count] = []
         for _ in range(new_tokens - 1):
-            with counted(module) as count:
+            with counted(module, matrices) as count:
                 step = model.decode_step(step)
             own.append(count)
         steps += own
         shares += shared(own)
         given.update(tokens_of_passes(own))
         held.append(model.cache_bytes(step.state) or 0)
+        drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
     passes = [rows for count in steps for rows in count.passes]
     found = WorkResult(
         tokens=len(steps),
@@ -71,18 +71,37 @@ def measure(
         pass_rows={str(rows): count for rows, count in sorted(Counter(passes).items())},
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
         slots=list(model.slots),
-        calls={
-            str(rows): parameters / (total - drafts)
-            for rows, parameters in sorted(sum((count.calls for count in steps), Counter()).items())
-        },
-        total_parameters=total,
+        calls=_calls(steps, [matrix for matrix in matrices if matrix.part != DRAFT]),
+        part_bytes=_by_part((matrix.part, matrix.bytes) for matrix in matrices),
+        read_bytes=_by_part(item for count in steps for item in count.read.items()),
+        draft_passes=sum(len(count.drafts) for count in steps) or None,
+        total_parameters=sum(matrix.parameters for matrix in matrices),
         blocks=spread([share.blocks for share in shares]),
         active_parameters=spread([share.products for share in shares]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_bytes=max(held),
+        draft_cache_bytes=drafts[held.index(max(held))] or None,
     )
     found.flags += differences(found, claim, token_bytes(module))
     return found
+
+
+def _calls(steps: Sequence[Count], matrices: Sequence[Matrix]) -> dict[str, float]:
+    """In how many calls of so many rows some matrices took part; 1 is all of them once."""
+    whole, parts = sum(matrix.parameters for matrix in matrices), {matrix.part for matrix in matrices}
+    found: Counter[int] = Counter()
+    for count in steps:
+        for part in parts & count.calls.keys():
+            found.update(count.calls[part])
+    return {str(rows): parameters / whole for rows, parameters in sorted(found.items())}
+
+
+def _by_part(items: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sums by part."""
+    found: Counter[str] = Counter()
+    for part, amount in items:
+        found[part] += amount
+    return dict(sorted(found.items()))
 
 
 def _by_passes(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from slimbench.harness.measure.soundness import flags, judge, roofline
+from slimbench.harness.measure.soundness import flags, judge, roofline, touched_by, weights_read
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 from slimbench.harness.schema.speed import MemoryResult, Probe, Samples, SpeedPointResult, SpeedResult
+from slimbench.harness.schema.work import WorkResult
 
 CACHE = 32 * 2**20
 
@@ -102,3 +103,46 @@ def test_points_of_an_earlier_version_keep_the_bandwidth_of_copies_as_their_roof
     judge(result, [[]], CACHE, is_reference=False)
     assert result.read_bandwidth_gbs is None and old.roofline is not None
     assert (old.roofline.bandwidth, old.roofline.bound_ms) == ("copy", pytest.approx(26.0))
+
+
+def test_the_head_of_a_draft_does_not_untie_that_of_the_model() -> None:
+    drafted = evidence(*TIED.layers, layer("head", 13_000_000, "PackedLinear"), layer("linear", 60_000_000, "PackedLinear"))
+    assert weights_read(drafted) == weights_read(TIED) + 73_000_000
+    assert weights_read(evidence(layer("linear", 1000), layer("embedding", 500))) == 1500, "without a head it is the embedding"
+
+
+DRAFTED = WorkResult(
+    slots=["draft"],
+    tokens=10,
+    prompts=1,
+    passes=4,
+    calls={"4": 4.0},
+    part_bytes={"draft": 60_000_000, "model": 200_000_000},
+    read_bytes={"draft": 720_000_000, "model": 800_000_000},
+    draft_passes=12,
+    cache_bytes=10_000_000,
+    draft_cache_bytes=4_000_000,
+)
+
+
+def test_model_and_draft_are_read_each_by_its_own_calls() -> None:
+    """Four passes of one and twelve of the other gave ten tokens; sixteen of both together would be another thing."""
+    touched = touched_by(DRAFTED, CACHE)
+    assert touched.weight_bytes == (4 * 200_000_000 + 12 * 60_000_000) // 10
+    assert touched.cache == pytest.approx((4 * 0.6 + 12 * 0.4) / 10)
+    result = SpeedResult(points=[point(60.0)], evidence=TIED, work=DRAFTED)
+    judge(result, [[]], CACHE, is_reference=False, by_text=True)
+    (measured,) = result.points
+    assert measured.roofline and measured.roofline.weight_bytes == 152_000_000 and measured.roofline.cache_bytes == 6_480_000
+    assert measured.roofline.bound_ms == pytest.approx(158_480_000 / 13.0 / 1e6)
+
+
+def test_a_draft_that_stays_in_the_last_level_cache_is_read_once_a_pass() -> None:
+    assert touched_by(DRAFTED, 64_000_000).weight_bytes == (4 * 200_000_000 + 4 * 60_000_000) // 10
+
+
+def test_where_bytes_were_not_counted_the_share_of_the_calls_tells_them() -> None:
+    passes = WorkResult(slots=["draft"], tokens=10, prompts=1, passes=4, calls={"4": 4.0})
+    touched = touched_by(passes, CACHE)
+    assert (touched.weights, touched.cache, touched.weight_bytes) == (0.4, 0.4, None)
+    assert touched_by(None, CACHE).weights is None

@@ -23,6 +23,7 @@ from slimbench.methods.formats.attention.patterns import Strided
 from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.draft.policy import Exit, Lookup
+from slimbench.methods.formats.draft.speculation import ModelDrafter
 from slimbench.methods.formats.policy import Policy
 from tests.support import tiny
 
@@ -171,3 +172,39 @@ def test_passes_and_calls_add_up(base: Any, policy: Policy | None) -> None:
         assert found.calls == {"1": 48.0} and found.pass_tokens == {"1": 48}
     if isinstance(policy, Exit):
         assert set(found.calls) >= {"1", "4"} and found.calls["1"] > found.passes / 2, "half of the blocks and a head guess, token by token"
+
+
+def beside(base: Any, blocks: int, tokens: int = 3) -> TransformersModel:
+    """The model with one of so many of its blocks beside it in half of the bytes, which guesses."""
+    model = copy.deepcopy(base)
+    model.draft = copy.deepcopy(base).bfloat16()
+    model.draft.model.layers, model.draft.config.num_hidden_layers = model.draft.model.layers[:blocks], blocks
+    model.drafter = ModelDrafter(model, tokens, model.draft)
+    loaded = TransformersModel(model, "cpu")
+    loaded.slots = ["draft"]
+    return loaded
+
+
+def test_calls_and_bytes_of_a_draft_model_are_its_own(base: Any) -> None:
+    looping = torch.tensor([[5, 6, 7, 8]]).repeat(1, 12)
+    found = measure(beside(base, 2), torch.cat([looping, text(48)]), None, lambda *_: None, 25)
+    rows = {int(rows): count for rows, count in found.pass_rows.items()}
+    assert found.passes and found.passes == sum(rows.values()) < found.tokens and found.draft_passes
+    assert found.draft_passes == sum((size - 1) * count for size, count in rows.items()), "each guess is a pass of the draft"
+    block = sum(parameter.numel() for parameter in base.model.layers[0].parameters() if parameter.dim() == 2)
+    head = base.lm_head.weight.numel()
+    assert found.part_bytes == {"model": 4 * (BLOCKS * block + head), "draft": 2 * (2 * block + head)}
+    assert found.read_bytes == {
+        "model": found.passes * found.part_bytes["model"],
+        "draft": found.draft_passes * found.part_bytes["draft"],
+    }
+    assert found.calls == {str(size): pytest.approx(count) for size, count in rows.items()}, "of the model alone"
+    assert found.cache_bytes and found.draft_cache_bytes
+    assert found.draft_cache_bytes == pytest.approx(found.cache_bytes / 5, rel=0.1), "half of the blocks in half of the bytes"
+
+
+def test_a_matrix_is_read_in_each_call_and_one_that_is_left_out_in_none(base: Any) -> None:
+    found = measure(under(base, EarlyExit("maximum", 0.0, (2,))), text(), None, lambda *_: None)
+    plain = measure(under(base, None), text(), None, lambda *_: None)
+    assert plain.read_bytes == {"model": plain.tokens * plain.part_bytes["model"]} and plain.draft_passes is plain.draft_cache_bytes is None
+    assert found.part_bytes == plain.part_bytes and found.read_bytes["model"] < 0.75 * plain.read_bytes["model"]
