@@ -49,6 +49,8 @@ class WorkResult(Schema):
         pass_tokens: How many passes gave so many tokens: the guesses that were taken, and one.
         calls: Matrices of the model that took part in calls of so many rows, in models: 1 is all of them once, without those of a draft
             model. By the times of passes of so many rows it tells what the tokens should take.
+        part_calls: The same of each part, in parts, where the time of one is not its share of a pass of the model: `draft` is a draft
+            model, `model` what belongs to no part. Empty where all calls are of the model.
         part_bytes: Bytes of the matrices of each part; a head that is the embedding too counts its table.
         read_bytes: Bytes that the calls of each part read: a matrix once in each call, however many rows it has.
         draft_passes: Of a draft model to its end.
@@ -74,6 +76,7 @@ class WorkResult(Schema):
     pass_rows: dict[str, int] = {}
     pass_tokens: dict[str, int] = {}
     calls: dict[str, float] = {}
+    part_calls: dict[str, dict[str, float]] = {}
     part_bytes: dict[str, int] = {}
     read_bytes: dict[str, int] = {}
     draft_passes: int | None = None

@@ -68,8 +68,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
     rows = figure(["rows", protocol.rows], 1, lambda: _rows(model, grid[0], protocol)) if protocol.rows else {}
+    parts = figure(["parts", protocol.rows], 1, lambda: _parts(model, grid[0], protocol)) if protocol.rows else {}
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, len(model.devices), soundness.weights_read(found))
-    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, rows_ms=rows)
+    times: dict[str, Any] = {"rows_ms": rows, "parts_ms": parts}
+    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, **times)
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)
 
@@ -89,16 +91,16 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.load, seen = watch.read()
         return {"point": measured.model_dump(), "disturbances": seen}
 
-    parts: list[list[dict[str, Any]]] = [[] for _ in grid]
+    shares: list[list[dict[str, Any]]] = [[] for _ in grid]
     for process in range(min(journal.processes + 1, processes)):
         for index, point in enumerate(grid):
             turn = f", process {process + 1} of {processes}" if processes > 1 else ""
             report.phase(f"speed {point.batch}×{point.prompt}+{point.new_tokens}{turn}")
-            parts[index].append(point_of([process, index, point.model_dump()], 1, partial(measure, process, index)))
-    if len(parts[0]) < processes and journal.end_process():
+            shares[index].append(point_of([process, index, point.model_dump()], 1, partial(measure, process, index)))
+    if len(shares[0]) < processes and journal.end_process():
         raise Again
-    disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in parts]
-    result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in parts]
+    disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in shares]
+    result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in shares]
     by_text = bool(_BY_TEXT & set(model.slots))
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, by_text)
     result.flags += texts.untimed(result.points)
@@ -137,6 +139,11 @@ def _work(model: Generates, config: RunConfig, key: str, tokens: Any, point: Spe
 def _rows(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, float]:
     """Times of passes of several tokens, where the engine can add tokens to a cache."""
     return texts.time_rows(model, point, protocol.rows or [], timer(model.device)) if isinstance(model, Scores) else {}
+
+
+def _parts(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, dict[str, float]]:
+    """Times of the parts of a draft, where it acts alone: under other policies what a part does depends on the text."""
+    return texts.time_parts(model, point, protocol.rows or [], timer(model.device)) if set(model.slots) == {"draft"} else {}
 
 
 def _share_of(protocol: SpeedConfig, processes: int) -> SpeedConfig:

@@ -6,7 +6,7 @@ A model that guesses for another one is a part of it, and is counted apart: its 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,11 +38,19 @@ class Matrix:
     bytes: int
 
 
+def parts_of(module: Any) -> Mapping[str, Sequence[Any]]:
+    """The parts that what guesses for a model tells apart, by name (`methods.formats.draft.speculation.Drafter.parts`); none without."""
+    drafter = getattr(module, "drafter", None)
+    found: Mapping[str, Sequence[Any]] = drafter.parts() if drafter is not None else {}
+    return found
+
+
 def matrices_of(module: Any) -> list[Matrix]:
     """The layers of a causal language model that multiply, those of its draft among them."""
     draft = getattr(module, "draft", None)
-    drafting = set(map(id, draft.modules())) if draft is not None else set()
-    return [Matrix(layer, DRAFT if id(layer) in drafting else WHOLE, parameters, bytes_of(layer)) for layer, parameters in products(module)]
+    owners: dict[str, Sequence[Any]] = {DRAFT: [] if draft is None else [draft], **parts_of(module)}
+    parts = {id(layer): part for part, found in owners.items() for owner in found for layer in owner.modules()}
+    return [Matrix(layer, parts.get(id(layer), WHOLE), parameters, bytes_of(layer)) for layer, parameters in products(module)]
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,26 @@ def time_rows(model: Scores, point: SpeedPoint, rows: Sequence[int], clock: Time
             if repeat:
                 taken[count].append(took)
     return {str(count): statistics.median(times) for count, times in taken.items()}
+
+
+def time_parts(model: Loaded, point: SpeedPoint, rows: Sequence[int], clock: Timer, repeats: int = 8) -> dict[str, dict[str, float]]:
+    """Median milliseconds of the calls of which guessing and checking is made, by part and number of rows; as of `time_rows`.
+
+    Returns:
+        None of them where all that runs is in passes of the whole model.
+    """
+    drafter = getattr(getattr(model, "module", None), "drafter", None)
+    taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for repeat in range(repeats + 1 if drafter is not None and drafter.parts() else 0):
+        with torch.inference_mode():
+            for part, count, call in drafter.rehearse(prompts(model, point).to(model.device), rows):
+                model.synchronize()
+                start = clock.mark(model.synchronize)
+                call()
+                took = clock.milliseconds(start, clock.mark(model.synchronize))
+                if repeat:
+                    taken[part][count].append(took)
+    return {part: {str(count): statistics.median(times) for count, times in sorted(found.items())} for part, found in taken.items()}
 
 
 def untimed(points: Sequence[SpeedPointResult]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of
+from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
@@ -63,6 +63,8 @@ def measure(
         held.append(model.cache_bytes(step.state) or 0)
         drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
     passes = [rows for count in steps for rows in count.passes]
+    named = {matrix.part for matrix in matrices} if parts_of(module) else set()
+    apart = {part: [matrix for matrix in matrices if matrix.part == part] for part in sorted(named)}
     found = WorkResult(
         tokens=len(steps),
         prompts=len(texts),
@@ -72,6 +74,7 @@ def measure(
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
         slots=list(model.slots),
         calls=_calls(steps, [matrix for matrix in matrices if matrix.part != DRAFT]),
+        part_calls={part: calls for part, own in apart.items() if (calls := _calls(steps, own))},
         part_bytes=_by_part((matrix.part, matrix.bytes) for matrix in matrices),
         read_bytes=_by_part(item for count in steps for item in count.read.items()),
         draft_passes=sum(len(count.drafts) for count in steps) or None,

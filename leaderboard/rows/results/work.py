@@ -11,7 +11,7 @@ from pydantic import Field
 
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
-from slimbench.harness.schema.work import WorkResult
+from slimbench.harness.schema.work import WHOLE, WorkResult
 from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Group
 
@@ -89,7 +89,7 @@ def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
     if found.slots != ["draft"]:
         return None
     reference = speed.points[0].reference if speed.points else None
-    own = predicted_ms(found.calls, speed.rows_ms, found.tokens)
+    own = token_ms(found, speed)
     if reference is None or not reference.decode_ms or not own:
         return None
     prompts = speed.points[0].prompt_of_pairs
@@ -97,16 +97,27 @@ def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
     return dense / own
 
 
+def token_ms(found: WorkResult, speed: SpeedResult) -> float | None:
+    """Milliseconds that a token should take, each part by its own times where several were counted; None where one is not known."""
+    if not found.part_calls:
+        return predicted_ms(found.calls, speed.rows_ms, found.tokens)
+    times = speed.parts_ms | {WHOLE: speed.rows_ms}
+    parts = [predicted_ms(calls, times.get(part, {}), found.tokens) for part, calls in list(found.part_calls.items())[:_MOST]]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
 def predicted_ms(calls: Mapping[str, float], rows_ms: Mapping[str, float], tokens: int) -> float | None:
     """Milliseconds that a token should take: Σ_r calls(r) t(r) / tokens.
 
-    A call of a part of the matrices with r rows takes its share of t(r), the time of a pass of r tokens through all of them; t is linear
-    between the numbers of rows that were timed. With all matrices and drafts of γ tokens that cost nothing this is the model of
-    Leviathan et al. (arXiv 2211.17192, theorem 3.8), with t(γ + 1) / t(1) in the place of their 1.
+    Calls and times are of one part, the model or what guesses for it: a draft in few bits does not take the time of the model. A call of
+    some of its matrices with r rows takes its share of t(r), the time of a call of r tokens through all of them; t is linear between the
+    numbers of rows that were timed. With all matrices and drafts of γ tokens that cost nothing this is the model of Leviathan et al.
+    (arXiv 2211.17192, theorem 3.8), with t(γ + 1) / t(1) in the place of their 1.
 
     Args:
-        calls: Of each number of rows, how many whole models its calls make.
-        rows_ms: Time of a pass by its number of tokens.
+        calls: Of each number of rows, how many times all of the part its calls make.
+        rows_ms: Time of a call of all of it by its number of tokens.
 
     Returns:
         None where no calls were counted, or one has more rows than were timed.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.depth.rows import check
 from slimbench.methods.formats.kv.quantized import layer_bytes
+
+Call = tuple[str, int, Callable[[], Any]]
+"""A call of a part of what runs: its name, its rows, and what makes it."""
 
 
 class Speculation:
@@ -109,6 +113,19 @@ class Drafter(ABC):
             The guesses, and the model's choices, one more.
         """
 
+    def parts(self) -> Mapping[str, Sequence[Any]]:
+        """Modules whose calls take other times than their share of a pass of the whole model, by part; none where all is in such passes."""
+        return {}
+
+    def rehearse(self, ids: Tensor, rows: Sequence[int]) -> Iterator[Call]:
+        """Calls of the parts, as guessing and checking makes them behind a prompt; each is to be made before the next is asked for.
+
+        Args:
+            ids: The prompt, int64 [1, T]; its tokens come again behind it.
+            rows: Numbers of tokens that are checked at once.
+        """
+        yield from ()
+
     def chosen(self, text: list[int], guesses: list[int], cache: Any) -> list[int]:
         """The model's choices behind the last token of a text and behind each guess, in one pass."""
         ids = torch.tensor([[text[-1], *guesses]], device=self.model.device)
@@ -151,13 +168,41 @@ class ExitDrafter(Drafter):
         first, count = cache.get_seq_length(), min(self.tokens, most)
         token, states, guesses = text[-1], [], list[int]()
         for place in range(count + 1):
-            hidden = self.base.embed_tokens(torch.tensor([[token]], device=self.model.device))
-            states.append(self._run(self.all[: self.early], hidden, cache, first + place))
+            states.append(self._begun(token, cache, first + place))
             if place < count:
-                token = int(self.head(self.base.norm(states[-1]))[0, -1].argmax())
+                (token,) = self._choices(states[-1])
                 guesses.append(token)
-        hidden = self._run(self.all[self.early :], torch.cat(states, 1), cache, first)
-        return guesses, self.head(self.base.norm(hidden))[0].argmax(-1).tolist()
+        return guesses, self._choices(self._ended(states, cache, first))
+
+    def parts(self) -> Mapping[str, Sequence[Any]]:
+        return {"early": self.all[: self.early], "late": self.all[self.early :], "head": [self.head]}
+
+    def rehearse(self, ids: Tensor, rows: Sequence[int]) -> Iterator[Call]:
+        cache, tokens = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values, ids[0].tolist()
+        for count in rows:
+            yield from self._rehearsed([tokens[place % len(tokens)] for place in range(count)], cache)
+
+    def _rehearsed(self, tokens: list[int], cache: Any) -> Iterator[Call]:
+        """The calls of one pass over some tokens, all of which stay in the cache."""
+        first, states = cache.get_seq_length(), list[Tensor]()
+        for place, token in enumerate(tokens):
+            yield "early", 1, lambda token=token, place=first + place: states.append(self._begun(token, cache, place))
+            yield "head", 1, partial(self._choices, states[-1])
+        yield "late", len(tokens), lambda: states.append(self._ended(states, cache, first))
+        yield "head", len(tokens), partial(self._choices, states[-1])
+
+    def _begun(self, token: int, cache: Any, place: int) -> Tensor:
+        """State [1, 1, d] of a token behind the first blocks."""
+        return self._run(self.all[: self.early], self.base.embed_tokens(torch.tensor([[token]], device=self.model.device)), cache, place)
+
+    def _ended(self, states: list[Tensor], cache: Any, first: int) -> Tensor:
+        """States [1, T, d] behind all blocks, of tokens from the place `first` on whose states behind the first ones are given."""
+        return self._run(self.all[self.early :], torch.cat(states, 1), cache, first)
+
+    def _choices(self, states: Tensor) -> list[int]:
+        """What the head chooses behind states [1, T, d]."""
+        chosen: list[int] = self.head(self.base.norm(states))[0].argmax(-1).tolist()
+        return chosen
 
     def _run(self, blocks: list[Any], hidden: Tensor, cache: Any, first: int) -> Tensor:
         """States [1, T, d] of tokens at first, first + 1, … behind some blocks, whose layers of the cache hold all tokens before."""
@@ -207,6 +252,16 @@ class ModelDrafter(Drafter):
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
         guesses = self.guess(text, min(self.tokens, most))
         return guesses, self.chosen(text, guesses, cache)
+
+    def parts(self) -> Mapping[str, Sequence[Any]]:
+        return {"draft": [self.draft]}
+
+    def rehearse(self, ids: Tensor, rows: Sequence[int]) -> Iterator[Call]:
+        """A guess takes in its last token, and the first one of a pass the model's own too where all guesses were right."""
+        own = ModelDrafter(self.model, self.tokens, self.draft)
+        own.read(ids[0].tolist())
+        for count in (1, 2):
+            yield "draft", count, partial(own.read, ids[0, :count].tolist())
 
     def guess(self, text: list[int], count: int) -> list[int]:
         """The draft's own greedy continuation of a text, so many tokens.

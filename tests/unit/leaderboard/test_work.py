@@ -147,6 +147,25 @@ def test_a_row_tells_what_its_drafts_gave_and_should_give() -> None:
     assert dense.tokens_per_pass is dense.predicted_speedup is dense.active_share is None
 
 
+def test_a_draft_is_charged_its_own_calls_by_its_own_times() -> None:
+    """Sixty passes of the model and three calls of a draft before each; a step of the draft takes an eighth of one of the model."""
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work and record.cell.pipeline == "lookup":
+            record.speed.work.part_calls = {"model": {"4": 60.0}, "draft": {"1": 180.0}}
+            record.speed.parts_ms = {"draft": {"1": 5.0, "2": 6.0}}
+
+    def predicted() -> float | None:
+        return next(row for row in rows(made) if row.pipeline == "lookup").predicted_speedup
+
+    free = next(row for row in board_of(with_drafts) if row.pipeline == "lookup").predicted_speedup
+    assert free and predicted() == pytest.approx(free * (60 * 52) / (60 * 52 + 180 * 5))
+    for record in made:
+        if record.speed:
+            record.speed.parts_ms = {"model": {"4": 1.0}}
+    assert predicted() is None, "no time of the draft is known, and that of the model is of its rows"
+
+
 def test_work_of_the_timed_texts_goes_before_that_of_quality() -> None:
     made = with_drafts()
     for record in made:
