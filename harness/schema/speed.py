@@ -196,8 +196,8 @@ class SpeedResult(Schema):
         load: Highest reading of the points, by name.
         rows_ms: Milliseconds of the candidate's passes by number of tokens, behind a prompt of the headline; empty where not asked for.
         parts_ms: Milliseconds of calls of the parts that `work.part_calls` tells apart, by part and number of rows.
-        work: What ran for a token of the headline's texts, counted apart from the timed runs; None where prompts are random ids, or
-            nothing acts while the model runs.
+        work: What ran for a token of those of the headline's texts that were timed, counted apart from the timed runs; None where prompts
+            are random ids, or nothing acts while the model runs.
         flags: One line for each fact that makes a figure doubtful.
     """
 

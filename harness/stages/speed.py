@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,10 +76,6 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     share = _share_of(protocol, processes)
 
     tokens = _tokens(config, report) if protocol.prompts else None
-    if tokens is not None:
-        result.work = WorkResult(**figure(["work"], 1, lambda: _work(model, config, key, tokens, grid[0], report).model_dump()))
-        if result.work.tokens and claims.UNMEASURED in found.flags:
-            found.flags.remove(claims.UNMEASURED)
 
     def measure(process: int, index: int) -> dict[str, Any]:
         asked = None
@@ -101,6 +97,12 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         raise Again
     disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in shares]
     result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in shares]
+    if tokens is not None:
+        timed = sorted(set(result.points[0].prompt_of_pairs))
+        counted = figure(["work", timed], 1, lambda: _work(model, config, key, tokens, grid[0], timed, report).model_dump())
+        result.work = WorkResult(**counted)
+        if result.work.tokens and claims.UNMEASURED in found.flags:
+            found.flags.remove(claims.UNMEASURED)
     by_text = bool(_BY_TEXT & set(model.slots))
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, by_text)
     result.flags += texts.untimed(result.points)
@@ -124,11 +126,19 @@ def _tokens(config: RunConfig, report: Reporter) -> Any:
     return perplexity.token_stream(config.speed.prompts.corpus, tokenizer_of(models.prepare(config.model, report.phase), config))[0]
 
 
-def _work(model: Generates, config: RunConfig, key: str, tokens: Any, point: SpeedPoint, report: Reporter) -> WorkResult:
-    """What runs for the tokens of the headline's texts."""
+def _work(
+    model: Generates, config: RunConfig, key: str, tokens: Any, point: SpeedPoint, timed: Sequence[int], report: Reporter
+) -> WorkResult:
+    """What runs for the tokens of the headline's texts, of those alone that were timed: others would have other work.
+
+    Args:
+        tokens: The text from which prompts are drawn.
+        timed: Numbers of the prompts.
+    """
     report.phase("work")
     assert config.speed.prompts
-    asked = torch.cat(list(texts.drawn(tokens, point, config.speed.prompts).ids.values()))
+    drawn = texts.drawn(tokens, point, config.speed.prompts).ids
+    asked = torch.cat([drawn[number] for number in timed])
     claim = artefact.read_manifest(artefact.location(key)).claim.work
     try:
         return work.measure(model, asked, claim, report.progress, point.new_tokens)

@@ -240,6 +240,18 @@ def test_texts_are_shared_out_over_processes_and_their_work_is_counted_once(over
     assert point.roofline and (point.roofline.weight_bytes > 0 or point.roofline.reason)
 
 
+def test_work_is_that_of_the_texts_that_were_timed(overrides: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + number * number % 23) for number in range(3000)))
+    more = [*TEXTS, f"+speed.prompts={{corpus: 'file:{text}', count: 6, repeats: 2}}", "speed.processes=1", "speed.budget_s=0.000001"]
+    config = resolve([*overrides, *step_overrides([LOOKUP]), *more])
+    compress.run(config, "hardly-timed", Silent())
+    measured = speed.run(config, "hardly-timed", None, Silent())
+    (point,) = measured.points
+    assert point.prompts and set(point.prompts.pairs) == {0} and "speed of 1 of 6 texts: the time was over (1×12+6)" in measured.flags
+    assert measured.work and measured.work.prompts == 1 and measured.work.tokens == 5
+
+
 def test_without_texts_what_a_draft_reads_is_not_guessed(overrides: list[str]) -> None:
     config = resolve([*overrides, *step_overrides([LOOKUP]), TEXTS[0], "speed.processes=1", "speed.max_repeats=4"])
     compress.run(config, "looked-up", Silent())
