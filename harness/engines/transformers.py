@@ -98,6 +98,15 @@ class TransformersModel(Branches):
         return Step(step.state.next(), step.state) if self._drafter else self._greedy(step.token, step.state)
 
     @torch.inference_mode()
+    def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        step = self._greedy(ids.to(self._device), self._new_cache())
+        tokens = [step.token]
+        while len(tokens) < count:
+            step = self._greedy(step.token, step.state)
+            tokens.append(step.token)
+        return torch.cat(tokens, 1).cpu()
+
+    @torch.inference_mode()
     def branch(self, state: Any) -> Any:
         if self._drafter:
             raise Unsupported("guesses leave the answers as they are without them")

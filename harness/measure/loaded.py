@@ -179,6 +179,10 @@ class Generates(Capability):
     def cache_bytes(self, state: Any) -> int | None:
         """Bytes of a KV cache, None where the engine does not show it."""
 
+    def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """What it writes behind prompts [B, T] without guesses, a pass for each token: int64 [B, count]; of models that guess alone."""
+        raise NotImplementedError
+
     def generate(self, ids: torch.Tensor, max_new: int, stop: Collection[int] = ()) -> list[list[int]]:
         """The greedy continuation of each prompt [B, T]: at most `max_new` tokens, up to and with the first that is in `stop`."""
         step = self.prefill(ids, max_new)
@@ -204,7 +208,7 @@ class CountsPasses(Generates):
 
     @abstractmethod
     def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """What it writes behind prompts [B, T] without guesses, a pass for each token: int64 [B, count]."""
+        """As of `Generates`."""
 
 
 class Encodes(Capability):

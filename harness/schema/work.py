@@ -61,7 +61,9 @@ class WorkResult(Schema):
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
         draft_cache_bytes: Of these, what a draft model holds.
-        equal: Share of the tokens that the same engine writes without guesses too; None where that was not tried.
+        equal: Share of the tokens that the same engine writes without guesses too, place by place; None where that was not tried.
+        parted_by_rounding: Texts whose first other token stands where the two likeliest are at most two units in the last place apart: no
+            change by guesses.
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.
@@ -88,6 +90,7 @@ class WorkResult(Schema):
     cache_bytes: int | None = None
     draft_cache_bytes: int | None = None
     equal: float | None = None
+    parted_by_rounding: int | None = None
     scored: ScoredWork | None = None
     stepwise_gap: float | None = None
     flags: list[str] = []

@@ -129,7 +129,8 @@ def _count_work(
             result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
         if result.evidence and claims.UNMEASURED in result.evidence.flags:
             result.evidence.flags.remove(claims.UNMEASURED)
-        result.forward_tokens += len(texts) * (texts.shape[1] + work.NEW_TOKENS - 1)
+        twice = 2 if result.work.equal is not None else 1
+        result.forward_tokens += twice * len(texts) * (texts.shape[1] + work.NEW_TOKENS - 1)
     except Unsupported as error:
         result.flags.append(f"work not counted: {error}")
 

@@ -177,9 +177,12 @@ def _work(records: Mapping[Stage, Record]) -> Grid:
 
 
 def _passes(counted: WorkResult) -> str:
-    """`1,536 passes, 1.31 tokens a pass, 100.0 % of the tokens as without guesses`."""
+    """`1,536 passes, 1.31 tokens a pass, 99.2 % of the tokens as without guesses, 1 text parts from it by rounding`."""
     told = f"{counted.passes or 0:,} passes, {decimal(2)(counted.tokens / max(1, counted.passes or 0))} tokens a pass"
-    return told if counted.equal is None else f"{told}, {_number(decimal(1, 100), clean(counted.equal))} % of the tokens as without guesses"
+    if counted.equal is None:
+        return told
+    told = f"{told}, {_number(decimal(1, 100), clean(counted.equal))} % of the tokens as without guesses"
+    return f"{told}, {plural(parted, 'text')} apart by rounding" if (parted := counted.parted_by_rounding) else told
 
 
 def _number(form: Any, value: Any) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
+from slimbench.harness.measure.dynamic.written import Held, changes, held
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
@@ -44,24 +45,28 @@ def measure(
     if module is None:
         return _by_passes(model, texts, claim, on_progress, new_tokens)
     steps: list[Count] = []
-    held: list[int] = []
+    stored: list[int] = []
     drafts: list[int] = []
+    texts_held: list[Held] = []
     shares: list[Share] = []
     given: Counter[int] = Counter()
     matrices = matrices_of(module)
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
-        own: list[Count] = []
+        own, tokens = list[Count](), [step.token]
         for _ in range(new_tokens - 1):
             with counted(module, matrices) as count:
                 step = model.decode_step(step)
             own.append(count)
+            tokens.append(step.token)
         steps += own
         shares += shared(own)
         given.update(tokens_of_passes(own))
-        held.append(model.cache_bytes(step.state) or 0)
+        stored.append(model.cache_bytes(step.state) or 0)
         drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
+        if DRAFT in model.slots:
+            texts_held.append(held(model, text, torch.cat(tokens, 1)))
     passes = [rows for count in steps for rows in count.passes]
     named = {matrix.part for matrix in matrices} if parts_of(module) else set()
     apart = {part: [matrix for matrix in matrices if matrix.part == part] for part in sorted(named)}
@@ -82,11 +87,22 @@ def measure(
         blocks=spread([share.blocks for share in shares]),
         active_parameters=spread([share.products for share in shares]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
-        cache_bytes=max(held),
-        draft_cache_bytes=drafts[held.index(max(held))] or None,
+        cache_bytes=max(stored),
+        draft_cache_bytes=drafts[stored.index(max(stored))] or None,
     )
     found.flags += differences(found, claim, token_bytes(module))
+    _hold(found, texts_held)
     return found
+
+
+def _hold(found: WorkResult, texts: Sequence[Held]) -> None:
+    """Tell how much of what was written is as without guesses, and flag what guesses have changed."""
+    if not texts:
+        return
+    found.equal = sum(text.equal for text in texts) / sum(text.equal + text.others for text in texts)
+    found.parted_by_rounding = sum(text.by_rounding for text in texts)
+    if changed := changes(texts):
+        found.flags.append(f"guesses changed the text: {changed:.1%} of the tokens are others without them")
 
 
 def _calls(steps: Sequence[Count], matrices: Sequence[Matrix]) -> dict[str, float]:
@@ -117,8 +133,8 @@ def _by_passes(
         raise Unsupported("the engine tells its passes alone, and the claim is of what runs in them")
     rows: Counter[int] = Counter()
     given: Counter[int] = Counter()
-    held: list[int] = []
-    equal: list[float] = []
+    stored: list[int] = []
+    texts_held: list[Held] = []
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -130,8 +146,8 @@ def _by_passes(
             own.append(Count(passes=list(model.passes(step.state)[before:])))
         rows.update(size for count in own for size in count.passes)
         given.update(tokens_of_passes(own))
-        held.append(model.cache_bytes(step.state) or 0)
-        equal.append(float((torch.cat(tokens, 1) == model.unguessed(text, new_tokens)).double().mean()))
+        stored.append(model.cache_bytes(step.state) or 0)
+        texts_held.append(held(model, text, torch.cat(tokens, 1)))
     told = {str(count): passes for count, passes in sorted(rows.items())}
     found = WorkResult(
         tokens=len(texts) * (new_tokens - 1),
@@ -142,11 +158,9 @@ def _by_passes(
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
         slots=list(model.slots),
         calls={size: float(passes) for size, passes in told.items()},
-        cache_bytes=max(held) or None,
-        equal=float(np.mean(equal)),
+        cache_bytes=max(stored) or None,
     )
-    if found.equal is not None and found.equal < 1:
-        found.flags.append(f"guesses changed the text: {1 - found.equal:.1%} of the tokens are others without them")
+    _hold(found, texts_held)
     return found
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic.hooks import Count, counted
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
+from slimbench.harness.measure.dynamic.written import Held, changes, decided_by_rounding
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -23,7 +24,7 @@ from slimbench.methods.formats.attention.patterns import Strided
 from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.draft.policy import Exit, Lookup
-from slimbench.methods.formats.draft.speculation import ModelDrafter
+from slimbench.methods.formats.draft.speculation import LookupDrafter, ModelDrafter
 from slimbench.methods.formats.policy import Policy
 from tests.support import tiny
 
@@ -208,3 +209,77 @@ def test_a_matrix_is_read_in_each_call_and_one_that_is_left_out_in_none(base: An
     plain = measure(under(base, None), text(), None, lambda *_: None)
     assert plain.read_bytes == {"model": plain.tokens * plain.part_bytes["model"]} and plain.draft_passes is plain.draft_cache_bytes is None
     assert found.part_bytes == plain.part_bytes and found.read_bytes["model"] < 0.75 * plain.read_bytes["model"]
+
+
+class Credulous(LookupDrafter):
+    """Takes every guess."""
+
+    def chosen(self, text: list[int], guesses: list[int], cache: Any) -> list[int]:
+        return [*guesses, super().chosen(text, guesses, cache)[-1]]
+
+
+class Wild(Credulous):
+    """Guesses the next ids, whatever the text, and takes them."""
+
+    def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
+        guesses = [(text[-1] + step) % 64 for step in range(1, 1 + min(self.tokens, most))]
+        return guesses, self.chosen(text, guesses, cache)
+
+
+@pytest.mark.parametrize("beside", [None, Window(2, 20)], ids=str)
+def test_a_draft_that_takes_every_guess_is_told(base: Any, beside: Policy | None) -> None:
+    """Beside another policy too: the text is held against what that writes, not against dense."""
+
+    def found(drafter: type[LookupDrafter]) -> WorkResult:
+        model = copy.deepcopy(base)
+        if beside:
+            beside.install(model)
+        model.drafter = drafter(model, 4, 2)
+        loaded = TransformersModel(model, "cpu")
+        loaded.slots = ["cache", "draft"] if beside else ["draft"]
+        return measure(loaded, torch.cat([torch.tensor([[5, 6, 7, 8]]).repeat(1, 12), text(48)]), None, lambda *_: None, 25)
+
+    honest, lie = found(LookupDrafter), found(Wild)
+    assert honest.equal == 1 and honest.flags == [] and honest.parted_by_rounding == 0 and (honest.passes or 0) < honest.tokens
+    assert lie.equal is not None and lie.equal < 0.5 and (lie.passes or 0) < lie.tokens / 3
+    assert lie.flags == [f"guesses changed the text: {1 - lie.equal:.1%} of the tokens are others without them"]
+
+
+def test_without_guesses_nothing_is_written_twice(base: Any) -> None:
+    found = measure(under(base, Window(2, 20)), text(), None, lambda *_: None)
+    assert found.equal is found.parted_by_rounding is None
+
+
+class Told:
+    """Logits of bfloat16 for four tokens; token by token, and it is known what went before."""
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.seen = torch.tensor(values, dtype=torch.bfloat16), list[int]()
+
+    def extend(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        assert len(ids) == 1 and (state is None or ids.shape[1] == 1)
+        self.seen += ids[0].tolist()
+        return self.values.expand(1, ids.shape[1], -1), self
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "by_rounding"),
+    [
+        ((20.0, 19.875, 3.0, 1.0), 1, True),
+        ((20.0, 19.875, 3.0, 1.0), 2, False),
+        ((20.0, 20.0, 20.0, 1.0), 2, True),
+        ((20.0, 19.0, 3.0, 1.0), 1, False),
+    ],
+)
+def test_rounding_explains_one_of_two_tokens_that_are_as_likely_as_each_other(
+    values: tuple[float, ...], chosen: int, by_rounding: bool
+) -> None:
+    """At 20 a unit in the last place of bfloat16 is 0.125."""
+    model = Told(*values)
+    assert decided_by_rounding(model, torch.tensor([[7, 8]]), torch.tensor([[9, 6]]), chosen) is by_rounding
+    assert model.seen == [7, 8, 9, 6]
+
+
+def test_texts_that_part_by_rounding_are_not_changed_by_guesses() -> None:
+    assert changes([Held(10, 30, by_rounding=True), Held(40, 0)]) == 0
+    assert changes([Held(10, 30, by_rounding=True), Held(35, 5)]) == 5 / 80

@@ -1,0 +1,58 @@
+"""What a model under guesses wrote, held against what it writes without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimbench.harness.measure.generation import undecided
+from slimbench.harness.measure.loaded import Generates, Scores
+
+
+@dataclass(frozen=True)
+class Held:
+    """A text that was written with guesses against the one without.
+
+    Attributes:
+        equal: Tokens that are the same, place by place.
+        others: Tokens that are not.
+        by_rounding: The first of these stands where the two likeliest tokens are hardly told apart, and is one of them: several tokens in
+            a pass round otherwise than one, and what follows follows from that.
+    """
+
+    equal: int
+    others: int
+    by_rounding: bool = False
+
+
+def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
+    """Hold what was written with guesses against what the same model, under the same other policies, writes without them.
+
+    Args:
+        prompt: Token ids, int64 [1, T].
+        written: What came behind it, int64 [1, n].
+    """
+    plain = model.unguessed(prompt, written.shape[1])
+    others = written.cpu() != plain
+    count = int(others.sum())
+    if not count or not isinstance(model, Scores):
+        return Held(written.shape[1] - count, count)
+    first = int(others[0].nonzero()[0])
+    return Held(written.shape[1] - count, count, decided_by_rounding(model, prompt, plain[:, :first], int(written[0, first])))
+
+
+def decided_by_rounding(model: Any, prompt: torch.Tensor, before: torch.Tensor, chosen: int) -> bool:
+    """Whether a token behind a prompt [1, T] and some tokens [1, n] is as good as the likeliest one, token by token as without guesses."""
+    logits, state = model.extend(prompt)
+    for token in before.split(1, 1) if before.shape[1] else ():
+        logits, state = model.extend(token, state)
+    last = logits[0, -1]
+    return bool(undecided(last)) and bool(last[chosen] >= last.topk(2).values[-1])
+
+
+def changes(texts: Sequence[Held]) -> float:
+    """Share of the tokens that are others without guesses, in texts that do not part by rounding."""
+    return sum(text.others for text in texts if not text.by_rounding) / sum(text.equal + text.others for text in texts)
