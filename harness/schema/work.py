@@ -54,6 +54,9 @@ class WorkResult(Schema):
         part_bytes: Bytes of the matrices of each part; a head that is the embedding too counts its table.
         read_bytes: Bytes that the calls of each part read: a matrix once in each call, however many rows it has.
         draft_passes: Of a draft model to its end.
+        text_passes: Of each text its passes, where a draft acts.
+        text_drafted: Of each text the tokens that were guessed and checked.
+        text_accepted: Of each text those of them that were taken.
         total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran, those of a draft model among them.
         experts: Experts of a layer that ran.
@@ -82,6 +85,9 @@ class WorkResult(Schema):
     part_bytes: dict[str, int] = {}
     read_bytes: dict[str, int] = {}
     draft_passes: int | None = None
+    text_passes: list[int] = []
+    text_drafted: list[int] = []
+    text_accepted: list[int] = []
     total_parameters: int | None = None
     blocks: Spread | None = None
     experts: Spread | None = None

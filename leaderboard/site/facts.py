@@ -123,6 +123,7 @@ def _speed(row: Row) -> dict[str, str | None]:
     return {
         "Speed at": row.speed_point,
         "Speed over the grid": "; ".join(map(_point, row.speed_points)) if len(row.speed_points) > 1 else "",
+        "Guesses taken": _span(decimal(1, 100), row.acceptance, row.acceptance_low, row.acceptance_high, " %"),
         "Timed tokens": _text(decimal(1, 100), row.timed_equal, " % as the reference's"),
         "Roof": _roof(row),
         "Read bandwidth meanwhile": _text(decimal(1), row.read_bandwidth_gbs, " GB/s"),

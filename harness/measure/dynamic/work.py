@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
-from slimbench.harness.measure.dynamic.written import Held, changes, held
+from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
@@ -48,6 +48,7 @@ def measure(
     stored: list[int] = []
     drafts: list[int] = []
     texts_held: list[Held] = []
+    guessed: list[Guessed] = []
     shares: list[Share] = []
     given: Counter[int] = Counter()
     matrices = matrices_of(module)
@@ -62,7 +63,9 @@ def measure(
             tokens.append(step.token)
         steps += own
         shares += shared(own)
-        given.update(tokens_of_passes(own))
+        gave = tokens_of_passes(own)
+        given.update(gave)
+        guessed.append(Guessed.of([rows for count in own for rows in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
         drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
         if DRAFT in model.slots:
@@ -89,10 +92,22 @@ def measure(
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_bytes=max(stored),
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
+        **_by_text(model, guessed),
     )
     found.flags += differences(found, claim, token_bytes(module))
     _hold(found, texts_held)
     return found
+
+
+def _by_text(model: Generates, texts: Sequence[Guessed]) -> dict[str, list[int]]:
+    """What was guessed in each text, of models that guess."""
+    if DRAFT not in model.slots:
+        return {}
+    return {
+        "text_passes": [text.passes for text in texts],
+        "text_drafted": [text.drafted for text in texts],
+        "text_accepted": [text.accepted for text in texts],
+    }
 
 
 def _hold(found: WorkResult, texts: Sequence[Held]) -> None:
@@ -135,6 +150,7 @@ def _by_passes(
     given: Counter[int] = Counter()
     stored: list[int] = []
     texts_held: list[Held] = []
+    guessed: list[Guessed] = []
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -145,7 +161,9 @@ def _by_passes(
             tokens.append(step.token)
             own.append(Count(passes=list(model.passes(step.state)[before:])))
         rows.update(size for count in own for size in count.passes)
-        given.update(tokens_of_passes(own))
+        gave = tokens_of_passes(own)
+        given.update(gave)
+        guessed.append(Guessed.of([size for count in own for size in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
         texts_held.append(held(model, text, torch.cat(tokens, 1)))
     told = {str(count): passes for count, passes in sorted(rows.items())}
@@ -159,6 +177,7 @@ def _by_passes(
         slots=list(model.slots),
         calls={size: float(passes) for size, passes in told.items()},
         cache_bytes=max(stored) or None,
+        **_by_text(model, guessed),
     )
     _hold(found, texts_held)
     return found

@@ -1,4 +1,4 @@
-"""What a model under guesses wrote, held against what it writes without them."""
+"""What a model under guesses wrote: how many of the guesses were taken, and whether the text is what it writes without them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ import torch
 
 from slimbench.harness.measure.generation import undecided
 from slimbench.harness.measure.loaded import Generates, Scores
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """What was guessed in one text, as its passes show it, whatever the draft says of itself.
+
+    Attributes:
+        passes: Of the model, behind the prompt's.
+        drafted: Tokens that these checked beside the last of the text.
+        accepted: Of these, tokens that became text: each pass gives one more than that.
+    """
+
+    passes: int
+    drafted: int
+    accepted: int
+
+    @classmethod
+    def of(cls, rows: Sequence[int], gave: Sequence[int]) -> Guessed:
+        """Of the rows of each pass, and the tokens that each gave."""
+        return cls(len(rows), sum(rows) - len(rows), sum(gave) - len(gave))
 
 
 @dataclass(frozen=True)

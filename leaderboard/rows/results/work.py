@@ -12,6 +12,8 @@ from pydantic import Field
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.schema.work import WHOLE, WorkResult
+from slimbench.harness.stats.bootstrap import attempt
+from slimbench.harness.stats.shares import clustered_share
 from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Group
 
@@ -44,6 +46,9 @@ class Work(Group):
     held_cache_bytes: int | None = Field(default=None, description="Bytes of the largest cache at the end of a text.")
     tokens_per_pass: float | None = Field(default=None, description="Tokens that a pass of the model gave, mean; above 1 with drafts.")
     pass_tokens: dict[str, int] = Field(default={}, description="How many passes gave so many tokens.")
+    acceptance: float | None = Field(default=None, description="Share of the guessed tokens that were taken, over all texts.")
+    acceptance_low: float | None = Field(default=None, description="Lower bound of that share, texts as clusters.")
+    acceptance_high: float | None = Field(default=None, description="Upper bound of that share, texts as clusters.")
     work_prompt: int | None = Field(default=None, description="Tokens of each text behind which work was counted.")
     stepwise_gap: float | None = Field(
         default=None, description="Perplexity of some windows token by token over that of the record, less 1."
@@ -75,10 +80,23 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
         held_cache_bytes=found.cache_bytes,
         tokens_per_pass=found.tokens / found.passes if found.passes else None,
         pass_tokens={str(tokens): int(count) for tokens, count in sorted(by_number(found.pass_tokens).items())},
+        **_acceptance(found),
         work_prompt=found.prompt_tokens,
         stepwise_gap=scored.stepwise_gap if scored else None,
         predicted_speedup=_predicted(found, speed) if speed and found is timed else None,
     )
+
+
+def _acceptance(found: WorkResult) -> dict[str, float]:
+    """Share of the guesses that were taken, with its interval over texts that had some; none where nothing was guessed."""
+    texts = [(taken, all_) for taken, all_ in zip(found.text_accepted, found.text_drafted, strict=False) if all_ > 0]
+    if not texts:
+        return {}
+    taken, asked = zip(*texts, strict=True)
+    share = attempt(clustered_share, taken, asked, otherwise=None)
+    if share is None:
+        return {"acceptance": sum(taken) / sum(asked)}
+    return {"acceptance": share.value, "acceptance_low": share.low, "acceptance_high": share.high}
 
 
 def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:

@@ -147,6 +147,25 @@ def test_a_row_tells_what_its_drafts_gave_and_should_give() -> None:
     assert dense.tokens_per_pass is dense.predicted_speedup is dense.active_share is None
 
 
+def test_a_row_tells_the_share_of_guesses_that_were_taken() -> None:
+    def row_of(drafted: list[int], accepted: list[int]) -> Any:
+        made = with_drafts()
+        for record in made:
+            if record.speed and record.speed.work and record.cell.pipeline == "lookup":
+                record.speed.work.text_drafted, record.speed.work.text_accepted = drafted, accepted
+        return next(row for row in rows(made) if row.pipeline == "lookup")
+
+    alike, apart = row_of([40] * 12, [20] * 12), row_of([40] * 12, [40, 0] * 6)
+    for row in (alike, apart):
+        assert row.acceptance == 0.5 and row.acceptance_low < 0.5 < row.acceptance_high
+    assert apart.acceptance_high - apart.acceptance_low > 2 * (alike.acceptance_high - alike.acceptance_low), "texts are clusters"
+    assert row_of([90, 10], [0, 10]).acceptance == 0.1, "of all guesses, not a mean over texts"
+    some = row_of([0, 40, 0], [0, 30, 0])
+    assert some.acceptance == 0.75 and some.acceptance_low is None, "one text has no interval"
+    assert row_of([0, 0], [0, 0]).acceptance is row_of([], []).acceptance is None
+    assert dict(details(alike))["Guesses taken"].startswith("50.0 % (")
+
+
 def test_a_draft_is_charged_its_own_calls_by_its_own_times() -> None:
     """Sixty passes of the model and three calls of a draft before each; a step of the draft takes an eighth of one of the model."""
     made = with_drafts()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic.hooks import Count, counted
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
-from slimbench.harness.measure.dynamic.written import Held, changes, decided_by_rounding
+from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, decided_by_rounding
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -283,3 +283,29 @@ def test_rounding_explains_one_of_two_tokens_that_are_as_likely_as_each_other(
 def test_texts_that_part_by_rounding_are_not_changed_by_guesses() -> None:
     assert changes([Held(10, 30, by_rounding=True), Held(40, 0)]) == 0
     assert changes([Held(10, 30, by_rounding=True), Held(35, 5)]) == 5 / 80
+
+
+def test_guesses_are_counted_text_by_text_as_passes_show_them(base: Any) -> None:
+    asked = torch.cat([torch.tensor([[5, 6, 7, 8]]).repeat(1, 12), text(48)])
+
+    def found(drafter: Any) -> WorkResult:
+        model = copy.deepcopy(base)
+        model.drafter = drafter(model, 4, 2)
+        loaded = TransformersModel(model, "cpu")
+        loaded.slots = ["draft"]
+        return measure(loaded, asked, None, lambda *_: None, 25)
+
+    counted, own = found(LookupDrafter), []
+    for prompt in asked.split(1):
+        model = copy.deepcopy(base)
+        model.drafter = LookupDrafter(model, 4, 2)
+        loaded = TransformersModel(model, "cpu")
+        step = loaded.prefill(prompt, 25)
+        for _ in range(24):
+            step = loaded.decode_step(step)
+        own.append((step.state.drafted, step.state.accepted))
+    assert list(zip(counted.text_drafted, counted.text_accepted, strict=True)) == own
+    assert sum(counted.text_passes) == counted.passes
+    assert [24 - passes for passes in counted.text_passes] == counted.text_accepted, "each pass gives one token without a guess"
+    assert measure(under(base, None), asked, None, lambda *_: None).text_drafted == []
+    assert Guessed.of([5, 1, 3], [3, 1, 1]) == Guessed(passes=3, drafted=6, accepted=2)
