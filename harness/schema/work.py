@@ -64,6 +64,7 @@ class WorkResult(Schema):
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_bytes: Of the largest cache at the end of a text.
         draft_cache_bytes: Of these, what a draft model holds.
+        repeated_4grams: Share of the runs of four tokens in what was written that stood in the same text before, its prompt apart.
         equal: Share of the tokens that the same engine writes without guesses too, place by place; None where that was not tried.
         parted_by_rounding: Texts whose first other token stands where the two likeliest are at most two units in the last place apart: no
             change by guesses.
@@ -95,6 +96,7 @@ class WorkResult(Schema):
     cache_tokens: Spread | None = None
     cache_bytes: int | None = None
     draft_cache_bytes: int | None = None
+    repeated_4grams: float | None = None
     equal: float | None = None
     parted_by_rounding: int | None = None
     scored: ScoredWork | None = None

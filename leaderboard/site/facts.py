@@ -124,6 +124,7 @@ def _speed(row: Row) -> dict[str, str | None]:
         "Speed at": row.speed_point,
         "Speed over the grid": "; ".join(map(_point, row.speed_points)) if len(row.speed_points) > 1 else "",
         "Guesses taken": _span(decimal(1, 100), row.acceptance, row.acceptance_low, row.acceptance_high, " %"),
+        "Repeated in what was written": _text(decimal(1, 100), row.repeated_4grams, " % of the runs of four tokens"),
         "Timed tokens": _text(decimal(1, 100), row.timed_equal, " % as the reference's"),
         "Roof": _roof(row),
         "Read bandwidth meanwhile": _text(decimal(1), row.read_bandwidth_gbs, " GB/s"),

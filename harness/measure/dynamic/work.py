@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
-from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held
+from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held, repeated
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
@@ -49,6 +49,7 @@ def measure(
     drafts: list[int] = []
     texts_held: list[Held] = []
     guessed: list[Guessed] = []
+    written: list[list[int]] = []
     shares: list[Share] = []
     given: Counter[int] = Counter()
     matrices = matrices_of(module)
@@ -68,6 +69,7 @@ def measure(
         guessed.append(Guessed.of([rows for count in own for rows in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
         drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
+        written.append(torch.cat(tokens, 1)[0].tolist())
         if DRAFT in model.slots:
             texts_held.append(held(model, text, torch.cat(tokens, 1)))
     passes = [rows for count in steps for rows in count.passes]
@@ -92,6 +94,7 @@ def measure(
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_bytes=max(stored),
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
+        repeated_4grams=repeated(written),
         **_by_text(model, guessed),
     )
     found.flags += differences(found, claim, token_bytes(module))
@@ -151,6 +154,7 @@ def _by_passes(
     stored: list[int] = []
     texts_held: list[Held] = []
     guessed: list[Guessed] = []
+    written: list[list[int]] = []
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -165,6 +169,7 @@ def _by_passes(
         given.update(gave)
         guessed.append(Guessed.of([size for count in own for size in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
+        written.append(torch.cat(tokens, 1)[0].tolist())
         texts_held.append(held(model, text, torch.cat(tokens, 1)))
     told = {str(count): passes for count, passes in sorted(rows.items())}
     found = WorkResult(
@@ -177,6 +182,7 @@ def _by_passes(
         slots=list(model.slots),
         calls={size: float(passes) for size, passes in told.items()},
         cache_bytes=max(stored) or None,
+        repeated_4grams=repeated(written),
         **_by_text(model, guessed),
     )
     _hold(found, texts_held)

@@ -1,4 +1,4 @@
-"""What a model under guesses wrote: how many of the guesses were taken, and whether the text is what it writes without them."""
+"""What a model under guesses wrote: guesses that were taken, whether it is what it writes without them, and how much it repeats itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 from slimbench.harness.measure.generation import undecided
 from slimbench.harness.measure.loaded import Generates, Scores
+
+GRAM = 4
+"""Tokens of a run that is looked for in what was written before it."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,16 @@ def decided_by_rounding(model: Any, prompt: torch.Tensor, before: torch.Tensor, 
 def changes(texts: Sequence[Held]) -> float:
     """Share of the tokens that are others without guesses, in texts that do not part by rounding."""
     return sum(text.others for text in texts if not text.by_rounding) / sum(text.equal + text.others for text in texts)
+
+
+def repeated(texts: Sequence[Sequence[int]], size: int = GRAM) -> float | None:
+    """Share of the runs of so many tokens, in all texts, that stood in the same text before; None where no text is as long.
+
+    Degenerate text goes round and round: guesses from the text itself are then right, and their gains are those of the loop.
+    """
+    again = runs = 0
+    for text in texts:
+        grams = [tuple(text[place : place + size]) for place in range(len(text) - size + 1)]
+        runs += len(grams)
+        again += len(grams) - len(set(grams))
+    return again / runs if runs else None

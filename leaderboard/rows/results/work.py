@@ -49,6 +49,9 @@ class Work(Group):
     acceptance: float | None = Field(default=None, description="Share of the guessed tokens that were taken, over all texts.")
     acceptance_low: float | None = Field(default=None, description="Lower bound of that share, texts as clusters.")
     acceptance_high: float | None = Field(default=None, description="Upper bound of that share, texts as clusters.")
+    repeated_4grams: float | None = Field(
+        default=None, description="Share of the runs of four tokens in what was written that stood in the same text before."
+    )
     work_prompt: int | None = Field(default=None, description="Tokens of each text behind which work was counted.")
     stepwise_gap: float | None = Field(
         default=None, description="Perplexity of some windows token by token over that of the record, less 1."
@@ -81,6 +84,7 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
         tokens_per_pass=found.tokens / found.passes if found.passes else None,
         pass_tokens={str(tokens): int(count) for tokens, count in sorted(by_number(found.pass_tokens).items())},
         **_acceptance(found),
+        repeated_4grams=found.repeated_4grams,
         work_prompt=found.prompt_tokens,
         stepwise_gap=scored.stepwise_gap if scored else None,
         predicted_speedup=_predicted(found, speed) if speed and found is timed else None,

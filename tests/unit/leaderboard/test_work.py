@@ -166,6 +166,15 @@ def test_a_row_tells_the_share_of_guesses_that_were_taken() -> None:
     assert dict(details(alike))["Guesses taken"].startswith("50.0 % (")
 
 
+def test_a_row_tells_how_much_of_a_text_was_written_before() -> None:
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work and record.cell.pipeline == "lookup":
+            record.speed.work.repeated_4grams = 0.625
+    told = {row.pipeline: dict(details(row)).get("Repeated in what was written") for row in rows(made)}
+    assert told == {"lookup": "62.5 % of the runs of four tokens", "exit": None, "dense": None}
+
+
 def test_a_draft_is_charged_its_own_calls_by_its_own_times() -> None:
     """Sixty passes of the model and three calls of a draft before each; a step of the draft takes an eighth of one of the model."""
     made = with_drafts()

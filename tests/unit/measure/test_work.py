@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic.hooks import Count, counted
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
-from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, decided_by_rounding
+from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, decided_by_rounding, repeated
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -309,3 +309,17 @@ def test_guesses_are_counted_text_by_text_as_passes_show_them(base: Any) -> None
     assert [24 - passes for passes in counted.text_passes] == counted.text_accepted, "each pass gives one token without a guess"
     assert measure(under(base, None), asked, None, lambda *_: None).text_drafted == []
     assert Guessed.of([5, 1, 3], [3, 1, 1]) == Guessed(passes=3, drafted=6, accepted=2)
+
+
+def test_what_goes_round_is_told_by_its_runs_of_four() -> None:
+    assert repeated([[1, 2, 3, 4, 5, 6, 7, 8]]) == 0 and repeated([[1, 2, 3], []]) is None
+    assert repeated([[1, 2] * 5]) == 5 / 7, "of seven runs the first two are new"
+    assert repeated([[1, 2, 3, 4], [1, 2, 3, 4]]) == 0, "another text says nothing"
+    assert repeated([[9] * 10, list(range(10))]) == 6 / 14
+
+
+def test_the_prompt_is_no_part_of_what_goes_round(base: Any) -> None:
+    model = under(base, None)
+    asked = torch.tensor([[5, 6, 7, 8]]).repeat(1, 12)
+    (written,) = model.generate(asked, 25)
+    assert measure(model, asked, None, lambda *_: None, 25).repeated_4grams == repeated([written])
