@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
-from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held, repeated
+from slimbench.harness.measure.dynamic.written import Written
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
@@ -47,9 +47,7 @@ def measure(
     steps: list[Count] = []
     stored: list[int] = []
     drafts: list[int] = []
-    texts_held: list[Held] = []
-    guessed: list[Guessed] = []
-    written: list[list[int]] = []
+    written = Written(model)
     shares: list[Share] = []
     given: Counter[int] = Counter()
     matrices = matrices_of(module)
@@ -66,12 +64,9 @@ def measure(
         shares += shared(own)
         gave = tokens_of_passes(own)
         given.update(gave)
-        guessed.append(Guessed.of([rows for count in own for rows in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
         drafts.append(step.state.drafter.stored_bytes() if hasattr(step.state, "drafter") else 0)
-        written.append(torch.cat(tokens, 1)[0].tolist())
-        if DRAFT in model.slots:
-            texts_held.append(held(model, text, torch.cat(tokens, 1)))
+        written.add(text, torch.cat(tokens, 1), [rows for count in own for rows in count.passes], gave)
     passes = [rows for count in steps for rows in count.passes]
     named = {matrix.part for matrix in matrices} if parts_of(module) else set()
     apart = {part: [matrix for matrix in matrices if matrix.part == part] for part in sorted(named)}
@@ -94,33 +89,10 @@ def measure(
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_bytes=max(stored),
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
-        repeated_4grams=repeated(written),
-        **_by_text(model, guessed),
     )
     found.flags += differences(found, claim, token_bytes(module))
-    _hold(found, texts_held)
+    written.tell(found)
     return found
-
-
-def _by_text(model: Generates, texts: Sequence[Guessed]) -> dict[str, list[int]]:
-    """What was guessed in each text, of models that guess."""
-    if DRAFT not in model.slots:
-        return {}
-    return {
-        "text_passes": [text.passes for text in texts],
-        "text_drafted": [text.drafted for text in texts],
-        "text_accepted": [text.accepted for text in texts],
-    }
-
-
-def _hold(found: WorkResult, texts: Sequence[Held]) -> None:
-    """Tell how much of what was written is as without guesses, and flag what guesses have changed."""
-    if not texts:
-        return
-    found.equal = sum(text.equal for text in texts) / sum(text.equal + text.others for text in texts)
-    found.parted_by_rounding = sum(text.by_rounding for text in texts)
-    if changed := changes(texts):
-        found.flags.append(f"guesses changed the text: {changed:.1%} of the tokens are others without them")
 
 
 def _calls(steps: Sequence[Count], matrices: Sequence[Matrix]) -> dict[str, float]:
@@ -152,9 +124,7 @@ def _by_passes(
     rows: Counter[int] = Counter()
     given: Counter[int] = Counter()
     stored: list[int] = []
-    texts_held: list[Held] = []
-    guessed: list[Guessed] = []
-    written: list[list[int]] = []
+    written = Written(model)
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -167,10 +137,8 @@ def _by_passes(
         rows.update(size for count in own for size in count.passes)
         gave = tokens_of_passes(own)
         given.update(gave)
-        guessed.append(Guessed.of([size for count in own for size in count.passes], gave))
         stored.append(model.cache_bytes(step.state) or 0)
-        written.append(torch.cat(tokens, 1)[0].tolist())
-        texts_held.append(held(model, text, torch.cat(tokens, 1)))
+        written.add(text, torch.cat(tokens, 1), [size for count in own for size in count.passes], gave)
     told = {str(count): passes for count, passes in sorted(rows.items())}
     found = WorkResult(
         tokens=len(texts) * (new_tokens - 1),
@@ -182,10 +150,8 @@ def _by_passes(
         slots=list(model.slots),
         calls={size: float(passes) for size, passes in told.items()},
         cache_bytes=max(stored) or None,
-        repeated_4grams=repeated(written),
-        **_by_text(model, guessed),
     )
-    _hold(found, texts_held)
+    written.tell(found)
     return found
 
 

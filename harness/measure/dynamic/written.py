@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from slimbench.harness.measure.generation import undecided
 from slimbench.harness.measure.loaded import Generates, Scores
+from slimbench.harness.schema.work import DRAFT, WorkResult
 
 GRAM = 4
 """Tokens of a run that is looked for in what was written before it."""
@@ -92,3 +93,37 @@ def repeated(texts: Sequence[Sequence[int]], size: int = GRAM) -> float | None:
         runs += len(grams)
         again += len(grams) - len(set(grams))
     return again / runs if runs else None
+
+
+@dataclass
+class Written:
+    """What came of all texts that a model went on with.
+
+    Args:
+        model: Which writes them; its guesses are looked at where it has any.
+    """
+
+    model: Generates
+    texts: list[list[int]] = field(default_factory=list)
+    guessed: list[Guessed] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+
+    def add(self, prompt: torch.Tensor, written: torch.Tensor, rows: Sequence[int], gave: Sequence[int]) -> None:
+        """Take in a text; arguments as of `held` and `Guessed.of`."""
+        self.texts.append(written[0].tolist())
+        if DRAFT in self.model.slots:
+            self.guessed.append(Guessed.of(rows, gave))
+            self.held.append(held(self.model, prompt, written))
+
+    def tell(self, found: WorkResult) -> None:
+        """Complete a result, and flag a text that guesses have changed."""
+        found.repeated_4grams = repeated(self.texts)
+        if not self.held:
+            return
+        found.text_passes = [text.passes for text in self.guessed]
+        found.text_drafted = [text.drafted for text in self.guessed]
+        found.text_accepted = [text.accepted for text in self.guessed]
+        found.equal = sum(text.equal for text in self.held) / sum(text.equal + text.others for text in self.held)
+        found.parted_by_rounding = sum(text.by_rounding for text in self.held)
+        if changed := changes(self.held):
+            found.flags.append(f"guesses changed the text: {changed:.1%} of the tokens are others without them")
