@@ -68,7 +68,7 @@ def drafts(group: Group) -> Plot:
     note = (
         "Left: share of the passes that gave so many tokens; 1 is a pass whose first guess was wrong, or without any. "
         "Right: decode time of the dense model on the same texts over that of the row, with its 95 % interval; the hollow mark is what the "
-        "counted passes should give by the measured times of passes of so many tokens."
+        "counted calls should give by the measured times of passes of so many tokens, and of the parts that guess."
     )
     note += f" The {len(whole) - len(rows)} slowest are left out." if len(whole) > len(rows) else ""
     text = " ".join(filter(None, [note, left_out(group, [*whole, *(row for row in group.rows if row.is_reference)], "drafts on texts")]))

@@ -11,7 +11,7 @@ _READING = (
     "Counted behind a text, by hooks or by an engine that tells its passes alone, and not timed; means over tokens. What exits and routers "
     "leave out depends on the text: the columns 'scored' are of the texts whose perplexity stands here. Parameters of matrices "
     "take part as often as they do: a head that is asked twice counts twice. The predicted speed-up is what the counted calls should take "
-    "by the measured times of passes of so many tokens; it is told of drafts, and leaves out what guessing takes apart from matrices."
+    "by the measured times of passes of so many tokens and of what guesses; it is told of drafts, and leaves out what a lookup takes."
 )
 _PAIRED = ("perplexity_delta_percent", "decode_tokens_per_s", "speedup")
 
@@ -36,7 +36,7 @@ _COUNTS = (
     Column("cache_tokens", "Tokens read", "Tokens whose keys and values an attention read, mean.", decimal(0)),
     Column("held_cache_bytes", "Cache MB", "Bytes of the largest cache at the end of a text.", decimal(2, 1e-6)),
     Column("tokens_per_pass", "Tokens a pass", "Tokens that a pass of the model gave; above 1 with drafts.", decimal(2)),
-    Column("predicted_speedup", "Predicted", "Speed-up by the counted calls and the times of passes.", decimal(2)),
+    Column("predicted_speedup", "Predicted", "Speed-up by the counted calls, and the times of passes and of what guesses.", decimal(2)),
 )
 TABLE = Side(
     "Work of a token",
