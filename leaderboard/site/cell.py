@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
-from slimbench.harness.schema.work import WorkResult
+from slimbench.harness.schema.work import ScoredWork, WorkResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.flags.kinds import noise, noisy
 from slimbench.leaderboard.rows.clean import clean
@@ -165,6 +165,7 @@ def _work(records: Mapping[Stage, Record]) -> Grid:
                 rows.append(
                     (f"{_WORK[name]} ({stage})", *(_number(form, clean(getattr(found, part))) for part in ("mean", "p5", "p50", "p95")))
                 )
+    rows += [row for counted in counts.values() if counted.scored for row in _scored(counted.scored)]
     facts = [
         (
             f"Counted by {stage}",
@@ -174,6 +175,15 @@ def _work(records: Mapping[Stage, Record]) -> Grid:
     ]
     header = ("Count", "Mean", "5 %", "Median", "95 %") if rows else ()
     return Grid("Work of a token, as counted", header, rows, facts)
+
+
+def _scored(counted: ScoredWork) -> Iterator[tuple[str, ...]]:
+    """What ran while the first corpus was scored."""
+    for name, form, values in (
+        ("blocks", decimal(1), (counted.blocks, counted.blocks_p5, None, counted.blocks_p95)),
+        ("active_parameters", decimal(1, 1e-6), (counted.active_parameters, None, None, None)),
+    ):
+        yield f"{_WORK[name]} (scored texts, {counted.tokens:,} tokens)", *(_number(form, clean(value)) for value in values)
 
 
 def _passes(counted: WorkResult) -> str:

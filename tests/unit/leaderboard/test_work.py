@@ -242,6 +242,7 @@ def test_pages_show_the_work() -> None:
     row = next(row for row in board.rows if row.pipeline == "calm(threshold=0.8)")
     cell, model = files[names.cell(row)].decode(), files[names.model(row.model)].decode()
     assert "Work of a token, as counted" in cell and "Decoder blocks that ran (quality)" in cell and "248 passes" in cell
+    assert "Decoder blocks that ran (scored texts, 3,072 tokens)" in cell and "27.0" in cell
     assert "Work of a token" in model and "24.0 (2.0–30.0)" in model
 
 
