@@ -70,7 +70,8 @@ def measure(
     tokens = [written[place] for place in range(len(ids))]
     near: list[list[int]] = []
     if ties and isinstance(model, Scores) and model.scoring == "exact":
-        near = [_ties(model, prompt, found) for prompt, found in zip(ids, tokens, strict=True)]
+        texts = zip(ids, tokens, strict=True)
+        near = [part.once(["ties", prompt, found], 0, partial(_ties, model, prompt, found)) for prompt, found in texts]
         through += sum(len(prompt) + length - 1 for prompt in ids)
     result = GenerationResult(
         protocol=f"greedy-{protocols.GENERATION}",
