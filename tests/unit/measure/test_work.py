@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic.hooks import Count, counted
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
-from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, decided_by_rounding, repeated
+from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, decided_by_rounding, held, repeated
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
@@ -278,6 +278,16 @@ def test_rounding_explains_one_of_two_tokens_that_are_as_likely_as_each_other(
     model = Told(*values)
     assert decided_by_rounding(model, torch.tensor([[7, 8]]), torch.tensor([[9, 6]]), chosen) is by_rounding
     assert model.seen == [7, 8, 9, 6]
+
+
+@pytest.mark.parametrize(("apart", "by_rounding"), [(0.125, True), (4.0, False)])
+def test_the_first_other_token_decides_whether_a_text_parts_by_rounding(base: Any, apart: float, by_rounding: bool) -> None:
+    model, prompt, written = under(base, None), text(6), torch.arange(12)[None]
+    plain = torch.where(torch.arange(12) < 5, written, written + 20)
+    told = Told(*[20.0 - apart * (token == 5) - 15 * (token not in (5, 25)) for token in range(64)])
+    model.unguessed, model.extend = lambda *_: plain, told.extend  # type: ignore[method-assign,assignment]
+    assert held(model, prompt, written) == Held(5, 7, by_rounding)
+    assert told.seen == [*prompt[0].tolist(), 0, 1, 2, 3, 4], "behind what both have in common"
 
 
 def test_texts_that_part_by_rounding_are_not_changed_by_guesses() -> None:
