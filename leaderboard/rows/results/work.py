@@ -12,7 +12,7 @@ from pydantic import Field
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.schema.work import WHOLE, WorkResult
-from slimbench.harness.stats.bootstrap import attempt
+from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
 from slimbench.harness.stats.shares import clustered_share
 from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Group
@@ -69,7 +69,7 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
     found = timed if timed and timed.tokens else scored
     if found is None or not found.tokens:
         return Work()
-    ran = scored.scored if scored else None
+    ran, taken = scored.scored if scored else None, _acceptance(found)
     return Work(
         slots=found.slots,
         blocks_per_token=found.blocks.mean if found.blocks else None,
@@ -84,7 +84,9 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
         held_cache_bytes=found.cache_bytes,
         tokens_per_pass=found.tokens / found.passes if found.passes else None,
         pass_tokens={str(tokens): int(count) for tokens, count in sorted(by_number(found.pass_tokens).items())},
-        **_acceptance(found),
+        acceptance=taken.value,
+        acceptance_low=taken.low,
+        acceptance_high=taken.high,
         repeated_4grams=found.repeated_4grams,
         work_prompt=found.prompt_tokens,
         stepwise_gap=scored.stepwise_gap if scored else None,
@@ -92,16 +94,13 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
     )
 
 
-def _acceptance(found: WorkResult) -> dict[str, float]:
-    """Share of the guesses that were taken, with its interval over texts that had some; none where nothing was guessed."""
+def _acceptance(found: WorkResult) -> Estimate:
+    """Share of the guesses that were taken, with its interval over texts that had some."""
     texts = [(taken, all_) for taken, all_ in zip(found.text_accepted, found.text_drafted, strict=False) if all_ > 0]
     if not texts:
-        return {}
+        return UNKNOWN
     taken, asked = zip(*texts, strict=True)
-    share = attempt(clustered_share, taken, asked, otherwise=None)
-    if share is None:
-        return {"acceptance": sum(taken) / sum(asked)}
-    return {"acceptance": share.value, "acceptance_low": share.low, "acceptance_high": share.high}
+    return attempt(clustered_share, taken, asked, otherwise=Estimate(sum(taken) / sum(asked), *UNDEFINED))
 
 
 def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
