@@ -80,8 +80,10 @@ def time_parts(model: Loaded, point: SpeedPoint, rows: Sequence[int], clock: Tim
         None of them where all that runs is in passes of the whole model.
     """
     drafter = getattr(getattr(model, "module", None), "drafter", None)
+    if drafter is None or not drafter.parts():
+        return {}
     taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for repeat in range(repeats + 1 if drafter is not None and drafter.parts() else 0):
+    for repeat in range(repeats + 1):
         with torch.inference_mode():
             for part, count, call in drafter.rehearse(prompts(model, point).to(model.device), rows):
                 model.synchronize()

@@ -185,10 +185,17 @@ class ExitDrafter(Drafter):
     def _rehearsed(self, tokens: list[int], cache: Any) -> Iterator[Call]:
         """The calls of one pass over some tokens, all of which stay in the cache."""
         first, states = cache.get_seq_length(), list[Tensor]()
+
+        def begin(token: int, place: int) -> None:
+            states.append(self._begun(token, cache, place))
+
+        def end() -> None:
+            states.append(self._ended(states, cache, first))
+
         for place, token in enumerate(tokens):
-            yield "early", 1, lambda token=token, place=first + place: states.append(self._begun(token, cache, place))
+            yield "early", 1, partial(begin, token, first + place)
             yield "head", 1, partial(self._choices, states[-1])
-        yield "late", len(tokens), lambda: states.append(self._ended(states, cache, first))
+        yield "late", len(tokens), end
         yield "head", len(tokens), partial(self._choices, states[-1])
 
     def _begun(self, token: int, cache: Any, place: int) -> Tensor:
