@@ -75,7 +75,7 @@ class CompiledModel(TransformersModel):
         raise Unsupported(f"this engine does not {self.ability}")
 
     def cache_bytes(self, state: Any) -> int | None:
-        return super().cache_bytes(state.cache)
+        return super().cache_bytes(getattr(state, "cache", state))
 
     def forget(self) -> None:
         self._states.clear()

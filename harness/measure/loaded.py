@@ -100,33 +100,34 @@ class Scores(Capability):
 
     Attributes:
         scoring: By which passes its policy allows a text to be scored.
-        exact_keys: Pairs of a token and one that it attends to whose key its policy does not round, of a text of so many tokens
-            (`methods.formats.kv.cache`); None where no policy rounds keys.
+        exact_keys: Pairs of a token and one that it attends to as without its policy, of a text of so many tokens of which so many are a
+            prompt (`methods.formats.attention.policy`, `methods.formats.kv.cache`); None where no policy decides on keys.
     """
 
     ability = "score tokens"
     scoring: Scoring = "exact"
-    exact_keys: Callable[[int], int] | None = None
+    exact_keys: Callable[[int, int], int] | None = None
 
     def check_scoring(self, *passes: Scoring) -> None:
         """Raise `Unsupported` unless its policy allows one of these."""
         if self.scoring not in passes:
             raise Unsupported(f"this protocol scores texts by {' or '.join(passes)}; the policy allows {self.scoring}")
 
-    def exact_share(self, texts: Iterable[tuple[int, int]]) -> float | None:
+    def exact_share(self, texts: Iterable[tuple[int, int]], prompt: int = 0) -> float | None:
         """Share of the pairs of a scored token and one that it attends to, itself included, whose key is exact: 1 where no key is rounded.
 
         Args:
             texts: Of each the first position whose logits are scored, and its length.
+            prompt: Tokens of each that went through the model at once, before the others.
 
         Returns:
-            None where no policy rounds keys, or there are no texts.
+            None where no policy decides on keys, or there are no texts.
         """
         if self.exact_keys is None:
             return None
         exact = pairs = 0
         for start, length in texts:
-            exact += self.exact_keys(length) - self.exact_keys(start)
+            exact += self.exact_keys(length, prompt) - self.exact_keys(start, prompt)
             pairs += (length * (length + 1) - start * (start + 1)) // 2
         return exact / pairs if pairs else None
 

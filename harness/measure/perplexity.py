@@ -24,7 +24,7 @@ import torch
 from slimbench.harness.config.schema import SuiteConfig
 from slimbench.harness.config.sections.suite import Pass
 from slimbench.harness.measure import protocols
-from slimbench.harness.measure.loaded import Scores, label_logprobs
+from slimbench.harness.measure.loaded import Generates, Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.store.partial import Part
 from slimbench.tasks import corpora
@@ -60,6 +60,34 @@ class Watcher(Protocol):
 
     def restore(self, kept: dict[str, Any]) -> bool:
         """Put that back, as if the positions had been seen; false where that cannot be done, and nothing changes."""
+
+
+class Held:
+    """Bytes of the cache of one text, at each position that is scored; between two passes it is taken to grow evenly.
+
+    Args:
+        texts: That go through the model together.
+    """
+
+    def __init__(self, model: Scores, texts: int) -> None:
+        self._model = model if isinstance(model, Generates) else None
+        self._texts, self._last, self._found = texts, 0.0, list[np.ndarray]()
+
+    def passed(self, state: Any, tokens: int, scored: int | None = None) -> None:
+        """So many tokens of each text went through the model; the last `scored` of them, by default all, predict labels."""
+        held = self._model.cache_bytes(state) if self._model else None
+        if held is None:
+            self._model = None
+            return
+        size = held / self._texts
+        self._found.append(np.linspace(self._last, size, tokens + 1)[tokens + 1 - (scored or tokens) :])
+        self._last = size
+
+    def means(self, windows: int) -> list[int]:
+        """Means over so many windows of equally many positions; none where the engine does not show its cache, or none was asked."""
+        if self._model is None or not self._found:
+            return []
+        return np.concatenate(self._found).reshape(windows, -1).mean(1).round().astype(int).tolist()
 
 
 class Windows:
@@ -99,8 +127,13 @@ class Windows:
         many = _STEPPED if model.scoring == "step" else 1
         return model.batch(max(1, many * BATCH_TOKENS // self.wanted.seqlen))
 
-    def nll(self, model: Scores, ids: torch.Tensor, watcher: Watcher | None, told: Callable[[int], None]) -> list[float]:
-        """Mean negative log-likelihood of each window, in nats.
+    @property
+    def prompt(self) -> int:
+        """Tokens of each window that go through the model at once, before any label."""
+        return self.first if self.wanted.protocol == "suffix" else 0
+
+    def nll(self, model: Scores, ids: torch.Tensor, watcher: Watcher | None, told: Callable[[int], None]) -> tuple[list[float], list[int]]:
+        """Mean negative log-likelihood of each window, in nats, and under `suffix` and `stream` the mean bytes that were held of a text.
 
         Args:
             ids: Some rows of `ids`.
@@ -109,25 +142,34 @@ class Windows:
         Raises:
             methods.base.Unsupported: The policy of the model does not allow that.
         """
+        held = Held(model, len(ids))
         if self.wanted.protocol != "stream":
-            return (-label_logprobs(self.logits(model, ids), ids[:, self.first :], watcher).double().mean(1)).tolist()
+            logprobs = label_logprobs(self.logits(model, ids, held), ids[:, self.first :], watcher)
+            return (-logprobs.double().mean(1)).tolist(), held.means(1) * len(ids)
         found, end = [], self.first + self.count * self.labels
-        for logits, label in zip(self._chunks(model, ids[:, : end - 1]), self._split(ids[:, self.first : end], model), strict=True):
+        for logits, label in zip(self._chunks(model, ids[:, : end - 1], held), self._split(ids[:, self.first : end], model), strict=True):
             found.append(label_logprobs(logits, label, watcher))
             told(sum(part.shape[1] for part in found) // self.labels)
-        return (-torch.cat(found, 1).double().view(-1, self.labels).mean(1)).tolist()
+        return (-torch.cat(found, 1).double().view(-1, self.labels).mean(1)).tolist(), held.means(self.count)
 
-    def logits(self, model: Scores, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, n, V] of the positions that predict the labels, of other protocols than `stream`. Raises as `nll`."""
+    def logits(self, model: Scores, ids: torch.Tensor, held: Held | None = None) -> torch.Tensor:
+        """Logits [B, n, V] of the positions that predict the labels, of other protocols than `stream`. Raises as `nll`.
+
+        Args:
+            held: Hears what is held under `suffix`.
+        """
         protocol = self.wanted.protocol
         if protocol == "incremental":
             return torch.cat(list(self._chunks(model, ids[:, :-1])), 1)
         if protocol == "suffix":
             model.check_scoring("exact", "chunk", "step", "suffix")
+            held = held or Held(model, len(ids))
             logits, state = model.extend(ids[:, : self.first])
+            held.passed(state, self.first, 1)
             parts, rest = [logits[:, -1:]], ids[:, self.first : -1]
             for piece in rest.split(1 if model.scoring == "step" else max(1, rest.shape[1]), 1):
                 logits, state = model.extend(piece, state)
+                held.passed(state, piece.shape[1])
                 parts.append(logits)
             return torch.cat(parts, 1)
         model.check_scoring("exact", "chunk")
@@ -135,7 +177,7 @@ class Windows:
 
     def stepwise(self, model: Scores, ids: torch.Tensor) -> list[float]:
         """What `nll` gives if tokens come one by one, behind a prompt under `suffix`."""
-        head = self.first if self.wanted.protocol == "suffix" else 1
+        head = self.prompt or 1
         logits, state = model.extend(ids[:, :head])
         parts = [logits]
         for token in ids[:, head:-1].split(1, 1):
@@ -144,12 +186,14 @@ class Windows:
         found = label_logprobs(torch.cat(parts, 1)[:, self.first - 1 :], ids[:, self.first :])
         return (-found.double().mean(1)).tolist()
 
-    def _chunks(self, model: Scores, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _chunks(self, model: Scores, ids: torch.Tensor, held: Held | None = None) -> Iterator[torch.Tensor]:
         """Logits of all positions, some after the others, through one cache."""
         model.check_scoring("exact", "chunk", "step")
         state = None
         for chunk in self._split(ids, model):
             logits, state = model.extend(chunk, state)
+            if held:
+                held.passed(state, chunk.shape[1])
             yield logits
 
     def _split(self, ids: torch.Tensor, model: Scores) -> tuple[torch.Tensor, ...]:
@@ -171,19 +215,20 @@ def measure(
         Diverged: A likelihood is NaN or infinite.
     """
     ids, wanted, part = windows.ids, windows.wanted, part or Part()
-    nll: list[float] = []
+    nll, held = list[float](), list[int]()
 
     def score(batch: torch.Tensor) -> dict[str, Any]:
         first, before = watcher.seen if watcher else 0, len(nll)
-        scored = windows.nll(model, batch, watcher, lambda done: on_progress(before + done, windows.count))
-        return {"nll": scored, "seen": watcher.since(first) if watcher else None}
+        scored, taken = windows.nll(model, batch, watcher, lambda done: on_progress(before + done, windows.count))
+        return {"nll": scored, "held": taken, "seen": watcher.since(first) if watcher else None}
 
     def accept(kept: dict[str, Any]) -> bool:
         return watcher.restore(kept["seen"]) if watcher else True
 
     on_progress(0, windows.count)
     for batch in ids.split(windows.at_once(model)):
-        nll += part.once(batch.numpy().tobytes(), len(batch), partial(score, batch), accept)["nll"]
+        kept = part.once(batch.numpy().tobytes(), len(batch), partial(score, batch), accept)
+        nll, held = nll + kept["nll"], held + kept.get("held", [])
         if not all(map(math.isfinite, nll)):
             raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")
         on_progress(len(nll), windows.count)
@@ -195,6 +240,7 @@ def measure(
         window_nll=nll,
         labels_per_window=windows.labels,
         perplexity=math.exp(min(sum(nll) / len(nll), 700.0)),
+        held_bytes=held if len(held) == len(nll) else [],
     )
 
 

@@ -62,7 +62,10 @@ class PerplexityResult(Schema):
         corpus_sha256: Hash of the text that was tokenized.
         divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
-        exact_keys: Share of the pairs of a scored token and one that it attends to whose key was exact; None where no policy rounds keys.
+        exact_keys: Share of the pairs of a scored token and one before it, itself included, that it attends to as without a policy: no
+            policy has rounded the key, thrown it away or summed it up; None where no policy decides on keys.
+        held_bytes: Mean bytes that the cache of one text holds while the labels of a window are scored, of each window of `suffix` and
+            `stream`; none where the engine does not show them, and in older records.
         noise: Of the reference, what its arithmetic alone does; empty where it was not asked for.
     """
 
@@ -76,6 +79,7 @@ class PerplexityResult(Schema):
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
     exact_keys: float | None = None
+    held_bytes: list[int] = []
     noise: list[NoiseResult] = []
 
 

@@ -72,7 +72,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
                 f"perplexity {measured.perplexity:.3g} exceeds the vocabulary size {model.vocab_size}: worse than chance"
             )
         measured.calibration_overlap = None if seen is None else overlap(part.ids.numpy(), seen)
-        measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)])
+        measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)], part.prompt)
         result.perplexity.append(measured)
         result.forward_tokens += part.ids.numel()
     if loaded.slots and windows:

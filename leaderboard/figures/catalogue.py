@@ -53,7 +53,7 @@ KINDS = (
     Kind("methods-sparsity", "perplexity over sparsity, a line for each method", by_quality, sparsity),
     Kind("methods-removed", "perplexity over the parameters removed, a line for each method", by_quality, removed),
     Kind("methods-active", "perplexity over the parameters that take part in a token", by_quality, active),
-    Kind("methods-cache", "perplexity over the bytes of the cache behind a text", by_quality, held),
+    Kind("methods-cache", "perplexity over the bytes of the cache that are held for a text", by_quality, held),
     Kind("stream", "perplexity along one text through one cache", by_quality, stream),
     Kind("drafts", "tokens of a pass and speed-up with drafts, beside what the passes should give", by_speed, drafts),
     Kind("recovery", "perplexity over the tokens of recovery, from the pruned model on", by_quality, recovery),

@@ -82,7 +82,7 @@ def active(group: Group) -> Plot:
 
 
 def held(group: Group) -> Plot:
-    """Perplexity over the bytes of the cache behind a text.
+    """Perplexity over the bytes of the cache that are held for a text, behind a prompt on the average over what is scored.
 
     Raises:
         Unplottable: Fewer than two rows with caches of different size.

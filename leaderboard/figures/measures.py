@@ -92,7 +92,7 @@ ACTIVE = Measure(
     "scored_active_share", "parameters that take part in a scored token, %  (← fewer is better)", "counted work", "active", 100
 )
 """Of the tokens whose perplexity stands on the other axis."""
-HELD = Measure("held_cache_bytes", "cache behind a text, MB  (← smaller is better)", "counted work", "cache", 1e-6)
+HELD = Measure("held_cache_bytes", "cache held for a text, MB  (← smaller is better)", "counted work", "cache", 1e-6)
 TOKENS = Measure("training_tokens", "tokens of training", "training", "recovery")
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 from slimbench.harness.schema.evidence import Evidence
@@ -24,7 +25,7 @@ from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.results import speed as speeds
 from slimbench.leaderboard.rows.results.quality import accuracy, divergence, fidelity, losses, perplexity
-from slimbench.leaderboard.rows.results.work import work
+from slimbench.leaderboard.rows.results.work import Work, work
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.verdicts.judged import Paired, judged
 from slimbench.util.hashing import short_hash
@@ -150,7 +151,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         _size(bearer, compress, evidences[0] if evidences else None),
         _cost(compress),
         _cache(compress, result),
-        work(quality.quality if quality else None, speed.speed if speed and not simulated else None),
+        _held(work(quality.quality if quality else None, speed.speed if speed and not simulated else None), result),
         calibration(bearer),
     )
 
@@ -221,6 +222,16 @@ def _cost(record: Record | None) -> Cost:
 def _cache(record: Record | None, quality: QualityResult) -> Cache:
     details = record.compress.claim.details if record and record.compress else {}
     return Cache.of_sizes(details.get("cache_bytes"), quality.perplexity[0].exact_keys if quality.perplexity else None)
+
+
+def _held(found: Work, quality: QualityResult) -> Work:
+    """The work of a row; where texts were scored behind prompts, with the bytes that were held meanwhile: what a policy keeps of a prompt
+    and what came after it.
+    """
+    head = quality.perplexity[0] if quality.perplexity else None
+    if head is None or head.protocol.partition("-")[0] != "suffix":
+        return found
+    return found.model_copy(update={"held_cache_bytes": round(fmean(head.held_bytes)) if head.held_bytes else None})
 
 
 def _with_dense_caches(board: Sequence[Row], index: Index) -> list[Row]:

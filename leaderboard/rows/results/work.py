@@ -43,7 +43,10 @@ class Work(Group):
         default=None, description="`active_share` of the tokens of the first corpus while it was scored: the work that its perplexity took."
     )
     cache_tokens: float | None = Field(default=None, description="Tokens whose keys and values an attention read for a token, mean.")
-    held_cache_bytes: int | None = Field(default=None, description="Bytes of the largest cache at the end of a text.")
+    held_cache_bytes: int | None = Field(
+        default=None,
+        description="Bytes of the largest cache at the end of a text; under `suffix` the mean over the tokens that were scored.",
+    )
     tokens_per_pass: float | None = Field(default=None, description="Tokens that a pass of the model gave, mean; above 1 with drafts.")
     pass_tokens: dict[str, int] = Field(default={}, description="How many passes gave so many tokens.")
     acceptance: float | None = Field(default=None, description="Share of the guessed tokens that were taken, over all texts.")

@@ -34,7 +34,7 @@ _COUNTS = (
     _Blocks("scored_blocks", "Blocks, scored", "The same of the tokens whose perplexity was measured.", decimal(1)),
     Column("scored_active_share", "Parameters %, scored", "The same of the tokens whose perplexity was measured.", decimal(1, 100)),
     Column("cache_tokens", "Tokens read", "Tokens whose keys and values an attention read, mean.", decimal(0)),
-    Column("held_cache_bytes", "Cache MB", "Bytes of the largest cache at the end of a text.", decimal(2, 1e-6)),
+    Column("held_cache_bytes", "Cache MB", "Bytes of the cache at the end of a text; under `suffix` their mean.", decimal(2, 1e-6)),
     Column("tokens_per_pass", "Tokens a pass", "Tokens that a pass of the model gave; above 1 with drafts.", decimal(2)),
     Column("predicted_speedup", "Predicted", "Speed-up by the counted calls, and the times of passes and of what guesses.", decimal(2)),
 )

@@ -87,7 +87,7 @@ class Lsh(Content):
     def neutral(self) -> Lsh:
         return replace(self, local=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one of its chunk or the one before; hashes show it further ones."""
         if not self.local:
             return tokens
@@ -121,7 +121,7 @@ class Routing(Content):
     def neutral(self) -> Routing:
         return replace(self, window=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one of its window; centroids show it further ones."""
         reach = min(tokens, self.window)
         return reach * (reach + 1) // 2 + (tokens - reach) * self.window
@@ -163,7 +163,7 @@ class Sinkhorn(Content):
     def neutral(self) -> Sinkhorn:
         return replace(self, block=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one that it sees: as many whatever the blocks are."""
         whole, rest = divmod(tokens, self.block)
         few = min(whole, self.blocks)

@@ -49,7 +49,7 @@ class Entmax(OperatorPolicy):
     def neutral(self) -> Entmax:
         return replace(self, alphas={})
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """All pairs of heads whose α is 1 and none of others, mean over heads."""
         pairs = tokens * (tokens + 1) // 2
         heads = sum(alpha.numel() for alpha in self.alphas.values())

@@ -87,15 +87,24 @@ class Eviction(OperatorPolicy):
     def neutral(self) -> Eviction:
         return replace(self, budget=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one that is still held when it comes, itself included, in a layer whose tokens leave.
 
-        At least so many with `snapkv`, which frees nothing behind a prompt: how long that was is not known here.
+        Those of a prompt see each other: what leaves does so behind it. With `snapkv` nothing else leaves.
         """
-        reach = min(tokens, self.budget + 1)
-        return reach * (reach + 1) // 2 + (tokens - reach) * (self.budget + 1)
+        together = min(tokens, max(prompt, self.budget + 1))
+        later = tokens - together
+        if self.rule == "snapkv" and prompt:
+            together, later = min(tokens, prompt), max(0, tokens - prompt)
+            return _pairs(together) + later * min(prompt, self.budget) + _pairs(later)
+        return _pairs(together) + later * (self.budget + 1)
 
     def operator(self, rotary: Rotary, scaling: float, layer: int) -> Operator:
         from slimbench.methods.formats.attention.operators.eviction import EvictionOperator
 
         return EvictionOperator(rotary, scaling, self.rule, self.budget if layer >= self.skip_layers else ALL, (self.seed, layer))
+
+
+def _pairs(tokens: int) -> int:
+    """Pairs of a token and one that is not after it."""
+    return tokens * (tokens + 1) // 2

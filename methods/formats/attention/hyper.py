@@ -74,8 +74,10 @@ class Hyper(OperatorPolicy):
     def neutral(self) -> Hyper:
         return replace(self, shortest=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
-        """Pairs of a token and one that it would see exactly if a prompt ended with it."""
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
+        """Pairs of a token and one that it would see exactly if a prompt ended with it; all, if the prompt is short."""
+        if 0 < prompt < 2 * self.shortest:
+            return tokens * (tokens + 1) // 2
         short = min(tokens, 2 * self.shortest - 1)
         return short * (short + 1) // 2 + sum(self._exact(length) for length in range(short + 1, tokens + 1))
 

@@ -57,7 +57,7 @@ class Latent(OperatorPolicy):
     def neutral(self) -> Latent:
         return replace(self, parts={})
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """No key is as it was."""
         return 0 if self.parts else tokens * (tokens + 1) // 2
 

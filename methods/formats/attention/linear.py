@@ -76,7 +76,7 @@ class Linear(OperatorPolicy):
     def neutral(self) -> Linear:
         return replace(self, window=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one of its window."""
         reach = min(tokens, self.window)
         return reach * (reach + 1) // 2 + (tokens - reach) * self.window

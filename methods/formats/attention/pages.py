@@ -60,9 +60,9 @@ class Pages(OperatorPolicy):
     def neutral(self) -> Pages:
         return replace(self, budget=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
-        """Pairs of a token and one that it reads, if tokens came one by one."""
-        reach = min(tokens, self.budget)
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
+        """Pairs of a token and one that it reads; those of a prompt read all before them, the others come one by one."""
+        reach = min(tokens, max(prompt, self.budget))
         return reach * (reach + 1) // 2 + (tokens - reach) * self.budget
 
     def operator(self, rotary: Rotary, scaling: float, layer: int) -> Operator:

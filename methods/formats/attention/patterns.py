@@ -57,7 +57,7 @@ class Pattern(OperatorPolicy):
             at: Their positions, int64 [T].
         """
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         import torch
 
         return round(float(self.counts(torch.arange(tokens)).sum()))

@@ -39,9 +39,12 @@ class OperatorPolicy(Policy):
         """That of a layer, counted from 0."""
 
     @abstractmethod
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one that it sees as it would without the policy, itself included, of the `tokens` · (`tokens` + 1) / 2 pairs
         of a text.
+
+        Args:
+            prompt: Tokens at its beginning that went through the model at once; only of some policies it changes what is seen.
         """
 
     def check(self, shape: ModelShape) -> None:

@@ -81,7 +81,7 @@ class Pooled(OperatorPolicy):
     def neutral(self) -> Pooled:
         return replace(self, block=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one that it sees singly."""
         if self.pooling == "spans":
             reach = min(tokens, self.block + 1)

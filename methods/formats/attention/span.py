@@ -55,7 +55,7 @@ class Span(OperatorPolicy):
     def neutral(self) -> Span:
         return replace(self, spans={})
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one before the ramp, mean over heads."""
         reaches = [min(tokens, math.floor(z) + 1) for span in self.spans.values() for z in span.tolist()] or [tokens]
         return sum(reach * (reach + 1) // 2 + (tokens - reach) * reach for reach in reaches) // len(reaches)

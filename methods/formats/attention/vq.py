@@ -57,7 +57,7 @@ class VQ(OperatorPolicy):
     def neutral(self) -> VQ:
         return replace(self, exact=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one of its newest."""
         reach = min(tokens, self.exact)
         return reach * (reach + 1) // 2 + (tokens - reach) * self.exact

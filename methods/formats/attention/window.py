@@ -49,7 +49,7 @@ class Window(OperatorPolicy):
     def neutral(self) -> Window:
         return replace(self, recent=ALL)
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a token and one that it sees at the distance that both have in the text: those of the window."""
         reach, full = self.sinks + self.recent + 1, tokens * (tokens + 1) // 2
         if tokens <= reach:

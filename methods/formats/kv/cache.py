@@ -41,9 +41,9 @@ class CachePolicy(Policy):
         return False
 
     @abstractmethod
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Pairs of a query and a key that it attends to, itself included, whose key is not rounded, of the `tokens` · (`tokens` + 1) / 2
-        pairs of a text that is scored from its first token on.
+        pairs of a text that is scored from its first token on. How many of them were its `prompt` changes nothing.
         """
 
     def neutral(self) -> CachePolicy:
@@ -84,7 +84,7 @@ class OwnCache(CachePolicy):
         if shape.head_dim % 8:
             raise Unsupported(f"the head dimension {shape.head_dim} is not a multiple of 8")
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """Without a residual none; else a token sees those keys exactly that came since the residual was full last, and itself."""
         if not self.residual_length:
             return 0
@@ -121,7 +121,7 @@ class TransformersCache(CachePolicy):
         if shape.head_dim % self.q_group_size:
             raise Unsupported(f"group_size {self.q_group_size} does not divide the head dimension {shape.head_dim}")
 
-    def exact_keys(self, tokens: int) -> int:
+    def exact_keys(self, tokens: int, prompt: int = 0) -> int:
         """A piece sees itself and the residual exactly. The first is rounded at once; later ones stay until the residual is full."""
         exact = residual = 0
         chunk = math.gcd(CHUNK, self.residual_length)

@@ -108,6 +108,21 @@ def board_of(make: Any) -> Any:
     return rows(make())
 
 
+def test_behind_prompts_a_row_has_the_bytes_that_are_held_while_it_is_scored() -> None:
+    made = with_caches()
+    for record in made:
+        if record.quality and record.quality.work:
+            head = record.quality.perplexity[0]
+            head.protocol, head.held_bytes = "suffix-1", [3_000_000, 5_000_000]
+            record.quality.work.cache_bytes = 1_000_000
+    found = [row for row in rows(made) if not row.is_reference]
+    assert {row.held_cache_bytes for row in found} == {4_000_000}, "not those after the last pass"
+    for record in made:
+        if record.quality:
+            record.quality.perplexity[0].held_bytes = []
+    assert {row.held_cache_bytes for row in rows(made)} == {None}, "of older records it is not known"
+
+
 @pytest.mark.parametrize("acceptance", [0.3, 0.8])
 def test_the_predicted_time_is_the_model_of_speculative_decoding(acceptance: float) -> None:
     """Drafts that cost nothing, each guess right with one probability: (1 − α^(γ+1)) / (1 − α) tokens for a pass of t(γ + 1)."""

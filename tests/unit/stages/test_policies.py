@@ -170,6 +170,30 @@ def test_behind_a_prompt_what_follows_is_scored_as_the_policy_allows(overrides: 
         run(overrides, quality, "scoring=none", through)
 
 
+EVICTION = "slimbench.methods.compact.cache_eviction"
+
+
+def behind_prompts(overrides: list[str], name: str, *more: str) -> Any:
+    """The first perplexity of a method of evictions, or of none, on windows of 256 tokens behind prompts of 129."""
+    steps = [f"{EVICTION}.{name}" if name else "slimbench.methods.dense.Dense"]
+    config = resolve([*overrides, *step_overrides(steps), "suite.protocols=[suffix]", "suite.seqlen=256", *more])
+    key = f"behind-{name}".replace("(", "-").replace(")", "").replace("=", "-").replace(",", "-")
+    compress.run(config, key, Silent())
+    return quality.run(config, key, None, Silent()).perplexity[0]
+
+
+def test_what_is_held_while_texts_are_scored_is_the_mean_over_what_is_scored(overrides: list[str]) -> None:
+    """Of 127 positions the first is the end of the prompt; what SnapKV left of it is the least that it ever holds."""
+    dense = behind_prompts(overrides, "")
+    token = dense.held_bytes[0] / (129 + 63)
+    assert len(dense.held_bytes) == len(dense.window_nll) > 1 and len(set(dense.held_bytes)) == 1
+    for name, tokens in (("SnapKV(budget=80)", 80 + 63), ("TOVA(budget=80)", 80), ("SnapKV(budget=129)", 129 + 63)):
+        found = behind_prompts(overrides, name)
+        assert found.held_bytes[0] == pytest.approx(tokens * token, rel=1e-3)
+        assert (found.exact_keys == 1) == (tokens == 129 + 63), "all of the prompt stayed: the policy did nothing"
+    assert dense.exact_keys is None
+
+
 def test_a_stream_goes_through_one_cache_and_is_told_in_stretches(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "STRETCH", 32)
     exact = run(overrides, quality, "scoring=exact", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]

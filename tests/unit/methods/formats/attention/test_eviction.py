@@ -149,6 +149,22 @@ def test_the_bytes_of_a_bounded_cache_are_those_of_its_tokens(rule: str) -> None
     assert stored == 8 * GROUPS * (2 * WIDTH + scores) * 4, "what left is not held by a view"
 
 
+@pytest.mark.parametrize(("rule", "budget"), [("tova", 8), ("h2o", 100), ("snapkv", OBSERVED + 6)])
+@pytest.mark.parametrize("prompt", [1, 60, OBSERVED + 5, OBSERVED + 7, 90])
+def test_exact_keys_are_those_that_tokens_behind_a_prompt_are_given(rule: str, budget: int, prompt: int) -> None:
+    tokens, kept, policy = 100, Kept(), Eviction(rule, budget)  # type: ignore[arg-type]
+    query, key, value = draw(1, HEADS, GROUPS, tokens, WIDTH)
+    operator, pairs = policy.operator(rotary(WIDTH), WIDTH**-0.5, 0), prompt * (prompt + 1) // 2
+    for first, size in ((0, prompt), *((place, 1) for place in range(prompt, tokens))):
+        pieces = tuple(part[:, :, first : first + size] for part in (query, key, value))
+        pairs += kept.tensors_by_name["keys"].shape[2] + 1 if first else 0
+        kept.update(pieces[1], pieces[2])
+        operator(*pieces, kept)
+    assert policy.exact_keys(tokens, prompt) == pairs
+    whole = tokens * (tokens + 1) // 2
+    assert (pairs == whole) == (budget >= tokens or (rule == "snapkv" and prompt <= budget)), "only then it threw nothing away"
+
+
 @pytest.mark.parametrize(("rule", "budget"), [("h2o", 1), ("snapkv", OBSERVED), ("spatten", 5)])
 def test_budgets_that_hold_nothing_are_refused(rule: str, budget: int) -> None:
     with pytest.raises(ValueError, match="budget must be at least"):
