@@ -87,6 +87,14 @@ class TransformersModel(Branches):
         return torch.cat(parts, 1), cache
 
     @torch.inference_mode()
+    def behind(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        cache: Any = self._new_cache()
+        for piece in _pieces(ids, cache):
+            out = self.module(piece.to(self._device), **{self._state: cache}, use_cache=True, logits_to_keep=1)
+            cache = getattr(out, self._state)
+        return out.logits[:, -1:].clone(), cache
+
+    @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
         if self._drafter:
             text = self._drafter.begin(ids.to(self._device), room, self._new_cache())

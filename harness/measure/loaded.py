@@ -148,6 +148,11 @@ class Scores(Capability):
             Next-token logits [B, T, V] in the model's dtype, and the state that holds these tokens too.
         """
 
+    def behind(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Process a prompt [B, T]: logits [B, 1, V] of its last position alone, and the state as of `extend`."""
+        logits, state = self.extend(ids)
+        return logits[:, -1:].clone(), state
+
     def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
         return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()

@@ -164,9 +164,9 @@ class Windows:
         if protocol == "suffix":
             model.check_scoring("exact", "chunk", "step", "suffix")
             held = held or Held(model, len(ids))
-            logits, state = model.extend(ids[:, : self.first])
+            logits, state = model.behind(ids[:, : self.first])
             held.passed(state, self.first, 1)
-            parts, rest = [logits[:, -1:]], ids[:, self.first : -1]
+            parts, rest = [logits], ids[:, self.first : -1]
             for piece in rest.split(1 if model.scoring == "step" else max(1, rest.shape[1]), 1):
                 logits, state = model.extend(piece, state)
                 held.passed(state, piece.shape[1])
@@ -178,12 +178,12 @@ class Windows:
     def stepwise(self, model: Scores, ids: torch.Tensor) -> list[float]:
         """What `nll` gives if tokens come one by one, behind a prompt under `suffix`."""
         head = self.prompt or 1
-        logits, state = model.extend(ids[:, :head])
+        logits, state = model.behind(ids[:, :head])
         parts = [logits]
         for token in ids[:, head:-1].split(1, 1):
             logits, state = model.extend(token, state)
             parts.append(logits)
-        found = label_logprobs(torch.cat(parts, 1)[:, self.first - 1 :], ids[:, self.first :])
+        found = label_logprobs(torch.cat(parts, 1)[:, self.first - head :], ids[:, self.first :])
         return (-found.double().mean(1)).tolist()
 
     def _chunks(self, model: Scores, ids: torch.Tensor, held: Held | None = None) -> Iterator[torch.Tensor]:

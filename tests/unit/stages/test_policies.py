@@ -194,6 +194,19 @@ def test_what_is_held_while_texts_are_scored_is_the_mean_over_what_is_scored(ove
     assert dense.exact_keys is None
 
 
+def test_of_prompts_only_the_last_position_is_asked_for_and_gives_what_it_gave(tmp_path: Path) -> None:
+    dense = tiny.save_model(tmp_path / "dense", "float32")
+    model, ids = TransformersModel(dense.load(), "cpu"), tiny.tokens(samples=3, length=40).ids
+    wanted, _ = model.extend(ids)
+    rows: list[int] = []
+    model.module.get_output_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    found, state = model.behind(ids)
+    assert rows == [1] and found.shape[1] == 1 and found.untyped_storage().nbytes() == found.numel() * 4
+    assert float((found - wanted[:, -1:]).abs().max()) <= 1e-5
+    after = [model.extend(ids[:, :5], each)[0] for each in (state, model.extend(ids)[1])]
+    assert float((after[0] - after[1]).abs().max()) <= 1e-5
+
+
 def test_a_stream_goes_through_one_cache_and_is_told_in_stretches(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "STRETCH", 32)
     exact = run(overrides, quality, "scoring=exact", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]
