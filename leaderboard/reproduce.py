@@ -143,7 +143,7 @@ def _line(found: Paper, cell: tuple[str, str], planned: Planned | None, index: I
     result = _of(found, record.quality.perplexity) if record and record.quality and record.status is Status.OK else None
     if result is None:
         return line.model_copy(update={"reason": reasons.get(planned.quality) or planned.obstacle or "not run yet"})
-    low, high = attempt(perplexity_interval, result.window_nll, otherwise=(None, None))
+    low, high = attempt(perplexity_interval, result.scored, otherwise=(None, None))
     facts: dict[str, object] = {"measured": result.perplexity, "low": low, "high": high, "verdict": Verdict.NO_TARGET}
     if published is not None:
         difference = 100 * (result.perplexity / published - 1)

@@ -28,11 +28,11 @@ load_pretrained = huggingface.load
 class TransformersModel(Branches):
     """A transformers causal language model.
 
-    A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole windows
-    too, in pieces that end where a multiple of the cache's `chunk` tokens does: what the cache does to the numbers is seen by every
-    protocol. A `drafter` guesses what the module then checks (`methods.formats.draft`), so that some steps cost no pass. `slots`,
-    `scoring`, `max_batch` and `exact_keys` of the module are those of its policy. A recurrent model (`cache_params`) goes on from a state
-    token by token: of several at once the library forgets it.
+    A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole
+    windows too, in pieces that end where a multiple of the cache's `chunk` tokens does: what the cache does to the numbers is seen by
+    every protocol. A `drafter` guesses what the module then checks (`methods.formats.draft`), so that some steps cost no pass. `slots`,
+    `scoring`, `max_batch`, `exact_keys` and `reach` of the module are those of its policy. A recurrent model (`cache_params`) goes on
+    from a state token by token: of several at once the library forgets it.
     """
 
     def __init__(self, module: Any, device: str) -> None:
@@ -44,6 +44,7 @@ class TransformersModel(Branches):
         self._devices = [self._device, *sorted({p.device for p in module.parameters() if p.is_cuda} - {self._device}, key=str)]
         self.scoring, self.max_batch = getattr(module, "scoring", "exact"), getattr(module, "max_batch", None)
         self.exact_keys, self.slots = getattr(module, "exact_keys", None), getattr(module, "slots", ())
+        self.reach = getattr(module, "reach", None)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
         if head := module.get_output_embeddings():

@@ -160,18 +160,20 @@ class Comparison:
         self.seen = rows.stop
         return True
 
-    def result(self, windows: int) -> DivergenceResult:
-        """What was seen, in so many equally long windows."""
-        kl, agree, delta = (values.reshape(windows, -1).mean(1).tolist() for values in (self.kl, self.agree, self.delta))
+    def result(self, windows: int, within: int | None = None) -> DivergenceResult:
+        """What was seen, in so many equally long windows; of the first `within` of them alone, where that is given."""
+        last = len(self.kl) // windows * (within or windows)
+        kl, agree, delta = (values.reshape(windows, -1)[:within].mean(1).tolist() for values in (self.kl, self.agree, self.delta))
+        counted = self.exact_at < last
         return DivergenceResult(
             top_k=self.logp.shape[1],
             kl=kl,
-            kl_mean=float(self.kl.mean()),
-            kl_p99=float(np.quantile(self.kl, 0.99)),
+            kl_mean=float(self.kl[:last].mean()),
+            kl_p99=float(np.quantile(self.kl[:last], 0.99)),
             top1_agreement=agree,
             delta_p=delta,
-            exact_positions=len(self.exact_at),
-            tail_error=float(np.mean(self.exact_kl - self.kl[self.exact_at])),
+            exact_positions=int(counted.sum()),
+            tail_error=float(np.mean((self.exact_kl - self.kl[self.exact_at])[counted])),
         )
 
 

@@ -102,11 +102,13 @@ class Scores(Capability):
         scoring: By which passes its policy allows a text to be scored.
         exact_keys: Pairs of a token and one that it attends to as without its policy, of a text of so many tokens of which so many are a
             prompt (`methods.formats.attention.policy`, `methods.formats.kv.cache`); None where no policy decides on keys.
+        reach: Positions from a token back to the farthest that it attends to, under its policy (`methods.formats.policy`); None: all.
     """
 
     ability = "score tokens"
     scoring: Scoring = "exact"
     exact_keys: Callable[[int, int], int] | None = None
+    reach: int | None = None
 
     def check_scoring(self, *passes: Scoring) -> None:
         """Raise `Unsupported` unless its policy allows one of these."""

@@ -5,7 +5,9 @@ once, cut into windows of `seqlen` tokens, the tail dropped; perplexity is exp o
 `incremental` scores the same labels, but feeds each window through the KV cache in chunks, so that a policy that acts on the
 cache is in force. `llamacpp` scores the second half of each window only, as llama.cpp's perplexity tool does. `suffix` scores the second
 half too, but its first half goes through the cache at once, as a prompt does, so that a policy that acts on prompts is in force for what
-follows. `stream` puts one text through one cache from its first token to its last; a window is a stretch of it.
+follows. `stream` puts one text through one cache from its first token to its last; a window is a stretch of it. Where the text is longer
+than what the model was made for, the stretches beyond are scored too, but perplexity and divergence are of those before: with positions
+that it never saw in training a model says nothing of what a policy loses.
 """
 
 from __future__ import annotations
@@ -127,6 +129,11 @@ class Windows:
         many = _STEPPED if model.scoring == "step" else 1
         return model.batch(max(1, many * BATCH_TOKENS // self.wanted.seqlen))
 
+    def within(self, model: Scores) -> int | None:
+        """Of a stream the stretches that end within the positions that a model was made for, at least one; None where all do."""
+        fitting = max(1, model.max_length // self.labels)
+        return fitting if self.wanted.protocol == "stream" and fitting < self.count else None
+
     @property
     def prompt(self) -> int:
         """Tokens of each window that go through the model at once, before any label."""
@@ -232,6 +239,8 @@ def measure(
         if not all(map(math.isfinite, nll)):
             raise Diverged(f"NaN or infinite likelihood in window {len(nll)} of {wanted.corpus}")
         on_progress(len(nll), windows.count)
+    within = windows.within(model)
+    headline = nll[:within]
     return PerplexityResult(
         corpus=public_name(wanted.corpus),
         protocol=protocols.PERPLEXITY[wanted.protocol],
@@ -239,7 +248,8 @@ def measure(
         seqlen=wanted.seqlen,
         window_nll=nll,
         labels_per_window=windows.labels,
-        perplexity=math.exp(min(sum(nll) / len(nll), 700.0)),
+        perplexity=math.exp(min(sum(headline) / len(headline), 700.0)),
+        within=within,
         held_bytes=held if len(held) == len(nll) else [],
     )
 

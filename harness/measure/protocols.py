@@ -11,7 +11,7 @@ PERPLEXITY = {
     "incremental": "incremental-1",
     "llamacpp": "llamacpp-1",
     "suffix": "suffix-1",
-    "stream": "stream-1",
+    "stream": "stream-2",
     "document": "document-1",
 }
 """Scoring of a corpus, by the name that `suite.protocols` gives it."""

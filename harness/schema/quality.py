@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from functools import cached_property
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from slimbench.harness.schema.base import Schema
 from slimbench.harness.schema.evidence import Evidence
@@ -60,7 +60,10 @@ class PerplexityResult(Schema):
         protocol: Name and version: `window-1`, `incremental-1`, `llamacpp-1`.
         window_nll: Mean NLL of each window in nats, over `labels_per_window` labels.
         corpus_sha256: Hash of the text that was tokenized.
-        divergence: Distance from the reference on the same tokens; None for the reference itself or where it was not asked for.
+        perplexity: exp of the mean NLL of the windows that count, `scored`.
+        within: Windows of a stream that end within the positions that the model was made for: these count, the others are only shown; None
+            where all do.
+        divergence: Distance from the reference on the same tokens that count; None for the reference itself or where it was not asked for.
         calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
         exact_keys: Share of the pairs of a scored token and one before it, itself included, that it attends to as without a policy: no
             policy has rounded the key, thrown it away or summed it up; None where no policy decides on keys.
@@ -76,11 +79,17 @@ class PerplexityResult(Schema):
     window_nll: list[float]
     labels_per_window: int
     perplexity: float
+    within: int | None = Field(default=None, ge=1)
     divergence: DivergenceResult | None = None
     calibration_overlap: float | None = None
     exact_keys: float | None = None
     held_bytes: list[int] = []
     noise: list[NoiseResult] = []
+
+    @property
+    def scored(self) -> list[float]:
+        """The NLL of the windows that perplexity and comparisons are of."""
+        return self.window_nll[: self.within]
 
 
 class DocumentResult(Schema):

@@ -58,7 +58,7 @@ class Distributions:
             return perplexity.measure(model, windows, self.report.progress, part=part)
         comparison = divergence.Comparison(self._key(windows))
         measured = perplexity.measure(model, windows, self.report.progress, comparison, part)
-        measured.divergence = comparison.result(windows.count)
+        measured.divergence = comparison.result(windows.count, measured.within)
         return measured
 
     def noise(self, model: Scores, windows: Windows, part: Part) -> list[NoiseResult]:

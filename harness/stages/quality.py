@@ -74,6 +74,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.calibration_overlap = None if seen is None else overlap(part.ids.numpy(), seen)
         measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)], part.prompt)
         result.perplexity.append(measured)
+        result.flags += _stretch_flags(part, model)
         result.forward_tokens += part.ids.numel()
     if loaded.slots and windows:
         _count_work(config, key, loaded, windows[0], result, report, journal, ran)
@@ -218,6 +219,15 @@ def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str,
     kept = journal.part(name, unit)
     yield kept
     result.seconds[name] = time.perf_counter() - began + kept.seconds
+
+
+def _stretch_flags(part: perplexity.Windows, model: Scores) -> list[str]:
+    """A line where stretches are scored at positions that the model was not made for, and no policy keeps them small."""
+    fitting = part.within(model)
+    if fitting is None or (model.reach or part.wanted.seqlen) <= model.max_length:
+        return []
+    beyond = f"{part.count - fitting} of {part.count} stretches lie beyond the {model.max_length:,} positions that the model was made for"
+    return [f"{beyond}; perplexity and divergence are of the others"]
 
 
 def _flags(result: QualityResult, distributions: Distributions) -> list[str]:

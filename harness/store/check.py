@@ -101,8 +101,8 @@ def _storage_faults(evidence: Evidence, claim: Claim | None, disk_bytes: int | N
 
 def _quality_faults(quality: QualityResult) -> Iterator[str]:
     for text in quality.perplexity:
-        if text.window_nll and not math.isclose(text.perplexity, _exp(fmean(text.window_nll)), rel_tol=_ROUNDING):
-            yield f"perplexity {text.perplexity:g} of {text.corpus}, but its windows give {_exp(fmean(text.window_nll)):g}"
+        if text.window_nll and not math.isclose(text.perplexity, _exp(fmean(text.scored)), rel_tol=_ROUNDING):
+            yield f"perplexity {text.perplexity:g} of {text.corpus}, but its windows give {_exp(fmean(text.scored)):g}"
     for task in quality.zeroshot:
         if task.items and not math.isclose(task.accuracy, fmean(task.items.correct), rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             yield f"accuracy {task.accuracy:g} of {task.task}, but its items give {fmean(task.items.correct):g}"

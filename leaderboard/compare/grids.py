@@ -152,7 +152,7 @@ def _study(group: Sequence[Row], index: Index, board: Sequence[Row]) -> Study | 
     if reference is None or len({method for method, _ in cells}) < 2:
         return None
     title = f"{head.model} · {head.suite} · {bits(head)} bits"
-    return Study(title, bits(head), np.asarray(reference.perplexity[0].window_nll), cells)
+    return Study(title, bits(head), np.asarray(reference.perplexity[0].scored), cells)
 
 
 def _group_size(row: Row, index: Index) -> str:

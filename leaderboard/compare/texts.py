@@ -153,9 +153,9 @@ def texts(ours: QualityResult, theirs: QualityResult) -> list[TextComparison]:
 
 
 def _windows(a: PerplexityResult, b: PerplexityResult) -> TextComparison:
-    ratio = stats.perplexity_ratio_interval(a.window_nll, b.window_nll)
-    values = stats.perplexity(a.window_nll), stats.perplexity(b.window_nll)
-    return _text(name_of(a), values, ratio, a.window_nll, b.window_nll)
+    ratio = stats.perplexity_ratio_interval(a.scored, b.scored)
+    values = stats.perplexity(a.scored), stats.perplexity(b.scored)
+    return _text(name_of(a), values, ratio, a.scored, b.scored)
 
 
 def _documents(a: DocumentResult, b: DocumentResult) -> TextComparison:

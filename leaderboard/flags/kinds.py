@@ -125,6 +125,7 @@ _NOTE = (
     r"no retrieval: .+",
     r"work not counted: .+",
     r"perplexity token by token differs by .+",
+    r"\S+ of \S+ stretches lie beyond .+",
     r"guesses changed the text: .+",
     r"not held against its teacher: .+",
     r"calibration text not held against the test text: .+",

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def windows_of(result: PerplexityResult) -> tuple[Any, ...]:
     """What identifies the windows of a result and how they were scored."""
-    return result.protocol, result.corpus_sha256, result.seqlen, result.labels_per_window, len(result.window_nll)
+    return result.protocol, result.corpus_sha256, result.seqlen, result.labels_per_window, len(result.scored)
 
 
 def documents_of(result: DocumentResult) -> tuple[Any, ...]:
@@ -54,7 +54,7 @@ def paired_windows(ours: QualityResult, theirs: QualityResult | None) -> tuple[S
     if theirs is None or not ours.perplexity:
         return None
     first, partner = partners(ours.perplexity[:1], theirs.perplexity, windows_of)[0]
-    return (first.window_nll, partner.window_nll) if partner else None
+    return (first.scored, partner.scored) if partner else None
 
 
 def paired_answers(ours: QualityResult, theirs: QualityResult | None) -> tuple[list[Sequence[float]], list[Sequence[float]]] | None:

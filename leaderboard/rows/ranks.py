@@ -163,9 +163,9 @@ def _bytes(index: int, measured: Measured) -> Any:
 
 def _windows(quality: QualityResult) -> tuple[Any, Values] | None:
     """What identifies the windows of the headline perplexity, and their NLL; None where there is nothing to rank."""
-    if not quality.perplexity or not quality.perplexity[0].window_nll or not np.isfinite(quality.perplexity[0].window_nll).all():
+    if not quality.perplexity or not quality.perplexity[0].scored or not np.isfinite(quality.perplexity[0].scored).all():
         return None
-    return windows_of(quality.perplexity[0]), quality.perplexity[0].window_nll
+    return windows_of(quality.perplexity[0]), quality.perplexity[0].scored
 
 
 def _items(quality: QualityResult) -> tuple[Any, Values] | None:

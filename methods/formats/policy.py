@@ -137,6 +137,13 @@ class Policy(ABC):
         return True
 
     @property
+    def reach(self) -> int | None:
+        """Positions from a token back to the farthest that it attends to, both included, at most, however long the text is; None where
+        they grow with it, and with them what a model was never trained on.
+        """
+        return None
+
+    @property
     def reads_queries(self) -> bool:
         """Whether what it keeps depends on the queries of all tokens, so that each of them must run each block."""
         return False

@@ -45,7 +45,7 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     known = theirs.perplexity if theirs else []
     head = ours.perplexity[0]
     same_protocol = [p for p in ours.perplexity if (p.protocol, p.seqlen) == (head.protocol, head.seqlen)]
-    low, high = attempt(stats.perplexity_interval, head.window_nll, otherwise=UNDEFINED)
+    low, high = attempt(stats.perplexity_interval, head.scored, otherwise=UNDEFINED)
     pair = paired_windows(ours, theirs) or ([], [])
     ratio = attempt(stats.perplexity_ratio_interval, *pair, otherwise=UNKNOWN)
     return Perplexity(
@@ -220,4 +220,4 @@ def _worst(
 
 
 def _value(result: PerplexityResult) -> float:
-    return attempt(stats.perplexity, result.window_nll, otherwise=math.nan)
+    return attempt(stats.perplexity, result.scored, otherwise=math.nan)

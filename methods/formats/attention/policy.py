@@ -55,7 +55,7 @@ class OperatorPolicy(Policy):
         from slimbench.methods.formats.attention.operators.interface import install
 
         install(model, self.operator, self.chunk, self.rolls_back)
-        model.exact_keys = self.exact_keys
+        model.exact_keys, model.reach = self.exact_keys, self.reach
 
 
 def positive(**settings: int) -> None:

@@ -46,6 +46,11 @@ class Window(OperatorPolicy):
     def scoring(self) -> Scoring:
         return "exact"
 
+    @property
+    def reach(self) -> int:
+        """Positions count in the cache."""
+        return self.sinks + self.recent + 1
+
     def neutral(self) -> Window:
         return replace(self, recent=ALL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 from typing import Any
@@ -101,6 +102,23 @@ def streamed() -> list[Record]:
         if record.quality:
             record.quality.perplexity[0].protocol = "stream-1"
     return made
+
+
+def test_of_a_stream_only_the_stretches_that_count_are_compared_and_all_are_shown() -> None:
+    made = streamed()
+    for record in made:
+        if record.quality:
+            head = record.quality.perplexity[0]
+            lost = 0.2 if record.cell.pipeline == "window" else 0.0
+            head.window_nll = [3.0 + 0.1 * place + lost for place in range(4)] + [9.0] * 4
+            head.within, head.perplexity, head.divergence = 4, math.exp(3.15 + lost), None
+    row = next(row for row in rows(made) if row.pipeline == "window")
+    assert row.perplexity == pytest.approx(math.exp(3.35)) and len(row.stretches) == 8
+    assert row.perplexity_delta_percent == pytest.approx(100 * (math.exp(0.2) - 1))
+    assert row.perplexity_high and row.perplexity_high < math.exp(4)
+    other = [record for record in made if record.quality and record.cell.pipeline == "window"]
+    other[0].quality.perplexity[0].within = 3  # type: ignore[union-attr]
+    assert next(row for row in rows(made) if row.pipeline == "window").perplexity_delta_percent is None, "of other stretches"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def test_a_stream_goes_through_one_cache_and_is_told_in_stretches(overrides: lis
     monkeypatch.setattr(perplexity, "STRETCH", 32)
     exact = run(overrides, quality, "scoring=exact", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]
     through = [length for batch, length in CALLS if batch == 1 and length > 8]
-    assert exact.protocol == "stream-1" and exact.labels_per_window == 32 and len(exact.window_nll) == 4
+    assert exact.protocol == "stream-2" and exact.labels_per_window == 32 and len(exact.window_nll) == 4
     assert sum(through[:2]) == 128, "all of it, in pieces, before anything else"
     step = run(overrides, quality, "scoring=step", "suite.protocols=[stream]", "suite.seqlen=128").perplexity[0]
     assert step.window_nll == pytest.approx(exact.window_nll, rel=1e-4)
@@ -219,6 +220,46 @@ def test_a_stream_goes_through_one_cache_and_is_told_in_stretches(overrides: lis
     assert sum(exact.window_nll) / 4 == pytest.approx(whole.window_nll[0], rel=1e-4), "one text of 128 labels"
     with pytest.raises(Unsupported, match="the policy allows suffix"):
         run(overrides, quality, "scoring=suffix", "suite.protocols=[stream]", "suite.seqlen=128")
+
+
+STREAMING = "slimbench.methods.compact.streaming_llm.StreamingLLM"
+
+
+def test_stretches_beyond_what_a_model_was_made_for_are_shown_and_do_not_count(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_for(self: Any, module: Any, device: str) -> None:
+        init(self, module, device)
+        self.max_length = 64
+
+    init = TransformersModel.__init__
+    monkeypatch.setattr(perplexity, "STRETCH", 32)
+    monkeypatch.setattr(TransformersModel, "__init__", made_for)
+    more = ["suite.protocols=[stream]", "suite.seqlen=128"]
+    told = "2 of 4 stretches lie beyond the 64 positions that the model was made for; perplexity and divergence are of the others"
+    for name, step, flags in (
+        ("stream-dense", "slimbench.methods.dense.Dense", [told]),
+        ("stream-short", f"{STREAMING}(budget=63)", []),
+        ("stream-long", f"{STREAMING}(budget=64)", [told]),
+        ("stream-evicted", f"{EVICTION}.Knorm(budget=20,skip_layers=0)", [told]),
+    ):
+        config = resolve([*overrides, *step_overrides([step]), *more])
+        compress.run(config, name, Silent())
+        found = quality.run(config, name, "stream-dense", Silent())
+        head = found.perplexity[0]
+        assert [flag for flag in found.flags if "stretches" in flag] == flags, "positions of a window count in its cache"
+        assert len(head.window_nll) == len(head.held_bytes) == 4 and head.within == 2 and head.scored == head.window_nll[:2]
+        assert head.perplexity == pytest.approx(math.exp(sum(head.window_nll[:2]) / 2))
+        if name != "stream-dense":
+            assert head.divergence and len(head.divergence.kl) == len(head.divergence.top1_agreement) == 2
+            assert head.divergence.kl_mean == pytest.approx(sum(head.divergence.kl) / 2)
+            assert 0 < head.divergence.exact_positions <= 64
+
+
+def test_a_stream_as_long_as_the_model_allows_counts_whole(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "STRETCH", 32)
+    found = run(overrides, quality, "scoring=exact", "suite.protocols=[stream]", "suite.seqlen=128")
+    assert found.perplexity[0].within is None and not [flag for flag in found.flags if "stretches" in flag]
 
 
 def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
