@@ -63,6 +63,7 @@ _PROTOCOLS = {
     "llamacpp": _WINDOWS,
     "suffix": _WINDOWS,
     "stream": _WINDOWS,
+    "recomputed": _WINDOWS,
     "document": (f"{_MEASURE}.documents.measure",),
     "zeroshot": (f"{_MEASURE}.zeroshot.measure",),
     "generation": (f"{_MEASURE}.generation.measure",),

@@ -7,7 +7,8 @@ cache is in force. `llamacpp` scores the second half of each window only, as lla
 half too, but its first half goes through the cache at once, as a prompt does, so that a policy that acts on prompts is in force for what
 follows. `stream` puts one text through one cache from its first token to its last; a window is a stretch of it. Where the text is longer
 than what the model was made for, the stretches beyond are scored too, but perplexity and divergence are of those before: with positions
-that it never saw in training a model says nothing of what a policy loses.
+that it never saw in training a model says nothing of what a policy loses. `recomputed` scores the same labels of the reference in windows
+of 1,024 tokens, one each 512, of each its second half: what a cache of so many tokens is held against.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.config.schema import SuiteConfig
-from slimbench.harness.config.sections.suite import Pass
+from slimbench.harness.config.sections.suite import RECOMPUTED, Pass
 from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import Generates, Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
@@ -99,9 +100,10 @@ class Windows:
         tokenizer: The tokenizer of the source model.
 
     Attributes:
-        ids: Token ids, int64 [windows, T]; of a stream [1, T].
+        ids: Token ids, int64 [windows, T]; of a stream, computed anew or not, [1, T].
         first: The first label of each row; all labels after it count.
         count: Windows.
+        tokens: That go through the model.
         labels: Labels of each window.
 
     Raises:
@@ -110,7 +112,7 @@ class Windows:
 
     def __init__(self, tokenizer: Any, wanted: Pass, suite: SuiteConfig) -> None:
         tokens, self.text_hash = token_stream(wanted.corpus, tokenizer)
-        stream = wanted.protocol == "stream"
+        stream = wanted.protocol in ("stream", RECOMPUTED)
         windows = tokens[: wanted.seqlen + 1].reshape(1, -1) if stream else cut(tokens, wanted.seqlen, wanted.limit)
         if len(tokens) < wanted.seqlen + stream:
             raise DataError(f"corpus {wanted.corpus} has {len(tokens)} tokens, fewer than one window of {wanted.seqlen}")
@@ -123,6 +125,7 @@ class Windows:
             self.ids = torch.cat([torch.full((len(self.ids), 1), tokenizer.bos_token_id), self.ids], 1)
         self.labels = STRETCH if stream else self.ids.shape[1] - self.first
         self.count = (self.ids.shape[1] - self.first) // self.labels * len(self.ids)
+        self.tokens = (2 * self.count - 1) * STRETCH if wanted.protocol == RECOMPUTED else self.ids.numel()
 
     def at_once(self, model: Scores) -> int:
         """Windows that go through a model together."""
@@ -150,6 +153,8 @@ class Windows:
             methods.base.Unsupported: The policy of the model does not allow that.
         """
         held = Held(model, len(ids))
+        if self.wanted.protocol == RECOMPUTED:
+            return self._recomputed(model, ids, watcher, told), []
         if self.wanted.protocol != "stream":
             logprobs = label_logprobs(self.logits(model, ids, held), ids[:, self.first :], watcher)
             return (-logprobs.double().mean(1)).tolist(), held.means(1) * len(ids)
@@ -160,7 +165,7 @@ class Windows:
         return (-torch.cat(found, 1).double().view(-1, self.labels).mean(1)).tolist(), held.means(self.count)
 
     def logits(self, model: Scores, ids: torch.Tensor, held: Held | None = None) -> torch.Tensor:
-        """Logits [B, n, V] of the positions that predict the labels, of other protocols than `stream`. Raises as `nll`.
+        """Logits [B, n, V] of the positions that predict the labels, of other protocols than `stream` and `recomputed`. Raises as `nll`.
 
         Args:
             held: Hears what is held under `suffix`.
@@ -192,6 +197,17 @@ class Windows:
             parts.append(logits)
         found = label_logprobs(torch.cat(parts, 1)[:, self.first - head :], ids[:, self.first :])
         return (-found.double().mean(1)).tolist()
+
+    def _recomputed(self, model: Scores, ids: torch.Tensor, watcher: Watcher | None, told: Callable[[int], None]) -> list[float]:
+        """As `nll`: each label behind at least half a window of tokens that nothing was kept of, but for the first."""
+        model.check_scoring("exact", "chunk")
+        found, half = [], STRETCH // 2
+        for begin in range(0, (self.count - 1) * STRETCH + 1, half):
+            known = half if begin else 0
+            logits = model.logits(ids[:, begin : begin + STRETCH], known)
+            found.append(label_logprobs(logits, ids[:, begin + known + 1 : begin + STRETCH + 1], watcher))
+            told(sum(part.shape[1] for part in found) // self.labels)
+        return (-torch.cat(found, 1).double().view(-1, self.labels).mean(1)).tolist()
 
     def _chunks(self, model: Scores, ids: torch.Tensor, held: Held | None = None) -> Iterator[torch.Tensor]:
         """Logits of all positions, some after the others, through one cache."""

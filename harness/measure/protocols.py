@@ -12,6 +12,7 @@ PERPLEXITY = {
     "llamacpp": "llamacpp-1",
     "suffix": "suffix-1",
     "stream": "stream-2",
+    "recomputed": "recomputed-1",
     "document": "document-1",
 }
 """Scoring of a corpus, by the name that `suite.protocols` gives it."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.schema import RunConfig
+from slimbench.harness.config.sections.suite import RECOMPUTED
 from slimbench.harness.measure import divergence, perplexity
 from slimbench.harness.measure.loaded import Scores
 from slimbench.harness.measure.memory import room
@@ -51,7 +52,12 @@ class Distributions:
             self._record(model, part, self.journal.part(f"{name} {self._key(part)}", "windows of the reference"))
 
     def measure(self, model: Scores, windows: Windows, part: Part) -> PerplexityResult:
-        """Score a model; of the reference, keep the distributions, of another model, the distance from them."""
+        """Score a model; of the reference, keep the distributions, of another model, the distance from them.
+
+        What no other model is scored by keeps none.
+        """
+        if windows.wanted.protocol == RECOMPUTED:
+            return perplexity.measure(model, windows, self.report.progress, part=part)
         if self.wanted and self.is_reference:
             return self._record(model, windows, part)
         if not self.wanted or self.missing:

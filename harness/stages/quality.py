@@ -12,6 +12,7 @@ import numpy as np
 
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
+from slimbench.harness.config.sections.suite import RECOMPUTED
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
 from slimbench.harness.measure.dynamic import retrieval, scored, work
@@ -49,7 +50,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     suite, journal = config.suite, journal or Journal()
     source = models.prepare(config.model, report.phase)
     tokenizer = tokenizer_of(source, config)
-    windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol != "document"]
+    others = ("document",) if key == reference_key else ("document", RECOMPUTED)
+    windows = [perplexity.Windows(tokenizer, wanted, suite) for wanted in suite.passes() if wanted.protocol not in others]
     asked = suite.retrieval
     contexts = [retrieval.Contexts(tokenizer, asked, length, suite.add_bos) for length in asked.lengths] if asked else []
     distributions = Distributions(config, key, reference_key, report, journal)
@@ -75,7 +77,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         measured.exact_keys = model.exact_share([(part.first - 1, part.ids.shape[1] - 1)], part.prompt)
         result.perplexity.append(measured)
         result.flags += _stretch_flags(part, model)
-        result.forward_tokens += part.ids.numel()
+        result.forward_tokens += part.tokens
     if loaded.slots and windows:
         _count_work(config, key, loaded, windows[0], result, report, journal, ran)
     if suite.noise_windows and distributions.is_reference and windows:

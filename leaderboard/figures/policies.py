@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ MOST_DRAFTS = 12
 
 
 def stream(group: Group) -> Plot:
-    """Perplexity along one text that goes through one cache.
+    """Perplexity along one text that goes through one cache, and the bytes of that cache where they are known.
 
     Raises:
         Unplottable: No row was scored along a stream.
@@ -28,31 +29,51 @@ def stream(group: Group) -> Plot:
     rows = [row for row in group.rows if len(row.stretches) > 1]
     if not rows:
         raise Unplottable("no row was scored along a stream")
-    text = " ".join(
-        filter(
-            None, ["Each point is a stretch of 1,024 tokens of one text, behind all tokens before it.", left_out(group, rows, "a stream")]
-        )
-    )
+    holding = [row for row in rows if row.stretch_bytes]
+    anew = next((row.recomputed for row in rows if row.recomputed), [])
+    notes = ["Each point is a stretch of 1,024 tokens of one text, behind all tokens before it."]
+    notes += ["Grey: the dense model, if of the tokens before each the last 512 to 1,023 are computed anew."] if anew else []
+    notes += ["Right: the mean bytes of the cache."] if holding else []
+    text = " ".join(filter(None, [*notes, left_out(group, rows, "a stream")]))
     title = "Perplexity along a stream"
 
     def make() -> Figure:
-        figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 5.2)
+        figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 10.4 if holding else 9.4, 5.2, 2 if holding else 1)
         for row in rows:
             look = group.palette.look(method_of(row))
             style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 5, "mec": "white", "mew": 0.6}
-            places = [1.024 * (place + 1) for place in range(len(row.stretches))]
-            ax.plot(places, row.stretches, lw=1.5, label=group.name(row).lstrip("_"), **style)
-        spread_axis(ax, "y", [value for row in rows for value in row.stretches])
-        ax.set_xlim(left=0)
-        ax.set_xlabel("thousand tokens so far")
-        ax.set_ylabel("perplexity of the stretch  (↓ lower is better)")
-        side_legend(ax)
+            style |= {"lw": 1.5, "label": group.name(row).lstrip("_")}
+            axes[0].plot(_places(row.stretches), row.stretches, **style)
+            if holding:
+                axes[1].plot(_places(row.stretch_bytes), [held / 1e6 for held in row.stretch_bytes], **style)
+        if anew:
+            axes[0].plot(_places(anew), anew, color=MUTED, lw=1.5, zorder=1)
+            axes[-1].plot([], [], color=MUTED, lw=1.5, label="dense, computed anew")
+        spread_axis(axes[0], "y", [value for row in rows for value in (*row.stretches, *anew)])
+        for ax in axes:
+            ax.set_xlim(left=0)
+            ax.set_xlabel("thousand tokens so far")
+        axes[0].set_ylabel("perplexity of the stretch  (↓ lower is better)")
+        if holding:
+            axes[1].set_ylim(bottom=0)
+            axes[1].set_ylabel("cache, MB  (↓ smaller is better)")
+        side_legend(axes[-1])
         return figure
 
     steady = min(rows, key=lambda row: row.stretches[-1])
     first, *_, last = (decimal(1)(value) for value in steady.stretches)
     reading = f"{group.name(steady)} is lowest in the last stretch, {last} (first: {first})."
+    bounded = [row for row in rows if not row.is_reference and len(row.stretches) == len(anew)]
+    if bounded:
+        apart = {group.name(row): max(abs(math.log(a / b)) for a, b in zip(row.stretches, anew, strict=True)) for row in bounded}
+        nearest = min(apart, key=lambda name: (apart[name], name))
+        reading += f" {nearest} is nearest to dense that is computed anew, {decimal(2)(apart[nearest])} nats apart at most."
     return Plot("stream", group, title, reading, text, make)
+
+
+def _places(values: Sequence[float]) -> list[float]:
+    """Thousand tokens at the end of each stretch."""
+    return [1.024 * (place + 1) for place in range(len(values))]
 
 
 def drafts(group: Group) -> Plot:

@@ -96,6 +96,11 @@ class Perplexity(Group):
     )
     corpus: str | None = Field(default=None, description="Corpus of the perplexity.")
     stretches: list[float] = Field(default=[], description="Perplexity of each stretch of 1,024 tokens of a stream, in order.")
+    recomputed: list[float] = Field(
+        default=[],
+        description="Of the reference, the same where each token has 512 to 1,023 tokens before it that are computed anew for it.",
+    )
+    stretch_bytes: list[int] = Field(default=[], description="Mean bytes that the cache held in each stretch.")
 
 
 class Divergence(Group):

@@ -16,7 +16,7 @@ class Pass:
     """One perplexity measurement of a suite: a corpus under a protocol.
 
     Attributes:
-        protocol: `window`, `incremental`, `llamacpp`, `suffix`, `stream` or `document`.
+        protocol: `window`, `incremental`, `llamacpp`, `suffix`, `stream`, `recomputed` or `document`.
         seqlen: Tokens of a window; no meaning for documents.
         limit: Windows or documents at most, None for all.
     """
@@ -27,7 +27,8 @@ class Pass:
     limit: int | None
 
 
-PROTOCOLS = ("window", "incremental", "llamacpp", "suffix", "stream", "document")
+PROTOCOLS = ("window", "incremental", "llamacpp", "suffix", "stream", "recomputed", "document")
+RECOMPUTED = "recomputed"
 
 
 class RetrievalConfig(Strict):
@@ -77,7 +78,8 @@ class SuiteConfig(Strict):
         corpus: Text for perplexity, one or several of: a name from `slimbench assets list`, `file:PATH`, `hf:PATH:CONFIG:SPLIT:FIELD`.
             The first one is the headline, the others are out-of-domain text beside it. None: no text is scored.
         protocols: `window`, `incremental` (through the KV cache), `llamacpp` (second half of each window), `suffix` (the same, behind its
-            first half as a prompt), `stream` (one text of so many tokens through one cache, in windows of 1,024) or `document` (lm-eval's
+            first half as a prompt), `stream` (one text of so many tokens through one cache, in windows of 1,024), `recomputed` (of the
+            reference alone, the labels of `stream`, each behind 512 to 1,023 tokens that are computed anew) or `document` (lm-eval's
             rolling likelihood); `NAME@TOKENS` for another length than `seqlen`. The first is the headline and is measured on every
             corpus, the others on the first corpus only, on equally many tokens.
         seqlen: Tokens of a window.
@@ -127,10 +129,12 @@ class SuiteConfig(Strict):
                 raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
             if at and (not length.isdigit() or int(length) < 8 or name == "document"):
                 raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
-            if at and name == "stream" and int(length) % 1024:
+            if at and name in ("stream", RECOMPUTED) and int(length) % 1024:
                 raise ValueError(f"'{text}' has not a multiple of 1,024 tokens")
         if not protocols or protocols[0] == "document":
             raise ValueError("the first protocol is the headline and must score windows")
+        if protocols[0].partition("@")[0] == RECOMPUTED:
+            raise ValueError(f"'{RECOMPUTED}' is of the reference alone and cannot be the headline; put 'stream' before it")
         return protocols
 
     @property

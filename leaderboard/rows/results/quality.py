@@ -50,7 +50,9 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     ratio = attempt(stats.perplexity_ratio_interval, *pair, otherwise=UNKNOWN)
     return Perplexity(
         corpus=head.corpus,
-        stretches=_stretches(head),
+        stretches=_stretches(head, "stream"),
+        recomputed=next(filter(None, (_stretches(p, "recomputed") for p in ours.perplexity)), []),
+        stretch_bytes=head.held_bytes if _stretches(head, "stream") else [],
         perplexity=_value(head),
         perplexity_low=low,
         perplexity_high=high,
@@ -69,10 +71,10 @@ def perplexity(ours: QualityResult, theirs: QualityResult | None) -> Perplexity:
     )
 
 
-def _stretches(result: PerplexityResult) -> list[float]:
-    """Perplexity of each window of a stream; none of another protocol, or where one has none."""
-    is_stream = result.protocol.partition("-")[0] == "stream"
-    return [math.exp(min(nll, 700.0)) for nll in result.window_nll] if is_stream and all(map(math.isfinite, result.window_nll)) else []
+def _stretches(result: PerplexityResult, protocol: str) -> list[float]:
+    """Perplexity of each window under a protocol of streams; none under another one, or where a window has none."""
+    known = result.protocol.partition("-")[0] == protocol and all(map(math.isfinite, result.window_nll))
+    return [math.exp(min(nll, 700.0)) for nll in result.window_nll] if known else []
 
 
 def divergence(ours: QualityResult, theirs: QualityResult | None) -> Divergence:

@@ -100,7 +100,12 @@ def streamed() -> list[Record]:
     made = records(Spec()) + records(Spec("window", "compact", loss=2.0))
     for record in made:
         if record.quality:
-            record.quality.perplexity[0].protocol = "stream-1"
+            head = record.quality.perplexity[0]
+            head.protocol = "stream-2"
+            head.held_bytes = [5_000_000] * len(head.window_nll)
+            if record.cell.pipeline == "dense":
+                anew = [nll + 0.1 for nll in head.window_nll]
+                record.quality.perplexity.append(head.model_copy(update={"protocol": "recomputed-1", "window_nll": anew}))
     return made
 
 
@@ -344,4 +349,23 @@ def test_figures_of_policies_read_what_rows_say() -> None:
     )
     assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_caches, "methods-cache").reading
     first = plot(streamed, "stream").reading
-    assert first.startswith("dense is lowest in the last stretch")
+    assert first.startswith("dense is lowest in the last stretch") and "window is nearest to dense that is computed anew" in first
+
+
+def test_a_stream_is_drawn_beside_dense_that_is_computed_anew_and_with_its_cache() -> None:
+    drawn = plot(streamed, "stream")
+    assert "Grey: the dense model" in drawn.caption and "bytes of the cache" in drawn.caption
+    left, right = drawn.make().axes
+    dense = next(row for row in board_of(streamed) if row.is_reference)
+    assert len(left.lines) == 3 and list(left.lines[2].get_ydata()) == dense.recomputed != dense.stretches
+    assert [set(line.get_ydata()) for line in right.lines[:2]] == [{5.0}, {5.0}]
+
+    def older() -> list[Record]:
+        made = records(Spec()) + records(Spec("window", "compact", loss=2.0))
+        for record in made:
+            if record.quality:
+                record.quality.perplexity[0].protocol = "stream-1"
+        return made
+
+    (alone,) = plot(older, "stream").make().axes
+    assert len(alone.lines) == 2 and "anew" not in plot(older, "stream").reading

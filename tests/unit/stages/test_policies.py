@@ -16,8 +16,8 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import perplexity
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import QualityResult
-from slimbench.harness.stages import compress, quality, speed
-from slimbench.harness.stages.common import Again
+from slimbench.harness.stages import common, compress, models, quality, speed
+from slimbench.harness.stages.common import Again, tokenizer_of
 from slimbench.harness.store.partial import Journal
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported, Work
 from slimbench.methods.formats import policy as policies
@@ -254,6 +254,40 @@ def test_stretches_beyond_what_a_model_was_made_for_are_shown_and_do_not_count(
             assert head.divergence and len(head.divergence.kl) == len(head.divergence.top1_agreement) == 2
             assert head.divergence.kl_mean == pytest.approx(sum(head.divergence.kl) / 2)
             assert 0 < head.divergence.exact_positions <= 64
+
+
+def test_what_is_computed_anew_are_the_labels_of_the_stream_behind_half_a_window(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the reference alone: a policy that is scored token by token has the suite too, and is not refused by it."""
+    monkeypatch.setattr(perplexity, "STRETCH", 32)
+    steps = ["slimbench.methods.dense.Dense"], [f"{EVICTION}.TOVA(budget=8)"]
+    dense, other = (
+        resolve([*overrides, *step_overrides(step), "suite.protocols=[stream,recomputed]", "suite.seqlen=128"]) for step in steps
+    )
+    compress.run(dense, "anew-dense", Silent())
+    found = quality.run(dense, "anew-dense", "anew-dense", Silent())
+    stream, anew = found.perplexity
+    assert (anew.protocol, anew.labels_per_window, len(anew.window_nll)) == ("recomputed-1", 32, 4) and anew.held_bytes == []
+    source = models.prepare(dense.model, lambda _: None)
+    ids = perplexity.Windows(tokenizer_of(source, dense), dense.suite.passes()[1], dense.suite).ids
+    model, wanted = common.load(dense, "anew-dense", Silent())[0], []
+    for label in range(1, 129):
+        begin = 0 if label <= 32 else (label - 1) // 16 * 16 - 16
+        scores = model.logits(ids[:, begin:label], label - begin - 1).float().log_softmax(-1)  # type: ignore[attr-defined]
+        wanted.append(-float(scores[0, 0, ids[0, label]]))
+    assert anew.window_nll == pytest.approx([sum(wanted[32 * k : 32 * k + 32]) / 32 for k in range(4)], rel=1e-4)
+    assert anew.window_nll[0] == pytest.approx(stream.window_nll[0], rel=1e-4) and anew.window_nll[2] != stream.window_nll[2]
+    assert found.forward_tokens == 129 + 7 * 32
+    compress.run(other, "anew-tova", Silent())
+    measured = quality.run(other, "anew-tova", "anew-dense", Silent())
+    assert [part.protocol for part in measured.perplexity] == ["stream-2"] and measured.perplexity[0].divergence is not None
+
+
+def test_what_is_of_the_reference_alone_is_no_headline(overrides: list[str]) -> None:
+    for protocols, told in (("[recomputed,stream]", "put 'stream' before it"), ("[stream,recomputed@1000]", "multiple of 1,024")):
+        with pytest.raises(ConfigError, match=told):
+            resolve([*overrides, f"suite.protocols={protocols}"])
 
 
 def test_a_stream_as_long_as_the_model_allows_counts_whole(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
