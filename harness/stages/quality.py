@@ -31,7 +31,7 @@ from slimbench.tasks.overlap import overlap
 from slimbench.tasks.teaching import data_set
 
 _WORK_TEXTS, _WORK_TOKENS = 8, 2048
-_GAP, _STEPS = 0.005, 1024
+_GAP, _STEPS, _FEW = 0.005, 1024, 2
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
@@ -144,8 +144,8 @@ def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> 
         return None
     if set(model.slots) == {"draft"}:
         return None
-    few = part.ids[: model.batch(2)]
-    stepped = part.stepwise(model, few)
+    few = part.ids[:_FEW]
+    stepped = [nll for ids in few.split(model.batch(_FEW)) for nll in part.stepwise(model, ids)]
     return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
 
 

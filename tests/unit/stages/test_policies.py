@@ -6,9 +6,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
@@ -308,6 +310,18 @@ def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: l
     assert measured.work.flags == []
     assert measured.evidence and "claims less work a token, which nothing has measured" not in measured.evidence.flags
     assert {"work"} <= set(measured.seconds)
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_two_windows_are_scored_token_by_token_though_one_runs_at_once(tmp_path: Path, most: int | None) -> None:
+    def stepwise(model: Any, ids: Any) -> list[float]:
+        assert len(ids) <= (most or 2)
+        return [float(row[0]) for row in ids]
+
+    model = TransformersModel(tiny.save_model(tmp_path / "dense", "float32").load(), "cpu")
+    model.max_batch, model.slots = most, ["depth"]
+    part: Any = SimpleNamespace(ids=torch.arange(32).view(4, 8), labels=7, wanted=SimpleNamespace(protocol="window"), stepwise=stepwise)
+    assert quality._stepwise_gap(model, part, [0.0, 9.0, 1.0, 1.0]) == pytest.approx(math.expm1((0 + 8) / 2 - (0 + 9) / 2))
 
 
 LOOKUP = "slimbench.methods.dynamic.prompt_lookup.PromptLookup(tokens=3)"
