@@ -23,6 +23,8 @@ class RetrievalResult(Schema):
         correct: Whether each item was answered with the right digits, 0 or 1.
         answers_sha256: Hash of the token ids of all answers.
         cache_bytes: What the engine held of a context before the first question, the largest; None where it does not show that.
+        exact_keys: Share of a context that the first token of a question attends to as without a policy, itself included: at 1 the policy
+            did nothing to it; None where no policy decides on keys, and in older records.
         step_ms: Median milliseconds of a step of decoding behind each context. They are not interleaved with the reference's.
         calibration_overlap: As of a perplexity.
     """
@@ -38,6 +40,7 @@ class RetrievalResult(Schema):
     correct: list[Annotated[int, Field(ge=0, le=1)]]
     answers_sha256: str
     cache_bytes: int | None = None
+    exact_keys: float | None = None
     step_ms: list[float] = []
     calibration_overlap: float | None = None
 

@@ -87,6 +87,8 @@ def _line(row: Row, ours: RetrievalResult, dense: RetrievalResult | None, spoile
         return Line(row, ours, dense, answered, None, f"dense finds {answered} of {len(dense.correct)} facts, fewer than {FEWEST}")
     if spoiled:
         return Line(row, ours, dense, answered, None, spoiled)
+    if ours.exact_keys == 1:
+        return Line(row, ours, dense, answered, None, f"{_OF_OTHER_TEXTS}: contexts are no longer than what stays exact")
     return Line(row, ours, dense, answered, Estimate(1.0, *UNDEFINED) if ours is dense else score(ours, dense))
 
 

@@ -98,13 +98,13 @@ def measure(
     room = max(_STEPS + 2, asked.answer + max(len(question.ids) for _, question in questions))
     if (most := len(asked.start) + asked.length + room) > model.max_length:
         raise Unsupported(f"a context of {asked.length:,} tokens and what follows are {most:,}, the model takes {model.max_length:,}")
-    part, found, through = part or Part(), [], 0
+    part, found, through, known = part or Part(), [], 0, len(asked.start) + asked.length
     on_progress(0, len(asked.contexts))
     for context in asked.contexts:
         key = [context.ids, [question.ids for question in context.questions]]
         found.append(part.once(key, 1, partial(_read_and_ask, model, asked, context, room, readings)))
         behind_each = sum(len(question.ids) + asked.answer - 1 for question in context.questions) + _STEPS + 1
-        through += (0 if found[-1].get("reused") else len(asked.start) + asked.length) + behind_each
+        through += (0 if found[-1].get("reused") else known) + behind_each
         on_progress(len(found), len(asked.contexts))
     answers = [answer for one in found for answer in one["answers"]]
     held = [one["cache_bytes"] for one in found if one["cache_bytes"] is not None]
@@ -120,6 +120,7 @@ def measure(
         correct=[int(asked.is_right(answer, question)) for answer, (_, question) in zip(answers, questions, strict=True)],
         answers_sha256=hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         cache_bytes=max(held, default=None),
+        exact_keys=model.exact_share([(known, known + 1)], known),
         step_ms=[one["step_ms"] for one in found],
     )
     return result, through

@@ -116,6 +116,14 @@ def test_contexts_with_calibration_text_have_no_score_and_short_windows_matter_n
         assert (found.score is not None) == has_score and found.reason == ("" if has_score else flag)
 
 
+def test_contexts_of_which_a_policy_keeps_all_have_no_score() -> None:
+    for exact, has_score in ((1.0, False), (0.999, True), (None, True)):
+        found = line(board(exact_keys=exact))
+        assert (found.score is not None) == has_score
+        assert found.reason == ("" if has_score else "policy never exercised: contexts are no longer than what stays exact")
+        assert line(board(exact_keys=exact), "dense").score is not None
+
+
 def test_of_one_context_there_is_a_score_and_no_interval() -> None:
     made = [*with_facts(Spec(), result(DENSE, context=[0] * 18)), *with_facts(Spec("tova"), result(OURS, context=[0] * 18))]
     found = retrieval.figures([line(made, "tova")])[0]

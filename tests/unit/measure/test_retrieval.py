@@ -248,6 +248,7 @@ def test_a_neutral_policy_answers_as_dense_does_and_one_in_force_holds_less(
     assert neutral.cache_bytes and dense.cache_bytes and acting.cache_bytes
     assert dense.cache_bytes <= neutral.cache_bytes < 1.1 * dense.cache_bytes, "all keys and values, and some rules keep scores beside them"
     assert acting.cache_bytes < dense.cache_bytes / 2
+    assert dense.exact_keys is None and neutral.exact_keys == 1 > (acting.exact_keys or 1), "a context of which all stays is told"
     assert dense.cache_bytes == 320 * 2 * 2 * 2 * 16 * 4, "tokens, layers, keys and values, heads, width, bytes"
 
 
