@@ -337,8 +337,8 @@ class Cache(Group):
 
     exact_keys: float | None = Field(
         default=None,
-        description="Share of the pairs of a scored token and one that it attends to whose key was exact, 0..1, in the windows of the "
-        "first perplexity; none where no policy rounds keys, and in older records.",
+        description="Share of the pairs of a scored token and one before it, or itself, whose key was neither rounded nor left out nor "
+        "summed up, 0..1, in the windows of the first perplexity; none where no policy decides on keys, and in older records.",
     )
     cache_bytes_1k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 1,024 tokens.")
     cache_bytes_2k: int | None = Field(default=None, description="Bytes of the KV cache of one sequence of 2,048 tokens.")

@@ -95,12 +95,23 @@ def _quality(row: Row) -> dict[str, str | None]:
         else f"{row.flips_to_wrong} right to wrong, {row.flips_to_right} wrong to right{_p(row.mcnemar_p)}",
         "Groups of tasks %": ", ".join(_changed(group, value, row.group_delta.get(group)) for group, value in row.group_accuracy.items())
         + ("" if row.group_spread is None else f"; changes spread over {decimal(1, 100)(row.group_spread)} points"),
-        "Exact keys": _text(decimal(1, 100), row.exact_keys, " % of the keys that tokens of the windows attend to; the others are rounded"),
+        "Exact keys": _text(
+            decimal(1, 100), row.exact_keys, f" % of the keys before the tokens that are scored; the others {_otherwise(row)}"
+        ),
         "Worst task": ""
         if row.worst_task is None
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
         "Test text in the calibration text": _text(decimal(2, 100), row.calibration_overlap, " % of its n-grams"),
     }
+
+
+def _otherwise(row: Row) -> str:
+    """What a policy does to keys that it does not leave exact."""
+    if row.cache_bytes_1k is not None:
+        return "are rounded"
+    if "cache" in row.slots:
+        return "have left the cache, or are not seen as they were"
+    return "are not seen, or only summed up" if "attention" in row.slots else "are rounded, not seen or summed up"
 
 
 def _verdict(row: Row, name: str) -> str:

@@ -15,7 +15,7 @@ _READING = (
 _MEGABYTES = decimal(1, 1e-6)
 CACHE = (
     *(column for column in COLUMNS if column.key in ("perplexity_delta_percent", "decode_tokens_per_s")),
-    Column("exact_keys", "Exact keys %", "Share of attended keys that were not rounded in the windows of the perplexity.", decimal(1, 100)),
+    Column("exact_keys", "Exact keys %", "Share of the keys before scored tokens that the policy left as they were.", decimal(1, 100)),
     Column("kv_cache_bytes", "Measured", "KV cache after the last step of the speed point, in 10⁶ bytes.", decimal(2, 1e-6)),
     *(
         Column(f"cache_bytes_{kilo}k", f"{kilo}k", f"KV cache of one sequence of {1024 * kilo:,} tokens, in 10⁶ bytes.", _MEGABYTES)

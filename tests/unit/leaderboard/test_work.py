@@ -266,6 +266,25 @@ def test_flags_of_the_work_of_timed_texts_stand_at_the_row() -> None:
     assert "claims 4 blocks a token, ran 30" in row.flags
 
 
+@pytest.mark.parametrize(
+    ("slots", "sizes", "told"),
+    [
+        (["cache"], {"1024": 5_000_000}, "the others are rounded"),
+        (["cache"], None, "the others have left the cache, or are not seen as they were"),
+        (["attention", "draft"], None, "the others are not seen, or only summed up"),
+    ],
+)
+def test_a_page_says_what_becomes_of_keys_that_are_not_exact(slots: list[str], sizes: dict[str, int] | None, told: str) -> None:
+    made = with_caches()
+    for record in made:
+        if record.quality and record.quality.work:
+            record.quality.work.slots, record.quality.perplexity[0].exact_keys = slots, 0.25
+        if record.compress and sizes and record.cell.pipeline != "dense":
+            record.compress.claim = Claim("policy", details={"cache_bytes": sizes})
+    row = next(row for row in rows(made) if not row.is_reference)
+    assert dict(details(row))["Exact keys"] == f"25.0 % of the keys before the tokens that are scored; {told}"
+
+
 def test_work_stands_in_a_table_of_its_own() -> None:
     for text in (to_markdown(board_of(with_exits)), printed(with_exits(), 200)):
         table = text[text.index("Work of a token") :]
