@@ -2,7 +2,7 @@
 
 The model stays as it is. Behind each exit a linear map T h = h + W h + b is trained, so that norm and head predict from T h what they
 predict in the end; it begins as the identity. All blocks are frozen: exits meet in the clipped gradient of their mean
-loss alone.
+loss alone. Without a step (`steps` is 0) nothing is trained, and exits predict from the states as they are: the control of all others.
 
     distillation   KL of the model's distribution from the exit's, as the program of FastBERT (arXiv 2004.02178) teaches its branches
     nll            cross entropy with the text, as DeeBERT (arXiv 2004.12993), §3.1, trains its off-ramps
@@ -46,6 +46,7 @@ class EarlyExits(TrainingSettings, Acts, Method):
         criterion: By what an exit is sure.
         threshold: From which value on.
         exits: Blocks that have run at each; null: those after a fifth, a third, a half, two thirds and five sixths of all.
+        steps: Updates of the maps; 0: none, and there are no maps.
     """
 
     name = "early-exit"
@@ -62,7 +63,10 @@ class EarlyExits(TrainingSettings, Acts, Method):
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.steps:
+            super().__post_init__()
+        else:
+            object.__setattr__(self, "needs", Needs())
         object.__setattr__(self, "citation", _CITATIONS.get((self.criterion, self.loss), _CITATIONS.get((self.criterion, None), _CALM)))
         self.policy()
 
@@ -88,8 +92,11 @@ class EarlyExits(TrainingSettings, Acts, Method):
         from slimbench.methods.core.learning import trained
         from slimbench.methods.core.training import cut, train
 
-        model: Any = trained.load(dense)
         policy = self.policy(dense.shape)
+        if not self.steps:
+            policies.save(policy, dense, out)
+            return Claim(self.produces, work=self._work(dense.shape), details={"exits": list(policy.exits), "exit_parameters": 0})
+        model: Any = trained.load(dense)
         parameters = start(policy.exits, model)
         done = train(self, parameters, self._loss(model, policy.exits, parameters, dense), cut(calibration.ids, self.length), dense)
         stored = {name: value.detach().to(getattr(torch, dense.dtype)) for name, value in parameters.items()}

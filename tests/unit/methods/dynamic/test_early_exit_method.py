@@ -11,7 +11,7 @@ import pytest
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import Calibration, DenseModel, Work
-from slimbench.methods.dynamic.early_exit import EarlyExits
+from slimbench.methods.dynamic.early_exit import EarlyExits, start
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.exit import EarlyExit
 from tests.support import tiny
@@ -92,6 +92,35 @@ def test_what_is_fitted_for_all_settings_gives_the_artefact_of_each(dense: Dense
     found, wanted, kept = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (folders[1], folders[2], folders[0]))
     assert found == wanted and kept == before and found["policy.json"] != before["policy.json"]
     assert claim.work == Work(blocks=5, fewest_blocks=5) and again.trained_parameters == claim.trained_parameters
+
+
+@pytest.mark.parametrize("criterion", ["margin", "state"])
+def test_without_a_step_exits_are_those_whose_maps_are_the_identity(dense: DenseModel, criterion: Any, tmp_path: Path) -> None:
+    raw = EarlyExits(criterion=criterion, threshold=0.02, exits=EXITS, steps=0)
+    assert not raw.needs.calibration and not raw.needs.training and EarlyExits().needs.training
+    claim = raw.compress(dense, Calibration.none(), tmp_path)
+    assert claim.work == Work(blocks=5, fewest_blocks=1) and not claim.training_tokens and not claim.trained_parameters
+    model = dense.load()
+    zeros = {name: value.detach() for name, value in start(EXITS, model).items()}
+    identity = under(model, replace(raw.policy(dense.shape), translators=zeros))
+    moved = {name: value + 0.05 for name, value in zeros.items()}
+    ids, found = tiny.tokens(samples=1, length=40, seed=3).ids, TransformersModel(policies.load(tmp_path), "cpu")
+    assert float((found.logits(ids) - identity.logits(ids)).abs().max()) <= 1e-6
+    assert found.module.base_model.exits.left == identity.module.base_model.exits.left and len(identity.module.base_model.exits.left) > 1
+    other = under(model, replace(raw.policy(dense.shape), translators=moved))
+    assert float((found.logits(ids) - other.logits(ids)).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="steps must be at least 1, not -1"):
+        EarlyExits(steps=-1)
+
+
+def test_exits_without_a_step_are_made_for_all_settings_and_then_set(dense: DenseModel, tmp_path: Path) -> None:
+    method = EarlyExits(criterion="patience", threshold=2, exits=EXITS, steps=0)
+    for name in ("fitted", "set", "direct"):
+        (tmp_path / name).mkdir()
+    fitted = replace(method, **method.fitted_at).compress(dense, Calibration.none(), tmp_path / "fitted")
+    again = fitted.then(method.write_settings(replace(dense, path=tmp_path / "fitted", format="policy"), tmp_path / "set"))
+    assert again.work == method.compress(dense, Calibration.none(), tmp_path / "direct").work
+    assert (tmp_path / "set" / "policy.json").read_text() == (tmp_path / "direct" / "policy.json").read_text()
 
 
 def test_a_criterion_names_its_paper() -> None:
