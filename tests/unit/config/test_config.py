@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from slimbench.harness.config.compose import jobs, resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries, entry
-from slimbench.harness.config.sources import choice, shipped, shipped_method
+from slimbench.harness.config.sources import choice, choice_path, shipped, shipped_method
 from slimbench.harness.launch.sweep import plan
 from slimbench.harness.run.cell import make_cell, step_label
 from slimbench.harness.schema.identity import Stage
@@ -71,6 +73,24 @@ def test_every_shipped_choice_composes(group: str) -> None:
 def test_every_shipped_experiment_composes() -> None:
     for name in shipped("experiment"):
         assert len(jobs([f"experiment={name}"])) > 1
+
+
+@pytest.mark.parametrize("name", ["attention", "caches", "early_exit", "linear", "speculation"])
+def test_every_cell_of_an_experiment_of_policies_and_what_its_comments_say_can_be_run(name: str) -> None:
+    lines = choice_path("experiment", name).read_text().splitlines()
+    comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("# "))
+    said = [shlex.split(command) for command in re.findall(r"`slimbench sweep ([^`]+)`", comment)]
+    assert len(said) >= {"attention": 0, "caches": 2, "early_exit": 2, "linear": 1, "speculation": 2}[name]
+    for words in ([f"experiment={name}"], *said):
+        assert words[0] == f"experiment={name}" and jobs(words)
+
+
+def test_budgets_of_the_caches_are_those_that_all_of_them_take() -> None:
+    with pytest.raises(ConfigError, match="budget must be at least 65 for 'snapkv', not 64"):
+        resolve(["experiment=caches", "method=snapkv", "settings.budget=64"])
+    cells = [config for _, config in jobs(["experiment=caches"])]
+    assert {cell.pipeline[0].settings["budget"] for cell in cells} == {96, 128, 256, 512} and len(cells) == 36
+    assert all(cell.suite.seqlen // 2 >= 2 * 512 for cell in cells), "each lets many tokens leave"
 
 
 def test_experiments_of_experiments_are_all_of_their_cells() -> None:
