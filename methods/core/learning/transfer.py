@@ -4,7 +4,8 @@ In every layer, with all weights of the model frozen, on the queries, keys and v
 
     Σ_layers mean ‖ŷ - y‖²        over texts, heads, positions and channels        LoLCATs (arXiv 2410.10254), eq. 5
 
-with y the result of the softmax attention and ŷ that of the policy. So what a layer learns depends on no other layer.
+with y the result of the softmax attention and ŷ that of the policy. So what a layer learns depends on no other layer. A claim tells the
+error of each layer before and after, on some of the calibration text (`error_before` and `error_after`, `converted_layers` of them).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from slimbench.methods.formats.attention.policy import OperatorPolicy
 
+_TOLD = 4
+"""Texts on which the errors of a claim are."""
 Named = dict[str, "Tensor"]
 """Tensors by `L.name` of layer L."""
 
@@ -88,8 +91,13 @@ class AttentionTransfer(TrainingSettings, Acts, Method):
         model: Any = trained.load(dense)
         fixed, first = self.begin(model, calibration.ids)
         learned = {name: torch.nn.Parameter(tensor) for name, tensor in first.items()}
-        done = train(self, learned, self.error(model, fixed, learned), cut(calibration.ids, self.length), dense)
+        windows, errors = cut(calibration.ids, self.length), self.errors(model, fixed, learned)
+        before = _told(errors, windows)
+        done = train(self, learned, lambda ids: torch.stack(errors(ids)).sum(), windows, dense)
         stored = {name: tensor.detach().to(getattr(torch, dense.dtype)) for name, tensor in learned.items()}
+        for name, tensor in learned.items():
+            tensor.data.copy_(stored[name])
+        after = _told(errors, windows)
         policies.save(replace(self.policy(), **{self.brings: fixed | stored}), dense, out)  # type: ignore[type-var]
         numbers = self.cache_numbers(model)
         added = sum(tensor.numel() for tensor in stored.values())
@@ -98,12 +106,12 @@ class AttentionTransfer(TrainingSettings, Acts, Method):
             parameters=counts(model)["parameters"] + added,
             cache_bytes_per_token=None if numbers is None else float(numbers * getattr(torch, dense.dtype).itemsize),
             teacher="the model itself",
-            details={"policy_parameters": added},
+            details={"policy_parameters": added, "converted_layers": len(after), "error_before": before, "error_after": after},
         )
         return done.added_to(claim)
 
-    def error(self, model: Any, fixed: Mapping[str, Tensor], learned: Mapping[str, nn.Parameter]) -> Callable[[Tensor], Tensor]:
-        """The sum over layers of the mean squared errors, on texts [n, T]; arguments as `begin` gives them."""
+    def errors(self, model: Any, fixed: Mapping[str, Tensor], learned: Mapping[str, nn.Parameter]) -> Callable[[Tensor], list[Tensor]]:
+        """The mean squared error of each layer, on texts [n, T]; arguments as `begin` gives them."""
         import torch
 
         from slimbench.methods.core.learning.states import unrotated
@@ -113,13 +121,21 @@ class AttentionTransfer(TrainingSettings, Acts, Method):
         rotary = Rotary(model.base_model.rotary_emb)
         operators = {part.layer_idx: policy.operator(rotary, part.scaling, part.layer_idx).to(model.device) for part in attentions(model)}
 
-        def loss(ids: Tensor) -> Tensor:
+        def found(ids: Tensor) -> list[Tensor]:
             rotary.forget()
             errors = []
             for layer, (query, key, value) in unrotated(model, ids).items():
                 with torch.no_grad():
                     wanted = attention(rotary(query, 0), rotary(key, 0), value, operators[layer].scaling)
                 errors.append((operators[layer](query, key, value, None) - wanted).square().mean())
-            return torch.stack(errors).sum()
+            return errors
 
-        return loss
+        return found
+
+
+def _told(errors: Callable[[Tensor], list[Tensor]], windows: Tensor) -> list[float]:
+    """The error of each layer on the first windows."""
+    import torch
+
+    with torch.no_grad():
+        return [float(error) for error in errors(windows[:_TOLD])]

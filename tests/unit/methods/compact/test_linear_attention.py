@@ -67,12 +67,15 @@ def test_the_loss_is_the_papers_and_training_lowers_it_in_every_layer(dense: Den
     fixed, before = METHOD.begin(model, ids)
     wanted = errors(model, METHOD, before, ids)
     learning = {name: torch.nn.Parameter(part) for name, part in before.items()}
-    assert float(METHOD.error(model, fixed, learning)(ids)) == pytest.approx(sum(wanted), rel=1e-3)
+    assert [float(error) for error in METHOD.errors(model, fixed, learning)(ids)] == pytest.approx(wanted, rel=1e-3)
     claim = METHOD.compress(dense, Calibration(ids, "tiny"), tmp_path)
     after = policies.read(tmp_path)[0][0].maps  # type: ignore[attr-defined]
     held_out = tiny.tokens(samples=4, length=32, seed=9).ids
     learned = errors(model, METHOD, after, held_out)
     assert all(late < early for late, early in zip(learned, errors(model, METHOD, before, held_out), strict=True))
+    assert claim.details["error_before"] == pytest.approx(errors(model, METHOD, before, ids[:4]), rel=1e-3)
+    assert claim.details["error_after"] == pytest.approx(errors(model, METHOD, after, ids[:4]), rel=1e-3)
+    assert claim.details["converted_layers"] == 2 and claim.details["training"]["loss_after"]
     assert claim.training_tokens == 40 * 4 * 32 and claim.trained_parameters == 2 * (2 * 4 * 16 * 16 + 4)
 
 
