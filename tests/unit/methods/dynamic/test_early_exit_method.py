@@ -95,10 +95,10 @@ def test_what_is_fitted_for_all_settings_gives_the_artefact_of_each(dense: Dense
 
 
 def test_without_a_step_exits_are_those_whose_maps_are_the_identity(dense: DenseModel, tmp_path: Path) -> None:
-    raw = EarlyExits(threshold=0.02, exits=EXITS, steps=0)
+    raw = EarlyExits(criterion="patience", threshold=1, exits=EXITS, steps=0)
     assert not raw.needs.calibration and not raw.needs.training and EarlyExits().needs.training
     claim = raw.compress(dense, Calibration.none(), tmp_path)
-    assert claim.work == Work(blocks=5, fewest_blocks=1) and not claim.training_tokens and not claim.trained_parameters
+    assert claim.work == Work(blocks=5, fewest_blocks=2) and not claim.training_tokens and not claim.trained_parameters
     model = dense.load()
     zeros = {name: value.detach() for name, value in start(EXITS, model).items()}
     identity = under(model, replace(raw.policy(dense.shape), translators=zeros))
