@@ -15,7 +15,7 @@ from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.config.sections.suite import RECOMPUTED
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
-from slimbench.harness.measure.dynamic import retrieval, scored, work
+from slimbench.harness.measure.dynamic import causality, retrieval, scored, work
 from slimbench.harness.measure.dynamic.readings import Readings
 from slimbench.harness.measure.loaded import Branches, Generates, Loaded, Scores
 from slimbench.harness.schema.quality import QualityResult
@@ -80,6 +80,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.forward_tokens += part.tokens
     if loaded.slots and windows:
         _count_work(config, key, loaded, windows[0], result, report, journal, ran)
+        result.flags += _causal_flags(Scores.of(loaded), windows[0].ids, report, journal)
     if suite.noise_windows and distributions.is_reference and windows:
         with _timed(result, report, journal, "noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
@@ -221,6 +222,18 @@ def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str,
     kept = journal.part(name, unit)
     yield kept
     result.seconds[name] = time.perf_counter() - began + kept.seconds
+
+
+def _causal_flags(model: Scores, ids: Any, report: Reporter, journal: Journal) -> list[str]:
+    """A line where a policy lets tokens know later ones."""
+    texts = causality.texts(model, ids)
+    if texts is None or set(model.slots) == {"draft"}:
+        return []
+    report.phase("later tokens")
+    moved, rounding = journal.part("later tokens", "windows").once(
+        texts.numpy().tobytes(), len(texts), lambda: list(causality.moved(model, texts))
+    )
+    return [f"not causal: logits move by {moved:.0%} of their spread where only later tokens are others"] if moved > rounding else []
 
 
 def _stretch_flags(part: perplexity.Windows, model: Scores) -> list[str]:

@@ -1,0 +1,162 @@
+"""Planted lies of policies: each draws its flag or is refused in a line, and its honest twin is not accused.
+
+Lies, what is told of them, and the test that plants each:
+
+    blocks that run behind a mask: `claims 2 blocks a token, ran 4`
+        test_blocks_that_run_behind_a_mask_are_told
+    an exit that is chosen after all blocks have run: `claims 1 blocks a token, ran 5`
+        test_an_exit_that_is_chosen_after_all_blocks_have_run_is_told
+    an oracle: the whole model is asked where to leave: `claims 5 blocks a token, ran …`
+        test_one_that_asks_the_whole_model_first_is_told
+    a cache that masks what it should free: `claims 22 tokens in the cache, holds the bytes of 91`
+        test_a_cache_that_frees_nothing_is_told
+    attention to more than is claimed: `claims 22 tokens in the cache, read 43`
+        test_attention_to_more_than_is_claimed_is_told
+    a window, or a budget, as long as the text: `policy never exercised by …`
+        test_a_policy_that_keeps_a_whole_text_is_told
+    a budget as long as the prompt: `policy never exercised by …`
+        test_what_is_held_while_texts_are_scored_is_the_mean_over_what_is_scored
+    a budget as long as the context: `policy never exercised: contexts are no longer than …`
+        test_contexts_of_which_a_policy_keeps_all_have_no_score
+    a threshold that was fitted to the test text: refused in a line
+        test_calibration_on_the_test_text_is_refused
+    the test text under another name: `calibration text inside the test text: …`
+        test_calibration_on_the_test_text_is_flagged
+    a policy of prompts where there is none: refused in a line
+        test_whole_windows_are_refused_where_the_policy_does_not
+    a policy that knows what comes next: `not causal: logits move …`
+        test_a_policy_that_knows_later_tokens_is_told
+    a draft that takes every guess: `guesses changed the text: …`
+        test_a_model_that_takes_every_guess_is_told
+    positions that the model was never trained on: `8 of 16 stretches lie beyond …`
+        test_stretches_beyond_what_a_model_was_made_for_do_not_count
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config.compose import resolve
+from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.dynamic import causality
+from slimbench.harness.stages import compress, quality
+from slimbench.leaderboard.flags.facts import never_exercised
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.attention.eviction import Eviction
+from slimbench.methods.formats.attention.hyper import Hyper
+from slimbench.methods.formats.attention.patterns import BlockBert, Strided
+from slimbench.methods.formats.attention.window import Window
+from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.policy import Policy
+from tests.support import tiny
+from tests.support.paths import ROOT
+from tests.support.policies import under
+from tests.unit.measure.test_lies import Silent, step_overrides
+
+TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Clairvoyant(Window):
+    """A window whose logits are those of some tokens later: it says of itself what a window does."""
+
+    ahead: int = 1
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        inner = model.forward
+
+        def forward(*given: Any, **more: Any) -> Any:
+            out = inner(*given, **more)
+            later = torch.cat([out.logits[:, self.ahead :], out.logits[:, -self.ahead :]], 1)[:, : out.logits.shape[1]]
+            out.logits = out.logits + 0.5 * later
+            return out
+
+        model.forward = forward
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(tiny.SHAPE | {"num_hidden_layers": 3}))).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return model
+
+
+def texts() -> torch.Tensor:
+    return torch.randint(0, tiny.SHAPE["vocab_size"], (3, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+HONEST = [
+    Window(2, 40),
+    Strided(16),
+    BlockBert(16, 2),
+    Eviction("snapkv", 70),
+    Hyper(16, 8, 4, 32),
+    EarlyExit("maximum", 0.1, (1, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", HONEST, ids=lambda policy: policy.kind)
+def test_honest_policies_know_nothing_of_later_tokens(base: Any, policy: Policy, dtype: torch.dtype) -> None:
+    model = under(copy.deepcopy(base).to(dtype), policy)
+    model.max_batch = policy.max_batch
+    chosen = causality.texts(model, texts())
+    assert chosen is not None and chosen.shape == (2, TOKENS)
+    moved, rounding = causality.moved(model, chosen)
+    assert moved <= rounding / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_one_that_knows_later_tokens_moves_with_them(base: Any, ahead: int, dtype: torch.dtype) -> None:
+    model = under(copy.deepcopy(base).to(dtype), Clairvoyant(2, 40, ahead))
+    moved, rounding = causality.moved(model, texts()[:2])
+    assert moved > 2 * rounding
+
+
+def test_texts_that_are_short_or_come_token_by_token_are_not_looked_at(base: Any) -> None:
+    assert causality.texts(under(base, Window(2, 40)), texts()[:, :40]) is None
+    assert causality.texts(under(base, Eviction("tova", 70)), texts()) is None
+    assert causality.texts(TransformersModel(base, "cpu"), texts()[:, :100]) is not None
+
+
+def found(overrides: list[str], name: str, *more: str) -> Any:
+    """The quality of a streaming window on windows of 64 tokens."""
+    step = f"slimbench.methods.compact.streaming_llm.StreamingLLM({name})"
+    config = resolve([*overrides, *step_overrides([step]), *more])
+    key = f"lies-{name}".replace("=", "-").replace(",", "-")
+    compress.run(config, key, Silent())
+    return quality.run(config, key, None, Silent())
+
+
+def test_a_policy_that_knows_later_tokens_is_told(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = found(overrides, "budget=12,sinks=2")
+    monkeypatch.setitem(policies._KINDS, ("cache", "window"), f"{__name__}.Clairvoyant")
+    lying = found(overrides, "budget=12,sinks=3")
+    (flag,) = [flag for flag in lying.flags if flag.startswith("not causal")]
+    assert re.fullmatch(r"not causal: logits move by \d+% of their spread where only later tokens are others", flag)
+    assert not [flag for flag in honest.flags if flag.startswith("not causal")]
+
+
+def test_a_policy_that_keeps_a_whole_text_is_told(overrides: list[str]) -> None:
+    """Windows have 64 tokens, of which 63 are seen by others."""
+    for name, exercised in (("budget=62,sinks=2", False), ("budget=61,sinks=2", True), ("budget=12,sinks=2", True)):
+        told = list(never_exercised(found(overrides, name), None, None))
+        assert bool(told) == (not exercised) and all(flag.startswith("policy never exercised by ") for flag in told)
+
+
+def test_every_lie_of_the_table_has_its_test() -> None:
+    named = set(re.findall(r"\btest_\w+", __doc__ or ""))
+    written = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert len(named) >= 12 and named <= written
