@@ -241,8 +241,10 @@ def _stretch_flags(part: perplexity.Windows, model: Scores) -> list[str]:
     fitting = part.within(model)
     if fitting is None or (model.reach or part.wanted.seqlen) <= model.max_length:
         return []
-    beyond = f"{part.count - fitting} of {part.count} stretches lie beyond the {model.max_length:,} positions that the model was made for"
-    return [f"{beyond}; perplexity and divergence are of the others"]
+    return [
+        f"{part.count - fitting} of {part.count} stretches lie beyond the {model.max_length:,} positions that the model was made for; "
+        "perplexity and divergence are of the others"
+    ]
 
 
 def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
