@@ -156,8 +156,8 @@ class Windows:
         if self.wanted.protocol == RECOMPUTED:
             return self._recomputed(model, ids, watcher, told), []
         if self.wanted.protocol != "stream":
-            logprobs = label_logprobs(self.logits(model, ids, held), ids[:, self.first :], watcher)
-            return (-logprobs.double().mean(1)).tolist(), held.means(1) * len(ids)
+            mean = label_logprobs(self.logits(model, ids, held), ids[:, self.first :], watcher).double().mean(1)
+            return (-mean).tolist(), held.means(1) * len(ids)
         found, end = [], self.first + self.count * self.labels
         for logits, label in zip(self._chunks(model, ids[:, : end - 1], held), self._split(ids[:, self.first : end], model), strict=True):
             found.append(label_logprobs(logits, label, watcher))

@@ -80,7 +80,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.forward_tokens += part.tokens
     if loaded.slots and windows:
         _count_work(config, key, loaded, windows[0], result, report, journal, ran)
-        result.flags += _causal_flags(Scores.of(loaded), windows[0].ids, report, journal)
+        result.flags += _causal_flags(Scores.of(loaded), windows[0].ids, result, report, journal)
     if suite.noise_windows and distributions.is_reference and windows:
         with _timed(result, report, journal, "noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
@@ -224,15 +224,13 @@ def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str,
     result.seconds[name] = time.perf_counter() - began + kept.seconds
 
 
-def _causal_flags(model: Scores, ids: Any, report: Reporter, journal: Journal) -> list[str]:
+def _causal_flags(model: Scores, ids: Any, result: QualityResult, report: Reporter, journal: Journal) -> list[str]:
     """A line where a policy lets tokens know later ones."""
     texts = causality.texts(model, ids)
     if texts is None or set(model.slots) == {"draft"}:
         return []
-    report.phase("later tokens")
-    moved, rounding = journal.part("later tokens", "windows").once(
-        texts.numpy().tobytes(), len(texts), lambda: list(causality.moved(model, texts))
-    )
+    with _timed(result, report, journal, "causality", "windows") as kept:
+        moved, rounding = kept.once(texts.numpy().tobytes(), len(texts), lambda: list(causality.moved(model, texts)))
     return [f"not causal: logits move by {moved:.0%} of their spread where only later tokens are others"] if moved > rounding else []
 
 
