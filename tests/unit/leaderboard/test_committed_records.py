@@ -27,7 +27,7 @@ MISSES = (
     *("gptq-2bit", "quip-2bit", "ternary-qat", "vptq", "mxfp4"),
     *(f"{name}(bits=3{group})" for name in ("gptq", "hqq", "rtn-4bit") for group in ("", ",group_size=32")),
     "gptq(bits=2,group_size=32)",
-    *("admm-50", "surgeon-50", "sparsegpt", "sparsegpt+sparse-bitmap", "flap-25"),
+    *("admm-50", "surgeon-50", "obd-50(samples=512)", "sparsegpt", "sparsegpt+sparse-bitmap", "flap-25"),
     *("wanda+gptq", "sparsegpt+gptq", "shortgpt+lora(steps=160)", "llm-pruner+lora(steps=160)"),
     *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)"),
 )

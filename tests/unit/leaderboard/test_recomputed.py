@@ -72,6 +72,9 @@ def test_figures_of_continuations_are_those_of_the_raw_samples_too(tmp_path: Pat
     dense, gptq = records(Spec()), records(Spec("gptq", "quantization", loss=1.3))
     write(dense, [[7, 8, 9, n] for n in range(10)])
     write(gptq, [[7, 8, n % 4, 3] for n in range(10)])
+    for record in dense:
+        if record.quality and record.quality.generation:
+            record.quality.generation.ties = [[n % 3] for n in range(10)]
     gptq[2].speed.points[0].tokens = TimedTokens(candidate={"a": 21}, reference={"b": 21}, equal=0.8125)  # type: ignore[union-attr]
     for record in dense + gptq:
         Store(tmp_path).put(record)
