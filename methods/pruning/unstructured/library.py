@@ -11,7 +11,7 @@ from slimbench.methods.core.layers import block_linears
 from slimbench.methods.core.masks import holds_pattern, zero_fraction
 from slimbench.methods.formats.huggingface import save_dense
 
-_MORE = 0.005  # equal scores of SparseGPT go together
+_FEWER, _MORE = 0.01, 0.005  # rows of Wanda round down; equal scores of SparseGPT go together
 TARGETS: dict[str, Any] = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
 """What a modifier is told to prune: the linear layers of the blocks."""
 
@@ -35,7 +35,7 @@ def prune(
     report = _llmcompressor.oneshot(model, modifier, calibration, dense.progress)
     layers = block_linears(model)
     zeros = zero_fraction(layers)
-    fewer = 1 / min(layer.in_features for layer in layers.values())  # rows of Wanda round down
+    fewer = min(_FEWER, 1 / min(layer.in_features for layer in layers.values()))
     if not sparsity - fewer <= zeros <= sparsity + _MORE:
         raise RuntimeError(f"llmcompressor left {zeros:.2%} zeros where {sparsity:.2%} were asked for")
     if pattern and not all(holds_pattern(layer, pattern) for layer in layers.values()):
