@@ -73,9 +73,8 @@ def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size
     result.read_bandwidth_gbs = max((probe.read_gbs for probe in probes if probe.read_gbs), default=None)
     for number, (point, seen) in enumerate(zip(result.points, disturbances, strict=True)):
         if result.evidence:
-            touched = (
-                touched_by(None if number else result.work, cache_size) if by_text else ALL
-            )  # work is counted on the texts of the first point
+            counted = None if number else result.work  # on the texts of the first point
+            touched = touched_by(counted, cache_size) if by_text else ALL
             point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size, touched)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)

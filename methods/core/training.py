@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slimbench.methods.base import Claim, DenseModel, Settings
 from slimbench.methods.core.learning.hooks import Hooks, regroup
-from slimbench.methods.core.learning.teachers import FIRST, fingerprint, teacher_of, watching
+from slimbench.methods.core.learning.teachers import FIRST, fingerprint, raw, teacher_of, watching
 from slimbench.methods.core.learning.terms import hearing
 
 if TYPE_CHECKING:
@@ -355,12 +355,10 @@ def _resume(
 
 def _identity(settings: LoopSettings, tensors: Mapping[str, Tensor], windows: Tensor) -> str:
     """Hash of all that the result depends on: settings, text, names and initial values."""
-    import torch
-
     digest = hashlib.sha256(f"{_FORM} {settings!r}".encode())
     for name, tensor in [("windows", windows), *tensors.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(raw(tensor))
     return digest.hexdigest()
 
 

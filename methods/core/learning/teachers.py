@@ -26,14 +26,19 @@ _ASKED: ContextVar[dict[str, Any] | None] = ContextVar("teachers", default=None)
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
     """SHA-256 of parameters by name."""
-    import torch
-
     digest = hashlib.sha256()
     for name in sorted(parameters):
-        value = parameters[name].detach().cpu().contiguous()
+        value = parameters[name]
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        digest.update(raw(value))
     return digest.hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as a hash takes them."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def teacher_of(dense: DenseModel) -> Any:
