@@ -32,7 +32,7 @@ from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.policy import Policy
 from tests.contract.shipped import classes
 from tests.support import tiny
-from tests.support.policies import far, under, watched
+from tests.support.policies import far, sharp, under, watched
 
 SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
@@ -108,14 +108,7 @@ NAMES = sorted(set(policies()) - {"performer-fourier"})
 @pytest.fixture(scope="module")
 def base() -> Any:
     """Three blocks in float32, with weights that make attentions sharp."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = tiny.SHAPE | {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    return model
+    return sharp(num_hidden_layers=3, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
 
 
 def texts(count: int = 2) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
@@ -12,6 +13,18 @@ from slimbench.methods.formats.architecture.layout import layout_of
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.depth.rows import Partial
 from slimbench.methods.formats.policy import Policy
+from tests.support import tiny
+
+
+def sharp(**shape: int) -> Any:
+    """A tiny Llama in float32, with weights that make attentions sharp. `shape` overrides fields of its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(tiny.SHAPE | shape))).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    return model
 
 
 def under(base: Any, policy: Policy) -> TransformersModel:

@@ -19,7 +19,7 @@ from slimbench.harness.schema.speed import SpeedResult
 from slimbench.leaderboard.rows.results.work import predicted_ms, token_ms
 from slimbench.methods.formats.draft.policy import Exit, Lookup
 from slimbench.methods.formats.draft.speculation import ModelDrafter
-from tests.support import tiny
+from tests.support.policies import sharp
 
 BLOCKS, VOCABULARY, ROWS = 6, 64, [1, 2, 3, 4]
 POINT = SpeedPoint(batch=1, prompt=24, new_tokens=33)
@@ -49,13 +49,7 @@ class Virtual(Timer):
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(tiny.SHAPE | {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY}))).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    return model
+    return sharp(num_hidden_layers=BLOCKS, vocab_size=VOCABULARY)
 
 
 def looping() -> Tensor:

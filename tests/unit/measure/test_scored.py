@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.draft.policy import Lookup
 from slimbench.methods.formats.policy import Policy
-from tests.support import tiny
+from tests.support.policies import sharp
+from tests.support.policies import under as installed
 from tests.unit.measure.test_lies import Silent, step_overrides
 
 BLOCKS, VOCABULARY = 4, 64
@@ -34,19 +34,11 @@ BLOCKS, VOCABULARY = 4, 64
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(tiny.SHAPE | {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY}))).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    return model
+    return sharp(num_hidden_layers=BLOCKS, vocab_size=VOCABULARY)
 
 
 def under(base: Any, policy: Policy) -> TransformersModel:
-    model = copy.deepcopy(base)
-    policy.install(model)
-    loaded = TransformersModel(model, "cpu")
+    loaded = installed(base, policy)
     loaded.slots = [policy.slot]
     return loaded
 
