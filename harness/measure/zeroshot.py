@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -171,13 +171,13 @@ def measure(
     tokenizer: Any,
     suite: SuiteConfig,
     on_progress: Callable[[int, int], None],
-    calibration: NDArray[np.integer[Any]] | None = None,
+    seen: Sequence[NDArray[np.integer[Any]]] | None = None,
     part: Part | None = None,
 ) -> tuple[list[ZeroshotResult], int]:
     """Run the zero-shot tasks of a suite.
 
     Args:
-        calibration: The cell's calibration tokens [samples, length], to be looked for in the questions.
+        seen: Tokens that the cell was calibrated with or taught, sequences of any length, to be looked for in the questions.
         part: Keeps answers (see `EngineLM`).
 
     Returns:
@@ -205,10 +205,10 @@ def measure(
     for result in results:
         texts = {tuple(asked) for sample in out["samples"][result.task] for asked in sample["arguments"] if isinstance(asked[-1], str)}
         result.exact_keys = model.exact_share(lm.scored[text] for text in texts if text in lm.scored)
-    if calibration is not None:
+    if seen is not None:
         for result in results:
             questions = {sample["arguments"][0][0] for sample in out["samples"][result.task]}
-            result.calibration_overlap = overlap([np.array(lm.tok_encode(text), dtype=np.int64) for text in questions], calibration)
+            result.calibration_overlap = overlap([np.array(lm.tok_encode(text), dtype=np.int64) for text in questions], seen)
     return results, lm.forward_tokens
 
 

@@ -64,7 +64,8 @@ class PerplexityResult(Schema):
         within: Windows of a stream that end within the positions that the model was made for: these count, the others are only shown; None
             where all do.
         divergence: Distance from the reference on the same tokens that count; None for the reference itself or where it was not asked for.
-        calibration_overlap: Fraction of the scored n-grams that also stand in the cell's calibration tokens; None without calibration.
+        calibration_overlap: Fraction of the scored n-grams that stand in the calibration tokens of the cell too, or in text that it was
+            taught; None without either.
         exact_keys: Share of the pairs of a scored token and one before it, itself included, that it attends to as without a policy: no
             policy has rounded the key, thrown it away or summed it up; None where no policy decides on keys.
         held_bytes: Mean bytes that the cache of one text holds while the labels of a window are scored, of each window of `suffix` and

@@ -61,7 +61,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     calibration = calibration_of(config, source, report, writes=False)
     if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
         result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
-    seen = calibration.ids.numpy() if calibration else None
+    taught = _taught_text(config, tokenizer)
+    seen = [*(calibration.ids.numpy() if calibration else ()), *taught] or None
     ran: scored.CountingPart | None = None
     for part in windows:
         model, name = Scores.of(loaded), f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
@@ -98,8 +99,17 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     if contexts:
         _retrieve(loaded, contexts, readings.of(config, key), seen, result, report, journal)
     _imitate(config, loaded, tokenizer, result, report, journal)
-    result.flags += [*_flags(result, distributions), *journal.remarks()]
+    result.flags += [*_flags(result, distributions, bool(taught)), *journal.remarks()]
     return result
+
+
+def _taught_text(config: RunConfig, tokenizer: Any) -> list[Any]:
+    """Token ids of each prompt and each response that a teacher's text gave to learn from; none where no step learns from one, or where it
+    is not in this machine's cache, of which `_imitate` tells."""
+    names = [method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text]
+    made = [found for name in names if (found := data_set.found(teaching.key(config, name)))]
+    texts = [text for each in made for example in data_set.examples_of(each)[0] for text in (example.prompt, example.response)]
+    return [np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64) for text in texts]
 
 
 def _count_work(
@@ -180,7 +190,7 @@ def _retrieve(
 
     Args:
         read: Contexts that went through the same base before.
-        seen: Calibration tokens, which none of the contexts should share; None without any.
+        seen: Tokens that the cell was calibrated with or taught, which none of the contexts should share; None without any.
     """
     for contexts in asked:
         try:
@@ -245,9 +255,10 @@ def _stretch_flags(part: perplexity.Windows, model: Scores) -> list[str]:
     ]
 
 
-def _flags(result: QualityResult, distributions: Distributions) -> list[str]:
+def _flags(result: QualityResult, distributions: Distributions, taught: bool) -> list[str]:
     fractions = [(p.corpus, p.calibration_overlap) for p in result.perplexity] + [(t.task, t.calibration_overlap) for t in result.zeroshot]
     fractions += [(r.corpus, r.calibration_overlap) for r in result.retrieval]
     shared = [f"{fraction:.1%} of {name}" for name, fraction in fractions if fraction and fraction > _OVERLAP]
-    found = [f"calibration text inside the test text: {', '.join(dict.fromkeys(shared))}"] if shared else []
-    return found + (["no divergence: the reference did not run here"] if distributions.missing else [])
+    where = ", ".join(dict.fromkeys(shared))
+    told = f"calibration or taught text inside the test text: {where}" if taught else f"calibration text inside the test text: {where}"
+    return ([told] if shared else []) + (["no divergence: the reference did not run here"] if distributions.missing else [])

@@ -77,6 +77,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     # a quality that the model does not have where it is used
     r"claims \S+-bit activations, computes in .+": (Figure.QUALITY,),
     r"calibration text inside the test text: .+": (Figure.QUALITY,),
+    r"calibration or taught text inside the test text: .+": (Figure.QUALITY,),
     r"the source was made from .+": (Figure.QUALITY,),
     r"not causal: .+": (Figure.QUALITY,),
     r"policy never exercised by .+": (Figure.QUALITY,),

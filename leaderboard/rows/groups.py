@@ -92,7 +92,8 @@ class Perplexity(Group):
         description="Perplexity above the reference in per cent on each further corpus, under the first protocol, paired over windows.",
     )
     calibration_overlap: float | None = Field(
-        default=None, description="Fraction of the first corpus' scored n-grams that also stand in the calibration text, 0..1."
+        default=None,
+        description="Fraction of the first corpus' scored n-grams that also stand in the calibration text or in one that was taught, 0..1.",
     )
     corpus: str | None = Field(default=None, description="Corpus of the perplexity.")
     stretches: list[float] = Field(default=[], description="Perplexity of each stretch of 1,024 tokens of a stream, in order.")

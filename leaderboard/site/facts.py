@@ -101,7 +101,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Worst task": ""
         if row.worst_task is None
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
-        "Test text in the calibration text": _text(decimal(2, 100), row.calibration_overlap, " % of its n-grams"),
+        "Test text in the calibration or taught text": _text(decimal(2, 100), row.calibration_overlap, " % of its n-grams"),
     }
 
 

@@ -95,6 +95,29 @@ def test_a_cell_learns_from_a_server_and_is_held_against_it(runner: Runner, over
         assert again.teaching.seconds == told.seconds, "what it took once still counts"
 
 
+def test_a_teacher_that_writes_the_test_text_is_flagged(runner: Runner, overrides: list[str], conf: Path, text: Path) -> None:
+    words = text.read_text().split()
+
+    def copies(asked: Asked) -> Reply:
+        return Reply(" ".join(words[7 * asked.turn % (len(words) - 25) :][:25]))
+
+    found = {}
+    for name, answer in (("copied", copies), ("own", willing)):
+        (conf / "recipe" / f"{name}.yaml").write_text(RECIPE.replace("[2, 12]", "[2, 40]"))
+        with serving(answer) as server:
+            records = run(runner, cell(overrides, *FEW, f"method.alpaca.recipe={name}", *teacher(server, f"teacher.revision={name}")))
+        result = of(records, Stage.QUALITY).quality
+        assert result
+        found[name] = result
+    (flag,) = (line for line in found["copied"].flags if "inside the test text" in line)
+    assert (
+        flag.startswith("calibration or taught text inside the test text: ")
+        and (found["copied"].perplexity[0].calibration_overlap or 0) > 0.01
+    )
+    assert found["own"].perplexity[0].calibration_overlap == 0
+    assert not any("inside the test text" in line for line in found["own"].flags)
+
+
 def test_keys_hold_the_recipe_the_teacher_and_the_count_and_not_the_address(overrides: list[str], conf: Path) -> None:
     def key(*more: str) -> str:
         first = ["teacher.source=http://127.0.0.1:1/v1", "teacher.model=m"]
