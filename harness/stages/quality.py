@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,31 @@ _GAP, _STEPS, _FEW = 0.005, 1024, 2
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
+@dataclass(frozen=True)
+class _Sheet:
+    """What parts of a measurement write on.
+
+    Attributes:
+        result: So far.
+        report: Shows which part is under way.
+        journal: Keeps what each part measured, and has what earlier attempts did.
+    """
+
+    result: QualityResult
+    report: Reporter
+    journal: Journal
+
+    @contextmanager
+    def part(self, name: str, unit: str) -> Iterator[Part]:
+        """Report a part as a phase, and keep its wall time, in earlier attempts too."""
+        name = perplexity.public_name(name)
+        self.report.phase(name)
+        began = time.perf_counter()
+        kept = self.journal.part(name, unit)
+        yield kept
+        self.result.seconds[name] = time.perf_counter() - began + kept.seconds
+
+
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> QualityResult:
     """Measure an artefact under every protocol of the suite.
 
@@ -58,6 +84,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     distributions.prepare(windows)
     loaded, load_seconds = load(config, key, report)
     result = QualityResult(evidence=evidence_of(loaded, config, key), load_seconds=load_seconds, forward_tokens=0)
+    sheet = _Sheet(result, report, journal)
     calibration = calibration_of(config, source, report, writes=False)
     if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
         result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
@@ -66,7 +93,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     ran: scored.CountingPart | None = None
     for part in windows:
         model, name = Scores.of(loaded), f"{part.wanted.corpus} {part.wanted.protocol} {part.wanted.seqlen}"
-        with _timed(result, report, journal, name, "windows") as kept:
+        with sheet.part(name, "windows") as kept:
             counting = None if result.perplexity else scored.counting(loaded, kept)
             measured = distributions.measure(model, part, counting or kept)
         ran = ran or counting
@@ -80,25 +107,25 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.flags += _stretch_flags(part, model)
         result.forward_tokens += part.tokens
     if loaded.slots and windows:
-        _count_work(config, key, loaded, windows[0], result, report, journal, ran)
-        result.flags += _causal_flags(Scores.of(loaded), windows[0].ids, result, report, journal)
+        _count_work(sheet, config, key, loaded, windows[0], ran)
+        result.flags += _causal_flags(sheet, Scores.of(loaded), windows[0].ids)
     if suite.noise_windows and distributions.is_reference and windows:
-        with _timed(result, report, journal, "noise", "comparisons") as kept:
+        with sheet.part("noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
     for wanted in (p for p in suite.passes() if p.protocol == "document"):
-        with _timed(result, report, journal, f"{wanted.corpus} document", "windows of documents") as kept:
+        with sheet.part(f"{wanted.corpus} document", "windows of documents") as kept:
             document, tokens = documents.measure(Scores.of(loaded), tokenizer, wanted, suite.batch_tokens, report.progress, kept)
         result.documents.append(document)
         result.forward_tokens += tokens
     if suite.tasks:
-        with _timed(result, report, journal, "zero-shot", "answers") as kept:
+        with sheet.part("zero-shot", "answers") as kept:
             result.zeroshot, tokens = zeroshot.measure(Scores.of(loaded), tokenizer, suite, report.progress, seen, kept)
         result.forward_tokens += tokens
     if suite.continuations:
-        _continue(loaded, tokenizer, suite, result, report, journal, distributions.is_reference)
+        _continue(sheet, loaded, tokenizer, suite, distributions.is_reference)
     if contexts:
-        _retrieve(loaded, contexts, readings.of(config, key), seen, result, report, journal)
-    _imitate(config, loaded, tokenizer, result, report, journal)
+        _retrieve(sheet, loaded, contexts, readings.of(config, key), seen)
+    _imitate(sheet, config, loaded, tokenizer)
     result.flags += [*_flags(result, distributions, bool(taught)), *journal.remarks()]
     return result
 
@@ -113,27 +140,22 @@ def _taught_text(config: RunConfig, tokenizer: Any) -> list[Any]:
 
 
 def _count_work(
-    config: RunConfig,
-    key: str,
-    loaded: Loaded,
-    part: perplexity.Windows,
-    result: QualityResult,
-    report: Reporter,
-    journal: Journal,
-    ran: scored.CountingPart | None,
+    sheet: _Sheet, config: RunConfig, key: str, loaded: Loaded, part: perplexity.Windows, ran: scored.CountingPart | None
 ) -> None:
     """Count what runs for a token under a policy, behind the beginnings of some windows, and score some token by token; or say why not.
 
     Args:
         ran: What ran while the windows were scored; None where that was not counted.
     """
-    ids = part.ids
+    ids, result = part.ids, sheet.result
     texts = ids[:_WORK_TEXTS, : min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)]
     claim = artefact.read_manifest(artefact.location(key)).claim.work
     try:
-        with _timed(result, report, journal, "work", "texts") as kept:
+        with sheet.part("work", "texts") as kept:
             model = Generates.of(loaded)
-            found = kept.once(texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, report.progress).model_dump())
+            found = kept.once(
+                texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, sheet.report.progress).model_dump()
+            )
             gap = kept.once(["gap"], 1, lambda: _stepwise_gap(loaded, part, result.perplexity[0].window_nll))
         result.work = WorkResult(**found | {"stepwise_gap": gap})
         if ran:
@@ -160,43 +182,34 @@ def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> 
     return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
 
 
-def _continue(
-    loaded: Loaded, tokenizer: Any, suite: SuiteConfig, result: QualityResult, report: Reporter, journal: Journal, is_reference: bool
-) -> None:
+def _continue(sheet: _Sheet, loaded: Loaded, tokenizer: Any, suite: SuiteConfig, is_reference: bool) -> None:
     """Let the model go on from prompts; where it cannot, say why, or raise `Unsupported` if the suite asks for nothing else."""
     try:
         model = Generates.of(loaded)
-        with _timed(result, report, journal, "continuations", "continuations") as kept:
-            result.generation, tokens = generation.measure(
-                model, tokenizer, prompts.load(), suite, report.progress, kept, ties=is_reference
+        with sheet.part("continuations", "continuations") as kept:
+            sheet.result.generation, tokens = generation.measure(
+                model, tokenizer, prompts.load(), suite, sheet.report.progress, kept, ties=is_reference
             )
-        result.forward_tokens += tokens
+        sheet.result.forward_tokens += tokens
     except Unsupported as error:
         if not suite.texts and not suite.tasks:
             raise
-        result.flags.append(f"no continuations: {error}")
+        sheet.result.flags.append(f"no continuations: {error}")
 
 
-def _retrieve(
-    loaded: Loaded,
-    asked: list[retrieval.Contexts],
-    read: Readings,
-    seen: Any,
-    result: QualityResult,
-    report: Reporter,
-    journal: Journal,
-) -> None:
+def _retrieve(sheet: _Sheet, loaded: Loaded, asked: list[retrieval.Contexts], read: Readings, seen: Any) -> None:
     """Ask for facts behind contexts of each length; where that cannot be, say why.
 
     Args:
         read: Contexts that went through the same base before.
         seen: Tokens that the cell was calibrated with or taught, which none of the contexts should share; None without any.
     """
+    result = sheet.result
     for contexts in asked:
         try:
             model = Branches.of(loaded)
-            with _timed(result, report, journal, f"retrieval {contexts.length}", "contexts") as kept:
-                found, tokens = retrieval.measure(model, contexts, report.progress, kept, read)
+            with sheet.part(f"retrieval {contexts.length}", "contexts") as kept:
+                found, tokens = retrieval.measure(model, contexts, sheet.report.progress, kept, read)
         except Unsupported as error:
             result.flags = list(dict.fromkeys([*result.flags, f"no retrieval: {error}"]))
             continue
@@ -205,41 +218,30 @@ def _retrieve(
         result.forward_tokens += tokens
 
 
-def _imitate(config: RunConfig, loaded: Loaded, tokenizer: Any, result: QualityResult, report: Reporter, journal: Journal) -> None:
+def _imitate(sheet: _Sheet, config: RunConfig, loaded: Loaded, tokenizer: Any) -> None:
     """Hold a model against the teacher whose text it learned from; where that cannot be, say why."""
     name = next((method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text), None)
     if name is None:
         return
     made = data_set.found(teaching.key(config, name))
     if made is None:
-        result.flags.append(f"not held against its teacher: the text of {name} is not in this machine's cache")
+        sheet.result.flags.append(f"not held against its teacher: the text of {name} is not in this machine's cache")
         return
     try:
-        with _timed(result, report, journal, "imitation", "examples") as kept:
+        with sheet.part("imitation", "examples") as kept:
             held_out = data_set.examples_of(made)[1]
-            result.imitation, tokens = imitation.measure(loaded, tokenizer, held_out, name, made.sha256, report.progress, kept)
-        result.forward_tokens += tokens
+            sheet.result.imitation, tokens = imitation.measure(loaded, tokenizer, held_out, name, made.sha256, sheet.report.progress, kept)
+        sheet.result.forward_tokens += tokens
     except Unsupported as error:
-        result.flags.append(f"not held against its teacher: {error}")
+        sheet.result.flags.append(f"not held against its teacher: {error}")
 
 
-@contextmanager
-def _timed(result: QualityResult, report: Reporter, journal: Journal, part: str, unit: str) -> Iterator[Part]:
-    """Report a part as a phase, and keep its wall time, in earlier attempts too."""
-    name = perplexity.public_name(part)
-    report.phase(name)
-    began = time.perf_counter()
-    kept = journal.part(name, unit)
-    yield kept
-    result.seconds[name] = time.perf_counter() - began + kept.seconds
-
-
-def _causal_flags(model: Scores, ids: Any, result: QualityResult, report: Reporter, journal: Journal) -> list[str]:
+def _causal_flags(sheet: _Sheet, model: Scores, ids: Any) -> list[str]:
     """A line where a policy lets tokens know later ones."""
     texts = causality.texts(model, ids)
     if texts is None or set(model.slots) == {"draft"}:
         return []
-    with _timed(result, report, journal, "causality", "windows") as kept:
+    with sheet.part("causality", "windows") as kept:
         moved, rounding = kept.once(texts.numpy().tobytes(), len(texts), lambda: list(causality.moved(model, texts)))
     return [f"not causal: logits move by {moved:.0%} of their spread where only later tokens are others"] if moved > rounding else []
 
