@@ -439,7 +439,7 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *(f"{name}{choice}" for name in ("cofi-25", "dsp-heads", "flop-80", "l0-50", "sheared-25") for choice in ("", "(choice=random)")),
         *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+minillm(steps=200)"),
         "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq",
-        "shortgpt+kd(steps=50,learning_rate=0.0002)",
+        *(f"shortgpt{cut}+kd(steps=50,learning_rate=0.0002)" for cut in ("", "(fraction=0.4)", "(fraction=0.5)")),
     )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 
