@@ -110,10 +110,8 @@ def test_a_teacher_that_writes_the_test_text_is_flagged(runner: Runner, override
         assert result
         found[name] = result
     (flag,) = (line for line in found["copied"].flags if "inside the test text" in line)
-    assert (
-        flag.startswith("calibration or taught text inside the test text: ")
-        and (found["copied"].perplexity[0].calibration_overlap or 0) > 0.01
-    )
+    assert flag.startswith("calibration or taught text inside the test text: ")
+    assert (found["copied"].perplexity[0].calibration_overlap or 0) > 0.01
     assert found["own"].perplexity[0].calibration_overlap == 0
     assert not any("inside the test text" in line for line in found["own"].flags)
 

@@ -65,10 +65,9 @@ def by_us(student: Any, batches: list[Tensor], lesson: Any) -> dict[str, Tensor]
     return dict(student.named_parameters())
 
 
-def by_trl(kind: type[Any], config: type[Any], student: Any, tokenizer: Any, rows: Dataset, folder: Path, size: int, **more: Any) -> None:
-    """The same steps by a trainer of TRL, in place."""
-    own = {name: more.pop(name) for name in ("lmbda", "beta", "completion_only_loss") if name in more}
-    settings = config(
+def plainly(config: type[Any], folder: Path, size: int, **own: Any) -> Any:
+    """Settings of a trainer of TRL for the same steps, on batches of so many texts in their order."""
+    return config(
         output_dir=str(folder),
         optim="sgd",
         learning_rate=RATE,
@@ -87,7 +86,6 @@ def by_trl(kind: type[Any], config: type[Any], student: Any, tokenizer: Any, row
         disable_tqdm=True,
         **own,
     )
-    kind(student, args=settings, train_dataset=rows, processing_class=tokenizer, **more).train()
 
 
 def compare(ours: dict[str, Tensor], student: Any, start: Any) -> None:
@@ -113,8 +111,8 @@ def test_steps_of_gkd_leave_the_weights_of_trls_trainer(beta: float, pair: Dense
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "prompts": ids[:, :PROMPT]}
 
     rows = Dataset.from_dict({"input_ids": texts.tolist()})
-    more = {"teacher_model": teacher, "data_collator": collate, "lmbda": 0.0, "beta": beta}
-    by_trl(GKDTrainer, GKDConfig, theirs, pair.tokenizer(), rows, tmp_path, 2, **more)
+    settings = plainly(GKDConfig, tmp_path, 2, lmbda=0.0, beta=beta)
+    GKDTrainer(theirs, teacher, settings, data_collator=collate, train_dataset=rows, processing_class=pair.tokenizer()).train()
     compare(found, theirs, pair.load(dtype=torch.float32))
 
 
@@ -127,5 +125,6 @@ def test_steps_on_answers_leave_the_weights_of_trls_trainer(pair: DenseModel, tm
     tokenizer = pair.tokenizer()
     prompts = [tokenizer.decode(chat_ids(tokenizer, (("user", example.prompt),))) for example in EXAMPLES]
     rows = Dataset.from_dict({"prompt": prompts, "completion": [example.response for example in EXAMPLES]})
-    by_trl(SFTTrainer, SFTConfig, theirs, tokenizer, rows, tmp_path, len(EXAMPLES), completion_only_loss=True)
+    settings = plainly(SFTConfig, tmp_path, len(EXAMPLES), completion_only_loss=True)
+    SFTTrainer(theirs, settings, train_dataset=rows, processing_class=tokenizer).train()
     compare(found, theirs, pair.load(dtype=torch.float32))
