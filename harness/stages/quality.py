@@ -88,7 +88,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     calibration = calibration_of(config, source, report, writes=False)
     if calibration is None and any(build_method(step).needs.calibration for step in config.pipeline):
         result.flags.append("calibration text not held against the test text: it is not in this machine's cache")
-    taught = _taught_text(config, tokenizer)
+    texts = _texts(config)
+    taught = _taught_text(texts, tokenizer)
     seen = [*(calibration.ids.numpy() if calibration else ()), *taught] or None
     ran: scored.CountingPart | None = None
     for part in windows:
@@ -125,18 +126,22 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         _continue(sheet, loaded, tokenizer, suite, distributions.is_reference)
     if contexts:
         _retrieve(sheet, loaded, contexts, readings.of(config, key), seen)
-    _imitate(sheet, config, loaded, tokenizer)
+    _imitate(sheet, texts, loaded, tokenizer)
     result.flags += [*_flags(result, distributions, bool(taught)), *journal.remarks()]
     return result
 
 
-def _taught_text(config: RunConfig, tokenizer: Any) -> list[Any]:
-    """Token ids of each prompt and each response that a teacher's text gave to learn from; none where no step learns from one, or where it
-    is not in this machine's cache, of which `_imitate` tells."""
+def _texts(config: RunConfig) -> list[tuple[str, data_set.Made | None]]:
+    """The recipe of each step that learns from a teacher's text, and that text; None where it is not in this machine's cache."""
     names = [method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text]
-    made = [found for name in names if (found := data_set.found(teaching.key(config, name)))]
-    texts = [text for each in made for example in data_set.examples_of(each)[0] for text in (example.prompt, example.response)]
-    return [np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64) for text in texts]
+    return [(name, data_set.found(teaching.key(config, name))) for name in names]
+
+
+def _taught_text(texts: list[tuple[str, data_set.Made | None]], tokenizer: Any) -> list[Any]:
+    """Token ids of each prompt and each response that was learned from."""
+    examples = [example for _, made in texts if made for example in data_set.examples_of(made)[0]]
+    lines = [line for example in examples for line in (example.prompt, example.response)]
+    return [np.array(tokenizer.encode(line, add_special_tokens=False), dtype=np.int64) for line in lines]
 
 
 def _count_work(
@@ -218,12 +223,11 @@ def _retrieve(sheet: _Sheet, loaded: Loaded, asked: list[retrieval.Contexts], re
         result.forward_tokens += tokens
 
 
-def _imitate(sheet: _Sheet, config: RunConfig, loaded: Loaded, tokenizer: Any) -> None:
-    """Hold a model against the teacher whose text it learned from; where that cannot be, say why."""
-    name = next((method.recipe for method in (build_method(step) for step in config.pipeline) if method.needs.text), None)
-    if name is None:
+def _imitate(sheet: _Sheet, texts: list[tuple[str, data_set.Made | None]], loaded: Loaded, tokenizer: Any) -> None:
+    """Hold a model against the teacher whose text it learned from first; where that cannot be, say why."""
+    if not texts:
         return
-    made = data_set.found(teaching.key(config, name))
+    name, made = texts[0]
     if made is None:
         sheet.result.flags.append(f"not held against its teacher: the text of {name} is not in this machine's cache")
         return
