@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -175,6 +175,7 @@ def train(
     hooks: Hooks | None = None,
     more_follows: bool = False,
     start: str | None = None,
+    apart: Collection[str] = (),
 ) -> Trained:
     """Minimize a loss over the parameters, from a checkpoint of the same run where there is one.
 
@@ -187,6 +188,7 @@ def train(
         hooks: What the method does between the parts of a step; None: nothing.
         more_follows: Another training goes on from this one, so that its last step is kept too.
         start: Fingerprint of what the training began from, where that is something else than the parameters.
+        apart: Names of those that are of another model; its gradient has a norm of its own, by which it is clipped.
 
     Raises:
         RuntimeError: The loss is no longer finite, or the teacher changed.
@@ -201,7 +203,7 @@ def train(
     optimizer = settings.optimizer(values)
     regroup(optimizer, parameters, hooks.groups())
     free = {name for group in hooks.groups() if group.free for name in group.names}
-    clipped = [value for name, value in parameters.items() if name not in free]
+    clipped = [[value for name, value in parameters.items() if name not in free and (name in apart) == other] for other in (False, True)]
     identity = _identity(settings, {**parameters, **_state(hooks)}, windows) if dense.checkpoints else ""
     start = start or fingerprint(parameters)
     with _seeded(settings.seed, dense.device), watching() as teachers:
@@ -216,7 +218,8 @@ def train(
                 raise RuntimeError(f"the loss is {losses[-1]} in step {step + 1} of {settings.steps}; a smaller learning_rate may help")
             hooks.after_backward(step)
             if settings.clip is not None:
-                torch.nn.utils.clip_grad_norm_(clipped, settings.clip)
+                for model in clipped:
+                    torch.nn.utils.clip_grad_norm_(model, settings.clip)
             optimizer.step()
             hooks.after_step(step, optimizer)
             optimizer.zero_grad(set_to_none=True)

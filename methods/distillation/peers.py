@@ -4,7 +4,8 @@ Deep mutual learning (Zhang et al., arXiv 1706.00384) trains two students togeth
 
     L_1 = −log q_1(y) + KL(q_2 ‖ q_1)        L_2 = −log q_2(y) + KL(q_1 ‖ q_2)
 
-with no gradient from L_1 to the second or from L_2 to the first. The first is what the steps of the pipeline left, and the one that stays.
+with no gradient from L_1 to the second or from L_2 to the first, and each clipped by its own norm. The first is what the steps of the
+pipeline left, and the one that stays.
 
 A teacher assistant (Mirzadeh et al., arXiv 1902.03393) of a size between the two learns from the teacher, and the student from it:
 
@@ -32,16 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MutualLearning(Distillation):
-    """Two students that learn from each other, both updated at once.
-
-    Attributes:
-        clip: None: one norm of all gradients would let each student set how fast the other learns.
-    """
+    """Two students that learn from each other, both updated at once."""
 
     name = "mutual"
+    version = 2
     citation = Citation("Deep mutual learning", year=2017, arxiv="1706.00384", covers=("distillation/deep-mutual-learning",))
-
-    clip: None = None
 
     @property
     def has_teacher(self) -> bool:
@@ -62,7 +58,7 @@ class MutualLearning(Distillation):
             apart = divergence(first[:, :-1], second[:, :-1]) + divergence(second[:, :-1], first[:, :-1])
             return term("student's text", next_token(first, ids)) + term("peer's text", next_token(second, ids)) + term("each other", apart)
 
-        return (Lesson(loss, beside={f"peer.{name}": value for name, value in peer.named_parameters()}),)
+        return (Lesson(loss, beside={f"peer.{name}": value for name, value in peer.named_parameters()}, pair=True),)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Lesson:
         share: Of the steps.
         learning: Names of the parameters of the student that learn; None: all.
         beside: What else learns, by name.
+        pair: What learns beside is a model of its own, and how fast it learns says nothing of the student: gradients are clipped apart.
         windows: What is trained on, made when the lesson begins; None: what all lessons have.
         begin: What is done when the lesson begins, with the student as the lesson before left it.
     """
@@ -40,6 +41,7 @@ class Lesson:
     share: float = 1.0
     learning: Collection[str] | None = None
     beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    pair: bool = False
     windows: Callable[[], Tensor] | None = None
     begin: Callable[[], None] = lambda: None
 
@@ -152,8 +154,8 @@ class Distillation(TrainingSettings, Method):
         loop = {each.name: getattr(self, each.name) for each in fields(TrainingSettings)} | {"steps": steps[1] - steps[0]}
         place = replace(dense, progress=progress, checkpoints=kept)
         more = steps[1] < self.steps
-        learned = parameters | dict(lesson.beside)
-        return train(TrainingSettings(**loop), learned, lesson.loss, windows, place, more_follows=more, start=start)
+        learned, apart = parameters | dict(lesson.beside), lesson.beside if lesson.pair else ()
+        return train(TrainingSettings(**loop), learned, lesson.loss, windows, place, more_follows=more, start=start, apart=apart)
 
 
 def logits(model: Callable[..., Any], ids: Tensor, dense: DenseModel) -> Tensor:

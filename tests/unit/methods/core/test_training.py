@@ -171,6 +171,25 @@ def test_the_step_is_adamw_with_clipped_gradients(dense: DenseModel) -> None:
     assert torch.allclose(ours, theirs, atol=1e-7) and not torch.equal(ours, torch.ones(4))
 
 
+def test_two_models_are_clipped_apart(dense: DenseModel) -> None:
+    """How steep the other one's loss is changes nothing of a model; with one norm of both it would."""
+    settings = TrainingSettings(steps=4, batch_size=2, length=4, learning_rate=0.1, clip=0.5, warmup=0, schedule="constant")
+    rows = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1], [9, 9, 9, 9]])
+
+    def learned(apart: tuple[str, ...], beside: bool = True) -> list[Tensor]:
+        w, v = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def loss(ids: Tensor) -> Tensor:
+            return ((w - ids) ** 2).mean() + (((v - ids) ** 4).mean() if beside else 0.0)
+
+        train(settings, {"w": w} | ({"peer.w": v} if beside else {}), loss, rows, dense, apart=apart)
+        return [w.detach(), v.detach()]
+
+    alone, (first, second), together = learned((), beside=False)[0], learned(("peer.w",)), learned(())
+    assert torch.equal(first, alone) and not torch.equal(second, torch.ones(4))
+    assert float((together[0] - alone).abs().max()) > 1e-4
+
+
 def test_pieces_add_up_to_the_batch(dense: DenseModel) -> None:
     float32 = dataclasses.replace(dense, dtype="float32")
     whole, facts = fit(float32, noisy=False)

@@ -67,8 +67,9 @@ def test_two_students_learn_from_the_text_and_from_each_other(pair: DenseModel, 
         ids = batch(cut(TOKENS.ids, 16), method, step)
         q1, q2 = first(ids).logits, second(ids).logits
         losses = hard(q1, ids) + soft(q1, q2), hard(q2, ids) + soft(q2, q1)
-        for loss, optimizer in zip(losses, optimizers, strict=True):
+        for model, loss, optimizer in zip((first, second), losses, optimizers, strict=True):
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
     wanted, made = first.state_dict(), load_file(tmp_path / "model.safetensors")
