@@ -440,6 +440,7 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+minillm(steps=200)"),
         "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq",
         *(f"shortgpt{cut}+kd(steps=50,learning_rate=0.0002)" for cut in ("", "(fraction=0.4)", "(fraction=0.5)")),
+        *(f"shortgpt{cut}+kd(learning_rate=0.0002)" for cut in ("", "(fraction=0.4)")),
     )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 
