@@ -38,8 +38,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def side(row: Mapping[str, str], share: float) -> str:
-    """Whether a student will see a row, by hash of what it says; so large a share stays unseen."""
-    said = [value for name, value in sorted(row.items()) if name not in ("item", "side")]
+    """Whether a student will see a row, by hash of what it says, or of the whole text that it is from; so large a share stays unseen."""
+    said = row.get("origin") or [value for name, value in sorted(row.items()) if name not in ("item", "side")]
     return UNSEEN if int(digest(["held out", said])[:8], 16) < share * 2**32 else SEEN
 
 
@@ -128,22 +128,24 @@ class Tasks(Strict):
 
 
 class Passages(Strict):
-    """The documents of a corpus: field `passage`.
+    """What documents of a corpus say, from their beginning on: field `passage`. Those of one document stand on one side.
 
     Attributes:
-        words: Most of each.
+        words: Of a passage; a document that has fewer is one.
+        each: Most of a document, one after the other.
     """
 
     kind: Literal["passages"]
     corpus: str = "lee-news"
     words: int = Field(default=120, ge=1)
+    each: int = Field(default=1, ge=1)
 
 
 class File(Strict):
     """Rows of a file of one's own, a JSON object a line; its content is part of the key.
 
     Attributes:
-        fields: That each row has.
+        fields: That each row has; rows of the same `origin` stand on one side.
     """
 
     kind: Literal["file"]

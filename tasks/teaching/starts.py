@@ -30,8 +30,8 @@ def rows(start: Start, count: int, seed: int) -> list[Row]:
         case Tasks():
             found = _generated(start, count, seed)
         case Passages():
-            texts = (" ".join(document.split()[: start.words]) for document in corpora.load(start.corpus).documents)
-            found = [{"passage": text} for text in texts if text]
+            documents = corpora.load(start.corpus).documents
+            found = [{"passage": text, "origin": digest(document)} for document in documents for text in _passages(document, start)]
         case File():
             found = _read(start)
     different = list({digest(row): row for row in found}.values())
@@ -48,7 +48,7 @@ def fields(start: Start) -> set[str]:
         case Tasks():
             return {"item", "question", "gold", "task"}
         case Passages():
-            return {"item", "passage"}
+            return {"item", "passage", "origin"}
     return {"item", *start.fields}
 
 
@@ -60,8 +60,15 @@ def fingerprint(start: Start) -> str:
         case Tasks():
             return digest([start.names, reasoning.version(), [reasoning.fingerprint(name) for name in reasoning.definitions()]])
         case Passages():
-            return digest([corpora.fingerprint(start.corpus), start.words])
+            return digest([corpora.fingerprint(start.corpus), start.words, start.each])
     return digest([_hash(start), start.fields])
+
+
+def _passages(document: str, start: Passages) -> list[str]:
+    words = document.split()
+    whole = max(1, len(words) // start.words)
+    texts = [" ".join(words[place * start.words : (place + 1) * start.words]) for place in range(min(whole, start.each))]
+    return [text for text in texts if text]
 
 
 def _generated(start: Tasks, count: int, seed: int) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from slimbench.harness.schema.work import TeachingFacts
 from slimbench.harness.stages.teaching import facts
+from slimbench.tasks import corpora
 from slimbench.tasks.errors import DataError
 from slimbench.tasks.teaching import checks, data_set, stages, starts
-from slimbench.tasks.teaching.parts import Row, side
+from slimbench.tasks.teaching.parts import Passages, Row, side
 from slimbench.tasks.teaching.recipe import Recipe, read
 from slimbench.util.writing import answers
 from slimbench.util.writing.teaching import Completion, Example, Sampling, TeacherError
@@ -294,6 +296,22 @@ def test_generated_tasks_are_the_same_each_time_and_have_answers() -> None:
     assert {row["task"] for row in first} == {"chain_sum", "leg_counting"} and all(row["gold"].lstrip("-").isdigit() for row in first)
     with pytest.raises(DataError, match="reasoning-gym has no data set 'chain_sun'"):
         starts.rows(start.model_copy(update={"names": ["chain_sun"]}), 4, 0)
+
+
+def test_passages_follow_each_other_and_those_of_a_document_stand_on_one_side() -> None:
+    start = Passages(kind="passages", words=30, each=3)
+    found = starts.rows(start, 10_000, 0)
+    texts = [document.split() for document in corpora.load("lee-news").documents]
+    wanted = {" ".join(text[place : place + 30]) for text in texts for place in (0, 30, 60) if not place or len(text) >= place + 30}
+    assert {row["passage"] for row in found} == wanted and len(found) > 2 * len(texts)
+    sides: dict[str, set[str]] = {}
+    for row in found:
+        sides.setdefault(row["origin"], set()).add(side(row, 0.4))
+    assert {len(own) for own in sides.values()} == {1} and len({one for own in sides.values() for one in own}) == 2
+    assert max(Counter(row["origin"] for row in found).values()) == 3
+    first = starts.rows(start.model_copy(update={"each": 1}), 10_000, 0)
+    assert {row["passage"] for row in first} == {" ".join(text[:30]) for text in texts}
+    assert len({starts.fingerprint(start.model_copy(update={"each": each})) for each in (1, 2, 3)}) == 3
 
 
 def test_passages_are_found_by_what_they_say() -> None:
