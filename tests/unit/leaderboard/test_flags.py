@@ -433,7 +433,7 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         ),
         *(
             f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)"
-            for name in ("kd-skew", "kd-reverse", "kd-jsd", "fsp", "assistant", "distilbert", "tinybert", "fitnets", "ted")
+            for name in ("kd-skew", "kd-reverse", "kd-jsd", "fsp", "assistant", "mutual", "distilbert", "tinybert", "fitnets", "ted")
         ),
         *(f"shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gpt4all{answers}" for answers in ("", "(answers=shuffled)")),
         *(f"{name}{choice}" for name in ("cofi-25", "dsp-heads", "flop-80", "l0-50", "sheared-25") for choice in ("", "(choice=random)")),
