@@ -9,7 +9,7 @@ from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spre
 from slimbench.leaderboard.figures.drawing import INK
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
 from slimbench.leaderboard.figures.measures import PERPLEXITY, TOKENS, Point, points
-from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.figures.palette import Palette
 from slimbench.leaderboard.figures.scatter import corpus
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal, shorten
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def recovery(group: Group) -> Plot:
     """A line for each pruned model and each way of its recovery, beginning with the model before that recovery.
+
+    Its colour is the model's, its marker the way's; the legend has the order in which the lines end.
 
     Raises:
         Unplottable: No pruned model was measured before and after a training.
@@ -32,20 +34,27 @@ def recovery(group: Group) -> Plot:
             series[before, last.partition("(")[0]].append(row)
     if not series:
         raise Unplottable("no pruned model was measured before and after a training")
-    drawn = {key: [by_pipeline[key[0]], *sorted(own, key=_tokens)] for key, own in sorted(series.items())}
+    begun = {key: [by_pipeline[key[0]], *sorted(own, key=_tokens)] for key, own in series.items()}
+    drawn = dict(sorted(begun.items(), key=lambda part: (-(part[1][-1].perplexity or 0.0), part[0])))
+    models, ways = Palette(tuple(sorted({key[0] for key in drawn}))), Palette(tuple(sorted({key[1] for key in drawn})))
     shown = [row for own in drawn.values() for row in own]
     lines = {key: _line(own) for key, own in drawn.items()}
     hidden = left_out(group, shown + [row for row in group.rows if row.is_reference], "recovery")
-    text = " ".join(filter(None, ["Bars are 95 % intervals. Lines begin with the model before this training.", hidden]))
+    text = " ".join(
+        filter(
+            None,
+            ["Bars are 95 % intervals. Lines begin with the model before this training; the legend has the order of their ends.", hidden],
+        )
+    )
     title = "Perplexity over the tokens of recovery"
     dense = group.reference.perplexity if group.reference else None
 
     def make() -> Figure:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 5.6)
-        for (before, last), own in drawn.items():
-            look = group.palette.look(method_of(own[-1]))
-            line = lines[before, last]
-            style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 6.5, "mec": "white", "mew": 0.7}
+        for (before, last), line in lines.items():
+            colour, way = models.look(before).colour, ways.look(last)
+            face = {"mfc": "white", "mec": colour, "mew": 1.3} if way.dashes != "-" else {"mec": "white", "mew": 0.7}
+            style: dict[str, Any] = {"color": colour, "marker": way.marker, "ls": way.dashes, "ms": 6.5, **face}
             spread = [[p.y - p.low for p in line], [p.high - p.y for p in line]]
             label = shorten(f"{before} + {last}", 44)
             ax.errorbar([p.x / 1000 for p in line], [p.y for p in line], yerr=spread, lw=1.5, elinewidth=1, label=label, **style)
