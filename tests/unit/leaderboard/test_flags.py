@@ -438,7 +438,7 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *(f"shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gpt4all{answers}" for answers in ("", "(answers=shuffled)")),
         *(f"{name}{choice}" for name in ("cofi-25", "dsp-heads", "flop-80", "l0-50", "sheared-25") for choice in ("", "(choice=random)")),
         *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+minillm(steps=200)"),
-        "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq",
+        *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "minitron-width-25+kd(learning_rate=0.0002)+rtn-4bit(group_size=32)"),
         *(f"shortgpt{cut}+kd(steps=50,learning_rate=0.0002)" for cut in ("", "(fraction=0.4)", "(fraction=0.5)")),
         *(f"shortgpt{cut}+kd(learning_rate=0.0002)" for cut in ("", "(fraction=0.4)")),
     )
