@@ -16,8 +16,9 @@ pytest_plugins = ["tests.support.fixtures"]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-def pytest_collection_finish() -> None:
-    """What is loaded by now stays to the end: the collections of garbage that tests ask for need not go through it."""
+@pytest.fixture(scope="module", autouse=True)
+def loaded_libraries_stay() -> None:
+    """The collections of garbage that tests ask for need not go through what is loaded by now, which stays to the end."""
     gc.collect()
     gc.freeze()
 
