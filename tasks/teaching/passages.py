@@ -22,16 +22,19 @@ def found(corpus: str, query: str, count: int) -> list[str]:
     return [texts[int(place)] for place in reversed(places[0])]
 
 
+def cut(document: str, words: int) -> list[str]:
+    """A document in passages of so many words each, one after the other; the last has what is left."""
+    said = document.split()
+    return [" ".join(said[first : first + words]) for first in range(0, len(said), words)]
+
+
 @cache
 def _indexed(corpus: str) -> tuple[list[str], Any]:
     try:
         import bm25s
     except ImportError as error:
         raise DataError("retrieval needs bm25s: install [teaching]") from error
-    texts = []
-    for document in corpora.load(corpus).documents:
-        words = document.split()
-        texts += [" ".join(words[first : first + WORDS]) for first in range(0, len(words), WORDS)]
+    texts = [text for document in corpora.load(corpus).documents for text in cut(document, WORDS)]
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
     return texts, index

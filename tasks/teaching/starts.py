@@ -11,6 +11,7 @@ import yaml
 
 from slimbench.tasks import corpora, reasoning
 from slimbench.tasks.errors import DataError
+from slimbench.tasks.teaching import passages
 from slimbench.tasks.teaching.parts import File, Passages, Row, Seeds, Start, Tasks
 from slimbench.util.hashing import digest, hash_file
 from slimbench.util.text import nearest
@@ -65,10 +66,9 @@ def fingerprint(start: Start) -> str:
 
 
 def _passages(document: str, start: Passages) -> list[str]:
-    words = document.split()
-    whole = max(1, len(words) // start.words)
-    texts = [" ".join(words[place * start.words : (place + 1) * start.words]) for place in range(min(whole, start.each))]
-    return [text for text in texts if text]
+    """The first passages of a document, none but the only one shorter than asked for."""
+    whole = max(1, len(document.split()) // start.words)
+    return passages.cut(document, start.words)[: min(whole, start.each)]
 
 
 def _generated(start: Tasks, count: int, seed: int) -> list[Row]:
