@@ -40,12 +40,8 @@ def recovery(group: Group) -> Plot:
     shown = [row for own in drawn.values() for row in own]
     lines = {key: _line(own) for key, own in drawn.items()}
     hidden = left_out(group, shown + [row for row in group.rows if row.is_reference], "recovery")
-    text = " ".join(
-        filter(
-            None,
-            ["Bars are 95 % intervals. Lines begin with the model before this training; the legend has the order of their ends.", hidden],
-        )
-    )
+    said = "Bars are 95 % intervals. Lines begin with the model before this training; the legend has the order of their ends."
+    text = " ".join(filter(None, [said, hidden]))
     title = "Perplexity over the tokens of recovery"
     dense = group.reference.perplexity if group.reference else None
 

@@ -311,6 +311,16 @@ def test_recovery_counts_the_tokens_of_its_own_training_and_no_step_without_any(
     assert not any("gptq" in label for label in words(of(rows(made), "recovery")[0]).splitlines() if "+ " in label)
 
 
+def test_each_line_of_recovery_has_a_look_of_its_own_and_the_legend_the_order_of_their_ends() -> None:
+    made = [*records(Spec()), *recovered("shortgpt", 3.0, {4000: 2.1, 16000: 1.6}), *recovered("flap", 4.0, {4000: 1.2})]
+    axes = shown(of(rows(made), "recovery")[0]).axes[0]
+    lines = {drawn.get_label(): drawn.lines[0] for drawn in axes.containers}
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.values()}
+    assert len(lines) == len(looks) == 2
+    ends = [lines[text.get_text()].get_ydata()[-1] for text in axes.get_legend().get_texts() if text.get_text() in lines]
+    assert len(ends) == 2 and ends == sorted(ends, reverse=True)
+
+
 def test_zeros_that_a_grid_leaves_in_a_cut_model_are_no_sparsity_of_its_pruning() -> None:
     cut = list(records(Spec("flap+gptq", "pruning+quantization", loss=1.9, bits=4.25, sparsity=0.14, size=0.4)))
     for record in cut:
