@@ -24,6 +24,7 @@ def loaded_libraries_stay() -> None:
 
 
 def pytest_sessionfinish() -> None:
+    """What is freed at exit is no leak that a library would report."""
     gc.unfreeze()
 
 
