@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.registry import label as labelled
 from slimbench.harness.config.schema import StepConfig
-from slimbench.harness.config.sources import choice, shipped, shipped_method, shipped_target
+from slimbench.harness.config.sources import choice, conf_dirs, shipped, shipped_method, shipped_target
 from slimbench.harness.config.targets import complete, locate
 from slimbench.harness.schema.identity import CellIdentity
 from slimbench.methods.base import Method
@@ -84,10 +85,18 @@ def _named(recorded: str, name: str, method: str | None, settings: str) -> tuple
     spelled = set(re.findall(r"[(,](\w+)=", recorded.removeprefix(name)))
     if _changed(held, usual).keys() == spelled:
         return recorded, name
-    alike = {other: found for other in shipped("method") if (found := shipped_method(other))["_target_"] == usual["_target_"]}
-    changed = {other: _changed(held, found) for other, found in alike.items()}
-    nearest = min(alike, key=lambda other: (changed[other].keys() != spelled, len(changed[other]), len(choice("method", other)), other))
+    changed = {other: _changed(held, shipped_method(other)) for other in _names_of(tuple(conf_dirs()))[usual["_target_"]]}
+    nearest = min(changed, key=lambda other: (changed[other].keys() != spelled, len(changed[other]), len(choice("method", other)), other))
     return labelled(nearest, changed[nearest]), nearest
+
+
+@lru_cache(maxsize=8)
+def _names_of(folders: tuple[Path, ...]) -> dict[str, list[str]]:
+    """The shipped names of each class of methods, where `folders` hold them; every file is read once."""
+    found: dict[str, list[str]] = {}
+    for name in shipped("method"):
+        found.setdefault(shipped_target(name), []).append(name)
+    return found
 
 
 def _changed(held: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
