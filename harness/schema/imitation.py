@@ -20,6 +20,8 @@ class ImitationResult(Schema):
         nll: −log p of the teacher's response, its end included, in nats, summed over `tokens`.
         rouge_l: Of the model's own answer with the response, F measure.
         right: Whether the answer ends with the right one; None where there is none.
+        agreed: Of `tokens`, those that are the model's likeliest behind the ones before; None where it was not looked at.
+        formed: Whether the model's own answer came to an end and has the fixed words of the recipe's; None where it was not looked at.
     """
 
     protocol: str
@@ -30,11 +32,16 @@ class ImitationResult(Schema):
     tokens: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     rouge_l: list[float]
     right: list[bool | None]
+    agreed: list[Annotated[int, Field(ge=0)]] | None = None
+    formed: list[bool] | None = None
 
     @model_validator(mode="after")
     def _rectangular(self) -> ImitationResult:
-        if len({len(column) for column in (self.tasks, self.nll, self.tokens, self.rouge_l, self.right)}) > 1:
+        columns = (self.tasks, self.nll, self.tokens, self.rouge_l, self.right, self.agreed, self.formed)
+        if len({len(column) for column in columns if column is not None}) > 1:
             raise ValueError("the columns of the examples differ in length")
+        if any(agreed > tokens for agreed, tokens in zip(self.agreed or (), self.tokens, strict=False)):
+            raise ValueError("more tokens agree than a response has")
         return self
 
     @property

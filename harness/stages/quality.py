@@ -14,6 +14,7 @@ import numpy as np
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
 from slimbench.harness.config.sections.suite import RECOMPUTED
+from slimbench.harness.config.sections.teaching import recipe
 from slimbench.harness.measure import claims, documents, generation, perplexity, zeroshot
 from slimbench.harness.measure.answers import imitation
 from slimbench.harness.measure.dynamic import causality, retrieval, scored, work
@@ -234,7 +235,8 @@ def _imitate(sheet: _Sheet, texts: list[tuple[str, data_set.Made | None]], loade
     try:
         with sheet.part("imitation", "examples") as kept:
             held_out = data_set.examples_of(made)[1]
-            sheet.result.imitation, tokens = imitation.measure(loaded, tokenizer, held_out, name, made.sha256, sheet.report.progress, kept)
+            asked, report = recipe(name), sheet.report.progress
+            sheet.result.imitation, tokens = imitation.measure(loaded, tokenizer, held_out, asked, made.sha256, report, kept)
         sheet.result.forward_tokens += tokens
     except Unsupported as error:
         sheet.result.flags.append(f"not held against its teacher: {error}")

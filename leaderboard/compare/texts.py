@@ -8,6 +8,7 @@ from statistics import mean
 from pydantic import BaseModel, ConfigDict
 
 from slimbench.harness.schema.identity import Stage
+from slimbench.harness.schema.imitation import ImitationResult
 from slimbench.harness.schema.quality import DocumentResult, PerplexityResult, QualityResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import significance
@@ -83,21 +84,34 @@ class DivergenceComparison(Result):
     p: float | None
 
 
+class LikenessComparison(Result):
+    """One sign of how like its teacher a student answers, as a mean over examples.
+
+    Attributes:
+        name: Of the sign.
+        delta: A - B, with its paired bootstrap interval over examples.
+        p: Paired t-test over the examples.
+    """
+
+    name: str
+    a: float
+    b: float
+    delta: Difference
+    p: float | None
+
+
 class ImitationComparison(Result):
     """How near two students of one text came to their teacher, on the same held-out examples.
 
     Attributes:
         answers: Of the perplexity of the teacher's answers, over their tokens; its items are examples.
-        rouge_l: Mean of A's own answers with the teacher's less that of B's, with its paired bootstrap interval over examples.
-        rouge_p: Paired t-test over the examples.
+        likeness: ROUGE-L of their own answers; and, where both were looked at, the share of an answer's tokens on which they agree with
+            their teacher, and the share of their own answers that are of the recipe's form.
     """
 
     recipe: str
     answers: TextComparison
-    rouge_a: float
-    rouge_b: float
-    rouge_l: Difference
-    rouge_p: float | None
+    likeness: list[LikenessComparison]
 
 
 def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison | None:
@@ -111,16 +125,26 @@ def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison
     ratio = attempt(stats.document_ratio_interval, a.nll, b.nll, a.tokens, otherwise=unknown)
     if not math.isfinite(ratio.value):
         return None
-    changes = [x - y for x, y in zip(a.rouge_l, b.rouge_l, strict=True)]
-    low, high = attempt(stats.mean_interval, changes, otherwise=(math.nan, math.nan))
+    shares = {name: (one, other) for (name, one), (_, other) in zip(likeness(a), likeness(b), strict=True) if one and other}
     return ImitationComparison(
         recipe=recipe,
         answers=_text(f"answers of {recipe}", values, ratio, a.nll, b.nll, mean(a.tokens)),
-        rouge_a=a.mean_rouge_l,
-        rouge_b=b.mean_rouge_l,
-        rouge_l=difference(Estimate(mean(changes), low, high)),
-        rouge_p=finite(attempt(significance.paired_p_value, a.rouge_l, b.rouge_l, otherwise=math.nan)),
+        likeness=[_likeness(name, *of) for name, of in shares.items()],
     )
+
+
+def likeness(found: ImitationResult) -> list[tuple[str, list[float] | None]]:
+    """Each sign of how like its teacher a student answers, by example; None where it was not looked at."""
+    agreed = None if found.agreed is None else [same / count for same, count in zip(found.agreed, found.tokens, strict=True)]
+    formed = None if found.formed is None else [float(formed) for formed in found.formed]
+    return [("ROUGE-L of its own", found.rouge_l), ("tokens that are its likeliest", agreed), ("of the recipe's form", formed)]
+
+
+def _likeness(name: str, ours: list[float], theirs: list[float]) -> LikenessComparison:
+    changes = [x - y for x, y in zip(ours, theirs, strict=True)]
+    low, high = attempt(stats.mean_interval, changes, otherwise=(math.nan, math.nan))
+    p = finite(attempt(significance.paired_p_value, ours, theirs, otherwise=math.nan))
+    return LikenessComparison(name=name, a=mean(ours), b=mean(theirs), delta=difference(Estimate(mean(changes), low, high)), p=p)
 
 
 def headline(index: Index, a: Row, b: Row) -> TextComparison | None:

@@ -184,8 +184,9 @@ def _imitation_table(comparison: Comparison, found: ImitationComparison) -> Tabl
     name, count = f"perplexity, {likely.name}", str(likely.items)
     _add(table, name, *values, EMPTY if likely.p is None else p_value(likely.p), count)
     form = decimal(3, signed=True)
-    values = (decimal(3)(found.rouge_a), decimal(3)(found.rouge_b), form(found.rouge_l.value), _bounds(found.rouge_l, form))
-    _add(table, "ROUGE-L of its own", *values, EMPTY if found.rouge_p is None else p_value(found.rouge_p), count)
+    for sign in found.likeness:
+        values = (decimal(3)(sign.a), decimal(3)(sign.b), form(sign.delta.value), _bounds(sign.delta, form))
+        _add(table, sign.name, *values, EMPTY if sign.p is None else p_value(sign.p), count)
     return table
 
 

@@ -10,7 +10,15 @@ from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.site.board import plural
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
 
-HEADER = ("Held-out examples", "Number", "Nats a token of the teacher's answers", "ROUGE-L of its own", "Right %")
+HEADER = (
+    "Held-out examples",
+    "Number",
+    "Nats a token of the teacher's answers",
+    "Of these tokens the likeliest %",
+    "ROUGE-L of its own",
+    "Of the recipe's form %",
+    "Right %",
+)
 _LONGEST = 200
 
 
@@ -47,11 +55,20 @@ def _by_task(found: ImitationResult, tasks: list[str]) -> Iterator[tuple[str, ..
 
 def _line(name: str, found: ImitationResult, places: list[int] | range) -> tuple[str, ...]:
     known = [right for place in places if (right := found.right[place]) is not None]
-    nats = sum(found.nll[place] for place in places) / max(1, sum(found.tokens[place] for place in places))
+    tokens = max(1, sum(found.tokens[place] for place in places))
+    nats = sum(found.nll[place] for place in places) / tokens
+    agreed = None if found.agreed is None else sum(found.agreed[place] for place in places) / tokens
+    formed = None if found.formed is None else sum(found.formed[place] for place in places) / len(places)
     return (
         shorten(str(clean(name)), _LONGEST),
         plural(len(places), "example"),
         decimal(3)(nats),
+        _percent(agreed),
         decimal(3)(sum(found.rouge_l[place] for place in places) / len(places)),
-        decimal(1, 100)(sum(known) / len(known)) if known else EMPTY,
+        _percent(formed),
+        _percent(sum(known) / len(known) if known else None),
     )
+
+
+def _percent(share: float | None) -> str:
+    return EMPTY if share is None else decimal(1, 100)(share)

@@ -24,6 +24,11 @@ def fields_of(template: str) -> set[str]:
     return set(_FIELD.findall(template))
 
 
+def literals(template: str) -> list[str]:
+    """What stands before, between and behind the fields of a template."""
+    return _FIELD.split(template)[::2]
+
+
 def filled(template: str, row: Mapping[str, str]) -> str:
     """A template with the fields of a row; braces in their values mean nothing."""
     return _FIELD.sub(lambda found: row[found[1]], template)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slimbench.tasks.errors import DataError
-from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, compiled, fields_of
+from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, Tasks, compiled, fields_of, literals
 from slimbench.util.hashing import digest
 
 VERSION = 2
@@ -328,6 +328,11 @@ class Recipe(Strict):
         if any(isinstance(stage, Ask) and stage.against is not None for stage in self.asking):
             return "subtracts one distribution from another"
         return "searches with beams" if any(stage.draw.beams > 1 for stage in self.asking) else None
+
+    def fits(self, task: str, text: str) -> bool:
+        """Whether an answer has the fixed words of one of a task's responses, in their order, and something where these have a field."""
+        forms = (form.response.strip() for form in self.examples if form.task == task)
+        return any(re.fullmatch(".+".join(map(re.escape, literals(form))), text.strip(), re.DOTALL) for form in forms)
 
     @property
     def corpora(self) -> list[str]:
