@@ -11,18 +11,19 @@ p is the softmax of the logits z over the vocabulary. Divergences of a student's
     jsd             β KL(p ‖ m) + (1 − β) KL(q ‖ m),  m = β p + (1 − β) q       generalized Jensen–Shannon (GKD, arXiv 2306.13649)
     skew            KL(p ‖ α p + (1 − α) q)                                      DistiLLM, arXiv 2402.03898
     skew-reverse    KL(q ‖ α q + (1 − α) p)
+    perturbation    Σ_v p(v) Σ_m ε_m (1 − q(v))^m                                what PTLoss adds to the first, arXiv 2305.05010
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 PIECE = 2048
 """Positions whose divergence is computed at once."""
 Divergence = Literal["forward", "reverse", "jsd", "skew", "skew-reverse"]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -75,16 +76,39 @@ def divergence(
 
     Of many positions it is computed in pieces, and again for the gradient, so that nothing in float32 is held of them all.
     """
-    from torch.utils.checkpoint import checkpoint
-
     if mask is not None:
         logits, teacher = logits[mask], teacher[mask]
+    return _in_pieces(_divergence, logits, teacher, kind, share, temperature)
+
+
+def perturbation(logits: Tensor, teacher: Tensor, coefficients: Sequence[float], temperature: float = 1.0) -> Tensor:
+    """Σ_v p(v) Σ_m ε_m (1 − q(v))^m, averaged over positions, a scalar; with ε_m = 1/m for all m it is the cross entropy of q under p.
+
+    Args:
+        logits: Of the student, [..., vocabulary].
+        teacher: Its logits, of the same shape.
+        coefficients: ε_1, ε_2, …
+        temperature: Both logits are divided by it.
+    """
+    return _in_pieces(_perturbation, logits, teacher, tuple(coefficients), temperature)
+
+
+def _in_pieces(of: Callable[..., Tensor], logits: Tensor, teacher: Tensor, *settings: Any) -> Tensor:
+    """The mean over positions of what `of` makes of logits [positions, vocabulary]."""
+    from torch.utils.checkpoint import checkpoint
+
     made, wanted = logits.flatten(0, -2), teacher.detach().flatten(0, -2)
     if len(made) <= PIECE:
-        return _divergence(made, wanted, kind, share, temperature)
+        return of(made, wanted, *settings)
     parts = zip(made.split(PIECE), wanted.split(PIECE), strict=True)
-    found = [len(ours) * checkpoint(_divergence, ours, theirs, kind, share, temperature, use_reentrant=False) for ours, theirs in parts]
+    found = [len(ours) * checkpoint(of, ours, theirs, *settings, use_reentrant=False) for ours, theirs in parts]
     return sum(found, start=made.new_zeros((), dtype=found[0].dtype)) / len(made)
+
+
+def _perturbation(logits: Tensor, teacher: Tensor, coefficients: tuple[float, ...], temperature: float) -> Tensor:
+    q, p = ((of.float() / temperature).softmax(-1) for of in (logits, teacher))
+    series = sum((epsilon * (1 - q) ** order for order, epsilon in enumerate(coefficients, 1)), start=q.new_zeros(()))
+    return (p * series).sum(-1).mean()
 
 
 def _divergence(logits: Tensor, teacher: Tensor, kind: Divergence, share: float, temperature: float) -> Tensor:

@@ -74,7 +74,7 @@ class LogitDistillation(Distillation):
         import torch
 
         from slimbench.methods.core.learning.terms import term
-        from slimbench.methods.core.losses import divergence, next_token
+        from slimbench.methods.core.losses import next_token
 
         alpha, tau = self.teacher_share, self.teacher_temperature
 
@@ -85,7 +85,12 @@ class LogitDistillation(Distillation):
                 return hard
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, use_cache=False).logits
-            soft = divergence(made[:, :-1], wanted[:, :-1], self.divergence, self.mixture, tau)
-            return term("text", (1 - alpha) * hard) + term("teacher", alpha * tau**2 * soft)
+            return term("text", (1 - alpha) * hard) + term("teacher", alpha * tau**2 * self.apart(made[:, :-1], wanted[:, :-1]))
 
         return loss
+
+    def apart(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """D, from the logits of the student and of the teacher [..., vocabulary]."""
+        from slimbench.methods.core.losses import divergence
+
+        return divergence(made, wanted, self.divergence, self.mixture, self.teacher_temperature)

@@ -19,6 +19,7 @@ from slimbench.methods.core.architecture import surgery
 from slimbench.methods.core.training import batch, cut
 from slimbench.methods.distillation.hints import FitNets
 from slimbench.methods.distillation.logit import LogitDistillation
+from slimbench.methods.distillation.perturbed import PerturbedDistillation
 from slimbench.methods.formats import edited
 from slimbench.methods.formats.huggingface import save_dense
 from tests.support import tiny
@@ -170,10 +171,10 @@ def test_a_run_is_the_papers(share: float, temperature: float, student: DenseMod
 @pytest.mark.parametrize(
     ("place", "function", "piece", "other"),
     [
-        (LogitDistillation, LogitDistillation.loss_of, "alpha * tau**2 * soft", "alpha * soft"),
+        (LogitDistillation, LogitDistillation.loss_of, "alpha * tau**2 * self", "alpha * self"),
         (LogitDistillation, LogitDistillation.loss_of, "made[:, :-1], wanted[:, :-1]", "wanted[:, :-1], made[:, :-1]"),
         (LogitDistillation, LogitDistillation.loss_of, "made[:, :-1], wanted[:, :-1]", "made[:, :-1], wanted[:, 1:]"),
-        (LogitDistillation, LogitDistillation.loss_of, "self.mixture, tau)", "self.mixture)"),
+        (LogitDistillation, LogitDistillation.apart, "self.mixture, self.teacher_temperature)", "self.mixture)"),
         (losses, losses.next_token, "ids[:, 1:]", "ids[:, :-1]"),
         (losses, losses._divergence, "q, p = (", "p, q = ("),
     ],
@@ -185,6 +186,39 @@ def test_a_loss_that_is_not_the_papers_is_noticed(
     monkeypatch.setattr(place, function.__name__, mutant(function, piece, other))
     with pytest.raises(AssertionError):
         test_a_run_is_the_papers(0.4, 3.0, student, tmp_path)
+
+
+def test_the_series_of_a_perturbed_loss_is_the_cross_entropy_and_moving_it_adds_to_the_divergence(student: DenseModel) -> None:
+    for case in range(20):
+        generator = torch.Generator().manual_seed(case)
+        made, wanted = (2 * torch.randn(3, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+        tau = 0.5 + 2 * float(torch.rand((), generator=generator))
+        epsilon = [float(torch.rand((), generator=generator)) for _ in range(3)]
+        q, p = ((of / tau).softmax(-1) for of in (made, wanted))
+        slow = sum(p[i, v] * epsilon[m - 1] * (1 - q[i, v]) ** m for i in range(3) for v in range(7) for m in (1, 2, 3)) / 3
+        assert float(losses.perturbation(made, wanted, epsilon, tau)) == pytest.approx(float(slow), rel=1e-5)
+        if case == 0:
+            whole = losses.perturbation(made / 4, wanted, [1 / m for m in range(1, 20_000)], tau)
+            assert float(whole) == pytest.approx(float(-(p * (made / 4 / tau).log_softmax(-1)).sum(-1).mean()), rel=1e-3)
+        method = PerturbedDistillation(teacher_share=1.0, teacher_temperature=tau, perturbation=tuple(epsilon), **PLAIN)
+        found = float(method.apart(made, wanted)) - float(losses.divergence(made, wanted, "forward", temperature=tau))
+        assert found == pytest.approx(float(slow), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("piece", "other"),
+    [("(1 - q)", "q"), ("** order", "** (order + 1)"), ("(p * series)", "(q * series)"), ("of.float() / temperature", "of.float()")],
+)
+def test_another_series_is_noticed(piece: str, other: str, student: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_perturbation", mutant(losses._perturbation, piece, other))
+    with pytest.raises(AssertionError):
+        test_the_series_of_a_perturbed_loss_is_the_cross_entropy_and_moving_it_adds_to_the_divergence(student)
+
+
+@pytest.mark.parametrize("settings", [{"perturbation": ()}, {"perturbation": (0.5, -0.6)}, {"divergence": "reverse"}])
+def test_a_perturbation_without_a_meaning_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"(perturbation|divergence) must be"):
+        PerturbedDistillation(**settings)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(student: DenseModel) -> None:
