@@ -8,6 +8,7 @@ $SLIMBENCH_CACHE/taught/KEY/journal.jsonl     answers as they came; what is aske
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -90,7 +91,16 @@ def key(recipe: Recipe, teacher: str, count: int, seed: int) -> str:
         count: Rows that are begun with, or grown.
     """
     texts = [corpora.fingerprint(name) for name in recipe.corpora]
-    return digest([recipe.fingerprint, starts.fingerprint(recipe.start), texts, teacher, count, seed])
+    versions = [[name, _version(name)] for name in sorted(recipe.modules)]
+    return digest([recipe.fingerprint, starts.fingerprint(recipe.start), texts, versions, teacher, count, seed])
+
+
+def _version(module: str) -> str | None:
+    """Of a library that rows are drawn, searched or judged with; None where it is not installed, and nothing can be made."""
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def folder(name: str) -> Path:

@@ -220,11 +220,13 @@ class Endpoint:
         late = f"no answer within {self.timeout_s:g} s"
         try:
             with deadline, client.stream(verb, url, json=body, extensions={"trace": deadline.watch}) as response:
+                status, wait = response.status_code, response.headers.get("retry-after")
                 for part in response.iter_raw():
                     found += part
-                    if len(found) > limit:
+                    if len(found) > limit and status == 200:
                         raise _TooLong
-                status, wait = response.status_code, response.headers.get("retry-after")
+                    if len(found) > limit:
+                        break
         except httpx.HTTPError as error:
             is_late = deadline.over or isinstance(error, httpx.TimeoutException)
             raise _Passing(late if is_late else self._told(str(error) or type(error).__name__)) from error

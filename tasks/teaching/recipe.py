@@ -27,7 +27,7 @@ from slimbench.tasks.teaching.parts import Draw, Keep, Passages, Start, Strict, 
 from slimbench.util.hashing import digest
 
 VERSION = 2
-"""Raised when the same recipe makes other requests or other examples of the same answers."""
+"""Raised when the same recipe makes other requests, draws other answers of the same model, or makes other examples of the same answers."""
 
 
 OWN = {"item", "side"}

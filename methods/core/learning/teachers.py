@@ -43,7 +43,12 @@ def raw(tensor: Tensor) -> memoryview:
 
 def teacher_of(dense: DenseModel) -> Any:
     """The model that the pipeline began with, in its own dtype and frozen; whoever is `watching` hears when it is asked."""
-    model: Any = dense.load_original().requires_grad_(False)
+    return heard(dense.load_original())
+
+
+def heard(model: Any) -> Any:
+    """A model that teaches, frozen; whoever is `watching` hears when it is asked."""
+    model.requires_grad_(False)
     loaded, kept = fingerprint(dict(model.named_parameters())), weakref.ref(model)
 
     def told(*_: Any) -> None:

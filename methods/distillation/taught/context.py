@@ -59,7 +59,9 @@ class ContextDistillation(Taught):
         return beside(pairs, dense.tokenizer(), self.length, [TOLD, UNTOLD], RESPONSE)
 
     def lessons(self, student: Any, teacher: Any, dense: DenseModel) -> Sequence[Lesson]:
-        before = dense.load().requires_grad_(False)
+        from slimbench.methods.core.learning.teachers import heard
+
+        before = heard(dense.load())
 
         def loss(pairs: Tensor) -> Tensor:
             return self.loss_of(student, before, pairs, dense)

@@ -13,6 +13,7 @@ import torch
 
 from slimbench.methods.base import Calibration, DenseModel, Unsupported
 from slimbench.methods.core.learning.answers import ANSWER, PROMPT, RESPONSE, answer_loss, encode
+from slimbench.methods.core.learning.teachers import fingerprint
 from slimbench.methods.core.training import batch
 from slimbench.methods.distillation.taught.consistency import Consistency, ManyRationales, symmetric
 from slimbench.methods.distillation.taught.context import ContextDistillation
@@ -221,6 +222,11 @@ def test_what_is_told_is_learned_without_being_told(dense: DenseModel, tmp_path:
             shares.append(model(side[None, 0]).logits[0, places].double().div(1.5).log_softmax(-1))
         total += [float((p.exp() * (p - q)).sum()) for q, p in zip(*shares, strict=True)]
     assert float(method.loss_of(student, before, pairs, given)) == pytest.approx(1.5**2 * sum(total) / len(total), rel=1e-5)
+    (tmp_path / "manifest.json").write_text('{"teacher": "somebody"}')
+    (tmp_path / "out").mkdir()
+    short = ContextDistillation(length=100, steps=2, batch_size=1, learning_rate=1e-2)
+    training = short.compress(given, Calibration.none(), tmp_path / "out").details["training"]
+    assert training["teacher_sha256"] == fingerprint(dict(dense.load().named_parameters())), "the model as it was, not the one that learns"
     write_examples(texts[:1], tmp_path / TRAIN)
     with pytest.raises(Unsupported, match="left no response with and without"):
         method.windows(Calibration.none(), given)

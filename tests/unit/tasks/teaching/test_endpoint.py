@@ -168,6 +168,16 @@ def test_ten_megabytes_are_cut_off_while_they_stream() -> None:
         assert len(server.asked) == 1 and server.sent < 5_000_000, "the rest was read all the same"
 
 
+def test_a_status_counts_however_long_the_page_is_that_comes_with_it() -> None:
+    page = b"<p>no</p>" * 50_000
+    with serving(lambda asked: Reply(page, status=401)) as server, pytest.raises(TeacherError, match="refuses: status 401"):
+        answers(server, REQUESTS[:1])
+    with serving(lambda asked: Reply(page, status=503)) as server:
+        with pytest.raises(TeacherError, match="status 503"):
+            answers(server, REQUESTS[:1], attempts=2)
+        assert len(server.asked) == 2, "it was tried again"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 from typing import Any
@@ -85,6 +86,15 @@ def test_one_changed_character_is_another_key() -> None:
         data_set.key(first, "teacher", 8, 1),
     ]
     assert len({key, *others}) == 8
+
+
+def test_another_version_of_what_judges_or_searches_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = read("r", ask(keep={"response": {"unlike": 0.9}}) | {"apart": None})
+    plain = read("r", LEAST | {"apart": None})
+    before = [data_set.key(recipe, "teacher", 8, 0) for recipe in (judged, plain)]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"rouge_score": "9"}[name])
+    after = [data_set.key(recipe, "teacher", 8, 0) for recipe in (judged, plain)]
+    assert before[0] != after[0] and before[1] == after[1], "of what a recipe does not use nothing counts"
 
 
 @pytest.mark.parametrize(
