@@ -97,13 +97,14 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         raise Again
     disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in shares]
     result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in shares]
-    if tokens is not None:
+    by_text = bool(_BY_TEXT & set(model.slots))
+    if tokens is not None or by_text:
         timed = sorted(set(result.points[0].prompt_of_pairs))
-        counted = figure(["work", timed], 1, lambda: _work(model, config, key, tokens, grid[0], timed, report).model_dump())
+        asked = texts.prompts(model, grid[0]) if tokens is None else _asked(config, tokens, grid[0], timed)
+        counted = figure(["work", timed], 1, lambda: _work(model, key, asked, grid[0], report).model_dump())
         result.work = WorkResult(**counted)
         if result.work.tokens and claims.UNMEASURED in found.flags:
             found.flags.remove(claims.UNMEASURED)
-    by_text = bool(_BY_TEXT & set(model.slots))
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, by_text)
     result.flags += texts.untimed(result.points)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
@@ -126,19 +127,21 @@ def _tokens(config: RunConfig, report: Reporter) -> Any:
     return perplexity.token_stream(config.speed.prompts.corpus, tokenizer_of(models.prepare(config.model, report.phase), config))[0]
 
 
-def _work(
-    model: Generates, config: RunConfig, key: str, tokens: Any, point: SpeedPoint, timed: Sequence[int], report: Reporter
-) -> WorkResult:
-    """What runs for the tokens of the headline's texts, of those alone that were timed: others would have other work.
+def _asked(config: RunConfig, tokens: Any, point: SpeedPoint, timed: Sequence[int]) -> torch.Tensor:
+    """Those prompts of the headline that were timed: others would have other work.
 
     Args:
         tokens: The text from which prompts are drawn.
         timed: Numbers of the prompts.
     """
-    report.phase("work")
     assert config.speed.prompts
     drawn = texts.drawn(tokens, point, config.speed.prompts).ids
-    asked = torch.cat([drawn[number] for number in timed])
+    return torch.cat([drawn[number] for number in timed])
+
+
+def _work(model: Generates, key: str, asked: torch.Tensor, point: SpeedPoint, report: Reporter) -> WorkResult:
+    """What runs for the tokens behind the headline's prompts."""
+    report.phase("work")
     claim = artefact.read_manifest(artefact.location(key)).claim.work
     try:
         return work.measure(model, asked, claim, report.progress, point.new_tokens)
