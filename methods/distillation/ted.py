@@ -7,7 +7,7 @@ For some layers l of the student, spread evenly, and the layers g(l) of the teac
 
 in which the student and its filters learn, and the teacher's filters stay. The head is the model's own, and hidden states are divided by
 their root mean square before a filter, which begins as the identity. The task here is the next token, where the paper has those of GLUE.
-Filters are not kept.
+Filters are not kept. The authors' code divides the logits of p and q by 2.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ SCoTD learns many rationales of each question, whether they come to the right an
 
 of which the words of one are unlike those of the other (a Jaccard similarity below 0.8, as in the authors' code, homzer/MCC-KD), and
 with the student's distributions p_a and p_b of the tokens of the answer behind each, in nats a token of the answer; the answer is the
-same, and so are its tokens.
+same, and so are its tokens. Means are over all tokens of a batch, where the authors' code takes those of each example first.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
                     easy ones are written, answered and learned in the next round (Jiang et al., arXiv 2305.12870)
     reflection      before each round the student sits an exam on questions that it learns from; wrong answers go to the teacher,
                     which explains the right answer to this student; a right rationale shall be nearer to another right one than to the
-                    student's own wrong ones (Wang et al., arXiv 2310.13332; code: Raibows/Learn-to-Reason)
+                    student's own wrong ones (Wang et al., arXiv 2310.13332; code: Raibows/Learn-to-Reason, which by default learns the
+                    tokens of the question too, at a tenth of the weight; here they are given)
 
 Rounds have equal shares of the steps. What the student writes has a seed of its own, so that a run that is resumed asks the same.
 """
