@@ -1,8 +1,8 @@
 """Students of one teacher that learned on as many tokens: what each loses against the one that learned predictions, on the same windows.
 
-Students are the same where all steps but the last are, with settings and versions, and what is left of the model has as many bytes. They
-are compared if the last steps are distillations on as many tokens in batches of the same form with the same seed; rates may differ, and are
-told.
+Students are the same where all steps but the last are, with settings and versions, and what is left of the model has as many bytes; and
+where two records tell the parameters that training began from, these are one. They are compared if the last steps are distillations on as
+many tokens in batches of the same form with the same seed; rates may differ, and are told.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entry
+from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.compare.texts import Difference, TextComparison, headline
@@ -41,12 +42,14 @@ class Student:
     Attributes:
         name: Of its last step.
         settings: Of that step.
+        start: SHA-256 of the parameters that the last step began from; None where the record does not tell.
         against: Its text beside that of the group's `kd`; None for that one itself.
     """
 
     row: Row
     name: str
     settings: Mapping[str, Any]
+    start: str | None = None
     against: TextComparison | None = None
 
 
@@ -83,9 +86,16 @@ def groups(records: Iterable[Record]) -> list[Group]:
         same += [[step.get("method"), step.get("version"), step.get("settings")] for step in before]
         kind = json.dumps([*same, *(settings.get(name) for name in _BATCHES)], sort_keys=True)
         seeds = json.dumps([row.seed, settings.get("seed")])
-        found[kind, seeds].setdefault(row.label, (Student(row, name, settings), tokens))
+        found[kind, seeds].setdefault(row.label, (Student(row, name, settings, _start(compressed.compress)), tokens))
     made = [(seeds, group) for (kind, seeds), parts in found.items() if (group := _group(kind, list(parts.values()), index))]
     return [group for _, group in sorted(made, key=lambda one: (-len(one[1].students), one[1].kind, len(one[0]), one[0]))]
+
+
+def _start(made: CompressResult) -> str | None:
+    """Of the last training; what is no text is told by nobody."""
+    training = made.claim.details.get("training")
+    start = training.get("start_sha256") if isinstance(training, dict) else None
+    return start if isinstance(start, str) else None
 
 
 def _is_distillation(name: str) -> bool:
@@ -102,7 +112,10 @@ def _group(kind: str, parts: Sequence[tuple[Student, int]], index: Index) -> Gro
     if not bases or len(parts) < 2:
         return None
     base = bases[0].row
-    students = [Student(s.row, s.name, s.settings, None if s.row is base else headline(index, s.row, base)) for s, _ in parts]
+    alike = [student for student, _ in parts if None in (student.start, bases[0].start) or student.start == bases[0].start]
+    if len(alike) < 2:
+        return None
+    students = [replace(s, against=None if s.row is base else headline(index, s.row, base)) for s in alike]
     students.sort(key=lambda student: (student.row.perplexity or 0.0, student.row.label))
     return Group(kind, base, parts[0][1], tuple(students))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_students_of_other_tokens_steps_or_seeds_stand_in_no_group(taught: list[
     assert {s.name for g in students.groups(taught) for s in g.students} == {s.name for g in students.groups(merged) for s in g.students}
     foreign = [record.model_copy(update={"foreign": True}) for record in taught]
     assert students.groups(foreign) == []
+
+
+def test_students_that_began_from_other_parameters_stand_in_no_group(taught: list[Record]) -> None:
+    starts: dict[str, str | None] = {"kd": "a", "distilbert": "b", "tinybert": "a", "ted": None}
+
+    def changed(record: Record) -> Record:
+        name = record.cell.pipeline.removeprefix(SAME).partition("(")[0]
+        if record.stage is not Stage.COMPRESS or name not in starts or record.compress is None:
+            return record
+        claim = record.compress.claim
+        training = {key: value for key, value in claim.details.get("training", {}).items() if key != "start_sha256"}
+        told = {"training": training | ({"start_sha256": starts[name]} if starts[name] else {})}
+        compress = record.compress.model_copy(update={"claim": replace(claim, details=claim.details | told)})
+        return record.model_copy(update={"compress": compress})
+
+    only = [record for record in taught if record.cell.pipeline.removeprefix(SAME).partition("(")[0] in {*starts, "dense"}]
+    found = {student.name for student in students.groups(map(changed, only))[0].students}
+    assert found == {"kd", "tinybert", "ted"}, "one that does not tell is held to be of the same"
+    two = [record for record in only if not any(f"+{name}(" in record.cell.pipeline for name in ("tinybert", "ted"))]
+    assert not [group for group in students.groups(map(changed, two)) if group.tokens == 102_400 and len(group.students) > 1]
 
 
 def test_the_lines_say_by_how_much(taught: list[Record]) -> None:
