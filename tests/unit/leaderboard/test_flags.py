@@ -435,7 +435,11 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
             f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)"
             for name in ("kd-skew", "kd-reverse", "kd-jsd", "fsp", "assistant", "mutual", "distilbert", "tinybert", "fitnets", "ted")
         ),
-        *(f"shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gpt4all{answers}" for answers in ("", "(answers=shuffled)")),
+        *(
+            f"shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+{recipe}{answers}"
+            for recipe in ("gpt4all", "seqkd")
+            for answers in ("", "(answers=shuffled)")
+        ),
         *(f"{name}{choice}" for name in ("cofi-25", "dsp-heads", "flop-80", "l0-50", "sheared-25") for choice in ("", "(choice=random)")),
         *("shortgpt(fraction=0.5)+gkd(steps=200,learning_rate=0.0002)", "shortgpt(fraction=0.5)+minillm(steps=200)"),
         *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "minitron-width-25+kd(learning_rate=0.0002)+rtn-4bit(group_size=32)"),
