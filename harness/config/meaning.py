@@ -37,6 +37,9 @@ def _attributes(docstring: str) -> dict[str, str]:
     return found
 
 
+_MANY = {int: "integers", float: "numbers", str: "texts"}
+
+
 def choices(annotation: Any) -> str:
     """The values that a type allows, in words: `2, 3, 4 or 8`, `any integer`, and `null` where None is one of them."""
     if annotation is type(None):
@@ -47,6 +50,8 @@ def choices(annotation: Any) -> str:
         return _joined([_plain(value) for value in typing.get_args(annotation)])
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return _joined([part for each in typing.get_args(annotation) for part in choices(each).split(" or ")])
+    if typing.get_origin(annotation) is tuple:
+        return f"a list of {_MANY.get(typing.get_args(annotation)[0], 'values')}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}.get(annotation, "")
 
 

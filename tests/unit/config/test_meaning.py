@@ -55,6 +55,8 @@ def test_a_class_says_what_its_settings_mean_and_its_bases_say_the_rest() -> Non
         (bool, "true or false"),
         (float, "a number"),
         (dict[str, Any], ""),
+        (tuple[float, ...], "a list of numbers"),
+        (tuple[int, ...] | None, "a list of integers or null"),
     ],
 )
 def test_the_choices_of_a_setting_come_from_its_type(annotation: Any, expected: str) -> None:
