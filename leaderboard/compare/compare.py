@@ -19,8 +19,8 @@ from slimbench.harness.stats.bootstrap import Estimate
 from slimbench.leaderboard.compare.apart import apart
 from slimbench.leaderboard.compare.texts import (
     Difference,
-    DivergenceComparison,
     ImitationComparison,
+    MeanComparison,
     Result,
     TextComparison,
     difference,
@@ -118,7 +118,7 @@ class Comparison(Result):
     b: Row
     refused: list[Refusal]
     texts: list[TextComparison]
-    divergence: DivergenceComparison | None
+    divergence: MeanComparison | None
     accuracy: AccuracyComparison | None
     imitation: ImitationComparison | None
     speed: list[SpeedComparison]

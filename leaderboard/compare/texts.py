@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import mean
 
 from pydantic import BaseModel, ConfigDict
@@ -69,31 +70,15 @@ class TextComparison(Result):
         return items_to_detect(self.paired_se * math.sqrt(self.items), math.log1p(percent / 100))
 
 
-class DivergenceComparison(Result):
-    """Mean KL from the reference that both have, on the same windows, in nats.
+class MeanComparison(Result):
+    """A mean over the same items of both: the KL from the reference that both have, in nats a window, or a sign of likeness an example.
 
     Attributes:
-        delta: A - B, with its paired bootstrap interval over windows.
-        p: Paired t-test over the windows.
+        delta: A - B, with its paired bootstrap interval over items.
+        p: Paired t-test over the items.
     """
 
     items: int
-    a: float
-    b: float
-    delta: Difference
-    p: float | None
-
-
-class LikenessComparison(Result):
-    """One sign of how like its teacher a student answers, as a mean over examples.
-
-    Attributes:
-        name: Of the sign.
-        delta: A - B, with its paired bootstrap interval over examples.
-        p: Paired t-test over the examples.
-    """
-
-    name: str
     a: float
     b: float
     delta: Difference
@@ -105,13 +90,13 @@ class ImitationComparison(Result):
 
     Attributes:
         answers: Of the perplexity of the teacher's answers, over their tokens; its items are examples.
-        likeness: ROUGE-L of their own answers; and, where both were looked at, the share of an answer's tokens on which they agree with
-            their teacher, and the share of their own answers that are of the recipe's form.
+        likeness: By name: ROUGE-L of their own answers; and, where both were looked at, the share of an answer's tokens on which they
+            agree with their teacher, and the share of their own answers that are of the recipe's form.
     """
 
     recipe: str
     answers: TextComparison
-    likeness: list[LikenessComparison]
+    likeness: dict[str, MeanComparison]
 
 
 def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison | None:
@@ -129,7 +114,7 @@ def imitation(ours: QualityResult, theirs: QualityResult) -> ImitationComparison
     return ImitationComparison(
         recipe=recipe,
         answers=_text(f"answers of {recipe}", values, ratio, a.nll, b.nll, mean(a.tokens)),
-        likeness=[_likeness(name, *of) for name, of in shares.items()],
+        likeness={name: _means(*of) for name, of in shares.items()},
     )
 
 
@@ -140,11 +125,12 @@ def likeness(found: ImitationResult) -> list[tuple[str, list[float] | None]]:
     return [("ROUGE-L of its own", found.rouge_l), ("tokens that are its likeliest", agreed), ("of the recipe's form", formed)]
 
 
-def _likeness(name: str, ours: list[float], theirs: list[float]) -> LikenessComparison:
+def _means(ours: Sequence[float], theirs: Sequence[float]) -> MeanComparison:
     changes = [x - y for x, y in zip(ours, theirs, strict=True)]
     low, high = attempt(stats.mean_interval, changes, otherwise=(math.nan, math.nan))
     p = finite(attempt(significance.paired_p_value, ours, theirs, otherwise=math.nan))
-    return LikenessComparison(name=name, a=mean(ours), b=mean(theirs), delta=difference(Estimate(mean(changes), low, high)), p=p)
+    delta = difference(Estimate(mean(changes), low, high))
+    return MeanComparison(items=len(changes), a=mean(ours), b=mean(theirs), delta=delta, p=p)
 
 
 def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
@@ -153,7 +139,7 @@ def headline(index: Index, a: Row, b: Row) -> TextComparison | None:
     return next(iter(texts(ours, theirs)), None) if ours and theirs else None
 
 
-def divergence(index: Index, a: Row, b: Row) -> DivergenceComparison | None:
+def divergence(index: Index, a: Row, b: Row) -> MeanComparison | None:
     """The KL of two rows from one and the same reference, on the windows of the first text; None where they do not share both."""
     records = [index.of_row(row, Stage.QUALITY) for row in (a, b)]
     ours, theirs = (record.quality if record else None for record in records)
@@ -165,10 +151,7 @@ def divergence(index: Index, a: Row, b: Row) -> DivergenceComparison | None:
     kl, its = one.divergence.kl, other.divergence.kl
     if len(kl) != len(its) or not kl:
         return None
-    value = mean(x - y for x, y in zip(kl, its, strict=True))
-    low, high = attempt(stats.mean_interval, [x - y for x, y in zip(kl, its, strict=True)], otherwise=(math.nan, math.nan))
-    p = attempt(significance.paired_p_value, kl, its, otherwise=math.nan)
-    return DivergenceComparison(items=len(kl), a=mean(kl), b=mean(its), delta=difference(Estimate(value, low, high)), p=finite(p))
+    return _means(kl, its)
 
 
 def texts(ours: QualityResult, theirs: QualityResult) -> list[TextComparison]:

@@ -13,7 +13,7 @@ from slimbench.leaderboard.compare.compare import (
     Refusal,
     SpeedComparison,
 )
-from slimbench.leaderboard.compare.texts import Difference, DivergenceComparison, ImitationComparison, TextComparison
+from slimbench.leaderboard.compare.texts import Difference, ImitationComparison, MeanComparison, TextComparison
 from slimbench.leaderboard.flags.kinds import Figure, kind
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.columns import COLUMNS
@@ -88,7 +88,7 @@ def change(text: TextComparison) -> str:
     return f"{_change(text.ratio.value)} ({_interval_of_ratio(text.ratio)}{'' if text.p is None else ', ' + p_text(text.p)})"
 
 
-def _divergence(found: DivergenceComparison) -> str:
+def _divergence(found: MeanComparison) -> str:
     delta, nats = found.delta, decimal(4, signed=True)
     facts = "no interval" if delta.low is None or delta.high is None else f"95 % interval {nats(delta.low)} to {nats(delta.high)}"
     words = f"{nats(delta.value)} nats ({facts}{'' if found.p is None else ', ' + p_text(found.p)})"
@@ -184,9 +184,9 @@ def _imitation_table(comparison: Comparison, found: ImitationComparison) -> Tabl
     name, count = f"perplexity, {likely.name}", str(likely.items)
     _add(table, name, *values, EMPTY if likely.p is None else p_value(likely.p), count)
     form = decimal(3, signed=True)
-    for sign in found.likeness:
+    for name, sign in found.likeness.items():
         values = (decimal(3)(sign.a), decimal(3)(sign.b), form(sign.delta.value), _bounds(sign.delta, form))
-        _add(table, sign.name, *values, EMPTY if sign.p is None else p_value(sign.p), count)
+        _add(table, name, *values, EMPTY if sign.p is None else p_value(sign.p), count)
     return table
 
 

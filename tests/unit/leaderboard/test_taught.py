@@ -82,14 +82,14 @@ def test_two_students_of_one_text_are_compared_answer_by_answer() -> None:
     assert found.answers.ratio.low == pytest.approx(found.answers.ratio.high), (
         "all tokens are likelier by as much, so pairing leaves no spread"
     )
-    rouge, agreed, formed = found.likeness
+    (rouge_name, rouge), (agreed_name, agreed), (formed_name, formed) = found.likeness.items()
     assert rouge.delta.value == pytest.approx(0.1) and rouge.a - rouge.b == pytest.approx(0.1)
     assert agreed.delta.value == 0 and formed.delta.value == 0 and agreed.a == pytest.approx(mean((n // 2) / n for n in range(2, 12)))
     two: Any = SimpleNamespace(a=SimpleNamespace(label="one"), b=SimpleNamespace(label="other"))
     named = [str(cell) for cell in verdict._imitation_table(two, found).columns[0].cells]
-    assert named == ["perplexity, answers of r", rouge.name, agreed.name, formed.name]
+    assert named == ["perplexity, answers of r", rouge_name, agreed_name, formed_name]
     earlier = texts.imitation(better, many(0.0, 0.3, agreed=None, formed=None))
-    assert earlier is not None and [sign.name for sign in earlier.likeness] == [rouge.name]
+    assert earlier is not None and list(earlier.likeness) == [rouge_name]
     assert verdict._imitation(found).startswith("perplexity of the teacher's answers to 40 held-out prompts 25.9 % lower (")
     assert found.answers.detectable_percent is not None and found.answers.detectable_percent < 10, "of a token, not of a whole answer"
     one = {"tasks": [""], "tokens": [4], "rouge_l": [0.1], "right": [None], "agreed": [2], "formed": [True]}
@@ -98,7 +98,7 @@ def test_two_students_of_one_text_are_compared_answer_by_answer() -> None:
     absurd = QualityResult(imitation=imitation(nll=[1e9, 2.0, 3.0]))
     assert texts.imitation(absurd, QualityResult(imitation=imitation())) is None, "a ratio that no number holds"
     same = texts.imitation(worse, worse)
-    assert same is not None and same.answers.ratio.value == 1 and [sign.delta.value for sign in same.likeness] == [0, 0, 0]
+    assert same is not None and same.answers.ratio.value == 1 and [sign.delta.value for sign in same.likeness.values()] == [0, 0, 0]
     assert "does not differ" in verdict._imitation(same.model_copy(update={"answers": same.answers.model_copy(update={"p": 0.4})}))
 
 
