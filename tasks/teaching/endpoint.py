@@ -223,9 +223,9 @@ class Endpoint:
                 status, wait = response.status_code, response.headers.get("retry-after")
                 for part in response.iter_raw():
                     found += part
-                    if len(found) > limit and status == 200:
-                        raise _TooLong
                     if len(found) > limit:
+                        if status == 200:
+                            raise _TooLong
                         break
         except httpx.HTTPError as error:
             is_late = deadline.over or isinstance(error, httpx.TimeoutException)
