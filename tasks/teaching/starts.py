@@ -54,12 +54,12 @@ def fields(start: Start) -> set[str]:
 
 
 def fingerprint(start: Start) -> str:
-    """Sixteen hex digits of the rows that there are, and of the version of what generates them; a file has to be there."""
+    """Sixteen hex digits of the rows that there are, and of what generates them; a file has to be there."""
     match start:
         case Seeds():
             return digest(_seeds(start.name))
         case Tasks():
-            return digest([start.names, reasoning.version(), [reasoning.fingerprint(name) for name in reasoning.definitions()]])
+            return digest([start.names, [reasoning.fingerprint(name) for name in reasoning.definitions()]])
         case Passages():
             return digest([corpora.fingerprint(start.corpus), start.words, start.each])
     return digest([_hash(start), start.fields])
