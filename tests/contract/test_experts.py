@@ -13,7 +13,7 @@ from tests.contract.shipped import classes, make, marked, runnable, sound
 from tests.support import tiny
 
 REACH = {"wanda", "sparsegpt"}
-TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "ted", "tinybert"}
+TRAIN = {"assistant", "distilbert", "fitnets", "fsp", "gkd", "kd", "minilm", "minillm", "mutual", "ptloss", "ted", "tinybert"}
 TRAIN |= {name for name, method in classes().items() if method.needs.text}
 KEEP = {"dense", "shortgpt", "gguf", "contribution-dropping", "every-other", "layer-dropping", "norms"}
 JOINED = {"head-importance": "a norm over all heads together", "grouped-query": "k_norm"}
