@@ -2,7 +2,9 @@
 
 An answer is data of a stranger. It must be an answer at all: not empty, not longer than its limit allows, without control characters and
 floods of white space, and without the marks by which templates of chats tell roles apart, with which a text could speak in another's name
-to a model that is trained on it. How alike texts are is ROUGE-L (Lin 2004), its F measure with equal weights, without stems.
+to a model that is trained on it. It must not order its reader about, nor be code: no recipe asks for a language but the arithmetic of
+`tasks.teaching.programs`. Patterns find what is plainly so, and no more. How alike texts are is ROUGE-L (Lin 2004), its F measure with
+equal weights, without stems.
 """
 
 from __future__ import annotations
@@ -26,6 +28,26 @@ _MARKS = re.compile(
 _CANARY = re.compile(r"canary\s{1,9}guid", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _FLOOD = re.compile(r"\s{40}")
+_ORDERS = re.compile(
+    r"\b(?:ignore|disregard|forget|override|bypass)\s+(?:\w+\s+){0,3}(?:previous|prior|above|earlier|preceding|your|system|safety)\s+(?:\w+\s+){0,2}"
+    r"(?:instructions?|prompts?|directions|rules|guidelines)\b|\b(?:reveal|print|repeat|show)\s+(?:me\s+)?(?:your|the)\s+system\s+prompt\b"
+    r"|\byou\s+are\s+now\s+(?:in\s+)?(?:dan|developer\s+mode|jailbroken|unrestricted)\b",
+    re.IGNORECASE,
+)
+_CODE = re.compile(
+    r"^[ \t]*(?:```(?!py)\w|import\s+[\w.]+[ \t]*(?:$|[;,]|as\s)|from\s+[\w.]+\s+import\s"
+    r"|def\s+(?!solution\b)\w+\s*\(|print\(|#!\s*/|#include\s*[<\"]|function\s+\w+\s*\([^)\n]{0,80}\)\s*\{|(?:\$\s*)?(?:sudo\s+\w|rm\s+-[rf]|(?:curl|wget)\s+(?:-|https?:)))"
+    r"|\b(?:os\.(?:system|popen)|subprocess\.\w+|eval|exec|__import__|console\.log)\(|<script\b|<\?php\b",
+    re.MULTILINE | re.IGNORECASE,
+)
+_NONE = (
+    ("control characters", _CONTROL),
+    ("white space", _FLOOD),
+    ("canary of a benchmark", _CANARY),
+    ("marks of a chat", _MARKS),
+    ("orders its reader about", _ORDERS),
+    ("code", _CODE),
+)
 
 
 def unfit(answer: Completion, sampling: Sampling) -> str | None:
@@ -36,10 +58,7 @@ def unfit(answer: Completion, sampling: Sampling) -> str | None:
         return "longer than its limit"
     if not answer.text.strip():
         return "empty"
-    for reason, pattern in (("control characters", _CONTROL), ("white space", _FLOOD), ("canary of a benchmark", _CANARY)):
-        if pattern.search(answer.text):
-            return reason
-    return "marks of a chat" if _MARKS.search(answer.text) else None
+    return next((reason for reason, pattern in _NONE if pattern.search(answer.text)), None)
 
 
 def plain(text: str) -> str:
