@@ -427,10 +427,11 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *("omniquant", "omniquant(symmetric=True)", "omniquant-3bit", "omniquant-3bit-sym"),
         *("signround", "signround-minmax", "signround-asym", "signround-3bit", "signround-3bit-sym"),
         *(
-            f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002{seed})"
+            f"shortgpt(fraction=0.5)+{name}{settings}"
             for name in ("kd", "student-hard")
-            for seed in ("", ",seed=1", ",seed=2")
+            for settings in ("", *(f"(learning_rate={rate})" for rate in ("0.0002", "0.0004", "0.0002,seed=1", "0.0002,seed=2")))
         ),
+        *(f"shortgpt(fraction=0.5)+student-hard(seed={seed})" for seed in (1, 2)),
         *(
             f"shortgpt(fraction=0.5)+{name}(learning_rate=0.0002)"
             for name in ("kd-skew", "kd-reverse", "kd-jsd", "fsp", "assistant", "mutual", "distilbert", "tinybert", "fitnets", "ted")
