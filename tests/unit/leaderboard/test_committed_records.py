@@ -30,7 +30,7 @@ MISSES = (
     *("admm-50", "surgeon-50", "obd-50(samples=512)", "sparsegpt", "sparsegpt+sparse-bitmap", "flap-25"),
     *("wanda+gptq", "sparsegpt+gptq", "shortgpt+lora(steps=160)", "llm-pruner+lora(steps=160)"),
     "shortgpt+kd(steps=50,learning_rate=0.0002)",
-    *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)"),
+    *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)", "bigbird", "sparse-fixed"),
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 
