@@ -211,17 +211,21 @@ def texts(ours: Json, theirs: Json) -> Json:
         shape = (result[name] for name in ("protocol", "corpus_sha256", "seqlen", "labels_per_window"))
         return *shape, len(result["window_nll"])
 
+    def counted(result: Json) -> list[float]:
+        """Of a stream the stretches within the positions that the model was made for."""
+        return list(result["window_nll"][: result.get("within")])
+
     head = ours["perplexity"][0]
     partners = {windows(result): result for result in reversed(theirs.get("perplexity") or [])}
-    nll = np.array(head["window_nll"])
+    nll = np.array(counted(head))
     low, high = mean_bounds(nll)
     alike = [p for p in ours["perplexity"] if (p["protocol"], p["seqlen"]) == (head["protocol"], head["seqlen"])]
     found: Json = {"perplexity": exp(nll.mean()), "perplexity_low": exp(low), "perplexity_high": exp(high)}
-    found["perplexities"] = {p["corpus"]: exp(np.mean(p["window_nll"])) for p in alike}
+    found["perplexities"] = {p["corpus"]: exp(np.mean(counted(p))) for p in alike}
     if partner := partners.get(windows(head)):
-        difference = nll - np.array(partner["window_nll"])
+        difference = nll - np.array(counted(partner))
         low, high = mean_bounds(difference)
-        found |= {"perplexity_delta_percent": 100 * (exp(difference.mean()) - 1), "perplexity_p": paired_p(nll, partner["window_nll"])}
+        found |= {"perplexity_delta_percent": 100 * (exp(difference.mean()) - 1), "perplexity_p": paired_p(nll, counted(partner))}
         found |= {"perplexity_ratio_low": exp(low), "perplexity_ratio_high": exp(high)}
     if divergence := head.get("divergence"):
         found["kl_mean"] = float(np.mean(divergence["kl"]))

@@ -50,7 +50,7 @@ def test_ranges_of_perplexity_that_share_no_place_are_in_the_order_of_a_signific
     apart = 0
     for (one, ours), (other, theirs) in pairs(board):
         if one.rank_last < other.rank or other.rank_last < one.rank:  # type: ignore[operator]
-            a, b = (quality.perplexity[0].window_nll for quality in (ours, theirs))
+            a, b = (quality.perplexity[0].scored for quality in (ours, theirs))
             first_is_better = one.rank_last < other.rank  # type: ignore[operator]
             assert stats.ttest_rel(a, b).pvalue < LEVEL, (one.label, other.label)
             assert (np.mean(a) < np.mean(b)) is np.bool_(first_is_better), (one.label, other.label)
