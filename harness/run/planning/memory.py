@@ -237,10 +237,18 @@ def _compressed(methods: Sequence[Method], model: _Model) -> _Left:
 
 
 def _scoring(suite: SuiteConfig, model: _Model) -> int:
-    """Logits of one batch, in the model's dtype and once in float32."""
-    lengths = [max(p.seqlen, _SCORED_TOKENS // p.seqlen * p.seqlen) for p in suite.passes() if p.protocol != "document"]
+    """Logits that are scored at once, in the model's dtype and once in float32."""
+    lengths = [_scored_at_once(p.protocol, p.seqlen) for p in suite.passes() if p.protocol != "document"]
     tokens = max([*lengths, suite.batch_tokens if suite.tasks else 0])
     return tokens * model.shape.vocab_size * (model.width + 4) if model.shape else 0
+
+
+def _scored_at_once(protocol: str, seqlen: int) -> int:
+    """Tokens; `harness.measure.perplexity` says how protocols go through a text."""
+    if protocol in ("stream", "recomputed"):
+        return _SCORED_TOKENS
+    scored = seqlen // 2 if protocol == "suffix" else seqlen
+    return max(scored, _SCORED_TOKENS // seqlen * scored)
 
 
 def _distributions(suite: SuiteConfig) -> int:

@@ -60,8 +60,11 @@ def test_the_claims_of_the_committed_records_are_read_number_by_number() -> None
     assert len(claims) > 50
     for claim in claims:
         read = json.loads(CompressResult(claim=claim, **RESULT).model_dump_json())["claim"]
-        assert {name: read[name] for name in claim} == claim
-        assert {name: repr(value) for name, value in claim.items()} == {name: repr(read[name]) for name in claim}
+        told = {name: read[name] for name in claim}
+        if work := claim.get("work"):
+            told["work"] = {name: read["work"][name] for name in work}
+        assert told == claim
+        assert {name: repr(value) for name, value in told.items()} == {name: repr(value) for name, value in claim.items()}
 
 
 def test_the_format_of_a_pipeline() -> None:
