@@ -392,19 +392,22 @@ def test_pad_keeps_programs_that_come_to_the_answer() -> None:
 
     def answer(prompt: str) -> str:
         right = answer_of(golds, prompt)
+        at = next(turn)
+        foreign = ("import os\n    return os.getpid()", "return open('answers').read()")[at // 4 % 2]
         return [
             f"def solution():\n    return {right}\n",
             "def solution():\n    return -12345\n",
-            "def solution():\n    import os\n    return os.getpid()\n",
+            f"def solution():\n    {foreign}\n",
             "I would rather not",
-        ][next(turn) % 4]
+        ][at % 4]
 
     examples, asked, made = written("pad", answer, 8)
     assert len(asked) == 32 and {request.sampling.temperature for request in asked} == {0.7}
     assert made.kept == 8 and made.rejected == {
         "not of the form": 8,
         "result: not gold": 8,
-        "program: Import is not of the language": 8,
+        "code": 4,
+        "program: Call is not of the language": 4,
     }
     assert all(example.response.startswith("def solution():") for example in examples) and ProgramTuning().recipe == "pad"
 
