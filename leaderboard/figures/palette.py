@@ -68,7 +68,8 @@ class Palette:
         counts = Counter(method_of(row) for row in board if not row.is_reference)
         return cls(tuple(sorted(counts, key=lambda method: (-counts[method], method))))
 
-    def look(self, method: str) -> Look:
+    def look(self, method: str, setting: int = 0) -> Look:
+        """The look of a method; further settings of it have its colour, another marker and other dashes."""
         number = self.methods.index(method) if method in self.methods else len(self.methods)
         turn, place = divmod(number, len(_COLOURS))
-        return Look(_COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
+        return Look(_COLOURS[place], _MARKERS[(place + turn + setting) % len(_MARKERS)], _DASHES[(turn + setting) % len(_DASHES)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimbench.leaderboard.figures.canvas import Plot, canvas, category_axis, side_legend, spread_axis
 from slimbench.leaderboard.figures.drawing import INK, MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
-from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.figures.palette import Look, look_of, method_of
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal
 
@@ -39,8 +40,7 @@ def stream(group: Group) -> Plot:
 
     def make() -> Figure:
         figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 10.4 if holding else 9.4, 5.2, 2 if holding else 1)
-        for row in rows:
-            look = group.palette.look(method_of(row))
+        for row, look in zip(rows, _looks(group, rows), strict=True):
             style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.dashes, "ms": 5, "mec": "white", "mew": 0.6}
             style |= {"lw": 1.5, "label": group.name(row).lstrip("_")}
             axes[0].plot(_places(row.stretches), row.stretches, **style)
@@ -69,6 +69,15 @@ def stream(group: Group) -> Plot:
         nearest = min(apart, key=lambda name: (apart[name], name))
         reading += f" {nearest} is nearest to dense that is computed anew, {decimal(2)(apart[nearest])} nats apart at most."
     return Plot("stream", group, title, reading, text, make)
+
+
+def _looks(group: Group, rows: Sequence[Row]) -> Iterator[Look]:
+    """A look for each row, that of its method and setting."""
+    settings: Counter[str] = Counter()
+    for row in rows:
+        method = method_of(row)
+        yield look_of(row) if row.is_reference else group.palette.look(method, settings[method])
+        settings[method] += 1
 
 
 def _places(values: Sequence[float]) -> list[float]:

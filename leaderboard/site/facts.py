@@ -142,6 +142,7 @@ def _speed(row: Row) -> dict[str, str | None]:
         "Copy bandwidth meanwhile": _text(decimal(1), row.copy_bandwidth_gbs, " GB/s"),
         "Memory": ", ".join(f"{name} {megabytes(value)} MB" for name, value in memory.items() if value is not None),
         "Cache of one sequence": _caches(row),
+        "Cache of a text": _text(decimal(2, 1e-6), row.held_cache_bytes, f" MB, {_held(row)}"),
         "Largest batch that fits": None if row.largest_batch is None else str(row.largest_batch),
         "Energy": _text(decimal(3), row.energy_j_per_token, " J a token")
         if row.energy_j_per_token is not None
@@ -155,6 +156,13 @@ def _caches(row: Row) -> str:
     """`1k tokens 5.6 MB, 2k tokens 10.0 MB, …`."""
     sizes = [column for column in CACHE if column.key.startswith("cache_bytes")] if row.cache_bytes_1k else []
     return ", ".join(f"{column.header} tokens {column.value(row)} MB" for column in sizes)
+
+
+def _held(row: Row) -> str:
+    """Which cache `held_cache_bytes` are of."""
+    corpus, _, protocol = next(iter(row.perplexity_by_protocol), "").partition(" ")
+    scored = bool(corpus) and protocol.startswith("suffix")
+    return "mean over the tokens that were scored" if scored else f"the largest at the end of one, behind {row.work_prompt or 0:,} tokens"
 
 
 def _roof(row: Row) -> str:

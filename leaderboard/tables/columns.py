@@ -268,8 +268,14 @@ _PAIRED = {"perplexity": "perplexity_delta_percent", "accuracy": "accuracy_delta
 
 
 def comparable(rows: Sequence[Row]) -> list[Column]:
-    """The columns of a table of these rows: an absolute quality stands in it only where no row is paired with a reference."""
-    return [c for c in COLUMNS if c.key not in _PAIRED or all(getattr(row, _PAIRED[c.key]) is None for row in rows)]
+    """The columns of a table of these rows: those of which some row has one, an absolute quality only where no row is paired."""
+    paired = {key for key, change in _PAIRED.items() if any(getattr(row, change) is not None for row in rows)}
+    return [c for c in filled(COLUMNS, rows) if c.key not in paired]
+
+
+def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """Those of which some row has one."""
+    return [column for column in columns if any(column.value(row) != EMPTY for row in rows)]
 
 
 def notes_of(row: Row) -> list[str]:

@@ -22,7 +22,13 @@ def verdict(row: Row, reference: Row | None) -> str:
     """
     if row.is_reference:
         return ""
-    parts = [_speed(row), _weights(row.held_bytes, reference.held_bytes if reference else None), _perplexity(row), _accuracy(row)]
+    parts = [
+        _speed(row),
+        _weights(row.held_bytes, reference.held_bytes if reference else None),
+        _cache(row.held_cache_bytes, reference.held_cache_bytes if reference else None),
+        _perplexity(row),
+        _accuracy(row),
+    ]
     return ", ".join(filter(None, parts))
 
 
@@ -41,6 +47,11 @@ def _weights(ours: int | None, theirs: int | None) -> str:
         return ""
     ratio = ours / theirs
     return "weights of the same size" if abs(ratio - 1) < _SAME_SIZE else f"{decimal(2)(ratio)} × the weights"
+
+
+def _cache(ours: int | None, theirs: int | None) -> str:
+    """Both behind the same texts; empty where a policy keeps what the reference does."""
+    return "" if not ours or not theirs or abs(ours / theirs - 1) < _SAME_SIZE else f"{decimal(2)(ours / theirs)} × the cache"
 
 
 def _perplexity(row: Row) -> str:

@@ -18,7 +18,7 @@ from slimbench.leaderboard.rows.row import Row
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
-from slimbench.leaderboard.tables.format import EMPTY, escape, shorten
+from slimbench.leaderboard.tables.format import escape, shorten
 from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.leaderboard.tables.sides import cache, work
 from slimbench.leaderboard.tables.sides.side import Side
@@ -131,7 +131,7 @@ def _terminal_side(side: Side, table: Table) -> list[RenderableType]:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A table without empty columns, that leaves out lesser ones on a narrow terminal."""
+    """A table that leaves out lesser ones on a narrow terminal."""
 
     table: Table
     numbers: dict[str, int]
@@ -140,7 +140,7 @@ class _Fitted:
         columns = comparable(self.table.rows)
         texts = {c.key: [c.header, *(c.plus_minus(row) for row in self.table.rows)] for c in columns}
         parts = {c.key: [word for text in texts[c.key] for word in (text.split(" ") if c.wraps else [text])] for c in columns}
-        widths = {key: 2 + max(map(len, parts[key])) for key, shown in texts.items() if set(shown[1:]) != {EMPTY}}
+        widths = {key: 2 + max(map(len, parts[key])) for key in texts}
         for key in LEAST_FIRST:
             if sum(widths.values()) + NAME_KERNEL_AND_NOTES > options.max_width:
                 widths.pop(key, None)

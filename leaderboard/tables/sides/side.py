@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.tables.columns import Column
+from slimbench.leaderboard.tables.columns import Column, filled
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,6 @@ class Side:
         return known if any(not row.is_reference for row in known) else []
 
     def cells(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-        """Heads and texts of the table of rows that are `shown`."""
-        heads = ["Pipeline", *(column.header for column in self.columns)]
-        return heads, [[row.label, *(column.plus_minus(row) for column in self.columns)] for row in rows]
+        """Heads and texts of the table of rows that are `shown`, without columns that none of them fills."""
+        columns = filled(self.columns, rows)
+        return ["Pipeline", *(column.header for column in columns)], [[row.label, *(c.plus_minus(row) for c in columns)] for row in rows]

@@ -368,6 +368,15 @@ def test_markdown_reads_back() -> None:
     assert all(row.reason in cell[-1] for row, cell in zip(made, cells, strict=True) if row.reason)
 
 
+def test_a_table_has_no_column_that_nobody_fills() -> None:
+    made = rows(board())
+    assert "kl_mean" in {column.key for column in comparable(made)}
+    made = [row.model_copy(update={"kl_mean": None}) for row in made]
+    assert {column.key for column in comparable(rows(board()))} - {column.key for column in comparable(made)} == {"kl_mean"}
+    one = [made[0].model_copy(update={"kl_mean": 0.1}), *made[1:]]
+    assert "kl_mean" in {column.key for column in comparable(one)}
+
+
 def test_absolute_quality_stands_in_a_table_only_where_nothing_is_paired() -> None:
     paired, alone = rows(board()), rows(records(Spec("gptq", "quantization", loss=1.3)))
     assert not {"perplexity", "accuracy"} & {column.key for column in comparable(paired)}

@@ -76,6 +76,14 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert verdict(_rows(DENSE, GPTQ)["gptq"].model_copy(update={"speedup": None}), None).startswith("+3")
 
 
+def test_caches_of_the_same_texts_are_compared() -> None:
+    found = {name: row.model_copy(update={"held_cache_bytes": 4_000_000}) for name, row in _rows(DENSE, GPTQ).items()}
+    smaller = found["gptq"].model_copy(update={"held_cache_bytes": 1_000_000})
+    assert "0.42 × the weights, 0.25 × the cache, +31.5 % perplexity" in verdict(smaller, found["dense"])
+    assert "cache" not in verdict(found["gptq"], found["dense"]), "as large as the reference's"
+    assert "cache" not in verdict(smaller, _rows(DENSE)["dense"]), "the reference's is not known"
+
+
 def _unsteady() -> SpeedPointResult:
     slower = [20.0 + step for step in range(12)]
     samples = Samples(prefill_ms=slower, decode_ms=slower), Samples(prefill_ms=slower, decode_ms=[2 * ms for ms in slower])

@@ -96,8 +96,8 @@ def with_caches() -> list[Record]:
     return made
 
 
-def streamed() -> list[Record]:
-    made = records(Spec()) + records(Spec("window", "compact", loss=2.0))
+def streamed(*others: Spec) -> list[Record]:
+    made = [record for spec in (Spec(), Spec("window", "compact", loss=2.0), *others) for record in records(spec)]
     for record in made:
         if record.quality:
             head = record.quality.perplexity[0]
@@ -140,6 +140,7 @@ def test_behind_prompts_a_row_has_the_bytes_that_are_held_while_it_is_scored() -
             record.quality.work.cache_bytes = 1_000_000
     found = [row for row in rows(made) if not row.is_reference]
     assert {row.held_cache_bytes for row in found} == {4_000_000}, "not those after the last pass"
+    assert {dict(details(row))["Cache of a text"] for row in found} == {"4.00 MB, mean over the tokens that were scored"}
     for record in made:
         if record.quality:
             record.quality.perplexity[0].held_bytes = []
@@ -369,6 +370,14 @@ def test_figures_of_policies_read_what_rows_say() -> None:
     assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_caches, "methods-cache").reading
     first = plot(streamed, "stream").reading
     assert first.startswith("dense is lowest in the last stretch") and "window is nearest to dense that is computed anew" in first
+
+
+def test_two_settings_of_a_method_are_told_apart_along_a_stream() -> None:
+    made = rows(streamed(Spec("window(budget=512)", "compact", loss=3.0)))
+    (drawn,) = figures([row.model_copy(update={"methods": ["Window"]}) for row in made], ["stream"])
+    assert isinstance(drawn, Plot)
+    marks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn.make().axes[0].lines[:3]]
+    assert len({mark for _, mark, _ in marks}) == len({dashes for *_, dashes in marks[1:]}) + 1 == 3 and marks[1][0] == marks[2][0]
 
 
 def test_a_stream_is_drawn_beside_dense_that_is_computed_anew_and_with_its_cache() -> None:
