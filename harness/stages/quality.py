@@ -162,6 +162,7 @@ def _count_work(
             found = kept.once(
                 texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, sheet.report.progress).model_dump()
             )
+        with sheet.part("token by token", "windows") as kept:
             gap = kept.once(["gap"], 1, lambda: _stepwise_gap(loaded, part, result.perplexity[0].window_nll))
         result.work = WorkResult(**found | {"stepwise_gap": gap})
         if ran:
