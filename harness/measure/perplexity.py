@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.config.schema import SuiteConfig
-from slimbench.harness.config.sections.suite import RECOMPUTED, Pass
+from slimbench.harness.config.sections.suite import BATCH_TOKENS, RECOMPUTED, STRETCH, Pass
 from slimbench.harness.measure import protocols
 from slimbench.harness.measure.loaded import Generates, Scores, label_logprobs
 from slimbench.harness.schema.quality import PerplexityResult
@@ -36,10 +36,6 @@ from slimbench.util import checksums, files
 from slimbench.util.files import cache_dir
 from slimbench.util.hashing import digest, hash_file
 
-BATCH_TOKENS = 1024
-"""Tokens of the windows that are scored at once."""
-STRETCH = 1024
-"""Labels of each window of a stream."""
 _STEPPED = 16
 """Times as many windows are scored at once where each pass has one token of each."""
 _TOKENS = "tokens.npy"
@@ -112,7 +108,7 @@ class Windows:
 
     def __init__(self, tokenizer: Any, wanted: Pass, suite: SuiteConfig) -> None:
         tokens, self.text_hash = token_stream(wanted.corpus, tokenizer)
-        stream = wanted.protocol in ("stream", RECOMPUTED)
+        stream = wanted.is_stream
         windows = tokens[: wanted.seqlen + 1].reshape(1, -1) if stream else cut(tokens, wanted.seqlen, wanted.limit)
         if len(tokens) < wanted.seqlen + stream:
             raise DataError(f"corpus {wanted.corpus} has {len(tokens)} tokens, fewer than one window of {wanted.seqlen}")

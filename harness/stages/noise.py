@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
+from slimbench.harness.config.sections.suite import BATCH_TOKENS
 from slimbench.harness.measure.loaded import Scores
-from slimbench.harness.measure.perplexity import BATCH_TOKENS, OnProgress, Windows
+from slimbench.harness.measure.perplexity import OnProgress, Windows
 from slimbench.harness.schema.quality import NoiseResult
 from slimbench.harness.store.partial import Part
 

@@ -26,7 +26,16 @@ class Pass:
     seqlen: int
     limit: int | None
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is of one text alone, told in stretches of `STRETCH` tokens."""
+        return self.protocol in ("stream", RECOMPUTED)
 
+
+BATCH_TOKENS = 1024
+"""Tokens of the windows that are scored at once."""
+STRETCH = 1024
+"""Labels of each window of a stream."""
 PROTOCOLS = ("window", "incremental", "llamacpp", "suffix", "stream", "recomputed", "document")
 RECOMPUTED = "recomputed"
 
@@ -129,7 +138,7 @@ class SuiteConfig(Strict):
                 raise ValueError(f"'{text}' is no valid choice{nearest(name, PROTOCOLS)}")
             if at and (not length.isdigit() or int(length) < 8 or name == "document"):
                 raise ValueError(f"'{text}' is not of the form NAME@TOKENS with at least 8 tokens")
-            if at and name in ("stream", RECOMPUTED) and int(length) % 1024:
+            if at and name in ("stream", RECOMPUTED) and int(length) % STRETCH:
                 raise ValueError(f"'{text}' has not a multiple of 1,024 tokens")
         if not protocols or protocols[0] == "document":
             raise ValueError("the first protocol is the headline and must score windows")

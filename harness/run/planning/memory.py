@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slimbench.harness.config.schema import RunConfig, SpeedConfig, SuiteConfig
+from slimbench.harness.config.sections.suite import BATCH_TOKENS, STRETCH, Pass
 from slimbench.harness.measure.hardware import available_memory, hardware
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import models
@@ -22,13 +23,13 @@ MARGIN = 0.15
 _SHARE = 0.95  # of the memory of a machine: what a stage may take without a limit of its own
 _PROCESS = 510_000_000  # an interpreter with torch and transformers
 _COMPILER = 150_000_000  # torch.compile beside them, and the graphs that it keeps
-_SCORED_TOKENS = 1024  # of one batch of windows
 _CALIBRATED_TOKENS = 4096  # of one batch that goes through a block
 _COPY_BYTES, _COPY_CACHES = 128 << 20, 4  # a buffer of the bandwidth probe, at least so many bytes and last-level caches
 _UNKNOWN_CACHE = 32 << 20
 _INDEX_BYTES = 6  # of a distribution: a log-probability and its token
 _GROUP_BYTES = 4  # scale and offset of a group
 _REARRANGED = ("packed", "codebook")  # on a CPU kernels hold the weights in an order of their own, beside the mapped file
+_ACTING = "policy"  # how much of a text is kept is for what acts to say
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Estimate:
         weights: Of the model that is compressed or measured.
         certain: Those of them that are there whatever the library does.
         reference: Weights of the dense model beside it.
-        cache: Keys and values at the largest point of the grid.
+        cache: Keys and values at the largest point of the grid, or of the longest stream that keeps them all.
         work: What is computed meanwhile: logits, activations, hidden states of the calibration text, buffers of the probes.
         process: The process before it loads anything; on a card nothing.
         mapped: Pages of files, which count as long as memory is there and are given back where it is short.
@@ -215,7 +216,8 @@ def _measurement(config: RunConfig, methods: Sequence[Method], stage: Stage, mod
         reference = 0 if config.is_reference else model.bytes
         need = replace(need, reference=reference, cache=largest * model.token, work=_timing(config.speed, model, cache))
     else:
-        need = replace(need, work=_scoring(config.suite, model), mapped=0 if on_card else _distributions(config.suite))
+        cache = 0 if format_of(methods) == _ACTING else _streamed(config.suite) * model.token
+        need = replace(need, cache=cache, work=_scoring(config.suite, model), mapped=0 if on_card else _distributions(config.suite))
     if is_layered:
         host = need.weights + need.reference if on_card else 0
         need = replace(need, reference=0, host=host, trusted=need.trusted and left.format in DENSE)
@@ -238,17 +240,23 @@ def _compressed(methods: Sequence[Method], model: _Model) -> _Left:
 
 def _scoring(suite: SuiteConfig, model: _Model) -> int:
     """Logits that are scored at once, in the model's dtype and once in float32."""
-    lengths = [_scored_at_once(p.protocol, p.seqlen) for p in suite.passes() if p.protocol != "document"]
-    tokens = max([*lengths, suite.batch_tokens if suite.tasks else 0])
+    tokens = max([*map(_scored_at_once, suite.passes()), suite.batch_tokens if suite.tasks else 0])
     return tokens * model.shape.vocab_size * (model.width + 4) if model.shape else 0
 
 
-def _scored_at_once(protocol: str, seqlen: int) -> int:
-    """Tokens; `harness.measure.perplexity` says how protocols go through a text."""
-    if protocol in ("stream", "recomputed"):
-        return _SCORED_TOKENS
-    scored = seqlen // 2 if protocol == "suffix" else seqlen
-    return max(scored, _SCORED_TOKENS // seqlen * scored)
+def _scored_at_once(wanted: Pass) -> int:
+    """Tokens; `harness.measure.perplexity` goes through a text so."""
+    if wanted.protocol == "document":
+        return 0
+    if wanted.is_stream:
+        return STRETCH
+    scored = wanted.seqlen // 2 if wanted.protocol == "suffix" else wanted.seqlen
+    return max(scored, BATCH_TOKENS // wanted.seqlen * scored)
+
+
+def _streamed(suite: SuiteConfig) -> int:
+    """Tokens of the longest text that goes through one cache."""
+    return max((wanted.seqlen for wanted in suite.passes() if wanted.protocol == "stream"), default=0)
 
 
 def _distributions(suite: SuiteConfig) -> int:

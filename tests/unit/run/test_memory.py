@@ -102,6 +102,21 @@ def test_what_fits_beside_the_process_is_not_refused(overrides: list[str], monke
     assert "needs about 1.5 GB" in refusals(plan_of(overrides, *few), "dense")[Stage.SPEED]
 
 
+def test_a_stream_holds_the_cache_of_what_keeps_all_of_it(overrides: list[str]) -> None:
+    def needed(method: str, protocol: str) -> memory.Estimate:
+        asked = ("model=smollm2-135m", "device=cpu", f"suite.protocols=[{protocol}]", "suite.tasks=[]")
+        config = cell([*overrides, f"method={method}"], *asked).config
+        methods = [build_method(step) for step in config.pipeline]
+        found = memory.estimate(config, methods, Stage.QUALITY, SMOLLM2_135M)
+        assert found
+        return found
+
+    token = 2 * 30 * 3 * 64 * 4  # keys and values in float32
+    assert needed("dense", "stream@16384").cache == 16_384 * token == 16 * needed("dense", "stream@1024").cache
+    assert needed("streaming-llm", "stream@16384").cache == needed("dense", "window@2048").cache == 0
+    assert needed("dense", "stream@16384").work == needed("dense", "window@1024").work, "its stretches are scored one by one"
+
+
 def test_a_method_that_trains_is_refused_for_its_weights_alone(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("device=cpu", "model=smollm2-1.7b-hub", "method=qat-int4", "stages=[]")
     hold(monkeypatch, host_gb=3.7)
