@@ -29,18 +29,21 @@ class Touched:
         weights: Of the weights.
         cache: Of the keys and values.
         weight_bytes: What it reads of the weights, where the bytes of each call were counted; goes before `weights`.
+        cache_bytes: What it reads of the keys and values, where those that attentions were given were counted; goes before `cache`.
     """
 
     weights: float | None = 1.0
     cache: float | None = 1.0
     weight_bytes: int | None = None
+    cache_bytes: int | None = None
 
 
 ALL = Touched()
 
 
 def touched_by(work: WorkResult | None, cache_size: int) -> Touched:
-    """What counted calls read: weights once in each call, however many rows it has, and the cache once in each pass.
+    """What counted calls read: weights once in each call, however many rows it has, and of the cache what attentions were given; where
+    that was not seen, all of it once in each pass.
 
     The model and one that guesses for it have weights, passes and a cache each. A part that fits into the last-level cache may stay there
     from guess to guess: of it no more is taken for granted than one reading a pass.
@@ -56,25 +59,26 @@ def touched_by(work: WorkResult | None, cache_size: int) -> Touched:
         size if (whole := work.part_bytes.get(part, 0)) > cache_size else min(size, whole * passes)
         for part, size in work.read_bytes.items()
     ]
-    return Touched(sum(work.calls.values()) / work.tokens, cache, round(sum(read) / work.tokens) if read else None)
+    weights = round(sum(read) / work.tokens) if read else None
+    return Touched(sum(work.calls.values()) / work.tokens, cache, weights, work.cache_read_bytes)
 
 
-def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool, by_text: bool = False) -> None:
+def judge(result: SpeedResult, disturbances: Sequence[Sequence[str]], cache_size: int, is_reference: bool, counted: bool = False) -> None:
     """Complete a result whose points are measured: best bandwidths, rooflines, highest load, flags.
 
     Args:
         disturbances: For each point the flags of its `LoadWatch`.
         cache_size: Bytes of the last-level cache.
         is_reference: Candidate and reference are the same loaded model.
-        by_text: A policy decides from token to token how much runs.
+        counted: A policy decides how much a token runs or reads, so that only what was counted is known.
     """
     probes = [probe for point in result.points for probe in point.probes]
     result.copy_bandwidth_gbs = max(probe.copy_gbs for probe in probes)
     result.read_bandwidth_gbs = max((probe.read_gbs for probe in probes if probe.read_gbs), default=None)
     for number, (point, seen) in enumerate(zip(result.points, disturbances, strict=True)):
         if result.evidence:
-            counted = None if number else result.work  # on the texts of the first point
-            touched = touched_by(counted, cache_size) if by_text else ALL
+            work = None if number else result.work  # on the texts of the first point
+            touched = touched_by(work, cache_size) if counted else ALL
             point.roofline = roofline(point, result.evidence, result.copy_bandwidth_gbs, result.read_bandwidth_gbs, cache_size, touched)
         result.load = {name: max(value, result.load.get(name, 0.0)) for name, value in point.load.items()}
         result.flags += flags(point, seen, is_reference)
@@ -116,7 +120,7 @@ def roofline(
         return Roofline(weight_bytes=0, reason="what a policy reads from token to token was not counted")
     counted, held = touched.weight_bytes, point.kv_cache_bytes
     weights = round(touched.weights * weights_read(evidence)) if counted is None else counted
-    cache = None if held is None else round(touched.cache * held)
+    cache = touched.cache_bytes if touched.cache_bytes is not None else None if held is None else round(touched.cache * held)
     found = Roofline(weight_bytes=weights, cache_bytes=cache, bandwidth="read" if read_gbs else "copy")
     if any(_EXPERTS.search(layer.layer) for layer in evidence.layers):
         found.reason = "a mixture of experts reads only some of its weights in each step"

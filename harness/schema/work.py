@@ -62,6 +62,8 @@ class WorkResult(Schema):
         experts: Experts of a layer that ran.
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention was given.
+        cache_read_bytes: Of the keys and values that the attentions of a token were given, mean; None where attentions are not torch's own,
+            where keys are rounded, and of drafts.
         cache_bytes: Of the largest cache at the end of a text.
         draft_cache_bytes: Of these, what a draft model holds.
         repeated_4grams: Share of the runs of four tokens in what was written that stood in the same text before, its prompt apart.
@@ -94,6 +96,7 @@ class WorkResult(Schema):
     experts: Spread | None = None
     active_parameters: Spread | None = None
     cache_tokens: Spread | None = None
+    cache_read_bytes: int | None = None
     cache_bytes: int | None = None
     draft_cache_bytes: int | None = None
     repeated_4grams: float | None = None

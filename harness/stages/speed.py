@@ -26,6 +26,8 @@ from slimbench.methods.base import Unsupported
 
 _BY_TEXT = {"depth", "experts", "draft", "route"}
 """Slots of policies that do more or less from text to text."""
+_COUNTED = _BY_TEXT | {"attention"}
+"""Slots of policies under which a token runs or reads less than there is."""
 
 
 def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter, journal: Journal | None = None) -> SpeedResult:
@@ -97,15 +99,15 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         raise Again
     disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in shares]
     result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in shares]
-    by_text = bool(_BY_TEXT & set(model.slots))
-    if tokens is not None or by_text:
+    by_text, counted_alone = (bool(slots & set(model.slots)) for slots in (_BY_TEXT, _COUNTED))
+    if tokens is not None or counted_alone:
         timed = sorted(set(result.points[0].prompt_of_pairs))
         asked = texts.prompts(model, grid[0]) if tokens is None else _asked(config, tokens, grid[0], timed)
         counted = figure(["work", timed], 1, lambda: _work(model, key, asked, grid[0], report).model_dump())
         result.work = WorkResult(**counted)
         if result.work.tokens and claims.UNMEASURED in found.flags:
             found.flags.remove(claims.UNMEASURED)
-    soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, by_text)
+    soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, counted_alone)
     result.flags += texts.untimed(result.points)
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")

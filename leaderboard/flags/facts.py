@@ -10,6 +10,7 @@ from statistics import fmean
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import SpeedPointResult
+from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats.bootstrap import attempt, normal_quantile
 from slimbench.harness.stats.speedups import paired_speedup
@@ -41,8 +42,20 @@ def of_speed(record: Record, rival: Record | None) -> Iterator[str]:
             yield f"speed within ± {reached:.1%}, aimed at ± {target:.0%} {place}"
     if any(len(point.processes) < 2 <= len(point.candidate.decode_ms) for point in points) and record.imported is None:
         yield "speed of one process: its intervals do not hold what differs from process to process"
+    if work := record.speed.work if record.speed else None:
+        yield from _guessed(work)
     if points and rival and rival.speed and rival.speed.points:
         yield from _above_the_bytes(points[0], rival.speed.points[0])
+
+
+def _guessed(work: WorkResult) -> Iterator[str]:
+    """A draft that did nothing, or nothing that was of use, for the texts that were timed."""
+    if "draft" not in work.slots or not work.text_drafted:
+        return
+    if not sum(work.text_drafted):
+        yield f"policy never guessed: no token of {len(work.text_drafted)} texts"
+    elif not sum(work.text_accepted):
+        yield f"none of {sum(work.text_drafted):,} guesses was taken"
 
 
 def _above_the_bytes(ours: SpeedPointResult, theirs: SpeedPointResult) -> Iterator[str]:
@@ -86,6 +99,8 @@ def never_exercised(result: QualityResult, theirs: QualityResult | None, compres
     """
     if texts := [text.corpus for text in result.perplexity if text.exact_keys == 1]:
         yield f"policy never exercised by {', '.join(texts)}: the windows are no longer than what stays exact"
+    if (blocks := _all_blocks(result)) and result.perplexity:
+        yield f"policy never exercised by {result.perplexity[0].corpus}: each token ran all {blocks} blocks"
     if tasks := [task.task for task in result.zeroshot if task.exact_keys == 1]:
         if len(tasks) == len(result.zeroshot):
             yield "policy never exercised in any task: no prompt is longer than what stays exact"
@@ -101,6 +116,12 @@ def never_exercised(result: QualityResult, theirs: QualityResult | None, compres
     if answers and len(answers) == len(pairs) and all(ours and ours == reference for ours, reference in answers):
         count = sum(len(ours) for ours, _ in answers)
         yield f"policy never exercised in any task: all {count:,} items have the log-likelihoods of the reference, to the last digit"
+
+
+def _all_blocks(result: QualityResult) -> int | None:
+    """The blocks of a model whose policy could leave some out, where each token that was scored ran all of them; None elsewhere."""
+    scored, blocks = result.work.scored if result.work else None, result.evidence.blocks if result.evidence else None
+    return blocks if scored and blocks and "depth" in (result.work.slots if result.work else ()) and scored.blocks >= blocks else None
 
 
 def artefact(record: Record | None) -> str | None:

@@ -19,7 +19,7 @@ WRITERS = {
     "harness/store/partial.py": ("Journal.remarks",),
     "leaderboard/flags/collect.py": ("_cut_off", "_grid_of_the_source"),
     "leaderboard/flags/declared.py": ("declared", "_training"),
-    "leaderboard/flags/facts.py": ("of_speed", "_above_the_bytes", "of_quality", "never_exercised"),
+    "leaderboard/flags/facts.py": ("of_speed", "_guessed", "_above_the_bytes", "of_quality", "never_exercised"),
     "leaderboard/flags/joined.py": ("strangers", "_elsewhere", "_of_other_bytes", "other_code"),
     "leaderboard/rows/results/quality.py": ("losses",),
 }

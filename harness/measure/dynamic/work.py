@@ -87,6 +87,7 @@ def measure(
         blocks=spread([share.blocks for share in shares]),
         active_parameters=spread([share.products for share in shares]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
+        cache_read_bytes=_cache_read(model, steps),
         cache_bytes=max(stored),
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
     )
@@ -187,8 +188,20 @@ def shared(steps: Sequence[Count]) -> list[Share]:
 
 def token_bytes(module: Any) -> float:
     """Bytes of the keys and values of one token in all layers."""
-    widths = [part.k_proj.out_features + part.v_proj.out_features for part in module.modules() if hasattr(part, "k_proj")]
-    return float(sum(widths) * module.dtype.itemsize)
+    return float(sum(_widths(module)) * module.dtype.itemsize)
+
+
+def _widths(module: Any) -> list[int]:
+    """Numbers of the keys and values of one token, layer by layer."""
+    return [part.k_proj.out_features + part.v_proj.out_features for part in module.modules() if hasattr(part, "k_proj")]
+
+
+def _cache_read(model: Any, steps: Sequence[Count]) -> int | None:
+    """Mean bytes that the attentions of a token were given, where all layers keep as many numbers as they compute."""
+    widths, reads = _widths(model.module), sum(sum(count.reads) for count in steps)
+    if not reads or len(set(widths)) != 1 or "cache" in model.slots or hasattr(model.module, "drafter"):
+        return None
+    return round(reads * widths[0] * model.module.dtype.itemsize / len(steps))
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -14,6 +14,7 @@ from slimbench.harness.schema.work import ScoredWork, Spread, WorkResult
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.catalogue import Absent, figures
 from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.flags.kinds import Kind, kind
 from slimbench.leaderboard.rows.results.work import by_number, predicted_ms
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names
@@ -370,6 +371,29 @@ def test_figures_of_policies_read_what_rows_say() -> None:
     assert "calm" in plot(with_exits, "methods-active").reading and "calm" in plot(with_caches, "methods-cache").reading
     first = plot(streamed, "stream").reading
     assert first.startswith("dense is lowest in the last stretch") and "window is nearest to dense that is computed anew" in first
+
+
+def test_an_exit_that_no_token_took_and_a_draft_that_never_guessed_are_told() -> None:
+    made = with_exits()
+    assert not any("never" in flag for row in rows(made) for flag in row.flags)
+    for record in made:
+        if record.quality and record.quality.work and record.quality.work.scored and record.quality.evidence:
+            record.quality.evidence.blocks = 15
+    told = {row.pipeline: row.flags for row in rows(made) if not row.is_reference}
+    assert [any("each token ran all 15 blocks" in flag for flag in flags) for flags in told.values()] == [True, True]
+    assert kind("policy never exercised by wikipedia: each token ran all 30 blocks") is Kind.INVALID
+    drafts = with_drafts()
+    for guessed, taken, flag, severity in (
+        ([0, 0], [0, 0], "policy never guessed: no token of 2 texts", Kind.INVALID),
+        ([900, 600], [0, 0], "none of 1,500 guesses was taken", Kind.NOTE),
+        ([900, 600], [1, 0], None, None),
+    ):
+        for record in drafts:
+            if record.speed and record.speed.work and record.cell.pipeline == "lookup":
+                record.speed.work.text_drafted, record.speed.work.text_accepted = guessed, taken
+        (row,) = (row for row in rows(drafts) if row.pipeline == "lookup")
+        assert [text for text in row.flags if "guess" in text] == ([flag] if flag else [])
+        assert flag is None or kind(flag) is severity
 
 
 def test_two_settings_of_a_method_are_told_apart_along_a_stream() -> None:

@@ -131,7 +131,7 @@ def test_model_and_draft_are_read_each_by_its_own_calls() -> None:
     assert touched.weight_bytes == (4 * 200_000_000 + 12 * 60_000_000) // 10
     assert touched.cache == pytest.approx((4 * 0.6 + 12 * 0.4) / 10)
     result = SpeedResult(points=[point(60.0)], evidence=TIED, work=DRAFTED)
-    judge(result, [[]], CACHE, is_reference=False, by_text=True)
+    judge(result, [[]], CACHE, is_reference=False, counted=True)
     (measured,) = result.points
     assert measured.roofline and measured.roofline.weight_bytes == 152_000_000 and measured.roofline.cache_bytes == 6_480_000
     assert measured.roofline.bound_ms == pytest.approx(158_480_000 / 13.0 / 1e6)
@@ -139,6 +139,19 @@ def test_model_and_draft_are_read_each_by_its_own_calls() -> None:
 
 def test_a_draft_that_stays_in_the_last_level_cache_is_read_once_a_pass() -> None:
     assert touched_by(DRAFTED, 64_000_000).weight_bytes == (4 * 200_000_000 + 4 * 60_000_000) // 10
+
+
+def test_of_a_cache_that_is_read_in_part_the_bound_is_that_part() -> None:
+    pages = WorkResult(
+        slots=["attention"], tokens=10, prompts=1, passes=10, calls={"1": 10.0}, cache_bytes=9_000_000, cache_read_bytes=1_000_000
+    )
+    result = SpeedResult(points=[point(50.0), point(50.0)], evidence=TIED, work=pages)
+    judge(result, [[], []], CACHE, is_reference=False, counted=True)
+    first, second = (found.roofline for found in result.points)
+    assert first and (first.weight_bytes, first.cache_bytes) == (251_000_000, 1_000_000)
+    assert second and second.bound_ms is None and "was not counted" in (second.reason or ""), "at another prompt it reads otherwise"
+    linear = pages.model_copy(update={"cache_read_bytes": None})
+    assert touched_by(linear, CACHE).cache_bytes is None and touched_by(linear, CACHE).cache == 1.0, "a state is read whole"
 
 
 def test_where_bytes_were_not_counted_the_share_of_the_calls_tells_them() -> None:

@@ -88,6 +88,18 @@ def test_hooks_are_gone_after_it(base: Any) -> None:
     assert all(not module._forward_hooks for module in model.module.modules())
 
 
+def test_bytes_of_the_cache_that_are_read_are_those_that_attentions_were_given(base: Any) -> None:
+    token = 2 * 2 * WIDTH * 4
+    pages = measure(under(base, Pages(16, 2, 1)), text(100), None, lambda *_: None)
+    assert pages.cache_read_bytes and pages.cache_bytes and pages.cache_tokens
+    assert pages.cache_read_bytes < pages.cache_bytes / 2, "few pages of all"
+    assert pages.cache_read_bytes == pytest.approx(pages.cache_tokens.mean * BLOCKS * token, rel=1e-6)
+    leaving = measure(under(base, EarlyExit("maximum", 0.0, (1, 2))), text(), None, lambda *_: None)
+    assert leaving.blocks and leaving.blocks.mean < BLOCKS and leaving.cache_tokens and leaving.cache_read_bytes
+    assert leaving.cache_read_bytes < leaving.cache_tokens.mean * (leaving.blocks.mean + 0.01) * token, "none in blocks that do not run"
+    assert measure(under(base, Lookup(4, 2)), text(), None, lambda *_: None).cache_read_bytes is None
+
+
 def test_a_window_reads_and_holds_what_it_says(base: Any) -> None:
     found = measure(under(base, Window(2, 20)), text().repeat(2, 1), Work(cache_tokens=22), lambda *_: None)
     assert found.cache_tokens == Spread(mean=23, p5=23, p50=23, p95=23), "with the token itself"
