@@ -69,6 +69,11 @@ def follows(engine: EngineConfig, policy: Policy | None) -> bool:
     return FORMAT not in engine.loaders and policy is not None and policy.slot == "draft" and policy.kind in engine.drafts
 
 
+def runs(engine: EngineConfig, policy: Policy) -> bool:
+    """Whether an engine runs a policy, of an artefact that it loads or by itself."""
+    return (FORMAT in engine.loaders and policy.slot not in engine.without) or follows(engine, policy)
+
+
 def beyond(limits: dict[str, tuple[int, int | None]], policy: Policy) -> str | None:
     """The setting of a policy that an engine cannot follow, and the nearest that it can; None where it follows all of them.
 

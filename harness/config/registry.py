@@ -59,11 +59,11 @@ class Entry:
 
     @property
     def engines(self) -> list[str]:
-        """The engines that load what it writes."""
+        """The engines that load what it writes, and run what that asks for."""
         from slimbench.harness.config import engines
 
         policy = engines.policy_of(self.method)
-        return [e.name for e in engines.catalogue() if self.method.produces in e.loaders or engines.follows(e, policy)]
+        return [e.name for e in engines.catalogue() if (engines.runs(e, policy) if policy else self.method.produces in e.loaders)]
 
 
 def entry(name: str) -> Entry:

@@ -80,6 +80,7 @@ class EngineConfig(Strict):
         attentions: What of these it takes beside `default`.
         drafts: Kinds of drafts (`methods.formats.draft.policy`) that it runs by itself, on the formats that it loads, if it loads no
             policies; of each the least and the most of every setting, null without a limit.
+        without: Slots of policies (`methods.formats.policy`) that it does not run, of those that it loads.
         memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
         compiles: It makes code while it runs, by a compiler in its own process.
     """
@@ -95,6 +96,7 @@ class EngineConfig(Strict):
     attention: Attention = "default"
     attentions: list[Attention] = []
     drafts: dict[str, dict[str, tuple[int, int | None]]] = {}
+    without: list[str] = []
     memory: Literal["model", "layer"] | None = None
     compiles: bool = False
 

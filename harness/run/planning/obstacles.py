@@ -16,7 +16,7 @@ from slimbench.harness.run.planning import memory
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.stages import drafts, models
 from slimbench.methods.base import Unsupported, format_of
-from slimbench.methods.formats.policy import FORMAT, Acts
+from slimbench.methods.formats.policy import FORMAT, Acts, Policy
 from slimbench.tasks.calibration import SELF
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -119,8 +119,8 @@ def _no_compression(cell: Cell) -> str | None:
 
 def _no_engine(cell: Cell) -> str | None:
     engine, device, format_ = cell.config.engine, cell.config.device.name, format_of(cell.methods)
-    if format_ == FORMAT and format_ not in engine.loaders:
-        if refusal := _no_policy(cell):
+    if format_ == FORMAT:
+        if refusal := _left_out(cell) if format_ in engine.loaders else _no_policy(cell):
             return refusal
     elif format_ not in engine.loaders:
         return f"engine {engine.name} does not load format {format_}; it loads {', '.join(engine.loaders)}"
@@ -138,13 +138,26 @@ def _no_engine(cell: Cell) -> str | None:
     return None
 
 
+def _left_out(cell: Cell) -> str | None:
+    """Why an engine that loads policies does not run one of a pipeline; None where it runs all."""
+    for step, method in zip(cell.config.pipeline, cell.methods, strict=True):
+        if (policy := engines.policy_of(method)) and not engines.runs(cell.config.engine, policy):
+            return f"engine {cell.config.engine.name} does not run {step.name}; {_able(policy)} would"
+    return None
+
+
+def _able(policy: Policy | None) -> str:
+    """The engines that run a policy; of one that is not known, those that load policies."""
+    able = [e.name for e in engines.catalogue() if (FORMAT in e.loaders if policy is None else engines.runs(e, policy))]
+    return ", ".join(able)
+
+
 def _no_policy(cell: Cell) -> str | None:
     """Why an engine that loads no policies does not run that of a pipeline by itself; None where it does."""
     engine, name, policy = cell.config.engine, cell.config.pipeline[-1].name, engines.policy_of(cell.methods[-1])
     if policy is None or not engines.follows(engine, policy):
         own = f" (of policies only drafts by {' and '.join(engine.drafts)})" if engine.drafts else ""
-        able = [e.name for e in engines.catalogue() if FORMAT in e.loaders or engines.follows(e, policy)]
-        return f"engine {engine.name} does not run {name}{own}; {', '.join(able)} would"
+        return f"engine {engine.name} does not run {name}{own}; {_able(policy)} would"
     if (base := format_of(cell.methods[:-1])) not in engine.loaders:
         return f"engine {engine.name} does not load format {base}, which {name} follows; it loads {', '.join(engine.loaders)}"
     misfit = engines.beyond(engine.drafts[policy.kind], policy)
