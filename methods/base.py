@@ -258,6 +258,7 @@ class Work:
         experts: Experts of a layer that run.
         active_parameters: Parameters that take part.
         cache_tokens: Tokens whose keys and values are kept at most.
+        score_bytes: That are kept beside the keys and values of each of these.
     """
 
     blocks: float | None = None
@@ -265,6 +266,7 @@ class Work:
     experts: float | None = None
     active_parameters: float | None = None
     cache_tokens: int | None = None
+    score_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class _Scored(_Bounded):
 
     def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
         scores = SCORE_BYTES * dense.shape.num_kv_heads * dense.shape.num_layers
-        return super().claims(policy, dense) | {"details": {"score_bytes_per_token": scores}}
+        return {"work": Work(cache_tokens=self.budget, score_bytes=scores)}
 
 
 @dataclass(frozen=True)

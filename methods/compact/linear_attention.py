@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _OPEN = 0.1
 """σ(g) at first."""
+_LONGEST_CLAIMED = 256
+"""Tokens of a window that is full where claims of a further token are held against what that takes (`harness.measure.claims`)."""
 
 
 @dataclass(frozen=True)
@@ -131,5 +133,5 @@ class LearnedLinear(AttentionTransfer):
                 made[f"{module.layer_idx}.gate"] = torch.full((heads,), _OPEN, device=model.device).logit()
         return {}, made
 
-    def cache_numbers(self, model: Any) -> int:
-        return 0
+    def cache_numbers(self, model: Any) -> int | None:
+        return 0 if self.window <= _LONGEST_CLAIMED else None

@@ -231,6 +231,6 @@ def differences(found: WorkResult, claim: Work | None, token: float) -> list[str
         return flags
     if found.cache_tokens and found.cache_tokens.p95 > _SLACK * (claim.cache_tokens + 1):
         flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, read {found.cache_tokens.p95:,.0f}")
-    if found.cache_bytes and found.cache_bytes > _SLACK * claim.cache_tokens * token:
+    if found.cache_bytes and found.cache_bytes > _SLACK * claim.cache_tokens * (token + (claim.score_bytes or 0)):
         flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, holds the bytes of {found.cache_bytes / token:,.0f}")
     return flags

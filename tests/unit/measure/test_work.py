@@ -157,6 +157,13 @@ def test_slack_and_silence_are_no_lies(claim: Work | None) -> None:
     assert differences(found, claim, 10.0) == []
 
 
+def test_scores_beside_narrow_keys_are_no_lie() -> None:
+    found = WorkResult(tokens=1, prompts=1, cache_tokens=spread([100.0]), cache_bytes=1100)
+    assert differences(found, Work(cache_tokens=100, score_bytes=1), 10.0) == []
+    assert differences(found, Work(cache_tokens=100), 10.0) == ["claims 100 tokens in the cache, holds the bytes of 110"]
+    assert differences(found, Work(cache_tokens=98, score_bytes=1), 10.0) != []
+
+
 def test_spreads_are_quantiles() -> None:
     assert spread([float(x) for x in range(101)]) == Spread(mean=50, p5=5, p50=50, p95=95)
 

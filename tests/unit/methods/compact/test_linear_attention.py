@@ -96,6 +96,11 @@ def test_attentions_learn_from_texts_of_useful_length_and_short_runs_are_known(k
     assert kind().length == 512 and kind.least_steps == 1000
 
 
+def test_a_window_that_still_fills_where_claims_are_held_to_it_claims_no_bytes() -> None:
+    assert LearnedLinear(window=256).cache_numbers(None) == 0
+    assert LearnedLinear(window=257).cache_numbers(None) is None
+
+
 def test_a_window_over_whole_texts_of_training_is_refused() -> None:
     with pytest.raises(ValueError, match="window must be below the length of 64 tokens"):
         LearnedLinear(length=64, window=64)

@@ -179,7 +179,7 @@ def test_scores_beside_keys_and_values_are_claimed(method: Any, tmp_path: Path) 
     model = TransformersModel(policies.load(tmp_path / "out"), "cpu")
     held = model.cache_bytes(model.prefill(tiny.tokens(samples=1, length=40).ids, 1).state)
     keys_and_values = 8 * 2 * dense.shape.num_kv_heads * dense.shape.head_dim * dense.shape.num_layers * 4
-    assert held == keys_and_values + 8 * claim.details.get("score_bytes_per_token", 0)
+    assert held == keys_and_values + 8 * (claim.work.score_bytes or 0 if claim.work else 0)
 
 
 def test_the_first_layers_of_knorm_keep_everything() -> None:
