@@ -1,0 +1,50 @@
+"""What the committed records of policies show, held against what docs say of it."""
+
+from __future__ import annotations
+
+from slimbench.harness.schema.quality import PerplexityResult
+from slimbench.harness.schema.record import Record
+from tests.support.paths import ROOT
+
+TEXT = (ROOT / "docs" / "policies.md").read_text()
+WINDOW = 512
+TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
+"""Keys and values of a token of smollm2-135m, in bfloat16."""
+
+
+def texts(committed: list[Record], pipeline: str, protocol: str) -> PerplexityResult:
+    """What a protocol gave along the stream of smollm2-135m."""
+    (quality,) = (r.quality for r in committed if r.quality and (r.cell.suite, r.cell.pipeline) == ("stream", pipeline))
+    (found,) = (text for text in quality.perplexity if text.protocol.startswith(protocol))
+    return found
+
+
+def test_a_window_with_first_tokens_stays_flat_along_a_stream(committed: list[Record]) -> None:
+    ours, anew = texts(committed, "streaming-llm", "stream"), texts(committed, "dense", "recomputed")
+    assert len(ours.window_nll) == len(anew.window_nll) == 16
+    apart = [abs(a - b) for a, b in zip(ours.window_nll, anew.window_nll, strict=True)]
+    assert max(apart) <= 0.15 and f"{max(apart):.2f} nats" in TEXT
+    assert set(ours.held_bytes[1:]) == {WINDOW * TOKEN_BYTES} and f"{WINDOW * TOKEN_BYTES:,} bytes" in TEXT
+    plain = texts(committed, "window-512", "stream")
+    lost = [a - b for a, b in zip(plain.window_nll, anew.window_nll, strict=True)]
+    assert min(lost) > 3 * max(apart) and plain.held_bytes[1:] == ours.held_bytes[1:], "without first tokens it is worse in each stretch"
+
+
+def test_whole_passes_are_those_of_tokens_one_by_one(committed: list[Record]) -> None:
+    gaps = {
+        record.cell.pipeline: record.quality.work.stepwise_gap
+        for record in committed
+        if record.quality and record.quality.work and record.quality.work.stepwise_gap is not None
+    }
+    assert len(gaps) >= 12 and max(map(abs, gaps.values())) <= 0.01
+
+
+def test_each_layer_learns_its_linear_attention(committed: list[Record]) -> None:
+    learned = {
+        r.cell.pipeline: r.compress.claim.details for r in committed if r.compress and "converted_layers" in r.compress.claim.details
+    }
+    assert {"hedgehog", "t2r", "lolcats"} <= learned.keys()
+    for details in learned.values():
+        before, after = details["error_before"], details["error_after"]
+        assert details["converted_layers"] == len(before) == len(after) == 30
+        assert all(later < earlier for earlier, later in zip(before, after, strict=True))
