@@ -234,6 +234,17 @@ def test_a_draft_is_charged_its_own_calls_by_its_own_times() -> None:
     assert predicted() is None, "no time of the draft is known, and that of the model is of its rows"
 
 
+def test_a_draft_that_is_always_wrong_is_predicted_to_be_slower() -> None:
+    made = with_drafts()
+    for record in made:
+        if record.speed and record.speed.work and record.cell.pipeline == "lookup":
+            record.speed.work = drafted({"1": 100})
+            assert record.speed.points[0].reference
+            record.speed.points[0].reference.decode_ms = [ROWS_MS["1"]] * len(record.speed.points[0].reference.decode_ms)
+    (row,) = (row for row in rows(made) if row.pipeline == "lookup")
+    assert row.predicted_speedup == pytest.approx(ROWS_MS["1"] / ROWS_MS["4"]) and row.predicted_speedup < 1
+
+
 def test_work_of_the_timed_texts_goes_before_that_of_quality() -> None:
     made = with_drafts()
     for record in made:
