@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure import perplexity
+from slimbench.harness.measure import latency, perplexity
+from slimbench.harness.measure.dynamic import work
 from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import common, compress, models, quality, speed
@@ -390,6 +393,75 @@ def test_without_texts_the_work_is_that_of_the_random_prompt(overrides: list[str
     same = resolve([*overrides, *step_overrides([window]), TEXTS[0], "speed.processes=1", "speed.max_repeats=4"])
     compress.run(same, "window-alone", Silent())
     assert speed.run(same, "window-alone", None, Silent()).work is None, "of what does the same on any text nothing is counted without one"
+
+
+def hooks(module: Any) -> list[dict[int, Any]]:
+    """What is called beside the parts of a model, and beside any module."""
+    each, every = [(part._forward_hooks, part._forward_pre_hooks) for part in module.modules()], nn.modules.module
+    return [dict(held) for pair in [*each, (every._global_forward_hooks, every._global_forward_pre_hooks)] for held in pair]
+
+
+def modes() -> int:
+    """How many of torch's modes see each of its functions or operators."""
+    return torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+
+
+EXITS = "slimbench.methods.dynamic.early_exit.EarlyExits(steps=0,threshold=0.5)"
+
+
+@pytest.mark.parametrize("step", [f"{STREAMING}(budget=12,sinks=2)", LOOKUP, EXITS], ids=["window", "guesses", "exits"])
+def test_nothing_watches_a_timed_run(step: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is counted in the same stage, by hooks and modes that are there for no product of a pass that is timed."""
+    more = [TEXTS[0], "speed.processes=1", "speed.max_repeats=4", "speed.budget_s=60"]
+    dense, config = (resolve([*overrides, *step_overrides([each]), *more]) for each in ("slimbench.methods.dense.Dense", step))
+    at_load, timed, seen, counts = dict[Any, Any](), list[Any](), Counter[tuple[Any, ...]](), list[int]()
+    load, run_once, forward, counted = speed.load, latency.run_once, nn.Linear.forward, work.counted
+
+    def loading(*given: Any) -> Any:
+        model, seconds = load(*given)
+        at_load[model.module] = hooks(model.module)
+        return model, seconds
+
+    def timing(model: Any, *given: Any) -> Any:
+        timed[:] = [model.module, "outside"]
+        try:
+            return run_once(model, *given)
+        finally:
+            timed.clear()
+
+    def entering(name: str) -> Any:
+        method = getattr(TransformersModel, name)
+
+        def entered(self: TransformersModel, *given: Any, **named: Any) -> Any:
+            if timed:
+                timed[1] = name
+            return method(self, *given, **named)
+
+        return entered
+
+    def multiplying(self: nn.Linear, given: torch.Tensor) -> torch.Tensor:
+        if timed:
+            module, phase = timed
+            seen["candidate" if module is next(iter(at_load)) else "reference", phase, hooks(module) == at_load[module], modes()] += 1
+        return forward(self, given)
+
+    def counting(*given: Any) -> Any:
+        counts.append(len(timed))
+        return counted(*given)
+
+    compress.run(dense, "unwatched-dense", Silent())
+    compress.run(config, "unwatched", Silent())
+    monkeypatch.setattr(speed, "load", loading)
+    monkeypatch.setattr(latency, "run_once", timing)
+    monkeypatch.setattr(nn.Linear, "forward", multiplying)
+    monkeypatch.setattr(work, "counted", counting)
+    for name in ("prefill", "decode_step"):
+        monkeypatch.setattr(TransformersModel, name, entering(name))
+    measured = speed.run(config, "unwatched", "unwatched-dense", Silent())
+    assert set(seen) == {(who, phase, True, 0) for who in ("candidate", "reference") for phase in ("prefill", "decode_step")}
+    assert len(at_load) == 2 and min(seen.values()) >= 4 * 7 and len(measured.points[0].candidate.decode_ms) == 4
+    assert bool(counts) == bool(measured.work) == (step.partition("(")[0] != STREAMING) and not any(counts)
+    assert all(hooks(module) == held for module, held in at_load.items())
 
 
 @pytest.mark.parametrize(("where", "told"), [("calibration", "is the calibration text"), ("elsewhere", None)])
