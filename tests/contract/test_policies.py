@@ -59,10 +59,24 @@ SMALL: dict[str, dict[str, Any]] = {
     "kv-fp8": {},
 }
 """By a method's name: what makes it act within a text of `LENGTH` tokens."""
-LIBRARIES = {"kv-hqq", "kv-quanto"}
-"""The cache of transformers rounds the first tokens of a text whatever its settings, and groups over a batch: it has no neutral setting."""
-DRAFTS = {"prompt-lookup", "self-speculation", "draft-model", "draft-blocks"}
-"""They change no logits; `tests/unit/methods/formats/test_speculation.py` and `…/dynamic/test_draft_model.py` hold what they promise."""
+DRAFT = "it changes no logits; `tests/unit/methods/formats/test_speculation.py` and `…/dynamic/test_draft_model.py` hold what it promises"
+LIBRARY = "the cache of transformers rounds the first tokens of a text whatever its settings, and groups over a batch: none is neutral"
+SUMS = "sums of sines and cosines as weights come near zero, and what rounding does to them is no longer small"
+STEP = "a key that differs in its last bit may be rounded to another number of few bits"
+ALONE = "it runs one text at a time"
+LEFT_OUT: dict[str, dict[str, str]] = {
+    "everything": {
+        **dict.fromkeys(("kv-hqq", "kv-quanto"), LIBRARY),
+        **dict.fromkeys(("prompt-lookup", "self-speculation", "draft-model", "draft-blocks"), DRAFT),
+    },
+    "pieces": {"performer-fourier": SUMS, "kv-fp8": STEP, "kv-int": STEP},
+    "pieces in two bytes": {"performer-fourier": SUMS},
+    "taken back": {"performer-fourier": SUMS},
+    "batches": dict.fromkeys(("early-exit", "skip-layer"), ALONE),
+    "steps": {"kivi": "a prompt goes through it at once where text is written, and in chunks where it is scored"},
+    "claims": {"snapkv": "what is written behind a prompt is all kept", "quest": "all is kept, and a part of it read"},
+}
+"""By what is checked, and the name of a method or of what `policies` makes of it: why it is not tried there."""
 
 
 def tensors(*size: int, names: tuple[str, ...], scale: float = 1.0) -> dict[str, Tensor]:
@@ -101,8 +115,12 @@ def policies() -> dict[str, Policy]:
     return found
 
 
-NAMES = sorted(set(policies()) - {"performer-fourier"})
-"""Of sines and cosines the sums of weights come near zero, and rounding is no longer small."""
+NAMES = sorted(policies())
+
+
+def names(check: str) -> list[str]:
+    """Of those that are tried there."""
+    return [name for name in NAMES if name not in LEFT_OUT[check]]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +147,13 @@ def logits(model: TransformersModel, ids: Tensor) -> Tensor:
 
 def test_every_policy_that_is_shipped_is_tried() -> None:
     shipped = {entry.method.name for entry in entries() if isinstance(entry.method, PolicyMethod)}
-    assert shipped == set(SMALL) | DRAFTS | LIBRARIES
+    assert shipped == set(SMALL) | set(LEFT_OUT["everything"]) and not set(SMALL) & set(LEFT_OUT["everything"])
+
+
+def test_what_is_left_out_somewhere_is_there() -> None:
+    assert {name for check, left in LEFT_OUT.items() if check != "everything" for name in left} <= set(NAMES)
+    assert set(LEFT_OUT["batches"]) == {name for name in NAMES if policies()[name].max_batch == 1}
+    assert set(LEFT_OUT["claims"]) <= set(BOUNDED)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,7 +173,7 @@ def test_in_force_it_changes_what_comes_after(base: Any, name: str) -> None:
     assert far(logits(under(base, policies()[name]), ids), TransformersModel(base, "cpu").logits(ids)[:, PROMPT:]) > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "exact" and not name.startswith("kv-")])
+@pytest.mark.parametrize("name", [name for name in names("pieces") if policies()[name].scoring == "exact"])
 def test_a_whole_text_gives_what_its_tokens_give_one_by_one_and_in_pieces(base: Any, name: str) -> None:
     model, ids = under(base, policies()[name]), texts(policies()[name].max_batch or 2)
     whole = model.logits(ids)
@@ -161,7 +185,7 @@ def test_a_whole_text_gives_what_its_tokens_give_one_by_one_and_in_pieces(base: 
         assert far(torch.cat(parts, 1), whole) <= 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if policies()[name].scoring == "exact" and not name.startswith("kv-")])
+@pytest.mark.parametrize("name", [name for name in names("pieces in two bytes") if policies()[name].scoring == "exact"])
 def test_in_two_bytes_too_a_text_gives_about_the_same_in_pieces(base: Any, name: str) -> None:
     model, ids = under(copy.deepcopy(base).to(torch.bfloat16), policies()[name]), texts(policies()[name].max_batch or 2)
     whole, parts, state = model.logits(ids).float(), [], None
@@ -172,7 +196,7 @@ def test_in_two_bytes_too_a_text_gives_about_the_same_in_pieces(base: Any, name:
     assert float((torch.cat(parts, 1).float() - whole).abs().mean() / whole.abs().mean()) <= 0.1
 
 
-@pytest.mark.parametrize("name", sorted(policies()))
+@pytest.mark.parametrize("name", NAMES)
 def test_an_artefact_brings_back_the_policy_and_its_tensors(base: Any, name: str, tmp_path: Path) -> None:
     policy, ids = policies()[name], texts(policies()[name].max_batch or 2)
     (tmp_path / "out").mkdir()
@@ -198,11 +222,9 @@ def test_what_follows_a_prompt_gives_the_same_one_by_one(base: Any, name: str) -
     assert far(logits(model, ids), whole) <= 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("batches"))
 def test_a_text_of_a_batch_gives_what_it_gives_alone(base: Any, name: str) -> None:
     model, ids = under(base, policies()[name]), texts(3)
-    if policies()[name].max_batch == 1:
-        pytest.skip("it runs one text at a time")
     alone = torch.cat([logits(model, text) for text in ids.split(1)])
     assert far(logits(model, ids), alone) <= 1e-4
 
@@ -217,7 +239,7 @@ def test_no_token_knows_later_ones(base: Any, name: str) -> None:
     assert far(logits(model, ids)[:, at - PROMPT :], logits(model, other)[:, at - PROMPT :]) > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("k")])
+@pytest.mark.parametrize("name", names("steps"))
 def test_its_steps_of_decoding_are_those_of_scoring(base: Any, name: str) -> None:
     model, ids = under(base, policies()[name]), texts(policies()[name].max_batch or 2)
     step, state, chosen = model.prefill(ids[:, :PROMPT], 16), None, []
@@ -230,7 +252,7 @@ def test_its_steps_of_decoding_are_those_of_scoring(base: Any, name: str) -> Non
         found, state = model.extend(token, state)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(policies()[name], OperatorPolicy)])
+@pytest.mark.parametrize("name", [name for name in names("taken back") if isinstance(policies()[name], OperatorPolicy)])
 def test_tokens_that_are_taken_back_leave_nothing_behind(base: Any, name: str) -> None:
     model, policy, ids = under(base, policies()[name]), policies()[name], texts(policies()[name].max_batch or 2)
     _, state = model.extend(ids[:, :PROMPT])
@@ -271,7 +293,7 @@ def test_without_the_queries_of_other_tokens_the_same_is_kept_and_seen_unless_it
 BOUNDED = {name: method for name, method in classes().items() if isinstance(method, PolicyMethod) and "budget" in SMALL.get(name, {})}
 
 
-@pytest.mark.parametrize("name", sorted(set(BOUNDED) - {"snapkv", "quest"}))
+@pytest.mark.parametrize("name", sorted(set(BOUNDED) - set(LEFT_OUT["claims"])))
 def test_what_a_bounded_cache_claims_is_what_it_reads_and_holds(base: Any, dense: DenseModel, name: str) -> None:
     method: Any = replace(BOUNDED[name], **SMALL[name])
     claim = method.claims(method.policy(), dense)["work"]

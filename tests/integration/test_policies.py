@@ -17,7 +17,7 @@ from slimbench.harness.measure import perplexity
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.policy import Policy
-from tests.contract.test_policies import DRAFTS, LIBRARIES
+from tests.contract.test_policies import LEFT_OUT
 from tests.support.policies import far, under, watched
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
@@ -31,7 +31,7 @@ def one_of_each() -> dict[str, Policy]:
     found: dict[str, Policy] = {"early-exit": EarlyExit("margin", 0.3, (10, 20))}
     for entry in entries():
         method: Any = entry.method
-        if not isinstance(method, PolicyMethod) or method.name in DRAFTS | LIBRARIES or entry.name == "random-features":
+        if not isinstance(method, PolicyMethod) or method.name in LEFT_OUT["everything"]:
             continue
         names = {field.name for field in fields(method)}
         small = {"budget": BUDGET, "residual_length": 32} | ({"shortest": 64, "block": 32, "samples": 32} if "shortest" in names else {})
