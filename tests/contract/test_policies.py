@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
@@ -19,20 +18,12 @@ from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import DenseModel
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats import policy as written
-from slimbench.methods.formats.attention.content import Routing
-from slimbench.methods.formats.attention.entmax import Entmax
-from slimbench.methods.formats.attention.latent import Latent
-from slimbench.methods.formats.attention.linear import Linear
 from slimbench.methods.formats.attention.policy import OperatorPolicy
-from slimbench.methods.formats.attention.pooled import Pooled
-from slimbench.methods.formats.attention.span import Span
-from slimbench.methods.formats.attention.vq import VQ
 from slimbench.methods.formats.depth.exit import EarlyExit
-from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.policy import Policy
 from tests.contract.shipped import classes
 from tests.support import tiny
-from tests.support.policies import far, sharp, under, watched
+from tests.support.policies import far, fitted, sharp, under, watched
 
 SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
@@ -79,27 +70,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 """By what is checked, and the name of a method or of what `policies` makes of it: why it is not tried there."""
 
 
-def tensors(*size: int, names: tuple[str, ...], scale: float = 1.0) -> dict[str, Tensor]:
-    """Normal numbers for each of three layers."""
-    draw = torch.Generator().manual_seed(0)
-    return {f"{layer}.{name}": torch.randn(size, generator=draw) * scale for layer in range(3) for name in names}
-
-
-SPANS = {f"{layer}.span": torch.tensor([0.0, 3.0, 7.25, 12.5]) for layer in range(3)}
-ALPHAS = {f"{layer}.alpha": torch.tensor([1.2, 1.5, 2.0, 1.8]) for layer in range(3)}
-MEANS = {name.partition(".")[0]: functional.normalize(means, dim=-1) for name, means in tensors(2, 6, 32, names=("means",)).items()}
-PAIRS = {f"{layer}.pairs": torch.tensor([[0, 3], [1, 7]]) for layer in range(3)}
-TRAINED: dict[str, Policy] = {
-    "early-exit": EarlyExit("margin", 0.2, (1, 2)),
-    "skip-layer": Router(0.5, tensors(128, names=("weight",)) | {f"{layer}.bias": torch.zeros(1) for layer in range(3)}),
-    "linear-learned": Linear("hedgehog", 8, maps=tensors(4, 32, 32, names=("query", "key"), scale=0.2)),
-    "linformer": Pooled("projection", 8, 2, tensors(2, 8, names=("keys", "values"), scale=0.5)),
-    "transformer-vq": VQ(8, tensors(2, 16, 32, names=("codes",))),
-    "routing-transformer": Routing(6, MEANS),
-    "adaptive-span": Span(4, SPANS),
-    "entmax": Entmax(ALPHAS),
-    "latent-attention": Latent(20, 2, PAIRS | tensors(20, 120, names=("down",), scale=0.1) | tensors(120, 20, names=("up",), scale=0.3)),
-}
+TRAINED: dict[str, Policy] = {"early-exit": EarlyExit("margin", 0.2, (1, 2))} | fitted(3, 128, 4, 2)
 """Of methods that train before they write a policy."""
 PROMPT, LENGTH = 80, 112
 

@@ -18,11 +18,13 @@ from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.policy import Policy
 from tests.contract.test_policies import LEFT_OUT
-from tests.support.policies import far, under, watched
+from tests.support.policies import far, fitted, under, watched
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
 
 TEXTS, LENGTH, BUDGET, BLOCKS = 4, 512, 96, 30
+SHORT = 256
+"""Tokens of the text on which policies with drawn tensors are tried."""
 FEWEST = 20
 
 
@@ -40,6 +42,7 @@ def one_of_each() -> dict[str, Policy]:
 
 
 POLICIES = one_of_each()
+FITTED = fitted(BLOCKS, 576, 9, 3)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,14 @@ def test_a_neutral_policy_is_the_model_at_all_positions_and_one_in_force_is_not(
     assert torch.equal(found.argmax(-1), plain.argmax(-1))
     acting = under(base, POLICIES[name])
     assert far(logits(acting, texts[:1]), plain[:1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(FITTED))
+def test_with_what_is_fitted_to_it_too_a_neutral_policy_is_the_model(name: str, base: Any, texts: Tensor, plain: Tensor) -> None:
+    model = under(base, FITTED[name].neutral())
+    calls = watched(model)
+    found, wanted = model.logits(texts[:1, :SHORT]), plain[:1, :SHORT]
+    assert len(calls) >= BLOCKS, "its own code ran in every block"
+    assert far(found, wanted) <= 1e-4
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    assert far(under(base, FITTED[name]).logits(texts[:1, :SHORT]), wanted) > 1e-3
