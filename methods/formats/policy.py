@@ -25,6 +25,7 @@ the order of the steps that fill them. Its other fields are the settings of the 
     depth      exit           tokens leave at the first exit that is sure of them
                router         a token runs the blocks whose router lets it in
                contrast       logits against those of an early block
+               reduction      tokens of a prompt that get little attention end in an early block
     draft      lookup, exit   the next tokens are guessed, from the text or by the first blocks (`methods.formats.draft.policy`)
                model          another model guesses them
 
@@ -82,6 +83,7 @@ _KINDS = {
     ("depth", "exit"): f"{_FORMATS}.depth.exit.EarlyExit",
     ("depth", "router"): f"{_FORMATS}.depth.router.Router",
     ("depth", "contrast"): f"{_FORMATS}.depth.contrast.Contrast",
+    ("depth", "reduction"): f"{_FORMATS}.depth.reduction.Reduction",
     ("draft", "lookup"): f"{_FORMATS}.draft.policy.Lookup",
     ("draft", "exit"): f"{_FORMATS}.draft.policy.Exit",
     ("draft", "model"): f"{_FORMATS}.draft.policy.Model",
@@ -115,11 +117,13 @@ class Policy(ABC):
         slot: The part of the run that it decides on.
         kind: Its name among those of the slot.
         attends: It computes attention in its own way, whatever the engine is told.
+        shortens: Later blocks hold fewer tokens of a prompt than came, decided when it goes through an empty cache at once.
     """
 
     slot: ClassVar[Slot]
     kind: ClassVar[str]
     attends: ClassVar[bool] = False
+    shortens: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -217,6 +221,10 @@ def conflict(first: Policy, second: Policy, names: tuple[str, str]) -> str | Non
     other = next((slot for slot in ("attention", "cache") if slot in held), None)
     if held.keys() == {"depth", "draft"} and held["draft"].kind == "exit":
         return "both decide which blocks run for a token"
+    if other and "depth" in held and held["depth"].shortens:
+        if held[other].attends:
+            return f"{name[other]} counts positions by the tokens that a block holds, and {name['depth']} leaves later blocks fewer"
+        return f"{name['depth']} asks for a whole prompt and an empty cache; {name[other]} takes a prompt in pieces, or is never empty"
     if other and "depth" in held and held["depth"].attends and held[other].reads_queries:
         lost = "attention weights" if other == "cache" else "queries"
         return f"blocks that {name['depth']} skips have no {lost}, which {name[other]} needs of every token"

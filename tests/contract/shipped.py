@@ -130,6 +130,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "ternary-qat": TRAINED,
     "tinybert": TRAINED,
     "torchao-qat": TRAINED,
+    "token-reduction": {"layer": 1},
     "transformer-vq": {"codes": 8, "exact": 8, "steps": 4},
     "tsld": TRAINED,
     "voita-heads": TRAINED,
@@ -156,6 +157,7 @@ ALIKE |= {"compresso", "mccarley"}
 ALIKE |= {"h2o", "tova", "knorm", "snapkv", "spatten", "random-eviction", "quest", "reformer", "sinkhorn", "hyper-attention", "combiner"}
 ALIKE |= {"sparse-transformer", "longformer", "bigbird", "blockbert", "bp-transformer", "linear-attention", "prompt-lookup"}
 ALIKE |= {"adaptive-span", "entmax", "latent-attention", "linformer", "skip-layer", "layerskip", "draft-blocks"}
+ALIKE |= {"token-reduction"}
 """They are trained and written by the code that trains and writes `kd`, `gkd`, `minilm` and `tinybert`, or `instruct` and `reflection`, or
 `cofi` and `voita-heads`, or `linear-learned` and `early-exit`, or `layerdrop`, or `draft-model`, or they are policies that are written as
 `streaming-llm` is, and kept to their promises in test_policies.py; what is their own is tried in their own tests."""

@@ -45,6 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sinkhorn": {"block": 8, "blocks": 2},
     "hyper-attention": {"block": 8, "samples": 8, "projections": 3, "shortest": 16},
     "bp-transformer": {"spans": 2},
+    "token-reduction": {"layer": 1},
     "kivi": {"residual_length": 32},
     "kv-int": {},
     "kv-fp8": {},

@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "quest": {"budget": 12, "page": 4, "dense_layers": 1},
     "linear-elu": {},
     "kv-int8": {"bits": 2},
+    "token-reduction": {"layer": 1},
     "prompt-lookup": {"tokens": 5},
     "self-speculation": {"tokens": 3, "blocks": 2},
 }
@@ -83,6 +84,7 @@ DRAFTED = [
     ("prefix-tuning", "self-speculation"),
     ("calm", "prompt-lookup"),
     ("dola", "prompt-lookup"),
+    ("token-reduction", "prompt-lookup"),
 ]
 """Of any other slot, and draft."""
 

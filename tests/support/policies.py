@@ -78,12 +78,13 @@ def under(base: Any, policy: Policy) -> TransformersModel:
 
 
 def watched(model: TransformersModel) -> list[str]:
-    """Grows with each call of the policy's own code: of an operator, of the cache that it made, or of its exits."""
+    """Grows with each call of the policy's own code: of an operator, of the cache that it made, or of its base."""
     calls: list[str] = []
     for module in model.module.modules():
         if hasattr(module, "operator"):
             module.operator.register_forward_hook(lambda *_: calls.append("operator"))
-    if isinstance(partial := getattr(model.module.base_model, "exits", getattr(model.module.base_model, "routed", None)), Partial):
+    partial = next((part for part in model.module.base_model.children() if isinstance(part, Partial)), None)
+    if partial is not None:
         inner = partial.through
 
         def through(*given: Any) -> Any:

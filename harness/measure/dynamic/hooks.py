@@ -58,13 +58,14 @@ class Count:
     """What ran in one decode step, or in whatever else was watched.
 
     Attributes:
-        passes: Rows of each pass: of each call of the projection to keys of the last block, which no token leaves out.
+        passes: Rows of each pass: of each call of the projection to keys of the last block, which none behind a prompt leaves out.
         products: Parameters of matrices times rows that went through them.
         blocks: Rows that went through the feed-forward part of a block, over all blocks, those of a draft model among them.
         reads: Of each call of the attention, the keys that it was given: a mask hides some from a query and frees none.
         calls: By part, parameters of the matrices that took part in calls of so many rows, each as often as it did.
         read: By part, bytes of the matrices that took part, each as often as it was called.
         drafts: Rows of each pass of a draft model.
+        tokens: That the embedding was asked for.
     """
 
     passes: list[int] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Count:
     calls: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     read: Counter[str] = field(default_factory=Counter)
     drafts: list[int] = field(default_factory=list)
+    tokens: int = 0
 
 
 class _Attentions(TorchFunctionMode):
@@ -125,6 +127,10 @@ def watched(module: Any, count: Count, known: Sequence[Matrix] | None = None) ->
     def block(rows: int) -> None:
         count.blocks += rows
 
+    def embedded(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        count.tokens += output.numel() // output.shape[-1]
+
+    handles.append(module.get_input_embeddings().register_forward_hook(embedded))
     for owner, passes in ((module, count.passes), (getattr(module, "draft", None), count.drafts)):
         if owner is None:
             continue

@@ -64,7 +64,7 @@ class CountingPart(Part):
             with watched(self._module, found, self._matrices):
                 result = work()
             told = self._told() - before
-            ran = Ran(sum(found.passes), found.blocks, found.products, {str(blocks): tokens for blocks, tokens in sorted(told.items())})
+            ran = Ran(found.tokens, found.blocks, found.products, {str(blocks): tokens for blocks, tokens in sorted(told.items())})
             return result | {_RAN: asdict(ran)}
 
         kept = self._part.once(input_, count, counting, lambda earlier: _RAN in earlier and accept(earlier))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from slimbench.methods.formats.architecture.modules import NoAttention, Nothing
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.kv.cache import full_attention_layers
 
+Hear = Callable[[Tensor, Tensor, float], None]
+
 
 class Partial(nn.Module):
     """The base of a model whose tokens do not all run all blocks, in the place of its forward.
@@ -23,9 +26,14 @@ class Partial(nn.Module):
     Args:
         model: A causal language model of transformers.
 
+    Class attributes:
+        batched: Several texts go through at once.
+
     Raises:
         Unsupported: Its blocks are not built like those of Llama.
     """
+
+    batched: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -39,20 +47,20 @@ class Partial(nn.Module):
 
     @abstractmethod
     def through(self, hidden: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
-        """States [1, T, d] as the last norm reads them, of tokens whose states are those of the embedding; arguments as of `run_block`."""
+        """States [B, T, d] as the last norm reads them, of tokens whose states are those of the embedding; arguments as of `run_block`."""
 
     def run(self, input_ids: Tensor | None = None, past_key_values: Any = None, use_cache: bool | None = None, **given: Any) -> Any:
         """What the forward of the base gives.
 
         Raises:
-            Unsupported: There are several texts, and a cache.
+            Unsupported: There are several texts, and a cache, and they do not go through at once.
         """
         from transformers.cache_utils import DynamicCache
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         base: Any = self._base[0]
         hidden: Tensor = base.embed_tokens(input_ids) if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if len(hidden) > 1:
+        if len(hidden) > 1 and not self.batched:
             if past_key_values is not None or use_cache:
                 raise Unsupported(f"this policy runs one text at a time where there is a cache, not {len(hidden)}")
             found: Any = torch.cat([self.run(**given | {"inputs_embeds": text}).last_hidden_state for text in hidden.split(1)])
@@ -96,14 +104,18 @@ def linear(model: Any, weight: Tensor, bias: Tensor) -> nn.Linear:
     return made
 
 
-def run_block(block: Any, hidden: Tensor, active: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
+def run_block(
+    block: Any, hidden: Tensor, active: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int, hear: Hear | None = None
+) -> Tensor:
     """One block for some tokens; all of them give keys and values. Where a policy has put an operator into the attention, that attends.
 
     Args:
-        hidden: [1, T, d].
+        hidden: [B, T, d].
         active: Those that run, int64 [n], ascending.
-        rotations: Cosines and sines [1, T, D] of the positions first, first + 1, ….
+        rotations: Cosines and sines [B or 1, T, D] of the tokens' positions.
         cache: With the keys and values of the tokens before; None where there are none and none follow.
+        first: How many tokens before them the block sees.
+        hear: Is told queries [B, H, n, D], all keys [B, G, K, D], both rotated, and the factor of their products.
     """
     layout = layout_of(block)
     attention = block.get_submodule(layout.attention)
@@ -124,6 +136,8 @@ def run_block(block: Any, hidden: Tensor, active: Tensor, rotations: tuple[Tenso
     else:
         query = states(attention, "q", normed[:, active])
         query = rotate(query, query, *(table[:, active] for table in rotations))[0]
+        if hear is not None:
+            hear(query, key, attention.scaling)
         out = attend(query, key, value, attention.scaling, active + first)
     return _fed(block, hidden, active, hidden[:, active] + attention.get_submodule(layout.out)(out.transpose(1, 2).flatten(2)))
 
@@ -141,7 +155,7 @@ def _operated(attention: Any, normed: Tensor, key: Tensor, value: Tensor, active
 
 
 def _fed(block: Any, hidden: Tensor, active: Tensor, running: Tensor) -> Tensor:
-    """States [1, T, d] after the feed-forward part, of which some tokens' are `running` [1, n, d] before it."""
+    """States [B, T, d] after the feed-forward part, of which some tokens' are `running` [B, n, d] before it."""
     layout = layout_of(block)
     made = block.get_submodule(layout.mlp[0])(block.get_submodule(layout.norms[1])(running))
     running = running + (made[0] if isinstance(made, tuple) else made)
@@ -149,7 +163,7 @@ def _fed(block: Any, hidden: Tensor, active: Tensor, running: Tensor) -> Tensor:
 
 
 def states(attention: Any, which: str, normed: Tensor) -> Tensor:
-    """Queries, keys or values [1, heads, n, D] of normed states [1, n, d], with the norm of the architecture where it has one."""
+    """Queries, keys or values [B, heads, n, D] of normed states [B, n, d], with the norm of the architecture where it has one."""
     made = getattr(attention, f"{which}_proj")(normed)
     norm = getattr(attention, f"{which}_norm", None)
     if norm is not None and norm.weight.shape[-1] != attention.head_dim:
@@ -159,7 +173,7 @@ def states(attention: Any, which: str, normed: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, places: Tensor) -> Tensor:
-    """Attention [1, H, n, D] of tokens at some places over all keys before them and their own."""
+    """Attention [B, H, n, D] of tokens at some places over all keys before them and their own."""
     count = key.shape[2]
     if query.shape[2] == 1 and int(places[-1]) == count - 1:
         return functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)

@@ -48,9 +48,20 @@ REFUSED = [
     ("calm", "self-speculation", "both decide which blocks run for a token"),
     ("skiplayer", "self-speculation", "both decide which blocks run for a token"),
     ("dola", "self-speculation", "both decide which blocks run for a token"),
+    ("token-reduction", "self-speculation", "both decide which blocks run for a token"),
     ("calm", "h2o", "blocks that 'calm' skips have no attention weights, which 'h2o' needs of every token"),
     ("skiplayer", "snapkv", "blocks that 'skiplayer' skips have no attention weights, which 'snapkv' needs of every token"),
     ("calm", "sinkhorn", "blocks that 'calm' skips have no queries, which 'sinkhorn' needs of every token"),
+    (
+        "longformer",
+        "token-reduction",
+        "'longformer' counts positions by the tokens that a block holds, and 'token-reduction' leaves later blocks fewer",
+    ),
+    (
+        "token-reduction",
+        "kv-int8",
+        "'token-reduction' asks for a whole prompt and an empty cache; 'kv-int8' takes a prompt in pieces, or is never empty",
+    ),
     ("performer", "kv-int8", "with 'performer' there is no KV cache left"),
     ("lolcats", "h2o", "with 'lolcats' there is no KV cache left"),
     ("longformer", "streaming-llm", "each brings an attention of its own, and a layer has one"),
@@ -98,6 +109,7 @@ def test_a_wrong_order_names_the_one_that_would_do(steps: tuple[str, ...], what:
         ("h2o", "dola"),
         ("skiplayer", "quest"),
         ("dola", "draft-model"),
+        ("gptq", "token-reduction", "prompt-lookup"),
         ("calm", "streaming-llm", "prompt-lookup"),
         ("layerskip", "streaming-llm", "self-speculation"),
     ],
@@ -117,6 +129,7 @@ def test_each_pair_of_shipped_methods_is_allowed_or_refused_as_the_table_says() 
             or bool(attention and cache)
             or bool(cache and draft and cache not in ROLLING)
             or bool(depth and draft == "self-speculation")
+            or bool(depth == "token-reduction" and (attention or cache))
             or bool(depth and depth != "dola" and (cache in BY_WEIGHTS or attention in BY_QUERIES))
         )
         reason = parse.conflict(ACTING[first].policy(), ACTING[second].policy(), (first, second))

@@ -53,6 +53,7 @@ from slimbench.methods.formats.attention.hyper import Hyper
 from slimbench.methods.formats.attention.patterns import BlockBert, Strided
 from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.depth.reduction import Reduction
 from slimbench.methods.formats.policy import Policy
 from tests.support import tiny
 from tests.support.paths import ROOT
@@ -103,6 +104,7 @@ HONEST = [
     Eviction("snapkv", 70),
     Hyper(16, 8, 4, 32),
     EarlyExit("maximum", 0.1, (1, 2)),
+    Reduction(1, 0.5),
 ]
 
 

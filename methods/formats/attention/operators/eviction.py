@@ -56,7 +56,7 @@ class EvictionOperator(Operator):
         """
         rule, budget, count = self.rule, self.budget, held["keys"].shape[2]
         if rule == "h2o":
-            held["scores"] = _sums(query, held["keys"], self.scaling, scores) if sums is None else sums
+            held["scores"] = received(query, held["keys"], self.scaling, scores) if sums is None else sums
         elif rule == "random":
             held["scores"] = self._drawn(held["keys"], scores, first)
         if count <= budget or (rule == "snapkv" and first):
@@ -73,7 +73,7 @@ class EvictionOperator(Operator):
         if self.rule == "knorm":
             return -keys.norm(dim=-1)
         if self.rule == "spatten":
-            return _sums(query, keys, self.scaling) if sums is None else sums
+            return received(query, keys, self.scaling) if sums is None else sums
         if self.rule == "tova":
             newest = _weights(query[:, :, -1:], keys, self.scaling)
             return newest.mean((1, 2))[:, None].expand(-1, keys.shape[1], -1)
@@ -96,15 +96,15 @@ class EvictionOperator(Operator):
 
 def reading(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> dict[str, Tensor]:
     """What operators decide by that see a prompt as a dense model does: `keys` and `values` of all its tokens, `observed`, its last
-    queries, and `sums`, as of `_sums`.
+    queries, and `sums`, as of `received`.
 
     Args:
         query: Rotated, as `keys`.
     """
-    return {"keys": keys, "values": values, "observed": query[:, :, -OBSERVED:].contiguous(), "sums": _sums(query, keys, scaling)}
+    return {"keys": keys, "values": values, "observed": query[:, :, -OBSERVED:].contiguous(), "sums": received(query, keys, scaling)}
 
 
-def _sums(query: Tensor, keys: Tensor, scaling: float, scores: Tensor | None = None) -> Tensor:
+def received(query: Tensor, keys: Tensor, scaling: float, scores: Tensor | None = None) -> Tensor:
     """Of each key the weights that it got, those of earlier passes included, float32 [B, G, K]."""
     total = query.new_zeros((*keys.shape[:3],), dtype=torch.float32)
     if scores is not None:
