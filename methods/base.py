@@ -12,6 +12,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -396,7 +397,4 @@ class Method(Settings, ABC):
 
 def format_of(pipeline: Iterable[Method | type[Method]]) -> str:
     """Format of the artefact that a pipeline writes."""
-    format_ = HUGGINGFACE
-    for method in pipeline:
-        format_ = method.produces_after(format_)
-    return format_
+    return reduce(lambda base, method: method.produces_after(base), pipeline, HUGGINGFACE)
