@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from slimbench.harness.engines.base import Engine
+from slimbench.harness.engines.drafts import DraftingEngine
 from slimbench.harness.engines.graph import Weight, evidence_of, read_config
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.loaded import CountsPasses, LoadedModel, Step
 from slimbench.harness.measure.zeros import zeros
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
+from slimbench.methods.formats.draft.policy import Lookup
+from slimbench.methods.formats.policy import Policy
 from slimbench.util import files
 
 _LONGEST = 32_768
@@ -85,6 +87,7 @@ class VllmModel(LoadedModel):
     Args:
         artefact: Gives the config.
         loader: Called with the artefact and a scratch folder; returns the folder that vLLM loads.
+        guesses: What vLLM is asked for as its `speculative_config`; None: no guesses.
 
     Raises:
         methods.base.Unsupported: The loader or vLLM refuses the artefact.
@@ -92,7 +95,9 @@ class VllmModel(LoadedModel):
 
     keeps_cache = True
 
-    def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, cards: int = 1) -> None:
+    def __init__(
+        self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, cards: int = 1, guesses: dict[str, Any] | None = None
+    ) -> None:
         config = read_config(artefact)
         self.vocab_size = config["vocab_size"]
         self.max_length = min(config.get("max_position_embeddings", 2048), _LONGEST)
@@ -100,7 +105,7 @@ class VllmModel(LoadedModel):
         self._checkpoint = loader(artefact, Path(self._scratch.name))
         self._device = torch.device(device)
         self._cards = cards
-        self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code, cards)
+        self._engine = _start(self._checkpoint, self._device, self.max_length, trust_remote_code, cards, guesses)
         self._kernels = self._engine.apply_model(_kernels)[0]
         self._module = self._engine.apply_model(_itself)[0] if cards == 1 else None
         self._running: Generation | None = None
@@ -160,16 +165,85 @@ class VllmModel(LoadedModel):
             self._running = None
 
 
-class VllmEngine(Engine):
-    """Loads dense sources, and packed ones as `compressed-tensors`."""
+class DraftingModel(VllmModel, CountsPasses):
+    """A model whose next tokens vLLM guesses by its own lookup, and checks in one pass. One text at a time.
+
+    Scores are those without guesses. How many tokens a pass has is what vLLM's scheduler gives out.
+
+    Args:
+        draft: Guesses that are asked for: what followed where the last tokens, as many as possible, stood for the first time before.
+    """
+
+    slots = ("draft",)
+    max_batch = 1
+
+    def __init__(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, draft: Lookup) -> None:
+        lengths = {"prompt_lookup_min": 1, "prompt_lookup_max": draft.ngram}
+        asked = {"method": "ngram", "num_speculative_tokens": draft.tokens, **lengths}
+        super().__init__(artefact, loader, device, trust_remote_code, guesses=asked)
+        core = self._engine.engine_core.engine_core
+        drafter = core.model_executor.driver_worker.worker.model_runner.drafter
+        self._schedule, self._propose = core.scheduler.schedule, drafter.propose
+        core.scheduler.schedule, drafter.propose = self._scheduled, self._proposed
+        self._rows: list[int] = []
+        self._is_silent = False
+
+    def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        if len(ids) != 1:
+            raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
+        step = super().prefill(ids, room)
+        self._rows.clear()
+        return step
+
+    def passes(self, state: Any) -> Sequence[int]:
+        return self._rows
+
+    def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        self._is_silent = True
+        try:
+            step = self.prefill(ids, count)
+            tokens = [step.token]
+            while len(tokens) < count:
+                step = self.decode_step(step)
+                tokens.append(step.token)
+        finally:
+            self._is_silent = False
+        return torch.cat(tokens, 1)
+
+    def _scheduled(self, *given: Any, **named: Any) -> Any:
+        found = self._schedule(*given, **named)
+        self._rows += [found.total_num_scheduled_tokens] * (found.total_num_scheduled_tokens > 0)
+        return found
+
+    def _proposed(self, most: int, sampled: list[list[int]], *given: Any, **named: Any) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in sampled] if self._is_silent else self._propose(most, sampled, *given, **named)
+        return found
+
+
+class VllmEngine(DraftingEngine):
+    """Loads dense sources, and packed ones as `compressed-tensors`; guesses by its own lookup where a policy asks for it."""
 
     version: ClassVar[int] = 1
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return VllmModel(artefact, loader, device, trust_remote_code, self.cards)
 
+    def open_drafting(self, artefact: Path, loader: Any, draft: Policy, device: str, trust_remote_code: bool) -> LoadedModel:
+        """As `open`, with guesses as a policy asks.
 
-def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_code: bool, cards: int = 1) -> Any:
+        Raises:
+            methods.base.Unsupported: vLLM does not guess so, or its passes are out of reach.
+        """
+        if not isinstance(draft, Lookup):
+            raise Unsupported(f"vLLM guesses by lookup here, not by {draft.kind}")
+        if self.cards > 1:
+            raise Unsupported(f"vLLM over {self.cards} cards runs in processes of its own, where no passes can be counted")
+        return DraftingModel(artefact, loader, device, trust_remote_code, draft)
+
+
+def _start(
+    checkpoint: Path, device: torch.device, longest: int, trust_remote_code: bool, cards: int = 1, guesses: dict[str, Any] | None = None
+) -> Any:
     threads = torch.get_num_threads()
     functions = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cards > 1 else {}  # sent to its processes: `apply_model` asks for kernels
     os.environ.update(_SETTINGS | functions, OMP_NUM_THREADS=str(threads))
@@ -188,6 +262,7 @@ def _start(checkpoint: Path, device: torch.device, longest: int, trust_remote_co
         async_scheduling=False,
         load_format="safetensors",
         tensor_parallel_size=cards,
+        speculative_config=guesses,
         **cache,
     )
     try:

@@ -16,8 +16,9 @@ from slimbench.harness.config import environments
 from slimbench.harness.engines.transformers import TransformersEngine
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Unsupported
+from slimbench.methods.base import Calibration, Unsupported
 from slimbench.methods.dense import Dense
+from slimbench.methods.dynamic.prompt_lookup import PromptLookup
 from slimbench.methods.quantization.activation.int8_dynamic import Int8Dynamic
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import tiny
@@ -65,6 +66,43 @@ def answer() -> None:
     print(json.dumps(found))
 
 
+def guess() -> None:
+    """Runs in the environment: what ran behind texts under the draft of an artefact; JSON to stdout."""
+    from slimbench.harness.config.engines import get
+    from slimbench.harness.config.targets import locate
+    from slimbench.harness.measure.dynamic import work
+
+    request, engine = json.load(sys.stdin), get("vllm-cpu")
+    model = locate(engine.target)(**engine.arguments).load(Path(request["folder"]), "cpu")
+    ids = torch.tensor(request["ids"])
+    found = work.measure(model, ids, None, lambda *_: None)
+    model.unguessed(ids[:1], 16)
+    print(json.dumps(found.model_dump() | {"alone": list(model.passes(None))}))
+
+
+def asked(function: str, folder: Path, ids: torch.Tensor) -> dict[str, Any]:
+    """What a function of this module says of an artefact, in vLLM's environment."""
+    command = [str(ENVIRONMENT.python), "-P", "-c", f"from tests.integration.test_vllm import {function}; {function}()"]
+    request = json.dumps({"folder": str(folder), "ids": ids.tolist()})
+    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_vllm_guesses_by_its_own_lookup_and_writes_what_it_writes_without(smollm2: Path, tmp_path: Path) -> None:
+    claim = PromptLookup(tokens=4, ngram=3).compress(tiny.dense_model(smollm2), Calibration.none(), tmp_path)
+    artefact.write_manifest(tmp_path, artefact.Manifest(key="lookup", model="m", pipeline=[], claim=claim))
+    said = torch.randint(1000, 20_000, (2, 12), generator=torch.Generator().manual_seed(0)).repeat(1, PROMPT // 12)
+    found = asked("guess", tmp_path, said)
+    assert (found["slots"], found["tokens"], found["prompts"]) == (["draft"], 2 * 31, 2)
+    assert 0 < found["passes"] < found["tokens"] and sum(found["text_passes"]) == found["passes"]
+    assert sum(found["text_drafted"]) > sum(found["text_accepted"]) > 0, "a text that goes round is guessed, but not at once"
+    rows = sum(int(size) * count for size, count in found["pass_rows"].items())
+    assert rows == found["passes"] + sum(found["text_drafted"]) and max(map(int, found["pass_rows"])) == 5
+    assert found["alone"] == [1] * 15, "without guesses a pass has one token"
+    assert found["flags"] == [] and (found["equal"] == 1 or found["parted_by_rounding"])
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, name: str) -> None:
     method = {"dense": Dense(), "rtn-4bit": RTN(bits=4, group_size=64), "int8-dynamic": Int8Dynamic()}[name]
@@ -72,11 +110,7 @@ def test_vllm_computes_what_transformers_does(smollm2: Path, tmp_path: Path, nam
     artefact.write_manifest(tmp_path, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim))
     ids = torch.randint(1000, 20_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).repeat(WINDOWS, 1)
     ids[1:] = (ids[1:] + torch.arange(1, WINDOWS).unsqueeze(1) * 7) % 20_000
-    command = [str(ENVIRONMENT.python), "-P", "-c", "from tests.integration.test_vllm import answer; answer()"]
-    request = json.dumps({"folder": str(tmp_path), "ids": ids.tolist()})
-    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
-    assert not done.returncode, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = asked("answer", tmp_path, ids)
     model = TransformersEngine(TRANSFORMERS).load(tmp_path, "cpu")
     ours, scores = measured(model, ids), model.logits(ids[:2, :PROMPT], PROMPT - 1)[:, -1].float()
     chosen = scores.gather(1, torch.tensor([row[:1] for row in theirs["greedy"]]))[:, 0]

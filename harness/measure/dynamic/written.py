@@ -11,6 +11,7 @@ import torch
 from slimbench.harness.measure.generation import undecided
 from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.schema.work import DRAFT, WorkResult
+from slimbench.methods.base import Unsupported
 
 GRAM = 4
 """Tokens of a run that is looked for in what was written before it."""
@@ -69,10 +70,15 @@ def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
 
 
 def decided_by_rounding(model: Any, prompt: torch.Tensor, before: torch.Tensor, chosen: int) -> bool:
-    """Whether a token behind a prompt [1, T] and some tokens [1, n] is as good as the likeliest one, token by token as without guesses."""
-    logits, state = model.extend(prompt)
-    for token in before.split(1, 1) if before.shape[1] else ():
-        logits, state = model.extend(token, state)
+    """Whether a token behind a prompt [1, T] and some tokens [1, n] is as good as the likeliest one, token by token as without guesses; in
+    one pass where an engine adds no tokens to a cache.
+    """
+    try:
+        logits, state = model.extend(prompt)
+        for token in before.split(1, 1) if before.shape[1] else ():
+            logits, state = model.extend(token, state)
+    except Unsupported:
+        logits = model.logits(torch.cat([prompt.cpu(), before.cpu()], 1), prompt.shape[1] + before.shape[1] - 1)
     last = logits[0, -1]
     return bool(undecided(last)) and bool(last[chosen] >= last.topk(2).values[-1])
 

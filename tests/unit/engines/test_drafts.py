@@ -263,10 +263,19 @@ def cell(overrides: list[str], *more: str) -> Cell:
             "[sparse-bitmap,prompt-lookup]",
             "engine llamacpp does not load format bitmap, which prompt-lookup follows; it loads gguf, ",
         ),
-        ("vllm-cpu", "h2o", "engine vllm-cpu does not run h2o; transformers, offload would"),
-        ("vllm-cpu", "prompt-lookup", "engine vllm-cpu does not run prompt-lookup; transformers, llamacpp would"),
-        ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp would"),
-        ("offload", "[rtn-4bit,longformer,prompt-lookup]", "engine offload does not run prompt-lookup; transformers, llamacpp would"),
+        ("vllm-cpu", "h2o", "engine vllm-cpu does not run h2o (of policies only drafts by lookup); transformers, offload would"),
+        ("vllm-cpu", "prompt-lookup", None),
+        (
+            "vllm-cpu",
+            "self-speculation",
+            "engine vllm-cpu does not run self-speculation (of policies only drafts by ",
+        ),
+        ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp, vllm-cpu would"),
+        (
+            "offload",
+            "[rtn-4bit,longformer,prompt-lookup]",
+            "engine offload does not run prompt-lookup; transformers, llamacpp, vllm-cpu would",
+        ),
         ("offload", "[rtn-4bit,h2o]", None),
         ("transformers", "calm", None),
     ],
@@ -302,7 +311,7 @@ def test_a_limit_of_nothing_is_one_line() -> None:
 
 
 def test_lists_and_classes_know_the_drafts_of_an_engine() -> None:
-    assert entry("prompt-lookup").engines == ["transformers", "llamacpp"]
+    assert entry("prompt-lookup").engines == ["transformers", "llamacpp", "vllm-cpu"]
     assert entry("draft-model").engines == ["transformers"] and entry("calm").engines == ["transformers", "offload"]
     assert set(engines.get("llamacpp").arguments) == {"loaders", "drafts"}
     plain = EngineConfig.model_validate({"name": "x", "_target_": "x.X", "loaders": {"huggingface": "x.load"}})
