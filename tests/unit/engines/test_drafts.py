@@ -265,11 +265,7 @@ def cell(overrides: list[str], *more: str) -> Cell:
         ),
         ("vllm-cpu", "h2o", "engine vllm-cpu does not run h2o (of policies only drafts by lookup); transformers, offload would"),
         ("vllm-cpu", "prompt-lookup", None),
-        (
-            "vllm-cpu",
-            "self-speculation",
-            "engine vllm-cpu does not run self-speculation (of policies only drafts by ",
-        ),
+        ("vllm-cpu", "draft-model", "engine vllm-cpu does not run draft-model (of policies only drafts by lookup); "),
         ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp, vllm-cpu would"),
         (
             "offload",
