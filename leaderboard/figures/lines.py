@@ -88,8 +88,11 @@ def held(group: Group) -> Plot:
         Unplottable: Fewer than two rows with caches of different size.
     """
 
+    whole = group.reference.held_cache_bytes if group.reference else None
+
     def counted(row: Row) -> bool:
-        return row.held_cache_bytes is not None and bool({"cache", "attention"} & set(row.slots))
+        is_other = bool({"cache", "attention"} & set(row.slots)) or (whole is not None and row.held_cache_bytes != whole)
+        return row.held_cache_bytes is not None and is_other
 
     return _settings(group, HELD, counted, "bytes of the cache")
 
