@@ -30,6 +30,17 @@ def test_a_window_with_first_tokens_stays_flat_along_a_stream(committed: list[Re
     assert min(lost) > 3 * max(apart) and plain.held_bytes[1:] == ours.held_bytes[1:], "without first tokens it is worse in each stretch"
 
 
+def test_docs_have_the_perplexities_of_patterns_and_of_linear_attention(committed: list[Record]) -> None:
+    found = {r.cell.pipeline: r.quality.perplexity[0].perplexity for r in committed if r.quality and r.cell.suite == "suffix"}
+    assert f"dense: perplexity {found['dense']:.1f})" in TEXT
+    for name in ("streaming-llm", "longformer", "bigbird", "sparse-fixed", "sparse-strided"):
+        assert f"`{name}` {found[name]:.1f}" in TEXT
+    assert f"`performer` {found['performer']:.0f} on;" in TEXT
+    assert all(found[name] >= found["performer"] for name in ("linear-elu", "linear-efficient"))
+    assert f"`t2r` comes to {found['t2r']:.0f}, `hedgehog` to {found['hedgehog']:.0f}" in TEXT
+    assert f"`lolcats` to {found['lolcats']:.0f}" in TEXT
+
+
 def test_whole_passes_are_those_of_tokens_one_by_one(committed: list[Record]) -> None:
     gaps = {
         record.cell.pipeline: record.quality.work.stepwise_gap
