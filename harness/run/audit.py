@@ -131,9 +131,11 @@ def _again(runner: Runner, repeat: Repeat) -> Record:
 
 def draw(results: Path, sample: int, seed: int, stages: Sequence[Stage]) -> list[Record]:
     """A random sample of the `ok` records of a folder. Nothing that they name is imported. Arguments and errors as of `audit`."""
-    records = [r for r in Store(results).scan()[0] if r.status is Status.OK and r.stage in stages and r.imported is None]
+    found, unreadable = Store(results).scan()
+    records = [r for r in found if r.status is Status.OK and r.stage in stages and r.imported is None]
     if not records:
-        raise ConfigError(f"no ok record of {', '.join(stages)} in '{results}'")
+        others = f"; {len(unreadable)} cannot be read, {unreadable[0].path}: {unreadable[0].reason}" if unreadable else ""
+        raise ConfigError(one_line(f"no ok record of {', '.join(stages)} in '{results}'{others}"))
     chosen = np.random.default_rng(seed).permutation(len(records))[:sample]
     return [records[i] for i in sorted(chosen)]
 

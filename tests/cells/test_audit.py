@@ -92,6 +92,14 @@ def test_another_machine_counts_neither_way(folder: Path, tmp_path: Path) -> Non
 def test_a_folder_without_records_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no ok record"):
         draw(tmp_path, 5, 0, list(Stage))
+    broken = tmp_path / "model" / "method" / "speed-0123456789abcdef-01234567.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(
+        ConfigError, match=r"no ok record of .+; 1 cannot be read, model/method/speed-0123456789abcdef-01234567\.json: "
+    ) as told:
+        draw(tmp_path, 5, 0, list(Stage))
+    assert "\n" not in str(told.value)
 
 
 def test_local_files_need_trust(folder: Path) -> None:
