@@ -45,7 +45,7 @@ def gains(committed: list[Record]) -> dict[str, float]:
     found: dict[str, float] = {}
     for record in committed:
         reference = quality.get(record.cell.reference.quality)
-        if record.quality and reference and record.cell.keys.quality != record.cell.reference.quality:
+        if record.quality and reference and reference.perplexity and record.cell.keys.quality != record.cell.reference.quality:
             ours, theirs = record.quality.perplexity[0], reference.perplexity[0]
             if record.cell.family == "quantization" or (ours.perplexity < 3 * theirs.perplexity and len(ours.scored) > 8):
                 gain = standard_errors(ours.scored, theirs.scored).gain
