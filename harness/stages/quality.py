@@ -162,8 +162,10 @@ def _count_work(
             found = kept.once(
                 texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, sheet.report.progress).model_dump()
             )
-        with sheet.part("token by token", "windows") as kept:
-            gap = kept.once(["gap"], 1, lambda: _stepwise_gap(loaded, part, result.perplexity[0].window_nll))
+        gap = None
+        if _is_scored_otherwise(loaded, part):
+            with sheet.part("token by token", "windows") as kept:
+                gap = kept.once(["gap"], 1, lambda: _stepwise_gap(Scores.of(loaded), part, result.perplexity[0].window_nll))
         result.work = WorkResult(**found | {"stepwise_gap": gap})
         if ran:
             result.work.scored, told = ran.result()
@@ -178,12 +180,15 @@ def _count_work(
         result.flags.append(f"work not counted: {error}")
 
 
-def _stepwise_gap(model: Loaded, part: perplexity.Windows, nll: list[float]) -> float | None:
-    """How much perplexity few windows have more token by token; None where they were scored so, are long, or drafts leave logits alone."""
+def _is_scored_otherwise(model: Loaded, part: perplexity.Windows) -> bool:
+    """Whether windows could be scored token by token and were not; not where they are long, or drafts leave logits alone."""
     if not isinstance(model, Scores) or model.scoring == "step" or part.labels > _STEPS or part.wanted.protocol == "stream":
-        return None
-    if set(model.slots) == {"draft"}:
-        return None
+        return False
+    return set(model.slots) != {"draft"}
+
+
+def _stepwise_gap(model: Scores, part: perplexity.Windows, nll: list[float]) -> float:
+    """How much perplexity few windows have more token by token."""
     few = part.ids[:_FEW]
     stepped = [nll for ids in few.split(model.batch(_FEW)) for nll in part.stepwise(model, ids)]
     return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
