@@ -28,7 +28,7 @@ FOLLOWERS = {type(item.method).__name__: item.method for item in [*entries()][::
 SHORT = {"steps": 4, "group_size": 32, "batch_size": 2, "length": 16, "iterations": 2, "sequences": 4, "rank": 4, "samples": 4, "growth": 1}
 SHORT |= {"examined": 2, "answer_tokens": 8, "rounds": 1, "runs": 2, "pairs": 2, "prompt_tokens": 4}
 OWN: dict[str, dict[str, int]] = {"Linformer": {"block": 8}, "RoutingTransformer": {"centroids": 4}, "SelfSpeculation": {"blocks": 1}}
-OWN |= {"PrunedDraft": {"blocks": 2}, "LayerSkip": {"every": 2}}
+OWN |= {"PrunedDraft": {"blocks": 2}, "LayerSkip": {"every": 2}, "TokenReduction": {"layer": 1}}
 """By the name of a class: what it is asked to do less of, beside that."""
 DROPPING = {"ShortGPT", "LayerDropping", "ContributionDropping", "EveryOther", "LayerDrop"}
 """Methods that leave out one of three blocks."""
