@@ -95,9 +95,14 @@ def _batches(ids: list[list[int]], most: int) -> list[list[int]]:
 
 def undecided(logits: torch.Tensor) -> torch.Tensor:
     """Whether the two largest logits [..., V] lie at most two units in the last place apart, those of their dtype at the largest; [...]."""
-    first, second = logits.topk(2, -1).values.double().unbind(-1)
+    return as_likely(logits, logits.topk(2, -1).indices[..., 1])
+
+
+def as_likely(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Whether tokens [...] lie at most two units in the last place below the largest of logits [..., V]; [...]."""
+    first, found = logits.max(-1).values.double(), logits.gather(-1, chosen[..., None])[..., 0].double()
     unit = torch.finfo(logits.dtype).eps * torch.exp2(torch.frexp(first).exponent.double() - 1)
-    return first - second <= _UNITS * unit
+    return first - found <= _UNITS * unit
 
 
 def _ties(model: Scores, prompt: list[int], written: list[int]) -> list[int]:

@@ -195,6 +195,7 @@ class SpeedResult(Schema):
         read_bandwidth_gbs: The same of reads; None in records of schema 7.
         load: Highest reading of the points, by name.
         rows_ms: Milliseconds of the candidate's passes by number of tokens, behind a prompt of the headline; empty where not asked for.
+        reference_row_ms: Of the reference's passes of one token, in turns with these; None without a reference beside the candidate.
         parts_ms: Milliseconds of calls of the parts that `work.part_calls` tells apart, by part and number of rows.
         work: What ran for a token of those of the headline's texts that were timed, counted apart from the timed runs; None where prompts
             are random ids, or nothing acts while the model runs.
@@ -209,6 +210,7 @@ class SpeedResult(Schema):
     largest_batch: LargestBatch | None = None
     load: dict[str, float] = {}
     rows_ms: dict[str, float] = {}
+    reference_row_ms: float | None = None
     parts_ms: dict[str, dict[str, float]] = {}
     work: WorkResult | None = None
     flags: list[str] = []

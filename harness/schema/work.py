@@ -68,8 +68,8 @@ class WorkResult(Schema):
         draft_cache_bytes: Of these, what a draft model holds.
         repeated_4grams: Share of the runs of four tokens in what was written that stood in the same text before, its prompt apart.
         equal: Share of the tokens that the same engine writes without guesses too, place by place; None where that was not tried.
-        parted_by_rounding: Texts whose first other token stands where the two likeliest are at most two units in the last place apart: no
-            change by guesses.
+        parted_by_rounding: Texts whose first other token lies at most two units in the last place below the likeliest: no change by
+            guesses.
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.

@@ -12,9 +12,9 @@ import torch
 
 from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.measure import capacity, claims, gpu, latency, machine, memory, perplexity, soundness
-from slimbench.harness.measure.dynamic import texts, work
+from slimbench.harness.measure.dynamic import passes, texts, work
 from slimbench.harness.measure.hardware import available_memory
-from slimbench.harness.measure.loaded import Generates, Scores
+from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.timer import timer
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
 from slimbench.harness.schema.work import WorkResult
@@ -69,11 +69,8 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     report.phase("first calls")
     first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
     reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
-    rows = figure(["rows", protocol.rows], 1, lambda: _rows(model, grid[0], protocol)) if protocol.rows else {}
-    parts = figure(["parts", protocol.rows], 1, lambda: _parts(model, grid[0], protocol)) if protocol.rows else {}
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, len(model.devices), soundness.weights_read(found))
-    times: dict[str, Any] = {"rows_ms": rows, "parts_ms": parts}
-    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, **times)
+    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)
 
@@ -87,7 +84,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         progress = _Share(report.progress, place, processes * len(grid))
         measured = latency.measure_point(model, reference, grid[index], share, instruments, progress, first_calls[index], asked)
         measured.load, seen = watch.read()
-        return {"point": measured.model_dump(), "disturbances": seen}
+        other, rows = None if is_reference else reference, [] if index else protocol.rows
+        taken = passes.time_passes(model, other, point, rows, timer(model.device)) if rows else {}
+        return {"point": measured.model_dump(), "disturbances": seen, "passes": taken}
 
     shares: list[list[dict[str, Any]]] = [[] for _ in grid]
     for process in range(min(journal.processes + 1, processes)):
@@ -99,6 +98,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         raise Again
     disturbances = [list(dict.fromkeys(text for part in point for text in part["disturbances"])) for point in shares]
     result.points += [latency.combined([SpeedPointResult(**part["point"]) for part in point], protocol.target) for point in shares]
+    passes.tell(result, [part["passes"] for part in shares[0]])
     by_text, counted_alone = (bool(slots & set(model.slots)) for slots in (_BY_TEXT, _COUNTED))
     if tokens is not None or counted_alone:
         timed = sorted(set(result.points[0].prompt_of_pairs))
@@ -149,16 +149,6 @@ def _work(model: Generates, key: str, asked: torch.Tensor, point: SpeedPoint, re
         return work.measure(model, asked, claim, report.progress, point.new_tokens)
     except Unsupported as error:
         return WorkResult(tokens=0, prompts=len(asked), flags=[f"work not counted: {error}"])
-
-
-def _rows(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, float]:
-    """Times of passes of several tokens, where the engine can add tokens to a cache."""
-    return texts.time_rows(model, point, protocol.rows or [], timer(model.device)) if isinstance(model, Scores) else {}
-
-
-def _parts(model: Generates, point: SpeedPoint, protocol: SpeedConfig) -> dict[str, dict[str, float]]:
-    """Times of the parts of a draft, where it acts alone: under other policies what a part does depends on the text."""
-    return texts.time_parts(model, point, protocol.rows or [], timer(model.device)) if set(model.slots) == {"draft"} else {}
 
 
 def _share_of(protocol: SpeedConfig, processes: int) -> SpeedConfig:

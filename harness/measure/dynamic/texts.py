@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +10,8 @@ import numpy as np
 import torch
 
 from slimbench.harness.config.schema import PromptsConfig, SpeedPoint
-from slimbench.harness.measure.loaded import Loaded, Scores
+from slimbench.harness.measure.loaded import Loaded
 from slimbench.harness.measure.perplexity import public_name
-from slimbench.harness.measure.timer import Timer
 from slimbench.harness.schema.speed import SpeedPointResult, TextPrompts
 from slimbench.tasks.errors import DataError
 
@@ -55,44 +52,6 @@ def drawn(tokens: np.ndarray, point: SpeedPoint, config: PromptsConfig, process:
     ids = [torch.from_numpy(tokens[place * each : (place + 1) * each].astype(np.int64)).view(point.batch, -1) for place in chosen]
     told = TextPrompts(corpus=public_name(config.corpus), count=config.count, sha256=sha256(torch.stack(ids)))
     return Texts({number: ids[number] for number in range(process, config.count, processes)}, config.repeats, told)
-
-
-def time_rows(model: Scores, point: SpeedPoint, rows: Sequence[int], clock: Timer, repeats: int = 8) -> dict[str, float]:
-    """Median milliseconds of a pass of so many tokens, by their number; all take turns behind a prompt, which is then read anew."""
-    taken: dict[int, list[float]] = {count: [] for count in rows}
-    for repeat in range(repeats + 1):
-        _, state = model.extend(prompts(model, point))
-        for count in rows:
-            ids = torch.randint(0, model.vocab_size, (point.batch, count), generator=torch.Generator().manual_seed(repeat))
-            model.synchronize()
-            start = clock.mark(model.synchronize)
-            _, state = model.extend(ids, state)
-            took = clock.milliseconds(start, clock.mark(model.synchronize))
-            if repeat:
-                taken[count].append(took)
-    return {str(count): statistics.median(times) for count, times in taken.items()}
-
-
-def time_parts(model: Loaded, point: SpeedPoint, rows: Sequence[int], clock: Timer, repeats: int = 8) -> dict[str, dict[str, float]]:
-    """Median milliseconds of the calls of which guessing and checking is made, by part and number of rows; as of `time_rows`.
-
-    Returns:
-        None of them where all that runs is in passes of the whole model.
-    """
-    drafter = getattr(getattr(model, "module", None), "drafter", None)
-    if drafter is None or not drafter.parts():
-        return {}
-    taken: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for repeat in range(repeats + 1):
-        with torch.inference_mode():
-            for part, count, call in drafter.rehearse(prompts(model, point).to(model.device), rows):
-                model.synchronize()
-                start = clock.mark(model.synchronize)
-                call()
-                took = clock.milliseconds(start, clock.mark(model.synchronize))
-                if repeat:
-                    taken[part][count].append(took)
-    return {part: {str(count): statistics.median(times) for count, times in sorted(found.items())} for part, found in taken.items()}
 
 
 def untimed(points: Sequence[SpeedPointResult]) -> list[str]:

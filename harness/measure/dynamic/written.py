@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slimbench.harness.measure.generation import undecided
+from slimbench.harness.measure.generation import as_likely
 from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.schema.work import DRAFT, WorkResult
 from slimbench.methods.base import Unsupported
@@ -44,8 +44,8 @@ class Held:
     Attributes:
         equal: Tokens that are the same, place by place.
         others: Tokens that are not.
-        by_rounding: The first of these stands where the two likeliest tokens are hardly told apart, and is one of them: several tokens in
-            a pass round otherwise than one, and what follows follows from that.
+        by_rounding: The first of these is hardly told apart from the likeliest one: several tokens in a pass round otherwise than one,
+            and what follows follows from that.
     """
 
     equal: int
@@ -79,8 +79,7 @@ def decided_by_rounding(model: Any, prompt: torch.Tensor, before: torch.Tensor, 
             logits, state = model.extend(token, state)
     except Unsupported:
         logits = model.logits(torch.cat([prompt.cpu(), before.cpu()], 1), prompt.shape[1] + before.shape[1] - 1)
-    last = logits[0, -1]
-    return bool(undecided(last)) and bool(last[chosen] >= last.topk(2).values[-1])
+    return bool(as_likely(logits[0, -1], torch.tensor(chosen, device=logits.device)))
 
 
 def changes(texts: Sequence[Held]) -> float:

@@ -14,7 +14,6 @@ from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.schema.work import WHOLE, WorkResult
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
 from slimbench.harness.stats.shares import clustered_share
-from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.rows.groups import Group
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,5}")
@@ -107,19 +106,12 @@ def _acceptance(found: WorkResult) -> Estimate:
 
 
 def _predicted(found: WorkResult, speed: SpeedResult) -> float | None:
-    """Time of the reference's steps over the predicted one of the candidate's; None where either is not known.
+    """Time of the reference's step over the predicted one of the candidate's; None where either is not known.
 
     Of drafts alone: passes are timed with every other policy in force, which decides by the text.
     """
-    if found.slots != ["draft"]:
-        return None
-    reference = speed.points[0].reference if speed.points else None
-    own = token_ms(found, speed)
-    if reference is None or not reference.decode_ms or not own:
-        return None
-    prompts = speed.points[0].prompt_of_pairs
-    dense = workload_mean(reference.decode_ms, prompts).value if prompts else float(np.mean(reference.decode_ms))
-    return dense / own
+    own = token_ms(found, speed) if found.slots == ["draft"] else None
+    return speed.reference_row_ms / own if own and speed.reference_row_ms else None
 
 
 def token_ms(found: WorkResult, speed: SpeedResult) -> float | None:

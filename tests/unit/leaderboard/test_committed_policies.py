@@ -59,3 +59,18 @@ def test_each_layer_learns_its_linear_attention(committed: list[Record]) -> None
         before, after = details["error_before"], details["error_after"]
         assert details["converted_layers"] == len(before) == len(after) == 30
         assert all(later < earlier for earlier, later in zip(before, after, strict=True))
+
+
+def test_drafts_write_the_model_s_own_text(committed: list[Record]) -> None:
+    """In four bytes no token of 100 continuations differs, of all kinds of prompts that are packaged."""
+    written = {
+        record.cell.pipeline: record.quality.generation
+        for record in committed
+        if record.quality and record.quality.generation and (record.cell.suite, record.cell.dtype) == ("continuations", "float32")
+    }
+    dense = written["dense"]
+    assert len(dense.tokens) == 100 and dense.length == 64 and len(set(dense.asked.kinds)) >= 5
+    assert len({tuple(ids) for ids in dense.tokens}) >= 95, "texts are not all alike"
+    for name in ("prompt-lookup", "self-speculation", "draft-model", "draft-blocks"):
+        assert written[name].asked.texts == dense.asked.texts
+        assert written[name].tokens == dense.tokens, name

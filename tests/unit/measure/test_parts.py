@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.dynamic import texts, work
+from slimbench.harness.measure.dynamic import passes, work
 from slimbench.harness.measure.dynamic.hooks import counted
 from slimbench.harness.measure.timer import Timer
 from slimbench.harness.schema.speed import SpeedResult
@@ -29,7 +29,7 @@ class Virtual(Timer):
     """Moved by calls of blocks and heads alone."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.pace = 0.0, 1.0
 
     def mark(self, wait: Callable[[], None] = lambda: None) -> float:
         return self.now
@@ -42,7 +42,7 @@ class Virtual(Timer):
 
         def pass_time(_: Any, inputs: tuple[Any, ...], __: Any) -> None:
             rows = inputs[0].numel() // inputs[0].shape[-1]
-            self.now += (call + row * rows) if rows else 0.0
+            self.now += self.pace * (call + row * rows) if rows else 0.0
 
         layer.register_forward_hook(pass_time)
 
@@ -96,9 +96,8 @@ def written(model: TransformersModel, clock: Virtual) -> float:
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_the_calls_of_the_parts_take_the_time_of_the_text(base: Any, kind: str, late: float) -> None:
     model, clock = timed(base, DRAFTS[kind], late)
-    result = SpeedResult(
-        points=[], rows_ms=texts.time_rows(model, POINT, ROWS, clock), parts_ms=texts.time_parts(model, POINT, ROWS, clock)
-    )
+    result = SpeedResult(points=[])
+    passes.tell(result, [passes.time_passes(model, None, POINT, ROWS, clock)])
     found = work.measure(model, looping(), None, lambda *_: None, POINT.new_tokens)
     wanted = written(model, clock)
     assert found.passes and found.passes < found.tokens
@@ -113,8 +112,32 @@ def test_the_calls_of_the_parts_take_the_time_of_the_text(base: Any, kind: str, 
 
 def test_a_draft_model_is_not_charged_as_a_pass_of_the_model(base: Any) -> None:
     model, clock = timed(base, with_draft)
-    rows, parts = texts.time_rows(model, POINT, ROWS, clock), texts.time_parts(model, POINT, ROWS, clock)
-    assert parts == {"draft": {"1": pytest.approx(3 * 2.1), "2": pytest.approx(3 * 2.2)}} and rows["1"] == 6 * 11 + 6.5
+    result = SpeedResult(points=[])
+    passes.tell(result, [passes.time_passes(model, None, POINT, ROWS, clock)])
+    assert result.parts_ms == {"draft": {"1": pytest.approx(3 * 2.1), "2": pytest.approx(3 * 2.2)}} and result.rows_ms["1"] == 6 * 11 + 6.5
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_a_machine_that_is_slower_in_some_processes_moves_no_prediction(base: Any, kind: str) -> None:
+    """The reference's step is timed in turns with all of them; here it takes its 36 or, in two of three processes, as much longer."""
+    model, clock = timed(base, DRAFTS[kind])
+    reference = copy.deepcopy(base)
+    for block in reference.model.layers:
+        clock.costs(block, 6.0, 0.0)
+    other = TransformersModel(reference, "cpu")
+
+    def shares(paces: list[float]) -> SpeedResult:
+        result, taken = SpeedResult(points=[]), []
+        for clock.pace in paces:
+            taken.append(passes.time_passes(model, other, POINT, ROWS, clock, repeats=3))
+        passes.tell(result, taken)
+        return result
+
+    even, uneven = shares([1.0, 1.0, 1.0]), shares([1.0, 1.5, 1.5])
+    assert even.reference_row_ms == pytest.approx(36) and uneven.reference_row_ms == pytest.approx(54)
+    assert even.rows_ms.keys() == {str(count) for count in ROWS} and even.parts_ms.keys() == uneven.parts_ms.keys()
+    for one, two in zip((even.rows_ms, *even.parts_ms.values()), (uneven.rows_ms, *uneven.parts_ms.values()), strict=True):
+        assert {count: 1.5 * taken for count, taken in one.items()} == pytest.approx(two)
 
 
 def test_calls_by_part_are_those_of_the_definition(base: Any) -> None:

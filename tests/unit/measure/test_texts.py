@@ -10,7 +10,8 @@ import torch
 
 from slimbench.harness.config.schema import PromptsConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
-from slimbench.harness.measure.dynamic.texts import drawn, time_rows, untimed
+from slimbench.harness.measure.dynamic.passes import time_passes
+from slimbench.harness.measure.dynamic.texts import drawn, untimed
 from slimbench.harness.measure.latency import Instruments, combined, measure_point
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.measure.soundness import flags
@@ -103,11 +104,12 @@ def test_passes_of_several_tokens_are_timed_in_turn(model: LoadedModel) -> None:
 
     model.extend = extend  # type: ignore[method-assign]
     try:
-        found = time_rows(model, POINT, [1, 3, 9], WallTimer(), repeats=4)
+        found = time_passes(model, None, POINT, [1, 3, 9], WallTimer(), repeats=4)
     finally:
         del model.extend  # type: ignore[method-assign]
     assert seen == [16, 1, 3, 9] * 5, "behind the same prompt each time"
-    assert list(found) == ["1", "3", "9"] and min(found.values()) > 0
+    assert list(found) == ["model"] and list(found["model"]) == ["1", "3", "9"], "no reference, and no draft"
+    assert all(len(taken) == 4 and min(taken) > 0 for taken in found["model"].values())
 
 
 @pytest.mark.parametrize(

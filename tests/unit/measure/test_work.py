@@ -312,10 +312,12 @@ class Told:
         ((20.0, 19.875, 3.0, 1.0), 1, True),
         ((20.0, 19.875, 3.0, 1.0), 2, False),
         ((20.0, 20.0, 20.0, 1.0), 2, True),
+        ((20.0, 20.0, 19.75, 1.0), 2, True),
+        ((20.0, 20.0, 19.5, 1.0), 2, False),
         ((20.0, 19.0, 3.0, 1.0), 1, False),
     ],
 )
-def test_rounding_explains_one_of_two_tokens_that_are_as_likely_as_each_other(
+def test_rounding_explains_a_token_that_is_hardly_less_likely_than_the_likeliest(
     values: tuple[float, ...], chosen: int, by_rounding: bool
 ) -> None:
     """At 20 a unit in the last place of bfloat16 is 0.125."""
