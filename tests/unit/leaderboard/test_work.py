@@ -236,8 +236,7 @@ def test_a_draft_that_is_always_wrong_is_predicted_to_be_slower() -> None:
     for record in made:
         if record.speed and record.speed.work and record.cell.pipeline == "lookup":
             record.speed.work = drafted({"1": 100})
-            assert record.speed.points[0].reference
-            record.speed.points[0].reference.decode_ms = [ROWS_MS["1"]] * len(record.speed.points[0].reference.decode_ms)
+            record.speed.reference_row_ms = ROWS_MS["1"]
     (row,) = (row for row in rows(made) if row.pipeline == "lookup")
     assert row.predicted_speedup == pytest.approx(ROWS_MS["1"] / ROWS_MS["4"]) and row.predicted_speedup < 1
 
