@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from slimbench.harness.schema.quality import PerplexityResult
 from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.row import Row
 from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "policies.md").read_text()
@@ -74,3 +77,13 @@ def test_drafts_write_the_model_s_own_text(committed: list[Record]) -> None:
     for name in ("prompt-lookup", "self-speculation", "draft-model", "draft-blocks"):
         assert written[name].asked.texts == dense.asked.texts
         assert written[name].tokens == dense.tokens, name
+
+
+def test_drafts_are_as_fast_as_their_passes_say(committed_rows: list[Row]) -> None:
+    """Above 1 and below, on dense and on packed weights."""
+    drafts = {row.pipeline: row for row in committed_rows if row.speedup is not None and row.predicted_speedup is not None}
+    assert len(drafts) >= 4
+    for name, row in drafts.items():
+        assert row.speedup == pytest.approx(row.predicted_speedup, rel=0.1), name
+    found = [row.speedup or 0.0 for row in drafts.values()]
+    assert min(found) < 1 < max(found)
