@@ -15,6 +15,11 @@ TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
 """Keys and values of a token of smollm2-135m, in bfloat16."""
 
 
+def on_texts(rows: list[Row]) -> list[Row]:
+    """Rows whose speed was measured on texts, without those on random ids."""
+    return [row for row in rows if row.speed == "policy" and row.speedup is not None and "random prompts" not in " ".join(row.flags)]
+
+
 def texts(committed: list[Record], pipeline: str, protocol: str) -> PerplexityResult:
     """What a protocol gave along the stream of smollm2-135m."""
     (quality,) = (r.quality for r in committed if r.quality and (r.cell.suite, r.cell.pipeline) == ("stream", pipeline))
@@ -81,9 +86,22 @@ def test_drafts_write_the_model_s_own_text(committed: list[Record]) -> None:
 
 def test_drafts_are_as_fast_as_their_passes_say(committed_rows: list[Row]) -> None:
     """Above 1 and below, on dense and on packed weights."""
-    drafts = {row.pipeline: row for row in committed_rows if row.speedup is not None and row.predicted_speedup is not None}
-    assert len(drafts) >= 4
+    drafts = {row.pipeline: row for row in on_texts(committed_rows) if "draft" in row.slots}
+    assert {"prompt-lookup", "self-speculation", "draft-model", "draft-blocks", "rtn-8bit+prompt-lookup"} <= drafts.keys()
     for name, row in drafts.items():
         assert row.speedup == pytest.approx(row.predicted_speedup, rel=0.1), name
+        assert f"`{name.rpartition('+')[2]}`" in TEXT and f"{row.speedup:.2f} ({row.predicted_speedup:.2f})" in TEXT, name
     found = [row.speedup or 0.0 for row in drafts.values()]
     assert min(found) < 1 < max(found)
+    lookup = drafts["prompt-lookup"]
+    assert f"{lookup.repeated_4grams or 0:.0%}".replace("%", " %") in TEXT
+    assert f"{drafts['self-speculation'].acceptance or 0:.0%}".replace("%", " %") in TEXT
+
+
+def test_random_prompts_flatter_a_lookup(committed_rows: list[Row]) -> None:
+    (on_ids,) = (
+        row for row in committed_rows if row.pipeline == "prompt-lookup" and row.speedup and "random prompts" in " ".join(row.flags)
+    )
+    (on_text,) = (row for row in on_texts(committed_rows) if row.pipeline == "prompt-lookup")
+    assert on_ids.speedup and on_text.speedup and on_ids.speedup > 2 * on_text.speedup and f"{on_ids.speedup:.2f} times" in TEXT
+    assert on_ids.acceptance == 1 > (on_text.acceptance or 0)
