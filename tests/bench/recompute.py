@@ -27,6 +27,7 @@ TOLERANCE = 1e-9
 SMALLEST = 1e-12
 """Largest deviation of figures next to 0."""
 LEVEL, FEWEST_FOR_MEDIAN, RESAMPLES, BATCH = 0.95, 6, 2000, 256
+BETWEEN = 0.03
 
 Json = dict[str, Any]
 Bounds = tuple[float, float]
@@ -293,23 +294,57 @@ def continuations(ours: Json | None, theirs: Json | None, records: Records) -> J
     return found
 
 
+def by_text(values: list[float], texts: list[int]) -> np.ndarray:
+    """Mean of each text, in the order of their numbers."""
+    return np.array([np.mean([value for value, text in zip(values, texts, strict=True) if text == one]) for one in sorted(set(texts))])
+
+
+def of_texts(values: list[float], texts: list[int]) -> tuple[float, Bounds]:
+    """Mean over texts of their means, with Student's interval."""
+    means = by_text(values, texts)
+    error = stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    return float(means.mean()), (float(means.mean() - error), float(means.mean() + error))
+
+
+def workload(ours: list[float], theirs: list[float], texts: list[int], runs: list[int]) -> tuple[float, Bounds]:
+    """Sum of the texts' means of the reference over that of the candidate; its logarithm varies by texts, and by processes."""
+    ratio = float(by_text(theirs, texts).sum() / by_text(ours, texts).sum())
+    ends = np.cumsum(runs or [len(ours)])
+    parts = [slice(end - size, end) for end, size in zip(ends, runs or [len(ours)], strict=True)]
+    own = [(by_text(ours[part], texts[part]), by_text(theirs[part], texts[part])) for part in parts]
+    ratios = [other.sum() / mine.sum() for mine, other in own]
+    errors = np.concatenate([other - part * mine for part, (mine, other) in zip(ratios, own, strict=True)])
+    count, processes = len(set(texts)), len(own)
+    variance = (errors**2).sum() / (count - processes) / by_text(theirs, texts).mean() ** 2
+    square = stats.t.ppf((1 + LEVEL) / 2, count - processes) ** 2 * variance / count
+    if processes > 1:
+        apart = max(0.0, np.log(ratios).var(ddof=1) - np.mean([variance / len(mine) for mine, _ in own]))
+        seen = stats.t.ppf((1 + LEVEL) / 2, processes - 1) ** 2 * apart
+        square += max(seen, (stats.norm.ppf((1 + LEVEL) / 2) * BETWEEN) ** 2) / processes
+    return ratio, (ratio * exp(-math.sqrt(square)), ratio * exp(math.sqrt(square)))
+
+
 def timing(speed: Json) -> Json:
     """Times, rates and speed-ups of the points; those of the first one are the row's."""
     points = []
     for point in speed["points"]:
         ours, theirs, runs = point["candidate"], point.get("reference"), point.get("processes") or []
         found: Json = {name: point[name] for name in ("batch", "prompt", "new_tokens")}
+        texts = (point.get("prompts") or {}).get("pairs") or []
         if ours["prefill_ms"]:
-            found["prefill_ms"], (found["prefill_low"], found["prefill_high"]) = middle(ours["prefill_ms"], runs)
+            prefill = of_texts(ours["prefill_ms"], texts) if texts else middle(ours["prefill_ms"], runs)
+            found["prefill_ms"], (found["prefill_low"], found["prefill_high"]) = prefill
         if ours["decode_ms"]:
-            step, (low, high) = middle(ours["decode_ms"], runs)
+            step, (low, high) = of_texts(ours["decode_ms"], texts) if texts else middle(ours["decode_ms"], runs)
             found |= {"decode_tokens_per_s": 1000 / step, "decode_low": 1000 / high, "decode_high": 1000 / low}
             found["throughput_tokens_per_s"] = point["batch"] * 1000 / step
             if (bound := (point.get("roofline") or {}).get("bound_ms")) is not None:
                 found["roofline_fraction"] = bound / step
         if theirs and len(theirs["decode_ms"]) == len(ours["decode_ms"]) > 0:
             ratios = np.array(theirs["decode_ms"]) / np.array(ours["decode_ms"])
-            found["speedup"], (found["speedup_low"], found["speedup_high"]) = middle(ratios.tolist(), runs)
+            times = ours["decode_ms"], theirs["decode_ms"]
+            faster = workload(*times, texts, runs) if texts else middle(ratios.tolist(), runs)
+            found["speedup"], (found["speedup_low"], found["speedup_high"]) = faster
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
     probes = speed["points"][0].get("probes", []) if points else []
