@@ -98,6 +98,18 @@ def test_drafts_are_as_fast_as_their_passes_say(committed_rows: list[Row]) -> No
     assert f"{drafts['self-speculation'].acceptance or 0:.0%}".replace("%", " %") in TEXT
 
 
+def test_docs_have_what_a_check_of_ten_guesses_costs(committed: list[Record], committed_rows: list[Row]) -> None:
+    times = {
+        r.cell.pipeline: r.speed.rows_ms
+        for r in committed
+        if r.speed and r.speed.points[0].prompts and "11" in r.speed.rows_ms and r.speed.work
+    }
+    dense, packed = (times[name]["11"] / times[name]["1"] for name in ("prompt-lookup", "rtn-8bit+prompt-lookup"))
+    assert f"takes {dense:.1f} times a pass of one on dense weights, and {packed:.1f}\ntimes on those of 8 bits" in TEXT
+    (alone,) = (row.speedup for row in on_texts(committed_rows) if row.pipeline == "rtn-8bit")
+    assert f"on 8 bits, {alone:.2f} × by themselves" in TEXT
+
+
 def test_random_prompts_flatter_a_lookup(committed_rows: list[Row]) -> None:
     (on_ids,) = (
         row for row in committed_rows if row.pipeline == "prompt-lookup" and row.speedup and "random prompts" in " ".join(row.flags)
