@@ -38,17 +38,7 @@ class OpenVINOModel(GraphModel):
 
         super().__init__(config)
         self.graph = graph
-        self._precision = openvino.Type.f32
-        self._compiled = openvino.Core().compile_model(
-            graph,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                "INFERENCE_PRECISION_HINT": self._precision,
-                "KV_CACHE_PRECISION": self._precision,
-            },
-        )
+        self._compiled = openvino.Core().compile_model(graph, "CPU", properties())
 
     def fresh(self, batch: int) -> Any:
         return self._compiled.create_infer_request()
@@ -63,6 +53,7 @@ class OpenVINOModel(GraphModel):
 
     def evidence(self) -> Evidence:
         self.decode_step(self.prefill(torch.zeros(1, 8, dtype=torch.int64)))  # primitives are chosen in the first call
+        precision = properties()["INFERENCE_PRECISION_HINT"].get_type_name()
         weights = list(_weights(self.graph))
         layers = _executed(self._compiled)
         group = int(self._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE"))
@@ -70,8 +61,20 @@ class OpenVINOModel(GraphModel):
             if weight.role in ("linear", "head") and (primitive := layers.get(weight.name)):
                 packed = primitive.rpartition(" ")[2] in _PACKED and group > 0
                 weight.operator = f"openvino {primitive}" + (f" × int8 inputs in groups of {group}" if packed else "")
-                weight.compute = "int8" if packed else _DTYPES[self._precision.get_type_name()]
+                weight.compute = "int8" if packed else _DTYPES[precision]
         return evidence_of(weights, blocks=len(self.graph.get_sinks()) // 2)  # each keeps its keys and its values
+
+
+def properties() -> dict[str, Any]:
+    """What a graph is compiled with."""
+    import openvino
+
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": openvino.Type.f32,
+        "KV_CACHE_PRECISION": openvino.Type.f32,
+    }
 
 
 def _executed(compiled: Any) -> dict[str, str]:

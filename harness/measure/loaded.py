@@ -206,13 +206,18 @@ class Generates(Capability):
 
 
 class CountsPasses(Generates):
-    """It counts the passes of a text itself, where no module shows them."""
+    """It counts the passes of a text itself, where no module shows them.
+
+    Attributes:
+        shows_guesses: It tells how many tokens a pass had; otherwise only how many it gave.
+    """
 
     ability = "count its passes"
+    shows_guesses = True
 
     @abstractmethod
     def passes(self, state: Any) -> Sequence[int]:
-        """Tokens of each pass of the whole model since that of the prompt, in order, guesses included."""
+        """Tokens of each pass of the whole model since that of the prompt, in order, guesses included where they are shown."""
 
     @abstractmethod
     def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:

@@ -50,11 +50,13 @@ def of_speed(record: Record, rival: Record | None) -> Iterator[str]:
 
 def _guessed(work: WorkResult) -> Iterator[str]:
     """A draft that did nothing, or nothing that was of use, for the texts that were timed."""
-    if "draft" not in work.slots or not work.text_drafted:
+    if "draft" not in work.slots or not work.text_accepted or any(work.text_accepted):
         return
-    if not sum(work.text_drafted):
+    if not work.text_drafted:
+        yield "no guess was taken; the engine does not show whether there were any"
+    elif not sum(work.text_drafted):
         yield f"policy never guessed: no token of {len(work.text_drafted)} texts"
-    elif not sum(work.text_accepted):
+    else:
         yield f"none of {sum(work.text_drafted):,} guesses was taken"
 
 

@@ -47,6 +47,49 @@ def load_ir(folder: Path, device: str = "cpu", trust_remote_code: bool = False) 
     return _read(folder)
 
 
+def save(graph: Any, folder: Path) -> None:
+    """Write a graph as it is into a new folder, from where `load_ir` reads it."""
+    import openvino
+
+    folder.mkdir()
+    openvino.save_model(graph, folder / IR, compress_to_fp16=False)
+
+
+def served(graph: Any) -> Any:
+    """Turn a graph into one that OpenVINO GenAI's pipelines know, in place: inputs `input_ids`, `attention_mask` and `position_ids`, all
+    int64 [B, T], and `beam_idx`, int32 [B]; logits of all positions.
+
+    They put a paged cache and attention by it in the place of the cache, the mask and all that stands between them.
+    """
+    from openvino import opset13 as ops
+
+    for name, theirs in (("ids", "input_ids"), (_BEAM, "beam_idx")):
+        _name(graph.input(name).get_node(), theirs)
+    mask, places = (_name(ops.parameter([-1, -1], np.int64), name) for name in ("attention_mask", "position_ids"))
+    of_a_text = ops.gather(places, ops.constant(0), ops.constant(0))
+    own = {name: graph.input(name).get_node() for name in _decoder.INPUTS[1:]}
+    for target in own["positions"].output(0).get_target_inputs():
+        above = target.get_node()
+        if above.get_output_partial_shape(0).rank.get_length() == 2 and above.get_output_partial_shape(0)[0] == 1:
+            above.output(0).replace(places.output(0))
+        else:
+            target.replace_source_output(of_a_text.output(0))
+    for name, counted in (("keys", mask), ("keep", places)):
+        length = ops.gather(ops.shape_of(counted), ops.constant(1), ops.constant(0))
+        own[name].output(0).replace(ops.range(ops.constant(0), length, ops.constant(1), "i64").output(0))
+    for node in own.values():
+        graph.remove_parameter(node)
+    graph.add_parameters([mask, places])
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _name(parameter: Any, name: str) -> Any:
+    parameter.output(0).get_tensor().set_names({name})
+    parameter.set_friendly_name(name)
+    return parameter
+
+
 def _read(folder: Path) -> Any:
     import openvino
 

@@ -125,7 +125,7 @@ def _by_passes(
     rows: Counter[int] = Counter()
     given: Counter[int] = Counter()
     stored: list[int] = []
-    written = Written(model)
+    ran, written = 0, Written(model)
     for done, text in enumerate(texts.split(1)):
         on_progress(done, len(texts))
         step = model.prefill(text, new_tokens)
@@ -135,17 +135,19 @@ def _by_passes(
             step = model.decode_step(step)
             tokens.append(step.token)
             own.append(Count(passes=list(model.passes(step.state)[before:])))
-        rows.update(size for count in own for size in count.passes)
         gave = tokens_of_passes(own)
         given.update(gave)
+        had = [size for count in own for size in count.passes]
+        ran += len(had)
+        rows.update(had if model.shows_guesses else [])
         stored.append(model.cache_bytes(step.state) or 0)
-        written.add(text, torch.cat(tokens, 1), [size for count in own for size in count.passes], gave)
+        written.add(text, torch.cat(tokens, 1), had if model.shows_guesses else None, gave)
     told = {str(count): passes for count, passes in sorted(rows.items())}
     found = WorkResult(
         tokens=len(texts) * (new_tokens - 1),
         prompts=len(texts),
         prompt_tokens=texts.shape[1],
-        passes=rows.total(),
+        passes=ran,
         pass_rows=told,
         pass_tokens={str(tokens): count for tokens, count in sorted(given.items())},
         slots=list(model.slots),

@@ -23,18 +23,18 @@ class Guessed:
 
     Attributes:
         passes: Of the model, behind the prompt's.
-        drafted: Tokens that these checked beside the last of the text.
+        drafted: Tokens that these checked beside the last of the text; None where the engine does not show them.
         accepted: Of these, tokens that became text: each pass gives one more than that.
     """
 
     passes: int
-    drafted: int
+    drafted: int | None
     accepted: int
 
     @classmethod
-    def of(cls, rows: Sequence[int], gave: Sequence[int]) -> Guessed:
-        """Of the rows of each pass, and the tokens that each gave."""
-        return cls(len(rows), sum(rows) - len(rows), sum(gave) - len(gave))
+    def of(cls, rows: Sequence[int] | None, gave: Sequence[int]) -> Guessed:
+        """Of the rows of each pass, None where they are not shown, and the tokens that each gave."""
+        return cls(len(gave), None if rows is None else sum(rows) - len(rows), sum(gave) - len(gave))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Written:
     guessed: list[Guessed] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
 
-    def add(self, prompt: torch.Tensor, written: torch.Tensor, rows: Sequence[int], gave: Sequence[int]) -> None:
+    def add(self, prompt: torch.Tensor, written: torch.Tensor, rows: Sequence[int] | None, gave: Sequence[int]) -> None:
         """Take in a text; arguments as of `held` and `Guessed.of`."""
         self.texts.append(written[0].tolist())
         if DRAFT in self.model.slots:
@@ -126,7 +126,7 @@ class Written:
         if not self.held:
             return
         found.text_passes = [text.passes for text in self.guessed]
-        found.text_drafted = [text.drafted for text in self.guessed]
+        found.text_drafted = [text.drafted for text in self.guessed if text.drafted is not None]
         found.text_accepted = [text.accepted for text in self.guessed]
         found.equal = sum(text.equal for text in self.held) / sum(text.equal + text.others for text in self.held)
         found.parted_by_rounding = sum(text.by_rounding for text in self.held)

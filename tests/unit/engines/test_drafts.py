@@ -150,6 +150,21 @@ def test_a_record_has_what_the_engine_counts_and_nothing_else() -> None:
         work.measure(LlamaCppModel(Rings(), evidence), prompt(), None, lambda *_: None)  # type: ignore[arg-type]
 
 
+class Discreet(DraftingModel):
+    """Tells how many tokens its passes gave, and not how many they had."""
+
+    shows_guesses = False
+
+
+def test_an_engine_that_hides_its_guesses_tells_passes_alone() -> None:
+    texts = torch.cat([prompt(1), prompt(2)])
+    hidden = work.measure(Discreet(Rings(), evidence, half_right), texts, None, lambda *_: None, NEW)  # type: ignore[arg-type]
+    shown = work.measure(drafting(half_right), texts, None, lambda *_: None, NEW)
+    assert shown.text_drafted and hidden.text_drafted == [] and hidden.pass_rows == hidden.calls == {}
+    for name in ("passes", "tokens", "pass_tokens", "text_passes", "text_accepted", "equal", "cache_bytes", "flags"):
+        assert getattr(hidden, name) == getattr(shown, name), name
+
+
 class Credulous(DraftingModel):
     """Takes every guess."""
 
@@ -266,11 +281,14 @@ def cell(overrides: list[str], *more: str) -> Cell:
         ("vllm-cpu", "h2o", "engine vllm-cpu does not run h2o (of policies only drafts by lookup); transformers, offload would"),
         ("vllm-cpu", "prompt-lookup", None),
         ("vllm-cpu", "draft-model", "engine vllm-cpu does not run draft-model (of policies only drafts by lookup); "),
-        ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp, vllm-cpu would"),
+        ("openvino-genai", "prompt-lookup", None),
+        ("openvino-genai", "h2o", "engine openvino-genai does not run h2o (of policies only drafts by lookup); "),
+        ("openvino-genai", "[rtn-4bit,prompt-lookup]", "engine openvino-genai does not load format packed, which prompt-lookup follows; "),
+        ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp, openvino-genai, vllm-cpu would"),
         (
             "offload",
             "[rtn-4bit,longformer,prompt-lookup]",
-            "engine offload does not run prompt-lookup; transformers, llamacpp, vllm-cpu would",
+            "engine offload does not run prompt-lookup; transformers, llamacpp, openvino-genai, vllm-cpu would",
         ),
         ("offload", "[rtn-4bit,h2o]", None),
         ("transformers", "calm", None),
@@ -307,7 +325,7 @@ def test_a_limit_of_nothing_is_one_line() -> None:
 
 
 def test_lists_and_classes_know_the_drafts_of_an_engine() -> None:
-    assert entry("prompt-lookup").engines == ["transformers", "llamacpp", "vllm-cpu"]
+    assert entry("prompt-lookup").engines == ["transformers", "llamacpp", "openvino-genai", "vllm-cpu"]
     assert entry("draft-model").engines == ["transformers"] and entry("calm").engines == ["transformers", "offload"]
     assert set(engines.get("llamacpp").arguments) == {"loaders", "drafts"}
     plain = EngineConfig.model_validate({"name": "x", "_target_": "x.X", "loaders": {"huggingface": "x.load"}})

@@ -29,7 +29,7 @@ IDS = tiny.tokens(2, 40).ids
 STEPS = 8
 ENGINES = [
     pytest.param(name, marks=pytest.mark.skipif(bool(catalogue.missing(catalogue.get(name))), reason=f"{name} is not installed"))
-    for name in ("openvino", "onnxruntime", "ctranslate2")
+    for name in ("openvino", "onnxruntime", "ctranslate2", "openvino-genai")
 ]
 QUANTIZED = [
     ("openvino", "openvino-int8", {}, 8 + 24 / 64, 0.1),

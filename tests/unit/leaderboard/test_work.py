@@ -394,7 +394,9 @@ def test_an_exit_that_no_token_took_and_a_draft_that_never_guessed_are_told() ->
     for guessed, taken, flag, severity in (
         ([0, 0], [0, 0], "policy never guessed: no token of 2 texts", Kind.INVALID),
         ([900, 600], [0, 0], "none of 1,500 guesses was taken", Kind.NOTE),
+        ([], [0, 0], "no guess was taken; the engine does not show whether there were any", Kind.NOTE),
         ([900, 600], [1, 0], None, None),
+        ([], [1, 0], None, None),
     ):
         for record in drafts:
             if record.speed and record.speed.work and record.cell.pipeline == "lookup":

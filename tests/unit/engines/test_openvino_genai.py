@@ -1,0 +1,106 @@
+"""OpenVINO GenAI on a tiny model: one graph in two runtimes, and guesses that leave a text as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimbench.harness.config import engines
+from slimbench.harness.config.targets import locate
+from slimbench.harness.measure.dynamic import work
+from slimbench.harness.store import artefact
+from slimbench.methods.base import HUGGINGFACE, Claim, Unsupported
+from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.draft.policy import Exit, Lookup
+from slimbench.methods.formats.policy import Policy
+from tests.support import tiny
+
+ENGINE = engines.get("openvino-genai")
+pytestmark = pytest.mark.skipif(bool(engines.missing(ENGINE)), reason="openvino_genai is not installed")
+
+NEW, TOKENS = 40, 4
+PROMPTS = [torch.tensor([(ids * 3)]) for ids in ([5, 9, 17, 33, 65], [8, 3, 100, 41], list(range(40, 57)))]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("dense"), seed=0)
+
+
+def saved(folder: Path, seed: int) -> Path:
+    """A tiny model of which each token says much of the next."""
+    model = tiny.save_model(folder, "float32", seed=seed).load()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(4 if "proj" in name else 1)
+    model.save_pretrained(folder)
+    artefact.write_manifest(folder, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=Claim(HUGGINGFACE)))
+    return folder
+
+
+def load(folder: Path, name: str = "openvino-genai") -> Any:
+    return locate(engines.get(name).target)(**engines.get(name).arguments).load(folder, "cpu")
+
+
+def drafted(policy: Policy, base: Path, folder: Path) -> Any:
+    """A model under a draft."""
+    folder.mkdir(exist_ok=True)
+    policies.save(policy, tiny.dense_model(base, "float32"), folder)
+    artefact.write_manifest(folder, artefact.Manifest(key="drafted", model="tiny", pipeline=[], claim=Claim(policies.FORMAT)))
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def written(dense: Path) -> list[list[int]]:
+    """What the engine `openvino` writes behind each prompt."""
+    model = load(dense, "openvino")
+    texts = [model.generate(prompt, NEW)[0] for prompt in PROMPTS]
+    assert all(len(set(text)) > 3 for text in texts), "a model that repeats one token proves nothing"
+    return texts
+
+
+def test_a_pipeline_writes_what_the_runtime_does(dense: Path, written: list[list[int]]) -> None:
+    model = load(dense)
+    assert [model.generate(prompt, NEW)[0] for prompt in PROMPTS] == written
+    together = torch.cat([prompt[:, :12] for prompt in PROMPTS])
+    assert model.generate(together, NEW) == [model.generate(row[None], NEW)[0] for row in together]
+
+
+def test_a_prompt_ends_the_text_before_it_and_frees_its_cache(dense: Path, written: list[list[int]]) -> None:
+    model = load(dense)
+    begun = model.prefill(PROMPTS[1], NEW)
+    step = model.prefill(PROMPTS[0], 2)
+    block = model.cache_bytes(step.state)
+    assert block and block % (2 * 2 * 2 * 16 * 4) == 0, "whole blocks of float32 keys and values"
+    with pytest.raises(RuntimeError, match="this text has ended"):
+        for _ in range(NEW):
+            begun = model.decode_step(begun)
+    assert model.generate(PROMPTS[0], NEW)[0] == written[0]
+
+
+def test_a_lookup_leaves_the_text_and_takes_fewer_passes(dense: Path, written: list[list[int]], tmp_path: Path) -> None:
+    model = drafted(Lookup(TOKENS, 2), dense, tmp_path)
+    assert [model.generate(prompt, NEW)[0] for prompt in PROMPTS] == written
+    found = work.measure(model, PROMPTS[0], None, lambda *_: None, NEW)
+    assert found.slots == ["draft"] and found.equal == 1 and found.flags == []
+    assert found.passes == found.text_passes[0] == NEW - 1 - found.text_accepted[0]
+    assert sum(int(tokens) * passes for tokens, passes in found.pass_tokens.items()) == NEW - 1
+    assert found.text_drafted == [] and found.pass_rows == found.calls == {}, "what was thrown away is not shown"
+    assert found.text_accepted[0] > 0, "it repeats itself, and is not stuck on one token"
+
+
+def test_what_it_does_not_run_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="it does not run the draft exit, only drafts by lookup"):
+        drafted(Exit(2, 1), dense, tmp_path)
+    with pytest.raises(Unsupported, match="drafts are for one text at a time, not 2"):
+        drafted(Lookup(TOKENS, 2), dense, tmp_path / "lookup").prefill(torch.cat([PROMPTS[0], PROMPTS[0]]), NEW)
+
+
+def test_scores_and_evidence_are_those_of_the_runtime_on_the_same_graph(dense: Path) -> None:
+    ours, theirs = load(dense), load(dense, "openvino")
+    ids = tiny.tokens(1, 30).ids
+    torch.testing.assert_close(ours.logits(ids), theirs.logits(ids))
+    assert ours.evidence() == theirs.evidence()
