@@ -19,10 +19,11 @@ from slimbench.leaderboard.rows.groups import (
     Size,
     Speed,
 )
+from slimbench.leaderboard.rows.results.retrieval import Retrieval
 from slimbench.leaderboard.rows.results.work import Work
 
 
-class Row(Calibration, Cost, Work, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
+class Row(Calibration, Cost, Work, Retrieval, Cache, Size, Speed, Equivalence, Accuracy, Fidelity, Divergence, Perplexity, Identity):
     """One cell of the board: its groups, and what it is among the other rows."""
 
     rank: int | None = Field(

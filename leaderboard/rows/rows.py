@@ -25,6 +25,7 @@ from slimbench.leaderboard.rows.ranks import Measured, ranked
 from slimbench.leaderboard.rows.replicates import calibration, families, spread
 from slimbench.leaderboard.rows.results import speed as speeds
 from slimbench.leaderboard.rows.results.quality import accuracy, divergence, fidelity, losses, perplexity
+from slimbench.leaderboard.rows.results.retrieval import retrieval
 from slimbench.leaderboard.rows.results.work import Work, work
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.verdicts.judged import Paired, judged
@@ -151,6 +152,7 @@ def _row(bearer: Record, index: Index, texts: dict[str, list[str]]) -> Row:
         _size(bearer, compress, evidences[0] if evidences else None),
         _cost(compress),
         _cache(compress, result),
+        retrieval(result.retrieval, theirs.retrieval if theirs else [], is_reference, identity.flags),
         _held(work(quality.quality if quality else None, speed.speed if speed and not simulated else None), result),
         calibration(bearer),
     )

@@ -98,6 +98,7 @@ def _quality(row: Row) -> dict[str, str | None]:
         "Exact keys": _text(
             decimal(1, 100), row.exact_keys, f" % of the keys before the tokens that are scored; the others {_otherwise(row)}"
         ),
+        "Facts in long contexts": "; ".join(map(_context, row.contexts)),
         "Worst task": ""
         if row.worst_task is None
         else f"{row.worst_task} {_span(points, row.worst_task_delta, row.worst_task_low, row.worst_task_high, ' points')}",
@@ -112,6 +113,19 @@ def _otherwise(row: Row) -> str:
     if "cache" in row.slots:
         return "have left the cache, or are not seen as they were"
     return "are not seen, or only summed up" if "attention" in row.slots else "are rounded, not seen or summed up"
+
+
+def _context(context: Mapping[str, Any]) -> str:
+    """`1,024 tokens: 36 % of those that dense finds (21 % to 52 %), 5.9 MB held, 43 ms a step`."""
+    percent = decimal(0, 100)
+    said = {
+        "{} of those that dense finds": context["score"] is not None
+        and _span(percent, context["score"], context["score_low"], context["score_high"], " %"),
+        "{} MB held": context["cache_bytes"] is not None and decimal(1, 1e-6)(context["cache_bytes"]),
+        "{} ms a step": context["step_ms"] is not None and decimal(0)(context["step_ms"]),
+        "no score: {}": context["reason"],
+    }
+    return f"{context['length']:,} tokens: {', '.join(text.format(value) for text, value in said.items() if value)}"
 
 
 def _verdict(row: Row, name: str) -> str:

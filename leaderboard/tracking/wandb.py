@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ _OF_THE_TABLE = {
     *("rank_last", "accuracy_rank_last"),
 }
 """What any further row of the table changes a little."""
-_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "flags", *_OF_THE_TABLE}
+_NOT_SUMMARY = {"keys", "provenance", "command", "speed_points", "contexts", "flags", *_OF_THE_TABLE}
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ def _config(row: Row, bearer: Record) -> dict[str, Any]:
 
 
 def _tables(row: Row, found: dict[Stage, Record | None]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    grid = list(dict.fromkeys(key for point in row.speed_points for key in point))
     tables: dict[str, tuple[list[str], list[list[Any]]]] = {
-        "speed_grid": (grid, [[point.get(key) for key in grid] for point in row.speed_points]),
+        "speed_grid": _columns(row.speed_points),
+        "contexts": _columns(row.contexts),
         "tasks": (
             ["task", "accuracy", "delta"],
             [[task, accuracy, row.task_delta.get(task)] for task, accuracy in row.task_accuracy.items()],
@@ -220,6 +220,12 @@ def _tables(row: Row, found: dict[Stage, Record | None]) -> dict[str, tuple[list
         layers = [layer.model_dump() for layer in evidence.layers]
         tables["layers"] = (columns, [[_flat(layer[name]) for name in columns] for layer in layers])
     return tables
+
+
+def _columns(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Names and values of lines of a table."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return names, [[line.get(name) for name in names] for line in lines]
 
 
 def _artefact(record: Record | None) -> dict[str, Any] | None:

@@ -18,15 +18,14 @@ def retrieval(
     check_choice("--format", format, FORMATS)
     from slimbench.leaderboard.compare import retrieval
 
-    found = retrieval.lines(read_records(results_folder(results)))
+    found = retrieval.figures(read_records(results_folder(results)))
     if not found:
         raise ConfigError(
             f"nothing was asked of long contexts in '{results}'; "
             "`slimbench sweep experiment=caches suite=retrieval stages=[quality]` does that"
         )
     if format in ("csv", "json"):
-        numbers = retrieval.figures(found)
-        print_table(format, {key: key for key in numbers[0]}, numbers)
+        print_table(format, {key: key for key in found[0]}, found)
         return
     for title, lines in retrieval.tables(found).items():
         print(title)

@@ -32,6 +32,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.format import decimal
 from slimbench.leaderboard.tables.tables import pareto, tables
 from tests.support.board_records import Spec, board, equal_grid, records
+from tests.unit.leaderboard.test_retrieval import caches
 from tests.unit.leaderboard.test_work import streamed, with_caches, with_drafts, with_exits
 
 SCATTER = ("perplexity-bytes", "perplexity-bits", "perplexity-speed", "accuracy-bytes", "accuracy-bits", "accuracy-speed", "divergence")
@@ -130,6 +131,8 @@ EVERYTHING = {
     "methods-removed": lambda: [*records(Spec()), *thinner({"flap(ratio=0.1)": (0.9, 1.4), "flap": (0.75, 3.0)})],
     "methods-active": with_exits,
     "methods-cache": with_caches,
+    "retrieval-bytes": caches,
+    "retrieval-ms": caches,
     "stream": streamed,
     "drafts": with_drafts,
     "recovery": lambda: [*records(Spec()), *recovered("shortgpt", 3.0, {4000: 2.1, 16000: 1.6})],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,11 @@ from slimbench.harness.schema.retrieval import RetrievalResult
 from slimbench.harness.stats.shares import clustered_share
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare import retrieval
+from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.catalogue import Absent, figures
+from slimbench.leaderboard.rows.results.retrieval import FEWEST
+from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.site.facts import details
 from tests.support.board_records import Spec, records
 from tests.unit.cli.test_cli import slimbench
 
@@ -55,39 +59,37 @@ def board(ours: list[int] = OURS, dense: list[int] = DENSE, **changed: Any) -> l
     ]
 
 
-def line(made: list[Record], method: str = "h2o(budget=256)", length: int = 1024) -> retrieval.Line:
-    (found,) = [one for one in retrieval.lines(made) if one.row.pipeline == method and one.ours.length == length]
+def line(made: list[Record], method: str = "h2o(budget=256)", length: int = 1024) -> dict[str, Any]:
+    (found,) = [one for one in retrieval.figures(made) if one["method"] == method and one["length"] == length]
     return found
 
 
 def test_the_score_is_of_the_items_that_dense_finds() -> None:
     found = line(board())
-    assert found.answered == 13 and found.score is not None
-    assert found.score.value == 9 / 13, "of 11 right answers two are at items that dense has wrong"
-    assert found.score == clustered_share([1, 2, 3, 1, 2], [2, 3, 3, 2, 3]), "clusters are contexts; one has no item that dense finds"
+    assert found["dense_answers"] == 13
+    assert found["score"] == 9 / 13, "of 11 right answers two are at items that dense has wrong"
+    wanted = clustered_share([1, 2, 3, 1, 2], [2, 3, 3, 2, 3])
+    assert (found["score"], found["score_low"], found["score_high"]) == wanted, "clusters are contexts; one has no item that dense finds"
     dense = line(board(), "dense")
-    assert dense.score is not None and dense.score.value == 1.0 and math.isnan(dense.score.low), "nothing is estimated"
+    assert dense["score"] == 1.0 and dense["score_low"] is dense["score_high"] is None, "nothing is estimated"
 
 
 def test_numbers_of_bytes_and_times_stand_beside_those_of_dense() -> None:
-    figures = {(one["method"], one["length"]): one for one in retrieval.figures(retrieval.lines(board()))}
+    figures = {(one["method"], one["length"]): one for one in retrieval.figures(board())}
     ours = figures["h2o(budget=256)", 1024]
     assert (ours["items"], ours["answered"], ours["dense_answers"], ours["left_out"]) == (18, 11, 13, 5)
     assert (ours["cache_bytes"], ours["dense_cache_bytes"]) == (256_000, 1_024_000)
     assert (ours["step_ms"], ours["dense_step_ms"], ours["reason"]) == (30.75, 30.75, None)
-    assert [one["method"] for one in retrieval.figures(retrieval.lines(board()))] == ["h2o(budget=256)", "dense", "dense"], (
-        "fewest bytes first"
-    )
+    assert [one["method"] for one in retrieval.figures(board())] == ["h2o(budget=256)", "dense", "dense"], "fewest bytes first"
 
 
-@pytest.mark.parametrize(("answers", "has_score"), [(retrieval.FEWEST - 1, False), (retrieval.FEWEST, True)])
+@pytest.mark.parametrize(("answers", "has_score"), [(FEWEST - 1, False), (FEWEST, True)])
 def test_a_length_at_which_dense_finds_too_little_says_so_and_has_no_score(answers: int, has_score: bool) -> None:
     found = line(board(dense=[1] * answers + [0] * (18 - answers)))
-    assert (found.score is not None) == has_score and found.answered == answers
+    assert (found["score"] is not None) == has_score and found["dense_answers"] == answers
     if not has_score:
-        assert found.reason == "dense finds 7 of 18 facts, fewer than 8"
-        (figures,) = [one for one in retrieval.figures([found])]
-        assert figures["score"] is figures["score_low"] is None and figures["cache_bytes"] == 256_000
+        assert found["reason"] == "dense finds 7 of 18 facts, fewer than 8"
+        assert found["score"] is found["score_low"] is None and found["cache_bytes"] == 256_000
 
 
 @pytest.mark.parametrize(
@@ -95,14 +97,14 @@ def test_a_length_at_which_dense_finds_too_little_says_so_and_has_no_score(answe
 )
 def test_other_items_are_held_against_nothing(changed: dict[str, Any]) -> None:
     found = line(board(**changed), length=changed.get("length", 1024))
-    assert found.score is None and found.answered is None
-    assert found.reason == "dense was not asked the same on this engine and machine"
+    assert found["score"] is None and found["dense_answers"] is None
+    assert found["reason"] == "dense was not asked the same on this engine and machine"
 
 
 def test_dense_of_another_machine_or_engine_is_not_what_a_row_is_held_against() -> None:
     ours = with_facts(Spec("h2o(budget=256)", "compact"), result(OURS))
     for other in (Spec(cpu="Another CPU"), Spec(engine="compiled"), Spec(model="other")):
-        assert line([*with_facts(other, result(DENSE)), *ours]).score is None
+        assert line([*with_facts(other, result(DENSE)), *ours])["score"] is None
 
 
 def test_contexts_with_calibration_text_have_no_score_and_short_windows_matter_not() -> None:
@@ -113,20 +115,20 @@ def test_contexts_with_calibration_text_have_no_score_and_short_windows_matter_n
         made = board()
         next(record.quality for record in made if record.quality and record.cell.pipeline != "dense").flags.append(flag)
         found = line(made)
-        assert (found.score is not None) == has_score and found.reason == ("" if has_score else flag)
+        assert (found["score"] is not None) == has_score and found["reason"] == (None if has_score else flag)
 
 
 def test_contexts_of_which_a_policy_keeps_all_have_no_score() -> None:
     for exact, has_score in ((1.0, False), (0.999, True), (None, True)):
         found = line(board(exact_keys=exact))
-        assert (found.score is not None) == has_score
-        assert found.reason == ("" if has_score else "policy never exercised: contexts are no longer than what stays exact")
-        assert line(board(exact_keys=exact), "dense").score is not None
+        assert (found["score"] is not None) == has_score
+        assert found["reason"] == (None if has_score else "policy never exercised: contexts are no longer than what stays exact")
+        assert line(board(exact_keys=exact), "dense")["score"] is not None
 
 
 def test_of_one_context_there_is_a_score_and_no_interval() -> None:
     made = [*with_facts(Spec(), result(DENSE, context=[0] * 18)), *with_facts(Spec("tova"), result(OURS, context=[0] * 18))]
-    found = retrieval.figures([line(made, "tova")])[0]
+    found = line(made, "tova")
     assert found["score"] == 9 / 13 and found["score_low"] is None and found["score_high"] is None
 
 
@@ -137,7 +139,7 @@ def test_columns_of_unequal_length_are_no_result() -> None:
 
 
 def test_tables_tell_it_by_length() -> None:
-    tables = retrieval.tables(retrieval.lines(board()))
+    tables = retrieval.tables(retrieval.figures(board()))
     first, second = tables
     assert "1,024 tokens · dense finds 13 of 18 facts" in first and "2,048 tokens" in second
     ours, dense = tables[first]
@@ -149,10 +151,50 @@ def test_hostile_texts_write_nothing_to_a_terminal() -> None:
     made = board()
     for record in made:
         record.cell.model = "m\x1b]0;x\x07"
-    found = retrieval.lines(made)
-    assert "\x1b" not in str(retrieval.tables(found)) + json.dumps(retrieval.figures(found)) and "\\u001b" not in json.dumps(
-        retrieval.figures(found)
-    )
+    found = retrieval.figures(made)
+    assert "\x1b" not in str(retrieval.tables(found)) + json.dumps(found) and "\\u001b" not in json.dumps(found)
+
+
+def caches() -> list[Record]:
+    """Two methods at two budgets each beside dense, at two lengths; the more is held, the more is found."""
+    made = with_facts(Spec(), result(DENSE), result(DENSE, 2048))
+    for name, right in (("h2o", 4), ("tova", 2)):
+        for budget, more in ((128, 0), (256, 3)):
+            own = with_facts(
+                Spec(f"{name}(budget={budget})", "compact"),
+                *(result([1] * (right + more) + [0] * (18 - right - more), length, cache_bytes=1000 * budget) for length in (1024, 2048)),
+            )
+            for record in own:
+                record.cell.steps = [{"name": name, "method": name.upper()}]
+            made += own
+    return made
+
+
+def test_figures_have_a_panel_for_each_length_and_a_line_for_each_method() -> None:
+    made = rows(caches())
+    for kind, label in (("retrieval-bytes", "MB"), ("retrieval-ms", "ms")):
+        (drawn,) = figures(made, [kind])
+        assert isinstance(drawn, Plot)
+        axes = drawn.make().axes
+        assert [ax.get_title() for ax in axes] == ["1,024 tokens", "2,048 tokens"] and label in axes[0].get_xlabel()
+        lines = {line.get_label(): line for line in axes[0].lines if not str(line.get_label()).startswith("_")}
+        assert set(lines) == {"dense", "H2O", "TOVA"} and list(lines["dense"].get_ydata()) == [100]  # type: ignore[arg-type]
+        found = {one["method"]: one["score"] for one in retrieval.figures(caches()) if one["length"] == 1024}
+        assert list(lines["H2O"].get_ydata()) == pytest.approx([100 * found[f"h2o(budget={n})"] for n in (128, 256)])  # type: ignore[arg-type]
+    assert list(lines["H2O"].get_xdata()) == [30.75, 30.75]  # type: ignore[arg-type]
+    (drawn,) = figures(made, ["retrieval-bytes"])
+    assert isinstance(drawn, Plot) and drawn.reading.startswith("At 1,024 tokens, of what holds at most half of the bytes of dense, h2o(")
+
+
+def test_without_two_scores_there_is_no_figure() -> None:
+    (drawn,) = figures(rows(board()), ["retrieval-bytes"])
+    assert isinstance(drawn, Absent) and drawn.reason == "no two rows have a score of facts in long contexts"
+
+
+def test_a_page_says_it_in_words() -> None:
+    (row,) = [row for row in rows(board()) if not row.is_reference]
+    told = dict(details(row))["Facts in long contexts"]
+    assert told == "1,024 tokens: 69 % (33 to 91) of those that dense finds, 0.3 MB held, 31 ms a step"
 
 
 def test_the_command_prints_it_and_says_what_makes_some(tmp_path: Path) -> None:
