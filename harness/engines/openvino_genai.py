@@ -90,6 +90,7 @@ class GenAIModel(LoadedModel):
 
     shares_vectors = True
     keeps_cache = True
+    times_passes = False
     cache_dtype = "float32"
 
     def __init__(self, graph: Any, config: dict[str, Any], draft: Lookup | None = None) -> None:

@@ -94,6 +94,7 @@ class VllmModel(LoadedModel):
     """
 
     keeps_cache = True
+    times_passes = False
 
     def __init__(
         self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, cards: int = 1, guesses: dict[str, Any] | None = None

@@ -10,7 +10,8 @@ import torch
 from slimbench.harness.measure.loaded import Generates, Loaded
 from slimbench.harness.measure.zeros import holds
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence, simulation
-from slimbench.methods.base import Claim, Needs
+from slimbench.harness.schema.work import WorkResult
+from slimbench.methods.base import Claim, Needs, Work
 
 _CACHE_TOKENS = 512
 _DENSE_BITS = 16
@@ -44,6 +45,14 @@ def check(
     wider = _itemsize(model.cache_dtype) / _itemsize(dtype) if model.cache_dtype and dtype else 1.0
     found.flags = flags(claim, found, disk_bytes, needs, dense_parameters, model.shares_vectors, wider)
     return found
+
+
+def measured(evidence: Evidence, work: WorkResult, claim: Work | None) -> None:
+    """Take `UNMEASURED` away where counted work was held against all of a claim: the bound of a cache on texts that go beyond it."""
+    longest = (work.prompt_tokens or 0) + (work.tokens // work.prompts if work.prompts else 0)
+    bounded = claim.cache_tokens if claim else None
+    if work.tokens and (bounded is None or longest > bounded + 1) and UNMEASURED in evidence.flags:
+        evidence.flags.remove(UNMEASURED)
 
 
 def _itemsize(dtype: str) -> int:

@@ -102,6 +102,7 @@ class Scores(Capability):
         scoring: By which passes its policy allows a text to be scored.
         exact_keys: Pairs of a token and one that it attends to as without its policy, of a text of so many tokens of which so many are a
             prompt (`methods.formats.attention.policy`, `methods.formats.kv.cache`); None where no policy decides on keys.
+        times_passes: `extend` runs as decoding does, so that passes of several tokens can be timed by it.
         reach: Positions from a token back to the farthest that it attends to, under its policy (`methods.formats.policy`); None: all.
     """
 
@@ -109,6 +110,7 @@ class Scores(Capability):
     scoring: Scoring = "exact"
     exact_keys: Callable[[int, int], int] | None = None
     reach: int | None = None
+    times_passes = True
 
     def check_scoring(self, *passes: Scoring) -> None:
         """Raise `Unsupported` unless its policy allows one of these."""

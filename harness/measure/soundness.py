@@ -154,7 +154,7 @@ def flags(point: SpeedPointResult, disturbances: Sequence[str], is_reference: bo
         found.append(f"roofline: {roof.fraction:.0%} of the measured {roof.bandwidth} bandwidth: a defect of the measurement")
     if point.dropped:
         found.append(f"{point.dropped} pairs of runs dropped: the card was throttled")
-    if point.tokens and len(point.tokens.candidate) > (point.prompts.count if point.prompts else 1):
+    if point.tokens and len(point.tokens.candidate) > len(set(point.prompt_of_pairs) or {0}):
         runs = sum(point.tokens.candidate.values())
         found.append(f"the timed tokens differ from run to run: {len(point.tokens.candidate)} continuations in {runs} runs")
     return [f"{text} ({point.batch}×{point.prompt}+{point.new_tokens})" for text in found]

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import RunConfig, SuiteConfig
@@ -109,8 +110,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.flags += _stretch_flags(part, model)
         result.forward_tokens += part.tokens
     if loaded.slots and windows:
-        _count_work(sheet, config, key, loaded, windows[0], ran)
+        _count_work(sheet, config, key, loaded, windows[0].ids, windows[0], ran)
         result.flags += _causal_flags(sheet, Scores.of(loaded), windows[0].ids)
+    elif loaded.slots and contexts:
+        _count_work(sheet, config, key, loaded, torch.cat([contexts[0].ids(context) for context in contexts[0].contexts]))
     if suite.noise_windows and distributions.is_reference and windows:
         with sheet.part("noise", "comparisons") as kept:
             result.perplexity[0].noise = distributions.noise(Scores.of(loaded), windows[0], kept)
@@ -146,14 +149,22 @@ def _taught_text(texts: list[tuple[str, data_set.Made | None]], tokenizer: Any) 
 
 
 def _count_work(
-    sheet: _Sheet, config: RunConfig, key: str, loaded: Loaded, part: perplexity.Windows, ran: scored.CountingPart | None
+    sheet: _Sheet,
+    config: RunConfig,
+    key: str,
+    loaded: Loaded,
+    ids: torch.Tensor,
+    part: perplexity.Windows | None = None,
+    ran: scored.CountingPart | None = None,
 ) -> None:
-    """Count what runs for a token under a policy, behind the beginnings of some windows, and score some token by token; or say why not.
+    """Count what runs for a token under a policy, behind the beginnings of some texts, and score some token by token; or say why not.
 
     Args:
+        ids: Token ids of the texts, int64 [N, T].
+        part: The windows that they are, where they were scored.
         ran: What ran while the windows were scored; None where that was not counted.
     """
-    ids, result = part.ids, sheet.result
+    result = sheet.result
     texts = ids[:_WORK_TEXTS, : min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)]
     claim = artefact.read_manifest(artefact.location(key)).claim.work
     try:
@@ -163,7 +174,7 @@ def _count_work(
                 texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, sheet.report.progress).model_dump()
             )
         gap = None
-        if _is_scored_otherwise(loaded, part):
+        if part and _is_scored_otherwise(loaded, part):
             with sheet.part("token by token", "windows") as kept:
                 gap = kept.once(["gap"], 1, lambda: _stepwise_gap(Scores.of(loaded), part, result.perplexity[0].window_nll))
         result.work = WorkResult(**found | {"stepwise_gap": gap})
@@ -172,8 +183,8 @@ def _count_work(
             result.work.flags += told
         if gap is not None and abs(gap) > _GAP:
             result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
-        if result.evidence and claims.UNMEASURED in result.evidence.flags:
-            result.evidence.flags.remove(claims.UNMEASURED)
+        if result.evidence:
+            claims.measured(result.evidence, result.work, claim)
         twice = 2 if result.work.equal is not None else 1
         result.forward_tokens += twice * len(texts) * (texts.shape[1] + work.NEW_TOKENS - 1)
     except Unsupported as error:
@@ -254,8 +265,8 @@ def _causal_flags(sheet: _Sheet, model: Scores, ids: Any) -> list[str]:
     if texts is None or set(model.slots) == {"draft"}:
         return []
     with sheet.part("causality", "windows") as kept:
-        moved, rounding = kept.once(texts.numpy().tobytes(), len(texts), lambda: list(causality.moved(model, texts)))
-    return [f"not causal: logits move by {moved:.0%} of their spread where only later tokens are others"] if moved > rounding else []
+        found = kept.once(b"gains" + texts.numpy().tobytes(), len(texts), lambda: asdict(causality.look(model, texts)))
+    return causality.Seen(**found).flags()
 
 
 def _stretch_flags(part: perplexity.Windows, model: Scores) -> list[str]:

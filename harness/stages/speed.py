@@ -105,10 +105,9 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         asked = texts.prompts(model, grid[0]) if tokens is None else _asked(config, tokens, grid[0], timed)
         counted = figure(["work", timed], 1, lambda: _work(model, key, asked, grid[0], report).model_dump())
         result.work = WorkResult(**counted)
-        if result.work.tokens and claims.UNMEASURED in found.flags:
-            found.flags.remove(claims.UNMEASURED)
+        claims.measured(found, result.work, artefact.read_manifest(artefact.location(key)).claim.work)
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, counted_alone)
-    result.flags += texts.untimed(result.points)
+    result.flags += [*texts.untimed(result.points), *texts.unexercised(result.points, model)]
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         result.flags.append("OMP_WAIT_POLICY=PASSIVE: threads sleep between parallel regions, and small products wait for them")
     beyond = [point for point in protocol.grid if point not in grid]

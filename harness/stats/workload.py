@@ -49,28 +49,27 @@ def workload_speedup(
     wanted, mine, its = _means(numbers, ours, theirs)
     ratio = float(its.sum() / mine.sum())
     count = len(wanted)
-    parts = _processes(numbers, ours, theirs, runs)
+    parts = _by_process(numbers, runs, ours, theirs)
     if count < FEWEST or count <= len(parts):
         return Estimate(ratio, *UNDEFINED)
     ratios = [float(other.sum() / own.sum()) for _, own, other in parts]
     residuals = np.concatenate([other - part * own for part, (_, own, other) in zip(ratios, parts, strict=True)])
     within = float(residuals @ residuals) / (count - len(parts)) / its.mean() ** 2
-    reach = float(stats.t.ppf((1 + level) / 2, count - len(parts))) ** 2 * within / count
-    if len(parts) > 1:
-        shares = float(np.mean([within / len(there) for there, *_ in parts]))
-        between = max(0.0, float(np.log(ratios).var(ddof=1)) - shares)
-        seen = float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) ** 2 * between
-        reach += max(seen, (normal_quantile(level) * PROCESS) ** 2) / len(parts)
-    width = math.sqrt(reach)
+    between = float(np.log(ratios).var(ddof=1)) if len(parts) > 1 else 0.0
+    width = math.sqrt(_reach(within, between, [len(there) for there, *_ in parts], PROCESS**2, level))
     return Estimate(ratio, ratio * math.exp(-width), ratio * math.exp(width))
 
 
-def workload_mean(times_ms: Samples, prompts: Sequence[int], level: float = 0.95) -> Estimate:
-    """Mean time over prompts, of the mean times of each, with Student's interval over prompts.
+def workload_mean(times_ms: Samples, prompts: Sequence[int], runs: Sequence[int] = (), level: float = 0.95) -> Estimate:
+    """Mean time over prompts, of the mean times of each.
+
+    The interval is one over prompts, as clusters, and over processes, as that of `workload_speedup`: a time moves with its process, the
+    ratio of two that are taken next to each other hardly.
 
     Args:
         times_ms: Shape [samples].
         prompts: Of each sample the number of its prompt.
+        runs: How many samples each process has; empty for one process.
 
     Raises:
         ValueError: No samples, or not as many prompts.
@@ -78,12 +77,34 @@ def workload_mean(times_ms: Samples, prompts: Sequence[int], level: float = 0.95
     values, numbers = np.asarray(times_ms, dtype=np.float64), np.asarray(prompts)
     if not len(values) or len(values) != len(numbers):
         raise ValueError("each time needs a prompt")
-    _, means = _means(numbers, values)
-    mean = float(means.mean())
-    if len(means) < FEWEST:
+    parts = [means for _, means in _by_process(numbers, runs, values)]
+    joined = np.concatenate(parts)
+    mean, count = float(joined.mean()), len(joined)
+    if count < FEWEST or count <= len(parts):
         return Estimate(mean, *UNDEFINED)
-    width = float(stats.t.ppf((1 + level) / 2, len(means) - 1)) * float(means.std(ddof=1)) / math.sqrt(len(means))
+    residuals = np.concatenate([part - part.mean() for part in parts])
+    within = float(residuals @ residuals) / (count - len(parts))
+    between = float(np.var([part.mean() for part in parts], ddof=1)) if len(parts) > 1 else 0.0
+    width = math.sqrt(_reach(within, between, [len(part) for part in parts], (mean * PROCESS) ** 2, level))
     return Estimate(mean, mean - width, mean + width)
+
+
+def _reach(within: float, between: float, counts: Sequence[int], least: float, level: float) -> float:
+    """Square of half an interval.
+
+    Args:
+        within: Variance of prompts of the same process.
+        between: Variance of the values of processes, to which their prompts add.
+        counts: Prompts of each process.
+        least: Variance between processes that is taken for granted.
+    """
+    count, processes = sum(counts), len(counts)
+    reach = float(stats.t.ppf((1 + level) / 2, count - processes)) ** 2 * within / count
+    if processes > 1:
+        beyond = max(0.0, between - float(np.mean([within / there for there in counts])))
+        seen = float(stats.t.ppf((1 + level) / 2, processes - 1)) ** 2 * beyond
+        reach += max(seen, normal_quantile(level) ** 2 * least) / processes
+    return reach
 
 
 def spread_within(candidate_ms: Samples, reference_ms: Samples, prompts: Sequence[int], level: float = 0.95) -> float | None:
@@ -102,14 +123,12 @@ def spread_within(candidate_ms: Samples, reference_ms: Samples, prompts: Sequenc
     return float(stats.t.ppf((1 + level) / 2, free)) * math.sqrt(within / len(ratios))
 
 
-def _processes(
-    prompts: NDArray[np.int64], ours: NDArray[np.float64], theirs: NDArray[np.float64], runs: Sequence[int]
-) -> list[tuple[NDArray[np.float64], ...]]:
+def _by_process(prompts: NDArray[np.int64], runs: Sequence[int], *samples: NDArray[np.float64]) -> list[tuple[NDArray[np.float64], ...]]:
     """Of each process its prompts, and the mean times of each of them."""
     if len(runs) < 2:
-        return [_means(prompts, ours, theirs)]
+        return [_means(prompts, *samples)]
     places = np.split(prompts, np.cumsum(runs)[:-1])
-    return [_means(*part) for part in zip(places, split(ours, runs), split(theirs, runs), strict=True)]
+    return [_means(*part) for part in zip(places, *(split(times, runs) for times in samples), strict=True)]
 
 
 def prompt_speedups(candidate_ms: Samples, reference_ms: Samples, prompts: Sequence[int]) -> NDArray[np.float64]:

@@ -82,17 +82,20 @@ def active(group: Group) -> Plot:
 
 
 def held(group: Group) -> Plot:
-    """Perplexity over the bytes of the cache that are held for a text, behind a prompt on the average over what is scored.
+    """Perplexity over the bytes of the cache that are held for a text, behind a prompt on the average over what is scored; of the texts
+    behind which most rows have them.
 
     Raises:
         Unplottable: Fewer than two rows with caches of different size.
     """
 
-    whole = group.reference.held_cache_bytes if group.reference else None
+    texts = Counter(row.held_cache_of for row in group.rows if row.held_cache_bytes is not None)
+    ((common, _),) = texts.most_common(1) or [(None, 0)]
+    whole = group.reference.held_cache_bytes if group.reference and group.reference.held_cache_of == common else None
 
     def counted(row: Row) -> bool:
         is_other = bool({"cache", "attention"} & set(row.slots)) or (whole is not None and row.held_cache_bytes != whole)
-        return row.held_cache_bytes is not None and is_other
+        return row.held_cache_bytes is not None and row.held_cache_of == common and is_other
 
     return _settings(group, HELD, counted, "bytes of the cache")
 

@@ -70,6 +70,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"claims (?:at least )?\S+ blocks a token, ran .+": (),
     r"claims \S+ active parameters, multiplied .+": (),
     r"claims \S+ tokens in the cache, .+": (),
+    r"holds \S+ MB of a text, and tells .+": (),
     # another training
     r"claims \S+ .+, but no method says that it trains": (Figure.COST,),
     r"trains, claims no .+": (Figure.COST,),
@@ -87,7 +88,9 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"quality of other bytes than the compression .+": (Figure.QUALITY,),
     # times and bytes of something else
     r"guesses changed the text: .+": (Figure.DECODE,),
+    r"\S+ of \S+ tokens came without a pass of the model": (Figure.DECODE,),
     r"policy never guessed: .+": (Figure.DECODE,),
+    r"policy never exercised while timed: .+": (Figure.DECODE,),
     r"random prompts: .+": (Figure.DECODE, Figure.PREFILL),
     r"speed measured on .+": (Figure.DECODE, Figure.PREFILL, Figure.MEMORY),
     r"speed of other bytes than the compression .+": (Figure.DECODE, Figure.PREFILL, Figure.MEMORY),

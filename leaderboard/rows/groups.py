@@ -272,6 +272,11 @@ class Speed(Timing):
     """Time, memory and energy of the speed stage; the timing is that of the first point, the headline."""
 
     speed_point: str | None = Field(default=None, description="Batch, prompt tokens and new tokens at which speed was measured.")
+    speedup_by_prompt: dict[str, float | None] = Field(
+        default={},
+        description="Speed-ups of the single texts of the headline, where these were several: `least`, `p10`, `median`, `p90`, `most`, and "
+        "the share of them that are below 1 (`slower`).",
+    )
     timed_equal: float | None = Field(
         default=None,
         description="Share of the tokens chosen in the timed runs of the first speed point that are the reference's at the same place, "

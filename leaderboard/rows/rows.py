@@ -233,7 +233,8 @@ def _held(found: Work, quality: QualityResult) -> Work:
     head = quality.perplexity[0] if quality.perplexity else None
     if head is None or head.protocol.partition("-")[0] != "suffix":
         return found
-    return found.model_copy(update={"held_cache_bytes": round(fmean(head.held_bytes)) if head.held_bytes else None})
+    held = {"held_cache_bytes": round(fmean(head.held_bytes)), "held_cache_of": "suffix"} if head.held_bytes else {}
+    return found.model_copy(update={"held_cache_bytes": None, "held_cache_of": None} | held)
 
 
 def _with_dense_caches(board: Sequence[Row], index: Index) -> list[Row]:

@@ -25,7 +25,7 @@ def verdict(row: Row, reference: Row | None) -> str:
     parts = [
         _speed(row),
         _weights(row.held_bytes, reference.held_bytes if reference else None),
-        _cache(row.held_cache_bytes, reference.held_cache_bytes if reference else None),
+        _cache(row.held_cache_bytes, reference.held_cache_bytes if reference and reference.held_cache_of == row.held_cache_of else None),
         _perplexity(row),
         _accuracy(row),
     ]

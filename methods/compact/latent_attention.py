@@ -1,6 +1,6 @@
 """Latent attention put on a model that was trained without it (MHA2MLA, arXiv 2502.14837; `methods.formats.attention.latent`).
 
-    which pairs     of each head the pairs of channels of the largest mean ‖q_i‖ ‖k_i‖ over calibration tokens stay rotated   §3.1
+    which pairs     of each head the pairs of channels of the largest ‖q_i‖ ‖k_i‖ stay rotated, each its mean over calibration tokens   §3.1
     C, U            the r leading directions of what calibration tokens have as values and keys without position: Cᵀ = U        §3.2, joint
 
 and then both are fitted to the attention as it was (`methods.core.learning.transfer`). The paper takes the directions from the weights,

@@ -16,17 +16,22 @@ from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.contrast import Contrast
 from slimbench.methods.formats.policy import Acts
 
+_BUCKET = 20
+"""Blocks among which candidates lie at most."""
+
 
 @dataclass(frozen=True)
 class Dola(Acts, Method):
     """Contrasts of blocks.
 
     Attributes:
-        half: In which the candidates lie, every second block; `lower` for answers with steps, `upper` for short ones (§3).
+        half: In which the candidates lie, every second block; `lower` for answers with steps, `upper` for short ones (§3). Of more than 40
+            blocks the first or last 20, as the authors' program has it.
         floor: Share of the largest probability that a token must have.
     """
 
     name = "dola"
+    version = 2
     slot = "depth"
     citation = Citation("DoLa", year=2023, arxiv="2309.03883")
     needs = Needs(weights=False)
@@ -48,8 +53,8 @@ class Dola(Acts, Method):
         """
         if shape is None:
             return Contrast((), self.floor)
-        middle = shape.num_layers // 2
-        span = range(middle) if self.half == "lower" else range(middle, shape.num_layers)
+        blocks, most = shape.num_layers, min(shape.num_layers - shape.num_layers // 2, _BUCKET)
+        span = range(min(blocks // 2, _BUCKET)) if self.half == "lower" else range(blocks - most, blocks)
         places = tuple(place for place in span if place % 2 == 0 and (place or not shape.tied_embeddings))
         return Contrast(places or (1,), self.floor)
 

@@ -7,9 +7,11 @@ loss alone. Without a step (`steps` is 0) nothing is trained, and exits predict 
     distillation   KL of the model's distribution from the exit's, as the program of FastBERT (arXiv 2004.02178) teaches its branches
     nll            cross entropy with the text, as DeeBERT (arXiv 2004.12993), §3.1, trains its off-ramps
 
-The papers train classifiers of one sentence; here every token of a text is one. How many tokens leave comes out of threshold and text:
-records hold the blocks that ran. Claimed are the most and the fewest that a token runs on any text (`EarlyExit.runs`), and not their mean,
-of which calibration text, from which the exits learned, would say too little.
+The papers of `deebert`, `fastbert` and `pabee` train classifiers of one sentence; here every token of a text is one. PABEE weights the
+losses of its exits by their place, and CALM by theirs, with cross entropy; here all weigh the same, and `calm` and `pabee` are taught by
+the model unless `loss` says otherwise. How many tokens leave comes out of threshold and text: records hold the blocks that ran. Claimed are
+the most and the fewest that a token runs on any text (`EarlyExit.runs`), and not their mean, of which calibration text, from which the
+exits learned, would say too little.
 """
 
 from __future__ import annotations

@@ -299,11 +299,18 @@ def by_text(values: list[float], texts: list[int]) -> np.ndarray:
     return np.array([np.mean([value for value, text in zip(values, texts, strict=True) if text == one]) for one in sorted(set(texts))])
 
 
-def of_texts(values: list[float], texts: list[int]) -> tuple[float, Bounds]:
-    """Mean over texts of their means, with Student's interval."""
-    means = by_text(values, texts)
-    error = stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
-    return float(means.mean()), (float(means.mean() - error), float(means.mean() + error))
+def of_texts(values: list[float], texts: list[int], runs: list[int]) -> tuple[float, Bounds]:
+    """Mean over texts of their means; it varies by texts, and by processes."""
+    means, ends = by_text(values, texts), np.cumsum(runs or [len(values)])
+    own = [by_text(values[end - size : end], texts[end - size : end]) for end, size in zip(ends, runs or [len(values)], strict=True)]
+    count, processes = len(means), len(own)
+    variance = sum(((part - part.mean()) ** 2).sum() for part in own) / (count - processes)
+    square = stats.t.ppf((1 + LEVEL) / 2, count - processes) ** 2 * variance / count
+    if processes > 1:
+        apart = max(0.0, np.var([part.mean() for part in own], ddof=1) - np.mean([variance / len(part) for part in own]))
+        least = (stats.norm.ppf((1 + LEVEL) / 2) * BETWEEN * means.mean()) ** 2
+        square += max(stats.t.ppf((1 + LEVEL) / 2, processes - 1) ** 2 * apart, least) / processes
+    return float(means.mean()), (float(means.mean() - math.sqrt(square)), float(means.mean() + math.sqrt(square)))
 
 
 def workload(ours: list[float], theirs: list[float], texts: list[int], runs: list[int]) -> tuple[float, Bounds]:
@@ -332,10 +339,10 @@ def timing(speed: Json) -> Json:
         found: Json = {name: point[name] for name in ("batch", "prompt", "new_tokens")}
         texts = (point.get("prompts") or {}).get("pairs") or []
         if ours["prefill_ms"]:
-            prefill = of_texts(ours["prefill_ms"], texts) if texts else middle(ours["prefill_ms"], runs)
+            prefill = of_texts(ours["prefill_ms"], texts, runs) if texts else middle(ours["prefill_ms"], runs)
             found["prefill_ms"], (found["prefill_low"], found["prefill_high"]) = prefill
         if ours["decode_ms"]:
-            step, (low, high) = of_texts(ours["decode_ms"], texts) if texts else middle(ours["decode_ms"], runs)
+            step, (low, high) = of_texts(ours["decode_ms"], texts, runs) if texts else middle(ours["decode_ms"], runs)
             found |= {"decode_tokens_per_s": 1000 / step, "decode_low": 1000 / high, "decode_high": 1000 / low}
             found["throughput_tokens_per_s"] = point["batch"] * 1000 / step
             if (bound := (point.get("roofline") or {}).get("bound_ms")) is not None:

@@ -13,7 +13,10 @@ SOURCES = ("harness", "leaderboard", "methods", "tasks", "src/slimbench/util")
 FILLED = "7"
 """What stands for a value that is filled in."""
 WRITERS = {
-    "harness/measure/dynamic/texts.py": ("untimed",),
+    "harness/measure/dynamic/alive.py": ("untold",),
+    "harness/measure/dynamic/causality.py": ("Seen.flags",),
+    "harness/measure/dynamic/texts.py": ("untimed", "unexercised"),
+    "harness/measure/dynamic/work.py": ("without_pass",),
     "harness/measure/machine.py": ("LoadWatch.read",),
     "harness/schema/evidence.py": ("simulation",),
     "harness/store/partial.py": ("Journal.remarks",),
@@ -40,6 +43,7 @@ READERS = {
     "leaderboard/site/facts.py": "prints those of a row",
     "leaderboard/site/lines.py": "prints those of a row",
     "leaderboard/site/ranking.py": "reads those of a row",
+    "leaderboard/rows/results/retrieval.py": "reads those of a row",
     "leaderboard/figures/measures.py": "reads those of rows",
     "leaderboard/tables/tables.py": "reads those of rows",
     "leaderboard/tables/columns.py": "prints those of a row",

@@ -1,14 +1,18 @@
 """Whether a token knows later ones: its logits must not move where only tokens behind it are others.
 
-A policy says by which passes a text may be scored. Where whole texts go through the model at once, later tokens are there to be seen, and
-a perplexity by what comes next is none. So two windows are scored again with other tokens from some place on. Where a policy decides by the
-text how many rows go through a matrix, rounding moves logits a little, and once in a while a decision; so what is told is the median over
-windows and places. Tokens that come one by one cannot know later ones.
+A policy says by which passes a text may be scored. Where whole texts go through the model at once, later tokens are there to be seen, and a
+perplexity by what comes next is none. So two windows are scored again with other tokens from some place on. Two things are told. By how
+much all logits move: where a policy decides by the text how many rows go through a matrix, rounding moves them a little, and once in a
+while a decision, so that is a median over windows and places. And by how much the token that comes is likelier than if it were another one:
+that is what a policy that looks ahead gains a token, though it may move a single logit; what rounding moves has no direction. Tokens that
+come one by one cannot know later ones.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
+from dataclasses import dataclass
 
 import torch
 
@@ -19,10 +23,38 @@ _TOKENS = 512
 _FEWEST = 64
 _NEAR = 6
 """Positions before the changed tokens that are looked at."""
-_PLACES = ((0, 7), (1, 5), (2, 3))
-"""Eighths of a text behind its half, and tokens more: inside the blocks of a policy that has some."""
+_PLACES = 8
+"""Of each text in its second half, from which on tokens are others: the first of a policy's blocks, their last and others."""
 _ROUNDING = (0.1, 0.001)
 """Standard deviations, of logits in two bytes and in more."""
+_GAIN, _SURE = 0.05, 4.0
+"""Nats that a token may gain, and standard errors that they must exceed."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a token knows of later ones.
+
+    Attributes:
+        moved: By how much logits move where only tokens behind them change, in standard deviations of the logits of a position: of the
+            positions just before the changed ones the most moved, the median over windows and places.
+        rounding: What rounding may move.
+        gain: Nats by which the first of the changed tokens was likelier before it was changed, mean over windows and places.
+        error: Standard error of that mean.
+    """
+
+    moved: float
+    rounding: float
+    gain: float
+    error: float
+
+    def flags(self) -> list[str]:
+        """A line where tokens know later ones."""
+        if self.moved > self.rounding:
+            return [f"not causal: logits move by {self.moved:.0%} of their spread where only later tokens are others"]
+        if self.gain > _GAIN and self.gain > _SURE * self.error:
+            return [f"not causal: each token is {self.gain:.2f} nats likelier for being the one that comes"]
+        return []
 
 
 def texts(model: Scores, ids: torch.Tensor) -> torch.Tensor | None:
@@ -31,27 +63,33 @@ def texts(model: Scores, ids: torch.Tensor) -> torch.Tensor | None:
     return ids[:WINDOWS, :length] if length >= _FEWEST and model.scoring in ("exact", "chunk", "suffix") else None
 
 
-def moved(model: Scores, ids: torch.Tensor) -> tuple[float, float]:
-    """By how much logits move where only tokens behind them change, in standard deviations of the logits of a position.
-
-    Args:
-        ids: As of `texts`.
-
-    Returns:
-        Of the positions just before the changed ones the most moved, the median over windows and places; and what rounding may move.
-    """
-    found, half, rounding = [], ids.shape[1] // 2, 0.0
-    places = [half + eighths * (ids.shape[1] // 8) + more for eighths, more in _PLACES]
+def look(model: Scores, ids: torch.Tensor) -> Seen:
+    """See what tokens of some texts know of later ones; `ids` as of `texts`."""
+    found, gains, half, rounding = list[float](), list[float](), ids.shape[1] // 2, 0.0
     for text in ids.split(model.batch(WINDOWS)):
         whole = _second_half(model, text)
         rounding = _ROUNDING[whole.dtype.itemsize > 2]
-        for place in places:
+        for place in _places(ids.shape[1]):
             other = text.clone()
             other[:, place:] = (other[:, place:] + model.vocab_size // 2 + 1) % model.vocab_size
             before = slice(place - half - _NEAR, place - half)
             ours, theirs = (logits[:, before].float() for logits in (whole, _second_half(model, other)))
             found += ((ours - theirs).abs().mean(-1) / ours.std(-1)).amax(1).tolist()
-    return statistics.median(found), rounding
+            likely, unlikely = (_logprobs(logits[:, -1], text[:, place]) for logits in (ours, theirs))
+            gains += (likely - unlikely).tolist()
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return Seen(statistics.median(found), rounding, statistics.fmean(gains), error)
+
+
+def _places(length: int) -> list[int]:
+    """Spread over the second half of a text of so many tokens, with no block length in common."""
+    first, room = length // 2 + _NEAR + 1, length - length // 2 - _NEAR - 8
+    return [first + number * room // _PLACES + 3 * number % 7 for number in range(_PLACES)]
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B] of tokens [B] by logits [B, V]."""
+    return logits.log_softmax(-1).gather(-1, tokens.to(logits.device)[:, None])[:, 0]
 
 
 def _second_half(model: Scores, ids: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ def time_passes(model: Loaded, reference: Loaded | None, point: SpeedPoint, rows
     is not counted.
 
     Args:
-        model: Timed where it can add tokens to a cache; the parts of its draft where no other policy acts, by which they would depend on
-            the text.
+        model: Timed where it adds tokens to a cache as it decodes; the parts of its draft where no other policy acts, by which they would
+            depend on the text.
         reference: None where the model is the reference itself, or there is none.
         rows: Numbers of tokens.
     """
@@ -51,9 +51,9 @@ def _turn(
     model: Loaded, reference: Loaded | None, ids: torch.Tensor, rows: Sequence[int], repeat: int
 ) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """The calls of one turn; each is to be made before the next is asked for."""
-    if isinstance(reference, Scores):
+    if isinstance(reference, Scores) and reference.times_passes:
         yield _REFERENCE, 1, partial(reference.extend, _any(model, 1, len(ids), repeat), reference.extend(ids)[1])
-    if isinstance(model, Scores):
+    if isinstance(model, Scores) and model.times_passes:
         states = [model.extend(ids)[1]]
 
         def extend(tokens: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from slimbench.harness.config.schema import PromptsConfig, SpeedPoint
-from slimbench.harness.measure.loaded import Loaded
+from slimbench.harness.measure.loaded import Loaded, Scores
 from slimbench.harness.measure.perplexity import public_name
 from slimbench.harness.schema.speed import SpeedPointResult, TextPrompts
 from slimbench.tasks.errors import DataError
@@ -62,6 +62,18 @@ def untimed(points: Sequence[SpeedPointResult]) -> list[str]:
             place = f"({point.batch}×{point.prompt}+{point.new_tokens})"
             found.append(f"speed of {timed} of {point.prompts.count} texts: the time was over {place}")
     return found
+
+
+def unexercised(points: Sequence[SpeedPointResult], model: Loaded) -> list[str]:
+    """One line for each point whose texts are no longer than what a policy of attention or cache leaves as it is."""
+    if not isinstance(model, Scores):
+        return []
+    ends = [(point, point.prompt + point.new_tokens - 1) for point in points]
+    return [
+        f"policy never exercised while timed: no text is longer than what stays exact ({point.batch}×{point.prompt}+{point.new_tokens})"
+        for point, end in ends
+        if model.exact_share([(point.prompt, end)], point.prompt) == 1
+    ]
 
 
 def prompts(model: Loaded, point: SpeedPoint) -> torch.Tensor:

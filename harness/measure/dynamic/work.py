@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from slimbench.harness.measure.dynamic.alive import untold
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
 from slimbench.harness.measure.dynamic.written import Written
 from slimbench.harness.measure.loaded import CountsPasses, Generates
@@ -91,7 +92,8 @@ def measure(
         cache_bytes=max(stored),
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
     )
-    found.flags += differences(found, claim, token_bytes(module))
+    del step
+    found.flags += [*differences(found, claim, token_bytes(module)), *filter(None, [without_pass(found), untold(model, texts[:1])])]
     written.tell(found)
     return found
 
@@ -154,6 +156,7 @@ def _by_passes(
         calls={size: float(passes) for size, passes in told.items()},
         cache_bytes=max(stored) or None,
     )
+    found.flags += filter(None, [without_pass(found)])
     written.tell(found)
     return found
 
@@ -167,6 +170,12 @@ def tokens_of_passes(steps: Sequence[Count]) -> list[int]:
         elif given:
             given[-1] += 1
     return given
+
+
+def without_pass(found: WorkResult) -> str | None:
+    """A flag where tokens came for which no pass ran: all but guesses that a pass checked."""
+    given = sum(int(tokens) * passes for tokens, passes in found.pass_tokens.items()) if DRAFT in found.slots else found.passes or 0
+    return f"{found.tokens - given:,} of {found.tokens:,} tokens came without a pass of the model" if given < found.tokens else None
 
 
 @dataclass(frozen=True)

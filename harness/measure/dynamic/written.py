@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -44,13 +44,19 @@ class Held:
     Attributes:
         equal: Tokens that are the same, place by place.
         others: Tokens that are not.
-        by_rounding: The first of these is hardly told apart from the likeliest one: several tokens in a pass round otherwise than one,
-            and what follows follows from that.
+        unlikely: Of the tokens from the first other one on, those that the model would not choose behind the very text before them.
     """
 
     equal: int
     others: int
-    by_rounding: bool = False
+    unlikely: int = 0
+
+    @property
+    def by_rounding(self) -> bool:
+        """It is another text, but of tokens that are hardly told apart from the likeliest: several tokens in a pass round otherwise than
+        one, and what follows follows from that.
+        """
+        return self.others > self.unlikely == 0
 
 
 def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
@@ -64,27 +70,55 @@ def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
     others = written.cpu() != plain
     count = int(others.sum())
     if not count or not isinstance(model, Scores):
-        return Held(written.shape[1] - count, count)
+        return Held(written.shape[1] - count, count, count)
     first = int(others[0].nonzero()[0])
-    return Held(written.shape[1] - count, count, decided_by_rounding(model, prompt, plain[:, :first], int(written[0, first])))
+    return Held(written.shape[1] - count, count, unlikely(model, prompt, written, first))
 
 
-def decided_by_rounding(model: Any, prompt: torch.Tensor, before: torch.Tensor, chosen: int) -> bool:
-    """Whether a token behind a prompt [1, T] and some tokens [1, n] is as good as the likeliest one, token by token as without guesses; in
-    one pass where an engine adds no tokens to a cache.
+def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: int) -> int:
+    """How many tokens from a place of a text on the model would not choose behind what stands before each, up to rounding.
+
+    Each is looked at token by token, as without guesses. By how much its distance to the likeliest one is another where all go through in
+    one pass is what rounding does in this engine, whatever the type of its logits; as much is let pass. Where an engine adds no tokens to a
+    cache they go in one pass alone, and where a policy acts otherwise then, one by one alone.
+
+    Args:
+        prompt: Token ids, int64 [1, T].
+        written: What came behind it, int64 [1, n].
+        first: Place in it.
     """
-    try:
-        logits, state = model.extend(prompt)
-        for token in before.split(1, 1) if before.shape[1] else ():
-            logits, state = model.extend(token, state)
-    except Unsupported:
-        logits = model.logits(torch.cat([prompt.cpu(), before.cpu()], 1), prompt.shape[1] + before.shape[1] - 1)
-    return bool(as_likely(logits[0, -1], torch.tensor(chosen, device=logits.device)))
+    text, start = torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1] + first
+    chosen, found = text[0, start:], list[torch.Tensor]()
+    if model.scoring in ("exact", "chunk"):
+        found.append(model.logits(text[:, :-1], start - 1)[0])
+    with contextlib.suppress(Unsupported):
+        found.append(_stepwise(model, text, start))
+    near = torch.stack([as_likely(logits, chosen.to(logits.device)) for logits in found]).any(0)
+    if len(found) > 1:
+        distances = [_distances(logits, chosen.to(logits.device)) for logits in found]
+        near |= distances[-1] <= (distances[0] - distances[-1]).abs().max()
+    return int((~near).sum())
+
+
+def _stepwise(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits [n, V] before each of the tokens of a text from a place on, which go through one by one."""
+    logits, state = model.extend(text[:, :start])
+    found = [logits[0, -1]]
+    for token in text[:, start:-1].split(1, 1) if start < text.shape[1] - 1 else ():
+        logits, state = model.extend(token, state)
+        found.append(logits[0, -1])
+    return torch.stack(found)
+
+
+def _distances(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """By how much tokens [n] lie below the likeliest of logits [n, V]."""
+    wide = logits.double()
+    return wide.amax(-1) - wide.gather(-1, chosen[:, None])[:, 0]
 
 
 def changes(texts: Sequence[Held]) -> float:
-    """Share of the tokens that are others without guesses, in texts that do not part by rounding."""
-    return sum(text.others for text in texts if not text.by_rounding) / sum(text.equal + text.others for text in texts)
+    """Share of the tokens that the model would not choose."""
+    return sum(text.unlikely for text in texts) / sum(text.equal + text.others for text in texts)
 
 
 def repeated(texts: Sequence[Sequence[int]], size: int = GRAM) -> float | None:
@@ -131,4 +165,4 @@ class Written:
         found.equal = sum(text.equal for text in self.held) / sum(text.equal + text.others for text in self.held)
         found.parted_by_rounding = sum(text.by_rounding for text in self.held)
         if changed := changes(self.held):
-            found.flags.append(f"guesses changed the text: {changed:.1%} of the tokens are others without them")
+            found.flags.append(f"guesses changed the text: {changed:.1%} of the tokens are none that the model would choose")

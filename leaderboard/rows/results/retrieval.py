@@ -15,7 +15,7 @@ from pydantic import Field
 from slimbench.harness.schema.retrieval import RetrievalResult
 from slimbench.harness.stats.bootstrap import UNDEFINED, Estimate, attempt
 from slimbench.harness.stats.shares import clustered_share
-from slimbench.leaderboard.flags.kinds import Figure, spoiling
+from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.groups import Group
 from slimbench.leaderboard.rows.pairing import facts_of, partners
 
@@ -44,7 +44,7 @@ def retrieval(ours: Sequence[RetrievalResult], theirs: Sequence[RetrievalResult]
         theirs: The same of dense; nothing for dense itself.
         flags: Of the row.
     """
-    spoiled = next((flag for flag in spoiling(flags, Figure.QUALITY) if not flag.startswith(_OF_OTHER_TEXTS)), None)
+    spoiled = next((flag for flag in invalidating(flags, [Figure.QUALITY]) if not flag.startswith(_OF_OTHER_TEXTS)), None)
     return Retrieval(contexts=[_context(one, one if is_reference else dense, spoiled) for one, dense in partners(ours, theirs, facts_of)])
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import median
 
+import numpy as np
+
 from slimbench.harness.schema.speed import SpeedPointResult, SpeedResult
 from slimbench.harness.stats import intervals as stats
 from slimbench.harness.stats import speedups
 from slimbench.harness.stats.bootstrap import UNDEFINED, UNKNOWN, Estimate, attempt
-from slimbench.harness.stats.workload import workload_mean
+from slimbench.harness.stats.workload import prompt_speedups, workload_mean
 from slimbench.leaderboard.rows.groups import Speed, Timing
 
 
@@ -33,6 +35,7 @@ def speed(result: SpeedResult) -> Speed:
         speedup_low=first.speedup_low,
         speedup_high=first.speedup_high,
         throughput_tokens_per_s=first.throughput_tokens_per_s,
+        speedup_by_prompt=attempt(_by_prompt, head, otherwise={}) if head else {},
         timed_equal=head.tokens.equal if head and head.tokens else None,
         roofline_fraction=first.roofline_fraction,
         roofline_bandwidth=head.roofline.bandwidth if head and head.roofline and head.roofline.fraction is not None else None,
@@ -49,6 +52,17 @@ def speed(result: SpeedResult) -> Speed:
         process_peak_bytes=result.memory.process_peak_bytes,
         largest_batch=result.largest_batch.batch if result.largest_batch else None,
     )
+
+
+def _by_prompt(point: SpeedPointResult) -> dict[str, float | None]:
+    """How speed-ups are spread over texts; nothing where all runs were of one."""
+    numbers = point.prompt_of_pairs
+    if point.reference is None or len(set(numbers)) < 2:
+        return {}
+    found = prompt_speedups(point.candidate.decode_ms, point.reference.decode_ms, numbers)
+    names, places = ("least", "p10", "median", "p90", "most"), (0, 10, 50, 90, 100)
+    spread: dict[str, float | None] = dict(zip(names, np.percentile(found, places).tolist(), strict=True))
+    return spread | {"slower": float((found < 1).mean())}
 
 
 def _bandwidth(readings: Sequence[float | None]) -> float | None:
@@ -82,7 +96,7 @@ def _timing(point: SpeedPointResult) -> Timing:
 def _middle(values: Sequence[float], runs: Sequence[int], prompts: Sequence[int]) -> Estimate:
     """The middle and its bounds, over prompts where they differ; no bounds for fewer samples than can carry them."""
     if len(prompts):
-        return workload_mean(values, prompts)
+        return workload_mean(values, prompts, runs)
     return _carried(speedups.middle(values, runs), len(values))
 
 

@@ -46,6 +46,11 @@ class Work(Group):
         default=None,
         description="Bytes of the largest cache at the end of a text; under `suffix` the mean over the tokens that were scored.",
     )
+    held_cache_of: str | None = Field(
+        default=None,
+        description="The texts that `held_cache_bytes` are of: tokens of a prompt + tokens behind it, or `suffix`. Bytes of other texts "
+        "are not compared.",
+    )
     tokens_per_pass: float | None = Field(default=None, description="Tokens that a pass of the model gave, mean; above 1 with drafts.")
     pass_tokens: dict[str, int] = Field(default={}, description="How many passes gave so many tokens.")
     acceptance: float | None = Field(default=None, description="Share of the guessed tokens that were taken, over all texts.")
@@ -84,6 +89,7 @@ def work(quality: QualityResult | None, speed: SpeedResult | None) -> Work:
         scored_active_share=ran.active_parameters / scored.total_parameters if ran and scored and scored.total_parameters else None,
         cache_tokens=found.cache_tokens.mean if found.cache_tokens else None,
         held_cache_bytes=found.cache_bytes,
+        held_cache_of=f"{found.prompt_tokens}+{found.tokens // found.prompts}" if found.cache_bytes and found.prompts else None,
         tokens_per_pass=found.tokens / found.passes if found.passes else None,
         pass_tokens={str(tokens): int(count) for tokens, count in sorted(by_number(found.pass_tokens).items())},
         acceptance=taken.value,

@@ -4,7 +4,8 @@ Keys stay rotated by the position in the text. After each pass, if more than B t
 
     h2o      a token's score is the sum of the weights that all queries gave it; half of B are the newest tokens, whatever their score
     tova     the weight that the newest query gave it, mean over all heads, so that heads keep the same tokens; the newest stays
-    knorm    minus the norm of its key: keys of small norm get much weight
+    knorm    minus the norm of its key: keys of small norm get much weight; the newest stays, which neither the authors' program nor
+             kvpress sees to
     snapkv   once, after the first pass: the mean weight from the last 64 queries, smoothed over 5 tokens; these 64 stay. Later tokens
              are all kept
     spatten  the sum of the weights from the queries of the last pass, of each head and layer apart; the first 4 tokens stay, and of the
@@ -18,7 +19,8 @@ token (`step`). A prompt goes through whole, and is evicted after that, as in th
 `spatten` is neither quite its paper nor its authors' program for decoders. The paper adds up weights over all heads, layers and passes, and
 prunes by a share from layer to layer; the program keeps these tokens within a budget, but judges by products before mask and softmax.
 
-With `h2o` and `random` each head keeps beside a token 4 bytes for its score. The authors of `knorm` leave the first layers alone.
+With `h2o` and `random` each head keeps beside a token 4 bytes for its score. `skip_layers` first layers keep all
+tokens, as the authors of `knorm` have it.
 
 Sources: H2O (arXiv 2306.14048; FMInference/H2O, `utils_real_drop`), TOVA (arXiv 2401.06104), SnapKV (arXiv 2404.14469), L2 norms (arXiv
 2406.11430), these three as in NVIDIA/kvpress; SpAtten (arXiv 2012.09852; mit-han-lab/spatten, `spatten_llm`, which counts positions in the

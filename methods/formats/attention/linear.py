@@ -17,9 +17,10 @@ learned features of their own. Features of x, by `feature`:
     efficient  queries: softmax over channels; keys: softmax over the tokens so far of each channel     arXiv 1812.01243, causal
 
 x' = x / d^¼, so that ⟨φ(q), φ(k)⟩ is exp(⟨q, k⟩ / √d) on average for `positive` and `fourier`. To each feature of `positive` 10⁻⁶ of the
-largest one of its vector are added, as in the authors' program (google-research, `performer`), so that no weights of a query are all 0.
-Where a window stands beside learned features, the largest exponent is taken from its weights alone, as in LoLCATs. A window over everything
-is the base.
+largest one of its vector are added, so that no weights of a query are all 0. The authors' program (google-research, `performer`) adds 10⁻⁶
+as such, after it has taken the largest exponent of all keys from each, later ones too: features of long keys are then all alike. Where a
+window stands beside learned features, the largest exponent is taken from its weights alone, as in LoLCATs. A window over everything is the
+base.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ from it. A token leaves where its exit is sure, by `criterion`:
     margin    the difference of the two largest probabilities is at least λ               CALM (arXiv 2207.07061), §3.4
     entropy   the entropy, in nats, is at most 1 - λ of that of all tokens being alike    DeeBERT (arXiv 2004.12993), §3.2
     state     the cosine of h and the state behind the exit before (at the first, the embedding) is at least λ    CALM, §3.4
-    patience  λ exits in a row predict the same token                                     PABEE (arXiv 2006.04152), §3.2
+    patience  λ times in a row an exit predicts what the one before predicted             PABEE (arXiv 2006.04152), §3.2
 
+CALM compares the states of two blocks in a row, and its program leaves out the first exit, which has none before it; here exits stand as
+far apart as settings say, and the first one may let a token go. Its threshold falls along a text; here it is the same for all tokens.
 `state` asks no head, the others ask it at every exit that a token comes to. The logits by which it leaves are those that it is given: the
 head is not asked again for them (`methods.formats.depth.decided`). What a token that has left would have been in later blocks is its state
 as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. A policy that decides by

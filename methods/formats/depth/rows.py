@@ -81,6 +81,8 @@ class Partial(nn.Module):
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 """Numbers of a config by which some architectures multiply what Llama leaves alone."""
+_LIMITS = ("clip_qkv",)
+"""Numbers of a config to which some architectures cut queries, keys and values."""
 
 
 def check(model: Any) -> None:
@@ -93,7 +95,8 @@ def check(model: Any) -> None:
     if not all(hasattr(part, "k_proj") and getattr(part, "use_rope", True) for part in attentions):
         raise Unsupported(other)
     full_attention_layers(model.config)
-    if told := [name for name in _MULTIPLIERS if getattr(model.config, name, 1) not in (1, 1.0)]:
+    told = [name for name in _MULTIPLIERS if getattr(model.config, name, 1) not in (1, 1.0)]
+    if told := [*told, *(name for name in _LIMITS if getattr(model.config, name, None) is not None)]:
         raise Unsupported(f"this policy knows no {told[0]}, which {type(model).__name__} has")
 
 

@@ -216,12 +216,13 @@ class ExitDrafter(Drafter):
         tokens = hidden.shape[1]
         places = torch.arange(first, first + tokens, device=hidden.device)[None]
         rotations = self.base.rotary_emb(hidden, position_ids=places)
-        seen = None
+        mask = None
         if tokens > 1:
-            seen = (torch.arange(first + tokens, device=hidden.device)[None] <= places[0][:, None])[None, None]
+            later = torch.arange(first + tokens, device=hidden.device)[None] > places[0][:, None]
+            mask = hidden.new_zeros(later.shape).masked_fill(later, torch.finfo(hidden.dtype).min)[None, None]
         for block in blocks:
             hidden = block(
-                hidden, attention_mask=seen, position_ids=places, position_embeddings=rotations, past_key_values=cache, use_cache=True
+                hidden, attention_mask=mask, position_ids=places, position_embeddings=rotations, past_key_values=cache, use_cache=True
             )
         return hidden
 
@@ -277,9 +278,9 @@ class ModelDrafter(Drafter):
         """
         if not count:
             return []
-        if self.held >= len(text):
-            self.held = len(text) - 1
-            self.cache.crop(self.held)
+        if (beyond := self.held - (len(text) - 1)) > 0:
+            self.held -= beyond
+            self.cache.crop(-beyond)
         guesses = [self.read(text[self.held :])]
         while len(guesses) < count:
             guesses.append(self.read(guesses[-1:]))

@@ -180,7 +180,8 @@ def test_a_model_that_takes_every_guess_is_told() -> None:
     assert found(right).flags == [] and found(right).equal == 1
     lie = found(wrong)
     assert lie.equal is not None and lie.equal < 0.5 and lie.passes is not None and lie.passes < NEW / 4
-    assert lie.flags == [f"guesses changed the text: {1 - lie.equal:.1%} of the tokens are others without them"]
+    (flag,) = lie.flags
+    assert flag.startswith("guesses changed the text: ") and flag.endswith("of the tokens are none that the model would choose")
 
 
 def test_several_texts_and_texts_that_are_gone_are_refused() -> None:

@@ -407,12 +407,16 @@ def test_an_exit_that_no_token_took_and_a_draft_that_never_guessed_are_told() ->
 
 
 def test_a_model_of_fewer_keys_stands_among_the_caches_without_a_policy() -> None:
-    found = [row.model_copy(update={"held_cache_bytes": 30_000_000}) if row.is_reference else row for row in board_of(with_caches)]
+    made = board_of(with_caches)
+    held = {"held_cache_bytes": 30_000_000, "held_cache_of": made[-1].held_cache_of}
+    found = [row.model_copy(update=held) if row.is_reference else row for row in made]
     fewer = found[-1].model_copy(update={"slots": [], "held_cache_bytes": 10_000_000})
     (drawn,) = figures([*found[:-1], fewer], ["methods-cache"])
     assert isinstance(drawn, Plot) and "bytes of the cache" not in drawn.caption
     (drawn,) = figures([*found[:-1], fewer.model_copy(update={"held_cache_bytes": 30_000_000})], ["methods-cache"])
     assert isinstance(drawn, Absent) and "different bytes of the cache" in drawn.reason, "as much as dense: nothing of a cache to see"
+    (drawn,) = figures([*found[:-1], fewer.model_copy(update={"held_cache_of": "7+3"})], ["methods-cache"])
+    assert isinstance(drawn, Absent), "bytes of other texts are not compared"
 
 
 def test_two_settings_of_a_method_are_told_apart_along_a_stream() -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from slimbench.harness.measure import operators
-from slimbench.harness.measure.claims import UNMEASURED, flags
+from slimbench.harness.measure.claims import UNMEASURED, flags, measured
 from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.zeros import holds, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
+from slimbench.harness.schema.work import WorkResult
 from slimbench.methods.base import Claim, Work
 
 ROWS, COLUMNS = 128, 192
@@ -367,6 +368,19 @@ def test_a_cache_is_held_against_its_claim_in_the_dtype_that_the_engine_keeps() 
 
 def test_work_that_nothing_measured_is_told_in_the_words_by_which_it_is_taken_back() -> None:
     assert flags(Claim("any", work=Work(blocks=2.5)), evidence()) == [UNMEASURED]
+
+
+@pytest.mark.parametrize(
+    ("claim", "prompt", "is_measured"), [(Work(blocks=2.5), 8, True), (Work(cache_tokens=20), 8, False), (Work(cache_tokens=20), 30, True)]
+)
+def test_a_bound_of_a_cache_is_held_on_texts_that_go_beyond_it(claim: Work, prompt: int, is_measured: bool) -> None:
+    found = evidence()
+    found.flags = [UNMEASURED]
+    measured(found, WorkResult(tokens=2 * 12, prompts=2, prompt_tokens=prompt), claim)
+    assert (found.flags == []) is is_measured
+    found.flags = [UNMEASURED]
+    measured(found, WorkResult(tokens=0, prompts=2), claim)
+    assert found.flags == [UNMEASURED], "nothing was counted"
 
 
 @pytest.mark.parametrize(("claimed", "flagged"), [(9_999, True), (10_000, False), (10_050, False), (10_051, True)])

@@ -26,6 +26,16 @@ Lies, what is told of them, and the test that plants each:
         test_whole_windows_are_refused_where_the_policy_does_not
     a policy that knows what comes next: `not causal: logits move …`
         test_a_policy_that_knows_later_tokens_is_told
+    a policy that makes the token which comes likelier: `not causal: each token is … nats likelier …`
+        test_one_that_copies_the_next_token_is_told_though_it_moves_one_logit
+    tokens that were made ready before they are timed: `31 of 62 tokens came without a pass of the model`
+        test_tokens_without_a_pass_are_told
+    a cache that keeps more than it tells: `holds … MB of a text, and tells … MB`
+        test_a_cache_that_tells_less_than_it_keeps_is_told
+    a draft that is honest until two tokens are alike: `guesses changed the text: …`
+        test_a_draft_that_waits_for_a_tie_is_told
+    a budget as long as the timed texts: `policy never exercised while timed: …`
+        test_a_policy_that_never_acts_while_timed_is_told
     a draft that takes every guess: `guesses changed the text: …`
         test_a_model_that_takes_every_guess_is_told
     positions that the model was never trained on: `8 of 16 stretches lie beyond …`
@@ -36,7 +46,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -82,6 +92,28 @@ class Clairvoyant(Window):
         model.forward = forward
 
 
+@dataclass(frozen=True)
+class Copyist(Window):
+    """A window that makes the token which comes likelier."""
+
+    nats: float = 1.0
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        inner = model.forward
+
+        def forward(input_ids: Any = None, **more: Any) -> Any:
+            out = inner(input_ids, **more)
+            count = out.logits.shape[1]
+            raised = torch.zeros_like(out.logits)
+            next_tokens = input_ids[:, input_ids.shape[1] - count + 1 :, None]
+            raised[:, : next_tokens.shape[1]].scatter_(2, next_tokens, self.nats)
+            out.logits = out.logits + raised
+            return out
+
+        model.forward = forward
+
+
 @pytest.fixture(scope="module")
 def base() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -115,16 +147,26 @@ def test_honest_policies_know_nothing_of_later_tokens(base: Any, policy: Policy,
     model.max_batch = policy.max_batch
     chosen = causality.texts(model, texts())
     assert chosen is not None and chosen.shape == (2, TOKENS)
-    moved, rounding = causality.moved(model, chosen)
-    assert moved <= rounding / 3
+    found = causality.look(model, chosen)
+    assert found.moved <= found.rounding / 3 and abs(found.gain) < 0.02 and found.flags() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_one_that_knows_later_tokens_moves_with_them(base: Any, ahead: int, dtype: torch.dtype) -> None:
     model = under(copy.deepcopy(base).to(dtype), Clairvoyant(2, 40, ahead))
-    moved, rounding = causality.moved(model, texts()[:2])
-    assert moved > 2 * rounding
+    found = causality.look(model, texts()[:2])
+    assert found.moved > 2 * found.rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nats", [0.0, 0.2, 1.0, 5.0])
+def test_one_that_copies_the_next_token_is_told_though_it_moves_one_logit(base: Any, nats: float, dtype: torch.dtype) -> None:
+    """Of thousands of logits one moves: their mean does not show it, what is gained does."""
+    found = causality.look(under(copy.deepcopy(base).to(dtype), Copyist(2, 40, nats)), texts()[:2])
+    hidden = replace(found, moved=0.0)
+    assert len(hidden.flags()) == (nats > 0) and found.gain == pytest.approx(nats, rel=0.5, abs=0.02)
+    assert all(flag == f"not causal: each token is {found.gain:.2f} nats likelier for being the one that comes" for flag in hidden.flags())
 
 
 def test_texts_that_are_short_or_come_token_by_token_are_not_looked_at(base: Any) -> None:

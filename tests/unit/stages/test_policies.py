@@ -24,6 +24,7 @@ from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import common, compress, models, quality, speed
 from slimbench.harness.stages.common import Again, tokenizer_of
 from slimbench.harness.store.partial import Journal
+from slimbench.leaderboard.flags.kinds import Figure, spoiling
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported, Work
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.policy import Policy, Scoring
@@ -378,6 +379,18 @@ def test_work_is_that_of_the_texts_that_were_timed(overrides: list[str], tmp_pat
     (point,) = measured.points
     assert point.prompts and set(point.prompts.pairs) == {0} and "speed of 1 of 6 texts: the time was over (1×12+6)" in measured.flags
     assert measured.work and measured.work.prompts == 1 and measured.work.tokens == 5
+
+
+@pytest.mark.parametrize(("budget", "acts"), [(40, False), (16, False), (15, True), (12, True)])
+def test_a_policy_that_never_acts_while_timed_is_told(overrides: list[str], budget: int, acts: bool) -> None:
+    """The last of six tokens behind twelve sees seventeen, itself included."""
+    step = f"slimbench.methods.compact.streaming_llm.StreamingLLM(budget={budget},sinks=2)"
+    config = resolve([*overrides, *step_overrides([step]), TEXTS[0], "speed.processes=1", "speed.max_repeats=4"])
+    compress.run(config, f"window-{budget}", Silent())
+    measured = speed.run(config, f"window-{budget}", None, Silent())
+    told = [flag for flag in measured.flags if flag.startswith("policy never exercised")]
+    assert told == ([] if acts else ["policy never exercised while timed: no text is longer than what stays exact (1×12+6)"])
+    assert acts or spoiling(told, Figure.DECODE) == told
 
 
 def test_without_texts_the_work_is_that_of_the_random_prompt(overrides: list[str]) -> None:

@@ -100,6 +100,21 @@ def test_the_mean_time_is_that_of_prompts_and_its_interval_holds_it() -> None:
     assert math.isnan(workload_mean([1.0, 2.0], [0, 1]).low)
 
 
+def test_the_interval_of_a_mean_time_knows_that_processes_differ() -> None:
+    """Prompts of one process share its pace."""
+    rng, held, runs = np.random.default_rng(2), 0, [16] * 3
+    for _ in range(500):
+        pace = np.repeat(np.exp(rng.normal(0, 0.03, 3)), 8)
+        means = rng.normal(30, 1, 24) * pace
+        times, prompts = np.repeat(means, 2) + rng.normal(0, 0.1, 48), np.repeat(np.arange(24), 2).tolist()
+        found = workload_mean(times, prompts, runs)
+        held += found.low <= 30 <= found.high
+        assert found.value == workload_mean(times, prompts).value
+    assert held >= 465
+    alone = [workload_mean(np.repeat(means, 2), prompts, given) for given in ([], runs)]
+    assert alone[1].high - alone[1].low > 2 * (alone[0].high - alone[0].low)
+
+
 def test_what_repeats_say_does_not_know_how_prompts_differ() -> None:
     """Half-widths shrink with repeats, and are as wide as the repeats of one prompt scatter, however different the prompts are."""
     rng = np.random.default_rng(1)

@@ -270,9 +270,11 @@ def rotated(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def _rotates_halves(attention: Any) -> bool:
-    """Whether the architecture's function for rotations is `rotated`."""
+    """Whether the architecture's function for rotations is `rotated`, and this layer calls it."""
     function = getattr(importlib.import_module(type(attention).__module__), "apply_rotary_pos_emb", None)
     if function is None or getattr(attention.config, "partial_rotary_factor", None) not in (None, 1, 1.0):
+        return False
+    if not getattr(attention, "use_rope", True):
         return False
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(1, 1, 3, attention.head_dim, generator=draw)

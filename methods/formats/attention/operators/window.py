@@ -50,7 +50,7 @@ class WindowOperator(Operator):
         for begin in range(0, query.shape[2], _QUERIES):
             part = query[:, :, begin : begin + _QUERIES]
             at = torch.arange(first + begin, first + begin + part.shape[2], device=device)
-            low, high = max(0, first + begin - self.recent - oldest), first + begin + part.shape[2] - oldest
+            low, high = (max(0, at - oldest) for at in (first + begin - self.recent, first + begin + part.shape[2]))
             distance = at[:, None] - places[None, low:high]
             to_keys = self.rotary.at(part, at) @ keys[:, :, low:high].transpose(2, 3)
             to_keys = to_keys.masked_fill((distance < 0) | (distance > self.recent), -torch.inf)

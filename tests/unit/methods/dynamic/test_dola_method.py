@@ -21,6 +21,10 @@ def shape(blocks: int, tied: bool) -> ModelShape:
 def test_candidates_are_every_second_block_of_a_half() -> None:
     assert Dola().policy(shape(32, False)).candidates == tuple(range(0, 16, 2)), "the paper's of LLaMA-7B"
     assert Dola(half="upper").policy(shape(32, False)).candidates == tuple(range(16, 32, 2))
+    assert Dola().policy(shape(60, False)).candidates == tuple(range(0, 20, 2)), "the authors' of 60 and 80 blocks"
+    assert Dola(half="upper").policy(shape(60, False)).candidates == tuple(range(40, 60, 2))
+    assert Dola(half="upper").policy(shape(80, False)).candidates == tuple(range(60, 80, 2))
+    assert Dola(half="upper").policy(shape(41, False)).candidates == tuple(range(22, 41, 2))
     assert Dola().policy(shape(8, True)).candidates == (2,), "embeddings that are the head predict the token itself"
     assert Dola(half="upper").policy(shape(7, True)).candidates == (4, 6)
     assert Dola().policy(shape(2, True)).candidates == (1,)

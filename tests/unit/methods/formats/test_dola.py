@@ -83,6 +83,14 @@ def test_logits_are_the_contrast_with_the_farthest_candidate(base: Any) -> None:
         model.check_scoring("exact", "chunk", "step", "suffix")
 
 
+def test_tokens_that_are_hardly_apart_are_told_apart_in_two_bytes_too(base: Any) -> None:
+    policy, ids = Contrast(CANDIDATES, 1e-6), texts(2)
+    found = under(copy.deepcopy(base).bfloat16(), policy).logits(ids)
+    assert found.dtype is torch.float32
+    kept = found[found > -math.inf]
+    assert len(kept.unique()) > len(kept.bfloat16().unique()), "what two bytes would round together"
+
+
 def test_pieces_and_last_tokens_alone_give_the_same(base: Any) -> None:
     model, ids = under(base, Contrast(CANDIDATES)), texts()
     whole = model.logits(ids)

@@ -267,6 +267,7 @@ def test_exits_that_do_not_fit_are_refused() -> None:
     [
         ("Phi3", {"pad_token_id": 0}, "built like those of Llama"),
         ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}, "built like those of Llama"),
+        ("Olmo", {"clip_qkv": 2.0}, "knows no clip_qkv"),
         ("Granite", {"residual_multiplier": 0.5}, "knows no residual_multiplier"),
         ("Granite", {"embedding_multiplier": 12.0}, "knows no embedding_multiplier"),
         ("Mistral", {"sliding_window": 8}, "attend to all tokens"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.harness.engines.attention import use
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import ModelShape, Unsupported
@@ -53,6 +54,18 @@ def test_the_text_is_the_models_own(base: Any, policy: DraftPolicy) -> None:
     for ids in prompts().split(1):
         for room in (1, 2, 30):
             assert model.generate(ids, room) == plain.generate(ids, room)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "math"])
+@pytest.mark.parametrize("policy", [Lookup(5, 2), Exit(3, 2)], ids=str)
+def test_the_text_is_the_models_own_whatever_attends(base: Any, policy: DraftPolicy, attention: str) -> None:
+    """A mask that one attention multiplies by is added by another."""
+    plain, drafted = copy.deepcopy(base), copy.deepcopy(base)
+    policy.install(drafted)
+    use(plain, attention)
+    use(drafted, attention)
+    for ids in prompts().split(1):
+        assert TransformersModel(drafted, "cpu").generate(ids, 30) == TransformersModel(plain, "cpu").generate(ids, 30)
 
 
 @pytest.mark.parametrize("policy", [Lookup(5, 2), Exit(3, 3)], ids=str)

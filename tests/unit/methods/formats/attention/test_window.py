@@ -13,6 +13,7 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.compact.streaming_llm import StreamingLLM
 from slimbench.methods.formats.attention.operators.interface import Kept, KeptCache
 from slimbench.methods.formats.attention.window import Window
+from tests.support import tiny
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
@@ -44,9 +45,10 @@ def test_tokens_see_sinks_and_the_newest_at_their_places_in_the_cache(sinks: int
     assert torch.allclose(run(operator, states, sizes), by_slots(*states, sinks, recent), atol=2e-5)
 
 
-def test_a_long_text_in_one_piece_goes_through_in_parts() -> None:
+@pytest.mark.parametrize(("sinks", "recent"), [(4, 100), (300, 300)])
+def test_a_long_text_in_one_piece_goes_through_in_parts(sinks: int, recent: int) -> None:
     states = draw(1, HEADS, GROUPS, 700, WIDTH)
-    operator = Window(4, 100).operator(rotary(WIDTH), WIDTH**-0.5, 0)
+    operator = Window(sinks, recent).operator(rotary(WIDTH), WIDTH**-0.5, 0)
     assert torch.allclose(run(operator, states, [700]), run(operator, states, [1] * 700), atol=1e-4)
 
 
@@ -101,11 +103,12 @@ def test_the_methods_settings_are_refused_by_their_own_names(settings: dict[str,
 
 
 def test_models_that_rotate_otherwise_are_refused() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
     size = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     opt = OPTForCausalLM(OPTConfig(**size, ffn_dim=32, word_embed_proj_dim=32))
-    for model in (opt, GPTNeoXForCausalLM(GPTNeoXConfig(**size, intermediate_size=32))):
+    sometimes = SmolLM3Config(**tiny.SHAPE, no_rope_layers=[1, 0], pad_token_id=0)
+    for model in (opt, GPTNeoXForCausalLM(GPTNeoXConfig(**size, intermediate_size=32)), SmolLM3ForCausalLM(sometimes)):
         with pytest.raises(Unsupported, match="rotate whole queries and keys by halves"):
             Window(4, 12).install(model)
 

@@ -1,0 +1,41 @@
+"""What stays in memory of a text, whatever a cache says of itself: all tensors that came while it was read, and are still there."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.measure.operators import storage_pointer
+
+_SLACK, _SMALL = 1.05, 1 << 12
+_STEPS = 2
+
+
+def untold(model: Generates, prompt: torch.Tensor) -> str | None:
+    """A flag where more stays of a text than is told; None otherwise, and where the engine does not show its cache.
+
+    What a first text leaves for all later ones, such as tables, counts if no text went through the model before.
+
+    Args:
+        prompt: Token ids, int64 [1, T].
+    """
+    gc.collect()
+    before = _storages()
+    step = model.prefill(prompt, _STEPS + 1)
+    for _ in range(_STEPS):
+        step = model.decode_step(step)
+    gc.collect()
+    stays = sum(size for place, size in _storages().items() if before.get(place) != size)
+    told = model.cache_bytes(step.state)
+    if told is None or stays <= _SLACK * told + _SMALL:
+        return None
+    return f"holds {stays / 1e6:.2f} MB of a text, and tells {told / 1e6:.2f} MB"
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of each storage of a tensor that Python knows."""
+    found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    real = [one for one in found if one.device.type != "meta" and one.layout is torch.strided]
+    return {storage_pointer(one): one.untyped_storage().nbytes() for one in real}
