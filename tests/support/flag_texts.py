@@ -13,9 +13,9 @@ SOURCES = ("harness", "leaderboard", "methods", "tasks", "src/slimbench/util")
 FILLED = "7"
 """What stands for a value that is filled in."""
 WRITERS = {
-    "harness/measure/dynamic/alive.py": ("untold",),
     "harness/measure/dynamic/causality.py": ("Seen.flags",),
     "harness/measure/dynamic/texts.py": ("untimed", "unexercised"),
+    "harness/measure/dynamic/unseen.py": ("uncalled", "untold"),
     "harness/measure/dynamic/work.py": ("without_pass",),
     "harness/measure/machine.py": ("LoadWatch.read",),
     "harness/schema/evidence.py": ("simulation",),

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from slimbench.harness.measure.dynamic.alive import untold
 from slimbench.harness.measure.dynamic.hooks import Count, Matrix, counted, matrices_of, parts_of
+from slimbench.harness.measure.dynamic.unseen import uncalled, untold
 from slimbench.harness.measure.dynamic.written import Written
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
@@ -93,7 +93,8 @@ def measure(
         draft_cache_bytes=drafts[stored.index(max(stored))] or None,
     )
     del step
-    found.flags += [*differences(found, claim, token_bytes(module)), *filter(None, [without_pass(found), untold(model, texts[:1])])]
+    found.flags += differences(found, claim, token_bytes(module))
+    found.flags += filter(None, [without_pass(found), untold(model, texts[:1]), uncalled(model, texts[:1])])
     written.tell(found)
     return found
 

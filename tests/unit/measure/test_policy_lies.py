@@ -28,6 +28,8 @@ Lies, what is told of them, and the test that plants each:
         test_a_policy_that_knows_later_tokens_is_told
     a policy that makes the token which comes likelier: `not causal: each token is … nats likelier …`
         test_one_that_copies_the_next_token_is_told_though_it_moves_one_logit
+    products past all hooks: `multiplies by … weights, of which layers were called for …`
+        test_products_past_all_hooks_are_told
     tokens that were made ready before they are timed: `31 of 62 tokens came without a pass of the model`
         test_tokens_without_a_pass_are_told
     a cache that keeps more than it tells: `holds … MB of a text, and tells … MB`

@@ -386,6 +386,54 @@ def test_each_token_behind_the_first_other_one_is_looked_at(base: Any) -> None:
     assert held(model, prompt, goes_on) == Held(12 - int((goes_on != own).sum()), int((goes_on != own).sum()), 1)
 
 
+class Behind(EarlyExit):
+    """An exit that still runs the feed-forward parts of all blocks, past all hooks."""
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        blocks, inner = list(model.model.layers), model.forward
+
+        def forward(*given: Any, **more: Any) -> Any:
+            out = inner(*given, **more)
+            states = torch.ones(1, 1, model.config.hidden_size)
+            for block in blocks:
+                states = block.mlp.forward(states)
+            return out
+
+        model.forward = forward
+
+
+class Product(Behind):
+    """The same by the weights alone."""
+
+    def install(self, model: Any) -> None:
+        EarlyExit.install(self, model)
+        weights, inner = [block.mlp.up_proj.weight for block in model.model.layers], model.forward
+
+        def forward(*given: Any, **more: Any) -> Any:
+            for weight in weights:
+                functional.linear(torch.ones(1, weight.shape[1]), weight)
+            return inner(*given, **more)
+
+        model.forward = forward
+
+
+@pytest.mark.parametrize("policy", [Product("maximum", 0.0, (2,))], ids=lambda policy: type(policy).__name__)
+def test_products_past_all_hooks_are_told(base: Any, policy: EarlyExit) -> None:
+    honest = measure(under(base, EarlyExit("maximum", 0.0, (2,))), text(), Work(blocks=2.0), lambda *_: None)
+    (flag,) = measure(under(base, policy), text(), Work(blocks=2.0), lambda *_: None).flags
+    assert honest.flags == [] and re.fullmatch(r"multiplies by [\d,]+ weights, of which layers were called for [\d,]+", flag)
+
+
+def test_blocks_that_run_past_their_own_hooks_are_told(base: Any) -> None:
+    """Their layers are called, and were not claimed."""
+    honest = measure(under(base, EarlyExit("maximum", 0.0, (2,))), text(), None, lambda *_: None).active_parameters
+    assert honest is not None
+    claim = Work(blocks=2.0, active_parameters=honest.mean)
+    (flag,) = measure(under(base, Behind("maximum", 0.0, (2,))), text(), claim, lambda *_: None).flags
+    assert re.fullmatch(r"claims [\d,]+ active parameters, multiplied [\d,]+", flag)
+
+
 class Patient(LookupDrafter):
     """Honest up to a place, where two tokens are said to be alike, and credulous from there on."""
 

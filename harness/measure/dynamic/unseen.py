@@ -1,16 +1,36 @@
-"""What stays in memory of a text, whatever a cache says of itself: all tensors that came while it was read, and are still there."""
+"""What a policy need not tell: all tensors that stay of a text, whatever its cache says, and products that no layer was called for."""
 
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from slimbench.harness.measure.dynamic.hooks import counted
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.operators import storage_pointer
 
 _SLACK, _SMALL = 1.05, 1 << 12
 _STEPS = 2
+
+
+def uncalled(model: Any, prompt: torch.Tensor) -> str | None:
+    """A flag where a step multiplies more by weights than the calls of layers say, by torch's own count of products of two matrices.
+
+    Products of packed weights are operators of their own, which torch does not count.
+
+    Args:
+        prompt: Token ids, int64 [1, T].
+    """
+    step = model.prefill(prompt, _STEPS + 1)
+    with counted(model.module) as count, FlopCounterMode(display=False) as counter:
+        for _ in range(_STEPS):
+            step = model.decode_step(step)
+    found = counter.get_flop_counts().get("Global", {})
+    ran = sum(found.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    return f"multiplies by {ran:,} weights, of which layers were called for {count.products:,}" if ran > _SLACK * count.products else None
 
 
 def untold(model: Generates, prompt: torch.Tensor) -> str | None:
