@@ -197,6 +197,7 @@ def figures(row: Json, records: Records) -> Json:
         theirs = (reference or {}).get("quality") or {}
         found |= texts(quality["quality"], theirs) | tasks(quality["quality"], theirs, records)
         found |= continuations(quality["quality"].get("generation"), theirs.get("generation"), records)
+        found |= facts(quality["quality"], None if is_reference else theirs, [context["reason"] for context in row["contexts"]])
     simulated = compress and compress.get("compress") and compress["compress"]["claim"].get("simulated")
     if speed and speed.get("speed") and not simulated:
         found |= timing(speed["speed"])
@@ -292,6 +293,45 @@ def continuations(ours: Json | None, theirs: Json | None, records: Records) -> J
     found["divergent_at_ties"] = float(np.mean(parted)) if parted else None
     found["divergent_by_kind"] = {str(kind): float(share[kinds == kind].mean()) for kind in set(kinds)}
     return found
+
+
+def facts(ours: Json, theirs: Json | None, reasons: list[str | None]) -> Json:
+    """What is found in long contexts of what dense finds; `theirs` is None for dense itself. Where there is a reason there is no score."""
+
+    def asked(result: Json) -> tuple[Any, ...]:
+        return tuple(result[name] for name in ("protocol", "corpus_sha256", "length", "items_sha256")) + tuple(result["context"])
+
+    known = {asked(result): result for result in (theirs or {}).get("retrieval") or []}
+    found = []
+    for own, reason in zip(ours.get("retrieval") or [], reasons, strict=True):
+        dense = own if theirs is None else known.get(asked(own))
+        line = {"length": own["length"], "items": len(own["correct"]), "answered": sum(own["correct"]), "cache_bytes": own["cache_bytes"]}
+        line |= {"step_ms": float(np.median(own["step_ms"])), "reason": reason}
+        if dense:
+            line |= {"dense_answers": sum(dense["correct"]), "left_out": len(own["correct"]) - sum(dense["correct"])}
+            line |= {"dense_cache_bytes": dense["cache_bytes"], "dense_step_ms": float(np.median(dense["step_ms"]))}
+            if not reason:
+                line["score"] = 1.0
+            if not reason and theirs is not None:
+                line["score"], (line["score_low"], line["score_high"]) = clustered(own, dense)
+        found.append(line)
+    return {"contexts": found}
+
+
+def clustered(ours: Json, dense: Json) -> tuple[float, Bounds]:
+    """Share of the items of dense with Wilson's bounds, for as many items as would say as much if each had a context of its own."""
+    items = [(number, right) for number, right, asked in zip(ours["context"], ours["correct"], dense["correct"], strict=True) if asked]
+    places = sorted({number for number, _ in items})
+    own = [np.array([right for number, right in items if number == place]) for place in places]
+    total, clusters = len(items), len(own)
+    share = sum(part.sum() for part in own) / total
+    spread = clusters / (clusters - 1) * sum((part - share).sum() ** 2 for part in own) / total**2
+    alone = share * (1 - share) / total
+    normal = stats.norm.ppf((1 + LEVEL) / 2)
+    count = total / (max(1.0, spread / alone) if alone else 1.0) * (normal / stats.t.ppf((1 + LEVEL) / 2, clusters - 1)) ** 2
+    centre = (share + normal**2 / (2 * count)) / (1 + normal**2 / count)
+    error = normal / (1 + normal**2 / count) * math.sqrt(share * (1 - share) / count + normal**2 / (4 * count**2))
+    return float(share), (max(0.0, min(share, centre - error)), min(1.0, max(share, centre + error)))
 
 
 def by_text(values: list[float], texts: list[int]) -> np.ndarray:
@@ -395,6 +435,7 @@ WRITTEN = (
     *("continuations", "continuation_tokens", "first_divergent", "first_divergent_low", "first_divergent_high"),
     *("divergent_share", "divergent_low", "divergent_high", "same_continuations", "divergent_by_kind", "timed_equal"),
     "divergent_at_ties",
+    "contexts",
 )
 """Compared too; records that were made before there were prompts have none of them."""
 

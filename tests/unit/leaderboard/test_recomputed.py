@@ -21,6 +21,7 @@ from tests.bench import recompute
 from tests.support.board_records import Spec, board, records, write
 from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
+from tests.unit.leaderboard.test_retrieval import caches
 
 SCRIPT = Path(recompute.__file__)
 
@@ -66,6 +67,20 @@ def test_figures_of_several_processes_are_those_of_the_raw_samples_too() -> None
         assert names >= {"prefill_low", "decode_tokens_per_s", "decode_high", "speedup", "speedup_low"}
         assert {name: shown[name] for name in names} == pytest.approx({name: again[name] for name in names}, rel=1e-9)
     assert len(results) > 5
+
+
+def test_facts_of_long_contexts_are_those_of_the_raw_answers_too() -> None:
+    made = rows(caches())
+    found = {record.cell.pipeline: record.quality.model_dump(mode="json") for record in caches() if record.quality}
+    dense = next(row for row in made if row.is_reference)
+    for row in made:
+        reasons = [context["reason"] for context in row.contexts]
+        again = recompute.facts(found[row.pipeline], None if row is dense else found[dense.pipeline], reasons)["contexts"]
+        assert len(again) == len(row.contexts) == 2
+        for shown, ours in zip(row.contexts, again, strict=True):
+            known = {name: value for name, value in shown.items() if value is not None}
+            assert known == pytest.approx({name: value for name, value in ours.items() if value is not None}, rel=1e-9)
+    assert sum("score_low" in line for line in again) == 2
 
 
 def test_figures_of_continuations_are_those_of_the_raw_samples_too(tmp_path: Path) -> None:
