@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 
 from slimbench.harness.schema.quality import PerplexityResult
@@ -117,3 +120,64 @@ def test_random_prompts_flatter_a_lookup(committed_rows: list[Row]) -> None:
     (on_text,) = (row for row in on_texts(committed_rows) if row.pipeline == "prompt-lookup")
     assert on_ids.speedup and on_text.speedup and on_ids.speedup > 2 * on_text.speedup and f"{on_ids.speedup:.2f} times" in TEXT
     assert on_ids.acceptance == 1 > (on_text.acceptance or 0)
+
+
+CACHES = ("quest", "h2o", "spatten", "streaming-llm", "window-512", "tova", "snapkv", "knorm", "random-eviction")
+BUDGETS = ("96", "128", "256", "512")
+
+
+def asked(rows: list[Row]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """What each method found at each length, by its budget; 512 is what is shipped."""
+    found = {}
+    for row in rows:
+        if row.suite == "retrieval" and row.contexts:
+            name, _, settings = row.pipeline.partition("(budget=")
+            found[name, settings.rstrip(")") or "512"] = {int(context["length"] or 0): context for context in row.contexts}
+    return found
+
+
+def test_docs_have_what_caches_still_know_of_long_contexts(committed_rows: list[Row]) -> None:
+    """Bytes, milliseconds and a score for nine caches at four budgets each."""
+    found = asked(committed_rows)
+    dense = found["dense", "512"]
+    assert [dense[length]["answered"] for length in (1024, 2048, 4096)] == [42, 42, 34] and "finds 42, 42 and 34" in TEXT
+    assert f"{dense[4096]['cache_bytes'] / 1e6:.1f} MB and {dense[4096]['step_ms']:.0f} ms" in TEXT
+    for name in CACHES:
+        scores = [f"{100 * found[name, budget][1024]['score']:.0f}" for budget in BUDGETS]
+        far = found[name, "512"][4096]
+        told = [*scores, f"{100 * far['score']:.0f}", f"{far['cache_bytes'] / 1e6:.1f}", f"{far['step_ms']:.0f}"]
+        assert f"| `{name}` | {' | '.join(told)} |" in TEXT
+        for budget in BUDGETS:
+            assert all(context["score_low"] is not None and context["step_ms"] > 0 for context in found[name, budget].values())
+    for name in ("kv-int8", "kv-kivi-2bit"):
+        near, far = found[name, "512"][1024], found[name, "512"][4096]
+        told = [f"{100 * near['score']:.0f}", f"{100 * far['score']:.0f}", f"{far['cache_bytes'] / 1e6:.1f}", f"{far['step_ms']:.0f}"]
+        assert f"| `{name}`, all tokens | | | | {' | '.join(told)} |" in TEXT
+
+
+def test_caches_hold_what_their_budgets_say(committed_rows: list[Row]) -> None:
+    found = asked(committed_rows)
+    for name, budget in itertools.product(CACHES, BUDGETS):
+        for length, context in found[name, budget].items():
+            whole = length * TOKEN_BYTES
+            score_bytes = 30 * 3 * 4 if name in ("h2o", "random-eviction") else 0
+            bounded = int(budget) * (TOKEN_BYTES + score_bytes)
+            if name == "quest":
+                assert whole <= context["cache_bytes"] <= 1.07 * whole, "nothing leaves; bounds of pages are added"
+            elif name == "knorm":
+                assert context["cache_bytes"] == 28 * bounded // 30 + 2 * whole // 30, "two layers keep all"
+            else:
+                assert context["cache_bytes"] == bounded
+
+
+def test_bits_of_all_tokens_find_more_than_all_bits_of_some(committed_rows: list[Row]) -> None:
+    found = asked(committed_rows)
+    near = {name: found[name, "512"][1024] for name in (*CACHES, "kv-int8")}
+    leaving = [name for name in CACHES if name != "quest"]
+    best = max(leaving, key=lambda name: near[name]["score"])
+    assert best == "h2o" and f"`{best}` keeps {100 * near[best]['score']:.0f} %" in TEXT
+    assert near["kv-int8"]["score_low"] > near[best]["score"] and near["kv-int8"]["cache_bytes"] < 1.05 * near[best]["cache_bytes"]
+    assert min(found["kv-int8", "512"][length]["score"] for length in (1024, 2048, 4096)) >= 0.97
+    far = {name: found[name, "512"][4096] for name in leaving}
+    halved = {name for name, context in far.items() if context["step_ms"] < 0.52 * context["dense_step_ms"]}
+    assert halved == {"streaming-llm", "window-512", "snapkv"}
