@@ -18,9 +18,10 @@ TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
 """Keys and values of a token of smollm2-135m, in bfloat16."""
 
 
-def on_texts(rows: list[Row]) -> list[Row]:
-    """Rows whose speed was measured on texts, without those on random ids."""
-    return [row for row in rows if row.speed == "policy" and row.speedup is not None and "random prompts" not in " ".join(row.flags)]
+def on_texts(rows: list[Row], engine: str = "transformers") -> list[Row]:
+    """Rows of an engine whose speed was measured on texts, without those on random ids."""
+    timed = [row for row in rows if row.speed == "policy" and row.engine == engine and row.speedup is not None]
+    return [row for row in timed if "random prompts" not in " ".join(row.flags)]
 
 
 def texts(committed: list[Record], pipeline: str, protocol: str) -> PerplexityResult:
@@ -111,6 +112,15 @@ def test_docs_have_what_a_check_of_ten_guesses_costs(committed: list[Record], co
     assert f"takes {dense:.1f} times a pass of one on dense weights, and {packed:.1f}\ntimes on those of 8 bits" in TEXT
     (alone,) = (row.speedup for row in on_texts(committed_rows) if row.pipeline == "rtn-8bit")
     assert f"on 8 bits, {alone:.2f} × by themselves" in TEXT
+
+
+def test_the_same_lookup_gains_nothing_on_another_engine(committed_rows: list[Row]) -> None:
+    (row,) = (row for row in on_texts(committed_rows, "openvino-genai") if row.slots == ["draft"])
+    assert row.speedup and row.speedup_low and row.speedup_high and row.speedup_low < 1 < row.speedup_high
+    told = f"{row.speedup:.2f} times as fast as dense on `openvino-genai` ({row.speedup_low:.2f} to\n{row.speedup_high:.2f}, "
+    assert told + f"slower on {100 * (row.speedup_by_prompt['slower'] or 0):.0f} % of the texts)" in TEXT
+    assert f"a pass gives {row.tokens_per_pass:.2f} tokens" in TEXT and row.acceptance is row.predicted_speedup is None
+    assert not any("guess" in flag or "without a pass" in flag for flag in row.flags)
 
 
 def test_random_prompts_flatter_a_lookup(committed_rows: list[Row]) -> None:
