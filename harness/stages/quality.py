@@ -34,7 +34,7 @@ from slimbench.tasks.overlap import overlap
 from slimbench.tasks.teaching import data_set
 
 _WORK_TEXTS, _WORK_TOKENS = 8, 2048
-_GAP, _STEPS, _FEW = 0.01, 1024, 2
+_GAP, _STEPS, _FEW = 0.005, 1024, 2
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
@@ -181,7 +181,7 @@ def _count_work(
         if ran:
             result.work.scored, told = ran.result()
             result.work.flags += told
-        if gap is not None and abs(math.log1p(gap)) > _GAP:
+        if gap is not None and abs(gap) > _GAP:
             result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
         if result.evidence:
             claims.measured(result.evidence, result.work, claim)
