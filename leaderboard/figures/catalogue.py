@@ -17,8 +17,7 @@ from slimbench.leaderboard.figures.measures import ACCURACY, BITS, BYTES, PERPLE
 from slimbench.leaderboard.figures.palette import Palette
 from slimbench.leaderboard.figures.policies import drafts, stream
 from slimbench.leaderboard.figures.recovery import recovery
-from slimbench.leaderboard.figures.retrieval import BYTES as HELD_BYTES
-from slimbench.leaderboard.figures.retrieval import STEP, retrieval
+from slimbench.leaderboard.figures.retrieval import HELD_BYTES, STEP_MS, retrieval
 from slimbench.leaderboard.figures.scatter import against, divergence
 from slimbench.leaderboard.figures.seeds import seeds
 from slimbench.leaderboard.figures.speedups import speedups
@@ -57,7 +56,7 @@ KINDS = (
     Kind("methods-active", "perplexity over the parameters that take part in a token", by_quality, active),
     Kind("methods-cache", "perplexity over the bytes of the cache that are held for a text", by_quality, held),
     Kind("retrieval-bytes", "facts found in long contexts over the bytes held of them", by_quality, partial(retrieval, x=HELD_BYTES)),
-    Kind("retrieval-ms", "facts found in long contexts over the time of a step behind them", by_quality, partial(retrieval, x=STEP)),
+    Kind("retrieval-ms", "facts found in long contexts over the time of a step behind them", by_quality, partial(retrieval, x=STEP_MS)),
     Kind("stream", "perplexity along one text through one cache", by_quality, stream),
     Kind("drafts", "tokens of a pass and speed-up with drafts, beside what the passes should give", by_speed, drafts),
     Kind("recovery", "perplexity over the tokens of recovery, from the pruned model on", by_quality, recovery),

@@ -38,9 +38,9 @@ class Across:
     less: str
 
 
-BYTES = Across("cache_bytes", 1e-6, "held of a context, MB  (← less is better)", "bytes", "holds at most half of the bytes of dense")
-STEP = Across("step_ms", 1.0, "a step behind it, ms  (← faster is better)", "ms", "takes less time than dense")
-_ENOUGH = {BYTES: 0.5, STEP: 1.0}
+HELD_BYTES = Across("cache_bytes", 1e-6, "held of a context, MB  (← less is better)", "bytes", "holds at most half of the bytes of dense")
+STEP_MS = Across("step_ms", 1.0, "a step behind it, ms  (← faster is better)", "ms", "takes less time than dense")
+_ENOUGH = {HELD_BYTES: 0.5, STEP_MS: 1.0}
 """Share of dense's below which that is so."""
 
 
@@ -71,10 +71,10 @@ def retrieval(group: Group, x: Across) -> Plot:
         "Of the facts that dense finds in contexts of so many tokens, the share that a row finds when it is asked only after it has read "
         "them; bars are 95 % intervals over contexts, lines join the settings of a method, from those that hold the least on."
     )
-    note += " The time of a step is not taken in turns with that of dense." if x is STEP else ""
+    note += " The time of a step is not taken in turns with that of dense." if x is STEP_MS else ""
     shown = [point.row for points in found.values() for point in points]
     text = " ".join(filter(None, [note, left_out(group, shown, "a score of facts")]))
-    title = f"Facts found in long contexts, over {'the bytes held of them' if x is BYTES else 'the time of a step'}"
+    title = f"Facts found in long contexts, over {'the bytes held of them' if x is HELD_BYTES else 'the time of a step'}"
 
     def make() -> Figure:
         figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 4.2 + 3.1 * len(found), 4.8, len(found), sharey=True)

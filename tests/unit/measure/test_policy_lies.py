@@ -75,30 +75,8 @@ from tests.unit.measure.test_lies import Silent, step_overrides
 TOKENS = 256
 
 
-@dataclass(frozen=True)
-class Clairvoyant(Window):
-    """A window whose logits are those of some tokens later: it says of itself what a window does."""
-
-    ahead: int = 1
-
-    def install(self, model: Any) -> None:
-        super().install(model)
-        inner = model.forward
-
-        def forward(*given: Any, **more: Any) -> Any:
-            out = inner(*given, **more)
-            later = torch.cat([out.logits[:, self.ahead :], out.logits[:, -self.ahead :]], 1)[:, : out.logits.shape[1]]
-            out.logits = out.logits + 0.5 * later
-            return out
-
-        model.forward = forward
-
-
-@dataclass(frozen=True)
-class Copyist(Window):
-    """A window that makes the token which comes likelier."""
-
-    nats: float = 1.0
+class Ahead(Window):
+    """A window that changes its logits by what it knows of later tokens, and says of itself what a window does."""
 
     def install(self, model: Any) -> None:
         super().install(model)
@@ -106,14 +84,37 @@ class Copyist(Window):
 
         def forward(input_ids: Any = None, **more: Any) -> Any:
             out = inner(input_ids, **more)
-            count = out.logits.shape[1]
-            raised = torch.zeros_like(out.logits)
-            next_tokens = input_ids[:, input_ids.shape[1] - count + 1 :, None]
-            raised[:, : next_tokens.shape[1]].scatter_(2, next_tokens, self.nats)
-            out.logits = out.logits + raised
+            out.logits = out.logits + self.gained(input_ids, out.logits)
             return out
 
         model.forward = forward
+
+    def gained(self, ids: Any, logits: Any) -> Any:
+        """What is added to the logits [B, n, V] of the last n of some tokens [B, T]."""
+        raise AssertionError("each liar has its own")
+
+
+@dataclass(frozen=True)
+class Clairvoyant(Ahead):
+    """Its logits are those of some tokens later, too."""
+
+    ahead: int = 1
+
+    def gained(self, ids: Any, logits: Any) -> Any:
+        return 0.5 * torch.cat([logits[:, self.ahead :], logits[:, -self.ahead :]], 1)[:, : logits.shape[1]]
+
+
+@dataclass(frozen=True)
+class Copyist(Ahead):
+    """It makes the token which comes likelier."""
+
+    nats: float = 1.0
+
+    def gained(self, ids: Any, logits: Any) -> Any:
+        following = ids[:, ids.shape[1] - logits.shape[1] + 1 :, None]
+        raised = torch.zeros_like(logits)
+        raised[:, : following.shape[1]].scatter_(2, following, self.nats)
+        return raised
 
 
 @pytest.fixture(scope="module")
