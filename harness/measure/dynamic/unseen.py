@@ -56,6 +56,5 @@ def untold(model: Generates, prompt: torch.Tensor) -> str | None:
 
 def _storages() -> dict[int, int]:
     """Bytes of each storage of a tensor that Python knows."""
-    found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
-    real = [one for one in found if one.device.type != "meta" and one.layout is torch.strided]
-    return {storage_pointer(one): one.untyped_storage().nbytes() for one in real}
+    found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return {place: one.untyped_storage().nbytes() for one in found if (place := storage_pointer(one))}
