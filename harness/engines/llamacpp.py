@@ -61,7 +61,7 @@ class LlamaCppModel(LoadedModel):
     """
 
     keeps_cache = True
-
+    computes_narrower = True
     cache_dtype = "float16"
 
     def __init__(self, weights: Weights, evidence: Callable[[], Evidence]) -> None:

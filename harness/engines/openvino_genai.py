@@ -71,6 +71,7 @@ class Generation:
         if not self.stop.alive or not self._pipeline.has_non_finished_requests():
             raise RuntimeError("this text has ended: no more tokens were asked for, or another prompt came after it")
         self._pipeline.step()
+        given = 0
         for handle, tokens in zip(self._handles, self._tokens, strict=True):
             if handle.can_read():
                 (found,) = handle.read().values()
@@ -91,6 +92,7 @@ class GenAIModel(LoadedModel):
     shares_vectors = True
     keeps_cache = True
     times_passes = False
+    computes_narrower = True
     cache_dtype = "float32"
 
     def __init__(self, graph: Any, config: dict[str, Any], draft: Lookup | None = None) -> None:

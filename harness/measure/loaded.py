@@ -103,6 +103,7 @@ class Scores(Capability):
         exact_keys: Pairs of a token and one that it attends to as without its policy, of a text of so many tokens of which so many are a
             prompt (`methods.formats.attention.policy`, `methods.formats.kv.cache`); None where no policy decides on keys.
         times_passes: `extend` runs as decoding does, so that passes of several tokens can be timed by it.
+        computes_narrower: Its logits are of a wider type than what it computes in.
         reach: Positions from a token back to the farthest that it attends to, under its policy (`methods.formats.policy`); None: all.
     """
 
@@ -111,6 +112,7 @@ class Scores(Capability):
     exact_keys: Callable[[int, int], int] | None = None
     reach: int | None = None
     times_passes = True
+    computes_narrower = False
 
     def check_scoring(self, *passes: Scoring) -> None:
         """Raise `Unsupported` unless its policy allows one of these."""

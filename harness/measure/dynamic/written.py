@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,9 +77,9 @@ def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
 def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: int) -> int:
     """How many tokens from a place of a text on the model would not choose behind what stands before each, up to rounding.
 
-    Each is looked at token by token, as without guesses. By how much its distance to the likeliest one is another where all go through in
-    one pass is what rounding does in this engine, whatever the type of its logits; as much is let pass. Where an engine adds no tokens to a
-    cache they go in one pass alone, and where a policy acts otherwise then, one by one alone.
+    Each is looked at token by token, as without guesses; in one pass where an engine adds no tokens to a cache. An engine that computes in
+    a narrower type than that of its logits rounds by more than two units of these: by as much as its distances to the likeliest are others
+    where all tokens go through in one pass.
 
     Args:
         prompt: Token ids, int64 [1, T].
@@ -88,15 +87,16 @@ def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: 
         first: Place in it.
     """
     text, start = torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1] + first
-    chosen, found = text[0, start:], list[torch.Tensor]()
-    if model.scoring in ("exact", "chunk"):
-        found.append(model.logits(text[:, :-1], start - 1)[0])
-    with contextlib.suppress(Unsupported):
-        found.append(_stepwise(model, text, start))
-    near = torch.stack([as_likely(logits, chosen.to(logits.device)) for logits in found]).any(0)
-    if len(found) > 1:
-        distances = [_distances(logits, chosen.to(logits.device)) for logits in found]
-        near |= distances[-1] <= (distances[0] - distances[-1]).abs().max()
+    together = model.logits(text[:, :-1], start - 1)[0] if model.computes_narrower else None
+    try:
+        alone = _stepwise(model, text, start)
+    except Unsupported:
+        alone = model.logits(text[:, :-1], start - 1)[0]
+    chosen = text[0, start:].to(alone.device)
+    near = as_likely(alone, chosen)
+    if together is not None:
+        below = _distances(alone, chosen)
+        near |= below <= (below - _distances(together, chosen)).abs().max()
     return int((~near).sum())
 
 
