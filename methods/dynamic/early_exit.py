@@ -49,6 +49,8 @@ class EarlyExits(TrainingSettings, Acts, Method):
         threshold: From which value on.
         exits: Blocks that have run at each; null: those after a fifth, a third, a half, two thirds and five sixths of all.
         steps: Updates of the maps; 0: none, and there are no maps.
+        positions: Of a sequence, at which the exits learn in an update, drawn anew in each; null: all of them. Most of an update is the
+            head at every exit: of few positions of many sequences more is learned than of all positions of few.
     """
 
     name = "early-exit"
@@ -63,8 +65,11 @@ class EarlyExits(TrainingSettings, Acts, Method):
     threshold: float = 0.9
     exits: tuple[int, ...] | None = None
     learning_rate: float = 1e-3
+    positions: int | None = None
 
     def __post_init__(self) -> None:
+        if self.positions is not None and self.positions < 1:
+            raise ValueError(f"positions must be at least 1, or null for all of a sequence, not {self.positions}")
         if self.steps:
             super().__post_init__()
         else:
@@ -123,19 +128,20 @@ class EarlyExits(TrainingSettings, Acts, Method):
         from torch.nn import functional
 
         from slimbench.methods.core.learning.terms import term
-        from slimbench.methods.core.losses import divergence, next_token
+        from slimbench.methods.core.losses import cross_entropy, divergence
         from slimbench.methods.formats.architecture.structure import blocks_of
 
         blocks, head = list(blocks_of(model).values()), model.get_output_embeddings()
 
-        def states_of(ids: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        def states_of(ids: Tensor, at: Tensor) -> tuple[dict[int, Tensor], Tensor]:
             held: dict[int, Tensor] = {}
             handles = [
-                blocks[place - 1].register_forward_hook(lambda _, __, made, place=place: held.__setitem__(place, made)) for place in exits
+                blocks[place - 1].register_forward_hook(lambda _, __, made, place=place: held.__setitem__(place, made[:, at]))
+                for place in exits
             ]
             try:
                 with torch.no_grad():
-                    logits = model(input_ids=ids, use_cache=False).logits
+                    logits = model(input_ids=ids, use_cache=False, logits_to_keep=at).logits
             finally:
                 for handle in handles:
                     handle.remove()
@@ -143,16 +149,25 @@ class EarlyExits(TrainingSettings, Acts, Method):
 
         def loss(ids: Tensor) -> Tensor:
             with torch.autocast(dense.device, torch.bfloat16, enabled=dense.dtype == "bfloat16"):
-                held, wanted = states_of(ids)
+                at = self._asked(ids)
+                held, wanted = states_of(ids, at)
                 found = []
                 for place, state in held.items():
                     moved = state + functional.linear(state, parameters[f"{place}.weight"], parameters[f"{place}.bias"])
                     logits = head(model.base_model.norm(moved))
-                    one = next_token(logits, ids) if self.loss == "nll" else divergence(logits, wanted)
+                    one = cross_entropy(logits, ids[:, at + 1]) if self.loss == "nll" else divergence(logits, wanted)
                     found.append(term(f"exit {place}", one / len(exits)))
             return torch.stack(found).sum()
 
         return loss
+
+    def _asked(self, ids: Tensor) -> Tensor:
+        """The positions of an update in ascending order, int64; the last one has no token behind it that a text could teach."""
+        import torch
+
+        many = ids.shape[1] - (self.loss == "nll")
+        drawn = torch.arange(many) if self.positions is None else torch.randperm(many)[: self.positions].sort().values
+        return drawn.to(ids.device)
 
 
 def start(exits: tuple[int, ...], model: Any) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,18 @@ def chain(texts: int, length: int, seed: int) -> Tensor:
     return torch.stack(words, 1)
 
 
-def written_out(model: Any, ids: Tensor, exits: tuple[int, ...], maps: dict[str, Tensor], kind: str) -> Tensor:
-    """−ln q(next) or Σ_v p(v) (ln p(v) − ln q(v)), mean over exits, texts and tokens, in float64; p is the model's, q that of an exit."""
+def written_out(
+    model: Any, ids: Tensor, exits: tuple[int, ...], maps: dict[str, Tensor], kind: str, asked: Collection[int] = range(99)
+) -> Tensor:
+    """−ln q(next) or Σ_v p(v) (ln p(v) − ln q(v)), mean over exits, texts and tokens asked, in float64; p is the model's, q of an exit."""
     with torch.no_grad():
         whole = model.double()(ids, output_hidden_states=True)
     scale, head, lost = model.model.norm.weight, model.lm_head.weight, []
     for place in exits:
         for text, states, ends in zip(ids, whole.hidden_states[place], whole.logits, strict=True):
             for at, (state, end) in enumerate(zip(states, ends, strict=True)):
+                if at not in asked:
+                    continue
                 moved = state + maps[f"{place}.weight"] @ state + maps[f"{place}.bias"]
                 logits = head @ (scale * moved / (moved.square().mean() + model.config.rms_norm_eps).sqrt())
                 q, p = (of - of.exp().sum().log() for of in (logits, end))
@@ -99,9 +103,9 @@ BOTH: dict[str, tuple[Any, Callable[..., Any], str, str]] = {
 }
 MUTANTS = {
     "nll": {
-        "its own word": (losses, losses.next_token, "ids[:, 1:]", "ids[:, :-1]"),
-        "a word later": (losses, losses.next_token, "logits[:, :-1], ids[:, 1:]", "logits[:, :-2], ids[:, 2:]"),
-        "a sum over words": (losses, losses.next_token, "ids[:, 1:])", "ids[:, 1:], 'sum')"),
+        "its own word": (*LOSS, "ids[:, at + 1]", "ids[:, at]"),
+        "a word later": (*LOSS, "cross_entropy(logits, ids[:, at + 1])", "cross_entropy(logits[:, :-1], ids[:, at[:-1] + 2])"),
+        "a sum over words": (*LOSS, "ids[:, at + 1])", "ids[:, at + 1], 'sum')"),
     },
     "distillation": {
         "the other direction": (*LOSS, "divergence(logits, wanted)", "divergence(logits, wanted, 'reverse')"),
@@ -128,8 +132,33 @@ def test_a_loss_that_is_not_the_papers_is_noticed(
 ) -> None:
     monkeypatch.setattr(place, function.__name__, mutant(function, piece, other))
     for case in CASES[2:] if name in SEVERAL else CASES:
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, IndexError)):
             test_loss_and_gradient_are_the_papers(case, kind, dense)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_learned_of_some_positions_is_the_loss_of_these_and_others_are_drawn_each_time(kind: Any, dense: DenseModel) -> None:
+    model, draw = sharp(num_hidden_layers=BLOCKS, vocab_size=48).requires_grad_(False), torch.Generator().manual_seed(0)
+    maps = {name: torch.nn.Parameter(torch.randn(value.shape, generator=draw) / 10) for name, value in start(EXITS, model).items()}
+    ids, method = torch.randint(0, 48, (2, 9), generator=draw), EarlyExits(loss=kind, exits=EXITS, positions=3)
+    loss, seen = method._loss(model, EXITS, maps, dense), set[tuple[int, ...]]()
+    for seed in range(24):
+        torch.manual_seed(seed)
+        asked = tuple(method._asked(ids).tolist())
+        torch.manual_seed(seed)
+        found = loss(ids)
+        assert len(set(asked)) == 3 and sorted(asked) == list(asked)
+        seen.add(asked)
+        twins = {name: value.detach().double() for name, value in maps.items()}
+        torch.testing.assert_close(found.double(), written_out(model, ids, EXITS, twins, kind, asked), rtol=1e-5, atol=0)
+        model.float()
+    assert len(seen) > 4
+    assert {place for asked in seen for place in asked} == set(range(8 if kind == "nll" else 9))
+
+
+def test_no_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"positions must be at least 1, or null for all of a sequence, not 0"):
+        EarlyExits(positions=0)
 
 
 def learned(dense: DenseModel, folder: Path, **settings: Any) -> EarlyExit:
