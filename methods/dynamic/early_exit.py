@@ -9,9 +9,9 @@ loss alone. Without a step (`steps` is 0) nothing is trained, and exits predict 
 
 The papers of `deebert`, `fastbert` and `pabee` train classifiers of one sentence; here every token of a text is one. PABEE weights the
 losses of its exits by their place, and CALM by theirs, with cross entropy; here all weigh the same, and `calm` and `pabee` are taught by
-the model unless `loss` says otherwise. How many tokens leave comes out of threshold and text: records hold the blocks that ran. Claimed are
-the most and the fewest that a token runs on any text (`EarlyExit.runs`), and not their mean, of which calibration text, from which the
-exits learned, would say too little.
+the model unless `loss` says otherwise. The first token of a text leaves at no exit (`sinks`): all later ones attend to it. How many
+tokens leave comes out of threshold and text: records hold the blocks that ran. Claimed are the most and the fewest that a token runs on
+any text (`EarlyExit.runs`), and not their mean, of which calibration text, from which the exits learned, would say too little.
 """
 
 from __future__ import annotations
@@ -51,21 +51,24 @@ class EarlyExits(TrainingSettings, Acts, Method):
         steps: Updates of the maps; 0: none, and there are no maps.
         positions: Of a sequence, at which the exits learn in an update, drawn anew in each; null: all of them. Most of an update is the
             head at every exit: of few positions of many sequences more is learned than of all positions of few.
+        sinks: First tokens of a text that run all blocks.
     """
 
     name = "early-exit"
+    version = 2
     slot = "depth"
     citation = _CALM
     needs = Needs(calibration=True, training=True)
     accepts = DENSE
     produces = policies.FORMAT
-    fitted_at: ClassVar[Mapping[str, Any]] = {"criterion": "margin", "threshold": NEVER}
+    fitted_at: ClassVar[Mapping[str, Any]] = {"criterion": "margin", "threshold": NEVER, "sinks": 0}
 
     criterion: Criterion = "margin"
     threshold: float = 0.9
     exits: tuple[int, ...] | None = None
     learning_rate: float = 1e-3
     positions: int | None = None
+    sinks: int = 1
 
     def __post_init__(self) -> None:
         if self.positions is not None and self.positions < 1:
@@ -87,7 +90,7 @@ class EarlyExits(TrainingSettings, Acts, Method):
     def policy(self, shape: ModelShape | None = None) -> EarlyExit:
         """Without a shape the exits that settings name, or one."""
         known = (1,) if self.exits is None else tuple(self.exits)
-        return EarlyExit(self.criterion, self.threshold, self.places(shape) if shape else known)
+        return EarlyExit(self.criterion, self.threshold, self.places(shape) if shape else known, sinks=self.sinks)
 
     def check(self, shape: ModelShape) -> None:
         self.policy(shape).check(shape)

@@ -11,11 +11,15 @@ from it. A token leaves where its exit is sure, by `criterion`:
 
 CALM compares the states of two blocks in a row, and its program leaves out the first exit, which has none before it; here exits stand as
 far apart as settings say, and the first one may let a token go. Its threshold falls along a text; here it is the same for all tokens.
+
 `state` asks no head, the others ask it at every exit that a token comes to. The logits by which it leaves are those that it is given: the
-head is not asked again for them (`methods.formats.depth.decided`). What a token that has left would have been in later blocks is its state
-as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. A policy that decides by
-attention weights what it keeps has none of these, and is refused beside exits. The logits of a token are those of its exit, or of the
-model's end. At λ out of reach, every token goes to the end, and the base is reproduced.
+head is not asked again for them (`methods.formats.depth.decided`). What a token that has left would have been in later blocks is its
+state as it left: keys and values of those blocks are made from it (CALM, §3.3), so that later tokens see it there. All later tokens
+attend much to the first one (StreamingLLM, arXiv 2309.17453), whose state becomes what they attend to only in the middle of the model:
+where it leaves before, the whole text suffers. CALM's decoders have an encoder beside them that every token of a prompt runs through;
+here `sinks` tell how many first tokens of a text run all blocks, and are asked at no exit. A policy that decides by attention weights
+what it keeps has none of these, and is refused beside exits. The logits of a token are those of its exit, or of the model's end. At λ out
+of reach, every token goes to the end, and the base is reproduced.
 
 One text at a time. A text gives the same in any pieces, since a token's exit depends on earlier tokens alone.
 """
@@ -46,6 +50,7 @@ class EarlyExit(Policy):
         criterion: By what an exit is sure.
         threshold: λ.
         exits: Blocks that have run at each, in ascending order.
+        sinks: First tokens of a text that run all blocks.
         translators: `L.weight` [hidden, hidden] and `L.bias` of the exit behind L blocks; an exit without them translates nothing.
     """
 
@@ -57,11 +62,14 @@ class EarlyExit(Policy):
     threshold: float
     exits: tuple[int, ...]
     translators: Mapping[str, Tensor] = tensors()
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exits", tuple(self.exits))
         if not self.exits or sorted(set(self.exits)) != list(self.exits) or self.exits[0] < 1:
             raise ValueError(f"exits must be numbers of blocks in ascending order, not {list(self.exits)}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be 0 or more, not {self.sinks}")
 
     @property
     def scoring(self) -> Scoring:
@@ -79,11 +87,11 @@ class EarlyExit(Policy):
         if self.criterion == "patience":
             agreeing = max(0, math.ceil(self.threshold))
             least = self.exits[agreeing] if agreeing < len(self.exits) else blocks
-            return least, blocks if agreeing else least
+            return least, blocks if agreeing or self.sinks else least
         if self.threshold > 1:
             return blocks, blocks
         always = self.threshold <= (-1 if self.criterion == "state" else 0)
-        return self.exits[0], self.exits[0] if always else blocks
+        return self.exits[0], self.exits[0] if always and not self.sinks else blocks
 
     def neutral(self) -> EarlyExit:
         return replace(self, threshold=NEVER)
@@ -96,4 +104,4 @@ class EarlyExit(Policy):
         """Raises `Unsupported` if the blocks of the model are not built like those of Llama."""
         from slimbench.methods.formats.depth.exits import Exits
 
-        Exits(model, self.criterion, self.threshold, self.exits, self.translators).install("exits")
+        Exits(model, self.criterion, self.threshold, self.exits, self.translators, self.sinks).install("exits")

@@ -20,8 +20,11 @@ class Exits(Partial):
         left: Tokens that left after so many blocks, since it was made; the policy's own count.
     """
 
-    def __init__(self, model: Any, criterion: str, threshold: float, exits: Sequence[int], translators: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, criterion: str, threshold: float, exits: Sequence[int], translators: Mapping[str, Tensor], sinks: int = 0
+    ) -> None:
         super().__init__(model)
+        self.sinks = sinks
         self.criterion, self.threshold, self.places, self.left = criterion, threshold, set(exits), dict[int, int]()
         held = [place for place in exits if f"{place}.weight" in translators]
         maps = {str(place): linear(model, translators[f"{place}.weight"], translators[f"{place}.bias"]) for place in held}
@@ -31,19 +34,21 @@ class Exits(Partial):
     def through(self, hidden: Tensor, rotations: tuple[Tensor, Tensor], cache: Any, first: int) -> Tensor:
         active = torch.arange(hidden.shape[1], device=hidden.device)
         found, before, agreed = hidden.new_zeros(hidden.shape), hidden, _Agreed(hidden.shape[1], hidden.device)
+        sinks = active[: max(0, self.sinks - first)]
         self.decided.clear()
         for index, block in enumerate(self._base[0].layers[: self.blocks], start=1):
             hidden = run_block(block, hidden, active, rotations, cache, first)
-            if index not in self.places or not len(active):
+            asked = active[len(sinks) :]
+            if index not in self.places or not len(asked):
                 continue
-            states = hidden[:, active]
+            states = hidden[:, asked]
             translated = self.translated(index, states)
-            sure, logits = self.sure(translated, states, before[:, active], agreed, active)
-            found[:, active[sure]] = translated[:, sure]
+            sure, logits = self.sure(translated, states, before[:, asked], agreed, asked)
+            found[:, asked[sure]] = translated[:, sure]
             if logits is not None:
-                self.decided.add(active[sure], logits[sure])
+                self.decided.add(asked[sure], logits[sure])
             self._count(index, int(sure.sum()))
-            active, before = active[~sure], hidden
+            active, before = torch.cat([sinks, asked[~sure]]), hidden
         found[:, active] = hidden[:, active]
         self._count(self.blocks, len(active))
         return found

@@ -23,7 +23,7 @@ from tests.support.mutants import mutant
 from tests.support.policies import sharp, under
 
 BLOCKS, EXITS, WORDS = 5, (1, 2, 4), 32
-LEARNING: dict[str, Any] = {"exits": EXITS, "steps": 60, "batch_size": 4, "length": 32, "learning_rate": 0.03}
+LEARNING: dict[str, Any] = {"exits": EXITS, "steps": 60, "batch_size": 4, "length": 32, "learning_rate": 0.03, "sinks": 0}
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def counted(model: TransformersModel, claim: Work | None) -> Any:
     ("criterion", "threshold", "claim"),
     [
         ("margin", 0.02, Work(blocks=5, fewest_blocks=1)),
-        ("maximum", 0.0, Work(blocks=1, fewest_blocks=1)),
+        ("maximum", 0.0, Work(blocks=5, fewest_blocks=1)),
         ("entropy", 1.5, Work(blocks=5, fewest_blocks=5)),
         ("state", 0.0, Work(blocks=5, fewest_blocks=1)),
         ("patience", 1, Work(blocks=5, fewest_blocks=2)),

@@ -84,7 +84,7 @@ class Slow:
                 continue
             hidden = block(hidden, position_embeddings=rotations, position_ids=where, past_key_values=self.cache, use_cache=True)
             ran = index
-            if index in policy.exits:
+            if index in policy.exits and place >= policy.sinks:
                 weight, bias = (policy.translators.get(f"{index}.{part}") for part in ("weight", "bias"))
                 moved = hidden if weight is None or bias is None else hidden + hidden @ weight.T + bias
                 logits = self.model.lm_head(base.norm(moved))[0, 0]
@@ -108,10 +108,14 @@ class Slow:
 CRITERIA = [("maximum", 0.1), ("margin", 0.05), ("entropy", 0.15), ("state", 0.8), ("patience", 1)]
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 9])
 @pytest.mark.parametrize(("criterion", "threshold"), CRITERIA)
-def test_tokens_leave_where_the_definition_says_and_whole_texts_give_the_same(base: Any, criterion: Any, threshold: float) -> None:
-    policy = EarlyExit(criterion, threshold, EXITS, maps())
-    slow, ids = Slow(base, policy), text()
+def test_tokens_leave_where_the_definition_says_and_whole_texts_give_the_same(
+    base: Any, criterion: Any, threshold: float, sinks: int
+) -> None:
+    """Nine first tokens that stay are more than the first piece of the text has."""
+    policy = EarlyExit(criterion, threshold, EXITS, maps(), sinks)
+    slow, ids = Slow(base, policy), text(120)
     with torch.no_grad():
         wanted = torch.stack([slow.logits(int(token), place) for place, token in enumerate(ids[0])])
     model = under(base, policy)
@@ -120,8 +124,9 @@ def test_tokens_leave_where_the_definition_says_and_whole_texts_give_the_same(ba
     left = model.module.model.exits.left
     assert {blocks: slow.blocks.count(blocks) for blocks in set(slow.blocks)} == left
     assert len(left) > 1, "some leave, some do not"
+    assert slow.blocks[:sinks] == [BLOCKS] * sinks
     parts, state = [], None
-    for piece in ids.split([7, 1, 1, 20, 11], 1):
+    for piece in ids.split([7, 1, 1, 20, 91], 1):
         found, state = model.extend(piece, state)
         parts.append(found[0])
     assert torch.allclose(torch.cat(parts), whole, atol=2e-4 * float(wanted.abs().max()))
@@ -287,4 +292,4 @@ def test_the_method_is_this_policy() -> None:
     from slimbench.methods.base import ModelShape
 
     shape = ModelShape.from_config(tiny.SHAPE | {"num_hidden_layers": 30, "architectures": ["x"]})
-    assert EarlyExits().policy(shape) == EarlyExit("margin", 0.9, (6, 10, 15, 20, 25))
+    assert EarlyExits().policy(shape) == EarlyExit("margin", 0.9, (6, 10, 15, 20, 25), sinks=1)
