@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import perplexity
+from slimbench.harness.measure.loaded import label_logprobs
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.policy import Policy
@@ -99,3 +100,19 @@ def test_with_what_is_fitted_to_it_too_a_neutral_policy_is_the_model(name: str, 
     assert far(found, wanted) <= 1e-4
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
     assert far(under(base, FITTED[name]).logits(texts[:1, :SHORT]), wanted) > 1e-3
+
+
+def test_tokens_one_by_one_leave_where_they_leave_together(base: Any, texts: Tensor) -> None:
+    """In float32: in bfloat16 rounding decides where an exit is nearly as sure as it must be."""
+    model, ids = under(base, EarlyExit("margin", 0.3, (10, 20), sinks=1)), texts[:1, :SHORT]
+    count = model.module.base_model.exits.left
+    whole = model.token_logprobs(ids)
+    together = dict(count)
+    count.clear()
+    parts, state = [], None
+    for token in ids.split(1, 1):
+        found, state = model.extend(token, state)
+        parts.append(found)
+    stepped = label_logprobs(torch.cat(parts, 1)[:, :-1], ids[:, 1:])
+    assert dict(count) == together and len(together) == 3, "some leave at either exit, some do not"
+    assert float((stepped.mean() - whole.mean()).abs()) <= 1e-3
