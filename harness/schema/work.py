@@ -73,6 +73,8 @@ class WorkResult(Schema):
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.
+        stepwise_nll: Of these windows, the first ones, mean -log p token by token; two of them, or sixteen where two differ. Empty in
+            records from before it was kept.
         flags: One line for each point in which the claim differs.
     """
 
@@ -104,6 +106,7 @@ class WorkResult(Schema):
     parted_by_rounding: int | None = None
     scored: ScoredWork | None = None
     stepwise_gap: float | None = None
+    stepwise_nll: list[float] = []
     flags: list[str] = []
 
 

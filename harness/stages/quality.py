@@ -26,6 +26,8 @@ from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stages import models, readings, teaching
 from slimbench.harness.stages.common import Reporter, calibration_of, evidence_of, load, tokenizer_of
 from slimbench.harness.stages.distributions import Distributions
+from slimbench.harness.stats.bootstrap import UNKNOWN, attempt
+from slimbench.harness.stats.intervals import perplexity_ratio_interval
 from slimbench.harness.store import artefact
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.methods.base import Unsupported
@@ -34,7 +36,7 @@ from slimbench.tasks.overlap import overlap
 from slimbench.tasks.teaching import data_set
 
 _WORK_TEXTS, _WORK_TOKENS = 8, 2048
-_GAP, _STEPS, _FEW = 0.005, 1024, 2
+_GAP, _STEPS, _FEW, _MORE = 0.005, 1024, 2, 16
 _OVERLAP = 0.001  # fraction of the test n-grams from which on the text counts as shared
 
 
@@ -173,16 +175,18 @@ def _count_work(
             found = kept.once(
                 texts.numpy().tobytes(), len(texts), lambda: work.measure(model, texts, claim, sheet.report.progress).model_dump()
             )
-        gap = None
+        stepped, whole = list[float](), result.perplexity[0].window_nll if part else []
         if part and _is_scored_otherwise(loaded, part):
             with sheet.part("token by token", "windows") as kept:
-                gap = kept.once(["gap"], 1, lambda: _stepwise_gap(Scores.of(loaded), part, result.perplexity[0].window_nll))
-        result.work = WorkResult(**found | {"stepwise_gap": gap})
+                stepped = kept.once(["one by one"], 1, lambda: _one_by_one(Scores.of(loaded), part, whole))
+        result.work = WorkResult(**found | {"stepwise_gap": _gap(stepped, whole) if stepped else None, "stepwise_nll": stepped})
         if ran:
             result.work.scored, told = ran.result()
             result.work.flags += told
-        if gap is not None and abs(gap) > _GAP:
-            result.work.flags.append(f"perplexity token by token differs by {gap:+.1%}")
+        if stepped and abs(gap := _gap(stepped, whole)) > _GAP:
+            _, low, high = attempt(perplexity_ratio_interval, stepped, whole[: len(stepped)], otherwise=UNKNOWN)
+            count, bounds = len(stepped), f"{low - 1:+.1%} to {high - 1:+.1%}"
+            result.work.flags.append(f"perplexity token by token differs by {gap:+.1%} over {count} windows ({bounds})")
         if result.evidence:
             claims.measured(result.evidence, result.work, claim)
         twice = 2 if result.work.equal is not None else 1
@@ -198,11 +202,24 @@ def _is_scored_otherwise(model: Loaded, part: perplexity.Windows) -> bool:
     return set(model.slots) != {"draft"}
 
 
-def _stepwise_gap(model: Scores, part: perplexity.Windows, nll: list[float]) -> float:
-    """How much perplexity few windows have more token by token."""
-    few = part.ids[:_FEW]
-    stepped = [nll for ids in few.split(model.batch(_FEW)) for nll in part.stepwise(model, ids)]
-    return math.expm1(sum(stepped) / len(few) - sum(nll[: len(few)]) / len(few))
+def _one_by_one(model: Scores, part: perplexity.Windows, nll: list[float]) -> list[float]:
+    """Mean -log p of the first windows token by token: of few, and of more where these differ, as rounding may turn what a policy decides.
+
+    Args:
+        nll: Of the windows as they were scored.
+    """
+    found = list[float]()
+    for count in (_FEW, _MORE):
+        more = part.ids[len(found) : count]
+        found += [value for ids in more.split(model.batch(_FEW)) for value in part.stepwise(model, ids)] if len(more) else []
+        if abs(_gap(found, nll)) <= _GAP:
+            break
+    return found
+
+
+def _gap(stepped: list[float], nll: list[float]) -> float:
+    """How much perplexity the first windows have more token by token."""
+    return math.expm1((sum(stepped) - sum(nll[: len(stepped)])) / len(stepped))
 
 
 def _continue(sheet: _Sheet, loaded: Loaded, tokenizer: Any, suite: SuiteConfig, is_reference: bool) -> None:

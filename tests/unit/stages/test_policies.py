@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -316,15 +317,35 @@ def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: l
 
 
 @pytest.mark.parametrize("most", [None, 1])
-def test_two_windows_are_scored_token_by_token_though_one_runs_at_once(tmp_path: Path, most: int | None) -> None:
+@pytest.mark.parametrize(("apart", "windows"), [(0.0, 2), (0.004, 2), (0.006, 16), (-0.006, 16)])
+def test_where_two_windows_differ_token_by_token_more_are_scored_so(tmp_path: Path, most: int | None, apart: float, windows: int) -> None:
+    """Two at a time, where so many run at once."""
+
     def stepwise(model: Any, ids: Any) -> list[float]:
         assert len(ids) <= (most or 2)
-        return [float(row[0]) for row in ids]
+        return [float(row[0]) + apart * (float(row[0]) < 2) for row in ids]
 
     model = TransformersModel(tiny.save_model(tmp_path / "dense", "float32").load(), "cpu")
     model.max_batch, model.slots = most, ["depth"]
-    part: Any = SimpleNamespace(ids=torch.arange(32).view(4, 8), labels=7, wanted=SimpleNamespace(protocol="window"), stepwise=stepwise)
-    assert quality._stepwise_gap(model, part, [0.0, 9.0, 1.0, 1.0]) == pytest.approx(math.expm1((0 + 8) / 2 - (0 + 9) / 2))
+    ids = torch.arange(20)[:, None].expand(20, 8)
+    part: Any = SimpleNamespace(ids=ids, labels=7, wanted=SimpleNamespace(protocol="window"), stepwise=stepwise)
+    whole = [float(row) for row in range(20)]
+    found = quality._one_by_one(model, part, whole)
+    assert len(found) == windows and found[2:] == whole[2:windows]
+    assert quality._gap(found, whole) == pytest.approx(math.expm1(2 * apart / windows))
+
+
+def test_what_differs_token_by_token_is_told_with_its_interval(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that keeps less of a text that comes token by token."""
+    monkeypatch.undo()
+    inner = quality._one_by_one
+    monkeypatch.setattr(quality, "_one_by_one", lambda *given: [value + 0.1 for value in inner(*given)])
+    steps = step_overrides(["slimbench.methods.compact.streaming_llm.StreamingLLM(budget=12,sinks=2)"])
+    compress.run(resolve([*overrides, *steps]), "streaming-apart", Silent())
+    measured = quality.run(resolve([*overrides, *steps]), "streaming-apart", None, Silent())
+    assert measured.work and measured.work.stepwise_gap == pytest.approx(math.expm1(0.1), abs=1e-3)
+    (flag,) = measured.work.flags
+    assert re.fullmatch(r"perplexity token by token differs by \+10\.\d% over 2 windows \(.+ to .+\)", flag)
 
 
 LOOKUP = "slimbench.methods.dynamic.prompt_lookup.PromptLookup(tokens=3)"
