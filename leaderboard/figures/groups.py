@@ -50,8 +50,29 @@ class Group:
         return next((row for row in self.rows if row.is_reference and row.perplexity), None)
 
     def name(self, row: Row, length: int = 40) -> str:
-        """The row as labels call it: with its engine where that differs."""
-        return shorten(f"{row.label} · {row.engine}" if self.engines_differ else row.label, length)
+        """The row as labels call it: with its engine where that differs; too long, without settings that all of its pipeline have here."""
+        engine = f" · {row.engine}" if self.engines_differ else ""
+        if len(row.label + engine) <= length:
+            return row.label + engine
+        alike = [_settings(other.label) for other in self.rows if _bare(other.label) == _bare(row.label)]
+        common = [set.intersection(*map(set, step)) if len(alike) > 1 else set[str]() for step in zip(*alike, strict=True)]
+        told = iter([[text for text in step if text not in same] for step, same in zip(_settings(row.label), common, strict=True)])
+        apart = _STEP.sub(lambda _: f"({','.join(left)})" if (left := next(told)) else "", row.label)
+        return shorten(apart + engine, length)
+
+
+_STEP = re.compile(r"\(([^()]*)\)")
+_SETTING = re.compile(r"(?:\[[^\]]*\]|[^,\[])+")
+
+
+def _bare(label: str) -> str:
+    """`calm()+rtn-4bit` of a label, whatever its settings."""
+    return _STEP.sub("()", label)
+
+
+def _settings(label: str) -> list[list[str]]:
+    """The settings of each step that has any, as `threshold=0.3`; a list is one of them."""
+    return [_SETTING.findall(step) for step in _STEP.findall(label)]
 
 
 Grouping = Callable[[Sequence[Row], Palette], list[Group]]

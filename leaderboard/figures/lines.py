@@ -114,7 +114,7 @@ def _settings(group: Group, x: Measure, belongs: Callable[[Row], bool], what: st
     arrows = f"Arrows at the top: above {OFF_SCALE:.0f} × the reference, with the perplexity." if off else ""
     hidden = left_out(group, [p.row for p in all_of_them] + [row for row in group.rows if row.is_reference], what)
     text = " ".join(filter(None, [note, arrows, hidden]))
-    title = f"Perplexity by method and {what if x is REMOVED else x.name}"
+    title = f"Perplexity by method and {x.name if x in (BITS, SPARSITY) else what}"
 
     def make() -> Figure:
         figure, (ax,) = canvas(f"{title}: {group.title}", group.setting, text, 9.4, 6)
