@@ -31,6 +31,7 @@ MISSES = (
     *("wanda+gptq", "sparsegpt+gptq", "shortgpt+lora(steps=160)", "llm-pruner+lora(steps=160)"),
     "shortgpt+kd(steps=50,learning_rate=0.0002)",
     *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)", "bigbird", "sparse-fixed"),
+    *(f"calm(threshold={threshold},learning_rate=0.003,positions=64,steps=320,length=512)" for threshold in (0.5, 0.7)),
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 

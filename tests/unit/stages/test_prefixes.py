@@ -183,5 +183,5 @@ def test_parts_of_a_pipeline_are_its_steps_and_what_is_fitted_apart(overrides: l
         ("step1", False, 2),
     ]
     assert found.prefix_keys()[1:] == [found.prefix_key(1)] != found.prefix_keys()[:1]
-    plain = cell_of([*overrides, *news], f"{EXITS}(threshold=1e9, {SHORT})", seed=9)
+    plain = cell_of([*overrides, *news], f"{EXITS}(threshold=1e9, sinks=0, {SHORT})", seed=9)
     assert [part.sets for part in parts(plain.config.pipeline)] == [False] and plain.identity.keys.compress == found.prefix_keys()[0]
