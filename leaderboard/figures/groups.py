@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from slimbench.harness.schema.identity import Status
 from slimbench.leaderboard.figures.palette import Palette
@@ -54,25 +55,40 @@ class Group:
         engine = f" · {row.engine}" if self.engines_differ else ""
         if len(row.label + engine) <= length:
             return row.label + engine
-        alike = [_settings(other.label) for other in self.rows if _bare(other.label) == _bare(row.label)]
-        common = [set.intersection(*map(set, step)) if len(alike) > 1 else set[str]() for step in zip(*alike, strict=True)]
-        told = iter([[text for text in step if text not in same] for step, same in zip(_settings(row.label), common, strict=True)])
-        apart = _STEP.sub(lambda _: f"({','.join(left)})" if (left := next(told)) else "", row.label)
-        return shorten(apart + engine, length)
+        steps = _steps(row.label)
+        common = self._common.get(_pipeline(steps), [])
+        apart = "+".join(
+            name + (f"({','.join(left)})" if (left := [text for text in settings if text not in same]) else "")
+            for (name, settings), same in zip(steps, common, strict=False)
+        )
+        return shorten((apart or row.label) + engine, length)
+
+    @cached_property
+    def _common(self) -> dict[tuple[str, ...], list[set[str]]]:
+        """By pipeline, the settings of each step that all of its labels have; of pipelines of several labels."""
+        found: dict[tuple[str, ...], list[list[set[str]]]] = {}
+        for steps in map(_steps, {row.label for row in self.rows}):
+            found.setdefault(_pipeline(steps), []).append([set(settings) for _, settings in steps])
+        return {
+            pipeline: [set.intersection(*step) for step in zip(*labels, strict=True)]
+            for pipeline, labels in found.items()
+            if pipeline and len(labels) > 1
+        }
 
 
-_STEP = re.compile(r"\(([^()]*)\)")
+_STEP = re.compile(r"([^+()]+)(?:\(([^()]*)\))?(?:\+|$)")
 _SETTING = re.compile(r"(?:\[[^\]]*\]|[^,\[])+")
 
 
-def _bare(label: str) -> str:
-    """`calm()+rtn-4bit` of a label, whatever its settings."""
-    return _STEP.sub("()", label)
+def _steps(label: str) -> list[tuple[str, list[str]]]:
+    """Name and settings (`threshold=0.3`; a list is one of them) of each step; nothing where the label is not that of steps."""
+    found = list(_STEP.finditer(label))
+    whole = "".join(match[0] for match in found) == label
+    return [(match[1], _SETTING.findall(match[2] or "")) for match in found] if whole else []
 
 
-def _settings(label: str) -> list[list[str]]:
-    """The settings of each step that has any, as `threshold=0.3`; a list is one of them."""
-    return [_SETTING.findall(step) for step in _STEP.findall(label)]
+def _pipeline(steps: Sequence[tuple[str, Sequence[str]]]) -> tuple[str, ...]:
+    return tuple(name for name, _ in steps)
 
 
 Grouping = Callable[[Sequence[Row], Palette], list[Group]]

@@ -30,6 +30,10 @@ def named(*labels: str) -> list[str]:
         ([f"calm(a=1,{LONG})+rtn(bits=4)", f"calm(a=2,{LONG})+rtn(bits=4)"], ["calm(a=1)+rtn", "calm(a=2)+rtn"]),
         ([f"calm(exits=[6,10],{LONG})", f"calm(exits=[6],{LONG})"], ["calm", "calm(exits=[6])"]),
         (["calm(threshold=0.3,steps=3)", "calm(threshold=0.5,steps=3)"], ["calm(threshold=0.3,steps=3)", "calm(threshold=0.5,steps=3)"]),
+        (
+            [f"calm(threshold=0.3,{LONG})", f"calm({LONG})", "calm"],
+            [f"calm(threshold=0.3,{LONG})"[:39] + "…", f"calm({LONG})"[:39] + "…", "calm"],
+        ),
         ([f"calm(threshold=0.3,{LONG})"], [f"calm(threshold=0.3,{LONG})"[:39] + "…"]),
         ([f"calm(threshold=0.3,{LONG})", f"h2o({LONG})"], [f"calm(threshold=0.3,{LONG})"[:39] + "…", f"h2o({LONG})"[:39] + "…"]),
         ([f"calm)(]threshold[,{LONG}", f"calm)(]threshold[,{LONG}x"], [f"calm)(]threshold[,{LONG}"[:39] + "…"] * 2),
