@@ -50,8 +50,8 @@ class EarlyExit(Policy):
         criterion: By what an exit is sure.
         threshold: λ.
         exits: Blocks that have run at each, in ascending order.
-        sinks: First tokens of a text that run all blocks.
         translators: `L.weight` [hidden, hidden] and `L.bias` of the exit behind L blocks; an exit without them translates nothing.
+        sinks: First tokens of a text that run all blocks.
     """
 
     slot = "depth"
