@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,7 @@ def _count_work(
         stepped, whole = list[float](), result.perplexity[0].window_nll if part else []
         if part and _is_scored_otherwise(loaded, part):
             with sheet.part("token by token", "windows") as kept:
-                stepped = kept.once(["one by one"], 1, lambda: _one_by_one(Scores.of(loaded), part, whole))
+                stepped = _one_by_one(Scores.of(loaded), part, whole, kept, sheet.report.progress)
         result.work = WorkResult(**found | {"stepwise_gap": _gap(stepped, whole) if stepped else None, "stepwise_nll": stepped})
         if ran:
             result.work.scored, told = ran.result()
@@ -202,16 +203,18 @@ def _is_scored_otherwise(model: Loaded, part: perplexity.Windows) -> bool:
     return set(model.slots) != {"draft"}
 
 
-def _one_by_one(model: Scores, part: perplexity.Windows, nll: list[float]) -> list[float]:
+def _one_by_one(model: Scores, part: perplexity.Windows, nll: list[float], kept: Part, progress: Callable[[int, int], None]) -> list[float]:
     """Mean -log p of the first windows token by token: of few, and of more where these differ, as rounding may turn what a policy decides.
 
     Args:
         nll: Of the windows as they were scored.
+        kept: Keeps what each few windows gave.
     """
     found = list[float]()
     for count in (_FEW, _MORE):
-        more = part.ids[len(found) : count]
-        found += [value for ids in more.split(model.batch(_FEW)) for value in part.stepwise(model, ids)] if len(more) else []
+        while len(more := part.ids[len(found) : min(count, len(found) + model.batch(_FEW))]):
+            found += kept.once([len(found), len(more)], len(more), partial(part.stepwise, model, more))
+            progress(len(found), count)
         if abs(_gap(found, nll)) <= _GAP:
             break
     return found

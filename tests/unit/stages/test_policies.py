@@ -24,7 +24,7 @@ from slimbench.harness.measure.zeroshot import EngineLM
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import common, compress, models, quality, speed
 from slimbench.harness.stages.common import Again, tokenizer_of
-from slimbench.harness.store.partial import Journal
+from slimbench.harness.store.partial import Journal, Part
 from slimbench.leaderboard.flags.kinds import Figure, spoiling
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported, Work
 from slimbench.methods.formats import policy as policies
@@ -330,9 +330,29 @@ def test_where_two_windows_differ_token_by_token_more_are_scored_so(tmp_path: Pa
     ids = torch.arange(20)[:, None].expand(20, 8)
     part: Any = SimpleNamespace(ids=ids, labels=7, wanted=SimpleNamespace(protocol="window"), stepwise=stepwise)
     whole = [float(row) for row in range(20)]
-    found = quality._one_by_one(model, part, whole)
+    told = list[tuple[int, int]]()
+    found = quality._one_by_one(model, part, whole, Part(), lambda *seen: told.append(seen))
+    assert told[-1] == (windows, windows)
     assert len(found) == windows and found[2:] == whole[2:windows]
     assert quality._gap(found, whole) == pytest.approx(math.expm1(2 * apart / windows))
+
+
+def test_windows_that_were_scored_token_by_token_before_an_interruption_are_not_scored_again() -> None:
+    asked = list[int]()
+
+    def stepwise(model: Any, ids: Any) -> list[float]:
+        asked.extend(int(row[0]) for row in ids)
+        if 6 in asked and len(asked) < 10:
+            raise KeyboardInterrupt
+        return [1.0 for _ in ids]
+
+    part: Any = SimpleNamespace(ids=torch.arange(20)[:, None].expand(20, 8), stepwise=stepwise)
+    model: Any = SimpleNamespace(batch=lambda wanted: wanted)
+    given = model, part, [0.0] * 20
+    with pytest.raises(KeyboardInterrupt):
+        quality._one_by_one(*given, Part("p", "windows", Journal("one by one", {})), lambda *_: None)
+    assert quality._one_by_one(*given, Part("p", "windows", Journal("one by one", {})), lambda *_: None) == [1.0] * 16
+    assert asked == [*range(8), *range(6, 16)]
 
 
 def test_what_differs_token_by_token_is_told_with_its_interval(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
