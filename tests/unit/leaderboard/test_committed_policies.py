@@ -166,6 +166,16 @@ def test_docs_have_what_tokens_lose_that_leave_early(committed: list[Record]) ->
             assert f"| `{name}`, {threshold:g} | {mean:.1f} | {took_part / DENSE_ACTIVE:.2f} | {perplexity:,.{digits}f} |" in TEXT
 
 
+def test_docs_have_what_exits_learned_from_and_how_far_single_tokens_are_from_whole_windows(committed: list[Record]) -> None:
+    made = [r for r in committed if r.compress and "positions=64" in r.cell.pipeline and "steps=320" in r.cell.pipeline]
+    updates = {r.config["pipeline"][0]["settings"]["steps"] for r in made}
+    tokens = {r.config["calibration"]["samples"] * r.config["calibration"]["length"] for r in made}
+    assert len(made) == 12 and f"{updates.pop()} updates on {tokens.pop():,} tokens of news" in TEXT and not updates and not tokens
+    points = [*leaving(committed, "calm").values(), *leaving(committed, "pabee").values()]
+    gaps = [abs(quality.work.stepwise_gap or 0.0) for quality in points if quality.work]
+    assert len(gaps) == 11 and f"two windows differ by up to {max(gaps):.1%} from whole ones".replace("%", " %") in TEXT
+
+
 def test_exits_that_learned_nothing_are_worse_than_chance(committed: list[Record]) -> None:
     (raw,) = (r for r in committed if r.stage is Stage.QUALITY and "steps=0" in r.cell.pipeline and r.cell.pipeline.startswith("calm("))
     trained = leaving(committed, "calm")[0]
