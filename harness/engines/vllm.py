@@ -31,6 +31,7 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.draft.policy import Lookup
 from slimbench.methods.formats.policy import Policy
 from slimbench.util import files
+from slimbench.util.compat.vllm import kernels_are_replaced_once
 
 _LONGEST = 32_768
 _CPU_CACHE_BYTES = 2 << 30
@@ -266,6 +267,8 @@ def _start(
         speculative_config=guesses,
         **cache,
     )
+    if device.type == "cpu":
+        kernels_are_replaced_once()
     try:
         return LLMEngine.from_engine_args(arguments)
     except (ValueError, NotImplementedError) as error:

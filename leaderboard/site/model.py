@@ -81,7 +81,7 @@ def render(board: Board, name: str, rows: Sequence[Row], lines: dict[str, Line],
 
 
 def _sides(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What stands beside the table of a set: bytes of caches, work of a token."""
+    """What stands beside the table of a set: bytes of caches, facts found in contexts, work of a token."""
     return [_side(side, known[:_MOST_SCALED]) for side in SIDES if (known := side.shown(rows))]
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 from slimbench.leaderboard.tables.columns import LEAST_FIRST, NAME_KERNEL_AND_NOTES, READING, Column, comparable, notes_of, rank_of
 from slimbench.leaderboard.tables.format import escape, shorten
 from slimbench.leaderboard.tables.resolution import anchors, resolution
-from slimbench.leaderboard.tables.sides import cache, work
+from slimbench.leaderboard.tables.sides import cache, contexts, work
 from slimbench.leaderboard.tables.sides.side import Side
 from slimbench.leaderboard.tables.tables import Table, tables
 from slimbench.util.text import csv_text
 
-SIDES = (cache.TABLE, work.TABLE)
+SIDES = (cache.TABLE, contexts.TABLE, work.TABLE)
 """What stands below a table, where its rows have it."""
 _AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 

@@ -67,39 +67,45 @@ def answer() -> None:
 
 
 def guess() -> None:
-    """Runs in the environment: what ran behind texts under the draft of an artefact; JSON to stdout."""
+    """Runs in the environment: what ran behind texts under the draft of an artefact, and what a reference loaded after it writes."""
     from slimbench.harness.config.engines import get
     from slimbench.harness.config.targets import locate
     from slimbench.harness.measure.dynamic import work
 
     request, engine = json.load(sys.stdin), get("vllm-cpu")
-    model = locate(engine.target)(**engine.arguments).load(Path(request["folder"]), "cpu")
-    ids = torch.tensor(request["ids"])
-    found = work.measure(model, ids, None, lambda *_: None)
-    model.unguessed(ids[:1], 16)
-    print(json.dumps(found.model_dump() | {"alone": list(model.passes(None))}))
+    model, ids = locate(engine.target)(**engine.arguments).load(Path(request["folder"]), "cpu"), torch.tensor(request["ids"])
+    found = work.measure(model, ids, None, lambda *_: None).model_dump()
+    found["unguessed"] = model.unguessed(ids[:1], 16).tolist()
+    found["alone"] = list(model.passes(None))
+    reference = locate(engine.target)(**engine.arguments).load(Path(request["reference"]), "cpu")
+    step = reference.prefill(ids[:1], room=16)
+    found["dense"] = [[*step.token[0].tolist(), *(int((step := reference.decode_step(step)).token) for _ in range(15))]]
+    print(json.dumps(found))
 
 
-def asked(function: str, folder: Path, ids: torch.Tensor) -> dict[str, Any]:
+def asked(function: str, folder: Path, ids: torch.Tensor, **more: str) -> dict[str, Any]:
     """What a function of this module says of an artefact, in vLLM's environment."""
     command = [str(ENVIRONMENT.python), "-P", "-c", f"from tests.integration.test_vllm import {function}; {function}()"]
-    request = json.dumps({"folder": str(folder), "ids": ids.tolist()})
+    request = json.dumps({"folder": str(folder), "ids": ids.tolist(), **more})
     done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
     assert not done.returncode, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_vllm_guesses_by_its_own_lookup_and_writes_what_it_writes_without(smollm2: Path, tmp_path: Path) -> None:
-    claim = PromptLookup(tokens=4, ngram=3).compress(tiny.dense_model(smollm2), Calibration.none(), tmp_path)
-    artefact.write_manifest(tmp_path, artefact.Manifest(key="lookup", model="m", pipeline=[], claim=claim))
+    for name, method in (("lookup", PromptLookup(tokens=4, ngram=3)), ("dense", Dense())):
+        (folder := tmp_path / name).mkdir()
+        claim = method.compress(tiny.dense_model(smollm2), Calibration.none(), folder)
+        artefact.write_manifest(folder, artefact.Manifest(key=name, model="m", pipeline=[], claim=claim))
     said = torch.randint(1000, 20_000, (2, 12), generator=torch.Generator().manual_seed(0)).repeat(1, PROMPT // 12)
-    found = asked("guess", tmp_path, said)
+    found = asked("guess", tmp_path / "lookup", said, reference=str(tmp_path / "dense"))
     assert (found["slots"], found["tokens"], found["prompts"]) == (["draft"], 2 * 31, 2)
     assert 0 < found["passes"] < found["tokens"] and sum(found["text_passes"]) == found["passes"]
     assert sum(found["text_drafted"]) > sum(found["text_accepted"]) > 0, "a text that goes round is guessed, but not at once"
     rows = sum(int(size) * count for size, count in found["pass_rows"].items())
     assert rows == found["passes"] + sum(found["text_drafted"]) and max(map(int, found["pass_rows"])) == 5
     assert found["alone"] == [1] * 15, "without guesses a pass has one token"
+    assert found["dense"] == found["unguessed"], "what guesses stands in one process with the dense model it is held against"
     assert found["flags"] == [] and (found["equal"] == 1 or found["parted_by_rounding"])
 
 

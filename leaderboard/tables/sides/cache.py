@@ -22,4 +22,4 @@ CACHE = (
         for kilo in (int(tokens) // 1024 for tokens in CACHE_TOKENS)
     ),
 )
-TABLE = Side("Key-value cache, 10⁶ bytes", _READING, CACHE, lambda row: row.cache_bytes_1k is not None)
+TABLE = Side("Key-value cache, 10⁶ bytes", _READING, lambda rows: CACHE, lambda row: row.cache_bytes_1k is not None)

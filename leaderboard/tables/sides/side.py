@@ -15,12 +15,13 @@ class Side:
 
     Attributes:
         reading: How to read it.
+        columns: Its columns, by the rows that it shows.
         belongs: Whether a row has something to tell; references may have, but do not make a table alone.
     """
 
     title: str
     reading: str
-    columns: Sequence[Column]
+    columns: Callable[[Sequence[Row]], Sequence[Column]]
     belongs: Callable[[Row], bool]
 
     def shown(self, rows: Sequence[Row]) -> list[Row]:
@@ -30,5 +31,5 @@ class Side:
 
     def cells(self, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         """Heads and texts of the table of rows that are `shown`, without columns that none of them fills."""
-        columns = filled(self.columns, rows)
+        columns = filled(self.columns(rows), rows)
         return ["Pipeline", *(column.header for column in columns)], [[row.label, *(c.plus_minus(row) for c in columns)] for row in rows]

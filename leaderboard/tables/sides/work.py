@@ -38,9 +38,10 @@ _COUNTS = (
     Column("tokens_per_pass", "Tokens a pass", "Tokens that a pass of the model gave; above 1 with drafts.", decimal(2)),
     Column("predicted_speedup", "Predicted", "Speed-up by the counted calls, and the times of passes and of what guesses.", decimal(2)),
 )
+_WORK = (*(column for key in _PAIRED for column in COLUMNS if column.key == key), *_COUNTS)
 TABLE = Side(
     "Work of a token",
     _READING,
-    (*(column for key in _PAIRED for column in COLUMNS if column.key == key), *_COUNTS),
+    lambda rows: _WORK,
     lambda row: row.blocks_per_token is not None or row.tokens_per_pass is not None,
 )

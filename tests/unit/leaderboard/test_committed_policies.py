@@ -197,11 +197,12 @@ BUDGETS = ("96", "128", "256", "512")
 
 def asked(rows: list[Row]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
     """What each method found at each length, by its budget; 512 is what is shipped."""
-    found = {}
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row.suite == "retrieval" and row.contexts:
             name, _, settings = row.pipeline.partition("(budget=")
-            found[name, settings.rstrip(")") or "512"] = {int(context["length"] or 0): context for context in row.contexts}
+            lengths = found.setdefault((name, settings.rstrip(")") or "512"), {})
+            lengths |= {int(context["length"] or 0): context for context in row.contexts}
     return found
 
 

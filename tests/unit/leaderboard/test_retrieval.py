@@ -17,11 +17,16 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare import retrieval
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.catalogue import Absent, figures
+from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.results.retrieval import FEWEST
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.site import names
+from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.facts import details
-from tests.support.board_records import Spec, records
+from slimbench.leaderboard.tables.writers import to_markdown
+from tests.support.board_records import Spec, records, site_files
 from tests.unit.cli.test_cli import slimbench
+from tests.unit.leaderboard.test_board import printed
 
 CONTEXT = [place // 3 for place in range(18)]
 DENSE = [1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
@@ -189,6 +194,26 @@ def test_figures_have_a_panel_for_each_length_and_a_line_for_each_method() -> No
 def test_without_two_scores_there_is_no_figure() -> None:
     (drawn,) = figures(rows(board()), ["retrieval-bytes"])
     assert isinstance(drawn, Absent) and drawn.reason == "no two rows have a score of facts in long contexts"
+
+
+def test_it_stands_below_the_table_of_the_rows() -> None:
+    found = {one["length"]: one for one in retrieval.figures(caches()) if one["method"] == "h2o(budget=256)"}
+    parts = [
+        f"{100 * found[length]['score']:.0f} [{100 * found[length]['score_low']:.0f}–{100 * found[length]['score_high']:.0f}]"
+        for length in (1024, 2048)
+    ]
+    page = site_files(Board.of(caches()), {}, Gallery())[names.model(caches()[0].cell.model)].decode()
+    for text in (to_markdown(rows(caches())), printed(caches(), 220), page):
+        table = text[text.index("Facts found in long contexts") :]
+        assert all(f"{length}: {unit}" in table for length in ("1,024", "2,048") for unit in ("facts %", "MB", "ms"))
+        assert all(part in table for part in parts) and parts[0] != "–" and "board retrieval" in table
+    assert "Facts found in long contexts" not in to_markdown(rows(records(Spec()) + records(Spec("tova"))))
+
+
+def test_a_length_without_a_score_has_bytes_and_milliseconds_in_the_table() -> None:
+    text = to_markdown(rows(board(dense=[1] * (FEWEST - 1) + [0] * (19 - FEWEST))))
+    (told,) = [line for line in text[text.index("### Facts found") :].splitlines() if line.startswith("| h2o")]
+    assert told.split(" | ")[1:] == ["0.3", "31", "–", "– |"], "no row has a score, so there is no such column; it has nothing at 2,048"
 
 
 def test_a_page_says_it_in_words() -> None:
