@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,6 @@ from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.draft.policy import Lookup
 from slimbench.methods.formats.policy import Policy
 from slimbench.util import files
-from slimbench.util.compat.vllm import kernels_are_replaced_once
 
 _LONGEST = 32_768
 _CPU_CACHE_BYTES = 2 << 30
@@ -268,11 +268,23 @@ def _start(
         **cache,
     )
     if device.type == "cpu":
-        kernels_are_replaced_once()
+        _replace_kernels_once()
     try:
         return LLMEngine.from_engine_args(arguments)
     except (ValueError, NotImplementedError) as error:
         raise Unsupported(f"vLLM does not load this model: {' '.join(str(error).split())[:200]}") from error
+
+
+@cache
+def _replace_kernels_once() -> None:
+    """Let vLLM put its kernels for CPUs in place of Triton's with the first engine of a process alone.
+
+    It looks for them through the attributes of all modules, and breaks off at one of numba's, which the first lookup of guesses imports;
+    by then they are in place.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
 
 
 def _itself(module: Any) -> Any:

@@ -80,7 +80,10 @@ class FakeEngine:
 def test_vllm_is_tensor_parallel_and_says_what_it_cannot_tell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("vllm")
     fake.EngineArgs, fake.LLMEngine = dict, FakeEngine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+    platforms = ModuleType("vllm.platforms.cpu")
+    platforms.CpuPlatform = SimpleNamespace(register_triton_kernel_overrides=lambda: None)  # type: ignore[attr-defined]
+    for module in (fake, ModuleType("vllm.platforms"), platforms):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in ("VLLM_ALLOW_INSECURE_SERIALIZATION", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
     from slimbench.harness.engines.vllm import VllmEngine
