@@ -11,12 +11,13 @@ from slimbench.leaderboard.tables.columns import Column
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 from slimbench.leaderboard.tables.sides.side import Side
 
+_MOST_LENGTHS = 4
 _READING = (
     "By the tokens of a context. Facts: of those that dense finds, the per cent that a row finds when it is asked only after it has read "
     "the context, with a 95 % interval over contexts. MB: what it holds of a context before a question. ms: a step behind it, not taken in "
-    "turns with dense's. `slimbench board retrieval` says why a length has no score."
+    "turns with dense's. `slimbench board retrieval` says why a length has no score, and has "
+    f"all lengths of a table of more than {_MOST_LENGTHS}, of which the longest stand here."
 )
-_MOST_LENGTHS = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     )
     return [
         _OfLength("contexts", f"{length:,}: {unit}", meaning, format, length=length, fact=fact)
-        for length in lengths[:_MOST_LENGTHS]
+        for length in lengths[-_MOST_LENGTHS:]
         for fact, unit, meaning, format in kinds
     ]
 

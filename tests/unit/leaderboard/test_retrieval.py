@@ -216,6 +216,16 @@ def test_a_length_without_a_score_has_bytes_and_milliseconds_in_the_table() -> N
     assert told.split(" | ")[1:] == ["0.3", "31", "–", "– |"], "no row has a score, so there is no such column; it has nothing at 2,048"
 
 
+def test_of_many_lengths_the_longest_stand_in_the_table() -> None:
+    lengths = [1024 * more for more in range(1, 7)]
+    made = [
+        *with_facts(Spec(), *(result(DENSE, length) for length in lengths)),
+        *with_facts(Spec("tova"), *(result(OURS, length) for length in lengths)),
+    ]
+    text = to_markdown(rows(made))
+    assert [length for length in lengths if f"{length:,}: MB" in text] == lengths[2:] and "more than 4" in text
+
+
 def test_a_page_says_it_in_words() -> None:
     (row,) = [row for row in rows(board()) if not row.is_reference]
     told = dict(details(row))["Facts in long contexts"]
