@@ -14,10 +14,10 @@ unsupported, while speed, memory and the names of kernels are read as on one car
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -275,7 +275,7 @@ def _start(
         raise Unsupported(f"vLLM does not load this model: {' '.join(str(error).split())[:200]}") from error
 
 
-@cache
+@functools.cache
 def _replace_kernels_once() -> None:
     """Let vLLM put its kernels for CPUs in place of Triton's with the first engine of a process alone.
 
@@ -284,7 +284,7 @@ def _replace_kernels_once() -> None:
     """
     from vllm.platforms.cpu import CpuPlatform
 
-    CpuPlatform.register_triton_kernel_overrides = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(functools.cache(CpuPlatform.register_triton_kernel_overrides))
 
 
 def _itself(module: Any) -> Any:
