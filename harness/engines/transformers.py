@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
 
 from slimbench.harness.engines import attention, spread
 from slimbench.harness.engines.base import Engine
@@ -18,6 +19,7 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.attention.operators import reading as readings
+from slimbench.methods.formats.draft import speculation
 
 _CHUNK = 64
 
@@ -94,6 +96,23 @@ class TransformersModel(Branches):
             out = self.module(piece.to(self._device), **{self._state: cache}, use_cache=True, logits_to_keep=1)
             cache = getattr(out, self._state)
         return out.logits[:, -1:].clone(), cache
+
+    @torch.inference_mode()
+    def in_passes(self, prompt: torch.Tensor, written: torch.Tensor, passes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        text, place = torch.cat([prompt.cpu(), written.cpu()], 1).to(self._device), prompt.shape[1]
+        logits, cache = self.behind(text[:, :place])
+        if not speculation.croppable(cache):
+            raise Unsupported("the cache cannot let go of tokens")
+        found = [logits[0]]
+        for tokens, given in passes:
+            piece = functional.pad(text[:, place : place + tokens], (0, max(0, place + tokens - text.shape[1])))
+            with speculation.watched(cache):
+                out = self.module(piece, **{self._state: cache}, use_cache=True)
+                if tokens > given:
+                    cache.crop(given - tokens)
+            found.append(out.logits[0, :given])
+            place += given
+        return torch.cat(found)[: written.shape[1]]
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:

@@ -159,6 +159,19 @@ class Scores(Capability):
         logits, state = self.extend(ids)
         return logits[:, -1:].clone(), state
 
+    def in_passes(self, prompt: torch.Tensor, written: torch.Tensor, passes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Logits [n, V] before each of the tokens behind a prompt, by passes of as many tokens as they were written by.
+
+        Args:
+            prompt: Token ids, int64 [1, T].
+            written: What came behind it, int64 [1, n].
+            passes: Behind the prompt's; of each the tokens that go through it, the last of the text first, and how many tokens it gave.
+
+        Raises:
+            methods.base.Unsupported: Its cache cannot let go of tokens.
+        """
+        raise Unsupported("passes of as many tokens cannot be made again on this engine")
+
     def token_logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the tokens 1..T-1 given those before, float32 [B, T-1]."""
         return label_logprobs(self.logits(ids)[:, :-1], ids[:, 1:]).cpu()

@@ -160,7 +160,7 @@ def _count_work(
     part: perplexity.Windows | None = None,
     ran: scored.CountingPart | None = None,
 ) -> None:
-    """Count what runs for a token under a policy, behind the beginnings of some texts, and score some token by token; or say why not.
+    """Count what runs for a token under a policy, behind parts of some texts, and score some token by token; or say why not.
 
     Args:
         ids: Token ids of the texts, int64 [N, T].
@@ -168,7 +168,8 @@ def _count_work(
         ran: What ran while the windows were scored; None where that was not counted.
     """
     result = sheet.result
-    texts = ids[:_WORK_TEXTS, : min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)]
+    length = min(ids.shape[1], loaded.max_length - work.NEW_TOKENS, _WORK_TOKENS)
+    texts = ids.unfold(1, length, length).flatten(0, 1)[:_WORK_TEXTS]
     claim = artefact.read_manifest(artefact.location(key)).claim.work
     try:
         with sheet.part("work", "texts") as kept:

@@ -1,11 +1,12 @@
 """Whether a token knows later ones: its logits must not move where only tokens behind it are others.
 
 A policy says by which passes a text may be scored. Where whole texts go through the model at once, later tokens are there to be seen, and a
-perplexity by what comes next is none. So two windows are scored again with other tokens from some place on. Two things are told. By how
-much all logits move: where a policy decides by the text how many rows go through a matrix, rounding moves them a little, and once in a
-while a decision, so that is a median over windows and places. And by how much the token that comes is likelier than if it were another one:
-that is what a policy that looks ahead gains a token, though it may move a single logit; what rounding moves has no direction. Tokens that
-come one by one cannot know later ones.
+perplexity by what comes next is none. So two windows are scored again with other tokens from some place on, at every other place with one
+token again and again: what is chosen among all tokens of a text is then another choice for most of the earlier ones. Two things are told.
+By how much all logits move: where a policy decides by the text how many rows go through a matrix, rounding moves them a little, and once in
+a while a decision, so that is a median over windows and places, the larger one of the two kinds. And by how much the token that comes is
+likelier than if it were another one: that is what a policy that looks ahead gains a token, though it may move a single logit; what rounding
+moves has no direction. Tokens that come one by one cannot know later ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Seen:
 
     Attributes:
         moved: By how much logits move where only tokens behind them change, in standard deviations of the logits of a position: of the
-            positions just before the changed ones the most moved, the median over windows and places.
+            positions just before the changed ones the most moved, the median over windows and places, the larger of the two kinds.
         rounding: What rounding may move.
         gain: Nats by which the first of the changed tokens was likelier before it was changed, mean over windows and places.
         error: Standard error of that mean.
@@ -65,20 +66,21 @@ def texts(model: Scores, ids: torch.Tensor) -> torch.Tensor | None:
 
 def look(model: Scores, ids: torch.Tensor) -> Seen:
     """See what tokens of some texts know of later ones; `ids` as of `texts`."""
-    found, gains, half, rounding = list[float](), list[float](), ids.shape[1] // 2, 0.0
+    found, gains, half, rounding = (list[float](), list[float]()), list[float](), ids.shape[1] // 2, 0.0
     for text in ids.split(model.batch(WINDOWS)):
         whole = _second_half(model, text)
         rounding = _ROUNDING[whole.dtype.itemsize > 2]
-        for place in _places(ids.shape[1]):
-            other = text.clone()
-            other[:, place:] = (other[:, place:] + model.vocab_size // 2 + 1) % model.vocab_size
+        for number, place in enumerate(_places(ids.shape[1])):
+            other, alike = text.clone(), number % 2
+            behind = text[:, place : place + 1] if alike else text[:, place:]
+            other[:, place:] = (behind + model.vocab_size // 2 + 1) % model.vocab_size
             before = slice(place - half - _NEAR, place - half)
             ours, theirs = (logits[:, before].float() for logits in (whole, _second_half(model, other)))
-            found += ((ours - theirs).abs().mean(-1) / ours.std(-1)).amax(1).tolist()
+            found[alike].extend(((ours - theirs).abs().mean(-1) / ours.std(-1)).amax(1).tolist())
             likely, unlikely = (_logprobs(logits[:, -1], text[:, place]) for logits in (ours, theirs))
             gains += (likely - unlikely).tolist()
     error = statistics.stdev(gains) / math.sqrt(len(gains))
-    return Seen(statistics.median(found), rounding, statistics.fmean(gains), error)
+    return Seen(max(map(statistics.median, found)), rounding, statistics.fmean(gains), error)
 
 
 def _places(length: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimbench.harness.measure.dynamic.hooks import counted
 from slimbench.harness.measure.loaded import Generates
 from slimbench.harness.measure.operators import storage_pointer
+from slimbench.util.compat.torch import TorchDispatchMode, buffers
 
 _SLACK, _SMALL = 1.05, 1 << 12
 _STEPS = 2
@@ -19,18 +20,36 @@ _STEPS = 2
 def uncalled(model: Any, prompt: torch.Tensor) -> str | None:
     """A flag where a step multiplies more by weights than the calls of layers say, by torch's own count of products of two matrices.
 
-    Products of packed weights are operators of their own, which torch does not count.
+    Of products in batches, which attention has too, those with a tensor of the model's own count. Products of packed weights are
+    operators of their own, which torch does not count.
 
     Args:
         prompt: Token ids, int64 [1, T].
     """
     step = model.prefill(prompt, _STEPS + 1)
-    with counted(model.module) as count, FlopCounterMode(display=False) as counter:
+    with counted(model.module) as count, _Batched(model.module) as batched, FlopCounterMode(display=False) as counter:
         for _ in range(_STEPS):
             step = model.decode_step(step)
     found = counter.get_flop_counts().get("Global", {})
-    ran = sum(found.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    ran = sum(found.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2 + batched.products
     return f"multiplies by {ran:,} weights, of which layers were called for {count.products:,}" if ran > _SLACK * count.products else None
+
+
+class _Batched(TorchDispatchMode):
+    """Multiplications by a model's own tensors in products of matrices in batches, as they come to it decomposed."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        own = (tensor for layer in module.modules() for tensor in (*layer.parameters(recurse=False), *buffers(layer).values()))
+        self._own = {storage_pointer(tensor) for tensor in own if tensor is not None}
+        self.products = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            left, right = args[-2:]
+            if {storage_pointer(left), storage_pointer(right)} & self._own:
+                self.products += left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
 
 
 def untold(model: Generates, prompt: torch.Tensor) -> str | None:

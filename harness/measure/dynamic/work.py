@@ -22,8 +22,8 @@ from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
 from slimbench.methods.base import Unsupported, Work
 
-NEW_TOKENS = 32
-"""Tokens by which each text is gone on with."""
+NEW_TOKENS = 33
+"""Tokens by which each text is gone on with, one of them the prompt's: of eight texts 256 are counted."""
 _SLACK = 1.02
 
 

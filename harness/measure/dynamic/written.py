@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.schema.work import DRAFT, WorkResult
 from slimbench.methods.base import Unsupported
 
+Passes = Sequence[tuple[int, int]]
+"""Of each pass the tokens that went through it, and those that it gave."""
 GRAM = 4
 """Tokens of a run that is looked for in what was written before it."""
 
@@ -58,12 +61,13 @@ class Held:
         return self.others > self.unlikely == 0
 
 
-def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
+def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor, passes: Passes = ()) -> Held:
     """Hold what was written with guesses against what the same model, under the same other policies, writes without them.
 
     Args:
         prompt: Token ids, int64 [1, T].
         written: What came behind it, int64 [1, n].
+        passes: By which it came (`Scores.in_passes`), where they are shown.
     """
     plain = model.unguessed(prompt, written.shape[1])
     others = written.cpu() != plain
@@ -71,13 +75,15 @@ def held(model: Generates, prompt: torch.Tensor, written: torch.Tensor) -> Held:
     if not count or not isinstance(model, Scores):
         return Held(written.shape[1] - count, count, count)
     first = int(others[0].nonzero()[0])
-    return Held(written.shape[1] - count, count, unlikely(model, prompt, written, first))
+    return Held(written.shape[1] - count, count, unlikely(model, prompt, written, first, passes))
 
 
-def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: int) -> int:
+def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: int, passes: Passes = ()) -> int:
     """How many tokens from a place of a text on the model would not choose behind what stands before each, up to rounding.
 
-    Each is looked at token by token, as without guesses; in one pass where an engine adds no tokens to a cache. An engine that computes in
+    Each is looked at token by token, as without guesses; in one pass where an engine adds no tokens to a cache. What is none of the
+    likeliest then is looked at by passes of as many tokens as it was written by, which the model makes again without what guesses: some
+    products round by more than two units otherwise there. An engine that computes in
     a narrower type than that of its logits rounds by more than two units of these: by as much as its distances to the likeliest are others
     where all tokens go through in one pass.
 
@@ -85,6 +91,7 @@ def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: 
         prompt: Token ids, int64 [1, T].
         written: What came behind it, int64 [1, n].
         first: Place in it.
+        passes: As of `held`.
     """
     text, start = torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1] + first
     together = model.logits(text[:, :-1], start - 1)[0] if model.computes_narrower else None
@@ -97,6 +104,9 @@ def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: 
     if together is not None:
         below = _distances(alone, chosen)
         near |= below <= (below - _distances(together, chosen)).abs().max()
+    if passes and not near.all():
+        with suppress(Unsupported):
+            near |= as_likely(model.in_passes(prompt, written, passes)[first:], chosen)
     return int((~near).sum())
 
 
@@ -152,7 +162,8 @@ class Written:
         self.texts.append(written[0].tolist())
         if DRAFT in self.model.slots:
             self.guessed.append(Guessed.of(rows, gave))
-            self.held.append(held(self.model, prompt, written))
+            known = rows is not None and len(rows) == len(gave) and all(had >= given for had, given in zip(rows, gave, strict=True))
+            self.held.append(held(self.model, prompt, written, list(zip(rows or (), gave, strict=True)) if known else ()))
 
     def tell(self, found: WorkResult) -> None:
         """Complete a result, and flag a text that guesses have changed."""

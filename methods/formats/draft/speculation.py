@@ -67,7 +67,7 @@ class Speculation:
         self._waiting.extend(tokens)
 
     def _pass(self) -> None:
-        with _watched(self.cache):
+        with watched(self.cache):
             guesses, chosen = self.drafter.guess_and_check(self.text, self.cache, max(0, self.room - 1))
             agreed = next((place for place, guess in enumerate(guesses) if chosen[place] != guess), len(guesses))
             if wrong := len(guesses) - agreed:
@@ -299,7 +299,7 @@ class ModelDrafter(Drafter):
 
 
 @contextmanager
-def _watched(cache: Any) -> Iterator[None]:
+def watched(cache: Any) -> Iterator[None]:
     """A cache of a policy notes meanwhile what comes, so that it can let go of it."""
     if not hasattr(cache, "watch"):
         yield

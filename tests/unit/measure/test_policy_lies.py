@@ -8,7 +8,7 @@ Lies, what is told of them, and the test that plants each:
         test_an_exit_that_is_chosen_after_all_blocks_have_run_is_told
     an oracle: the whole model is asked where to leave: `claims 5 blocks a token, ran …`
         test_one_that_asks_the_whole_model_first_is_told
-    a cache that masks what it should free: `claims 22 tokens in the cache, holds the bytes of 91`
+    a cache that masks what it should free: `claims 22 tokens in the cache, holds the bytes of 92`
         test_a_cache_that_frees_nothing_is_told
     attention to more than is claimed: `claims 22 tokens in the cache, read 43`
         test_attention_to_more_than_is_claimed_is_told
@@ -26,11 +26,13 @@ Lies, what is told of them, and the test that plants each:
         test_whole_windows_are_refused_where_the_policy_does_not
     a policy that knows what comes next: `not causal: logits move …`
         test_a_policy_that_knows_later_tokens_is_told
+    a router that chooses among all tokens of a text: `not causal: logits move …`
+        test_a_router_that_chooses_among_all_tokens_is_told
     a policy that makes the token which comes likelier: `not causal: each token is … nats likelier …`
         test_one_that_copies_the_next_token_is_told_though_it_moves_one_logit
     products past all hooks: `multiplies by … weights, of which layers were called for …`
         test_products_past_all_hooks_are_told
-    tokens that were made ready before they are timed: `31 of 62 tokens came without a pass of the model`
+    tokens that were made ready before they are timed: `31 of 64 tokens came without a pass of the model`
         test_tokens_without_a_pass_are_told
     a cache that keeps more than it tells: `holds … MB of a text, and tells … MB`
         test_a_cache_that_tells_less_than_it_keeps_is_told
@@ -49,6 +51,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,6 +120,24 @@ class Copyist(Ahead):
         return raised
 
 
+@dataclass(frozen=True)
+class Chooser(Window):
+    """A window beside a router over all tokens of a text: of each block the feed-forward part is for those whose scores are the largest."""
+
+    share: float = 0.5
+
+    def install(self, model: Any) -> None:
+        super().install(model)
+        for number, block in enumerate(model.model.layers):
+            direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(number))
+            block.mlp.register_forward_hook(partial(self.chosen, direction))
+
+    def chosen(self, direction: torch.Tensor, _: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+        scores = given[0].float() @ direction
+        kept = scores.topk(max(1, round(self.share * scores.shape[1])), -1).indices
+        return torch.zeros_like(output).scatter(1, (where := kept[..., None].expand(-1, -1, output.shape[-1])), output.gather(1, where))
+
+
 @pytest.fixture(scope="module")
 def base() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -170,6 +191,14 @@ def test_one_that_copies_the_next_token_is_told_though_it_moves_one_logit(base: 
     hidden = replace(found, moved=0.0)
     assert len(hidden.flags()) == (nats > 0) and found.gain == pytest.approx(nats, rel=0.5, abs=0.02)
     assert all(flag == f"not causal: each token is {found.gain:.2f} nats likelier for being the one that comes" for flag in hidden.flags())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_router_that_chooses_among_all_tokens_is_told(base: Any, share: float, dtype: torch.dtype) -> None:
+    """Other tokens behind change few choices, and not at most places: only one token again and again does."""
+    found = causality.look(under(copy.deepcopy(base).to(dtype), Chooser(2, 40, share)), texts()[:2])
+    assert found.moved > 2 * found.rounding
 
 
 def test_texts_that_are_short_or_come_token_by_token_are_not_looked_at(base: Any) -> None:

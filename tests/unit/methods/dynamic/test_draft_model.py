@@ -155,12 +155,12 @@ def test_what_the_draft_runs_is_counted(dense: DenseModel, tmp_path: Path, monke
         body, head = BLOCKS * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128), 64 * VOCABULARY
         checked = sum(int(each) * count for each, count in found[name].pass_rows.items())
         assert found[name].total_parameters == 2 * (body + head)
-        assert found[name].active_parameters.mean * 3 * 31 == pytest.approx(
+        assert found[name].active_parameters.mean * 3 * 32 == pytest.approx(
             body * (checked + sum(decoded)) + head * (checked + len(decoded))
         )
-        assert found[name].blocks.mean * 3 * 31 == pytest.approx(BLOCKS * (checked + sum(decoded)))
+        assert found[name].blocks.mean * 3 * 32 == pytest.approx(BLOCKS * (checked + sum(decoded)))
     alone = work.measure(plain(dense), prompts(3), None, lambda *_: None)
-    assert alone.passes == found["wrong"].passes == 3 * 31 > 3 * found["right"].passes
+    assert alone.passes == found["wrong"].passes == 3 * 32 > 3 * found["right"].passes
     assert alone.active_parameters.mean < found["right"].active_parameters.mean < found["wrong"].active_parameters.mean / 3
     assert alone.total_parameters == body + head
 
