@@ -27,7 +27,11 @@ def retrieval(
     if format in ("csv", "json"):
         print_table(format, {key: key for key in found[0]}, found)
         return
+    least = retrieval.at_equal_scores(found)
     for title, lines in retrieval.tables(found).items():
         print(title)
         print_table(format, {key: key for key in lines[0]}, lines)
+        for equal in filter(None, [least.get(title)]):
+            print_table(format, {key: key for key in equal[0]}, equal)
     print(retrieval.READING)
+    print(retrieval.LEAST)

@@ -131,6 +131,40 @@ def test_contexts_of_which_a_policy_keeps_all_have_no_score() -> None:
         assert line(board(exact_keys=exact), "dense")["score"] is not None
 
 
+def test_at_an_equal_score_the_setting_that_holds_the_least_stands_for_its_method() -> None:
+    """Two of `h2o` find half, of which one holds less; of two of `quest` that hold as much the faster one; `tova` finds too little."""
+    all_right, half = [1] * 18, [known if place % 4 else 0 for place, known in enumerate(DENSE)]
+    rows = {
+        "h2o(budget=96)": (half, 96_000, 20.0),
+        "h2o(budget=256)": (OURS, 256_000, 19.0),
+        "h2o": (all_right, 700_000, 25.0),
+        "quest(budget=256)": (all_right, 1_100_000, 21.0),
+        "quest": (all_right, 1_100_000, 24.0),
+        "tova(budget=96)": ([0] * 18, 90_000, 18.0),
+    }
+    made = with_facts(Spec(), result(DENSE))
+    for name, (correct, held, ms) in rows.items():
+        made += with_facts(Spec(name, "compact"), result(correct, cache_bytes=held, step_ms=[ms]))
+    (lines,) = retrieval.at_equal_scores(retrieval.figures(made)).values()
+    of = {line["method"]: line for line in lines}
+    assert list(of) == ["h2o", "dense", "quest"], "the least at half first"
+    assert of["h2o"] == {
+        "method": "h2o",
+        "50 %: MB": "0.10",
+        "50 %: ms": "20.0",
+        "50 %: by": "h2o(budget=96)",
+        "90 %: MB": "0.70",
+        "90 %: ms": "25.0",
+        "90 %: by": "h2o",
+    }
+    assert (of["quest"]["50 %: by"], of["quest"]["90 %: ms"], of["dense"]["90 %: MB"]) == ("quest(budget=256)", "21.0", "1.02")
+    nothing = board(ours=[0] * 18)
+    for record in nothing:
+        if record.quality and record.cell.pipeline == "dense":
+            record.quality.retrieval = [result([1] * 7 + [0] * 11)]
+    assert retrieval.at_equal_scores(retrieval.figures(nothing)) == {}, "where nothing has a score there is no line"
+
+
 def test_of_one_context_there_is_a_score_and_no_interval() -> None:
     made = [*with_facts(Spec(), result(DENSE, context=[0] * 18)), *with_facts(Spec("tova"), result(OURS, context=[0] * 18))]
     found = line(made, "tova")
