@@ -23,7 +23,7 @@ from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.policy import Policy
 from tests.contract.shipped import classes
 from tests.support import tiny
-from tests.support.policies import far, fitted, sharp, under, watched
+from tests.support.policies import as_long_as, far, fitted, sharp, under, watched
 
 SMALL: dict[str, dict[str, Any]] = {
     "streaming-llm": {"sinks": 2, "budget": 11},
@@ -73,7 +73,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 
 TRAINED: dict[str, Policy] = {"early-exit": EarlyExit("margin", 0.2, (1, 2))} | fitted(3, 128, 4, 2)
 """Of methods that train before they write a policy."""
-PROMPT, LENGTH = 80, 112
+PROMPT, LENGTH, REACH = 80, 112, 128
 
 
 @cache
@@ -135,6 +135,26 @@ def test_at_its_neutral_setting_it_is_the_base_though_its_own_code_runs(base: An
     calls = watched(model)
     found, wanted = logits(model, ids), plain.logits(ids)[:, PROMPT:]
     assert len(calls) >= 3, "its own code ran in every layer"
+    assert far(found, wanted) <= 1e-4
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+REACHING = {name: found for name in NAMES if (found := as_long_as(policies()[name], REACH)) is not None}
+"""Policies of a length, which is here more than that of the text: what they do is done, and leaves nothing out."""
+
+
+def test_what_has_no_length_is_known() -> None:
+    """These are the base where none leaves early, is skipped or is dropped, or by unit tests of their own."""
+    sums = {"linear-attention-efficient", "linear-attention-elu", "performer-fourier", "performer-positive"}
+    others = {"adaptive-span", "entmax", "latent-attention"}
+    assert set(NAMES) - set(REACHING) == sums | others | {"early-exit", "skip-layer", "token-reduction"}
+
+
+@pytest.mark.parametrize("name", sorted(REACHING))
+def test_where_it_reaches_over_the_whole_text_its_own_arithmetic_gives_the_base(base: Any, name: str) -> None:
+    assert REACHING[name] != policies()[name].neutral()
+    ids, plain = texts(), TransformersModel(base, "cpu")
+    found, wanted = logits(under(base, REACHING[name]), ids), plain.logits(ids)[:, PROMPT:]
     assert far(found, wanted) <= 1e-4
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 

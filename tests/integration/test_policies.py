@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,16 @@ from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import perplexity
 from slimbench.harness.measure.loaded import label_logprobs
+from slimbench.methods.core.learning.states import unrotated
 from slimbench.methods.core.policies import PolicyMethod
+from slimbench.methods.formats.attention.eviction import Eviction
+from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.policy import Policy
 from tests.contract.test_policies import LEFT_OUT
-from tests.support.policies import far, fitted, under, watched
+from tests.parity import evictions
+from tests.support.policies import as_long_as, far, fitted, under, watched
+from tests.unit.methods.formats.attention.support import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
 
@@ -87,6 +94,8 @@ def test_a_neutral_policy_is_the_model_at_all_positions_and_one_in_force_is_not(
     assert len(calls) >= BLOCKS, "its own code ran in every block"
     assert far(found, plain) <= 1e-4
     assert torch.equal(found.argmax(-1), plain.argmax(-1))
+    if reaching := as_long_as(POLICIES[name], LENGTH):
+        assert far(logits(under(base, reaching), texts[:1]), plain[:1]) <= 1e-4, "what it does to any text leaves nothing out of this one"
     acting = under(base, POLICIES[name])
     assert far(logits(acting, texts[:1]), plain[:1]) > 1e-3
 
@@ -95,10 +104,12 @@ def test_a_neutral_policy_is_the_model_at_all_positions_and_one_in_force_is_not(
 def test_with_what_is_fitted_to_it_too_a_neutral_policy_is_the_model(name: str, base: Any, texts: Tensor, plain: Tensor) -> None:
     model = under(base, FITTED[name].neutral())
     calls = watched(model)
-    found, wanted = model.logits(texts[:1, :SHORT]), plain[:1, :SHORT]
+    found, wanted = logits(model, texts), plain[:1, :SHORT]
     assert len(calls) >= BLOCKS, "its own code ran in every block"
-    assert far(found, wanted) <= 1e-4
-    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    assert far(found, plain) <= 1e-4
+    assert torch.equal(found.argmax(-1), plain.argmax(-1))
+    if reaching := as_long_as(FITTED[name], LENGTH):
+        assert far(under(base, reaching).logits(texts[:1, :SHORT]), wanted) <= 1e-4
     assert far(under(base, FITTED[name]).logits(texts[:1, :SHORT]), wanted) > 1e-3
 
 
@@ -116,3 +127,48 @@ def test_tokens_one_by_one_leave_where_they_leave_together(base: Any, texts: Ten
     stepped = label_logprobs(torch.cat(parts, 1)[:, :-1], ids[:, 1:])
     assert dict(count) == together and len(together) == 3, "some leave at either exit, some do not"
     assert float((stepped.mean() - whole.mean()).abs()) <= 1e-3
+
+
+def test_behind_more_tokens_than_a_window_holds_keys_stand_at_their_places_in_the_cache(base: Any, texts: Tensor) -> None:
+    """Tokens 600 to 700 under 4 + 508 in a late block, each written out in float64 from keys that nothing has rotated."""
+    with torch.no_grad():
+        states = unrotated(base, texts.reshape(1, -1)[:, :701])[20]
+        operator = under(base, Window(4, 508)).module.model.layers[20].self_attn.operator
+        found = run(operator, states, [512, 88, *[1] * 101])
+    query, key, value = (part[0].double() for part in states)
+    for token in range(600, 701):
+        held = [*range(4), *range(token - 508, token + 1)]
+        keys = at_places(base, key[:, held], torch.arange(len(held))).repeat_interleave(3, 0)
+        asked = at_places(base, query[:, token : token + 1], torch.tensor([len(held) - 1]))
+        weights = (asked @ keys.transpose(1, 2) / 8).softmax(-1)
+        wanted = (weights @ value[:, held].repeat_interleave(3, 0))[:, 0]
+        assert torch.allclose(found[0, :, token].double(), wanted, rtol=1e-4, atol=1e-4), token
+
+
+def at_places(model: Any, states: Tensor, places: Tensor) -> Tensor:
+    """R(place) x of each token [H, T, 64] in float64, by the formula."""
+    angles = places[:, None] * model.config.rope_parameters["rope_theta"] ** (-torch.arange(32, dtype=torch.float64) / 32)
+    low, high = states[..., :32], states[..., 32:]
+    return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], -1)
+
+
+@pytest.mark.parametrize("rule", ["snapkv", "tova", "knorm"])
+def test_what_stays_of_a_prompt_is_what_kvpress_keeps(base: Any, smollm2: Path, rule: str) -> None:
+    """In every head of every block; TOVA and L2 norms keep the newest token here whatever its score, as it has no successor yet."""
+    recorded = json.loads(evictions.RECORD.read_text())
+    same = heads = 0
+    for ids, theirs in zip(evictions.prompts(smollm2), recorded["kept"][rule], strict=True):
+        prompt = torch.tensor([ids])
+        _, whole = under(base, Eviction(rule, 2 * len(ids))).extend(prompt)
+        _, left = under(base, Eviction(rule, recorded["budget"])).extend(prompt)
+        assert len(theirs) == BLOCKS
+        for layer, rows in enumerate(theirs):
+            all_keys, keys = (state.layers[layer].tensors_by_name["keys"][0] for state in (whole, left))
+            for head, row in enumerate(rows):
+                bits = int.from_bytes(base64.b64decode(row), "big")
+                wanted = {place for place in range(len(ids)) if bits >> (len(ids) - 1 - place) & 1}
+                found = set(torch.cdist(keys[head], all_keys[head]).argmin(1).tolist())
+                assert len(found) == recorded["budget"]
+                heads += 1
+                same += found - {len(ids) - 1} <= wanted
+    assert heads == 3 * BLOCKS * 3 and same == heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from slimbench.methods.formats.attention.content import Routing
 from slimbench.methods.formats.attention.entmax import Entmax
 from slimbench.methods.formats.attention.latent import Latent
 from slimbench.methods.formats.attention.linear import Linear
+from slimbench.methods.formats.attention.policy import ALL
 from slimbench.methods.formats.attention.pooled import Pooled
 from slimbench.methods.formats.attention.span import Span
 from slimbench.methods.formats.attention.vq import VQ
@@ -67,6 +69,16 @@ def fitted(layers: int, hidden: int, heads: int, groups: int) -> dict[str, Polic
         "entmax": Entmax(each("alpha", alphas)),
         "latent-attention": Latent(20, 2, each("pairs", pairs) | latent),
     }
+
+
+def as_long_as(policy: Policy, tokens: int) -> Policy | None:
+    """A policy that leaves nothing out of a text of so many tokens, by what it does to any text; None where it takes no such length."""
+    neutral: Any = policy.neutral()
+    endless = [field.name for field in fields(neutral) if getattr(neutral, field.name) == ALL]
+    try:
+        return replace(neutral, **dict.fromkeys(endless, tokens)) if endless else None
+    except ValueError:
+        return None
 
 
 def under(base: Any, policy: Policy) -> TransformersModel:

@@ -23,8 +23,8 @@ With `h2o` and `random` each head keeps beside a token 4 bytes for its score. `s
 tokens, as the authors of `knorm` have it.
 
 Sources: H2O (arXiv 2306.14048; FMInference/H2O, `utils_real_drop`), TOVA (arXiv 2401.06104), SnapKV (arXiv 2404.14469), L2 norms (arXiv
-2406.11430), these three as in NVIDIA/kvpress; SpAtten (arXiv 2012.09852; mit-han-lab/spatten, `spatten_llm`, which counts positions in the
-cache).
+2406.11430), these three as in NVIDIA/kvpress, held to its release 0.5.5 token by token (`tests/parity/evictions.py`); SpAtten (arXiv
+2012.09852; mit-han-lab/spatten, `spatten_llm`, which counts positions in the cache).
 """
 
 from __future__ import annotations

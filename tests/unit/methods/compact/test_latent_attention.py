@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from slimbench.methods.compact.latent_attention import LatentAttention
 from slimbench.methods.core.learning import trained
 from slimbench.methods.formats import policy as policies
 from tests.support import tiny
+from tests.support.policies import far, under
 
 METHOD = LatentAttention(rank=20, pairs=2, steps=12, batch_size=2, length=32, learning_rate=0.01)
 
@@ -50,6 +52,16 @@ def test_pairs_are_the_strongest_and_directions_the_leading_ones(dense: DenseMod
     left = (joint - joint @ basis @ basis.T).square().sum()
     smallest = torch.linalg.svdvals(joint)[20:].square().sum()
     assert float(left) == pytest.approx(float(smallest), rel=1e-4), "no other 20 directions leave less"
+
+
+def test_with_all_pairs_and_as_many_directions_as_values_it_is_the_base(dense: DenseModel) -> None:
+    method, model, ids = LatentAttention(rank=32, pairs=8), trained.load(dense), tiny.tokens(samples=4, length=32).ids
+    pairs, directions = method.begin(model, ids)
+    policy = replace(method.policy(), parts=pairs | directions)
+    wanted = TransformersModel(model, "cpu").logits(ids)
+    assert far(under(model, policy).logits(ids), wanted) <= 1e-4
+    fewer = {name: part[:31] if name.endswith("down") else part[:, :31] for name, part in directions.items()}
+    assert far(under(model, replace(policy, rank=31, parts=pairs | fewer)).logits(ids), wanted) > 1e-3
 
 
 def test_training_lowers_the_error_and_the_cache_is_as_claimed(dense: DenseModel, tmp_path: Path) -> None:
