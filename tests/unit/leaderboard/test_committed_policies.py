@@ -11,11 +11,13 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult, QualityResult
 from slimbench.harness.schema.record import Record
 from slimbench.harness.stats.significance import paired_p_value
+from slimbench.leaderboard.compare import retrieval
+from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.row import Row
 from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "policies.md").read_text()
-WINDOW = 512
+WINDOW, STRETCH = 512, 1024
 TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
 """Keys and values of a token of smollm2-135m, in bfloat16."""
 DENSE_ACTIVE = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49_152 * 576
@@ -40,7 +42,8 @@ def test_a_window_with_first_tokens_stays_flat_along_a_stream(committed: list[Re
     assert len(ours.window_nll) == len(anew.window_nll) == 16
     apart = [abs(a - b) for a, b in zip(ours.window_nll, anew.window_nll, strict=True)]
     assert max(apart) <= 0.15 and f"{max(apart):.2f} nats" in TEXT
-    assert set(ours.held_bytes[1:]) == {WINDOW * TOKEN_BYTES} and f"{WINDOW * TOKEN_BYTES:,} bytes" in TEXT
+    filling = sum(min(token, WINDOW) for token in range(1, STRETCH + 1)) * TOKEN_BYTES / STRETCH
+    assert ours.held_bytes == [filling, *[WINDOW * TOKEN_BYTES] * 15] and f"{WINDOW * TOKEN_BYTES:,} bytes" in TEXT
     plain = texts(committed, "window-512", "stream")
     lost = [a - b for a, b in zip(plain.window_nll, anew.window_nll, strict=True)]
     assert min(lost) > 3 * max(apart) and plain.held_bytes[1:] == ours.held_bytes[1:], "without first tokens it is worse in each stretch"
@@ -108,11 +111,22 @@ def test_drafts_are_as_fast_as_their_passes_say(committed_rows: list[Row]) -> No
     for name, row in drafts.items():
         assert row.speedup == pytest.approx(row.predicted_speedup, rel=0.1), name
         assert f"`{name.rpartition('+')[2]}`" in TEXT and f"{row.speedup:.2f} ({row.predicted_speedup:.2f})" in TEXT, name
+        assert not invalidating(row.flags, [Figure.DECODE]), (name, row.flags)
     found = [row.speedup or 0.0 for row in drafts.values()]
     assert min(found) < 1 < max(found)
     lookup = drafts["prompt-lookup"]
     assert f"{lookup.repeated_4grams or 0:.0%}".replace("%", " %") in TEXT
     assert f"{drafts['self-speculation'].acceptance or 0:.0%}".replace("%", " %") in TEXT
+
+
+def test_docs_have_how_far_texts_under_guesses_are_those_without(committed: list[Record]) -> None:
+    """In two bytes; on random ids, all of one, there is one text alone."""
+    works = [r.speed.work for r in committed if r.speed and r.speed.work and (r.cell.engine, r.cell.dtype) == ("transformers", "bfloat16")]
+    guessed = [work for work in works if work.equal is not None and work.prompts == 24]
+    assert len(guessed) >= 7 and not [flag for work in guessed for flag in work.flags if "guesses" in flag]
+    equal, parted = [100 * (work.equal or 0.0) for work in guessed], [work.parted_by_rounding or 0 for work in guessed]
+    told = f"{min(equal):.0f} to {max(equal):.0f} % of the tokens are the same, place by place: {min(parted)} to {max(parted)} of the 24"
+    assert told in " ".join(TEXT.split())
 
 
 def test_docs_have_what_a_check_of_ten_guesses_costs(committed: list[Record], committed_rows: list[Row]) -> None:
@@ -246,6 +260,18 @@ def test_docs_have_what_caches_still_know_of_long_contexts(committed_rows: list[
         near, far = found[name, "512"][1024], found[name, "512"][4096]
         told = [f"{100 * near['score']:.0f}", f"{100 * far['score']:.0f}", f"{far['cache_bytes'] / 1e6:.1f}", f"{far['step_ms']:.0f}"]
         assert f"| `{name}`, all tokens | | | | {' | '.join(told)} |" in TEXT
+
+
+def test_docs_have_what_an_equal_score_takes(committed: list[Record]) -> None:
+    found, words = retrieval.at_equal_scores(retrieval.figures(committed)), " ".join(TEXT.split())
+    near, far = (
+        {line["method"]: line for title, lines in found.items() if f"· {length} tokens ·" in title for line in lines}
+        for length in ("1,024", "4,096")
+    )
+    for share, names in (("50", ("spatten", "h2o")), ("90", ("kv-int8", "dense"))):
+        held = [f"`{name}` {near[name][f'{share} %: MB']} MB and {near[name][f'{share} %: ms']} ms" for name in names]
+        assert f"{'half takes' if share == '50' else 'nine tenths take'} {', '.join(held)}" in words
+    assert set(far) == {"kv-int8", "dense", "quest"}, "behind 4,096 tokens nothing that lets tokens leave finds half"
 
 
 def test_docs_have_what_two_caches_still_know_near_the_end_of_the_positions(committed_rows: list[Row]) -> None:
