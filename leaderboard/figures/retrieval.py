@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimbench.leaderboard.compare.retrieval import SHARES
 from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
 from slimbench.leaderboard.figures.drawing import INK, MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
@@ -29,6 +30,7 @@ class Across:
         scale: From there to the axis.
         name: End of file names.
         less: How a sentence calls what has less of it than dense.
+        unit: Of the axis.
     """
 
     key: str
@@ -36,10 +38,13 @@ class Across:
     label: str
     name: str
     less: str
+    unit: str
 
 
-HELD_BYTES = Across("cache_bytes", 1e-6, "held of a context, MB  (← less is better)", "bytes", "holds at most half of the bytes of dense")
-STEP_MS = Across("step_ms", 1.0, "a step behind it, ms  (← faster is better)", "ms", "takes less time than dense")
+HELD_BYTES = Across(
+    "cache_bytes", 1e-6, "held of a context, MB  (← less is better)", "bytes", "holds at most half of the bytes of dense", "MB"
+)
+STEP_MS = Across("step_ms", 1.0, "a step behind it, ms  (← faster is better)", "ms", "takes less time than dense", "ms")
 _ENOUGH = {HELD_BYTES: 0.5, STEP_MS: 1.0}
 """Share of dense's below which that is so."""
 
@@ -133,11 +138,16 @@ def _entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
 
 
 def _reading(group: Group, found: dict[int, list[Found]], x: Across) -> str:
-    """The best of what has little enough, at the first length."""
+    """The best of what has little enough, and what has the least of what finds enough, at the first length."""
     length, points = next(iter(found.items()))
     dense = next((point.x for point in points if point.row.is_reference), None)
-    small = [point for point in points if dense is not None and not point.row.is_reference and point.x <= _ENOUGH[x] * dense]
-    if not small:
+    if dense is None:
         return f"At {length:,} tokens, nothing {x.less}."
-    best = max(small, key=lambda point: (point.score, -point.x))
-    return f"At {length:,} tokens, of what {x.less}, {group.name(best.row)} finds most: {decimal(0)(best.score)} % of what dense finds."
+    small = [point for point in points if not point.row.is_reference and point.x <= _ENOUGH[x] * dense]
+    most = f"At {length:,} tokens, nothing {x.less}."
+    if small:
+        best = max(small, key=lambda point: (point.score, -point.x))
+        most = f"At {length:,} tokens, of what {x.less}, {group.name(best.row)} finds most: {decimal(0)(best.score)} % of what dense finds."
+    least = {share: min((point for point in points if point.score >= 100 * share), key=lambda point: point.x) for share in SHARES}
+    takes = [f"{share:.0%} {decimal(1)(point.x)} {x.unit} ({group.name(point.row)})".replace("%", " %") for share, point in least.items()]
+    return f"{most} What finds so much of it takes at least: {', '.join(takes)}."

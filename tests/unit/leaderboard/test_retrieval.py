@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.facts import details
+from slimbench.leaderboard.tables.format import EMPTY
 from slimbench.leaderboard.tables.writers import to_markdown
 from tests.support.board_records import Spec, records, site_files
 from tests.unit.cli.test_cli import slimbench
@@ -223,6 +225,10 @@ def test_figures_have_a_panel_for_each_length_and_a_line_for_each_method() -> No
     assert list(lines["H2O"].get_xdata()) == [30.75, 30.75]  # type: ignore[arg-type]
     (drawn,) = figures(made, ["retrieval-bytes"])
     assert isinstance(drawn, Plot) and drawn.reading.startswith("At 1,024 tokens, of what holds at most half of the bytes of dense, h2o(")
+    lines = next(iter(retrieval.at_equal_scores(retrieval.figures(caches())).values()))
+    least = [min((line[f"{share} %: MB"] for line in lines if line[f"{share} %: MB"] != EMPTY), key=float) for share in (50, 90)]
+    takes = re.search(r"takes at least: 50 % ([\d.]+) MB \(.+\), 90 % ([\d.]+) MB \(.+\)\.$", drawn.reading)
+    assert takes and [float(held) for held in takes.groups()] == pytest.approx([float(held) for held in least], abs=0.06)
 
 
 def test_without_two_scores_there_is_no_figure() -> None:
