@@ -12,6 +12,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables.format import EMPTY, decimal, shorten
+from slimbench.leaderboard.tables.tables import suite_of
 
 READING = (
     "Score: of the facts that dense finds, the share that the row finds, in per cent, with a 95 % interval over contexts; what dense does "
@@ -38,11 +39,11 @@ def figures(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 def _place(row: Row, context: dict[str, Any]) -> tuple[Any, ...]:
     held = math.inf if context["cache_bytes"] is None else context["cache_bytes"]
-    return row.model, row.suite, row.engine_label, row.hardware, context["length"], held, row.label
+    return row.model, row.suite, row.engine_label, row.hardware, row.suite_changes or "", context["length"], held, row.label
 
 
 def _figures(row: Row, context: dict[str, Any]) -> dict[str, Any]:
-    names = {"model": row.model, "engine": row.engine_label, "hardware": row.hardware, "suite": row.suite, "method": row.label}
+    names = {"model": row.model, "engine": row.engine_label, "hardware": row.hardware, "suite": suite_of(row), "method": row.label}
     names["family"] = _SETTINGS.sub("", row.label)
     reason = context["reason"]
     return {

@@ -27,7 +27,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return f"{self.rows[0].model} · {_suite(self.rows[0])}{self.variant}"
+        return f"{self.rows[0].model} · {suite_of(self.rows[0])}{self.variant}"
 
     @property
     def setting(self) -> str:
@@ -53,7 +53,7 @@ def tables(board: Iterable[Row]) -> list[Table]:
     for row in board:
         comparable.setdefault(row.table_key, []).append(row)
     groups = list(comparable.values())
-    named = [(group[0].model, _suite(group[0])) for group in groups]
+    named = [(group[0].model, suite_of(group[0])) for group in groups]
     protocols = {name: {group[0].suite_protocol for group, n in zip(groups, named, strict=True) if n == name} for name in named}
     return [
         Table(group, f" (protocol {group[0].suite_protocol})" if len(protocols[name]) > 1 else "")
@@ -61,7 +61,7 @@ def tables(board: Iterable[Row]) -> list[Table]:
     ]
 
 
-def _suite(row: Row) -> str:
+def suite_of(row: Row) -> str:
     """The suite and what of it is the user's own: `quick, windows=4`."""
     return f"{row.suite}, {row.suite_changes}" if row.suite_changes else row.suite
 
