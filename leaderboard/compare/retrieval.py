@@ -25,7 +25,7 @@ LEAST = (
     "At an equal score: of the settings of a method that find at least so much of what dense finds, the one that holds the least, and its "
     "time of a step. By the scores as they are, whose intervals stand above; no line where no setting finds as much."
 )
-_LONGEST = 60
+_LONGEST = 100
 _SETTINGS = re.compile(r"\([^()]*\)")
 
 

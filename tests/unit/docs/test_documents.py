@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -171,3 +172,20 @@ def test_containers_install_what_there_is(name: str) -> None:
     assert set(extras.split(",")) <= project["optional-dependencies"].keys()
     assert "-c /opt/slimbench/constraints.txt" in text and (ROOT / "constraints.txt").is_file()
     assert text.splitlines()[0].removeprefix("# ") in (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+
+
+def test_what_attention_takes_is_what_its_table_has() -> None:
+    with next((ROOT / "results" / "kernels").glob("attention-AMD-*.csv")).open() as file:
+        rows = {(row["dtype"], int(row["length"]), row["implementation"]): row for row in csv.DictReader(file)}
+    words = " ".join((ROOT / "docs" / "engines.md").read_text().split())
+    naive, math, flash = ([rows["float32", length, name] for length in (512, 2048)] for name in ("naive", "math", "flash"))
+    held = [[int(row["peak_bytes"]) / 1e6 for row in found] for found in (naive, math, flash)]
+    assert (
+        f"512 tokens in float32 take {held[0][0]:.0f} MB as the formula is written, {held[1][0]:.0f} MB by `math` and {held[2][0]:.1f} MB"
+        in words
+    )
+    times = [float(found[1]["milliseconds"]) for found in (naive, math, flash)]
+    longer = f"{held[0][1]:.0f}, {held[1][1]:.0f} and {held[2][1]:.1f} MB, and {times[0]:.0f}, {times[1]:.0f} and {times[2]:.0f} ms"
+    assert f"2,048 tokens {longer}" in words
+    errors = {f"{float(row['relative_error']):.0e}" for found in (naive, math, flash) for row in found}
+    assert errors == {"3e-07"} and "The errors, 3 · 10⁻⁷ of the answer" in words
