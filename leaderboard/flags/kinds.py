@@ -58,7 +58,7 @@ class Meaning:
 
 
 _UNDECIDED = r"\S+ over \d\d+ windows \(-\S+ to \+\d\S+\)"
-"""A difference over enough windows whose interval has no difference in it."""
+"""A difference over enough windows whose interval holds 0."""
 
 _INVALID: dict[str, tuple[Figure, ...]] = {
     # another artefact than the name says

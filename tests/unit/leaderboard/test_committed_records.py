@@ -32,6 +32,7 @@ MISSES = (
     "shortgpt+kd(steps=50,learning_rate=0.0002)",
     *("sparsegpt(sparsity=0.6)+mask-lora(steps=160)", "sparsegpt(pattern=4:8)", "bigbird", "sparse-fixed"),
     *(f"calm(threshold={threshold},learning_rate=0.003,positions=64,steps=320,length=512)" for threshold in (0.5, 0.7)),
+    "calm(threshold=0,exits=[28],learning_rate=0.003,positions=64,steps=80,length=512)",
 )
 """Pipelines that lose so much that pairing does not make the standard error five times smaller."""
 
