@@ -57,9 +57,6 @@ class Meaning:
     spoils: frozenset[Figure] = frozenset()
 
 
-_UNDECIDED = r"\S+ over \d\d+ windows \(-\S+ to \+\d\S+\)"
-"""A difference over enough windows whose interval holds 0."""
-
 _INVALID: dict[str, tuple[Figure, ...]] = {
     # another artefact than the name says
     r"claims \S+ bits, stores .+": (),
@@ -87,7 +84,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"not causal: .+": (Figure.QUALITY,),
     r"policy never exercised by .+": (Figure.QUALITY,),
     r"policy never exercised in .+": (Figure.ACCURACY,),
-    rf"perplexity token by token differs by (?!{_UNDECIDED}).+": (Figure.QUALITY,),
+    r"perplexity token by token differs by .+": (Figure.QUALITY,),
     r"quality measured on .+": (Figure.QUALITY,),
     r"quality of other bytes than the compression .+": (Figure.QUALITY,),
     # times and bytes of something else
@@ -159,7 +156,6 @@ _NOTE = (
     r"fell back to dequantize \+ dense matmul.*",
     r"a slower kernel ran: .+",
     # how to read it
-    rf"perplexity token by token differs by {_UNDECIDED}",
     r"loses .+ while the mean holds",
     r"accuracy .+ cannot be told from chance, .+",
     r"few training steps: .+",

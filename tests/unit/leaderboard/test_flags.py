@@ -112,22 +112,6 @@ def test_flags_that_predict_nothing_are_not_shown(committed: list[Record], commi
     assert not [flag for row in committed_rows for flag in row.flags if "bandwidth" in flag]
 
 
-@pytest.mark.parametrize(
-    ("difference", "spoils"),
-    [
-        ("-0.5% over 16 windows (-1.8% to +0.8%)", False),
-        ("+0.6% over 16 windows (-0.1% to +1.4%)", False),
-        ("-1.5% over 16 windows (-2.8% to -0.2%)", True),
-        ("+2.8% over 16 windows (+0.9% to +4.4%)", True),
-        ("+2.8% over 2 windows (-0.9% to +4.4%)", True),
-        ("+2.8% over 16 windows (+nan% to +nan%)", True),
-    ],
-)
-def test_a_difference_token_by_token_takes_quality_away_unless_many_windows_cannot_tell_it_from_none(difference: str, spoils: bool) -> None:
-    flag = f"perplexity token by token differs by {difference}"
-    assert bool(spoiling([flag], Figure.QUALITY)) is spoils and meaning(flag) is not None
-
-
 def test_a_text_that_is_not_known_is_a_note_that_is_shown() -> None:
     assert meaning("of a later version") is None and kind("of a later version") is Kind.NOTE
     assert shown(["of a later version"]) == ["of a later version"] and not invalidating(["of a later version"], Figure)
