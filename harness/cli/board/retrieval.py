@@ -31,7 +31,8 @@ def retrieval(
     for title, lines in retrieval.tables(found).items():
         print(title)
         print_table(format, {key: key for key in lines[0]}, lines)
-        for equal in filter(None, [least.get(title)]):
+        if equal := least.get(title):
+            print("at an equal score")
             print_table(format, {key: key for key in equal[0]}, equal)
     print(retrieval.READING)
     print(retrieval.LEAST)
