@@ -24,7 +24,7 @@ from slimbench.util.compat.torch import attributes
 _NESTING = 3
 _DENSE_BITS = 16
 _ROW = "row of "
-_PRODUCTS = ("linear", "head")
+_PRODUCTS = ("linear", "head", "draft")
 
 
 def collect(module: Any, decode_step: Callable[[], Any]) -> Evidence:
@@ -122,8 +122,7 @@ def _layers(module: torch.nn.Module) -> list[_Layer]:
 
 def products(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     """The layers that multiply, the head among them, each with the number of weights that it stands for."""
-    heads = _heads(module)
-    layers: list[Any] = [layer for layer in module.modules() if _role(layer, layer in heads) in _PRODUCTS and hasattr(layer, "in_features")]
+    layers = [layer for layer, role in _roles(module) if role in _PRODUCTS and hasattr(layer, "in_features")]
     return [(layer, layer.in_features * layer.out_features) for layer in layers]
 
 
@@ -146,10 +145,8 @@ def _holdings(module: torch.nn.Module) -> Iterator[tuple[Any, str, list[torch.Te
 
     Memory shared with an earlier layer counts there.
     """
-    heads = _heads(module)
     seen: set[Hashable] = set()
-    for layer in module.modules():
-        role = _role(layer, layer in heads)
+    for layer, role in _roles(module):
         with brought_in(layer) as elsewhere:
             fresh: list[torch.Tensor] = []
             for tensor in resident_tensors(layer):
@@ -162,15 +159,18 @@ def _holdings(module: torch.nn.Module) -> Iterator[tuple[Any, str, list[torch.Te
                 yield layer, role, fresh, elsewhere
 
 
-def _heads(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The output head of a model, and that of the `draft` that it holds."""
-    finders: list[Any] = [getattr(owner, "get_output_embeddings", None) for owner in (module, getattr(module, "draft", None))]
-    return [head for find in finders if find and (head := find()) is not None]
+def _roles(module: torch.nn.Module) -> Iterator[tuple[Any, str]]:
+    """The modules of a model with their roles; what multiplies inside the blocks of the `draft` that it holds has one of its own."""
+    draft = getattr(module, "draft", None)
+    guessing = set() if draft is None else set(draft.modules())
+    finders = [getattr(owner, "get_output_embeddings", None) for owner in (module, draft)]
+    heads = {head for find in finders if find and (head := find()) is not None}
+    for layer in module.modules():
+        role = "head" if layer in heads else _role(layer)
+        yield layer, "draft" if role == "linear" and layer in guessing else role
 
 
-def _role(layer: torch.nn.Module, is_head: bool) -> str:
-    if is_head:
-        return "head"
+def _role(layer: torch.nn.Module) -> str:
     if isinstance(layer, torch.nn.Embedding):
         return "embedding"
     if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):

@@ -12,7 +12,7 @@ class LayerEvidence(Schema):
     """What was found in the layers of one class and role of the loaded artefact.
 
     Attributes:
-        role: `linear` (inside the blocks), `head`, `embedding` or `other`.
+        role: `linear` (inside the blocks), `draft` (inside those of a model that guesses for it), `head`, `embedding` or `other`.
         parameters: Weights that the layers stand for (in × out features).
         bytes: Bytes that they hold in memory, or where they are offloaded to, scales and zeros included.
         dtypes: Those bytes by storage dtype.

@@ -297,6 +297,28 @@ def test_on_packed_weights_the_copy_is_of_the_first_model_and_the_text_that_of_t
     assert whole.parameters == 2 * dense.load().num_parameters() and (whole.format, whole.bits) == ("policy", 4)
 
 
+@pytest.mark.parametrize("base", [None, RTN(bits=8, group_size=None), RTN(bits=8, group_size=64)], ids=str)
+def test_a_grid_is_read_from_the_models_own_layers(base: RTN | None, dense: DenseModel, tmp_path: Path) -> None:
+    """A draft of four bits in groups of 32 lies beside them, and neither lends the model its grid nor hides one that is not as claimed."""
+    target, claim = dense, Claim("huggingface")
+    if base:
+        (packs := tmp_path / "packed").mkdir()
+        claim = base.compress(dense, Calibration.none(), packs)
+        target = dataclasses.replace(dense, path=packs, original=dense.path, format="packed")
+    model, added = made(DraftModel(bits=4, group_size=32), target, tmp_path / "out")
+    evidence = claims.check(model, whole := claim.then(added), artefact.disk_bytes(tmp_path / "out"))
+    assert evidence.flags == []
+    alone = (TransformersModel(packed.load(target.path), "cpu") if base else plain(dense)).evidence()
+    assert evidence.effective_bits == alone.effective_bits and evidence.loaded_bits == alone.loaded_bits
+    by_role = {layer.role: layer for layer in evidence.layers}
+    assert by_role["draft"].count == by_role["linear"].count == 7 * BLOCKS
+    assert by_role["draft"].scales == {"32": by_role["draft"].parameters // 32} and "32" not in by_role["linear"].scales
+    assert by_role["draft"].bits_per_weight < 6 < by_role["linear"].bits_per_weight
+    if base:
+        lie = dataclasses.replace(whole, group_size=32)
+        assert any("claims groups of 32, has groups of" in flag for flag in claims.flags(lie, evidence)), "those of the draft are no excuse"
+
+
 def test_what_it_cannot_do_is_refused_in_one_line(dense: DenseModel, tmp_path: Path) -> None:
     other = written(tmp_path / "other", vocab_size=30)
     with pytest.raises(Unsupported, match=r"^a draft must have the tokens of the model; it has 30, the model 24$"):
