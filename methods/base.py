@@ -16,6 +16,8 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from slimbench.methods.work import Work, joined
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -237,37 +239,9 @@ def _latest(earlier: Any, later: Any) -> Any:
     return earlier if later is None else later
 
 
-def _joined(earlier: Any, later: Any) -> Any:
-    """Work of which each figure is that of the latest step that says it; an empty `Work` takes back all that was said."""
-    if earlier is None or later in (None, Work()):
-        return _latest(earlier, later)
-    return replace(earlier, **{name: figure for name, figure in asdict(later).items() if figure is not None})
-
-
 def _said(rule: Callable[[Any, Any], Any], default: Any = None) -> Any:
     """A field of a claim and what becomes of it when another step follows."""
     return field(default=default, metadata={"then": rule})
-
-
-@dataclass(frozen=True)
-class Work:
-    """Mean work of a token where not all of a model runs for each; None where nothing is left out.
-
-    Attributes:
-        blocks: Decoder blocks that run; where it comes out of the text, at most.
-        fewest_blocks: Decoder blocks that run for every token.
-        experts: Experts of a layer that run.
-        active_parameters: Parameters that take part.
-        cache_tokens: Tokens whose keys and values are kept at most.
-        score_bytes: That are kept beside the keys and values of each of these.
-    """
-
-    blocks: float | None = None
-    fewest_blocks: int | None = None
-    experts: float | None = None
-    active_parameters: float | None = None
-    cache_tokens: int | None = None
-    score_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -307,7 +281,7 @@ class Claim:
     details: dict[str, Any] = field(default_factory=dict, metadata={"then": operator.or_})
     parameters: int | None = _said(_latest)
     layers: int | None = _said(_latest)
-    work: Work | None = field(default=None, metadata={"then": _joined})
+    work: Work | None = field(default=None, metadata={"then": joined})
     cache_bytes_per_token: float | None = _said(_latest)
     teacher: str | None = _said(_latest)
 

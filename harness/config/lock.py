@@ -45,7 +45,7 @@ _ENTRY = re.compile(r"(?P<kind>\w+) (?P<name>\S+) (?P<version>\d+) (?P<code>[0-9
 _SAME = re.compile(r"  was (?P<code>[0-9a-f]{16}) same: (?P<reason>.+)")
 
 _METHODS = ("slimbench.methods", "slimbench.util")
-_CONTRACT = ("slimbench.methods.base",)
+_CONTRACT = ("slimbench.methods.base", "slimbench.methods.work")
 _FOLLOW = {
     "method": (_METHODS, _CONTRACT),
     "format": (_METHODS, _CONTRACT),

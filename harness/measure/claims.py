@@ -11,7 +11,8 @@ from slimbench.harness.measure.loaded import Generates, Loaded
 from slimbench.harness.measure.zeros import holds
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence, simulation
 from slimbench.harness.schema.work import WorkResult
-from slimbench.methods.base import Claim, Needs, Work
+from slimbench.methods.base import Claim, Needs
+from slimbench.methods.work import Work
 
 _CACHE_TOKENS = 512
 _DENSE_BITS = 16
@@ -49,9 +50,11 @@ def check(
 
 def measured(evidence: Evidence, work: WorkResult, claim: Work | None) -> None:
     """Take `UNMEASURED` away where counted work was held against all of a claim: the bound of a cache on texts that go beyond it."""
-    longest = (work.prompt_tokens or 0) + (work.tokens // work.prompts if work.prompts else 0)
-    bounded = claim.cache_tokens if claim else None
-    if work.tokens and (bounded is None or longest > bounded + 1) and UNMEASURED in evidence.flags:
+    claim, longest = claim or Work(), work.prompt_tokens or 0
+    if work.prompts and not claim.keeps_written:
+        longest += work.tokens // work.prompts
+    bounds = [bound for bound in (claim.cache_tokens, claim.read_tokens) if bound is not None]
+    if work.tokens and all(longest > bound + 1 for bound in bounds) and UNMEASURED in evidence.flags:
         evidence.flags.remove(UNMEASURED)
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.learning.hooks import Group, Hooks
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.span import Span
 from slimbench.methods.formats.policy import Acts
+from slimbench.methods.work import Work
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slimbench.methods.base import Citation, DenseModel, Work
+from slimbench.methods.base import Citation, DenseModel
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.attention.eviction import SCORE_BYTES, Eviction, Rule
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 
 _IDS = ("quantization/h2o-streamingllm-snapkv-tova-knorm",)
 
@@ -86,7 +87,8 @@ class Knorm(_Bounded):
         return Eviction(self.rule, self.budget, skip_layers=self.skip_layers)
 
     def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
-        return {} if self.skip_layers else super().claims(policy, dense)
+        whole = self.skip_layers / dense.shape.num_layers if self.skip_layers else None
+        return {"work": Work(cache_tokens=self.budget, whole_layers=whole)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ class SnapKV(PolicyMethod):
 
     def policy(self, seed: int = 0) -> Policy:
         return Eviction("snapkv", self.budget)
+
+    def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
+        return {"work": Work(cache_tokens=self.budget, keeps_written=True)}
 
 
 @dataclass(frozen=True)

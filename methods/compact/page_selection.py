@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from slimbench.methods.base import Citation
+from slimbench.methods.base import Citation, DenseModel
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.attention.pages import Pages
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,7 @@ class Quest(PolicyMethod):
 
     def policy(self, seed: int = 0) -> Policy:
         return Pages(self.budget, self.page, self.dense_layers)
+
+    def claims(self, policy: Policy, dense: DenseModel) -> dict[str, Any]:
+        whole = self.dense_layers / dense.shape.num_layers if self.dense_layers else None
+        return {"work": Work(read_tokens=self.budget, whole_layers=whole)}

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, ModelShape, Needs, Unsupported, Work
+from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, ModelShape, Needs, Unsupported
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.core.settings import Coded, Grouped
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.draft.policy import Model
+from slimbench.methods.work import Work
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.exit import NEVER, Criterion, EarlyExit
 from slimbench.methods.formats.policy import Acts
+from slimbench.methods.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs, Work
+from slimbench.methods.base import DENSE, Calibration, Citation, Claim, DenseModel, Method, ModelShape, Needs
 from slimbench.methods.core.training import TrainingSettings
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.router import Router
 from slimbench.methods.formats.policy import Acts
+from slimbench.methods.work import Work
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slimbench.methods.base import Citation, DenseModel, Work
+from slimbench.methods.base import Citation, DenseModel
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.depth.reduction import Reduction
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from slimbench.harness.config.registry import entry
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
-from slimbench.methods.base import Calibration, Claim, DenseModel, Unsupported, Work
+from slimbench.methods.base import Calibration, Claim, DenseModel, Unsupported
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats import policy as written
 from slimbench.methods.formats.attention.latent import Latent
@@ -27,6 +27,7 @@ from slimbench.methods.formats.depth.contrast import Contrast
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.kv.prefix import Prefix
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.support.policies import far
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs, Work
+from slimbench.methods.base import HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.architecture.surgery import remove_blocks
 from slimbench.methods.core.layers import block_linears
 from slimbench.methods.formats import packed
 from slimbench.methods.formats.huggingface import save_dense
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
+from slimbench.methods.work import Work
 
 
 @dataclass(frozen=True)

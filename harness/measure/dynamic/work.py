@@ -8,7 +8,7 @@ decode steps are counted: the prompt's own pass is work of another kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from slimbench.harness.measure.dynamic.unseen import uncalled, untold
 from slimbench.harness.measure.dynamic.written import Written
 from slimbench.harness.measure.loaded import CountsPasses, Generates
 from slimbench.harness.schema.work import DRAFT, Spread, WorkResult
-from slimbench.methods.base import Unsupported, Work
+from slimbench.methods.base import Unsupported
+from slimbench.methods.work import Work
 
 NEW_TOKENS = 33
 """Tokens by which each text is gone on with, one of them the prompt's: of eight texts 256 are counted."""
@@ -239,10 +240,27 @@ def differences(found: WorkResult, claim: Work | None, token: float) -> list[str
         flags.append(f"claims at least {claim.fewest_blocks} blocks a token, ran {found.blocks.p5:.4g}")
     if claim.active_parameters is not None and found.active_parameters and found.active_parameters.mean > _SLACK * claim.active_parameters:
         flags.append(f"claims {claim.active_parameters:,.0f} active parameters, multiplied {found.active_parameters.mean:,.0f}")
+    return [*flags, *_cache_flags(found, claim, token)]
+
+
+def _cache_flags(found: WorkResult, claim: Work, token: float) -> Iterator[str]:
+    written = found.tokens // found.prompts
+    length = (found.prompt_tokens or 0) + written
+
+    def of_layers(tokens: int, length: float) -> float:
+        """The mean over layers of so many tokens, what was written and stays beside them, where a text has come to a length."""
+        whole = claim.whole_layers or 0.0
+        return whole * length + (1 - whole) * (tokens + (written if claim.keeps_written else 0))
+
+    read = 0.0
+    if found.cache_tokens:
+        read = found.cache_tokens.mean if claim.whole_layers else found.cache_tokens.p95
+    if claim.read_tokens is not None and read > _SLACK * (most := of_layers(claim.read_tokens, length - (written - 1) / 2)):
+        yield f"claims to read {most:,.0f} tokens, read {read:,.0f}"
     if claim.cache_tokens is None:
-        return flags
-    if found.cache_tokens and found.cache_tokens.p95 > _SLACK * (claim.cache_tokens + 1):
-        flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, read {found.cache_tokens.p95:,.0f}")
-    if found.cache_bytes and found.cache_bytes > _SLACK * claim.cache_tokens * (token + (claim.score_bytes or 0)):
-        flags.append(f"claims {claim.cache_tokens:,} tokens in the cache, holds the bytes of {found.cache_bytes / token:,.0f}")
-    return flags
+        return
+    kept = of_layers(claim.cache_tokens, length)
+    if read > _SLACK * (kept + 1):
+        yield f"claims {kept:,.0f} tokens in the cache, read {read:,.0f}"
+    if found.cache_bytes and found.cache_bytes > _SLACK * kept * (token + (claim.score_bytes or 0)):
+        yield f"claims {kept:,.0f} tokens in the cache, holds the bytes of {found.cache_bytes / token:,.0f}"

@@ -13,8 +13,9 @@ import pytest
 from slimbench.harness.config import parse
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.config.registry import entries, entry
-from slimbench.methods.base import Claim, Work
+from slimbench.methods.base import Claim
 from slimbench.methods.formats.policy import FORMAT, Acts
+from slimbench.methods.work import Work
 
 ACTING = {found.name: found.method for found in entries() if isinstance(found.method, Acts)}
 OF = {slot: {name for name, method in ACTING.items() if method.slot == slot} for slot in ("attention", "cache", "depth", "draft")}

@@ -28,12 +28,13 @@ from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim, Unsupported, Work
+from slimbench.methods.base import Claim, Unsupported
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.draft.policy import Exit, Lookup
 from slimbench.methods.formats.draft.speculation import looked_up
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.unit.engines.test_llamacpp import Adder, Sums
 

@@ -8,10 +8,11 @@ import json
 import pytest
 
 from slimbench.harness.schema.compress import CompressResult
-from slimbench.methods.base import Claim, Work, format_of
+from slimbench.methods.base import Claim, format_of
 from slimbench.methods.pruning.structured.llm_pruner import LLMPruner
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
+from slimbench.methods.work import Work
 from tests.support.paths import ROOT
 
 RESULT = {"files": [], "disk_bytes": 1, "dense_bytes": 1, "seconds": 1.0, "step_seconds": {}}

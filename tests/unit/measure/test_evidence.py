@@ -16,7 +16,8 @@ from slimbench.harness.measure.evidence import collect
 from slimbench.harness.measure.zeros import holds, zeros
 from slimbench.harness.schema.evidence import Evidence, LayerEvidence
 from slimbench.harness.schema.work import WorkResult
-from slimbench.methods.base import Claim, Work
+from slimbench.methods.base import Claim
+from slimbench.methods.work import Work
 
 ROWS, COLUMNS = 128, 192
 
@@ -371,7 +372,16 @@ def test_work_that_nothing_measured_is_told_in_the_words_by_which_it_is_taken_ba
 
 
 @pytest.mark.parametrize(
-    ("claim", "prompt", "is_measured"), [(Work(blocks=2.5), 8, True), (Work(cache_tokens=20), 8, False), (Work(cache_tokens=20), 30, True)]
+    ("claim", "prompt", "is_measured"),
+    [
+        (Work(blocks=2.5), 8, True),
+        (Work(cache_tokens=20), 8, False),
+        (Work(cache_tokens=20), 30, True),
+        (Work(read_tokens=20), 8, False),
+        (Work(read_tokens=20), 30, True),
+        (Work(cache_tokens=20, keeps_written=True), 15, False),
+        (Work(cache_tokens=20, keeps_written=True), 30, True),
+    ],
 )
 def test_a_bound_of_a_cache_is_held_on_texts_that_go_beyond_it(claim: Work, prompt: int, is_measured: bool) -> None:
     found = evidence()

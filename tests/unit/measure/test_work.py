@@ -22,7 +22,6 @@ from slimbench.harness.measure.dynamic.hooks import Count, counted
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
 from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held, repeated, unlikely
 from slimbench.harness.schema.work import Spread, WorkResult
-from slimbench.methods.base import Work
 from slimbench.methods.formats.attention.eviction import Eviction
 from slimbench.methods.formats.attention.operators.interface import KeptCache
 from slimbench.methods.formats.attention.pages import Pages
@@ -32,6 +31,7 @@ from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.draft.policy import Exit, Lookup
 from slimbench.methods.formats.draft.speculation import LookupDrafter, ModelDrafter
 from slimbench.methods.formats.policy import Policy
+from slimbench.methods.work import Work
 from tests.support import tiny
 
 BLOCKS, WIDTH = 4, 16
@@ -222,6 +222,33 @@ def test_scores_beside_narrow_keys_are_no_lie() -> None:
     assert differences(found, Work(cache_tokens=100, score_bytes=1), 10.0) == []
     assert differences(found, Work(cache_tokens=100), 10.0) == ["claims 100 tokens in the cache, holds the bytes of 110"]
     assert differences(found, Work(cache_tokens=98, score_bytes=1), 10.0) != []
+
+
+@pytest.mark.parametrize(
+    ("claim", "bound"),
+    [
+        (Work(cache_tokens=10), 10),
+        (Work(cache_tokens=10, keeps_written=True), 14),
+        (Work(cache_tokens=10, whole_layers=0.25), 13.5),
+        (Work(cache_tokens=10, whole_layers=0.25, keeps_written=True), 16.5),
+    ],
+)
+def test_what_a_claim_of_a_cache_comes_to(claim: Work, bound: float) -> None:
+    """Two texts of 20 tokens, behind each of which four were written; a token takes a hundred bytes in all layers."""
+    for tokens, told in ((bound, False), (1.02 * bound + 1, True)):
+        found = WorkResult(tokens=8, prompts=2, prompt_tokens=20, cache_bytes=round(100 * tokens))
+        assert differences(found, claim, 100.0) == [f"claims {bound:,.0f} tokens in the cache, holds the bytes of {tokens:,.0f}"] * told
+        found = WorkResult(tokens=8, prompts=2, prompt_tokens=20, cache_tokens=spread([tokens + 1.02]))
+        assert differences(found, claim, 100.0) == [f"claims {bound:,.0f} tokens in the cache, read {tokens + 1.02:,.0f}"] * told
+
+
+def test_a_token_that_reads_more_than_is_claimed_is_told_though_all_is_kept() -> None:
+    """Of four layers one reads all, 22.5 tokens in the mean over a text: with 10 in the others 13.1. Bytes are those of all."""
+    found = WorkResult(tokens=8, prompts=2, prompt_tokens=20, cache_bytes=2400, cache_tokens=spread([22.5, 10.0, 10.0, 10.0]))
+    assert differences(found, Work(read_tokens=10, whole_layers=0.25), 100.0) == []
+    found.cache_tokens = spread([22.5, 22.5, 10.0, 10.0])
+    assert differences(found, Work(read_tokens=10, whole_layers=0.25), 100.0) == ["claims to read 13 tokens, read 16"]
+    assert differences(found, Work(read_tokens=10), 100.0) == ["claims to read 10 tokens, read 22"]
 
 
 def test_spreads_are_quantiles() -> None:

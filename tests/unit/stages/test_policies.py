@@ -26,10 +26,11 @@ from slimbench.harness.stages import common, compress, models, quality, speed
 from slimbench.harness.stages.common import Again, tokenizer_of
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.leaderboard.flags.kinds import Figure, spoiling
-from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported, Work
+from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method, Unsupported
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.policy import Policy, Scoring
 from slimbench.methods.quantization.cache.kv_cache import KVInt
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.unit.measure.test_lies import Silent, step_overrides
 

@@ -15,10 +15,11 @@ from slimbench.harness.schema.compress import CompressResult, Spent
 from slimbench.harness.stages import compress
 from slimbench.harness.stages.parts import parts
 from slimbench.harness.store import artefact
-from slimbench.methods.base import Claim, Unsupported, Work
+from slimbench.methods.base import Claim, Unsupported
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from slimbench.methods.quantization.weight.rtn import RTN
+from slimbench.methods.work import Work
 from tests.support.lying import FineTune
 from tests.unit.measure.test_lies import MAGNITUDE, RTN4, Silent, step_overrides
 

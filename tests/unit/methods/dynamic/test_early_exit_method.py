@@ -10,10 +10,11 @@ import pytest
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
-from slimbench.methods.base import Calibration, DenseModel, Work
+from slimbench.methods.base import Calibration, DenseModel
 from slimbench.methods.dynamic.early_exit import EarlyExits, start
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.support.policies import under
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.methods.base import Calibration, DenseModel, Work
+from slimbench.methods.base import Calibration, DenseModel
 from slimbench.methods.core.learning import trained
 from slimbench.methods.dynamic.layer_router import Gates, LayerRouter, lengths
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth.router import Router
+from slimbench.methods.work import Work
 from tests.support import tiny
 
 BLOCKS = 4

@@ -15,12 +15,13 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import scored, work
 from slimbench.harness.stages import compress, quality
 from slimbench.harness.store.partial import Part
-from slimbench.methods.base import Calibration, DenseModel, ModelShape, Unsupported, Work
+from slimbench.methods.base import Calibration, DenseModel, ModelShape, Unsupported
 from slimbench.methods.core.architecture import surgery
 from slimbench.methods.dynamic.token_reduction import TokenReduction
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.depth import reduced
 from slimbench.methods.formats.depth.reduction import Reduction
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.support.policies import far, sharp
 from tests.support.policies import under as installed

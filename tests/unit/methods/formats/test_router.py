@@ -11,9 +11,10 @@ from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
-from slimbench.methods.base import ModelShape, Unsupported, Work
+from slimbench.methods.base import ModelShape, Unsupported
 from slimbench.methods.dynamic.layer_router import LayerRouter
 from slimbench.methods.formats.depth.router import Router
+from slimbench.methods.work import Work
 from tests.support import tiny
 
 BLOCKS = 4

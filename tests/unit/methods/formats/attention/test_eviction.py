@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.methods.base import Calibration, ModelShape, Unsupported, Work
+from slimbench.methods.base import Calibration, DenseModel, ModelShape, Unsupported
 from slimbench.methods.compact.cache_eviction import H2O, TOVA, Knorm, RandomEviction, SnapKV, SpAtten
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.eviction import OBSERVED, Eviction
 from slimbench.methods.formats.attention.operators.interface import Kept
+from slimbench.methods.work import Work
 from tests.support import tiny
 from tests.unit.methods.formats.attention.support import draw, rotary, run, turned
 
@@ -194,8 +196,9 @@ def test_the_first_layers_of_knorm_keep_everything() -> None:
         Knorm().check(shape)
     with pytest.raises(ValueError, match="skip_layers must not be negative"):
         Knorm(skip_layers=-1)
-    assert Knorm().claims(policy, None) == {}  # type: ignore[arg-type]
-    assert Knorm(skip_layers=0).claims(policy, None) == {"work": Work(cache_tokens=512)}  # type: ignore[arg-type]
+    dense = DenseModel(Path("unread"), Path("unread"), "float32", "cpu", replace(shape, num_layers=8))
+    assert Knorm().claims(policy, dense) == {"work": Work(cache_tokens=512, whole_layers=0.25)}
+    assert Knorm(skip_layers=0).claims(policy, dense) == {"work": Work(cache_tokens=512)}
 
 
 def test_the_methods_are_these_policies() -> None:
