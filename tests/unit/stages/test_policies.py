@@ -317,6 +317,22 @@ def test_work_is_counted_and_some_windows_are_scored_token_by_token(overrides: l
     assert {"work"} <= set(measured.seconds)
 
 
+@pytest.mark.parametrize(("longest", "texts", "tokens"), [(16, 8, 16), (50, 2, 50), (2048, 1, 129)])
+def test_work_under_a_stream_is_of_several_texts(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, longest: int, texts: int, tokens: int
+) -> None:
+    """Eight at most, of equal length, one behind the other in the text: a spread over a single one would say little."""
+    monkeypatch.undo()
+    monkeypatch.setattr(perplexity, "STRETCH", 32)
+    monkeypatch.setattr(quality, "_WORK_TOKENS", longest)
+    more = ["suite.protocols=[stream]", "suite.seqlen=128"]
+    config = resolve([*overrides, *step_overrides([f"{STREAMING}(budget=12,sinks=2)"]), *more])
+    compress.run(config, "stream-work", Silent())
+    counted = quality.run(config, "stream-work", None, Silent()).work
+    assert counted and (counted.prompts, counted.prompt_tokens, counted.flags) == (texts, tokens, [])
+    assert counted.tokens == texts * (work.NEW_TOKENS - 1) and counted.stepwise_gap is None
+
+
 @pytest.mark.parametrize("most", [None, 1])
 @pytest.mark.parametrize(("apart", "windows"), [(0.0, 2), (0.004, 2), (0.006, 16), (-0.006, 16)])
 def test_where_two_windows_differ_token_by_token_more_are_scored_so(tmp_path: Path, most: int | None, apart: float, windows: int) -> None:
