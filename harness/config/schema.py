@@ -159,6 +159,7 @@ class SpeedConfig(Strict):
         largest_batch: Search the largest batch that fits, up to this one; None for no search.
         prompts: Texts in place of random token ids, for what depends on them; None: one prompt of random ids.
         rows: Numbers of tokens whose pass is timed behind a prompt of the headline: what checking guesses costs; None: none.
+        temperature: At which tokens are drawn, those of the reference too; None: the likeliest one is written.
     """
 
     name: str
@@ -173,6 +174,7 @@ class SpeedConfig(Strict):
     largest_batch: Whole | None = Field(default=None, ge=1)
     prompts: PromptsConfig | None = None
     rows: list[Annotated[Whole, Field(ge=1)]] | None = None
+    temperature: Real | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _all_texts(self) -> SpeedConfig:

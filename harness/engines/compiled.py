@@ -17,7 +17,7 @@ import torch
 
 from slimbench.harness.engines import decode_attention
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
-from slimbench.harness.measure.loaded import LoadedModel, Step
+from slimbench.harness.measure.loaded import Draws, LoadedModel, Step
 from slimbench.methods.base import Unsupported
 from slimbench.util.compat import inductor
 
@@ -73,6 +73,10 @@ class CompiledModel(TransformersModel):
     def branch(self, state: Any) -> Any:
         """Compiled steps are bound to the memory of their cache."""
         raise Unsupported(f"this engine does not {self.ability}")
+
+    def draw(self, temperature: float) -> None:
+        """What is compiled chooses the likeliest token."""
+        raise Unsupported(f"this engine does not {Draws.ability}")
 
     def cache_bytes(self, state: Any) -> int | None:
         return super().cache_bytes(getattr(state, "cache", state))

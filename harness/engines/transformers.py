@@ -1,4 +1,4 @@
-"""The reference engine: transformers in eager mode, with a dynamic KV cache and greedy decoding."""
+"""The reference engine: transformers in eager mode, with a dynamic KV cache and tokens that are the likeliest, or drawn."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.nn import functional
 from slimbench.harness.engines import attention, spread
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect, linear_bits
-from slimbench.harness.measure.loaded import Branches, LoadedModel, Step
+from slimbench.harness.measure.loaded import Branches, Draws, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.attention.operators import reading as readings
 from slimbench.methods.formats.draft import speculation
+from slimbench.methods.formats.draft.sampling import Sampling
 
 _CHUNK = 64
 
@@ -27,7 +28,7 @@ _CHUNK = 64
 load_pretrained = huggingface.load
 
 
-class TransformersModel(Branches):
+class TransformersModel(Branches, Draws):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole
@@ -41,6 +42,7 @@ class TransformersModel(Branches):
         self.module = module
         self._new_cache: Callable[[], Any] = getattr(module, "new_cache", None) or _library_default
         self._drafter = getattr(module, "drafter", None)
+        self._sampling: Sampling | None = None
         self._state = "cache_params" if "cache_params" in inspect.signature(module.forward).parameters else "past_key_values"
         self._device = torch.device(device)
         self._devices = [self._device, *sorted({p.device for p in module.parameters() if p.is_cuda} - {self._device}, key=str)]
@@ -114,23 +116,30 @@ class TransformersModel(Branches):
             place += given
         return torch.cat(found)[: written.shape[1]]
 
+    def draw(self, temperature: float) -> None:
+        self.temperature, self._sampling = temperature, Sampling(temperature, self._devices[-1])
+        if self._drafter:
+            self._drafter.sampling = self._sampling
+
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
+        if self._sampling:
+            self._sampling.begin(ids)
         if self._drafter:
             text = self._drafter.begin(ids.to(self._device), room, self._new_cache())
             return Step(text.next(), text)
-        return self._greedy(ids.to(self._device), self._new_cache())
+        return self._step(ids.to(self._device), self._new_cache())
 
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:
-        return Step(step.state.next(), step.state) if self._drafter else self._greedy(step.token, step.state)
+        return Step(step.state.next(), step.state) if self._drafter else self._step(step.token, step.state)
 
     @torch.inference_mode()
     def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        step = self._greedy(ids.to(self._device), self._new_cache())
+        step = self._step(ids.to(self._device), self._new_cache())
         tokens = [step.token]
         while len(tokens) < count:
-            step = self._greedy(step.token, step.state)
+            step = self._step(step.token, step.state)
             tokens.append(step.token)
         return torch.cat(tokens, 1).cpu()
 
@@ -149,7 +158,7 @@ class TransformersModel(Branches):
     def read(self, ids: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
         cache: Any = self._new_cache()
         readings.ask(cache)
-        step = self._greedy(ids.to(self._device), cache)
+        step = self._step(ids.to(self._device), cache)
         return step, readings.take(cache)
 
     @torch.inference_mode()
@@ -158,9 +167,11 @@ class TransformersModel(Branches):
         readings.decide(self.module, cache, reading, tokens)
         return cache
 
-    def _greedy(self, ids: torch.Tensor, cache: Any) -> Step:
+    def _step(self, ids: torch.Tensor, cache: Any) -> Step:
         out = self.module(ids, **{self._state: cache}, use_cache=True, logits_to_keep=1)
-        return Step(out.logits[:, -1:].argmax(-1), getattr(out, self._state))
+        last = out.logits[:, -1]
+        token = self._sampling.drawn(last) if self._sampling else last.argmax(-1)
+        return Step(token[:, None], getattr(out, self._state))
 
     def synchronize(self) -> None:
         for device in self._devices if self._device.type == "cuda" else ():
@@ -190,7 +201,7 @@ class TransformersModel(Branches):
     @torch.inference_mode()
     def _whole_pass(self, ids: torch.Tensor, cache: Any) -> Step:
         """One call of the module, where a step may have none."""
-        return self._greedy(ids, cache)
+        return self._step(ids, cache)
 
 
 def _kept(layer: Any) -> list[torch.Tensor | None]:

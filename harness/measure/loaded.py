@@ -22,7 +22,7 @@ Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 @dataclass
 class Step:
-    """A greedy step: the next token of each sequence, int64 [B, 1], and the engine's own state (its KV cache)."""
+    """A step: the next token of each sequence, int64 [B, 1], and the engine's own state (its KV cache)."""
 
     token: torch.Tensor
     state: Any
@@ -220,6 +220,25 @@ class Generates(Capability):
                 break
             step = self.decode_step(step)
         return written
+
+
+class Draws(Generates):
+    """It writes tokens that are drawn at a temperature too.
+
+    Attributes:
+        temperature: At which they are drawn; 0: the likeliest one is written.
+    """
+
+    ability = "draw tokens at a temperature"
+    temperature = 0.0
+
+    @abstractmethod
+    def draw(self, temperature: float) -> None:
+        """From the next prompt on draw, the same for the same prompt; guesses leave the distribution as it is.
+
+        Args:
+            temperature: What logits are divided by; above 0.
+        """
 
 
 class CountsPasses(Generates):

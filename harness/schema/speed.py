@@ -199,6 +199,7 @@ class SpeedResult(Schema):
         parts_ms: Milliseconds of calls of the parts that `work.part_calls` tells apart, by part and number of rows.
         work: What ran for a token of those of the headline's texts that were timed, counted apart from the timed runs; None where prompts
             are random ids, or nothing acts while the model runs.
+        temperature: At which tokens were drawn, those of the reference too; None where the likeliest ones were written.
         flags: One line for each fact that makes a figure doubtful.
     """
 
@@ -213,4 +214,5 @@ class SpeedResult(Schema):
     reference_row_ms: float | None = None
     parts_ms: dict[str, dict[str, float]] = {}
     work: WorkResult | None = None
+    temperature: float | None = None
     flags: list[str] = []

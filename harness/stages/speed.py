@@ -14,7 +14,7 @@ from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.measure import capacity, claims, gpu, latency, machine, memory, perplexity, soundness
 from slimbench.harness.measure.dynamic import passes, texts, work
 from slimbench.harness.measure.hardware import available_memory
-from slimbench.harness.measure.loaded import Generates
+from slimbench.harness.measure.loaded import Draws, Generates
 from slimbench.harness.measure.timer import timer
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
 from slimbench.harness.schema.work import WorkResult
@@ -53,7 +53,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         first: float = figure(["first call", index], 1, lambda: milliseconds)
         return first
 
-    model = Generates.of(load(config, key, report)[0])
+    model = _loaded(config, key, report)
     grid = _grid(protocol.grid, model)
     report.phase("first call")
     loaded_bits = model.loaded_bits()
@@ -68,9 +68,11 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         largest = LargestBatch(**figure(["largest batch"], 1, lambda: _largest_batch(model, config, report).model_dump()))
     report.phase("first calls")
     first_calls += [told(index, latency.first_call(model, point)) for index, point in enumerate(grid[1:], start=1)]
-    reference = model if is_reference else _reference(config, reference_key, report) if reference_key else None
+    reference = model if is_reference else _loaded(config, reference_key, report, "load reference") if reference_key else None
     instruments = latency.Instruments.of(model.device, protocol.flush_cache, len(model.devices), soundness.weights_read(found))
-    result = SpeedResult(points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest)
+    result = SpeedResult(
+        points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, temperature=protocol.temperature
+    )
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)
 
@@ -164,8 +166,13 @@ def _grid(grid: list[SpeedPoint], model: Generates) -> list[SpeedPoint]:
     return able
 
 
-def _reference(config: RunConfig, key: str, report: Reporter) -> Generates:
-    return Generates.of(load(config, key, report, "load reference")[0])
+def _loaded(config: RunConfig, key: str, report: Reporter, phase: str = "load artefact") -> Generates:
+    model = load(config, key, report, phase)[0]
+    if config.speed.temperature is None:
+        return Generates.of(model)
+    drawing = Draws.of(model)
+    drawing.draw(config.speed.temperature)
+    return drawing
 
 
 def _largest_batch(model: Generates, config: RunConfig, report: Reporter) -> LargestBatch:

@@ -90,6 +90,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"quality of other bytes than the compression .+": (Figure.QUALITY,),
     # times and bytes of something else
     r"guesses changed the text: .+": (Figure.DECODE,),
+    r"texts are not drawn from the model: .+": (Figure.DECODE,),
     r"\S+ of \S+ tokens came without a pass of the model": (Figure.DECODE,),
     r"policy never guessed: .+": (Figure.DECODE,),
     r"policy never exercised while timed: .+": (Figure.DECODE,),

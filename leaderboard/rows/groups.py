@@ -282,6 +282,9 @@ class Speed(Timing):
         description="Share of the tokens chosen in the timed runs of the first speed point that are the reference's at the same place, "
         "mean over pairs of runs, 0..1.",
     )
+    temperature: float | None = Field(
+        default=None, description="At which tokens were drawn while speed was measured; None where the likeliest ones were written."
+    )
     roofline_bandwidth: str | None = Field(
         default=None,
         description="Whose bandwidth the roof is: `read`, or in older records `copy`, which a step may exceed.",

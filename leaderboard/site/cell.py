@@ -189,6 +189,9 @@ def _scored(counted: ScoredWork) -> Iterator[tuple[str, ...]]:
 def _passes(counted: WorkResult) -> str:
     """`1,536 passes, 1.31 tokens a pass, 99.2 % of the tokens as without guesses, 1 text parts from it by rounding`."""
     told = f"{counted.passes or 0:,} passes, {decimal(2)(counted.tokens / max(1, counted.passes or 0))} tokens a pass"
+    if counted.temperature is not None and counted.deviations is not None:
+        off = _number(decimal(1, signed=True), clean(counted.deviations))
+        return f"{told}, drawn at temperature {counted.temperature:g}: their log-probability lies {off} deviations off its mean"
     if counted.equal is None:
         return told
     told = f"{told}, {_number(decimal(1, 100), clean(counted.equal))} % of the tokens as without guesses"

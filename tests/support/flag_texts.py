@@ -14,6 +14,7 @@ FILLED = "7"
 """What stands for a value that is filled in."""
 WRITERS = {
     "harness/measure/dynamic/causality.py": ("Seen.flags",),
+    "harness/measure/dynamic/drawn.py": ("Drawn.flag",),
     "harness/measure/dynamic/texts.py": ("untimed", "unexercised"),
     "harness/measure/dynamic/unseen.py": ("uncalled", "untold"),
     "harness/measure/dynamic/work.py": ("without_pass",),

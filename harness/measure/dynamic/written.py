@@ -1,4 +1,4 @@
-"""What a model under guesses wrote: guesses that were taken, whether it is what it writes without them, and how much it repeats itself."""
+"""What a model wrote: guesses that were taken, whether it is what it writes without them, or draws, and how much it repeats itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from slimbench.harness.measure.dynamic.drawn import Drawn
 from slimbench.harness.measure.generation import as_likely
-from slimbench.harness.measure.loaded import Generates, Scores
+from slimbench.harness.measure.loaded import Draws, Generates, Scores
 from slimbench.harness.schema.work import DRAFT, WorkResult
 from slimbench.methods.base import Unsupported
 
@@ -95,10 +96,7 @@ def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: 
     """
     text, start = torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1] + first
     together = model.logits(text[:, :-1], start - 1)[0] if model.computes_narrower else None
-    try:
-        alone = _stepwise(model, text, start)
-    except Unsupported:
-        alone = model.logits(text[:, :-1], start - 1)[0]
+    alone = _alone(model, text, start)
     chosen = text[0, start:].to(alone.device)
     near = as_likely(alone, chosen)
     if together is not None:
@@ -108,6 +106,14 @@ def unlikely(model: Scores, prompt: torch.Tensor, written: torch.Tensor, first: 
         with suppress(Unsupported):
             near |= as_likely(model.in_passes(prompt, written, passes)[first:], chosen)
     return int((~near).sum())
+
+
+def _alone(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
+    """As `_stepwise`; in one pass where an engine adds no tokens to a cache."""
+    try:
+        return _stepwise(model, text, start)
+    except Unsupported:
+        return model.logits(text[:, :-1], start - 1)[0]
 
 
 def _stepwise(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
@@ -149,30 +155,43 @@ class Written:
     """What came of all texts that a model went on with.
 
     Args:
-        model: Which writes them; its guesses are looked at where it has any.
+        model: Which writes them; its guesses are looked at where it has any. What it draws, with guesses or without, is held against its
+            own distribution in place of what it writes without guesses.
     """
 
     model: Generates
     texts: list[list[int]] = field(default_factory=list)
     guessed: list[Guessed] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
+    drawn: Drawn | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        temperature = self.model.temperature if isinstance(self.model, Draws) else 0.0
+        self.drawn = Drawn(temperature) if temperature else None
 
     def add(self, prompt: torch.Tensor, written: torch.Tensor, rows: Sequence[int] | None, gave: Sequence[int]) -> None:
         """Take in a text; arguments as of `held` and `Guessed.of`."""
         self.texts.append(written[0].tolist())
         if DRAFT in self.model.slots:
             self.guessed.append(Guessed.of(rows, gave))
+        if self.drawn:
+            if isinstance(self.model, Scores):
+                self.drawn.add(_alone(self.model, torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1]), written[0].cpu())
+        elif DRAFT in self.model.slots:
             known = rows is not None and len(rows) == len(gave) and all(had >= given for had, given in zip(rows, gave, strict=True))
             self.held.append(held(self.model, prompt, written, list(zip(rows or (), gave, strict=True)) if known else ()))
 
     def tell(self, found: WorkResult) -> None:
         """Complete a result, and flag a text that guesses have changed."""
         found.repeated_4grams = repeated(self.texts)
-        if not self.held:
-            return
         found.text_passes = [text.passes for text in self.guessed]
         found.text_drafted = [text.drafted for text in self.guessed if text.drafted is not None]
         found.text_accepted = [text.accepted for text in self.guessed]
+        if self.drawn:
+            found.temperature, found.deviations = self.drawn.temperature, self.drawn.deviations
+            found.flags += filter(None, [self.drawn.flag])
+        if not self.held:
+            return
         found.equal = sum(text.equal for text in self.held) / sum(text.equal + text.others for text in self.held)
         found.parted_by_rounding = sum(text.by_rounding for text in self.held)
         if changed := changes(self.held):

@@ -37,6 +37,7 @@ def speed(result: SpeedResult) -> Speed:
         throughput_tokens_per_s=first.throughput_tokens_per_s,
         speedup_by_prompt=attempt(_by_prompt, head, otherwise={}) if head else {},
         timed_equal=head.tokens.equal if head and head.tokens else None,
+        temperature=result.temperature,
         roofline_fraction=first.roofline_fraction,
         roofline_bandwidth=head.roofline.bandwidth if head and head.roofline and head.roofline.fraction is not None else None,
         read_bandwidth_gbs=_bandwidth([probe.read_gbs for probe in head.probes]) if head else None,

@@ -2,7 +2,8 @@
 
 After a text x, γ tokens are guessed. One pass of the model over the last token of x and the guesses tells what it would have chosen at each
 place; the guesses are taken as far as they agree with that, and the model's own choice after them. So every pass gives one token at
-least, and the text is the model's own greedy one: in exact arithmetic drafts change time alone. Where the guesses come from:
+least, and the text is the model's own greedy one: in exact arithmetic drafts change time alone. Where tokens are drawn, guesses are, and
+their distribution is the model's own (`sampling`). Where the guesses come from:
 
     lookup    the text itself: what followed where its last tokens, at most `ngram` of them, stood for the first time before
     exit      the first `blocks` blocks of the model, its norm and its head. Their keys, values and states are taken over when the guesses
@@ -13,7 +14,7 @@ One text at a time. Guesses never reach beyond the tokens that are wanted. Logit
 attention or cache is in force, what wrong guesses left in its cache is undone: it goes back to where it was before them, and sees those
 that were right again (`methods.formats.attention.operators.interface.Kept`).
 
-Sources: speculative decoding (Leviathan et al., arXiv 2211.17192, algorithm 1 with greedy choices), prompt lookup (Saxena, 2023), LayerSkip
+Sources: speculative decoding (Leviathan et al., arXiv 2211.17192, algorithm 1), prompt lookup (Saxena, 2023), LayerSkip
 (Elhoushi et al., arXiv 2404.16710, §4.3).
 """
 

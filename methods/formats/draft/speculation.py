@@ -1,4 +1,4 @@
-"""Greedy generation of one text whose next tokens are guessed first (`methods.formats.draft.policy`)."""
+"""Generation of one text, greedy or drawn, whose next tokens are guessed first (`methods.formats.draft.policy`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.architecture.structure import blocks_of
 from slimbench.methods.formats.depth.rows import check
+from slimbench.methods.formats.draft.sampling import Sampling
 from slimbench.methods.formats.kv.quantized import layer_bytes
 
 Call = tuple[str, int, Callable[[], Any]]
@@ -53,7 +54,7 @@ class Speculation:
         self.text: list[int] = ids[0].tolist()
         self.drafted = self.accepted = 0
         self._waiting: deque[int] = deque()
-        self._take([int(out.logits[0, -1].argmax())])
+        self._take(drafter.picked(out.logits[0, -1:]))
 
     def next(self) -> Tensor:
         """The next token, int64 [1, 1]."""
@@ -87,10 +88,14 @@ class Drafter(ABC):
     Args:
         model: A causal language model of transformers.
         tokens: γ, guesses at most.
+
+    Attributes:
+        sampling: Draws the tokens; None: the likeliest ones come.
     """
 
     def __init__(self, model: Any, tokens: int) -> None:
         self.model, self.tokens = model, tokens
+        self.sampling: Sampling | None = None
 
     def begin(self, ids: Tensor, room: int, cache: Any = None) -> Speculation:
         """Go on with a prompt; arguments as of `Speculation`."""
@@ -110,8 +115,24 @@ class Drafter(ABC):
             most: Guesses at most.
 
         Returns:
-            The guesses, and the model's choices, one more.
+            The guesses, and the model's choices at their places, up to the first other one at least; one more where all are right.
         """
+
+    def picked(self, logits: Tensor) -> list[int]:
+        """A token for each of logits [n, V]: the likeliest, or one that is drawn."""
+        tokens: list[int] = (self.sampling.drawn(logits) if self.sampling else logits.argmax(-1)).tolist()
+        return tokens
+
+    def settled(self, guesses: list[int], drafted: Sequence[Tensor] | None, logits: Tensor) -> list[int]:
+        """The model's choices.
+
+        Args:
+            drafted: Logits [V] by which each guess was picked; None where they were looked up.
+            logits: The model's, [γ + 1, V].
+        """
+        if self.sampling is None:
+            return self.picked(logits)
+        return self.sampling.settled(guesses, torch.stack([*drafted]) if drafted else None, logits)
 
     def parts(self) -> Mapping[str, Sequence[Any]]:
         """Modules whose calls take other times than their share of a pass of the whole model, by part; none where all is in such passes."""
@@ -126,11 +147,10 @@ class Drafter(ABC):
         """
         yield from ()
 
-    def chosen(self, text: list[int], guesses: list[int], cache: Any) -> list[int]:
-        """The model's choices behind the last token of a text and behind each guess, in one pass."""
+    def chosen(self, text: list[int], guesses: list[int], cache: Any, drafted: Sequence[Tensor] | None = None) -> list[int]:
+        """The model's choices behind the last token of a text and behind each guess, in one pass; the last argument as of `settled`."""
         ids = torch.tensor([[text[-1], *guesses]], device=self.model.device)
-        chosen: list[int] = self.model(ids, past_key_values=cache, use_cache=True).logits[0].argmax(-1).tolist()
-        return chosen
+        return self.settled(guesses, drafted, self.model(ids, past_key_values=cache, use_cache=True).logits[0])
 
 
 class LookupDrafter(Drafter):
@@ -166,13 +186,14 @@ class ExitDrafter(Drafter):
 
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
         first, count = cache.get_seq_length(), min(self.tokens, most)
-        token, states, guesses = text[-1], [], list[int]()
+        token, states, guesses, drafted = text[-1], [], list[int](), list[Tensor]()
         for place in range(count + 1):
             states.append(self._begun(token, cache, first + place))
             if place < count:
-                (token,) = self._choices(states[-1])
+                drafted.append(self._logits(states[-1])[0])
+                (token,) = self.picked(drafted[-1][None])
                 guesses.append(token)
-        return guesses, self._choices(self._ended(states, cache, first))
+        return guesses, self.settled(guesses, drafted, self._logits(self._ended(states, cache, first)))
 
     def parts(self) -> Mapping[str, Sequence[Any]]:
         return {"early": self.all[: self.early], "late": self.all[self.early :], "head": [self.head]}
@@ -194,9 +215,9 @@ class ExitDrafter(Drafter):
 
         for place, token in enumerate(tokens):
             yield "early", 1, partial(begin, token, first + place)
-            yield "head", 1, partial(self._choices, states[-1])
+            yield "head", 1, partial(self._picked_behind, states[-1])
         yield "late", len(tokens), end
-        yield "head", len(tokens), partial(self._choices, states[-1])
+        yield "head", len(tokens), partial(self._picked_behind, states[-1])
 
     def _begun(self, token: int, cache: Any, place: int) -> Tensor:
         """State [1, 1, d] of a token behind the first blocks."""
@@ -206,10 +227,13 @@ class ExitDrafter(Drafter):
         """States [1, T, d] behind all blocks, of tokens from the place `first` on whose states behind the first ones are given."""
         return self._run(self.all[self.early :], torch.cat(states, 1), cache, first)
 
-    def _choices(self, states: Tensor) -> list[int]:
-        """What the head chooses behind states [1, T, d]."""
-        chosen: list[int] = self.head(self.base.norm(states))[0].argmax(-1).tolist()
-        return chosen
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits [T, V] behind states [1, T, d]."""
+        logits: Tensor = self.head(self.base.norm(states))[0]
+        return logits
+
+    def _picked_behind(self, states: Tensor) -> list[int]:
+        return self.picked(self._logits(states))
 
     def _run(self, blocks: list[Any], hidden: Tensor, cache: Any, first: int) -> Tensor:
         """States [1, T, d] of tokens at first, first + 1, … behind some blocks, whose layers of the cache hold all tokens before."""
@@ -243,13 +267,19 @@ class ModelDrafter(Drafter):
         self.draft, self.held = draft, 0
         self.cache: Any = None
 
+    def _own(self) -> ModelDrafter:
+        """One for a text."""
+        own = ModelDrafter(self.model, self.tokens, self.draft)
+        own.sampling = self.sampling
+        return own
+
     def begin(self, ids: Tensor, room: int, cache: Any = None) -> Speculation:
         """As of `Drafter`; the prompt goes through the draft too.
 
         Raises:
             Unsupported: As of `Speculation`, or the draft's cache cannot let go of tokens.
         """
-        own = ModelDrafter(self.model, self.tokens, self.draft)
+        own = self._own()
         text = Speculation(own, ids, room, cache)
         if own.tokens:
             own.read(ids[0].tolist())
@@ -258,41 +288,49 @@ class ModelDrafter(Drafter):
         return text
 
     def guess_and_check(self, text: list[int], cache: Any, most: int) -> tuple[list[int], list[int]]:
-        guesses = self.guess(text, min(self.tokens, most))
-        return guesses, self.chosen(text, guesses, cache)
+        guesses, drafted = self.guess(text, min(self.tokens, most))
+        return guesses, self.chosen(text, guesses, cache, drafted)
 
     def parts(self) -> Mapping[str, Sequence[Any]]:
         return {"draft": [self.draft]}
 
     def rehearse(self, ids: Tensor, rows: Sequence[int]) -> Iterator[Call]:
         """A guess takes in its last token, and the first one of a pass the model's own too where all guesses were right."""
-        own = ModelDrafter(self.model, self.tokens, self.draft)
+        own = self._own()
         own.read(ids[0].tolist())
-        for count in (1, 2):
-            yield "draft", count, partial(own.read, ids[0, :count].tolist())
 
-    def guess(self, text: list[int], count: int) -> list[int]:
-        """The draft's own greedy continuation of a text, so many tokens.
+        def guess(tokens: list[int]) -> list[int]:
+            return own.picked(own.read(tokens)[None])
+
+        for count in (1, 2):
+            yield "draft", count, partial(guess, ids[0, :count].tolist())
+
+    def guess(self, text: list[int], count: int) -> tuple[list[int], list[Tensor]]:
+        """The draft's own continuation of a text, so many tokens, and the logits [V] by which each was picked.
 
         What the cache holds is the text up to the place of its last token, where the last guesses ended or the first wrong one stood.
         """
+        guesses, drafted = list[int](), list[Tensor]()
         if not count:
-            return []
+            return guesses, drafted
         if (beyond := self.held - (len(text) - 1)) > 0:
             self.held -= beyond
             self.cache.crop(-beyond)
-        guesses = [self.read(text[self.held :])]
+        unread = text[self.held :]
         while len(guesses) < count:
-            guesses.append(self.read(guesses[-1:]))
-        return guesses
+            drafted.append(self.read(unread))
+            unread = self.picked(drafted[-1][None])
+            guesses += unread
+        return guesses, drafted
 
-    def read(self, tokens: list[int]) -> int:
-        """Take tokens into the cache, and say which one the draft would choose after them."""
+    def read(self, tokens: list[int]) -> Tensor:
+        """Take tokens into the cache, and give the draft's logits [V] behind them."""
         ids = torch.tensor([tokens], device=self.draft.device)
         out = self.draft(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         self.held += len(tokens)
-        return int(out.logits[0, -1].argmax())
+        logits: Tensor = out.logits[0, -1]
+        return logits
 
     def stored_bytes(self) -> int:
         return 0 if self.cache is None else bytes_of(self.cache)

@@ -320,7 +320,7 @@ def test_a_matrix_is_read_in_each_call_and_one_that_is_left_out_in_none(base: An
 class Credulous(LookupDrafter):
     """Takes every guess."""
 
-    def chosen(self, text: list[int], guesses: list[int], cache: Any) -> list[int]:
+    def chosen(self, text: list[int], guesses: list[int], cache: Any, drafted: Any = None) -> list[int]:
         return [*guesses, super().chosen(text, guesses, cache)[-1]]
 
 

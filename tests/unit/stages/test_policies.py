@@ -21,6 +21,7 @@ from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import latency, perplexity
 from slimbench.harness.measure.dynamic import work
 from slimbench.harness.measure.zeroshot import EngineLM
+from slimbench.harness.run.identity import keys
 from slimbench.harness.schema.quality import QualityResult
 from slimbench.harness.stages import common, compress, models, quality, speed
 from slimbench.harness.stages.common import Again, tokenizer_of
@@ -437,6 +438,26 @@ def test_work_is_that_of_the_texts_that_were_timed(overrides: list[str], tmp_pat
     (point,) = measured.points
     assert point.prompts and set(point.prompts.pairs) == {0} and "speed of 1 of 6 texts: the time was over (1×12+6)" in measured.flags
     assert measured.work and measured.work.prompts == 1 and measured.work.tokens == 5
+
+
+def test_texts_are_drawn_at_a_temperature_by_both_and_say_so(overrides: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + number * number % 23) for number in range(3000)))
+    more = [*TEXTS, f"+speed.prompts={{corpus: 'file:{text}', count: 6, repeats: 2}}", "speed.processes=1", "speed.budget_s=60"]
+    dense, likeliest = (resolve([*overrides, *more, *drawn]) for drawn in (["+speed.temperature=0.8"], []))
+    drafted = resolve([*overrides, *step_overrides([LOOKUP]), *more, "+speed.temperature=0.8"])
+    compress.run(dense, "drawn-dense", Silent())
+    compress.run(drafted, "drawn-guesses", Silent())
+    found = speed.run(drafted, "drawn-guesses", "drawn-dense", Silent())
+    assert found.temperature == 0.8 and found.work and found.work.temperature == 0.8 and found.work.deviations is not None
+    assert found.work.equal is None and not any("drawn" in flag for flag in [*found.flags, *found.work.flags])
+    (point,) = found.points
+    assert point.tokens and len(point.tokens.candidate) == len(point.tokens.reference) == 6, "each prompt has its text, each time"
+    greedy = speed.run(likeliest, "drawn-dense", None, Silent())
+    assert greedy.temperature is None and greedy.points[0].tokens and greedy.points[0].tokens.candidate != point.tokens.reference
+    assert len({keys(config).speed for config in (dense, likeliest)}) == 2 and keys(dense).quality == keys(likeliest).quality
+    with pytest.raises(ConfigError, match="temperature"):
+        resolve([*overrides, "+speed.temperature=0"])
 
 
 @pytest.mark.parametrize(("budget", "acts"), [(40, False), (16, False), (15, True), (12, True)])
