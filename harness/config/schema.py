@@ -82,6 +82,7 @@ class EngineConfig(Strict):
             policies; of each the least and the most of every setting, null without a limit.
         without: Slots of policies (`methods.formats.policy`) that it does not run, of those that it loads.
         memory: Weights on the device: the whole `model` or a `layer` at a time; None where far more is taken than sizes tell.
+        draws: It draws tokens at a temperature; otherwise it writes the likeliest one alone.
         compiles: It makes code while it runs, by a compiler in its own process.
     """
 
@@ -98,6 +99,7 @@ class EngineConfig(Strict):
     drafts: dict[str, dict[str, tuple[int, int | None]]] = {}
     without: list[str] = []
     memory: Literal["model", "layer"] | None = None
+    draws: bool = False
     compiles: bool = False
 
     @property

@@ -52,7 +52,9 @@ def obstacle(cell: Cell, stage: Stage) -> str | None:
 
 def impossible(cell: Cell, stage: Stage) -> str | None:
     """Why a stage of the cell cannot run on any machine, in one line; None where a machine may be there that can."""
-    return _misplaced(cell, stage) or (_no_compression(cell) if stage is Stage.COMPRESS else _no_engine(cell) or _no_text(cell, stage))
+    if stage is Stage.COMPRESS:
+        return _misplaced(cell, stage) or _no_compression(cell)
+    return _misplaced(cell, stage) or _no_engine(cell) or _no_text(cell, stage) or _no_draws(cell, stage)
 
 
 def lost_card(cell: Cell, stage: Stage) -> str | None:
@@ -166,6 +168,14 @@ def _no_policy(cell: Cell) -> str | None:
 
 def _no_text(cell: Cell, stage: Stage) -> str | None:
     return f"quality needs text, {cell.config.model.name} has no tokenizer" if stage is Stage.QUALITY and not _has_tokenizer(cell) else None
+
+
+def _no_draws(cell: Cell, stage: Stage) -> str | None:
+    engine, temperature = cell.config.engine, cell.config.speed.temperature
+    if stage is not Stage.SPEED or temperature is None or engine.draws:
+        return None
+    able = ", ".join(each.name for each in engines.catalogue() if each.draws)
+    return f"speed.temperature={temperature:g}: engine {engine.name} writes the likeliest token alone; {able} would draw"
 
 
 def _has_tokenizer(cell: Cell) -> bool:

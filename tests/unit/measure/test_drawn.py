@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimbench.harness.config import engines
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic.drawn import FAR, Drawn
 from slimbench.harness.measure.dynamic.work import measure
 from slimbench.harness.measure.loaded import Draws
+from slimbench.harness.run.planning import obstacles
+from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.work import WorkResult
 from slimbench.methods.base import Unsupported
 from slimbench.methods.compact.streaming_llm import StreamingLLM
@@ -24,6 +27,7 @@ from slimbench.methods.formats.draft.policy import Exit, Lookup
 from slimbench.methods.formats.draft.sampling import Sampling
 from slimbench.methods.formats.policy import Policy
 from tests.support.policies import sharp
+from tests.support.running import cell
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,16 @@ def test_texts_that_are_not_the_models_own_are_told(base: Any, lie: type[Samplin
     (flag,) = found.flags
     assert found.deviations is not None and abs(found.deviations) > FAR and (found.deviations > 0) == (lie is Likeliest)
     assert flag == f"texts are not drawn from the model: their log-probability lies {found.deviations:+.1f} deviations off its mean"
+
+
+def test_what_an_engine_says_of_draws_is_what_its_models_do(overrides: list[str]) -> None:
+    named = {engine.name for engine in engines.catalogue() if engine.draws}
+    assert named == {"transformers", "offload"}
+    reason = "speed.temperature=0.5: engine compiled writes the likeliest token alone; transformers, offload would draw"
+    there = cell(overrides, "engine=compiled", "+speed.temperature=0.5")
+    assert [obstacles.impossible(there, stage) for stage in Stage] == [None, None, reason]
+    for more in (["engine=offload", "+speed.temperature=0.5"], ["engine=compiled"]):
+        assert obstacles.impossible(cell(overrides, *more), Stage.SPEED) is None
 
 
 def test_an_engine_that_only_chooses_says_so(base: Any) -> None:
