@@ -117,7 +117,7 @@ class TransformersModel(Branches, Draws):
         return torch.cat(found)[: written.shape[1]]
 
     def draw(self, temperature: float) -> None:
-        self.temperature, self._sampling = temperature, Sampling(temperature, self._devices[-1])
+        self.temperature, self._sampling = temperature, Sampling(temperature, self._device)
         if self._drafter:
             self._drafter.sampling = self._sampling
 
@@ -136,6 +136,8 @@ class TransformersModel(Branches, Draws):
 
     @torch.inference_mode()
     def unguessed(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        if self._sampling:
+            self._sampling.begin(ids)
         step = self._step(ids.to(self._device), self._new_cache())
         tokens = [step.token]
         while len(tokens) < count:
@@ -157,6 +159,8 @@ class TransformersModel(Branches, Draws):
     @torch.inference_mode()
     def read(self, ids: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
         cache: Any = self._new_cache()
+        if self._sampling:
+            self._sampling.begin(ids)
         readings.ask(cache)
         step = self._step(ids.to(self._device), cache)
         return step, readings.take(cache)

@@ -69,8 +69,8 @@ class WorkResult(Schema):
         repeated_4grams: Share of the runs of four tokens in what was written that stood in the same text before, its prompt apart.
         equal: Share of the tokens that the same engine writes without guesses too, place by place; None where that was not tried.
         temperature: At which tokens were drawn; None where the likeliest ones were written.
-        deviations: By how many standard deviations drawn tokens are likelier to the model than its own in the mean; within 4 they may be
-            its own. None where none were drawn.
+        drawn_p: Probability that tokens which the model draws lie as far from what is expected (see `harness.measure.dynamic.drawn`); None
+            where none were drawn, or all are all but certain.
         parted_by_rounding: Texts whose first other token lies at most two units in the last place below the likeliest: no change by
             guesses.
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
@@ -107,7 +107,7 @@ class WorkResult(Schema):
     repeated_4grams: float | None = None
     equal: float | None = None
     temperature: float | None = None
-    deviations: float | None = None
+    drawn_p: float | None = None
     parted_by_rounding: int | None = None
     scored: ScoredWork | None = None
     stepwise_gap: float | None = None

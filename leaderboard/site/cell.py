@@ -27,7 +27,7 @@ from slimbench.leaderboard.site.method import steps
 from slimbench.leaderboard.site.pages import LONGEST_REMARK, page
 from slimbench.leaderboard.site.standing import standing
 from slimbench.leaderboard.tables.columns import COLUMNS
-from slimbench.leaderboard.tables.format import EMPTY, decimal, p_value, shorten
+from slimbench.leaderboard.tables.format import EMPTY, decimal, p_text, p_value, shorten
 from slimbench.leaderboard.tables.verdict import verdict
 
 EVIDENCE_TITLE = "Found by the stage"
@@ -189,9 +189,9 @@ def _scored(counted: ScoredWork) -> Iterator[tuple[str, ...]]:
 def _passes(counted: WorkResult) -> str:
     """`1,536 passes, 1.31 tokens a pass, 99.2 % of the tokens as without guesses, 1 text parts from it by rounding`."""
     told = f"{counted.passes or 0:,} passes, {decimal(2)(counted.tokens / max(1, counted.passes or 0))} tokens a pass"
-    if counted.temperature is not None and counted.deviations is not None:
-        off = _number(decimal(1, signed=True), clean(counted.deviations))
-        return f"{told}, drawn at temperature {counted.temperature:g}: their log-probability lies {off} deviations off its mean"
+    if counted.temperature is not None:
+        held = "" if counted.drawn_p is None else f", from the model's own distribution by {p_text(counted.drawn_p)}"
+        return f"{told}, drawn at temperature {counted.temperature:g}{held}"
     if counted.equal is None:
         return told
     told = f"{told}, {_number(decimal(1, 100), clean(counted.equal))} % of the tokens as without guesses"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,16 +17,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure import perplexity
+from slimbench.harness.measure.dynamic.drawn import RARE
+from slimbench.harness.measure.dynamic.work import measure
 from slimbench.harness.measure.loaded import label_logprobs
+from slimbench.harness.schema.work import WorkResult
 from slimbench.methods.core.learning.states import unrotated
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats.attention.eviction import Eviction
 from slimbench.methods.formats.attention.window import Window
 from slimbench.methods.formats.depth.exit import EarlyExit
+from slimbench.methods.formats.draft.policy import DraftPolicy, Exit, Lookup
+from slimbench.methods.formats.draft.sampling import Sampling
 from slimbench.methods.formats.policy import Policy
 from tests.contract.test_policies import LEFT_OUT
 from tests.parity import evictions
 from tests.support.policies import as_long_as, far, fitted, under, watched
+from tests.unit.measure.test_drawn import Credulous
 from tests.unit.methods.formats.attention.support import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.full]
@@ -172,3 +179,27 @@ def test_what_stays_of_a_prompt_is_what_kvpress_keeps(base: Any, smollm2: Path, 
                 heads += 1
                 same += found - {len(ids) - 1} <= wanted
     assert heads == 3 * BLOCKS * 3 and same == heads
+
+
+@pytest.mark.parametrize("policy", [None, Lookup(10, 2), Exit(3, 20)], ids=["alone", "lookup", "exit"])
+def test_what_it_draws_is_its_own_whatever_guesses(base: Any, texts: Tensor, policy: DraftPolicy | None) -> None:
+    """256 tokens at a temperature of 1, over 49,152 words; where guesses stay unasked it shows."""
+
+    def found(kind: type[Sampling]) -> WorkResult:
+        module = copy.deepcopy(base)
+        if policy:
+            policy.install(module)
+        model = TransformersModel(module, "cpu")
+        model.slots = ["draft"] if policy else []
+        model.draw(1.0)
+        model._sampling = kind(1.0, model.device)
+        if policy:
+            module.drafter.sampling = model._sampling
+        return measure(model, texts[:, :128], None, lambda *_: None, 65)
+
+    honest = found(Sampling)
+    assert honest.flags == [] and honest.drawn_p is not None and honest.drawn_p > RARE
+    if policy:
+        assert sum(honest.text_drafted) > 0 and honest.passes and honest.passes <= honest.tokens
+        lie = found(Credulous)
+        assert lie.drawn_p is not None and lie.drawn_p < RARE and any(flag.startswith("texts are not drawn") for flag in lie.flags)

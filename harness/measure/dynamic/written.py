@@ -116,6 +116,14 @@ def _alone(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
         return model.logits(text[:, :-1], start - 1)[0]
 
 
+def before(model: Scores, prompt: torch.Tensor, written: torch.Tensor, passes: Passes) -> torch.Tensor:
+    """Logits [n, V] before each token that was written, of the passes by which it came where these are known; arguments as of `held`."""
+    if passes:
+        with suppress(Unsupported):
+            return model.in_passes(prompt, written, passes)
+    return _alone(model, torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1])
+
+
 def _stepwise(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
     """Logits [n, V] before each of the tokens of a text from a place on, which go through one by one."""
     logits, state = model.extend(text[:, :start])
@@ -172,14 +180,15 @@ class Written:
     def add(self, prompt: torch.Tensor, written: torch.Tensor, rows: Sequence[int] | None, gave: Sequence[int]) -> None:
         """Take in a text; arguments as of `held` and `Guessed.of`."""
         self.texts.append(written[0].tolist())
+        known = rows is not None and len(rows) == len(gave) and all(had >= given for had, given in zip(rows, gave, strict=True))
+        passes = list(zip(rows or (), gave, strict=True)) if known else []
         if DRAFT in self.model.slots:
             self.guessed.append(Guessed.of(rows, gave))
         if self.drawn:
             if isinstance(self.model, Scores):
-                self.drawn.add(_alone(self.model, torch.cat([prompt.cpu(), written.cpu()], 1), prompt.shape[1]), written[0].cpu())
+                self.drawn.add(before(self.model, prompt, written, passes), written[0].cpu())
         elif DRAFT in self.model.slots:
-            known = rows is not None and len(rows) == len(gave) and all(had >= given for had, given in zip(rows, gave, strict=True))
-            self.held.append(held(self.model, prompt, written, list(zip(rows or (), gave, strict=True)) if known else ()))
+            self.held.append(held(self.model, prompt, written, passes))
 
     def tell(self, found: WorkResult) -> None:
         """Complete a result, and flag a text that guesses have changed."""
@@ -188,7 +197,7 @@ class Written:
         found.text_drafted = [text.drafted for text in self.guessed if text.drafted is not None]
         found.text_accepted = [text.accepted for text in self.guessed]
         if self.drawn:
-            found.temperature, found.deviations = self.drawn.temperature, self.drawn.deviations
+            found.temperature, found.drawn_p = self.drawn.temperature, self.drawn.p
             found.flags += filter(None, [self.drawn.flag])
         if not self.held:
             return

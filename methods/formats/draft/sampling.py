@@ -25,20 +25,22 @@ class Sampling:
     """
 
     def __init__(self, temperature: float, device: torch.device) -> None:
-        self.temperature = temperature
-        self._generator = torch.Generator(device)
+        self.temperature, self.device = temperature, device
+        self._generators: list[torch.Generator] = []
 
     def begin(self, ids: Tensor) -> None:
-        """Begin with prompts, int64 [B, T]: what is drawn behind them depends on them alone."""
-        content = hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).digest()
-        self._generator.manual_seed(int.from_bytes(content[:7], "little"))
+        """Begin with prompts, int64 [B, T]: what is drawn behind each depends on it alone."""
+        self._generators = []
+        for row in ids.cpu().numpy().astype("<i8"):
+            seed = int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:7], "little")
+            self._generators.append(torch.Generator(self.device).manual_seed(seed))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from: float32, of logits [..., V]."""
         return (logits.float() / self.temperature).softmax(-1)
 
     def drawn(self, logits: Tensor) -> Tensor:
-        """A token for each of logits [n, V]: int64 [n]."""
+        """A token for each of logits [n, V], of as many texts or all of one: int64 [n]."""
         return self._of(self.probabilities(logits))
 
     def settled(self, guesses: Sequence[int], drafted: Tensor | None, logits: Tensor) -> list[int]:
@@ -50,16 +52,18 @@ class Sampling:
             logits: The model's, [γ + 1, V], behind the text and behind each guess.
         """
         p = self.probabilities(logits)
-        q = None if drafted is None or not guesses else self.probabilities(drafted)
-        for place, guess in enumerate(guesses):
-            rest = p[place].clone() if q is None else (p[place] - q[place]).clamp(min=0)
-            if q is None:
-                rest[guess] = 0
-            likely = 1.0 if q is None else float(q[place, guess])
-            chance = float(torch.rand((), generator=self._generator, device=p.device))
-            if chance * likely >= float(p[place, guess]) and rest.any():
-                return [*guesses[:place], int(self._of(rest[None]))]
-        return [*guesses, int(self._of(p[-1:]))]
+        if not guesses:
+            return self._of(p).tolist()
+        places, ids = torch.arange(len(guesses), device=p.device), torch.tensor([*guesses], device=p.device)
+        q = torch.nn.functional.one_hot(ids, p.shape[1]).to(p) if drafted is None else self.probabilities(drafted)
+        chances = torch.rand(len(guesses), generator=self._generators[0], device=p.device)
+        for place in (chances * q[places, ids] >= p[places, ids]).nonzero()[:, 0].tolist():
+            if (rest := (p[place] - q[place]).clamp(min=0)).any():
+                return [*guesses[:place], *self._of(rest[None]).tolist()]
+        return [*guesses, *self._of(p[-1:]).tolist()]
 
     def _of(self, weights: Tensor) -> Tensor:
-        return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
+        if len(self._generators) == 1:
+            return torch.multinomial(weights, 1, generator=self._generators[0])[:, 0]
+        texts = zip(weights.split(1), self._generators, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=generator)[:, 0] for row, generator in texts])

@@ -449,7 +449,7 @@ def test_texts_are_drawn_at_a_temperature_by_both_and_say_so(overrides: list[str
     compress.run(dense, "drawn-dense", Silent())
     compress.run(drafted, "drawn-guesses", Silent())
     found = speed.run(drafted, "drawn-guesses", "drawn-dense", Silent())
-    assert found.temperature == 0.8 and found.work and found.work.temperature == 0.8 and found.work.deviations is not None
+    assert found.temperature == 0.8 and found.work and found.work.temperature == 0.8 and (found.work.drawn_p or 1) > 1e-5
     assert found.work.equal is None and not any("drawn" in flag for flag in [*found.flags, *found.work.flags])
     (point,) = found.points
     assert point.tokens and len(point.tokens.candidate) == len(point.tokens.reference) == 6, "each prompt has its text, each time"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.methods.formats.draft.policy import DraftPolicy, Exit, Lookup
@@ -74,6 +75,24 @@ def test_what_comes_of_two_guesses_is_distributed_as_without_them(kind: str, tem
     rate = torch.minimum(p[:2], q).sum(-1)
     assert seconds.total() / DRAWS == pytest.approx(float(rate[0]), abs=0.015), "a guess stays with the probability Σ min(p, q)"
     assert kept / DRAWS == pytest.approx(float(rate.prod()), abs=0.015)
+
+
+class Unpaid(Sampling):
+    """Where a guess falls it draws from the whole distribution, and so takes what was guessed too often."""
+
+    def settled(self, guesses: Sequence[int], drafted: Tensor | None, logits: Tensor) -> list[int]:
+        came = super().settled(guesses, drafted, logits)
+        return came if len(came) > len(guesses) else [*came[:-1], *self.drawn(logits[len(came) - 1][None]).tolist()]
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_draw_from_all_where_a_guess_falls_is_told_by_the_same_check(looked_up: bool) -> None:
+    logits = 2 * torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    made = Unpaid(1.0, torch.device("cpu"))
+    made.begin(torch.tensor([[0]]))
+    drafted = None if looked_up else 0.5 * logits[:1]
+    came = Counter(made.settled([4] if drafted is None else made.drawn(drafted).tolist(), drafted, logits)[0] for _ in range(DRAWS))
+    assert fits(came, dict(enumerate(logits.double().softmax(-1)[0].tolist()))) < 1e-6
 
 
 def test_tokens_without_guesses_are_drawn_by_the_softmax() -> None:
@@ -172,10 +191,11 @@ def test_the_same_prompt_gives_the_same_text_and_a_low_temperature_the_likeliest
     assert first != [greedy.generate(ids, 20) for ids in prompts]
 
 
-def test_texts_of_a_batch_are_drawn_each_by_itself(base: Any) -> None:
-    model = drawing(base, None)
-    one, other = model.generate(torch.tensor([[1, 4, 2, 0]]).repeat(2, 1), 30)
-    assert one != other
+def test_texts_of_a_batch_are_drawn_each_as_alone(base: Any) -> None:
+    model, prompts = drawing(base, None), torch.tensor([[1, 4, 2, 0], [1, 4, 2, 3], [1, 4, 2, 0]])
+    together = model.generate(prompts, 30)
+    assert together == [model.generate(prompt, 30)[0] for prompt in prompts.split(1)]
+    assert together[0] == together[2] != together[1]
 
 
 def test_greedy_guesses_need_no_sampling(base: Any) -> None:
