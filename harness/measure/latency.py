@@ -1,7 +1,7 @@
 """Prefill and decode times over a grid of points, candidate and reference interleaved in each of several processes.
 
 Each sample is one whole run: a prompt is processed (prefill, the time to first token) and `new_tokens` are chosen
-greedily one by one. Tokenisation and sampling are excluded; token counts are fixed. Runs of candidate and reference
+one by one: the likeliest, or drawn at a temperature. Tokenisation is excluded; token counts are fixed. Runs of candidate and reference
 alternate in the order A B B A B A A B … (Thue–Morse), so that drift of the machine, linear or bent, falls on both alike.
 
 Repetition ends when the 95 % intervals of the medians, and that of the paired speed-up, are as narrow as asked. Looking

@@ -178,7 +178,7 @@ class Scores(Capability):
 
 
 class Generates(Capability):
-    """It writes a text after a prompt, greedily, token by token.
+    """It writes a text after a prompt, token by token, the likeliest ones where it is not told to draw (`Draws`).
 
     Attributes:
         keeps_cache: The memory of a run's KV cache stays with the model for later runs.
@@ -209,7 +209,7 @@ class Generates(Capability):
         raise NotImplementedError
 
     def generate(self, ids: torch.Tensor, max_new: int, stop: Collection[int] = ()) -> list[list[int]]:
-        """The greedy continuation of each prompt [B, T]: at most `max_new` tokens, up to and with the first that is in `stop`."""
+        """The continuation of each prompt [B, T]: at most `max_new` tokens, up to and with the first that is in `stop`."""
         step = self.prefill(ids, max_new)
         written: list[list[int]] = [[] for _ in ids]
         for last in range(max_new - 1, -1, -1):

@@ -52,7 +52,7 @@ class Evidence(Schema):
         parameters: Of the whole model, biases included, what is shared counted once.
         blocks: Decoder blocks that ran in one decode step, None where the engine does not show them.
         cache_bytes_per_token: Bytes that a further token of one sequence took in the key-value cache; measured where a claim names them.
-        effective_bits: Bits per weight of the compressed linear layers (head and embeddings apart), after the first call.
+        effective_bits: Bits per weight of the compressed linear layers (head, embeddings and a draft apart), after the first call.
         loaded_bits: The same before the first call, as the artefact's files were read; None where the engine repacks while it loads.
         sparsity: Fraction of zeros of the linear layers inside the blocks.
         kernel: Operators that did the matrix products of one decode step, the heaviest first.

@@ -13,7 +13,7 @@ from slimbench.harness.schema.work import WorkResult
 class Samples(Schema):
     """Samples of one point in the order taken: milliseconds of prefill, and mean milliseconds of a decode step, of each run.
 
-    A run is one prompt and `new_tokens` greedy tokens. Its decode steps are kept as their mean, not one by one: steps of one
+    A run is one prompt and `new_tokens` tokens. Its decode steps are kept as their mean, not one by one: steps of one
     run are not independent of each other, runs nearly are, and only independent samples carry an interval.
     """
 

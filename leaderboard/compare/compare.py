@@ -253,7 +253,8 @@ def _lowest_seeds(found: Sequence[Row]) -> list[Row]:
 
 def _describe(row: Row) -> str:
     calibration = f", calibration {row.calibration_text}" if row.calibration_text else ""
-    return f"{row.label} ({row.model}, {row.suite}, {row.engine_label}, {row.device}{calibration}, key {row.keys.quality})"
+    drawn = "" if row.temperature is None else f", speed at temperature {row.temperature:g}"
+    return f"{row.label} ({row.model}, {row.suite}, {row.engine_label}, {row.device}{calibration}{drawn}, key {row.keys.quality})"
 
 
 def _accuracy(tasks: Sequence[tuple[ZeroshotResult, ZeroshotResult | None]]) -> AccuracyComparison | None:

@@ -37,6 +37,7 @@ COLUMNS: tuple[tuple[str, type, str, Callable[[Record], Any]], ...] = (
     ("dtype", str, "Storage and compute type of the dense source.", lambda r: r.cell.dtype),
     ("suite", str, "What quality was measured on.", lambda r: r.cell.suite),
     ("speed_protocol", str, "How speed was measured.", lambda r: r.cell.speed),
+    ("temperature", float, "At which tokens were drawn while speed was measured.", lambda r: r.speed.temperature if r.speed else None),
     ("seed", int, "Seed of the cell.", lambda r: r.cell.seed),
     ("started", str, "When the stage began, ISO 8601; empty where it is not known.", lambda r: r.started),
     ("wall_seconds", float, "How long it took.", lambda r: r.wall_seconds),

@@ -130,7 +130,7 @@ def by_speed(board: Sequence[Row], palette: Palette) -> list[Group]:
     return _named(
         found,
         palette,
-        lambda row: (row.model, f"speed {row.speed}"),
+        lambda row: (row.model, f"speed {row.speed}" + ("" if row.temperature is None else f" at temperature {row.temperature:g}")),
         [lambda row: row.device, lambda row: row.hardware, lambda row: f"protocol {row.speed_protocol}"],
     )
 

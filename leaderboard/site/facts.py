@@ -151,7 +151,7 @@ def _speed(row: Row) -> dict[str, str | None]:
         "Speed-up by text": _by_prompt(row.speedup_by_prompt),
         "Guesses taken": _span(decimal(1, 100), row.acceptance, row.acceptance_low, row.acceptance_high, " %"),
         "Repeated in what was written": _text(decimal(1, 100), row.repeated_4grams, " % of the runs of four tokens"),
-        "Timed tokens": _text(decimal(1, 100), row.timed_equal, " % as the reference's"),
+        "Timed tokens": _text(decimal(1, 100), row.timed_equal if row.temperature is None else None, " % as the reference's"),
         "Roof": _roof(row),
         "Read bandwidth meanwhile": _text(decimal(1), row.read_bandwidth_gbs, " GB/s"),
         "Copy bandwidth meanwhile": _text(decimal(1), row.copy_bandwidth_gbs, " GB/s"),

@@ -98,7 +98,9 @@ def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
 
 
 def _is_shown(row: Row, suite: str, speed: str) -> bool:
-    return not row.foreign and (row.model, row.suite, row.speed, row.fingerprint) == (_MODEL, suite, speed, _PLACE)
+    return (
+        not row.foreign and row.temperature is None and (row.model, row.suite, row.speed, row.fingerprint) == (_MODEL, suite, speed, _PLACE)
+    )
 
 
 def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:

@@ -34,9 +34,7 @@ class Table:
         """Where and how it was measured, in one line."""
         row = self.rows[0]
         points = sorted({r.speed_point for r in self.rows if r.speed_point})
-        drawn = next((f"tokens drawn at temperature {r.temperature:g}" for r in self.rows if r.temperature), None)
-        told = ", ".join(filter(None, [points[0] if points else None, drawn]))
-        speed = f"speed {row.speed}" + (f" ({told})" if told else "")
+        speed = f"speed {row.speed}" + (f" ({points[0]})" if points else "")
         return " · ".join([*([] if self.engines_differ else [row.engine_label]), row.device, row.hardware, speed])
 
     @property

@@ -255,7 +255,7 @@ def _cache_flags(found: WorkResult, claim: Work, token: float) -> Iterator[str]:
     read = 0.0
     if found.cache_tokens:
         read = found.cache_tokens.mean if claim.whole_layers else found.cache_tokens.p95
-    if claim.whole_layers and found.passes != found.tokens:
+    if claim.whole_layers and set(found.pass_rows) - {"1"}:
         read = 0.0  # a call of several tokens in one layer is several calls in another
     if claim.read_tokens is not None and read > _SLACK * (most := of_layers(claim.read_tokens, length - (written - 1) / 2)):
         yield f"claims to read {most:,.0f} tokens, read {read:,.0f}"

@@ -23,8 +23,9 @@ def speed(result: SpeedResult) -> Speed:
     head = result.points[0] if result.points else None
     first = timings[0] if timings else Timing()
     energy = head.energy if head else None
+    drawn = "" if result.temperature is None else f", drawn at temperature {result.temperature:g}"
     return Speed(
-        speed_point=f"batch {head.batch}, prompt {head.prompt}, new {head.new_tokens}" if head else None,
+        speed_point=f"batch {head.batch}, prompt {head.prompt}, new {head.new_tokens}{drawn}" if head else None,
         prefill_ms=first.prefill_ms,
         prefill_low=first.prefill_low,
         prefill_high=first.prefill_high,

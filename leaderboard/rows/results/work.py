@@ -66,7 +66,7 @@ class Work(Group):
     predicted_speedup: float | None = Field(
         default=None,
         description="Decode time of the reference / what the counted calls should take by the measured times of passes of so many tokens, "
-        "and of the parts that guess.",
+        "and of the parts that guess; drawing tokens is not in it.",
     )
 
 

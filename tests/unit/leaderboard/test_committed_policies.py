@@ -11,6 +11,7 @@ import pytest
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult, QualityResult
 from slimbench.harness.schema.record import Record
+from slimbench.harness.schema.speed import SpeedResult
 from slimbench.harness.stats.significance import paired_p_value
 from slimbench.leaderboard.compare import retrieval
 from slimbench.leaderboard.flags.kinds import Figure, invalidating
@@ -26,9 +27,14 @@ DENSE_ACTIVE = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49_152 * 
 
 
 def on_texts(rows: list[Row], engine: str = "transformers") -> list[Row]:
-    """Rows of an engine whose speed was measured on texts, without those on random ids."""
-    timed = [row for row in rows if row.speed == "policy" and row.engine == engine and row.speedup is not None]
+    """Rows of an engine whose speed was measured on texts that go on with the likeliest tokens, without those on random ids."""
+    timed = [row for row in rows if row.speed == "policy" and row.engine == engine and row.speedup is not None and row.temperature is None]
     return [row for row in timed if "random prompts" not in " ".join(row.flags)]
+
+
+def greedy(speed: SpeedResult) -> bool:
+    """Whether work was counted of texts that go on with the likeliest tokens."""
+    return speed.work is not None and speed.temperature is None
 
 
 def texts(committed: list[Record], pipeline: str, protocol: str) -> PerplexityResult:
@@ -136,7 +142,7 @@ def test_docs_have_what_a_check_of_ten_guesses_costs(committed: list[Record], co
     times = {
         r.cell.pipeline: r.speed.rows_ms
         for r in committed
-        if r.speed and r.cell.engine == "transformers" and r.speed.points[0].prompts and "11" in r.speed.rows_ms and r.speed.work
+        if r.speed and r.cell.engine == "transformers" and r.speed.points[0].prompts and "11" in r.speed.rows_ms and greedy(r.speed)
     }
     dense, packed = (times[name]["11"] / times[name]["1"] for name in ("prompt-lookup", "rtn-8bit+prompt-lookup"))
     assert f"takes {dense:.1f} times a pass of one on dense weights, and {packed:.1f}\ntimes on those of 8 bits" in TEXT
@@ -146,7 +152,7 @@ def test_docs_have_what_a_check_of_ten_guesses_costs(committed: list[Record], co
 
 
 def test_docs_have_what_one_lookup_gains_on_four_engines(committed: list[Record], committed_rows: list[Row]) -> None:
-    passes = {r.cell.engine: r.speed.rows_ms for r in committed if r.speed and r.speed.work and r.cell.pipeline == "prompt-lookup"}
+    passes = {r.cell.engine: r.speed.rows_ms for r in committed if r.speed and greedy(r.speed) and r.cell.pipeline == "prompt-lookup"}
     gains = {}
     for engine in ("transformers", "vllm-cpu", "openvino-genai", "llamacpp"):
         (row,) = (row for row in on_texts(committed_rows, engine) if row.pipeline == "prompt-lookup")
@@ -163,7 +169,9 @@ def test_docs_have_what_one_lookup_gains_on_four_engines(committed: list[Record]
 
 def test_docs_have_what_guesses_cost_on_few_bits_in_llama_cpp(committed: list[Record], committed_rows: list[Row]) -> None:
     (row,) = (row for row in on_texts(committed_rows, "llamacpp") if row.pipeline == "rtn-4bit-head8+prompt-lookup")
-    (speed,) = (r.speed for r in committed if r.speed and r.cell.engine == "llamacpp" and r.cell.pipeline == row.pipeline)
+    (speed,) = (
+        r.speed for r in committed if r.speed and greedy(r.speed) and (r.cell.engine, r.cell.pipeline) == ("llamacpp", row.pipeline)
+    )
     alone = (speed.reference_row_ms or 0.0) / speed.rows_ms["1"]
     assert f"{alone:.2f} times as fast as on dense without guesses, and {row.speedup:.2f} times with them" in TEXT
     assert row.speedup == pytest.approx(row.predicted_speedup, rel=0.1)
@@ -171,7 +179,9 @@ def test_docs_have_what_guesses_cost_on_few_bits_in_llama_cpp(committed: list[Re
 
 def test_random_prompts_flatter_a_lookup(committed_rows: list[Row]) -> None:
     (on_ids,) = (
-        row for row in committed_rows if row.pipeline == "prompt-lookup" and row.speedup and "random prompts" in " ".join(row.flags)
+        row
+        for row in committed_rows
+        if row.pipeline == "prompt-lookup" and row.speedup and row.temperature is None and "random prompts" in " ".join(row.flags)
     )
     (on_text,) = (row for row in on_texts(committed_rows) if row.pipeline == "prompt-lookup")
     assert on_ids.speedup and on_text.speedup and on_ids.speedup > 2 * on_text.speedup and f"{on_ids.speedup:.2f} times" in TEXT

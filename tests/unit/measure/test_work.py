@@ -249,6 +249,8 @@ def test_a_token_that_reads_more_than_is_claimed_is_told_though_all_is_kept() ->
     found.cache_tokens = spread([22.5, 22.5, 10.0, 10.0])
     assert differences(found, Work(read_tokens=10, whole_layers=0.25), 100.0) == ["claims to read 13 tokens, read 16"]
     assert differences(found, Work(read_tokens=10), 100.0) == ["claims to read 10 tokens, read 22"]
+    found.pass_rows = {"3": 4}
+    assert differences(found, Work(read_tokens=10, whole_layers=0.25), 100.0) == [], "calls of passes of several tokens are not weighed"
 
 
 def test_spreads_are_quantiles() -> None:
