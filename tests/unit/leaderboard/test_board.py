@@ -22,6 +22,8 @@ from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable
 from slimbench.leaderboard.figures import caption, draw, plottable, scaling
+from slimbench.leaderboard.figures.groups import by_speed
+from slimbench.leaderboard.figures.palette import Palette
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site import build as builder
 from slimbench.leaderboard.site.board import Board
@@ -88,6 +90,23 @@ def test_every_point_of_the_speed_grid_is_on_the_row() -> None:
     assert second["throughput_tokens_per_s"] == pytest.approx(4 * row.throughput_tokens_per_s)  # type: ignore[operator]
     assert (row.roofline_fraction, second["roofline_fraction"]) == (head.roofline.fraction, None)
     assert (row.largest_batch, row.kv_cache_bytes, row.energy_j_per_token) == (64, 3_686_400, None)
+
+
+def test_speed_of_drawn_tokens_says_so_and_stands_in_a_table_of_its_own() -> None:
+    drawn = records(replace(GPTQ, pipeline="rtn"))
+    for record in drawn:
+        record.config["speed"] = record.config["speed"] | {"temperature": 0.7}
+        record.cell.keys = record.cell.keys.model_copy(update={"speed": "0123456789abcdef"})
+        if record.speed:
+            record.key, record.speed.temperature = record.cell.keys.speed, 0.7
+    made = rows(records(Spec()) + records(GPTQ) + drawn)
+    row = next(row for row in made if row.pipeline == "rtn")
+    assert row.temperature == 0.7 and (row.speed_point or "").endswith(", drawn at temperature 0.7")
+    others = [table for table in tables(made) if row not in table.rows]
+    (own,) = (table for table in tables(made) if row in table.rows)
+    assert own.rows == [row] and "drawn at temperature 0.7" in own.setting and "temperature" not in " ".join(t.setting for t in others)
+    titles = [group.title for group in by_speed(made, Palette.of(made))]
+    assert sum("at temperature 0.7" in title for title in titles) == 1 < len(titles)
 
 
 @pytest.mark.parametrize("gbs", [11.0, 20.0, 5.0])
