@@ -99,6 +99,7 @@ def flags(
     linear = [layer for layer in evidence.layers if layer.role == "linear"]
     return [
         *_storage_flags(claim, evidence, disk_bytes),
+        *_draft_flags(claim, evidence),
         *_zeros_flags(claim, evidence, [layer for layer in linear if layer.zeros is not None]),
         *_compute_flags(claim, linear),
         *_grid_flags(claim, linear),
@@ -128,6 +129,13 @@ def _storage_flags(claim: Claim, evidence: Evidence, disk_bytes: int | None) -> 
         yield f"packed on disk, {stored:.1f} bits in memory: expanded at load"
     else:
         yield "packed on disk, dense in memory: dequantized at load"
+
+
+def _draft_flags(claim: Claim, evidence: Evidence) -> Iterator[str]:
+    """Layers of a draft that hold more than its files."""
+    claimed, held = claim.details.get("draft_bytes"), sum(layer.bytes for layer in evidence.layers if layer.role == "draft")
+    if claimed is not None and held > _SLACK * claimed:
+        yield f"claims {claimed:,} bytes of a draft, its layers hold {held:,}"
 
 
 def _bits_on_disk(evidence: Evidence, disk_bytes: int | None) -> float | None:

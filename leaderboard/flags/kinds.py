@@ -70,6 +70,7 @@ _INVALID: dict[str, tuple[Figure, ...]] = {
     r"claims (?:at least )?\S+ blocks a token, ran .+": (),
     r"claims \S+ active parameters, multiplied .+": (),
     r"claims \S+ tokens in the cache, .+": (),
+    r"claims \S+ bytes of a draft, .+": (),
     r"claims to read \S+ tokens, .+": (),
     r"multiplies by \S+ weights, of which .+": (),
     r"holds \S+ MB of a text, and tells .+": (),

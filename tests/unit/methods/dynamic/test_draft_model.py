@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,14 @@ def test_a_grid_is_read_from_the_models_own_layers(base: RTN | None, dense: Dens
     if base:
         lie = dataclasses.replace(whole, group_size=32)
         assert any("claims groups of 32, has groups of" in flag for flag in claims.flags(lie, evidence)), "those of the draft are no excuse"
+
+
+def test_a_draft_that_was_expanded_is_told(dense: DenseModel, tmp_path: Path) -> None:
+    model, claim = made(DraftModel(bits=4, group_size=32), dense, tmp_path / "out")
+    assert claims.check(model, claim, artefact.disk_bytes(tmp_path / "out")).flags == []
+    model.module.draft = dense.load()
+    flags = claims.check(model, claim, artefact.disk_bytes(tmp_path / "out")).flags
+    assert any(re.fullmatch(rf"claims {claim.details['draft_bytes']:,} bytes of a draft, its layers hold \d+,\d+", flag) for flag in flags)
 
 
 def test_what_it_cannot_do_is_refused_in_one_line(dense: DenseModel, tmp_path: Path) -> None:
