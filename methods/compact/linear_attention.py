@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _OPEN = 0.1
 """σ(g) at first."""
-_LONGEST_CLAIMED = 256
-"""Tokens of a window that is full where claims of a further token are held against what that takes (`harness.measure.claims`)."""
+_FIRST_HELD = 256
+"""Tokens behind which claims of a further token are first held against what that takes (`harness.measure.claims`)."""
 
 
 @dataclass(frozen=True)
@@ -134,4 +134,5 @@ class LearnedLinear(AttentionTransfer):
         return {}, made
 
     def cache_numbers(self, model: Any) -> int | None:
-        return 0 if self.window <= _LONGEST_CLAIMED else None
+        """None where no token has left the window by then, and there is no state yet."""
+        return 0 if self.window < _FIRST_HELD else None

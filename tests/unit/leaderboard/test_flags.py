@@ -332,7 +332,7 @@ def test_answers_of_older_records_that_are_those_of_dense_exercise_no_policy() -
 
 def test_the_committed_rows_whose_tasks_exercise_no_policy(committed_rows: list[Row]) -> None:
     found = {row.pipeline: flag for row in committed_rows for flag in row.flags if flag.startswith("policy never exercised")}
-    by_scores, by_lengths = ("kv-kivi-4bit", "kv-kivi-2bit"), ("longformer", "bigbird")
+    by_scores, by_lengths = ("kv-kivi-4bit", "kv-kivi-2bit"), ("longformer", "bigbird", "lolcats")
     assert found.keys() == {*by_scores, *by_lengths}
     assert all("all 160 items" in found[name] for name in by_scores)
     assert all("no prompt is longer than what stays exact" in found[name] for name in by_lengths)
@@ -449,7 +449,7 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "minitron-width-25+kd(learning_rate=0.0002)+rtn-4bit(group_size=32)"),
         *(f"shortgpt{cut}+kd(steps=50,learning_rate=0.0002)" for cut in ("", "(fraction=0.4)", "(fraction=0.5)")),
         *(f"shortgpt{cut}+kd(learning_rate=0.0002)" for cut in ("", "(fraction=0.4)")),
-        *("hedgehog", "t2r", "lolcats", "mqa"),
+        *("hedgehog", "t2r", "lolcats", "lolcats(window=16)", "lolcats(window=256)", "mqa"),
     )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.claims import cache_bytes_per_token
 from slimbench.methods.base import Calibration, DenseModel
 from slimbench.methods.compact.attention_span import AdaptiveSpan
 from slimbench.methods.compact.entmax_attention import EntmaxAttention
@@ -19,6 +20,7 @@ from slimbench.methods.compact.pooled_attention import Linformer
 from slimbench.methods.core.learning import trained
 from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.attention.linear import Linear
 from tests.support import tiny
 
 METHOD = LearnedLinear(steps=40, batch_size=4, length=32, window=4, learning_rate=0.02)
@@ -96,9 +98,17 @@ def test_attentions_learn_from_texts_of_useful_length_and_short_runs_are_known(k
     assert kind().length == 512 and kind.least_steps == 1000
 
 
-def test_a_window_that_still_fills_where_claims_are_held_to_it_claims_no_bytes() -> None:
-    assert LearnedLinear(window=256).cache_numbers(None) == 0
-    assert LearnedLinear(window=257).cache_numbers(None) is None
+@pytest.mark.parametrize("window", [0, 255, 256, 300])
+def test_what_a_further_token_takes_is_claimed_where_a_state_is_there_before_it(dense: DenseModel, window: int) -> None:
+    """Claims are held on caches of 256 and of 512 tokens; a window that has lost none by the first has no state there."""
+    method = LearnedLinear(window=window)
+    model: Any = dense.load()
+    model.config.max_position_embeddings = 1024
+    _, maps = method.begin(model, torch.zeros(1, 8, dtype=torch.int64))
+    Linear(method.feature, window, maps=maps).install(model)
+    taken, claimed = cache_bytes_per_token(TransformersModel(model, "cpu")), method.cache_numbers(model)
+    assert (claimed is None) == (window > 255) and (claimed is not None or taken)
+    assert claimed is None or taken == claimed == 0
 
 
 def test_a_window_over_whole_texts_of_training_is_refused() -> None:
