@@ -78,6 +78,40 @@ def test_whole_passes_are_those_of_tokens_one_by_one(committed: list[Record]) ->
         assert any("token by token differs by" in flag for flag in works[name].flags) == (gaps[name] > 0.005)
 
 
+def test_the_window_of_linear_attention_traces_a_curve(committed_rows: list[Row]) -> None:
+    """On one processor; each ratio with its interval."""
+    mine = [row for row in committed_rows if row.suite == "suffix" and row.fingerprint == "9a347272"]
+    (dense,) = (row for row in mine if row.is_reference)
+    curve = []
+    for window in (16, 64, 256):
+        (row,) = (row for row in mine if row.pipeline == ("lolcats" if window == 64 else f"lolcats(window={window})"))
+        assert not invalidating(row.flags, [Figure.QUALITY])
+        ratio, low, high = (
+            (row.perplexity or 0.0) / (dense.perplexity or 1.0),
+            row.perplexity_ratio_low or 0.0,
+            row.perplexity_ratio_high or 0.0,
+        )
+        told = f"| {window} | {row.perplexity:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) | {(row.held_cache_bytes or 0) / 1e6:.1f} |"
+        assert told in TEXT
+        curve.append((low, high, row.held_cache_bytes or 0))
+    assert all(more[2] > less[2] and more[1] < less[1] and more[0] < less[0] for less, more in itertools.pairwise(curve))
+    assert curve[0][0] > curve[1][1] > curve[1][0] > curve[2][1] > 1, "no interval touches the next"
+    assert f"has {(dense.held_cache_bytes or 0) / 1e6:.1f} MB in the mean" in TEXT
+
+
+def test_docs_have_what_policies_answer_of_the_tasks_of_the_front(committed_rows: list[Row]) -> None:
+    mine = {row.pipeline: row for row in committed_rows if row.suite == "front" and row.fingerprint == "9a347272"}
+    dense = mine.pop("dense")
+    assert f"perplexity of {dense.perplexity:.1f} and answers {100 * (dense.accuracy or 0):.1f} %" in TEXT
+    assert mine.keys() == {"longformer", "lolcats", "t2r"}
+    for name, row in mine.items():
+        assert f"| `{name}` | {row.perplexity:.1f} | {100 * (row.accuracy or 0):.1f} |" in TEXT
+        (told,) = [flag for flag in row.flags if flag.startswith("policy never exercised in ")] or [""]
+        tasks = told.removeprefix("policy never exercised in ").partition(":")[0].split(", ") if told else []
+        assert len(tasks) == {"longformer": 7, "lolcats": 5, "t2r": 0}[name]
+        assert bool(invalidating(row.flags, [Figure.ACCURACY])) == bool(told)
+
+
 def test_each_layer_learns_its_linear_attention(committed: list[Record]) -> None:
     learned = {
         r.cell.pipeline: r.compress.claim.details for r in committed if r.compress and "converted_layers" in r.compress.claim.details
