@@ -71,9 +71,9 @@ def test_estimates_of_these_stages_are_close(kind: tuple[str, str], least: int, 
 
 
 def hold(monkeypatch: pytest.MonkeyPatch, host_gb: float, cards: int = 0, card_gb: float = 0) -> None:
-    """Make planning believe in a machine of so much memory and such cards."""
+    """Make planning believe in a machine of so much memory and such cards, and of a last-level cache of 32 MiB, which probes copy past."""
     gpu = Gpu(name="card", memory_bytes=int(card_gb * GB), driver="1", compute_capability="9.0")
-    own = replace(machine.hardware(), gpus=[gpu] * cards, memory_bytes=int(host_gb * GB))
+    own = replace(machine.hardware(), gpus=[gpu] * cards, memory_bytes=int(host_gb * GB), caches={"L3": 32 << 20})
     for module in (cells, memory, obstacles):
         monkeypatch.setattr(module, "hardware", lambda: own)
     monkeypatch.setattr(memory, "available_memory", lambda: int(host_gb * GB))
