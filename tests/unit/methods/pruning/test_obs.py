@@ -275,13 +275,6 @@ def test_a_model_is_pruned_as_the_papers_say(
     assert np.count_nonzero(found == 0) == group * round(method.sparsity * len(found) / group) == round(claim.sparsity * len(found))
     alike = (found == 0) == (want == 0)
     assert alike.mean() > 0.9998 and np.abs(want - before)[(want != 0)].max() > 0.01
-    print(
-        "ALIKE",
-        alike.mean(),
-        np.abs(found[alike] - want[alike]).max(),
-        np.abs(want - before)[(want != 0)].max(),
-        np.abs(want - before)[(want != 0)].mean(),
-    )
     np.testing.assert_allclose(found[alike], want[alike], rtol=1e-3, atol=1e-5 if alike.all() else 1e-3)
 
 
