@@ -69,9 +69,9 @@ class Drawn:
     """
 
     temperature: float
-    ranks: _Counts = field(default_factory=_Counts)
-    tokens: list[int] = field(default_factory=list)
-    likeliest: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    ranks: _Counts = field(default_factory=_Counts, init=False)
+    tokens: list[int] = field(default_factory=list, init=False)
+    likeliest: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)
 
     def add(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """Take in tokens [n] and the model's logits [n, V] before each of them."""

@@ -252,11 +252,11 @@ def _cache_flags(found: WorkResult, claim: Work, token: float) -> Iterator[str]:
         whole = claim.whole_layers or 0.0
         return whole * length + (1 - whole) * (tokens + (written if claim.keeps_written else 0))
 
-    read = 0.0
-    if found.cache_tokens:
+    several = set(found.pass_rows) - {"1"}
+    if found.cache_tokens is None or (claim.whole_layers and several):
+        read = 0.0  # unseen, or calls that are of several tokens in one layer and of one in another
+    else:
         read = found.cache_tokens.mean if claim.whole_layers else found.cache_tokens.p95
-    if claim.whole_layers and set(found.pass_rows) - {"1"}:
-        read = 0.0  # a call of several tokens in one layer is several calls in another
     if claim.read_tokens is not None and read > _SLACK * (most := of_layers(claim.read_tokens, length - (written - 1) / 2)):
         yield f"claims to read {most:,.0f} tokens, read {read:,.0f}"
     if claim.cache_tokens is None:

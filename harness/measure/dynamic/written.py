@@ -116,7 +116,7 @@ def _alone(model: Scores, text: torch.Tensor, start: int) -> torch.Tensor:
         return model.logits(text[:, :-1], start - 1)[0]
 
 
-def before(model: Scores, prompt: torch.Tensor, written: torch.Tensor, passes: Passes) -> torch.Tensor:
+def _before(model: Scores, prompt: torch.Tensor, written: torch.Tensor, passes: Passes) -> torch.Tensor:
     """Logits [n, V] before each token that was written, of the passes by which it came where these are known; arguments as of `held`."""
     if passes:
         with suppress(Unsupported):
@@ -186,7 +186,7 @@ class Written:
             self.guessed.append(Guessed.of(rows, gave))
         if self.drawn:
             if isinstance(self.model, Scores):
-                self.drawn.add(before(self.model, prompt, written, passes), written[0].cpu())
+                self.drawn.add(_before(self.model, prompt, written, passes), written[0].cpu())
         elif DRAFT in self.model.slots:
             self.held.append(held(self.model, prompt, written, passes))
 
