@@ -259,7 +259,7 @@ def test_a_compression_that_was_cut_off_says_whether_it_went_on(overrides: list[
     long.add({"what": "step 0", "attempt": 1, "spent": {"seconds": 3600.0}})  # a second attempt, that got no further in an hour
     result = attempt(Silent())
     assert result.files == undisturbed.files
-    assert [found for found in result.flags if "load" not in found] == [flag]
+    assert [found for found in result.flags if not found.startswith("other load") and "stolen by the hypervisor" not in found] == [flag]
     assert (result.seconds > 3600) == (result.step_seconds[config.pipeline[0].name] > 3600) == ("of all attempts" in flag)
     partial.discard(name)
 

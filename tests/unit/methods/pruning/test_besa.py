@@ -161,7 +161,7 @@ def test_each_block_has_the_zeros_that_were_asked_for_where_they_cost_least(
 ) -> None:
     reports: list[float] = []
     told = tiny.dense_model(dense.path, "float32", progress=lambda done, total: reports.append(done / total))
-    method = BESA(sparsity=sparsity, scope=scope, steps=40, learning_rate=0.1)
+    method = BESA(sparsity=sparsity, scope=scope, steps=40, learning_rate=0.03)
     claim = method.compress(told, CALIBRATION, tmp_path)
     got, whole = tiny.dense_model(tmp_path, "float32").load(), tiny.block_layers(dense.load())
     layers = tiny.block_layers(got)
@@ -185,7 +185,7 @@ def test_each_block_has_the_zeros_that_were_asked_for_where_they_cost_least(
     rows = sum(len(layer.weight) for layer in layers.values())
     assert claim.trained_parameters == (rows if scope == "row" else 14) * 101
     assert reports == sorted(reports) and reports[-1] == 1
-    assert all(last < first for first, last in claim.details["losses"])
+    assert all(last < 0.9 * first for first, last in claim.details["losses"])
 
     block = next(iter(walk(dense.load(), CALIBRATION.ids)))
     wanted, errors = block.run(0).detach(), []
