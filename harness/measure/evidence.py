@@ -126,6 +126,16 @@ def products(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     return [(layer, layer.in_features * layer.out_features) for layer in layers]
 
 
+def experts(module: torch.nn.Module) -> list[tuple[torch.nn.Module, int, int]]:
+    """The layers that hold the matrices of several experts, each with their number and the weights of one.
+
+    Other layers hold stacks of matrices too, such as those of a policy, and are sent no tokens.
+    """
+    held = [(layer, _stacks(layer)) for layer, role in _roles(module) if role in _PRODUCTS]
+    sent = [(layer, stacks) for layer, stacks in held if stacks and getattr(layer, "num_experts", None) == len(stacks[0])]
+    return [(layer, len(stacks[0]), sum(stack[0].numel() for stack in stacks)) for layer, stacks in sent]
+
+
 def bytes_of(layer: torch.nn.Module) -> int:
     """Bytes of the tensors of a layer as a call has them: those that it shares with others, and those that lie elsewhere between calls."""
     with brought_in(layer):

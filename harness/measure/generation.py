@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ import torch
 
 from slimbench.harness.config.schema import SuiteConfig
 from slimbench.harness.measure import protocols
+from slimbench.harness.measure.dynamic.hooks import Count, watched
 from slimbench.harness.measure.loaded import Generates, Scores
 from slimbench.harness.schema.generation import AskedPrompts, GenerationResult
+from slimbench.harness.schema.work import DRAFT
 from slimbench.harness.store.partial import Part
 from slimbench.methods.base import Unsupported
 from slimbench.tasks.prompts import Prompts
@@ -59,12 +62,13 @@ def measure(
     if (most := max(map(len, ids)) + length) > model.max_length:
         raise Unsupported(f"the longest prompt and its continuation are {most} tokens, the model takes {model.max_length}")
     written: dict[int, list[int]] = {}
-    through = 0
+    through, passes = 0, list[int]()
     on_progress(0, len(ids))
     for places in _batches(ids, batch):
         rows = torch.tensor([ids[place] for place in places] + [ids[places[-1]]] * (batch - len(places)))
-        found = part.once(rows.numpy().tobytes(), len(places), partial(model.generate, rows, length))
-        written |= dict(zip(places, found, strict=False))
+        found = part.once(rows.numpy().tobytes(), len(places), partial(_written, model, rows, length), lambda kept: isinstance(kept, dict))
+        written |= dict(zip(places, found["tokens"], strict=False))
+        passes += found["passes"]
         through += batch * (rows.shape[1] + length - 1)
         on_progress(len(written), len(ids))
     tokens = [written[place] for place in range(len(ids))]
@@ -79,10 +83,29 @@ def measure(
         length=length,
         batch=batch,
         tokens=tokens,
+        passes=sum(passes) if passes else None,
         texts=[tokenizer.decode(found, clean_up_tokenization_spaces=False) for found in tokens],
         ties=near,
     )
     return result, through
+
+
+def unguessed(result: GenerationResult) -> str | None:
+    """A flag where a draft acts and each token had a pass of its own: then nothing is shown of guesses."""
+    behind = (result.length - 1) * len(result.tokens)
+    alone = behind and result.passes is not None and result.passes >= behind
+    return f"no guess shows in continuations: {behind:,} tokens came by {result.passes:,} passes" if alone else None
+
+
+def _written(model: Generates, rows: torch.Tensor, length: int) -> dict[str, list[Any]]:
+    """The continuations of a batch, and where the model guesses and shows its module, how many passes behind the prompt's gave them."""
+    module, count = getattr(model, "module", None), Count()
+    with ExitStack() as hooks:
+        if DRAFT in model.slots and module is not None:
+            with suppress(Unsupported):  # blocks of another kind, by which no pass is told
+                hooks.enter_context(watched(module, count, known=()))
+        tokens = model.generate(rows, length)
+    return {"tokens": tokens, "passes": [len(count.passes) - 1] if count.passes else []}
 
 
 def _batches(ids: list[list[int]], most: int) -> list[list[int]]:

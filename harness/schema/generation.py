@@ -44,6 +44,9 @@ class GenerationResult(Schema):
         length: Tokens of each continuation.
         batch: Sequences that were continued at a time.
         tokens: Token ids of each continuation, in the order of the prompts.
+        passes: Of the model behind the prompts', for all continuations together, where a draft guesses: fewer than there are tokens behind
+            the first of each where guesses were taken. None without a draft, where an engine shows no module, and in records from before it
+            was kept.
         texts: The same as text.
         ties: Of each continuation the places at which the two likeliest tokens are hardly told apart
             (`measure.generation.undecided`); none at all where that was not looked at, as with any artefact but a reference.
@@ -54,6 +57,7 @@ class GenerationResult(Schema):
     length: int
     batch: int
     tokens: list[Ids]
+    passes: int | None = None
     texts: list[str]
     ties: list[Ids] = []
 

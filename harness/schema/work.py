@@ -47,8 +47,8 @@ class WorkResult(Schema):
         passes: Of the model to its end, for all of these tokens; fewer where a draft was accepted.
         pass_rows: How many passes had so many tokens, guesses included.
         pass_tokens: How many passes gave so many tokens: the guesses that were taken, and one.
-        calls: Matrices of the model that took part in calls of so many rows, in models: 1 is all of them once, without those of a draft
-            model. By the times of passes of so many rows it tells what the tokens should take.
+        calls: Matrices of the model that took part in calls of so many rows, in models: 1 is all of them once, without experts and without
+            those of a draft model. By the times of passes of so many rows it tells what the tokens should take.
         part_calls: The same of each part, in parts, where the time of one is not its share of a pass of the model: `draft` is a draft
             model, `model` what belongs to no part. Empty where all calls are of the model.
         part_bytes: Bytes of the matrices of each part; a head that is the embedding too counts its table.
@@ -59,7 +59,7 @@ class WorkResult(Schema):
         text_accepted: Of each text those of them that were taken.
         total_parameters: Of all matrices, the head's among them.
         blocks: Decoder blocks that ran, those of a draft model among them.
-        experts: Experts of a layer that ran.
+        experts: Experts of a layer that a token was sent to, over tokens and layers; None where no layer has some.
         active_parameters: Parameters of matrices that took part, each as often as it did.
         cache_tokens: Tokens whose keys and values an attention was given.
         cache_read_bytes: Of the keys and values that the attentions of a token were given, mean; None where attentions are not torch's own,
@@ -71,8 +71,8 @@ class WorkResult(Schema):
         temperature: At which tokens were drawn; None where the likeliest ones were written.
         drawn_p: Probability that tokens which the model draws lie as far from what is expected (see `harness.measure.dynamic.drawn`); None
             where none were drawn, or all are all but certain.
-        parted_by_rounding: Texts whose first other token lies at most two units in the last place below the likeliest: no change by
-            guesses.
+        parted_by_rounding: Texts of other tokens, of which each is one that the model would choose behind the text before it, up to
+            rounding (`measure.dynamic.written.unlikely`): no change by guesses.
         scored: What ran while the first corpus was scored; None where how much runs does not depend on the text, and of timed texts.
         stepwise_gap: Perplexity of some windows token by token over that of the record, less 1; None where all were scored so, windows have
             more than 1,024 labels, or drafts leave logits alone.

@@ -235,6 +235,7 @@ def _continue(sheet: _Sheet, loaded: Loaded, tokenizer: Any, suite: SuiteConfig,
                 model, tokenizer, prompts.load(), suite, sheet.report.progress, kept, ties=is_reference
             )
         sheet.result.forward_tokens += tokens
+        sheet.result.flags += filter(None, [generation.unguessed(sheet.result.generation)])
     except Unsupported as error:
         if not suite.texts and not suite.tasks:
             raise

@@ -138,6 +138,18 @@ def test_at_its_neutral_setting_it_is_the_base_though_its_own_code_runs(base: An
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_neutral_artefact_is_not_loaded_as_the_base_alone(base: Any, name: str, tmp_path: Path) -> None:
+    """A loader that left a neutral policy out would give the base too, and time that."""
+    (tmp_path / "out").mkdir()
+    written.save(policies()[name].neutral(), tiny.saved(base, tmp_path / "dense"), tmp_path / "out")
+    model, ids = TransformersModel(written.load(tmp_path / "out"), "cpu"), texts()
+    calls = watched(model)
+    found, wanted = logits(model, ids), TransformersModel(base, "cpu").logits(ids)[:, PROMPT:]
+    assert len(calls) >= 3, "its own code ran in every layer"
+    assert far(found, wanted) <= 1e-4
+
+
 REACHING = {name: found for name in NAMES if (found := as_long_as(policies()[name], REACH)) is not None}
 """Policies of a length, which is here more than that of the text: what they do is done, and leaves nothing out."""
 

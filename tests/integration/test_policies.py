@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,31 @@ def test_what_stays_of_a_prompt_is_what_kvpress_keeps(base: Any, smollm2: Path, 
                 heads += 1
                 same += found - {len(ids) - 1} <= wanted
     assert heads == 3 * BLOCKS * 3 and same == heads
+
+
+def test_a_draft_that_is_always_wrong_makes_the_model_slower(base: Any, texts: Tensor) -> None:
+    """Ten guesses a pass that are never taken, in turns with the model alone; what it writes stays the model's own."""
+    module = copy.deepcopy(base)
+    Lookup(10, 2).install(module)
+    drafter = module.drafter
+    drafter.guess_and_check = lambda text, cache, most: (wrong := [0] * min(10, most), drafter.chosen(text, wrong, cache))
+    plain, wrong = TransformersModel(base, "cpu"), TransformersModel(module, "cpu")
+    wrong.slots = ["draft"]
+    taken: dict[str, list[float]] = {"plain": [], "wrong": []}
+    for turn in range(4):
+        written = []
+        for name, model in (("plain", plain), ("wrong", wrong))[:: -1 if turn % 2 else 1]:
+            step, began = model.prefill(texts[:1, :64], 33), time.perf_counter()
+            tokens = [step.token]
+            for _ in range(32):
+                step = model.decode_step(step)
+                tokens.append(step.token)
+            taken[name].append(time.perf_counter() - began)
+            written.append(torch.cat(tokens, 1))
+        assert torch.equal(*written)
+    found = measure(wrong, texts[:1, :64], None, lambda *_: None)
+    assert found.passes == found.tokens and sum(found.text_accepted) == 0 and sum(found.text_drafted) > found.tokens
+    assert min(taken["wrong"]) > 1.1 * min(taken["plain"])
 
 
 @pytest.mark.parametrize("policy", [None, Lookup(10, 2), Exit(3, 20)], ids=["alone", "lookup", "exit"])

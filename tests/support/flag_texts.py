@@ -18,6 +18,7 @@ WRITERS = {
     "harness/measure/dynamic/texts.py": ("untimed", "unexercised"),
     "harness/measure/dynamic/unseen.py": ("uncalled", "untold"),
     "harness/measure/dynamic/work.py": ("without_pass",),
+    "harness/measure/generation.py": ("unguessed",),
     "harness/measure/machine.py": ("LoadWatch.read",),
     "harness/schema/evidence.py": ("simulation",),
     "harness/store/partial.py": ("Journal.remarks",),

@@ -82,11 +82,12 @@ def measure(
         slots=list(model.slots),
         calls=_calls(steps, [matrix for matrix in matrices if matrix.part != DRAFT]),
         part_calls={part: calls for part, own in apart.items() if (calls := _calls(steps, own))},
-        part_bytes=_by_part((matrix.part, matrix.bytes) for matrix in matrices),
+        part_bytes=_by_part((matrix.part, matrix.bytes * matrix.copies) for matrix in matrices),
         read_bytes=_by_part(item for count in steps for item in count.read.items()),
         draft_passes=sum(len(count.drafts) for count in steps) or None,
-        total_parameters=sum(matrix.parameters for matrix in matrices),
+        total_parameters=sum(matrix.parameters * matrix.copies for matrix in matrices),
         blocks=spread([share.blocks for share in shares]),
+        experts=spread(sent) if (sent := [number for count in steps for number in count.experts]) else None,
         active_parameters=spread([share.products for share in shares]),
         cache_tokens=spread(reads) if (reads := [read for count in steps for read in count.reads]) else None,
         cache_read_bytes=_cache_read(model, steps),
@@ -102,7 +103,8 @@ def measure(
 
 def _calls(steps: Sequence[Count], matrices: Sequence[Matrix]) -> dict[str, float]:
     """In how many calls of so many rows some matrices took part; 1 is all of them once."""
-    whole, parts = sum(matrix.parameters for matrix in matrices), {matrix.part for matrix in matrices}
+    plain = [matrix for matrix in matrices if matrix.experts is None]
+    whole, parts = sum(matrix.parameters for matrix in plain), {matrix.part for matrix in plain}
     found: Counter[int] = Counter()
     for count in steps:
         for part in parts & count.calls.keys():
@@ -238,6 +240,8 @@ def differences(found: WorkResult, claim: Work | None, token: float) -> list[str
         flags.append(f"claims {claim.blocks:.4g} blocks a token, ran {ran:.4g}")
     if claim.fewest_blocks is not None and found.blocks and found.blocks.p5 * _SLACK < claim.fewest_blocks:
         flags.append(f"claims at least {claim.fewest_blocks} blocks a token, ran {found.blocks.p5:.4g}")
+    if claim.experts is not None and found.experts and found.experts.mean > _SLACK * claim.experts:
+        flags.append(f"claims {claim.experts:.4g} experts a token, ran {found.experts.mean:.4g}")
     if claim.active_parameters is not None and found.active_parameters and found.active_parameters.mean > _SLACK * claim.active_parameters:
         flags.append(f"claims {claim.active_parameters:,.0f} active parameters, multiplied {found.active_parameters.mean:,.0f}")
     return [*flags, *_cache_flags(found, claim, token)]

@@ -12,10 +12,11 @@ from transformers import AutoTokenizer
 
 from slimbench.harness.config.compose import resolve
 from slimbench.harness.engines.transformers import TransformersModel, load_pretrained
-from slimbench.harness.measure.generation import measure, undecided
+from slimbench.harness.measure.generation import measure, undecided, unguessed
 from slimbench.harness.run.cell import make_cell
 from slimbench.harness.schema.generation import GenerationResult
 from slimbench.methods.base import Unsupported
+from slimbench.methods.formats.draft.policy import Lookup
 from slimbench.tasks import prompts
 from slimbench.tasks.prompts import Prompts
 from tests.support.tiny import save_talking
@@ -116,6 +117,27 @@ def test_a_policy_that_runs_one_sequence_at_a_time_gets_one_at_a_time(module: An
     result, _ = written(single, talking)
     assert result.batch == 1 and {shape[0] for shape in single.shapes} == {1} and len(single.shapes) == len(TEXTS)
     assert result.tokens == written(Watched(module), talking)[0].tokens
+
+
+def test_under_a_draft_passes_are_counted_and_one_that_never_shows_is_told(module: Any, talking: Path) -> None:
+    def guessing() -> Watched:
+        own = load_pretrained(talking, "cpu")
+        Lookup(4, 2).install(own)
+        model = Watched(own, most=1)
+        model.slots = ["draft"]
+        return model
+
+    plain, _ = written(Watched(module), talking, length=24)
+    result, _ = written(guessing(), talking, length=24)
+    behind = 23 * len(TEXTS)
+    assert plain.passes is None and unguessed(plain) is None
+    assert result.tokens == plain.tokens and result.passes and result.passes < behind and unguessed(result) is None
+    silent = guessing()
+    drafter: Any = silent.module.drafter
+    drafter.guess_and_check = lambda text, cache, most: ([], drafter.chosen(text, [], cache))
+    alone, _ = written(silent, talking, length=24)
+    assert alone.tokens == plain.tokens and alone.passes == behind
+    assert unguessed(alone) == f"no guess shows in continuations: {behind:,} tokens came by {behind:,} passes"
 
 
 def test_the_token_that_ends_a_text_is_one_like_others(module: Any, talking: Path) -> None:

@@ -21,8 +21,10 @@ from slimbench.harness.stages import compress, quality
 from slimbench.harness.store.partial import Journal, Part
 from slimbench.methods.base import Calibration, Citation, Claim, DenseModel, Method
 from slimbench.methods.formats import policy as policies
+from slimbench.methods.formats.depth import exits
 from slimbench.methods.formats.depth.exit import EarlyExit
 from slimbench.methods.formats.depth.router import Router
+from slimbench.methods.formats.depth.rows import run_block
 from slimbench.methods.formats.draft.policy import Lookup
 from slimbench.methods.formats.policy import Policy
 from tests.support.policies import sharp
@@ -127,6 +129,24 @@ def test_a_policy_that_says_less_than_what_ran_is_told(base: Any) -> None:
     found, flags = while_scored(model, windows(1))
     assert found and found.blocks == BLOCKS and found.by_blocks == {} and found.blocks_p5 is None
     assert flags == ["claims 1 blocks a token, ran 4 where texts were scored"]
+
+
+def test_an_exit_that_is_chosen_after_all_blocks_have_run_is_told(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense compute behind a mask: the same logits and the same word of the policy at a threshold that some reach, and no block saved."""
+
+    def everything(block: Any, hidden: Tensor, active: Tensor, *more: Any) -> Tensor:
+        made = run_block(block, hidden, torch.arange(hidden.shape[1]), *more)
+        return hidden.index_copy(1, active, made[:, active])
+
+    policy, ids = POLICIES[0], windows(1)
+    honest = under(base, policy)
+    wanted, (found, none) = honest.logits(ids), while_scored(honest, ids)
+    monkeypatch.setattr(exits, "run_block", everything)
+    lie = under(base, policy)
+    torch.testing.assert_close(lie.logits(ids), wanted, rtol=1e-4, atol=1e-4)
+    masked, flags = while_scored(lie, ids)
+    assert found and masked and none == [] and found.blocks < masked.blocks == BLOCKS
+    assert flags == [f"claims {found.blocks:.4g} blocks a token, ran {BLOCKS} where texts were scored"]
 
 
 def test_where_every_token_runs_the_same_nothing_is_watched(base: Any) -> None:

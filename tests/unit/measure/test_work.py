@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import written
-from slimbench.harness.measure.dynamic.hooks import Count, counted
+from slimbench.harness.measure.dynamic.hooks import Count, counted, matrices_of
 from slimbench.harness.measure.dynamic.work import differences, measure, shared, spread, tokens_of_passes
 from slimbench.harness.measure.dynamic.written import Guessed, Held, changes, held, repeated, unlikely
+from slimbench.harness.measure.evidence import experts
 from slimbench.harness.schema.work import Spread, WorkResult
 from slimbench.methods.formats.attention.eviction import Eviction
 from slimbench.methods.formats.attention.operators.interface import KeptCache
@@ -33,6 +34,8 @@ from slimbench.methods.formats.draft.speculation import LookupDrafter, ModelDraf
 from slimbench.methods.formats.policy import Policy
 from slimbench.methods.work import Work
 from tests.support import tiny
+from tests.support.architectures import make
+from tests.support.policies import fitted
 
 BLOCKS, WIDTH = 4, 16
 
@@ -251,6 +254,30 @@ def test_a_token_that_reads_more_than_is_claimed_is_told_though_all_is_kept() ->
     assert differences(found, Work(read_tokens=10), 100.0) == ["claims to read 10 tokens, read 22"]
     found.pass_rows = {"3": 4}
     assert differences(found, Work(read_tokens=10, whole_layers=0.25), 100.0) == [], "calls of passes of several tokens are not weighed"
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "qwen2-moe"])
+def test_experts_that_a_token_was_sent_to_are_counted(architecture: str) -> None:
+    """Two of four in each block, and what is not sent anywhere runs for all; a claim of fewer is told."""
+    module = make(architecture)
+    ids = torch.randint(0, module.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    found = measure(TransformersModel(module, "cpu"), ids, Work(experts=2), lambda *_: None)
+    assert found.experts == Spread(mean=2, p5=2, p50=2, p95=2) and found.flags == []
+    one = sum(part[0].numel() for name, part in module.named_parameters() if name.rpartition(".")[0].endswith(".experts"))
+    plain = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, torch.nn.Linear))
+    assert found.total_parameters == plain + 4 * one and found.active_parameters
+    assert found.active_parameters.mean == plain + 2 * one
+    assert found.calls == pytest.approx({"1": found.tokens})
+    assert differences(found, Work(experts=1), 0.0) == ["claims 1 experts a token, ran 2"]
+
+
+def test_stacks_of_matrices_that_a_policy_brings_are_no_experts(base: Any) -> None:
+    """Codes, maps and projections: no token is sent to some of them."""
+    plain = sum(matrix.parameters for matrix in matrices_of(base))
+    for name, policy in fitted(BLOCKS, 64, 4, 2).items():
+        model = under(base, policy)
+        assert experts(model.module) == [] and sum(matrix.parameters for matrix in matrices_of(model.module)) >= plain, name
+        assert measure(model, text(30), None, lambda *_: None).experts is None
 
 
 def test_spreads_are_quantiles() -> None:

@@ -22,6 +22,7 @@ from slimbench.methods.core.learning.states import attention_states
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.attention.linear import Linear
 from tests.support import tiny
+from tests.support.policies import watched
 
 METHOD = LearnedLinear(steps=40, batch_size=4, length=32, window=4, learning_rate=0.02)
 
@@ -130,5 +131,9 @@ def test_the_artefact_attends_with_what_was_learned(dense: DenseModel, tmp_path:
         (tmp_path / folder).mkdir()
         replace(METHOD, steps=steps).compress(dense, Calibration(ids, "tiny"), tmp_path / folder)
     plain = TransformersModel(dense.load(), "cpu").logits(ids)
-    one, many = (TransformersModel(policies.load(tmp_path / folder), "cpu").logits(ids) for folder in ("one", "many"))
+    loaded = [TransformersModel(policies.load(tmp_path / folder), "cpu") for folder in ("one", "many")]
+    calls = [watched(model) for model in loaded]
+    one, many = (model.logits(ids) for model in loaded)
+    layers = loaded[0].module.config.num_hidden_layers
+    assert [own.count("operator") for own in calls] == [layers, layers], "no layer was left as it was"
     assert float((many - plain).square().mean()) < float((one - plain).square().mean())

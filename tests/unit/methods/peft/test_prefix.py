@@ -166,6 +166,17 @@ def test_neutral_is_the_base(dense: DenseModel) -> None:
     torch.testing.assert_close(TransformersModel(model, "cpu").logits(IDS), want)
 
 
+def test_no_token_knows_later_ones(dense: DenseModel) -> None:
+    model: Any = dense.load()
+    Prefix(5, drawn(model, 5, 16)).install(model)
+    engine, at = TransformersModel(model, "cpu"), IDS.shape[1] // 2
+    other = IDS.clone()
+    other[:, at:] = (other[:, at:] + 7) % engine.vocab_size
+    first, second = engine.logits(IDS), engine.logits(other)
+    torch.testing.assert_close(first[:, :at], second[:, :at])
+    assert float((first[:, at:] - second[:, at:]).abs().max()) > 1e-3
+
+
 def test_a_row_is_the_papers_mlp_of_an_embedding(dense: DenseModel) -> None:
     """P = W₂ tanh(W₁ E + b₁) + b₂, its row of a token cut into keys and values layer by layer and head by head."""
     method, heads, width = PrefixTuning(tokens=3, hidden=7), [2, 1], 4
