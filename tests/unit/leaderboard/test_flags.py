@@ -332,7 +332,7 @@ def test_answers_of_older_records_that_are_those_of_dense_exercise_no_policy() -
 
 def test_the_committed_rows_whose_tasks_exercise_no_policy(committed_rows: list[Row]) -> None:
     found = {row.pipeline: flag for row in committed_rows for flag in row.flags if flag.startswith("policy never exercised")}
-    by_scores, by_lengths = ("kv-kivi-4bit", "kv-kivi-2bit"), ("longformer", "bigbird", "lolcats", "sparse-fixed")
+    by_scores, by_lengths = ("kv-kivi-4bit", "kv-kivi-2bit"), ("longformer", "bigbird", "lolcats", "sparse-strided", "sparse-fixed")
     assert found.keys() == {*by_scores, *by_lengths}
     assert all("all 160 items" in found[name] for name in by_scores)
     assert all("no prompt is longer than what stays exact" in found[name] for name in by_lengths)
