@@ -142,6 +142,13 @@ def test_docs_have_what_policies_answer_of_the_tasks_of_the_front(committed_rows
         assert bool(invalidating(row.flags, [Figure.ACCURACY])) == bool(told)
 
 
+def test_docs_have_how_far_contrasted_texts_depart_from_dense(committed_rows: list[Row]) -> None:
+    (row,) = (row for row in committed_rows if (row.suite, row.pipeline) == ("continuations", "dola"))
+    first = f"after {row.first_divergent:.2f} of them ({row.first_divergent_low:.2f} to {row.first_divergent_high:.2f}) in the mean"
+    assert row.same_continuations == 0 and (row.continuations, row.continuation_tokens) == (100, 32)
+    assert f"{first}, and none of 100 texts of 32 tokens is dense's" in " ".join(TEXT.split())
+
+
 def test_each_layer_learns_its_linear_attention(committed: list[Record]) -> None:
     learned = {
         r.cell.pipeline: r.compress.claim.details for r in committed if r.compress and "converted_layers" in r.compress.claim.details
