@@ -66,7 +66,7 @@ def test_docs_have_the_perplexities_of_patterns_and_of_linear_attention(committe
     assert f"dense: perplexity {found['dense']:.1f})" in TEXT
     for name in ("streaming-llm", "longformer", "bigbird", "sparse-fixed", "sparse-strided"):
         assert f"`{name}` {found[name]:.1f}" in TEXT
-    assert f"`blockbert`, whose blocks see nothing of each other, {found['blockbert']:,.0f}." in " ".join(TEXT.split())
+    assert f"`blockbert`, of which each head sees a single block, {found['blockbert']:,.0f}." in " ".join(TEXT.split())
     assert f"`performer` {found['performer']:.0f} on;" in TEXT
     assert all(found[name] >= found["performer"] for name in ("linear-elu", "linear-efficient"))
     assert f"`t2r` comes to {found['t2r']:.0f}, `hedgehog` to {found['hedgehog']:.0f}" in TEXT
