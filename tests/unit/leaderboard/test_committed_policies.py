@@ -122,7 +122,7 @@ def test_steps_of_linear_attention_take_as_long_behind_8k_tokens_as_behind_1k(co
     assert {point.kv_cache_bytes for point in speed.points} == {held}
     dense = [length + 16 for length in (1024, 8128)]
     told = " ".join(TEXT.split())
-    assert f"a step behind 8,128 tokens takes {ours} ms, both on {held:,} bytes" in told
+    assert f"one behind 8,128 tokens takes {ours} ms, both on {held:,} bytes" in told
     first, last = (f"{length * TOKEN_BYTES / 1e6:.1f}" for length in dense)
     assert f"takes {theirs.replace(' ms and one behind 1,024', ' and')} ms, on {last} and {first} MB" in told
 
@@ -144,7 +144,7 @@ def test_docs_have_what_policies_answer_of_the_tasks_of_the_front(committed_rows
 
 def test_docs_have_how_far_contrasted_texts_depart_from_dense(committed_rows: list[Row]) -> None:
     (row,) = (row for row in committed_rows if (row.suite, row.pipeline) == ("continuations", "dola"))
-    first = f"after {row.first_divergent:.2f} of them ({row.first_divergent_low:.2f} to {row.first_divergent_high:.2f}) in the mean"
+    first = f"after {row.first_divergent:.2f} tokens ({row.first_divergent_low:.2f} to {row.first_divergent_high:.2f}) in the mean"
     assert row.same_continuations == 0 and (row.continuations, row.continuation_tokens) == (100, 32)
     assert f"{first}, and none of 100 texts of 32 tokens is dense's" in " ".join(TEXT.split())
 
