@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
 
+from slimbench.harness.config.registry import entries
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.quality import PerplexityResult, QualityResult
 from slimbench.harness.schema.record import Record
@@ -18,6 +20,7 @@ from slimbench.harness.stats.workload import workload_mean
 from slimbench.leaderboard.compare import retrieval
 from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.row import Row
+from slimbench.methods.formats.policy import Acts
 from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "policies.md").read_text()
@@ -147,6 +150,14 @@ def test_docs_have_how_far_contrasted_texts_depart_from_dense(committed_rows: li
     first = f"after {row.first_divergent:.2f} tokens ({row.first_divergent_low:.2f} to {row.first_divergent_high:.2f}) in the mean"
     assert row.same_continuations == 0 and (row.continuations, row.continuation_tokens) == (100, 32)
     assert f"{first}, and none of 100 texts of 32 tokens is dense's" in " ".join(TEXT.split())
+
+
+def test_docs_say_which_policies_have_no_row(committed_rows: list[Row]) -> None:
+    _, _, rest = TEXT.partition("no row here yet, only tests: ")
+    named = set(re.findall(r"`([\w-]+)`", rest.partition("\n\n")[0]))
+    measured = {re.split(r"[(+]", part)[0] for row in committed_rows for part in row.pipeline.split("+")}
+    acting = {entry.name for entry in entries() if isinstance(entry.method, Acts)}
+    assert named == (acting - measured) | {"layerskip"} and not named & measured, "what layerskip trains is a checkpoint"
 
 
 def test_each_layer_learns_its_linear_attention(committed: list[Record]) -> None:
