@@ -33,12 +33,13 @@ def sweep(overrides: list[str], results: Path, journal: Path, *more: str, method
     )
 
 
-def holder(results: Path, stage: str) -> int:
-    """The process that runs a stage, as soon as there is one."""
+def holder(results: Path, journal: Path, stage: str) -> int:
+    """The process that runs a stage, as soon as one holds it and has told of its start."""
     ends = time.monotonic() + 240
     while time.monotonic() < ends:
+        told = journal.read_text().split() if journal.exists() else []
         for name, owner in Store(results).holders().items():
-            if name.startswith(stage):
+            if name.startswith(stage) and name in told:
                 return owner.pid
         time.sleep(0.05)
     raise AssertionError(f"nobody runs {stage}")
@@ -48,7 +49,7 @@ def holder(results: Path, stage: str) -> int:
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(overrides: list[str], tmp_path: Path, cache: Path, methods: str) -> None:
     results, journal = tmp_path / "results", tmp_path / "journal"
     command = sweep(overrides, results, journal, "launcher.cards=0", methods=methods)
-    killed = holder(results, "quality")
+    killed = holder(results, journal, "quality")
     os.kill(killed, signal.SIGKILL)
     said = command.communicate(timeout=400)
     assert command.returncode == 0, said
@@ -72,9 +73,9 @@ def test_a_card_that_no_node_has_is_one_line_before_anything_runs(overrides: lis
 
 @pytest.mark.full  # Ctrl+C of a sweep is held by tests/cells/test_stops.py, too
 def test_ctrl_c_ends_what_runs_and_says_how_it_goes_on(overrides: list[str], tmp_path: Path, cache: Path) -> None:
-    results = tmp_path / "results"
-    command = sweep(overrides, results, tmp_path / "journal", "launcher.cards=0")
-    holder(results, "compress")
+    results, journal = tmp_path / "results", tmp_path / "journal"
+    command = sweep(overrides, results, journal, "launcher.cards=0")
+    holder(results, journal, "compress")
     command.send_signal(signal.SIGINT)
     _, said = command.communicate(timeout=120)
     assert command.returncode == 130 and "the same command goes on" in said, said
