@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 HUGGINGFACE = "huggingface"
 EDITED = "edited"
+POLICY = "policy"
 DENSE = (HUGGINGFACE, EDITED)
 """Formats whose weights are as a model was trained with them: `DenseModel.load` gives an ordinary module."""
 ANY_BASE = (*DENSE, "packed", "codebook", "runtime", "adapters", "bitmap", "bitsandbytes")
@@ -231,8 +232,8 @@ class Calibration:
 
 
 def _format(earlier: str, later: str) -> str:
-    """An ordinary checkpoint that is written after a step that edited the architecture holds its edits."""
-    return EDITED if (earlier, later) == (EDITED, HUGGINGFACE) else later
+    """An ordinary checkpoint holds the edits of the steps before it, and leaves policies that it lies below."""
+    return earlier if later == HUGGINGFACE and earlier in (EDITED, POLICY) else later
 
 
 def _latest(earlier: Any, later: Any) -> Any:

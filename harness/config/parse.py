@@ -18,8 +18,8 @@ from slimbench.harness.config.schema import ModelConfig, RunConfig, StepConfig
 from slimbench.harness.config.sections.teaching import recipe, require_asked
 from slimbench.harness.config.sources import choice, shipped, shipped_method
 from slimbench.harness.config.targets import complete, locate
-from slimbench.methods.base import HUGGINGFACE, Method
-from slimbench.methods.formats.policy import LAST, Acts, ActsByModel, conflict
+from slimbench.methods.base import HUGGINGFACE, POLICY, Method
+from slimbench.methods.formats.policy import LAST, Acts, ActsByModel, conflict, untrainable
 from slimbench.util.text import nearest
 
 
@@ -214,7 +214,7 @@ def _check_order(steps: list[tuple[str, Method]]) -> None:
         return
     index, reason = wrong
     (name, method), others = steps[index], [step for step in steps if step is not steps[index]]
-    moved = ([*others[:place], steps[index], *others[place:]] for place in range(index))
+    moved = ([*others[:place], steps[index], *others[place:]] for place in reversed(range(index)))
     right = next((order for order in moved if _first_misfit(order) is None), None)
     before = steps[index - 1][0] if index else None
     hint = (
@@ -229,14 +229,20 @@ def _check_order(steps: list[tuple[str, Method]]) -> None:
 
 
 def _first_misfit(steps: list[tuple[str, Method]]) -> tuple[int, str] | None:
-    """Position of the first step that does not read what is there, or follows a draft, and why it may not; None if the order is right."""
-    format_, is_drafted = HUGGINGFACE, False
+    """Position of the first step that does not read what is there, follows a draft, or trains below what does not let it, and why it may
+    not; None if the order is right.
+    """
+    format_, below, is_drafted = HUGGINGFACE, HUGGINGFACE, False
     for index, (_, method) in enumerate(steps):
         if format_ not in method.accepts:
             return index, f"it reads {' or '.join(method.accepts)}, not {format_}"
         if is_drafted:
             return index, LAST
+        acting = {name: earlier.policy() for name, earlier in steps[:index] if isinstance(earlier, Acts)}
+        if format_ == POLICY and not isinstance(method, Acts) and (reason := untrainable(below, acting)):
+            return index, reason
         format_, is_drafted = method.produces_after(format_), isinstance(method, Acts) and method.slot == "draft"
+        below = below if format_ == POLICY else format_
     return None
 
 

@@ -1,7 +1,8 @@
 """Linear attention put on a model that was trained with softmax (`methods.formats.attention.linear`).
 
 Features that are fixed or drawn are put on as they are. Learned ones are fitted in each layer to the attention as it was
-(`methods.core.learning.transfer`), which is LoLCATs' first step; low-rank adapters of the whole model, its second, are not learned here.
+(`methods.core.learning.transfer`), which is LoLCATs' first step. Its second, low-rank adapters of the whole model that learn with this
+attention in force, is the method `lora` behind it in a pipeline.
 `hedgehog` and `t2r` have LoLCATs' loss of outputs too: Hedgehog's own is the cross entropy of weights, and T2R learns its features with the
 whole model.
 """

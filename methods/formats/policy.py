@@ -46,19 +46,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from slimbench.methods.base import ANY_BASE, HUGGINGFACE, Claim, DenseModel, ModelShape, Unsupported
+from slimbench.methods.base import ANY_BASE, DENSE, HUGGINGFACE, POLICY, Claim, DenseModel, ModelShape, Unsupported
 from slimbench.methods.formats.huggingface import link_files, link_source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "policy"
+FORMAT = POLICY
 DESCRIPTION = "policy.json"
 TENSORS = "policy.safetensors"
 SCHEMA = 1
@@ -118,12 +119,14 @@ class Policy(ABC):
         kind: Its name among those of the slot.
         attends: It computes attention in its own way, whatever the engine is told.
         shortens: Later blocks hold fewer tokens of a prompt than came, decided when it goes through an empty cache at once.
+        trainable: Gradients go through what it makes of a whole text, so that the weights below can learn with it in force.
     """
 
     slot: ClassVar[Slot]
     kind: ClassVar[str]
     attends: ClassVar[bool] = False
     shortens: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -233,6 +236,19 @@ def conflict(first: Policy, second: Policy, names: tuple[str, str]) -> str | Non
     return None
 
 
+def untrainable(base: str, acting: Mapping[str, Policy]) -> str | None:
+    """Why the weights below policies cannot learn with these in force, in a line; None where they can.
+
+    Args:
+        base: Format of the weights.
+        acting: The policies, each by the name of what brings it.
+    """
+    if base not in DENSE:
+        return f"below the policy lies {base}, whose weights do not learn"
+    stiff = next((name for name, policy in acting.items() if not policy.trainable), None)
+    return f"no weight learns with '{stiff}' in force" if stiff else None
+
+
 def save(policy: Policy, dense: DenseModel, out: Path) -> None:
     """Write the base as it is, and the policy with its tensors beside it, after those that are there; a model that it brings lies in the
     folder of its slot already.
@@ -277,6 +293,13 @@ def replaced(policy: Policy, dense: DenseModel, out: Path) -> None:
     link_files(dense.path, out, (DESCRIPTION,))
     described |= {"scoring": _strictest(every), "max_batch": _smallest(every)}
     (out / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def keep(dense: DenseModel, out: Path) -> None:
+    """Put the policies of an artefact beside a base that was written again; none of them brings a model, as drafts come last."""
+    for name in (DESCRIPTION, TENSORS):
+        if (dense.path / name).is_file():
+            shutil.copyfile(dense.path / name, out / name)
 
 
 def _settings(policy: Policy) -> dict[str, Any]:

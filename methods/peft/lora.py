@@ -3,7 +3,9 @@
     W' = W + α/r · B A        A [r, in] random, B [out, r] zero at the start; W is frozen, A and B are trained
 
 The paper adapts a model to a task. Here it recovers what an earlier step of a pipeline cut: by default the predictions are pulled towards
-those of the model that the pipeline began with. The merged model has the layers, and the speed, that it had before.
+those of the model that the pipeline began with. The merged model has the layers, and the speed, that it had before. Below a policy it
+learns with that in force: behind linear attention this is LoLCATs' second step (arXiv 2410.10254), which takes the text itself for its
+loss (`loss=nll`) and adapts the projections of attentions alone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from slimbench.methods.base import DENSE, HUGGINGFACE, Calibration, Citation, Claim, DenseModel, Method, Needs
+from slimbench.methods.base import DENSE, HUGGINGFACE, POLICY, Calibration, Citation, Claim, DenseModel, Method, Needs
 from slimbench.methods.core.settings import Adapters
 from slimbench.methods.core.training import TrainingSettings
 
@@ -22,7 +24,7 @@ class LoRA(Adapters, TrainingSettings, Method):
     """Adapters on all linear layers of the blocks, merged; a pruned weight is refused, since its zeros would be filled."""
 
     name: ClassVar[str] = "lora"
-    accepts: ClassVar[tuple[str, ...]] = DENSE
+    accepts: ClassVar[tuple[str, ...]] = (*DENSE, POLICY)
     family: ClassVar[str] = "peft"
     citation: ClassVar[Citation] = Citation("LoRA", year=2021, arxiv="2106.09685", covers=("peft/lora",))
     reference: ClassVar[str] = "peft:LoraConfig"

@@ -17,6 +17,7 @@ from slimbench.harness.config.registry import entries
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.dynamic import work
 from slimbench.methods.base import DenseModel
+from slimbench.methods.core.losses import next_token
 from slimbench.methods.core.policies import PolicyMethod
 from slimbench.methods.formats import policy as written
 from slimbench.methods.formats.attention.policy import OperatorPolicy
@@ -66,6 +67,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "pieces in two bytes": {"performer-fourier": SUMS},
     "taken back": {"performer-fourier": SUMS},
     "batches": dict.fromkeys(("early-exit", "skip-layer"), ALONE),
+    "gradients": {"performer-fourier": SUMS},
     "steps": {"kivi": "a prompt goes through it at once where text is written, and in chunks where it is scored"},
 }
 """By what is checked, and the name of a method or of what `policies` makes of it: why it is not tried there."""
@@ -241,6 +243,42 @@ def test_no_token_knows_later_ones(base: Any, name: str) -> None:
     first, second = (logits(model, text)[:, : at - PROMPT] for text in (ids, other))
     assert far(first, second) <= 1e-6
     assert far(logits(model, ids)[:, at - PROMPT :], logits(model, other)[:, at - PROMPT :]) > 1e-3
+
+
+TRAINABLE = [name for name in names("gradients") if policies()[name].trainable]
+
+
+def test_what_weights_can_learn_with_is_known() -> None:
+    sparse = {"bigbird", "blockbert", "longformer", "sparse-transformer-fixed", "sparse-transformer-strided", "streaming-llm"}
+    linear = {"linear-attention-efficient", "linear-attention-elu", "linear-learned", "performer-positive"}
+    others = {"adaptive-span", "bp-transformer", "combiner", "latent-attention", "linformer"}
+    assert set(TRAINABLE) == sparse | linear | others
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gradients_go_through_what_it_makes_of_a_whole_text(base: Any, name: str) -> None:
+    """Without a cache, as training calls a model: the logits are those that are scored, and along a direction the loss rises as told."""
+    policy, ids = policies()[name], texts()
+    model: Any = copy.deepcopy(base).double()
+    policy.install(model)
+    weights = [value for key, value in model.named_parameters() if key.endswith("_proj.weight")]
+    with torch.no_grad():
+        assert far(model(input_ids=ids, use_cache=False).logits.float(), under(base, policy).logits(ids)) <= 1e-3
+        for weight in weights:
+            weight.mul_(0.5)
+
+    def loss() -> Tensor:
+        return next_token(model(input_ids=ids, use_cache=False).logits, ids)
+
+    draw = torch.Generator().manual_seed(3)
+    steps = [1e-4 * torch.randn(weight.shape, generator=draw, dtype=torch.float64) for weight in weights]
+    told = sum((slope * step).sum() for slope, step in zip(torch.autograd.grad(loss(), weights), steps, strict=True))
+    with torch.no_grad():
+        torch._foreach_add_(weights, steps)
+        above = loss()
+        torch._foreach_sub_(weights, steps, alpha=2)
+        below = loss()
+    assert float(told) == pytest.approx(float(above - below) / 2, rel=0.03)
 
 
 @pytest.mark.parametrize("name", names("steps"))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from slimbench.methods.base import DenseModel
+from slimbench.methods.base import DenseModel, Unsupported
 from slimbench.methods.core.learning.hooks import Hooks
 from slimbench.methods.core.learning.teachers import FIRST
 from slimbench.methods.core.training import LoopSettings, Trained, cut, objective, train
+from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.huggingface import save_dense
 
 if TYPE_CHECKING:
@@ -20,8 +22,19 @@ if TYPE_CHECKING:
 
 
 def load(dense: DenseModel) -> PreTrainedModel:
-    """The model as it is trained: parameters in float32, four bytes each whether they learn or not, without gradients as yet."""
-    return dense.load(dtype=torch.float32).requires_grad_(False)
+    """The model as it is trained: parameters in float32, four bytes each whether they learn or not, without gradients as yet, and the
+    policies in force that lie there.
+
+    Raises:
+        Unsupported: The weights below these policies cannot learn.
+    """
+    acting, base = policies.read(dense.path) if dense.format == policies.FORMAT else ([], dense.format)
+    if reason := policies.untrainable(base, {policy.kind: policy for policy in acting}):
+        raise Unsupported(reason)
+    model = replace(dense, format=base).load(dtype=torch.float32)
+    for policy in acting:
+        policy.install(model)
+    return model.requires_grad_(False)
 
 
 def fit(
@@ -39,7 +52,12 @@ def fit(
 
 
 def save(model: PreTrainedModel, dense: DenseModel, out: Path) -> None:
-    """Write the model in the dtype that it had."""
+    """Write the model in the dtype that it had, below the policies that it learned with."""
+    if dense.format == policies.FORMAT:
+        below, learned = policies.base_of(dense), model.state_dict()
+        model = below.load()
+        model.load_state_dict({name: learned[name] for name in model.state_dict()})
+        policies.keep(dense, out)
     dtype = getattr(torch, dense.dtype)
     model.to(dtype)
     model.config.dtype = dtype

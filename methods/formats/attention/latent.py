@@ -40,6 +40,7 @@ class Latent(OperatorPolicy):
 
     slot = "cache"
     kind = "latent"
+    trainable = True
 
     rank: int
     pairs: int

@@ -56,6 +56,7 @@ class Linear(OperatorPolicy):
 
     slot = "attention"
     kind = "linear"
+    trainable = True
 
     feature: Feature
     window: int = 0

@@ -34,6 +34,7 @@ class Pattern(OperatorPolicy):
     """What a token sees, by positions alone."""
 
     slot = "attention"
+    trainable = True
 
     @property
     def scoring(self) -> Scoring:

@@ -56,6 +56,7 @@ class Pooled(OperatorPolicy):
 
     slot = "attention"
     kind = "pooled"
+    trainable = True
 
     pooling: Pooling
     block: int

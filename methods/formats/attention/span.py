@@ -39,6 +39,7 @@ class Span(OperatorPolicy):
 
     slot = "attention"
     kind = "span"
+    trainable = True
 
     ramp: int
     spans: Mapping[str, Tensor] = tensors()

@@ -34,6 +34,7 @@ class Window(OperatorPolicy):
 
     slot = "cache"
     kind = "window"
+    trainable = True
 
     sinks: int
     recent: int

@@ -84,12 +84,20 @@ ORDERS = [
     (("streaming-llm", "calm"), "'calm' cannot follow 'streaming-llm': it reads huggingface or edited, not policy"),
     (("streaming-llm", "gptq"), "'gptq' cannot follow 'streaming-llm': it reads huggingface or edited, not policy"),
     (("streaming-llm", "prompt-lookup", "gptq"), "'gptq' cannot follow 'prompt-lookup': it reads huggingface or edited, not policy"),
+    (("h2o", "lora"), "'lora' cannot follow 'h2o': no weight learns with 'h2o' in force"),
+    (("calm", "streaming-llm", "lora"), "'lora' cannot follow 'streaming-llm': no weight learns with 'calm' in force"),
+    (("rtn-4bit", "linear-elu", "lora"), "'lora' cannot follow 'linear-elu': below the policy lies packed, whose weights do not learn"),
+    (("lolcats", "prompt-lookup", "lora"), "'lora' cannot follow 'prompt-lookup': a draft guesses for all that acts, so it comes last"),
 ]
 RIGHT = [
     ("streaming-llm", "prompt-lookup"),
     ("calm", "streaming-llm"),
     ("gptq", "streaming-llm"),
     ("gptq", "streaming-llm", "prompt-lookup"),
+    ("lora", "h2o"),
+    ("lora", "calm", "streaming-llm"),
+    ("lora", "rtn-4bit", "linear-elu"),
+    ("lolcats", "lora", "prompt-lookup"),
 ]
 
 
@@ -103,6 +111,8 @@ def test_a_wrong_order_names_the_one_that_would_do(steps: tuple[str, ...], what:
     "steps",
     [
         ("gptq", "streaming-llm"),
+        ("lolcats", "lora"),
+        ("longformer", "lora", "prompt-lookup"),
         ("sparse-strided", "prompt-lookup"),
         ("performer", "self-speculation"),
         ("calm", "kv-int8"),

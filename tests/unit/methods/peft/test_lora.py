@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 
 from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.evidence import Evidence
-from slimbench.methods.base import DenseModel, Unsupported
+from slimbench.methods.base import Claim, DenseModel, Unsupported
+from slimbench.methods.compact.cache_eviction import H2O
+from slimbench.methods.compact.linear_attention import LinearAttention
 from slimbench.methods.core.low_rank import train_adapters
+from slimbench.methods.formats import policy as policies
 from slimbench.methods.peft.lora import LoRA
 from slimbench.methods.pruning.unstructured.magnitude import Magnitude
 from tests.support import tiny
@@ -84,6 +87,52 @@ def test_the_teacher_is_the_model_that_the_pipeline_began_with(dense: DenseModel
     with torch.inference_mode():
         student, teacher = dense.load()(ids).logits, other.load()(ids).logits
     assert lost[1] == pytest.approx(float(soft_cross_entropy(student, teacher)), rel=1e-4) and lost[0] < lost[1]
+
+
+def test_below_a_policy_weights_learn_with_it_in_force(dense: DenseModel, tmp_path: Path) -> None:
+    """LoLCATs' second step: what is lost by linear attention is won back, on texts that were not learned from too."""
+    from slimbench.harness.engines.transformers import TransformersModel
+    from slimbench.methods.core.losses import soft_cross_entropy
+    from slimbench.methods.core.training import batch, cut
+
+    model: Any = dense.load().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    begun = tiny.saved(model, tmp_path / "begun")
+    tokens = tiny.tokens(96, 32)
+    for folder in ("linear", "out"):
+        (tmp_path / folder).mkdir()
+    LinearAttention().compress(begun, tokens, tmp_path / "linear")
+    linear = dataclasses.replace(begun, path=tmp_path / "linear", original=begun.path, format=policies.FORMAT)
+    method = LoRA(**SHORT | {"steps": 40})
+    claim = method.compress(linear, tokens, tmp_path / "out")
+
+    held_out = tiny.tokens(8, 32, seed=5).ids
+    before, after = (TransformersModel(policies.load(tmp_path / name), "cpu") for name in ("linear", "out"))
+    texts = {"first": batch(cut(tokens.ids, 32), method, 0), "held out": held_out}
+    lost = {
+        (name, which): float(soft_cross_entropy(tuned.logits(ids), model(ids).logits))
+        for name, ids in texts.items()
+        for which, tuned in (("before", before), ("after", after))
+    }
+    told = claim.details["training"]
+    assert (told["loss_before"], told["loss_after"]) == pytest.approx((lost["first", "before"], lost["first", "after"]), rel=1e-3)
+    assert lost["held out", "after"] < lost["held out", "before"]
+
+    assert policies.read(tmp_path / "out") == policies.read(tmp_path / "linear")
+    merged, whole = load_file(tmp_path / "out" / "model.safetensors"), load_file(begun.path / "model.safetensors")
+    assert merged.keys() == whole.keys(), "nothing of the policy is among the weights"
+    assert {key for key in whole if not torch.equal(merged[key], whole[key])} == {key for key in whole if "_proj" in key}
+    joined = Claim(policies.FORMAT, cache_bytes_per_token=0.0).then(claim)
+    assert (joined.format, joined.cache_bytes_per_token) == (policies.FORMAT, 0.0)
+
+
+def test_below_what_is_not_differentiable_no_weight_learns(dense: DenseModel, tmp_path: Path) -> None:
+    for folder in ("evicted", "out"):
+        (tmp_path / folder).mkdir()
+    H2O(budget=8).compress(dense, TOKENS, tmp_path / "evicted")
+    with pytest.raises(Unsupported, match="no weight learns with 'eviction' in force"):
+        LoRA(**SHORT).compress(dataclasses.replace(dense, path=tmp_path / "evicted", format=policies.FORMAT), TOKENS, tmp_path / "out")
 
 
 SOURCE = "bfloat16-vocab_size512"
