@@ -156,7 +156,9 @@ def _able(policy: Policy | None) -> str:
 
 def _no_policy(cell: Cell) -> str | None:
     """Why an engine that loads no policies does not run that of a pipeline by itself; None where it does."""
-    engine, name, policy = cell.config.engine, cell.config.pipeline[-1].name, engines.policy_of(cell.methods[-1])
+    engine, steps = cell.config.engine, zip(cell.config.pipeline, cell.methods, strict=True)
+    acting = [(step.name, policy) for step, method in steps if (policy := engines.policy_of(method))]
+    name, policy = acting[-1] if acting else (cell.config.pipeline[-1].name, None)
     if policy is None or not engines.follows(engine, policy):
         own = f" (of policies only drafts by {' and '.join(engine.drafts)})" if engine.drafts else ""
         return f"engine {engine.name} does not run {name}{own}; {_able(policy)} would"

@@ -276,6 +276,11 @@ def cell(overrides: list[str], *more: str) -> Cell:
         ("llamacpp", "prompt-lookup", None),
         ("llamacpp", "[rtn-4bit-head8,prompt-lookup]", None),
         ("llamacpp", "calm", "engine llamacpp does not run calm (of policies only drafts by lookup); transformers, offload would"),
+        (
+            "llamacpp",
+            "[lolcats,lora]",
+            "engine llamacpp does not run lolcats (of policies only drafts by lookup); transformers, offload would",
+        ),
         ("llamacpp", "draft-model", "engine llamacpp does not run draft-model (of policies only drafts by lookup); "),
         (
             "llamacpp",
