@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from slimbench.leaderboard.figures.drawing import DPI, GRID, INK, MUTED, Kind, render, render_all
 
@@ -120,14 +120,23 @@ def plain(texts: Sequence[Text]) -> None:
         text.set_parse_math(False)
 
 
+class _Readable(LogLocator):
+    """Ticks of which at least three are in view."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        found = super().tick_values(vmin, vmax)
+        seen = [tick for tick in found if vmin <= tick <= vmax]
+        return found if len(seen) > 2 else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(vmin, vmax)
+
+
 def log_axis(ax: Axes, which: str, ticks: Sequence[float] | None = None) -> None:
-    """A logarithmic axis with plain numbers on it: at 1, 2 and 5, or where `ticks` says."""
+    """A logarithmic axis with plain numbers on it: at 1, 2 and 5, in equal steps where it shows few of these, or where `ticks` says."""
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_formatter(NullFormatter())
     if ticks is None:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(_Readable(subs=(1, 2, 5)))
     else:
         axis.set_ticks(list(ticks))
         axis.set_minor_locator(NullLocator())

@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.figures.canvas import Plot
+from slimbench.leaderboard.figures.canvas import Plot, log_axis
 from slimbench.leaderboard.figures.catalogue import KINDS, Absent, figures, kind
 from slimbench.leaderboard.figures.drawing import KINDS as FORMATS
 from slimbench.leaderboard.figures.drawing import STYLE
@@ -501,6 +501,18 @@ def test_all_text_is_large_enough_to_read(realistic: list[Row]) -> None:
     for plot in of(realistic):
         sizes = [text.get_fontsize() for text in shown(plot).findobj(Text) if isinstance(text, Text) and text.get_text()]
         assert min(sizes) >= 7.5, plot.name
+
+
+@pytest.mark.parametrize("ends", [(0.55, 1.2), (0.93, 1.04), (1.0, 3.4), (3, 40), (18, 2300), (1e-3, 40)])
+def test_a_logarithmic_axis_has_three_numbers_in_view_at_least(ends: tuple[float, float]) -> None:
+    axes = Figure().subplots()
+    axes.set_ylim(ends)
+    log_axis(axes, "y")
+    axes.set_ylim(ends)
+    FigureCanvasAgg(axes.figure).draw()  # type: ignore[arg-type]
+    seen = [label.get_text() for at, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if ends[0] <= at <= ends[1]]
+    assert len(seen) >= 3 and all(seen) and len({*seen}) == len(seen)
+    assert all(float(text) > 0 for text in seen)
 
 
 def test_methods_on_common_grids_stand_where_their_rows_do() -> None:
