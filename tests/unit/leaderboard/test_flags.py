@@ -22,7 +22,18 @@ from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.compare import compare
 from slimbench.leaderboard.compare.verdict import verdict
-from slimbench.leaderboard.flags.kinds import CATALOGUE, WITHOUT_MEANING, Figure, Kind, invalidating, kind, meaning, shown, spoiling
+from slimbench.leaderboard.flags.kinds import (
+    CATALOGUE,
+    WITHOUT_MEANING,
+    Figure,
+    Kind,
+    competes,
+    invalidating,
+    kind,
+    meaning,
+    shown,
+    spoiling,
+)
 from slimbench.leaderboard.rows.reading import lean
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
@@ -350,6 +361,7 @@ def test_an_accuracy_that_exercised_no_policy_is_no_pass() -> None:
     found = compare(made, "gptq", None)
     assert found.accuracy is None and found.texts and "accuracy is not compared, since gptq has the flag" in verdict(found)
     assert gate(made, "gptq", 0.5).answer is Answer.UNDECIDED and gate(made, "gptq", 0.5, metric="perplexity").answer is Answer.SHOWN
+    assert competes(row.flags, "perplexity", "weight_bytes") and not competes(row.flags, "accuracy", "weight_bytes")
     exercised = alike(with_policy(tasks=0.5))
     assert row_of(exercised).accuracy_verdict is not None and gate(exercised, "gptq", 0.5).answer is Answer.SHOWN
 
