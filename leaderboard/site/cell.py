@@ -318,6 +318,9 @@ def _texts(record: Record) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
+    """A value in one line; of named ones those that are known."""
+    if isinstance(value, dict) and not any(isinstance(part, dict | list) for part in value.values()):
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items() if part is not None)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

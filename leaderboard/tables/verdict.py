@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from slimbench.harness.stats.equivalence import Verdict
 from slimbench.harness.stats.significance import LEVEL
 from slimbench.leaderboard.flags.kinds import Figure, spoiling
@@ -26,6 +28,7 @@ def verdict(row: Row, reference: Row | None) -> str:
         _speed(row),
         _weights(row.held_bytes, reference.held_bytes if reference else None),
         _cache(row.held_cache_bytes, reference.held_cache_bytes if reference and reference.held_cache_of == row.held_cache_of else None),
+        _facts(row),
         _perplexity(row),
         _accuracy(row),
     ]
@@ -52,6 +55,16 @@ def _weights(ours: int | None, theirs: int | None) -> str:
 def _cache(ours: int | None, theirs: int | None) -> str:
     """Both behind the same texts; empty where a policy keeps what the reference does."""
     return "" if not ours or not theirs or abs(ours / theirs - 1) < _SAME_SIZE else f"{decimal(2)(ours / theirs)} × the cache"
+
+
+def _facts(row: Row) -> str:
+    """Of the longest contexts that have a score."""
+    scored: list[dict[str, Any]] = [context for context in row.contexts if isinstance(context["score"], float)]
+    if not scored:
+        return ""
+    last = max(scored, key=lambda context: context["length"])
+    held = _cache(last["cache_bytes"], last["dense_cache_bytes"])
+    return f"{decimal(0, 100)(last['score'])} % of dense's facts behind {last['length']:,} tokens" + (f" in {held}" if held else "")
 
 
 def _perplexity(row: Row) -> str:

@@ -84,6 +84,16 @@ def test_caches_of_the_same_texts_are_compared() -> None:
     assert "cache" not in verdict(smaller, _rows(DENSE)["dense"]), "the reference's is not known"
 
 
+def test_what_a_row_finds_behind_the_longest_contexts_with_a_score_is_told() -> None:
+    scored = {"length": 1024, "score": 0.5, "cache_bytes": 2_000_000, "dense_cache_bytes": 8_000_000}
+    longer = scored | {"length": 4096, "score": 0.125, "dense_cache_bytes": 16_000_000}
+    unscored = longer | {"length": 8192, "score": None}
+    said = _changed(contexts=[longer, scored, unscored])
+    assert "0.42 × the weights, 12 % of dense's facts behind 4,096 tokens in 0.12 × the cache, +31.5 % perplexity" in said
+    assert "50 % of dense's facts behind 1,024 tokens, +31.5 %" in _changed(contexts=[scored | {"cache_bytes": 8_000_000}])
+    assert "facts" not in _changed(contexts=[unscored])
+
+
 def _unsteady() -> SpeedPointResult:
     slower = [20.0 + step for step in range(12)]
     samples = Samples(prefill_ms=slower, decode_ms=slower), Samples(prefill_ms=slower, decode_ms=[2 * ms for ms in slower])
