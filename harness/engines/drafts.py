@@ -7,7 +7,7 @@ never run otherwise.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from slimbench.harness.config.engines import beyond
 from slimbench.harness.config.targets import locate
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.loaded import Loaded
+from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store.artefact import read_manifest
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import policy as policies
@@ -64,6 +65,18 @@ class DraftingEngine(Engine):
     @abstractmethod
     def open_drafting(self, artefact: Path, loader: Any, draft: Policy, device: str, trust_remote_code: bool) -> Loaded:
         """Load an artefact with the loader of its base, and guess as a draft asks."""
+
+
+def with_draft(model: Evidence, draft: Evidence) -> Evidence:
+    """What was found of a model and of another one that guesses for it; the matrices of that have a role of their own."""
+    layers = [layer.model_copy(update={"role": "draft"}) if layer.role == "linear" else layer for layer in draft.layers]
+    both = {
+        "weight_bytes": model.weight_bytes + draft.weight_bytes,
+        "parameters": model.parameters + draft.parameters,
+        "layers": [*model.layers, *layers],
+        "operators": dict(Counter(model.operators) + Counter(draft.operators)),
+    }
+    return model.model_copy(update=both)
 
 
 class DraftedText:

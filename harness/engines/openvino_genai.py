@@ -3,7 +3,8 @@
 The graph and its numbers are those of the engine `openvino` (`harness.engines.openvino`): the same weights, float32 activations and cache.
 What the pipeline does not show comes from that engine on the same graph: logits, and by what its layers multiply.
 
-A step of the pipeline is a pass of the model. How many tokens it gave is seen, how many were guessed and thrown away is not.
+Guesses come from the text (lookup) or from a second graph, a packed model that an artefact brings; it has a cache of its own, of the same
+size. A step of the pipeline is a pass of the model. How many tokens it gave is seen, how many were guessed and thrown away is not.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from slimbench.harness.engines.drafts import DraftingEngine
+from slimbench.harness.engines.drafts import DraftingEngine, with_draft
 from slimbench.harness.engines.graph import read_config
 from slimbench.harness.engines.openvino import OpenVINOModel, properties
 from slimbench.harness.measure.loaded import CountsPasses, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import openvino as graphs
-from slimbench.methods.formats.draft.policy import Lookup
+from slimbench.methods.formats.draft.policy import Lookup, Model, check_vocabulary
 from slimbench.methods.formats.policy import Policy
 from slimbench.util import files
 
@@ -33,20 +34,23 @@ _MOST_TOKENS = 1 << 16
 """Of all sequences in one pass: prompts are never cut."""
 
 
+Draft = Lookup | Model
+
+
 class Generation:
     """Sequences that a pipeline continues greedily.
 
     Args:
         ids: Prompts, int64 [B, T].
         room: Tokens of each at most.
-        draft: Guesses that are asked for.
+        draft: Guesses that are asked for; None: none.
 
     Attributes:
         passes: Tokens that each pass gave, since that of the prompts.
         stop: Takes the sequences out of the pipeline and its cache, which otherwise happens when nobody knows them any more.
     """
 
-    def __init__(self, pipeline: Any, ids: torch.Tensor, room: int, draft: Lookup | None) -> None:
+    def __init__(self, pipeline: Any, ids: torch.Tensor, room: int, draft: Draft | None) -> None:
         import openvino
 
         self.passes: list[int] = []
@@ -86,7 +90,8 @@ class GenAIModel(LoadedModel):
     Args:
         graph: As of `methods.formats.openvino`.
         config: The contents of the artefact's `config.json`.
-        draft: What is guessed before each pass; None: nothing.
+        draft: How the next tokens are guessed before each pass; None: they are not.
+        guesser: The graph that guesses, where a model does.
     """
 
     shares_vectors = True
@@ -95,15 +100,18 @@ class GenAIModel(LoadedModel):
     computes_narrower = True
     cache_dtype = "float32"
 
-    def __init__(self, graph: Any, config: dict[str, Any], draft: Lookup | None = None) -> None:
+    def __init__(self, graph: Any, config: dict[str, Any], draft: Draft | None = None, guesser: Any = None) -> None:
         self.vocab_size = config["vocab_size"]
         self.max_length = config.get("max_position_embeddings", 2048)
         self._config, self._draft = config, draft
         self._scratch = files.scratch("openvino-genai")
         self._folder = Path(self._scratch.name)
-        graphs.save(graph, self._folder / "plain")
-        graphs.save(graphs.served(graph), self._folder / "served")
-        self._pipeline = self._start(guesses=draft is not None)
+        write = graphs.save_served if guesser else graphs.save
+        for name, made in {"model": graph, "guesser": guesser}.items():
+            if made:
+                graphs.save(made, self._folder / name)
+                write(graphs.served(made), self._folder / f"served {name}")
+        self._pipeline = self._start(draft)
         self._running: Generation | None = None
 
     @property
@@ -137,19 +145,19 @@ class GenAIModel(LoadedModel):
 
     @cached_property
     def _plain(self) -> OpenVINOModel:
-        return OpenVINOModel(graphs.load_ir(self._folder / "plain"), self._config)
+        return OpenVINOModel(graphs.load_ir(self._folder / "model"), self._config)
 
-    def _start(self, guesses: bool) -> Any:
+    def _start(self, draft: Draft | None) -> Any:
         import openvino_genai as genai
 
-        scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = _CACHE_GIGABYTES
-        scheduler.max_num_batched_tokens = _MOST_TOKENS
-        scheduler.dynamic_split_fuse = False
-        scheduler.enable_prefix_caching = False
-        asked = properties() | ({"prompt_lookup": True} if guesses else {})
+        asked: dict[str, Any] = {}
+        if isinstance(draft, Lookup):
+            asked["prompt_lookup"] = True
+        elif draft:
+            folder = str(self._folder / "served guesser")
+            asked["draft_model"] = genai.draft_model(folder, "CPU", scheduler_config=_scheduler(), **properties())
         try:
-            return genai.ContinuousBatchingPipeline(str(self._folder / "served"), scheduler, "CPU", asked)
+            return genai.ContinuousBatchingPipeline(str(self._folder / "served model"), _scheduler(), "CPU", properties() | asked)
         except RuntimeError as error:
             raise Unsupported(f"OpenVINO GenAI does not run this model: {' '.join(str(error).split())[-200:]}") from error
 
@@ -166,6 +174,12 @@ class DraftingModel(GenAIModel, CountsPasses):
             raise Unsupported(f"drafts are for one text at a time, not {len(ids)}")
         return super().prefill(ids, room)
 
+    def evidence(self) -> Evidence:
+        found = super().evidence()
+        if isinstance(self._draft, Model):
+            found = with_draft(found, OpenVINOModel(graphs.load_ir(self._folder / "guesser"), self._config).evidence())
+        return found
+
     def passes(self, state: Any) -> Sequence[int]:
         found: list[int] = state.passes
         return found
@@ -178,7 +192,7 @@ class DraftingModel(GenAIModel, CountsPasses):
 
     @cached_property
     def _without(self) -> Any:
-        return self._start(guesses=False)
+        return self._start(None)
 
 
 class OpenVINOGenAIEngine(DraftingEngine):
@@ -195,9 +209,14 @@ class OpenVINOGenAIEngine(DraftingEngine):
         Raises:
             methods.base.Unsupported: GenAI does not guess so.
         """
-        if not isinstance(draft, Lookup):
-            raise Unsupported(f"OpenVINO GenAI guesses by lookup here, not by {draft.kind}")
-        return DraftingModel(loader(artefact, device, trust_remote_code), read_config(artefact), draft)
+        if not isinstance(draft, Draft):
+            raise Unsupported(f"OpenVINO GenAI guesses by lookup and by a model here, not by {draft.kind}")
+        graph, config, guesser = loader(artefact, device, trust_remote_code), read_config(artefact), None
+        if isinstance(draft, Model):
+            assert draft.model is not None
+            check_vocabulary(read_config(draft.model)["vocab_size"], config["vocab_size"])
+            guesser = graphs.load_packed(draft.model, device, trust_remote_code)
+        return DraftingModel(graph, config, draft, guesser)
 
 
 def _cancel(pipeline: Any, handles: list[Any]) -> None:
@@ -207,7 +226,18 @@ def _cancel(pipeline: Any, handles: list[Any]) -> None:
         pipeline.step()
 
 
-def _greedy(room: int, draft: Lookup | None) -> Any:
+def _scheduler() -> Any:
+    import openvino_genai as genai
+
+    made = genai.SchedulerConfig()
+    made.cache_size = _CACHE_GIGABYTES
+    made.max_num_batched_tokens = _MOST_TOKENS
+    made.dynamic_split_fuse = False
+    made.enable_prefix_caching = False
+    return made
+
+
+def _greedy(room: int, draft: Draft | None) -> Any:
     """What a request asks for; the end of a text does not end it."""
     import openvino_genai as genai
 
@@ -215,5 +245,7 @@ def _greedy(room: int, draft: Lookup | None) -> Any:
     config.max_new_tokens, config.do_sample = room, False
     config.ignore_eos, config.eos_token_id, config.stop_token_ids = True, 0, {0}
     if draft is not None:
-        config.num_assistant_tokens, config.max_ngram_size = draft.tokens, draft.ngram
+        config.num_assistant_tokens = draft.tokens
+    if isinstance(draft, Lookup):
+        config.max_ngram_size = draft.ngram
     return config

@@ -76,10 +76,14 @@ def read_dense(folder: Path, trust_remote_code: bool = False) -> Decoder:
         methods.base.Unsupported: Its layers are more than full attention, it has experts in one tensor, or it cannot give logits of
             chosen positions.
     """
+    return decoder_of(huggingface.load(folder, trust_remote_code=trust_remote_code, dtype=torch.float32))
+
+
+def decoder_of(model: Any) -> Decoder:
+    """A dense model in float32, ready to be exported; raises as `read_dense`."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    model = huggingface.load(folder, trust_remote_code=trust_remote_code, dtype=torch.float32)
     check_experts(model)
     name = type(model).__name__
     others = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer}

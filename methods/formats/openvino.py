@@ -1,26 +1,115 @@
-"""OpenVINO graphs: of a dense source, and of artefacts of format `openvino`."""
+"""OpenVINO graphs: of a dense source, of artefacts of format `openvino`, and of packed ones whose codes and scales they keep.
+
+A matrix [out, in] of a packed artefact becomes what the runtime knows as a compressed weight, multiplied as it is stored:
+
+    codes, int4 or int8 [out, groups, in / groups] → float16 → × scales [out, groups, 1] → reshape [out, in] → float32
+
+Scales are float16 where that holds them all, else float32, and codes become what they are.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import decoder_graph as _decoder
+from slimbench.methods.formats.packed_layers import check_symmetric
 from slimbench.util import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slimbench.methods.kernels.grid import QuantizedWeight
 
 IR = "openvino_model.xml"
 """The graph of an artefact of format `openvino`; its constants lie beside it in `openvino_model.bin`."""
 
 _BEAM = "beam"
+_STORED = {4: "i4", 8: "i8"}
+"""The type of codes by their bits."""
 
 
 def load_dense(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """The graph of a dense source, its matrices in float16."""
+    return _halved(convert(folder, trust_remote_code))
+
+
+def load_packed(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """The graph of a packed artefact: its layers keep codes and scales, its other matrices are in float16.
+
+    Raises:
+        methods.base.Unsupported: A layer is not stored as 4-bit or 8-bit integers on a symmetric grid, or the model cannot be exported.
+    """
+    from torch import nn
+
+    from slimbench.methods.formats import packed, storage
+    from slimbench.methods.kernels.grid import Grid
+
+    layout = storage.described(folder, packed.DESCRIPTION, packed.SCHEMA)
+    kept: dict[str, QuantizedWeight] = {}
+
+    def build(name: str, parts: dict[str, Tensor]) -> nn.Linear:
+        grid = Grid(**layout(name))
+        check_symmetric(name, parts.keys(), "OpenVINO")
+        if grid.bits not in _STORED or grid.activation_bits or grid.number != "int":
+            raise Unsupported(f"OpenVINO does not store {name}: it takes weights of 4 and 8 bits, integers, and rounds no inputs by them")
+        kept[name] = packed.weight_of(grid, parts)
+        weight, bias = kept[name].dequantize().float(), parts.get("bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.float())
+        return layer
+
+    def embedding(head: nn.Linear) -> nn.Embedding:
+        made = nn.Embedding(head.out_features, head.in_features, device="meta")
+        made.weight = head.weight
+        return made
+
+    model = storage.load(folder, "cpu", "qweight", build, embedding, trust_remote_code=trust_remote_code).float()
+    graph = _halved(_converted(_decoder.decoder_of(model)))
+    found = {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Convert"}
+    names = {tensor: name for name, tensor in model.named_parameters()}  # of what is shared the first name, which the graph has too
+    for name, weight in kept.items():
+        node = found.get(f"self.model.{names[model.get_submodule(name).weight]}")
+        if node is None:
+            raise Unsupported(f"OpenVINO's graph of this model has no weight {name}")
+        _store(node, weight)
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _store(node: Any, weight: QuantizedWeight) -> None:
+    """Put codes and scales in the place of a weight."""
+    import openvino
+    from openvino import opset13 as ops
+
+    rows, columns = weight.codes.shape
+    groups = weight.scales.shape[1]
+    signed = (weight.codes.short() - weight.grid.mid).to(torch.int8)
+    if weight.grid.bits == 4:
+        low, high = (signed.flatten()[half::2].view(torch.uint8) & 15 for half in (0, 1))
+        signed = low | high << 4
+    shape = openvino.Shape([rows, groups, columns // groups])
+    stored = openvino.Tensor(signed.contiguous().numpy(), shape, getattr(openvino.Type, _STORED[weight.grid.bits]))
+    codes = openvino.op.Constant(stored, shared_memory=False)
+    scales = weight.scales.to(torch.float16)
+    scales, dtype = (scales, "f16") if torch.equal(scales.float(), weight.scales.float()) else (weight.scales.float(), "f32")
+    weights = ops.multiply(ops.convert(codes, dtype), ops.constant(scales.numpy()[..., None]))
+    weights = ops.reshape(weights, ops.constant(np.array([rows, columns])), False)
+    made = ops.convert(weights, "f32")
+    for target in node.output(0).get_target_inputs():
+        target.replace_source_output(made.output(0))
+
+
+def _halved(exact: Any) -> Any:
+    """A graph with its matrices in float16."""
     import openvino
 
-    exact = convert(folder, trust_remote_code)
     with files.scratch("openvino") as scratch:
         openvino.save_model(exact, Path(scratch) / IR, compress_to_fp16=True)
         graph = _read(Path(scratch))
@@ -84,6 +173,22 @@ def served(graph: Any) -> Any:
     return graph
 
 
+def save_served(graph: Any, folder: Path) -> None:
+    """Write a graph that `served` has turned into a new folder, with a tokenizer, which pipelines of two models ask for; nothing is read by
+    it.
+    """
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    save(graph, folder)
+    single = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")), unk_token="a", eos_token="a")
+    for name, made in zip(("tokenizer", "detokenizer"), convert_tokenizer(single, with_detokenizer=True), strict=True):
+        openvino.save_model(made, folder / f"openvino_{name}.xml")
+
+
 def _name(parameter: Any, name: str) -> Any:
     parameter.output(0).get_tensor().set_names({name})
     parameter.set_friendly_name(name)
@@ -104,9 +209,12 @@ def convert(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         methods.base.Unsupported: The model cannot be exported.
     """
+    return _converted(_decoder.read_dense(folder, trust_remote_code))
+
+
+def _converted(decoder: _decoder.Decoder) -> Any:
     import openvino
 
-    decoder = _decoder.read_dense(folder, trust_remote_code)
     model = openvino.convert_model(_decoder.traced(decoder), example_input=decoder.example())
     past = decoder.names("past")
     shapes = [[-1, -1], [-1], [-1], [-1], *([-1, heads, -1, width] for heads, width in decoder.cache)]

@@ -76,15 +76,17 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
     layout = storage.described(folder, DESCRIPTION, SCHEMA)
 
     def build(name: str, parts: dict[str, Tensor]) -> PackedLinear:
-        grid = Grid(**layout(name))
-        codes = unpack(parts["qweight"], grid.bits)
-        apart = Outliers.from_parts(parts), LowRank.from_parts(parts)
-        weight = QuantizedWeight(grid, codes, parts["scales"], parts.get("offsets"), *apart)
-        return PackedLinear(weight, parts.get("bias"))
+        return PackedLinear(weight_of(Grid(**layout(name)), parts), parts.get("bias"))
 
     model = storage.load(folder, device, "qweight", build, PackedEmbedding, trust_remote_code=trust_remote_code)
     model.graph_pass = _graph_pass(model)
     return model
+
+
+def weight_of(grid: Grid, parts: dict[str, Tensor]) -> QuantizedWeight:
+    """The weight of a layer from what is stored of it."""
+    apart = Outliers.from_parts(parts), LowRank.from_parts(parts)
+    return QuantizedWeight(grid, unpack(parts["qweight"], grid.bits), parts["scales"], parts.get("offsets"), *apart)
 
 
 def _graph_pass(model: nn.Module) -> Any:

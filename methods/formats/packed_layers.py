@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 _REFUSED = {"offsets": "offsets that are no whole steps of the grid", "outlier_values": "outliers", "low_rank_in": "a low-rank part"}
+
+
+def check_symmetric(name: str, parts: Collection[str], format_: str) -> None:
+    """Raise `Unsupported` for a layer of which more is stored than codes and scales.
+
+    Args:
+        parts: What is stored of it.
+    """
+    for part, reason in _REFUSED.items():
+        if part in parts:
+            raise Unsupported(f"the format {format_} does not hold {name}: it has {reason}")
 
 
 class Layer(NamedTuple):
@@ -58,9 +69,7 @@ class PackedModel:
         self.grids = {name: Grid(**described["layers"].get(name, described["default"])) for name in names}
         self._stored = {name: [self.others.pop(f"{name}.{part}") for part in ("qweight", "scales")] for name in names}
         for name in names:
-            for part, reason in _REFUSED.items():
-                if f"{name}.{part}" in self.others:
-                    raise Unsupported(f"the format {format_} does not hold {name}: it has {reason}")
+            check_symmetric(name, [part for part in _REFUSED if f"{name}.{part}" in self.others], format_)
 
     def layers(self) -> Iterator[Layer]:
         """The packed layers by name; each can be had once."""

@@ -117,6 +117,12 @@ class Exit(DraftPolicy):
         return ExitDrafter(model, self.tokens, self.blocks)
 
 
+def check_vocabulary(draft: int, model: int) -> None:
+    """Raise `Unsupported` if a model that guesses has other tokens, by their numbers, than the one that checks."""
+    if draft != model:
+        raise Unsupported(f"a draft must have the tokens of the model; it has {draft:,}, the model {model:,}")
+
+
 @dataclass(frozen=True)
 class Model(DraftPolicy):
     """Guesses of another model.
@@ -148,9 +154,7 @@ class Model(DraftPolicy):
         """
         assert self.model is not None
         model.draft = load_base(self.model, self.base, "cpu" if model.device.type == "meta" else str(model.device))
-        sizes = [each.config.vocab_size for each in (model.draft, model)]
-        if sizes[0] != sizes[1]:
-            raise Unsupported(f"a draft must have the tokens of the model; it has {sizes[0]:,}, the model {sizes[1]:,}")
+        check_vocabulary(model.draft.config.vocab_size, model.config.vocab_size)
         super().install(model)
 
     def drafter(self, model: Any) -> Drafter:

@@ -291,8 +291,10 @@ def cell(overrides: list[str], *more: str) -> Cell:
         ("vllm-cpu", "prompt-lookup", None),
         ("vllm-cpu", "draft-model", "engine vllm-cpu does not run draft-model (of policies only drafts by lookup); "),
         ("openvino-genai", "prompt-lookup", None),
-        ("openvino-genai", "h2o", "engine openvino-genai does not run h2o (of policies only drafts by lookup); "),
-        ("openvino-genai", "[rtn-4bit,prompt-lookup]", "engine openvino-genai does not load format packed, which prompt-lookup follows; "),
+        ("openvino-genai", "h2o", "engine openvino-genai does not run h2o (of policies only drafts by lookup and model); "),
+        ("openvino-genai", "[rtn-4bit,draft-model]", None),
+        ("openvino-genai", "[rtn-4bit,prompt-lookup]", None),
+        ("openvino-genai", "[sparse-bitmap,draft-model]", "engine openvino-genai does not load format bitmap, which draft-model follows; "),
         ("offload", "prompt-lookup", "engine offload does not run prompt-lookup; transformers, llamacpp, openvino-genai, vllm-cpu would"),
         (
             "offload",
@@ -335,7 +337,8 @@ def test_a_limit_of_nothing_is_one_line() -> None:
 
 def test_lists_and_classes_know_the_drafts_of_an_engine() -> None:
     assert entry("prompt-lookup").engines == ["transformers", "llamacpp", "openvino-genai", "vllm-cpu"]
-    assert entry("draft-model").engines == ["transformers"] and entry("calm").engines == ["transformers", "offload"]
+    assert entry("draft-model").engines == ["transformers", "openvino-genai"] and entry("self-speculation").engines == ["transformers"]
+    assert entry("calm").engines == ["transformers", "offload"]
     assert set(engines.get("llamacpp").arguments) == {"loaders", "drafts"}
     plain = EngineConfig.model_validate({"name": "x", "_target_": "x.X", "loaders": {"huggingface": "x.load"}})
     assert plain.arguments == {"loaders": {"huggingface": "x.load"}}, "an engine without drafts need not know of them"

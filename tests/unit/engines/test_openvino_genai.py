@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 
 from slimbench.harness.config import engines
 from slimbench.harness.config.targets import locate
+from slimbench.harness.measure import claims
 from slimbench.harness.measure.dynamic import work
 from slimbench.harness.store import artefact
-from slimbench.methods.base import HUGGINGFACE, Claim, Unsupported
+from slimbench.methods.base import HUGGINGFACE, Calibration, Claim, Unsupported
+from slimbench.methods.dynamic.draft_model import DraftModel
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.formats.draft.policy import Exit, Lookup
 from slimbench.methods.formats.policy import Policy
@@ -92,8 +96,54 @@ def test_a_lookup_leaves_the_text_and_takes_fewer_passes(dense: Path, written: l
     assert found.text_accepted[0] > 0, "it repeats itself, and is not stuck on one token"
 
 
+def guessing(dense: Path, folder: Path, **settings: Any) -> Path:
+    """An artefact of which a copy in few bits guesses."""
+    folder.mkdir()
+    claim = DraftModel(tokens=TOKENS, group_size=32, **settings).compress(tiny.dense_model(dense, "float32"), Calibration.none(), folder)
+    artefact.write_manifest(folder, artefact.Manifest(key="drafted", model="tiny", pipeline=[], claim=claim))
+    return folder
+
+
+def test_a_model_that_guesses_leaves_the_text_and_takes_fewer_passes(dense: Path, written: list[list[int]], tmp_path: Path) -> None:
+    folder = guessing(dense, tmp_path / "copy", bits=8)
+    model, claim = load(folder), artefact.read_manifest(folder).claim
+    assert [model.generate(prompt, NEW)[0] for prompt in PROMPTS] == written
+    found = work.measure(model, PROMPTS[0], None, lambda *_: None, NEW)
+    assert found.slots == ["draft"] and found.equal == 1 and found.flags == []
+    assert found.passes and NEW / (TOKENS + 1) <= found.passes < NEW / 2, "nearly all guesses of 8 bits are right"
+    assert set(found.pass_tokens) <= {str(count) for count in range(1, TOKENS + 2)}
+    evidence, bare = model.evidence(), load(dense).evidence()
+    drafts = [layer for layer in evidence.layers if layer.role == "draft"]
+    assert [layer.count for layer in drafts] == [14] and drafts[0].dtypes.keys() == {"int8", "float32"}
+    assert evidence.parameters > 1.9 * bare.parameters
+    assert (
+        0 < sum(layer.bytes for layer in drafts) < claim.details["draft_bytes"]
+        and claims.flags(claim, evidence, shares_vectors=model.shares_vectors) == []
+    )
+
+
+def test_a_model_that_guesses_wrongly_leaves_the_text_too(dense: Path, written: list[list[int]], tmp_path: Path) -> None:
+    """Of the tokens of another model nearly none is right."""
+    folder = guessing(saved(tmp_path / "other", seed=5), tmp_path / "copy")
+    for file in dense.glob("model.safetensors"):
+        (folder / file.name).unlink()
+        shutil.copy(file, folder / file.name)
+    model = load(folder)
+    assert [model.generate(prompt, NEW)[0] for prompt in PROMPTS] == written
+    found = work.measure(model, PROMPTS[0], None, lambda *_: None, NEW)
+    assert found.passes and found.passes > NEW / 2 and found.equal == 1
+
+
+def test_a_model_of_other_tokens_does_not_guess(dense: Path, tmp_path: Path) -> None:
+    folder = guessing(dense, tmp_path / "copy")
+    config = json.loads((folder / "draft" / "config.json").read_text())
+    (folder / "draft" / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    with pytest.raises(Unsupported, match="a draft must have the tokens of the model; it has 200, the model 256"):
+        load(folder)
+
+
 def test_what_it_does_not_run_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="it does not run the draft exit, only drafts by lookup"):
+    with pytest.raises(Unsupported, match="it does not run the draft exit, only drafts by lookup and model"):
         drafted(Exit(2, 1), dense, tmp_path)
     with pytest.raises(Unsupported, match="drafts are for one text at a time, not 2"):
         drafted(Lookup(TOKENS, 2), dense, tmp_path / "lookup").prefill(torch.cat([PROMPTS[0], PROMPTS[0]]), NEW)
