@@ -3,8 +3,8 @@
 The graph and its numbers are those of the engine `openvino` (`harness.engines.openvino`): the same weights, float32 activations and cache.
 What the pipeline does not show comes from that engine on the same graph: logits, and by what its layers multiply.
 
-Guesses come from the text (lookup) or from a second graph, a packed model that an artefact brings; it has a cache of its own, of the same
-size. A step of the pipeline is a pass of the model. How many tokens it gave is seen, how many were guessed and thrown away is not.
+Guesses come from the text (lookup) or from a second graph, a packed model that an artefact brings, with a cache of its own. A step of the
+pipeline is a pass of the model. How many tokens it gave is seen, how many were guessed and thrown away is not.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class GenAIModel(LoadedModel):
         self._config, self._draft = config, draft
         self._scratch = files.scratch("openvino-genai")
         self._folder = Path(self._scratch.name)
+        self._caches = 1 + (_kept(guesser) / _kept(graph) if guesser else 0)
         write = graphs.save_served if guesser else graphs.save
         for name, made in {"model": graph, "guesser": guesser}.items():
             if made:
@@ -137,8 +138,9 @@ class GenAIModel(LoadedModel):
         return Step(step.state.next(), step.state)
 
     def cache_bytes(self, state: Any) -> int | None:
+        """Of both caches where a model guesses: of as many tokens, though the pipeline shows that of the model alone."""
         found = self._pipeline.get_metrics()
-        return round(found.cache_usage / 100 * found.cache_size_in_bytes)
+        return round(self._caches * found.cache_usage / 100 * found.cache_size_in_bytes)
 
     def evidence(self) -> Evidence:
         return self._plain.evidence()
@@ -224,6 +226,12 @@ def _cancel(pipeline: Any, handles: list[Any]) -> None:
         handle.cancel()
     while pipeline.has_non_finished_requests():
         pipeline.step()
+
+
+def _kept(graph: Any) -> int:
+    """Numbers of a token in the cache of a graph."""
+    shapes = [sink.get_output_partial_shape(0) for sink in graph.get_sinks()]
+    return sum(shape[1].get_length() * shape[3].get_length() for shape in shapes)
 
 
 def _scheduler() -> Any:

@@ -113,6 +113,8 @@ def test_a_model_that_guesses_leaves_the_text_and_takes_fewer_passes(dense: Path
     assert found.passes and NEW / (TOKENS + 1) <= found.passes < NEW / 2, "nearly all guesses of 8 bits are right"
     assert set(found.pass_tokens) <= {str(count) for count in range(1, TOKENS + 2)}
     evidence, bare = model.evidence(), load(dense).evidence()
+    alone, both = load(dense), model.prefill(PROMPTS[0], NEW)
+    assert model.cache_bytes(both.state) == 2 * alone.cache_bytes(alone.prefill(PROMPTS[0], NEW).state), "two caches of equal layers"
     drafts = [layer for layer in evidence.layers if layer.role == "draft"]
     assert [layer.count for layer in drafts] == [14] and drafts[0].dtypes.keys() == {"int8", "float32"}
     assert evidence.parameters > 1.9 * bare.parameters
