@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimbench.methods.base import Unsupported
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_experts(model: PreTrainedModel) -> None:
+def check_experts(model: Any) -> None:
     """Raise `Unsupported` if the matrices of experts lie in one tensor, where nobody finds them who looks for linear layers."""
+    of_policies = {id(part) for module in model.modules() if hasattr(module, "operator") for part in module.operator.parameters()}
     for name, parameter in model.named_parameters():
-        if sum(size > 1 for size in parameter.shape) > 2:
+        if id(parameter) not in of_policies and sum(size > 1 for size in parameter.shape) > 2:
             raise Unsupported(f"{name} holds {len(parameter)} experts in one tensor; only linear layers can be handled")
 
 

@@ -15,7 +15,7 @@ from slimbench.harness.schema.compress import CompressResult
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Claim, DenseModel, Unsupported
 from slimbench.methods.compact.cache_eviction import H2O
-from slimbench.methods.compact.linear_attention import LinearAttention
+from slimbench.methods.compact.linear_attention import LearnedLinear, LinearAttention
 from slimbench.methods.core.low_rank import train_adapters
 from slimbench.methods.formats import policy as policies
 from slimbench.methods.peft.lora import LoRA
@@ -89,7 +89,8 @@ def test_the_teacher_is_the_model_that_the_pipeline_began_with(dense: DenseModel
     assert lost[1] == pytest.approx(float(soft_cross_entropy(student, teacher)), rel=1e-4) and lost[0] < lost[1]
 
 
-def test_below_a_policy_weights_learn_with_it_in_force(dense: DenseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", [LinearAttention(), LearnedLinear(steps=10, length=32, window=4)], ids=["fixed", "fitted"])
+def test_below_a_policy_weights_learn_with_it_in_force(attention: Any, dense: DenseModel, tmp_path: Path) -> None:
     """LoLCATs' second step: what is lost by linear attention is won back, on texts that were not learned from too."""
     from slimbench.harness.engines.transformers import TransformersModel
     from slimbench.methods.core.losses import soft_cross_entropy
@@ -102,7 +103,7 @@ def test_below_a_policy_weights_learn_with_it_in_force(dense: DenseModel, tmp_pa
     tokens = tiny.tokens(96, 32)
     for folder in ("linear", "out"):
         (tmp_path / folder).mkdir()
-    LinearAttention().compress(begun, tokens, tmp_path / "linear")
+    attention.compress(begun, tokens, tmp_path / "linear")
     linear = dataclasses.replace(begun, path=tmp_path / "linear", original=begun.path, format=policies.FORMAT)
     method = LoRA(**SHORT | {"steps": 40})
     claim = method.compress(linear, tokens, tmp_path / "out")
