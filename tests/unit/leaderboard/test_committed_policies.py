@@ -25,6 +25,7 @@ from tests.support.paths import ROOT
 
 TEXT = (ROOT / "docs" / "policies.md").read_text()
 AMD, INTEL = "9ecaaa0e", "9a347272"
+CALM = "calm(learning_rate=0.003,positions=64,steps=320,length=512)"
 """Fingerprints of the two machines of whose policies docs tell."""
 WINDOW, STRETCH = 512, 1024
 TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
@@ -135,10 +136,13 @@ def test_docs_have_what_policies_answer_of_the_tasks_of_the_front(committed_rows
     dense = mine.pop("dense")
     assert f"perplexity of {dense.perplexity:.1f} and answers {100 * (dense.accuracy or 0):.1f} %" in TEXT
     mine = {name: row for name, row in mine.items() if row.perplexity is not None}
-    windows = {"longformer": 7, "bigbird": 7, "lolcats": 5, "sparse-strided": 3, "sparse-fixed": 3, "hedgehog": 0, "t2r": 0}
+    windows = {"longformer": 7, "bigbird": 7, "lolcats": 5, "sparse-strided": 3, "sparse-fixed": 3, "hedgehog": 0, "t2r": 0, CALM: 0}
     assert mine.keys() == windows.keys()
+    fewer = 100 * ((dense.accuracy or 0) - (mine[CALM].accuracy or 0))
+    assert f"`calm` answers {fewer:.1f} points fewer" in TEXT
     for name, row in mine.items():
-        assert f"| `{name}` | {row.perplexity:.1f} | {100 * (row.accuracy or 0):.1f} |" in TEXT
+        label = "`calm`, 0.9" if name == CALM else f"`{name}`"
+        assert f"| {label} | {row.perplexity:.1f} | {100 * (row.accuracy or 0):.1f} |" in TEXT
         (told,) = [flag for flag in row.flags if flag.startswith("policy never exercised in ")] or [""]
         tasks = told.removeprefix("policy never exercised in ").partition(":")[0].split(", ") if told else []
         assert len(tasks) == windows[name]
@@ -320,7 +324,7 @@ def test_docs_have_what_exits_learned_from_and_how_far_single_tokens_are_from_wh
     made = [r for r in every if "positions=64" in r.cell.pipeline and "steps=320" in r.cell.pipeline]
     updates = {r.config["pipeline"][0]["settings"]["steps"] for r in made}
     tokens = {r.config["calibration"]["samples"] * r.config["calibration"]["length"] for r in made}
-    assert len(made) == 12 and f"{updates.pop()} updates on {tokens.pop():,} tokens of news" in TEXT and not updates and not tokens
+    assert len(made) == 13 and f"{updates.pop()} updates on {tokens.pop():,} tokens of news" in TEXT and not updates and not tokens
     points = [*leaving(committed, "calm").values(), *leaving(committed, "pabee").values()]
     works = [quality.work for quality in points if quality.work]
     gaps = [work.stepwise_gap or 0.0 for work in works]
