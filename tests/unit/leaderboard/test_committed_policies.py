@@ -109,6 +109,26 @@ def test_the_window_of_linear_attention_traces_a_curve(committed_rows: list[Row]
     assert f"has {(dense.held_cache_bytes or 0) / 1e6:.1f} MB in the mean" in TEXT
 
 
+def test_adapters_win_back_some_of_what_linear_attention_loses(committed_rows: list[Row], committed: list[Record]) -> None:
+    """LoLCATs' second step, on one processor with the first."""
+    mine = [row for row in committed_rows if (row.suite, row.speed, row.fingerprint) == ("suffix", "quick", INTEL)]
+    (dense,), (first,), (both,) = (
+        [row for row in mine if wanted(row)]
+        for wanted in (lambda r: r.is_reference, lambda r: r.pipeline == "lolcats", lambda r: r.pipeline.startswith("lolcats+lora"))
+    )
+    low, high = both.perplexity_ratio_low or 0.0, both.perplexity_ratio_high or 0.0
+    ratio = (both.perplexity or 0.0) / (dense.perplexity or 1.0)
+    told = f"brings a window of 64 tokens to {both.perplexity:.1f}, {ratio:.2f} times dense ({low:.2f} to {high:.2f}), in the same bytes"
+    assert told in " ".join(TEXT.split())
+    assert high < (first.perplexity_ratio_low or 0.0) and both.held_cache_bytes == first.held_cache_bytes
+    (record,) = (r for r in committed if r.compress and r.cell.pipeline == both.pipeline)
+    made, settings = record.compress, record.config["pipeline"][-1]["settings"]
+    assert made
+    tokens = settings["steps"] * settings["batch_size"] * settings["length"]
+    assert f"{tokens:,} tokens of news" in TEXT and f"Both steps took {made.training_tokens:,} tokens here" in TEXT
+    assert made.training_tokens == tokens + 40 * 4 * 512
+
+
 def test_steps_of_linear_attention_take_as_long_behind_8k_tokens_as_behind_1k(committed: list[Record]) -> None:
     """Against dense on the same texts; and the bytes are those of states and of a window, layer by layer."""
     (speed,) = (
