@@ -461,7 +461,15 @@ def test_the_committed_rows_of_methods_that_say_something_of_themselves(committe
         *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "minitron-width-25+kd(learning_rate=0.0002)+rtn-4bit(group_size=32)"),
         *(f"shortgpt{cut}+kd(steps=50,learning_rate=0.0002)" for cut in ("", "(fraction=0.4)", "(fraction=0.5)")),
         *(f"shortgpt{cut}+kd(learning_rate=0.0002)" for cut in ("", "(fraction=0.4)")),
-        *("hedgehog", "t2r", "lolcats", "lolcats(window=16)", "lolcats(window=256)", "mqa"),
+        *(
+            "hedgehog",
+            "t2r",
+            "lolcats",
+            "lolcats(window=16)",
+            "lolcats(window=256)",
+            "lolcats+lora(steps=32,length=512,learning_rate=0.001)",
+        ),
+        "mqa",
     )
     assert told == dict.fromkeys(few, Kind.NOTE) | {"onnx-int8": Kind.INVALID}
 

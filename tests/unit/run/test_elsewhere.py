@@ -37,7 +37,7 @@ def test_what_the_planning_machine_lacks_is_no_obstacle_on_a_cluster() -> None:
 
 
 def test_what_no_machine_could_do_is_one_everywhere() -> None:
-    said = "".join(refusals("method=rtn-4bit", "engine=openvino", "launcher=slurm"))
+    said = "".join(refusals("method=sparse-bitmap", "engine=openvino", "launcher=slurm"))
     assert "does not load format" in said
     assert "runs on cpu, not on cuda" in "".join(refusals("method=dense", "engine=openvino", "launcher=slurm"))
 
