@@ -160,6 +160,8 @@ def test_docs_have_what_policies_answer_of_the_tasks_of_the_front(committed_rows
     assert mine.keys() == windows.keys()
     fewer = 100 * ((dense.accuracy or 0) - (mine[CALM].accuracy or 0))
     assert f"`calm` answers {fewer:.1f} points fewer" in TEXT
+    assert invalidating(mine[CALM].flags, [Figure.QUALITY])[0].startswith("perplexity token by token differs by +1.0%")
+    assert "Token by token its perplexity is +1.0 % from that of whole windows, which a flag of its row says" in TEXT
     for name, row in mine.items():
         label = "`calm`, 0.9" if name == CALM else f"`{name}`"
         assert f"| {label} | {row.perplexity:.1f} | {100 * (row.accuracy or 0):.1f} |" in TEXT
