@@ -56,7 +56,7 @@ def load_packed(folder: Path, device: str = "cpu", trust_remote_code: bool = Fal
         grid = Grid(**layout(name))
         check_symmetric(name, parts.keys(), "OpenVINO")
         if grid.bits not in _STORED or grid.activation_bits or grid.number != "int":
-            raise Unsupported(f"OpenVINO does not store {name}: it takes weights of 4 and 8 bits, integers, and rounds no inputs by them")
+            raise Unsupported(f"OpenVINO does not store {name}: it takes integers of 4 and 8 bits, of layers whose inputs keep their dtype")
         kept[name] = packed.weight_of(grid, parts)
         weight, bias = kept[name].dequantize().float(), parts.get("bias")
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

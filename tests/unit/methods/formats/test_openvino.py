@@ -92,9 +92,9 @@ def test_scales_that_two_bytes_do_not_hold_stay_as_they_are(tmp_path: Path) -> N
     [
         (RTN(bits=4, group_size=32, symmetric=False), "offsets"),
         (LoRC(bits=4, group_size=32), "a low-rank part"),
-        (RTN(bits=3, group_size=32), "it takes weights of 4 and 8 bits"),
-        (Int8Dynamic(), "rounds no inputs by them"),
-        (FP8Weight(), "integers"),
+        (RTN(bits=3, group_size=32), "it takes integers of 4 and 8 bits"),
+        (Int8Dynamic(), "whose inputs keep their dtype"),
+        (FP8Weight(), "it takes integers"),
     ],
     ids=repr,
 )
