@@ -138,7 +138,7 @@ def test_the_command_line_ends_with_2_in_one_line_and_soon(words: str, expected:
 WRONG_ORDERS = [
     (["rtn-4bit", "sparsegpt"], "'sparsegpt' cannot follow 'rtn-4bit': it reads huggingface", "write method=[sparsegpt,rtn-4bit]"),
     (["gptq", "rtn-8bit"], "'rtn-8bit' cannot follow 'gptq'", "not packed; leave one of the two out"),
-    (["magnitude", "gguf-q4_0", "shortgpt"], "'shortgpt' cannot follow 'gguf-q4_0'", "write method=[shortgpt,magnitude,gguf-q4_0]"),
+    (["magnitude", "gguf-q4_0", "shortgpt"], "'shortgpt' cannot follow 'gguf-q4_0'", "write method=[magnitude,shortgpt,gguf-q4_0]"),
     (["kv-int8", "gptq"], "'gptq' cannot follow 'kv-int8'", "write method=[gptq,kv-int8]"),
     (["kv-int8", "kv-fp8"], "'kv-fp8' cannot follow 'kv-int8'", "leave one of the two out"),
     (["h2o", "prompt-lookup"], "'prompt-lookup' cannot follow 'h2o'", "the cache 'h2o' cannot roll back a rejected draft"),
