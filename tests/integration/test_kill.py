@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -26,6 +27,7 @@ from tests.support.running import Listener, cell
 
 pytestmark = pytest.mark.alone
 MOST_LOST_S = 30
+"""But for a pass of a document of 8,192 tokens, which may take longer by itself."""
 ENGINE = "engine._target_=tests.support.watched.Watched"
 ITEMS = ["suite.protocols=[window,document]", "suite.documents=2", "suite.include_path=asset:bigbench", "suite.limit=4"]
 TINY = [*ITEMS, "suite.windows=80", "suite.tasks=[bb_general_knowledge]", "suite.batch_tokens=512", ENGINE]
@@ -42,6 +44,12 @@ class Log:
     @property
     def lines(self) -> int:
         return self.file.stat().st_size // watched.LINE
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest pass that came to its end."""
+        found = self.passes()
+        return max(end[2] - begin[2] for begin, end in itertools.pairwise(found) if (begin[0], end[0]) == ("+", "-"))
 
     def ended(self, first: int) -> int:
         """How many passes have ended since the line `first`, one that was computed twice counted once."""
@@ -168,7 +176,7 @@ def test_killed_at_random_points_it_computes_nothing_that_was_there(
     assert numbers(found["stormy"]) == numbers(found["calm"])
     assert len(cost) >= kills - 1, "hardly an attempt was cut off"
     print(f"{method}: seconds computed twice, each kill: {' '.join(f'{seconds:.1f}' for seconds in cost)}")
-    assert max(cost) <= MOST_LOST_S
+    assert max(cost) <= max(MOST_LOST_S, log.longest), "more than one pass, which nothing divides"
     (flag,) = (flag for flag in found["stormy"].quality.flags if flag.startswith("went on after"))  # type: ignore[union-attr]
     assert f"{len(cost)} interruptions" in flag
     assert len(found["stormy"].attempts) == len(cost)
