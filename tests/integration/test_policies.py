@@ -162,7 +162,10 @@ def at_places(model: Any, states: Tensor, places: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rule", ["snapkv", "tova", "knorm"])
 def test_what_stays_of_a_prompt_is_what_kvpress_keeps(base: Any, smollm2: Path, rule: str) -> None:
-    """In every head of every block; TOVA and L2 norms keep the newest token here whatever its score, as it has no successor yet."""
+    """In every head of every block; TOVA and L2 norms keep the newest token here whatever its score, as it has no successor yet.
+
+    Of two keys whose norms are equal to six digits either may stay: what differs there is how a processor rounds.
+    """
     recorded = json.loads(evictions.RECORD.read_text())
     same = heads = 0
     for ids, theirs in zip(evictions.prompts(smollm2), recorded["kept"][rule], strict=True):
@@ -178,7 +181,10 @@ def test_what_stays_of_a_prompt_is_what_kvpress_keeps(base: Any, smollm2: Path, 
                 found = set(torch.cdist(keys[head], all_keys[head]).argmin(1).tolist())
                 assert len(found) == recorded["budget"]
                 heads += 1
-                same += found - {len(ids) - 1} <= wanted
+                norms = all_keys[head].double().norm(dim=-1)
+                missing = norms[sorted(wanted - found)]
+                odd = found - {len(ids) - 1} - wanted
+                same += not odd or (rule == "knorm" and all((missing / norms[place] - 1).abs().min() < 1e-6 for place in odd))
     assert heads == 3 * BLOCKS * 3 and same == heads
 
 
