@@ -18,6 +18,7 @@ from slimbench.harness.cli.audit import audit
 from slimbench.harness.cli.cancel import cancel
 from slimbench.harness.cli.config import config
 from slimbench.harness.cli.decide.compare import compare
+from slimbench.harness.cli.decide.explain import explain
 from slimbench.harness.cli.decide.gate import gate
 from slimbench.harness.cli.decide.recommend import recommend
 from slimbench.harness.cli.doctor import doctor
@@ -40,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run, sweep, worker, status, cancel, show, config, teach, audit, compare, recommend, gate, reproduce, doctor, lock):
+for command in (run, sweep, worker, status, cancel, show, config, teach, audit, compare, explain, recommend, gate, reproduce, doctor, lock):
     app.command()(command)
 for module, name in (
     (methods, "methods"),

@@ -162,6 +162,8 @@ class SpeedConfig(Strict):
         prompts: Texts in place of random token ids, for what depends on them; None: one prompt of random ids.
         rows: Numbers of tokens whose pass is timed behind a prompt of the headline: what checking guesses costs; None: none.
         temperature: At which tokens are drawn, those of the reference too; None: the likeliest one is written.
+        ledger: Steps of each kind that are recorded for a ledger of the headline, once all is timed; None: no ledger. No other figure
+            depends on it.
     """
 
     name: str
@@ -177,6 +179,7 @@ class SpeedConfig(Strict):
     prompts: PromptsConfig | None = None
     rows: list[Annotated[Whole, Field(ge=1)]] | None = None
     temperature: Real | None = Field(default=None, gt=0)
+    ledger: Whole | None = Field(default=None, ge=4)
 
     @model_validator(mode="after")
     def _all_texts(self) -> SpeedConfig:

@@ -18,7 +18,7 @@ import torch
 from slimbench.util.compat.torch import TorchDispatchMode, redispatch, tree_iter
 
 UNSEEN = "unseen"
-_PRODUCT = re.compile(r"mm(?!_dequant)|matmul|linear|gemm|gemv|matvec|matmat|einsum|mv")
+PRODUCT = re.compile(r"mm(?!_dequant)|matmul|linear|gemm|gemv|matvec|matmat|einsum|mv")
 _ROUNDS_INPUTS = re.compile(r"dyn_quant|linear_dynamic|qlinear")  # torch's operators that turn float inputs into int8 themselves
 _OWN = ("aten", "prim", "prims")
 _KERNELS, _NAME = 12, 160
@@ -105,7 +105,7 @@ class _Observer(TorchDispatchMode):
         before = self.seen.operators.total()
         out = self._inside(func, operands, args, kwargs)
         name = func.name().removeprefix("aten::").split(".")[0]
-        if _PRODUCT.search(name.rpartition("::")[2]):
+        if PRODUCT.search(name.rpartition("::")[2]):
             innermost = self.seen.operators.total() == before
             self.seen.operators[name] += 1
             if innermost and self.running:

@@ -14,8 +14,10 @@ from slimbench.harness.config.schema import RunConfig, SpeedConfig, SpeedPoint
 from slimbench.harness.measure import capacity, claims, gpu, latency, machine, memory, perplexity, soundness
 from slimbench.harness.measure.dynamic import passes, texts, work
 from slimbench.harness.measure.hardware import available_memory
+from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.loaded import Draws, Generates
 from slimbench.harness.measure.timer import timer
+from slimbench.harness.schema.ledger import Ledger
 from slimbench.harness.schema.speed import LargestBatch, MemoryResult, SpeedPointResult, SpeedResult
 from slimbench.harness.schema.work import WorkResult
 from slimbench.harness.stages import models
@@ -108,6 +110,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         counted = figure(["work", timed], 1, lambda: _work(model, key, asked, grid[0], report).model_dump())
         result.work = WorkResult(**counted)
         claims.measured(found, result.work, artefact.read_manifest(artefact.location(key)).claim.work)
+    if protocol.ledger:
+        report.phase("ledger")
+        of_both = figure(["ledgers", protocol.ledger], 1, lambda: _ledgers(model, None if is_reference else reference, protocol, grid[0]))
+        result.ledgers, result.reference_ledgers = ([Ledger(**each) for each in of_both[role]] for role in ("candidate", "reference"))
     soundness.judge(result, disturbances, machine.last_level_cache(model.device), is_reference, counted_alone)
     result.flags += [*texts.untimed(result.points), *texts.unexercised(result.points, model)]
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
@@ -121,6 +127,15 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
         result.flags.append("no speed-up: the reference did not run here")
     result.flags += [f"{remark}; its points are of several processes" for remark in journal.remarks()]
     return result
+
+
+def _ledgers(model: Generates, reference: Generates | None, protocol: SpeedConfig, point: SpeedPoint) -> dict[str, list[Any]]:
+    """Of both, one after the other: they are no ratio."""
+    models = {"candidate": model, "reference": reference}
+    return {
+        role: [found.model_dump() for found in ledgers(loaded, point, protocol.ledger or 0)] if loaded else []
+        for role, loaded in models.items()
+    }
 
 
 def _tokens(config: RunConfig, report: Reporter) -> Any:

@@ -186,8 +186,8 @@ def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str,
         if wanted is not None and wanted not in known:
             raise ConfigError(f"no cell with {field} '{wanted}' among the records{nearest(wanted, known)}")
         board = [row for row in board if wanted in (None, getattr(row, field))]
-    firsts = _named(board, a)
-    seconds = _named(board, b) if b is not None else []
+    firsts = named(board, a)
+    seconds = named(board, b) if b is not None else []
     pairs = _with_references(firsts, board, records, a) if b is None else _with_others(firsts, seconds)
     pairs = _of_the_fullest(pairs, Counter(row.table_key for row in board))
     if not pairs:
@@ -229,7 +229,7 @@ def _with_others(firsts: Sequence[Row], seconds: Sequence[Row]) -> list[tuple[Ro
     return [(row, other) for row, other in pairs if row.engine_label == other.engine_label] or pairs
 
 
-def _named(board: Sequence[Row], name: str) -> list[Row]:
+def named(board: Sequence[Row], name: str) -> list[Row]:
     """The rows of a label, or of a pipeline with its lowest seeds; if there are none, those with a key that begins like it."""
     found = _own_first(_lowest_seeds([row for row in board if name in (row.pipeline, row.label)]))
     if not found and len(name) >= _SHORTEST_KEY:

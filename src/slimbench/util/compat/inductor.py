@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def step_options(most_operations_twice: int, cuda_graphs: bool) -> dict[str, Any
         cuda_graphs: Launch all kernels of a call at once.
     """
     return {
+        "cpp.enable_kernel_profile": sys.platform == "linux",  # each kernel has a name that a profiler sees, and costs some nanoseconds
         "triton.cudagraphs": cuda_graphs,
         "realize_opcount_threshold": most_operations_twice,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,

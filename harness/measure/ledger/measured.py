@@ -1,0 +1,227 @@
+"""The ledgers of a loaded model: steps that are recorded, in turns with steps that are not, and the products of a step by themselves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from slimbench.harness.config.schema import SpeedPoint
+from slimbench.harness.measure.dynamic.texts import prompts
+from slimbench.harness.measure.evidence import bytes_of
+from slimbench.harness.measure.ledger.parts import Layers, Place, place_of, sums
+from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record
+from slimbench.harness.measure.loaded import Generates, Step
+from slimbench.harness.schema.ledger import Ledger, LedgerPart
+from slimbench.harness.stats.intervals import mean_interval
+
+_PLAIN = 3
+"""Steps of a turn that nobody records."""
+_ALONE = 6
+_WAKINGS = 200
+_GAP = 2e-5
+"""Seconds between two regions, about as in a step."""
+_GRAIN = 1 << 17
+"""Numbers that torch shares out among threads, and that lie in their caches."""
+_PYTHON, _WAITING = Place("python"), Place("waiting")
+
+
+def ledgers(model: Generates, point: SpeedPoint, turns: int) -> list[Ledger]:
+    """Of a decode step and of a prefill; of a decode step's time alone where the engine shows no more.
+
+    Args:
+        turns: Steps of each that are recorded.
+    """
+    if reason := _unseen(model):
+        return [_blank(model, point, turns, reason)]
+    layers = Layers.of(getattr(model, "module"))  # noqa: B009
+    with torch.inference_mode():
+        decoding = _Decoding(model, point)
+        found = _ledger(model, layers, decoding, turns, point.batch, point.batch)
+        found.phase = "decode"
+        ids = prompts(model, point)
+        first = _ledger(model, layers, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch)
+    return [found, first]
+
+
+def _unseen(model: Generates) -> str | None:
+    if getattr(model, "module", None) is None:
+        return "the engine does not show what runs in a step"
+    if model.device.type != "cpu":
+        return "steps of a card are not recorded yet"
+    if model.slots:
+        return "a policy decides what runs in a step"
+    return None
+
+
+class _Prefill:
+    """The prompt goes through the model."""
+
+    def __init__(self, model: Generates, ids: torch.Tensor, room: int) -> None:
+        self._model, self._ids, self._room = model, ids, room
+
+    def ready(self, steps: int) -> None:
+        """Nothing to do."""
+
+    def __call__(self) -> None:
+        self._model.prefill(self._ids, room=self._room)
+
+
+class _Decoding:
+    """A step after the other, of the shapes that are timed; a new text is begun where one is at its end."""
+
+    def __init__(self, model: Generates, point: SpeedPoint) -> None:
+        self._model, self._ids, self._room, self._left = model, prompts(model, point), point.new_tokens, 0
+        self._step: Step | None = None
+
+    def ready(self, steps: int) -> None:
+        """Make room for so many steps."""
+        if self._left < steps:
+            self._step, self._left = self._model.prefill(self._ids, room=self._room), self._room - 1
+
+    def __call__(self) -> None:
+        assert self._step is not None
+        self._step, self._left = self._model.decode_step(self._step), self._left - 1
+
+
+def _ledger(model: Generates, layers: Layers, step: Any, turns: int, tokens: int, heads: int) -> Ledger:
+    """The parts of one kind of step.
+
+    Args:
+        tokens: That go through it.
+        heads: Rows that the head multiplies.
+    """
+    step.ready(2)
+    pieces = outline(step, layers.named)
+    places = [place_of(piece, layers, tokens) for piece in pieces]
+    plain, parts = list[float](), defaultdict[Place, list[float]](list)
+    for _ in range(turns):
+        step.ready(_PLAIN)
+        plain.append(_milliseconds(model, step, _PLAIN))
+        step.ready(2)
+        try:
+            times = record(step, pieces)
+        except OtherPieces:
+            return Ledger(phase="prefill", **_mean(plain), unseen="each step is made of other operators")
+        found = dict(sums(times.pieces, places))
+        found[_PYTHON] = found.get(_PYTHON, 0.0) + times.between
+        for place, ms in found.items():
+            parts[place].append(ms)
+    calls = {place: sum(other == place for other in places) for place in parts}
+    alone = _alone(layers, tokens, heads)
+    told = [_part(layers, place, calls[place], taken, alone, tokens == heads) for place, taken in parts.items()]
+    told = _with_waiting(told, _waking())
+    return Ledger(phase="prefill", **_mean(plain), parts=sorted(told, key=lambda part: -part.ms))
+
+
+def _milliseconds(model: Generates, step: Callable[[], object], count: int) -> float:
+    model.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    model.synchronize()
+    return 1000 * (time.perf_counter() - began) / count
+
+
+def _mean(taken: Sequence[float]) -> dict[str, float]:
+    low, high = mean_interval(taken)
+    return {"step_ms": statistics.fmean(taken), "low": low, "high": high}
+
+
+def _part(layers: Layers, place: Place, calls: int, taken: Sequence[float], alone: Mapping[Place, float], decodes: bool) -> LedgerPart:
+    low, high = mean_interval(taken)
+    own = [layer for name, layer in layers.named.items() if layers.place[name] == place]
+    return LedgerPart(
+        kind=place.kind,
+        layers=list(place.layers),
+        calls=calls,
+        ms=statistics.fmean(taken),
+        low=low,
+        high=high,
+        alone_ms=alone.get(place),
+        bytes=sum(map(bytes_of, own)) if own and decodes else None,
+    )
+
+
+def _alone(layers: Layers, tokens: int, heads: int) -> dict[Place, float]:
+    """Milliseconds of all products of a step, one right after the other, by part."""
+    inputs = {}
+    for name, layer in layers.named.items():
+        held: Any = layer
+        rows = heads if layers.place[name].kind == "head" else tokens
+        dtype = getattr(held, "dtype", None) or held.weight.dtype
+        inputs[name] = torch.randn(1, rows, held.in_features).to(dtype)
+
+    def step() -> None:
+        for name, layer in layers.named.items():
+            layer(inputs[name])
+
+    pieces = outline(step, layers.named)
+    taken = [record(step, pieces).pieces for _ in range(_ALONE)]
+    found: dict[Place, float] = defaultdict(float)
+    for index, piece in enumerate(pieces):
+        place = place_of(piece, layers, tokens)
+        if place.kind in ("product", "head"):
+            found[place] += statistics.fmean(times[index] for times in taken)
+    return found
+
+
+def _waking() -> list[float]:
+    """Milliseconds that a parallel region takes beyond the work in it: none of one thread."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [0.0]
+    numbers = torch.ones(_GRAIN)
+
+    def regions() -> float:
+        taken = []
+        for _ in range(_WAKINGS):
+            until = time.perf_counter() + _GAP
+            while time.perf_counter() < until:
+                pass
+            began = time.perf_counter()
+            numbers.add_(1)
+            taken.append(time.perf_counter() - began)
+        return 1000 * statistics.median(taken)
+
+    found = []
+    try:
+        for _ in range(_ALONE):
+            torch.set_num_threads(1)
+            one = regions()
+            torch.set_num_threads(threads)
+            found.append(max(0.0, regions() - one / threads))
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _with_waiting(parts: list[LedgerPart], waking: Sequence[float]) -> list[LedgerPart]:
+    """What threads wait as a part of its own, taken from the products, each of which has a parallel region."""
+    products = [part for part in parts if part.kind in ("product", "head")]
+    each, (low, high) = statistics.fmean(waking), mean_interval(waking)
+    regions = sum(part.calls for part in products)
+    if not each or not regions:
+        return parts
+    less = {id(part): min(part.ms, part.calls * each) for part in products}
+    changed = [part.model_copy(update=_moved(part, less[id(part)])) if id(part) in less else part for part in parts]
+    return [*changed, LedgerPart(kind="waiting", calls=regions, ms=sum(less.values()), low=regions * low, high=regions * high)]
+
+
+def _moved(part: LedgerPart, less: float) -> dict[str, Any]:
+    alone = None if part.alone_ms is None else max(0.0, part.alone_ms - less)
+    return {"ms": part.ms - less, "low": part.low - less, "high": part.high - less, "alone_ms": alone}
+
+
+def _blank(model: Generates, point: SpeedPoint, turns: int, reason: str) -> Ledger:
+    """The time of a step alone."""
+    step = _Decoding(model, point)
+    taken = []
+    for _ in range(turns):
+        step.ready(_PLAIN)
+        taken.append(_milliseconds(model, step, _PLAIN))
+    return Ledger(phase="decode", **_mean(taken), unseen=reason)

@@ -1,0 +1,171 @@
+"""What the main thread does in one step, piece after piece, as torch's profiler sees it in the very step that is timed.
+
+Threads of a product work inside the call that started them, so the pieces of the main thread and what lies between them are the step.
+Recording takes time itself, once for each event. What one takes is measured on operators that do next to nothing, and taken off.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_STEP = "slimbench step"
+_LAYER = "slimbench layer "
+_SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", _LAYER)
+_PROBES = 400
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An operator or fused kernel that the main thread called, in no other one.
+
+    Attributes:
+        name: As the profiler has it.
+        layer: Name of the layer in whose forward pass it ran; None outside of all of them, and in compiled code.
+        shapes: Of its tensor inputs.
+        inner: Names of the operators inside it.
+    """
+
+    name: str
+    layer: str | None
+    shapes: tuple[tuple[int, ...], ...]
+    inner: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one step, those that recording took left out.
+
+    Attributes:
+        pieces: Of each, in order.
+        between: Between them: Python, and what launches them.
+    """
+
+    pieces: tuple[float, ...]
+    between: float
+
+
+class OtherPieces(Exception):
+    """A step called other operators than the one before it."""
+
+
+def outline(step: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> list[Piece]:
+    """The pieces of a step, in order.
+
+    Args:
+        layers: Modules whose pieces are to be told apart where they are called, by name.
+    """
+    with _watched(layers):
+        root = _recorded(step, shapes=True)
+    return [_piece(event, layer) for event, layer in _topmost(root, None) if event is not None]
+
+
+def record(step: Callable[[], object], pieces: Sequence[Piece]) -> Times:
+    """Record one step that was outlined.
+
+    Raises:
+        OtherPieces: It is not made of these.
+    """
+    own = _milliseconds_of_an_event()
+    root = _recorded(step, shapes=False)
+    found = [event for event, _ in _topmost(root, None)]
+    calls, scopes = [event for event in found if event is not None], found.count(None)
+    if [event.name for event in calls] != [piece.name for piece in pieces]:
+        raise OtherPieces
+    within = [sum(1 for _ in _below(event)) for event in calls]
+    taken = [event.time_range.elapsed_us() / 1000 for event in calls]
+    times = tuple(max(0.0, ms - own * (events + 0.5)) for ms, events in zip(taken, within, strict=True))
+    return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - own * (0.5 * len(calls) + scopes)))
+
+
+def _recorded(step: Callable[[], object], shapes: bool) -> Any:
+    """The event of the second of two calls; the first is there for the profiler to settle."""
+    with _silent(), profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
+        step()
+        with record_function(_STEP):
+            step()
+    return next(event for event in recorded.events() or () if event.name == _STEP)
+
+
+def _piece(event: Any, layer: str | None) -> Piece:
+    shapes = tuple(tuple(shape) for shape in event.input_shapes or () if shape and all(isinstance(size, int) for size in shape))
+    return Piece(event.name, layer, shapes, tuple(each.name for each in _below(event)))
+
+
+def _topmost(event: Any, layer: str | None) -> Iterator[tuple[Any, str | None]]:
+    """The calls that no other call holds, each with its layer, and None for each scope that was looked into."""
+    for child in sorted(event.cpu_children, key=lambda each: each.time_range.start):
+        if child.name.startswith(_SCOPES):
+            yield None, layer
+            yield from _topmost(child, child.name.removeprefix(_LAYER) if child.name.startswith(_LAYER) else layer)
+        else:
+            yield child, layer
+
+
+def _below(event: Any) -> Iterator[Any]:
+    for child in event.cpu_children:
+        yield child
+        yield from _below(child)
+
+
+@contextmanager
+def _watched(layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """Within it the calls of layers are recorded by name."""
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            scope = _Scope(name)
+            hooks.callback(layer.register_forward_pre_hook(scope.enter).remove)
+            hooks.callback(layer.register_forward_hook(scope.leave, always_call=True).remove)
+        yield
+
+
+class _Scope:
+    def __init__(self, name: str) -> None:
+        self._name, self._open = _LAYER + name, list[Any]()
+
+    def enter(self, *_: Any) -> None:
+        self._open.append(record_function(self._name))
+        self._open[-1].__enter__()
+
+    def leave(self, *_: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes lines of its own to the file of errors, past Python."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+@lru_cache(maxsize=1)
+def _milliseconds_of_an_event() -> float:
+    """What the recording of one operator takes, by the least of some rounds with and without."""
+    number = torch.zeros(1)
+
+    def calls() -> float:
+        began = time.perf_counter()
+        for _ in range(_PROBES):
+            number.add_(1)
+        return 1000 * (time.perf_counter() - began)
+
+    bare = min(calls() for _ in range(_ROUNDS))
+    with _silent(), profile(activities=[ProfilerActivity.CPU]):
+        seen = min(calls() for _ in range(_ROUNDS))
+    return max(0.0, seen - bare) / _PROBES

@@ -1,0 +1,1 @@
+"""Why a row is as fast as it is."""
