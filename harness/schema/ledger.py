@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from slimbench.harness.schema.base import Schema
 
 PartKind = Literal["product", "head", "attention", "elementwise", "expansion", "copy", "waiting", "python"]
 """Products by weights inside the blocks; by the head; attention and cache; norms and other elementwise work; weights that are made for a
 product; copies of what is larger than an activation; threads that begin and end a parallel region; Python, and what launches the rest.
 """
+
+Phase = Literal["decode", "prefill"]
+Setting = Literal["bits", "group_size", "head_bits"]
 
 
 class LedgerPart(Schema):
@@ -19,6 +24,7 @@ class LedgerPart(Schema):
         kind: What is done.
         layers: Classes of the layers whose products these are, by the last part of their names; empty for all other kinds.
         calls: Operators or fused kernels of a step.
+        kernels: What computes these products: names of kernels, or the dtype of a dense weight.
         low: Lower bound of the 95 % interval of `ms`.
         high: Upper bound.
         alone_ms: The same products one right after the other, with nothing between; None for other kinds.
@@ -27,12 +33,31 @@ class LedgerPart(Schema):
 
     kind: PartKind
     layers: list[str] = []
+    kernels: list[str] = []
     calls: float
     ms: float
     low: float
     high: float
     alone_ms: float | None = None
     bytes: int | None = None
+
+
+class Alternative(Schema):
+    """What the products of a step would take on another grid: random weights of the same shapes, in turns with those that are there.
+
+    Attributes:
+        setting: Of a method that rounds weights.
+        value: Its other value; None: the weights keep their dtype.
+        change_ms: Of a step; below 0 where it would be faster.
+        low: Lower bound of its 95 % interval.
+        high: Upper bound.
+    """
+
+    setting: Setting
+    value: int | None
+    change_ms: float
+    low: float
+    high: float
 
 
 class Ledger(Schema):
@@ -42,15 +67,19 @@ class Ledger(Schema):
         step_ms: Mean of the steps that nobody recorded, in turns with those that were.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
+        threads: That share the work.
         parts: The largest first. Of `waiting` each product has one region, whose time is not among that of the product.
+        alternatives: Other grids.
         unseen: Why there are no parts.
     """
 
-    phase: Literal["decode", "prefill"]
-    step_ms: float
+    phase: Phase
+    step_ms: float = Field(gt=0)
     low: float
     high: float
+    threads: int | None = None
     parts: list[LedgerPart] = []
+    alternatives: list[Alternative] = []
     unseen: str | None = None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage
@@ -10,21 +10,15 @@ from slimbench.harness.schema.ledger import Ledger, LedgerPart
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.compare.compare import named
 from slimbench.leaderboard.compare.texts import Result
+from slimbench.leaderboard.explain.advice import Forecast, advice, forecasts
+from slimbench.leaderboard.explain.aligned import aligned
+from slimbench.leaderboard.explain.causes import Cause, causes
+from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 
 REST = "the rest"
-WORDS = {
-    "head": "head",
-    "attention": "attention and cache",
-    "elementwise": "norms and elementwise",
-    "expansion": "expansion of weights",
-    "copy": "copies",
-    "waiting": "waiting of threads",
-    "python": "Python and launch",
-}
-"""By kind of a part; products are told by their layers."""
 
 
 class Line(Result):
@@ -52,20 +46,26 @@ class Account(Result):
     """A ledger in words and numbers.
 
     Attributes:
-        title: Row, model, engine and what the step is.
+        title: Row, model and engine.
+        step: `decode step` or `prefill`.
         step_ms: Mean of the steps that nobody recorded.
         explained: Sum of the parts over the step.
         reference_ms: Mean step of the reference.
         bound_ms: Of all bytes of weights that the step reads.
+        causes: Parts that take longer than those of the reference.
+        forecasts: Steps with other settings, the best first.
         unseen: Why there are no lines.
     """
 
     title: str
+    step: str
     step_ms: float
     explained: float
     reference_ms: float | None = None
     bound_ms: float | None = None
-    lines: list[Line] = []
+    lines: Sequence[Line] = ()
+    causes: Sequence[Cause] = ()
+    forecasts: Sequence[Forecast] = ()
     unseen: str | None = None
 
 
@@ -91,43 +91,46 @@ def explain(
         if record and record.speed and record.speed.ledgers:
             found.append((row, record))
     if not found:
-        raise ConfigError(f"'{name}' has no ledger: measure its speed again with `stages=[speed]`")
+        raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=12 stages=[speed] on_existing=all")
     if len(found) > 1:
         cells = "; ".join(f"{row.engine_label} on {row.hardware}, key {row.keys.speed}" for row, _ in found)
         raise ConfigError(f"{len(found)} cells '{name}' have a ledger; name one by --model, --suite, --device or its key: {cells}")
-    ((row, record),) = found
-    assert record.speed is not None
+    return accounts(*found[0])
+
+
+def accounts(row: Row, record: Record | None) -> list[Account]:
+    """Those of a row by the record of its speed; none without a ledger."""
+    if record is None or record.speed is None:
+        return []
     theirs = {ledger.phase: ledger for ledger in record.speed.reference_ledgers}
     return [_account(row, ledger, theirs.get(ledger.phase), record.speed.read_bandwidth_gbs) for ledger in record.speed.ledgers]
 
 
-def part_name(part: LedgerPart) -> str:
-    """`products of gate_proj and up_proj`."""
-    return WORDS.get(part.kind) or f"products of {' and '.join(filter(None, [', '.join(part.layers[:-1]), part.layers[-1]]))}"
-
-
 def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: float | None) -> Account:
-    theirs = {part_name(part): part.ms for part in reference.parts} if reference else {}
-    lines = [_line(part, ledger, theirs, reference is not None, bandwidth) for part in ledger.parts]
-    absent = [name for name in theirs if name not in {line.part for line in lines}]
-    lines += [Line(part=name, ms=0.0, share=0.0, reference_ms=theirs[name]) for name in absent]
+    here, *others = aligned(ledger, *([reference] if reference else []))
+    there = others[0] if others else {}
+    lines = [_line(name, part, ledger, there if others else None, bandwidth) for name, part in here.items()]
     if ledger.parts:
+        lines += [Line(part=name, ms=0.0, share=0.0, reference_ms=part.ms) for name, part in there.items() if name not in here]
         rest = reference.rest_ms if reference and reference.parts else None
         lines.append(Line(part=REST, ms=ledger.rest_ms, share=ledger.rest_ms / ledger.step_ms, reference_ms=rest))
     bounds = [line.bound_ms for line in lines if line.bound_ms is not None]
     return Account(
-        title=f"{row.label} · {row.model} · {row.engine_label} · one {'decode step' if ledger.phase == 'decode' else 'prefill'}",
+        step="decode step" if ledger.phase == "decode" else "prefill",
+        title=f"{row.label} · {row.model} · {row.engine_label}",
         step_ms=ledger.step_ms,
         explained=1 - ledger.rest_ms / ledger.step_ms,
         reference_ms=reference.step_ms if reference else None,
         bound_ms=sum(bounds) if bounds else None,
         lines=lines,
+        causes=causes(ledger, reference) if reference and reference.parts and ledger.parts else [],
+        forecasts=forecasts(ledger),
         unseen=ledger.unseen,
     )
 
 
-def _line(part: LedgerPart, ledger: Ledger, theirs: dict[str, float], beside: bool, bandwidth: float | None) -> Line:
-    name = part_name(part)
+def _line(name: str, part: LedgerPart, ledger: Ledger, there: Mapping[str, LedgerPart] | None, bandwidth: float | None) -> Line:
+    other = None if there is None else there.get(name)
     return Line(
         part=name,
         ms=part.ms,
@@ -136,18 +139,25 @@ def _line(part: LedgerPart, ledger: Ledger, theirs: dict[str, float], beside: bo
         share=part.ms / ledger.step_ms,
         bound_ms=part.bytes / bandwidth / 1e6 if part.bytes and bandwidth else None,
         alone_ms=part.alone_ms,
-        reference_ms=theirs.get(name, 0.0) if beside else None,
+        reference_ms=None if there is None else other.ms if other else 0.0,
     )
 
 
-def told(accounts: Sequence[Account]) -> list[str]:
-    """A sentence for each account."""
-    return [_sentence(account) for account in accounts]
-
-
-def _sentence(account: Account) -> str:
+def told(account: Account) -> list[str]:
+    """What an account says, in sentences."""
+    one = f"One {account.step} takes {account.step_ms:.3g} ms"
     if account.unseen:
-        return f"{account.title}: {account.step_ms:.3g} ms. {account.unseen[0].upper()}{account.unseen[1:]}."
-    beside = f", {account.reference_ms:.3g} ms of the reference" if account.reference_ms else ""
+        return [f"{one}; {clean(account.unseen)}."]
+    beside = f", {account.reference_ms:.3g} ms in the reference" if account.reference_ms else ""
     bound = f"; its weights take {account.bound_ms:.3g} ms at the bandwidth of the machine" if account.bound_ms else ""
-    return f"{account.title}: {account.step_ms:.3g} ms{beside}{bound}. The parts make {100 * account.explained:.0f} % of it."
+    said = [f"{one}{beside}{bound}. The parts make {100 * account.explained:.0f} % of it."]
+    if account.causes:
+        said.append(f"Longer than in the reference: {'; '.join(map(_longer, account.causes))}.")
+    if hint := advice(account.forecasts):
+        said.append(f"{hint}.")
+    return said
+
+
+def _longer(cause: Cause) -> str:
+    facts = f" ({'; '.join(cause.facts)})" if cause.facts else ""
+    return f"{cause.part} by {cause.ms:.2g} ms{facts}"

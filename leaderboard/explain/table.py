@@ -7,6 +7,7 @@ from typing import Any
 from slimbench.leaderboard.explain.account import Account
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 
+FORECASTS = {"setting": "Setting", "step": "Foretold ms", "gain": "Gain", "interval": "95 %"}
 COLUMNS = {
     "part": "Part",
     "ms": "ms",
@@ -16,7 +17,7 @@ COLUMNS = {
     "alone": "Alone ms",
     "reference": "Reference ms",
 }
-_MS, _PERCENT = decimal(3), decimal(0, 100)
+_MS, _PERCENT, _GAIN = decimal(3), decimal(0, 100), decimal(2)
 
 
 def cells(account: Account) -> list[dict[str, Any]]:
@@ -32,4 +33,17 @@ def cells(account: Account) -> list[dict[str, Any]]:
             "reference": EMPTY if line.reference_ms is None else _MS(line.reference_ms),
         }
         for line in account.lines
+    ]
+
+
+def foretold(account: Account) -> list[dict[str, Any]]:
+    """A row of texts for each other setting, by the keys of `FORECASTS`."""
+    return [
+        {
+            "setting": each.setting,
+            "step": _MS(each.step_ms),
+            "gain": f"{_GAIN(each.gain)} ×",
+            "interval": f"{_GAIN(each.low)} to {_GAIN(each.high)}",
+        }
+        for each in account.forecasts
     ]

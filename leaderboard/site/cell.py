@@ -18,7 +18,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.flags.kinds import noise, noisy
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.site import courses, names, taught
+from slimbench.leaderboard.site import courses, ledgers, names, taught
 from slimbench.leaderboard.site.board import Board, plural
 from slimbench.leaderboard.site.continuations import HEADER, worst
 from slimbench.leaderboard.site.facts import details
@@ -87,6 +87,7 @@ def render(board: Board, row: Row, line: Line) -> str:
             if name not in _SHOWN_APART
         ],
         grids=[grid for grid in (_perplexities(row), _tasks(row), _astray(board, row), _speeds(row)) if grid.rows],
+        ledgers=ledgers.parts(row, records.get(Stage.SPEED)),
         evidence=list(_evidence(records)),
         frame=courses,
         charts=courses.charts(records.get(Stage.COMPRESS)),

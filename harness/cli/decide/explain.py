@@ -23,14 +23,16 @@ def explain(
     check_choice("--format", format, ("terminal", "json"))
     records = read_records(results)
     from slimbench.leaderboard.explain import account
-    from slimbench.leaderboard.explain.table import COLUMNS, cells
+    from slimbench.leaderboard.explain.table import COLUMNS, FORECASTS, cells, foretold
 
     found = account.explain(records, row, model, suite, device)
     if format == "json":
         print(json.dumps([each.model_dump(mode="json") for each in found], indent=1, ensure_ascii=False))
         return
-    for each, sentence in zip(found, account.told(found), strict=True):
-        print(sentence)
+    for each in found:
+        print("\n".join([each.title, *account.told(each)]))
         if each.lines:
             print_table("terminal", COLUMNS, cells(each))
+        if each.forecasts:
+            print_table("terminal", FORECASTS, foretold(each))
         print()

@@ -6,22 +6,23 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, Place, place_of, sums
+from slimbench.harness.measure.ledger.parts import Layers, Place, is_fused, place_of, sums
+from slimbench.harness.measure.ledger.products import Products, dtype_of
 from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record
 from slimbench.harness.measure.loaded import Generates, Step
-from slimbench.harness.schema.ledger import Ledger, LedgerPart
+from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 from slimbench.harness.stats.intervals import mean_interval
 
 _PLAIN = 3
 """Steps of a turn that nobody records."""
-_ALONE = 6
+_TIMES = 6
 _WAKINGS = 200
 _GAP = 2e-5
 """Seconds between two regions, about as in a step."""
@@ -38,14 +39,11 @@ def ledgers(model: Generates, point: SpeedPoint, turns: int) -> list[Ledger]:
     """
     if reason := _unseen(model):
         return [_blank(model, point, turns, reason)]
-    layers = Layers.of(getattr(model, "module"))  # noqa: B009
     with torch.inference_mode():
-        decoding = _Decoding(model, point)
-        found = _ledger(model, layers, decoding, turns, point.batch, point.batch)
-        found.phase = "decode"
         ids = prompts(model, point)
-        first = _ledger(model, layers, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch)
-    return [found, first]
+        decode = _ledger(model, _Decoding(model, ids, point.new_tokens), turns, point.batch, point.batch)
+        first = _ledger(model, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch)
+    return [decode, first]
 
 
 def _unseen(model: Generates) -> str | None:
@@ -61,6 +59,8 @@ def _unseen(model: Generates) -> str | None:
 class _Prefill:
     """The prompt goes through the model."""
 
+    phase: ClassVar[Phase] = "prefill"
+
     def __init__(self, model: Generates, ids: torch.Tensor, room: int) -> None:
         self._model, self._ids, self._room = model, ids, room
 
@@ -74,8 +74,10 @@ class _Prefill:
 class _Decoding:
     """A step after the other, of the shapes that are timed; a new text is begun where one is at its end."""
 
-    def __init__(self, model: Generates, point: SpeedPoint) -> None:
-        self._model, self._ids, self._room, self._left = model, prompts(model, point), point.new_tokens, 0
+    phase: ClassVar[Phase] = "decode"
+
+    def __init__(self, model: Generates, ids: torch.Tensor, room: int) -> None:
+        self._model, self._ids, self._room, self._left = model, ids, room, 0
         self._step: Step | None = None
 
     def ready(self, steps: int) -> None:
@@ -88,15 +90,19 @@ class _Decoding:
         self._step, self._left = self._model.decode_step(self._step), self._left - 1
 
 
-def _ledger(model: Generates, layers: Layers, step: Any, turns: int, tokens: int, heads: int) -> Ledger:
+def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: int, heads: int) -> Ledger:
     """The parts of one kind of step.
 
     Args:
         tokens: That go through it.
         heads: Rows that the head multiplies.
     """
+    module = getattr(model, "module")  # noqa: B009
+    layers = Layers.of(module)
     step.ready(2)
     pieces = outline(step, layers.named)
+    joins = any(map(is_fused, pieces))
+    layers = Layers.of(module, joins)
     places = [place_of(piece, layers, tokens) for piece in pieces]
     plain, parts = list[float](), defaultdict[Place, list[float]](list)
     for _ in range(turns):
@@ -106,16 +112,20 @@ def _ledger(model: Generates, layers: Layers, step: Any, turns: int, tokens: int
         try:
             times = record(step, pieces)
         except OtherPieces:
-            return Ledger(phase="prefill", **_mean(plain), unseen="each step is made of other operators")
+            return _of(step.phase, plain).model_copy(update={"unseen": "each step is made of other operators"})
         found = dict(sums(times.pieces, places))
         found[_PYTHON] = found.get(_PYTHON, 0.0) + times.between
         for place, ms in found.items():
             parts[place].append(ms)
     calls = {place: sum(other == place for other in places) for place in parts}
-    alone = _alone(layers, tokens, heads)
-    told = [_part(layers, place, calls[place], taken, alone, tokens == heads) for place, taken in parts.items()]
+    by_themselves = Products(layers, tokens, heads, joins)
+    alone = by_themselves.milliseconds()
+    told = [_part(layers, place, calls[place], taken, alone, step.phase) for place, taken in parts.items()]
     told = _with_waiting(told, _waking())
-    return Ledger(phase="prefill", **_mean(plain), parts=sorted(told, key=lambda part: -part.ms))
+    others = list(by_themselves.alternatives(turns))
+    ordered = sorted(told, key=lambda part: -part.ms)
+    update = {"threads": torch.get_num_threads(), "parts": ordered, "alternatives": others}
+    return _of(step.phase, plain).model_copy(update=update)
 
 
 def _milliseconds(model: Generates, step: Callable[[], object], count: int) -> float:
@@ -127,47 +137,26 @@ def _milliseconds(model: Generates, step: Callable[[], object], count: int) -> f
     return 1000 * (time.perf_counter() - began) / count
 
 
-def _mean(taken: Sequence[float]) -> dict[str, float]:
+def _of(phase: Phase, taken: Sequence[float]) -> Ledger:
+    """Without parts."""
     low, high = mean_interval(taken)
-    return {"step_ms": statistics.fmean(taken), "low": low, "high": high}
+    return Ledger(phase=phase, step_ms=statistics.fmean(taken), low=low, high=high)
 
 
-def _part(layers: Layers, place: Place, calls: int, taken: Sequence[float], alone: Mapping[Place, float], decodes: bool) -> LedgerPart:
+def _part(layers: Layers, place: Place, calls: int, taken: Sequence[float], alone: Mapping[Place, float], phase: Phase) -> LedgerPart:
     low, high = mean_interval(taken)
     own = [layer for name, layer in layers.named.items() if layers.place[name] == place]
     return LedgerPart(
         kind=place.kind,
         layers=list(place.layers),
+        kernels=sorted({_kernel(layer) for layer in own}),
         calls=calls,
         ms=statistics.fmean(taken),
         low=low,
         high=high,
         alone_ms=alone.get(place),
-        bytes=sum(map(bytes_of, own)) if own and decodes else None,
+        bytes=sum(map(bytes_of, own)) if own and phase == "decode" else None,
     )
-
-
-def _alone(layers: Layers, tokens: int, heads: int) -> dict[Place, float]:
-    """Milliseconds of all products of a step, one right after the other, by part."""
-    inputs = {}
-    for name, layer in layers.named.items():
-        held: Any = layer
-        rows = heads if layers.place[name].kind == "head" else tokens
-        dtype = getattr(held, "dtype", None) or held.weight.dtype
-        inputs[name] = torch.randn(1, rows, held.in_features).to(dtype)
-
-    def step() -> None:
-        for name, layer in layers.named.items():
-            layer(inputs[name])
-
-    pieces = outline(step, layers.named)
-    taken = [record(step, pieces).pieces for _ in range(_ALONE)]
-    found: dict[Place, float] = defaultdict(float)
-    for index, piece in enumerate(pieces):
-        place = place_of(piece, layers, tokens)
-        if place.kind in ("product", "head"):
-            found[place] += statistics.fmean(times[index] for times in taken)
-    return found
 
 
 def _waking() -> list[float]:
@@ -190,7 +179,7 @@ def _waking() -> list[float]:
 
     found = []
     try:
-        for _ in range(_ALONE):
+        for _ in range(_TIMES):
             torch.set_num_threads(1)
             one = regions()
             torch.set_num_threads(threads)
@@ -198,6 +187,10 @@ def _waking() -> list[float]:
     finally:
         torch.set_num_threads(threads)
     return found
+
+
+def _kernel(layer: torch.nn.Module) -> str:
+    return getattr(layer, "kernel", None) or str(dtype_of(layer)).removeprefix("torch.")
 
 
 def _with_waiting(parts: list[LedgerPart], waking: Sequence[float]) -> list[LedgerPart]:
@@ -219,9 +212,8 @@ def _moved(part: LedgerPart, less: float) -> dict[str, Any]:
 
 def _blank(model: Generates, point: SpeedPoint, turns: int, reason: str) -> Ledger:
     """The time of a step alone."""
-    step = _Decoding(model, point)
-    taken = []
+    step, taken = _Decoding(model, prompts(model, point), point.new_tokens), list[float]()
     for _ in range(turns):
         step.ready(_PLAIN)
         taken.append(_milliseconds(model, step, _PLAIN))
-    return Ledger(phase="decode", **_mean(taken), unseen=reason)
+    return _of("decode", taken).model_copy(update={"unseen": reason})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -37,44 +38,99 @@ class Layers:
     Attributes:
         named: Every layer by its name in the model.
         place: Of each, by name.
+        groups: Names in the order of their calls, those of the same inputs together.
         activation: Most numbers of what goes from layer to layer, for one token.
     """
 
-    named: dict[str, torch.nn.Module] = field(default_factory=dict)
-    place: dict[str, Place] = field(default_factory=dict)
-    activation: int = 0
-    _by_shape: dict[tuple[int, ...], Place] = field(default_factory=dict)
+    named: dict[str, torch.nn.Module]
+    place: dict[str, Place]
+    groups: list[list[str]]
+    activation: int
 
     @classmethod
-    def of(cls, module: Any) -> Layers:
-        """Those of a causal language model."""
-        found = cls()
+    def of(cls, module: Any, joins: bool = False) -> Layers:
+        """Those of a causal language model.
+
+        Args:
+            joins: Layers of the same inputs are called at once, and so are of one class.
+        """
         head, names = module.get_output_embeddings(), {id(layer): name for name, layer in module.named_modules()}
-        signs: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-        for layer, _ in products(module):
-            name = names[id(layer)]
-            found.named[name] = layer
+        named = {names[id(layer)]: layer for layer, _ in products(module)}
+        groups = _groups(module, named)
+        signs: dict[Any, list[str]] = defaultdict(list)
+        for name, layer in named.items():
             signs[layer is head, *_shapes(layer)].append(name)
-            width = layer.out_features if layer is head else max(layer.in_features, layer.out_features)
-            found.activation = max(found.activation, width)
-        for (is_head, *shapes), members in signs.items():
+        if joins:
+            signs = _united(signs, groups)
+        place = dict[str, Place]()
+        for members in signs.values():
             last = tuple(dict.fromkeys(name.rpartition(".")[2] for name in members))
-            place = Place("head") if is_head else Place("product", last)
-            found.place |= dict.fromkeys(members, place)
-            for shape in shapes:
-                found._by_shape.setdefault(shape, place)
-        return found
+            is_head = any(named[name] is head for name in members)
+            place |= dict.fromkeys(members, Place("head") if is_head else Place("product", last))
+        sizes = [(layer.out_features,) if layer is head else (layer.in_features, layer.out_features) for layer in map(_any, named.values())]
+        return cls(named, place, groups, max(map(max, sizes), default=0))
 
     def whose(self, shapes: Iterable[tuple[int, ...]]) -> Place | None:
         """The class whose weights an operator was given, by the shapes of its inputs; None where it was given none."""
         known = [shape for each in shapes if (shape := tuple(sorted(each))) in self._by_shape]
         return self._by_shape[max(known, key=prod)] if known else None
 
+    @cached_property
+    def _by_shape(self) -> dict[tuple[int, ...], Place]:
+        found: dict[tuple[int, ...], Place] = {}
+        for name, layer in self.named.items():
+            for shape in _shapes(layer):
+                found.setdefault(shape, self.place[name])
+        return found
+
+
+def _any(layer: Any) -> Any:
+    return layer
+
+
+def _groups(module: Any, named: Mapping[str, torch.nn.Module]) -> list[list[str]]:
+    """Names in the order in which one token goes through them, those that are given the same tensor together."""
+    given: dict[int, tuple[Any, list[str]]] = {}
+
+    def seen(name: str) -> Any:
+        return lambda _, inputs: given.setdefault(id(inputs[0]), (inputs[0], []))[1].append(name)
+
+    hooks = [layer.register_forward_pre_hook(seen(name)) for name, layer in named.items()]
+    try:
+        module(torch.zeros(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [names for _, names in given.values()]
+
+
+def _united(signs: Mapping[Any, list[str]], groups: Iterable[list[str]]) -> dict[Any, list[str]]:
+    """Classes of which a group has members in several, as one."""
+    whose = {name: sign for sign, members in signs.items() for name in members}
+    for group in groups:
+        first, *others = dict.fromkeys(whose[name] for name in group)
+        whose = {name: first if sign in others else sign for name, sign in whose.items()}
+    found: dict[Any, list[str]] = defaultdict(list)
+    for name, sign in whose.items():
+        found[sign].append(name)
+    return found
+
 
 def _shapes(layer: Any) -> list[tuple[int, ...]]:
     """Sorted shapes of the matrices of a layer, the largest first: a product may be given one of them turned."""
     held = {tuple(sorted(tensor.shape)) for tensor in resident_tensors(layer) if tensor.dim() > 1}
     return sorted(held, key=prod, reverse=True)
+
+
+def is_fused(piece: Piece) -> bool:
+    """Whether a compiler made it of several operators."""
+    return bool(_FUSED.match(piece.name))
+
+
+def multiplies(piece: Piece) -> bool:
+    """Whether it is a product of matrices, or holds one."""
+    calls = (piece.name, *piece.inner)
+    return not is_fused(piece) and any(PRODUCT.search(call.rpartition("::")[2]) for call in calls)
 
 
 def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
@@ -84,13 +140,12 @@ def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
         tokens: That go through the step, those of all sequences.
     """
     name = piece.name.removeprefix("aten::")
-    calls = (name, *(inner.removeprefix("aten::") for inner in piece.inner))
-    multiplies = any(PRODUCT.search(call.rpartition("::")[2]) for call in calls) and not _FUSED.match(name)
+    is_product = multiplies(piece)
     large = max(map(prod, piece.shapes), default=0) > tokens * layers.activation
     if piece.layer is not None:
         own = layers.place[piece.layer]
-        return own if multiplies or not large else Place("copy" if _COPIES.search(name) else "expansion")
-    if multiplies and (found := layers.whose(piece.shapes)):
+        return own if is_product or not large else Place("copy" if _COPIES.search(name) else "expansion")
+    if is_product and (found := layers.whose(piece.shapes)):
         return found
     if fused := _FUSED.match(name):
         return Place(_of_fused(fused[1]))
@@ -100,7 +155,7 @@ def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
         return Place("expansion")
     if large and _COPIES.search(name):
         return Place("copy")
-    return Place("attention" if multiplies or _ATTENTION.search(name) else "elementwise")
+    return Place("attention" if is_product or _ATTENTION.search(name) else "elementwise")
 
 
 def _of_fused(operators: str) -> PartKind:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.util.compat.inductor import CustomGraphPass, get_hash_for_files, operator_name
+from slimbench.util.compat.torch import buffers
 
 _VIEWS = ("view", "_unsafe_view", "reshape")
 
@@ -28,6 +32,19 @@ class ShareInputs(CustomGraphPass):
 
     def uuid(self) -> bytes:
         return get_hash_for_files((str(Path(__file__)),))
+
+
+def can_join(layers: Sequence[nn.Module]) -> bool:
+    """Whether the pass makes one call of these layers, if they have the same inputs."""
+    return len(layers) > 1 and all(getattr(layer, "kernel", None) == OwnCpu.name for layer in layers)
+
+
+def joined(layers: Sequence[Any]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """The call that the pass makes of layers with the same inputs [rows, in]; outputs [rows, out] of each."""
+    kept = [buffers(layer) for layer in layers]
+    weights = [each["weight_packed"] for each in kept], [each["scales"] for each in kept], [each.get("offsets") for each in kept]
+    sizes = [layer.grid.bits for layer in layers], [layer.out_features for layer in layers]
+    return lambda x: torch.ops.slimbench.packed_mm_shared(x, *weights, *sizes)
 
 
 def _source(node: Any) -> Any:

@@ -123,7 +123,9 @@ def test_what_is_planted_shows_in_its_part(name: str) -> None:
         block.mlp.up_proj = Slowed(block.mlp.up_proj, more)
     before, after = decoded(TransformersModel(honest, "cpu")), decoded(TransformersModel(slowed, "cpu"))
     cost = after.step_ms - before.step_ms
-    grown = {part: ms(after, part) - ms(before, part) for part in ("product", "head", "attention", "elementwise", "expansion", "copy", "python")}
+    grown = {
+        part: ms(after, part) - ms(before, part) for part in ("product", "head", "attention", "elementwise", "expansion", "copy", "python")
+    }
     assert max(grown, key=lambda part: grown[part]) == kind, grown
     assert grown[kind] == pytest.approx(cost, rel=0.2)
 

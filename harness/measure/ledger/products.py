@@ -1,0 +1,175 @@
+"""The products of a step by themselves, one right after the other: as they are, and on other grids."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import nn
+
+from slimbench.harness.measure.evidence import bytes_of
+from slimbench.harness.measure.ledger.parts import Layers, Place, multiplies, place_of
+from slimbench.harness.measure.ledger.recorded import Piece, outline, record
+from slimbench.harness.schema.ledger import Alternative, Setting
+from slimbench.harness.stats.intervals import mean_interval
+from slimbench.methods.kernels.cpu import share
+from slimbench.methods.kernels.grid import Grid
+from slimbench.methods.kernels.packed_linear import PackedLinear
+from slimbench.methods.kernels.subjects import random_weight
+
+_ALONE = 6
+_FREE = 0.5
+"""Share of the memory that is free which other layers may take."""
+_HEADS: dict[int | None, Grid | None] = {None: None, 4: Grid(4, 32), 8: Grid(8)}
+"""Grids of a head by its bits, as methods round it; None: as it was."""
+_BITS: tuple[Literal[4, 8], ...] = (4, 8)
+_GROUPS = (32, 128)
+_OFTEN = 128
+"""Group size of a model that has none."""
+
+
+class Products:
+    """All products of a step in the order of their calls; those of the same inputs in one call where the engine joins them.
+
+    Args:
+        tokens: Rows of inputs.
+        heads: Rows that the head multiplies.
+        joins: The engine's compiler joins packed products of the same inputs, and leaves no Python between any.
+    """
+
+    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool) -> None:
+        self.layers, self.tokens, self.joins = layers, tokens, joins
+        self._inputs = [self._input(group, heads) for group in layers.groups]
+
+    def _input(self, group: list[str], heads: int) -> torch.Tensor:
+        layer: Any = self.layers.named[group[0]]
+        rows = heads if self.layers.place[group[0]].kind == "head" else self.tokens
+        return torch.randn(1, rows, layer.in_features).to(dtype_of(layer))
+
+    def step(self, others: Mapping[str, nn.Module] | None = None) -> Callable[[], None]:
+        """What makes them once, with other layers in the place of some."""
+        layers = self.layers.named | dict(others or {})
+        calls: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = []
+        for group, x in zip(self.layers.groups, self._inputs, strict=True):
+            held = [layers[name] for name in group]
+            if self.joins and share.can_join(held):
+                calls.append((share.joined(held), x[0]))
+            else:
+                calls += [(layer, x) for layer in held]
+
+        def run() -> None:
+            for call, x in calls:
+                call(x)
+
+        return run
+
+    def milliseconds(self) -> dict[Place, float]:
+        """Of the products of each part, without what lies between them."""
+        step = self.step()
+        pieces = outline(step, self.layers.named)
+        taken = [record(step, pieces).pieces for _ in range(_ALONE)]
+        found: dict[Place, float] = defaultdict(float)
+        for index, piece in enumerate(pieces):
+            place = place_of(piece, self.layers, self.tokens)
+            if place.kind in ("product", "head"):
+                found[place] += statistics.fmean(times[index] for times in taken)
+        return found
+
+    def alternatives(self, turns: int) -> Iterator[Alternative]:
+        """What other grids would change, each in turns with those that are there; those that memory cannot hold are left out.
+
+        Args:
+            turns: Of each.
+        """
+        for asked in _asked(self.layers):
+            others = _made(asked, self.layers)
+            if others is not None:
+                yield self._compared(asked, others, turns)
+
+    def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative:
+        here, there = self.step(), self.step(others)
+        outlines = outline(here, self.layers.named), outline(there, others)
+        changes = [self._sum(there, outlines[1]) - self._sum(here, outlines[0]) for _ in range(turns)]
+        low, high = mean_interval(changes)
+        return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.fmean(changes), low=low, high=high)
+
+    def _sum(self, step: Callable[[], None], pieces: list[Piece]) -> float:
+        times = record(step, pieces)
+        if self.joins:
+            return sum(ms for piece, ms in zip(pieces, times.pieces, strict=True) if multiplies(piece))
+        return sum(times.pieces) + times.between
+
+
+def dtype_of(layer: Any) -> torch.dtype:
+    """In which a layer wants its inputs."""
+    found: torch.dtype = getattr(layer, "dtype", None) or layer.weight.dtype
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Layers on another grid; None: dense."""
+
+    setting: Setting
+    value: int | None
+    grid: Grid | None
+    names: tuple[str, ...]
+
+
+def _asked(layers: Layers) -> Iterator[_Asked]:
+    heads = tuple(name for name, place in layers.place.items() if place.kind == "head" and _is_plain(layers.named[name]))
+    blocks = tuple(name for name, place in layers.place.items() if place.kind == "product")
+    if heads:
+        now = _grid(layers.named[heads[0]])
+        yield from (_Asked("head_bits", bits, grid, heads) for bits, grid in _HEADS.items() if grid != now)
+    held = {_grid(layers.named[name]) for name in blocks}
+    if len(held) != 1 or not all(_is_plain(layers.named[name]) for name in blocks):
+        return
+    (now,) = held
+    if now is not None and (now.activation_bits or now.number != "int"):
+        return
+    group = now.group_size if now else _OFTEN
+    for bits in _BITS:
+        if now is None or bits != now.bits:
+            yield _Asked("bits", bits, Grid(bits, group), blocks)
+    if now is not None:
+        yield from (_Asked("group_size", size, Grid(now.bits, size), blocks) for size in _GROUPS if size != group)
+        yield _Asked("bits", None, None, blocks)
+
+
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, PackedLinear) and not layer.sparse and not layer.has_low_rank)
+
+
+def _grid(layer: Any) -> Grid | None:
+    return layer.grid if isinstance(layer, PackedLinear) else None
+
+
+def _made(asked: _Asked, layers: Layers) -> dict[str, nn.Module] | None:
+    """Random layers of the same shapes; None where memory is short, or a shape does not fit the grid."""
+    models: dict[tuple[int, int], nn.Module] = {}
+    made, left = dict[str, nn.Module](), _FREE * psutil.virtual_memory().available
+    for name in asked.names:
+        layer: Any = layers.named[name]
+        shape = layer.out_features, layer.in_features
+        if asked.grid and shape[1] % (asked.grid.group_size or 1):
+            return None
+        if shape not in models:
+            models[shape] = _random(asked.grid, *shape, dtype_of(layer))
+        left -= bytes_of(models[shape])
+        if left < 0:
+            return None
+        made[name] = copy.deepcopy(models[shape])
+    return made
+
+
+def _random(grid: Grid | None, outputs: int, inputs: int, dtype: torch.dtype) -> nn.Module:
+    if grid is None:
+        return nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(False)
+    return PackedLinear(random_weight(grid, outputs, inputs, torch.device("cpu"), dtype))
