@@ -99,7 +99,8 @@ def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: in
     """
     module = getattr(model, "module")  # noqa: B009
     layers = Layers.of(module)
-    step.ready(2)
+    step.ready(3)
+    step()  # what is compiled is compiled before anything is hooked onto layers
     pieces = outline(step, layers.named)
     joins = any(map(is_fused, pieces))
     layers = Layers.of(module, joins)
