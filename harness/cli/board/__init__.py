@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.board import figures, grids, joint, retrieval, serve, students
+from slimbench.harness.cli.board import crossover, figures, grids, joint, retrieval, serve, students
 from slimbench.harness.cli.terminal import (
     DEFAULT_RESULTS,
     FORMATS,
@@ -67,6 +67,7 @@ def board_table(
         print(forms[format](rows).rstrip())
 
 
+app.command("crossover")(crossover.crossover)
 app.command("figures")(figures.figures)
 app.command("grids")(grids.grids)
 app.command("joint")(joint.joint)

@@ -1,0 +1,32 @@
+"""`slimbench board crossover`: the fastest method by batch and context."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, FORMATS, Results, check_choice, print_table, read_records, results_folder
+from slimbench.harness.config.errors import ConfigError
+
+
+def crossover(
+    results: Results = DEFAULT_RESULTS,
+    format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
+) -> None:
+    """Say which method is fastest at each batch and context that was timed, and where one stops being faster than another."""
+    check_choice("--format", format, FORMATS)
+    from slimbench.leaderboard.compare.crossover import fields
+    from slimbench.leaderboard.tables import crossover as tables
+
+    found = fields(read_records(results_folder(results)))
+    if not found:
+        raise ConfigError(f"no speed was measured at several points in '{results}'; `slimbench sweep experiment=crossover` does that")
+    fastest = [{"of": tables.title(field)} | line for field in found for line in tables.best(field.best())]
+    print_table(format, {key: key for key in fastest[0]}, fastest)
+    crossed = [{"of": tables.title(field)} | line for field in found for line in tables.crossings(field.crossings())]
+    if crossed:
+        print()
+        print_table(format, {key: key for key in crossed[0]}, crossed)
+    if format == "terminal":
+        print(tables.READING)

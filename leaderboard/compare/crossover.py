@@ -1,0 +1,181 @@
+"""Which method is fastest at a batch and a context, and where along either one stops being faster than another.
+
+Speed-ups are over dense on the same engine and machine, with 95 % intervals. Between measured points the logarithm of a ratio of two
+speed-ups is taken as straight over the logarithm of batch or context. A crossover is where it is 0, its interval where the bounds of the
+ratio are 0: two speed-ups are taken as independent, so that half-widths of their logarithms add in squares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.rows.index import oldest_first
+from slimbench.leaderboard.rows.row import Row
+from slimbench.leaderboard.rows.rows import rows
+
+DENSE = "dense"
+Axis = Literal["batch", "context"]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A speed-up with the bounds of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def over(self, other: Gain) -> Gain:
+        """The ratio of two that are independent."""
+        ratio = math.log(self.value / other.value)
+        below = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
+        above = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
+        return Gain(math.exp(ratio), math.exp(ratio - below), math.exp(ratio + above))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest method at a point of the grid.
+
+    Attributes:
+        gain: Over dense; 1 where dense is.
+        next: The one behind it.
+        lead: Its gain over that one.
+    """
+
+    batch: int
+    context: int
+    label: str
+    gain: Gain
+    next: str | None
+    lead: Gain | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval of its lead is above 1."""
+        return self.lead is None or self.lead.low > 1
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where a method stops being faster than another one, or begins to be.
+
+    Attributes:
+        first: Faster before it.
+        then: Faster behind it.
+        over: Along which axis.
+        fixed: The value of the other one.
+        at: Place on the axis.
+        low: Lower bound of its 95 % interval; None: below all that was measured.
+        high: Upper bound; None: above all that was measured.
+    """
+
+    first: str
+    then: str
+    over: Axis
+    fixed: int
+    at: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Field:
+    """The rows of one model, engine, machine and protocol of speed, point by point.
+
+    Attributes:
+        row: One of them, for what they have in common.
+        gains: By (batch, context) and label.
+    """
+
+    row: Row
+    gains: Mapping[tuple[int, int], Mapping[str, Gain]]
+
+    def best(self) -> list[Best]:
+        """At every point, in order."""
+        return [_best(point, known) for point, known in sorted(self.gains.items())]
+
+    def crossings(self) -> list[Crossing]:
+        """Along both axes, of each two methods, dense among them."""
+        labels = sorted({label for known in self.gains.values() for label in known} - {DENSE})
+        pairs = [*((label, DENSE) for label in labels), *itertools.combinations(labels, 2)]
+        return [found for over in ("batch", "context") for one, other in pairs for line in self._lines(over, one, other) for found in line]
+
+    def _lines(self, over: Axis, one: str, other: str) -> Iterator[list[Crossing]]:
+        axis = 0 if over == "batch" else 1
+        lines: dict[int, list[tuple[int, Gain]]] = defaultdict(list)
+        for point, known in sorted(self.gains.items()):
+            if one in known and other in known:
+                lines[point[1 - axis]].append((point[axis], known[one].over(known[other])))
+        for fixed, line in sorted(lines.items()):
+            yield [_named(place, one, other, over, fixed) for place in _places(line)]
+
+
+def fields(records: Iterable[Record]) -> list[Field]:
+    """Those with several points and a method beside dense."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows(oldest_first(records)):
+        if row.speed_points and not row.foreign:
+            groups[row.model, row.engine_label, row.hardware, row.speed or ""].append(row)
+    found = [Field(group[0], _gains(group)) for group in groups.values()]
+    return [field for field in found if len(field.gains) > 1]
+
+
+def _gains(group: Sequence[Row]) -> dict[tuple[int, int], dict[str, Gain]]:
+    found: dict[tuple[int, int], dict[str, Gain]] = {}
+    for row in group:
+        for point in row.speed_points:
+            batch, context, value = (point.get(name) for name in ("batch", "prompt", "speedup"))
+            low, high = (point.get(name) for name in ("speedup_low", "speedup_high"))
+            if row.is_reference or not (isinstance(batch, int) and isinstance(context, int) and isinstance(value, float)):
+                continue
+            bounds = [bound for bound in (low, high) if isinstance(bound, float) and 0 < bound < math.inf]
+            if value > 0 and len(bounds) == 2:
+                known = found.setdefault((batch, context), {DENSE: Gain(1.0, 1.0, 1.0)})
+                known[row.label] = Gain(value, *bounds)
+    return found
+
+
+def _best(point: tuple[int, int], known: Mapping[str, Gain]) -> Best:
+    (label, gain), *others = sorted(known.items(), key=lambda item: -item[1].value)
+    behind = others[0] if others else None
+    return Best(*point, label, gain, behind[0] if behind else None, gain.over(behind[1]) if behind else None)
+
+
+@dataclass(frozen=True)
+class _Place:
+    at: float
+    low: float | None
+    high: float | None
+    falls: bool
+
+
+def _places(line: Sequence[tuple[int, Gain]]) -> list[_Place]:
+    """Where a ratio crosses 1."""
+    values, lows, highs = ([(at, getattr(gain, name)) for at, gain in line] for name in ("value", "low", "high"))
+    found = []
+    for at, falls in _zeros(values):
+        early, late = (lows, highs) if falls else (highs, lows)
+        before = [zero for zero, down in _zeros(early) if down is falls and zero <= at]
+        behind = [zero for zero, down in _zeros(late) if down is falls and zero >= at]
+        found.append(_Place(at, max(before, default=None), min(behind, default=None), falls))
+    return found
+
+
+def _zeros(line: Sequence[tuple[int, float]]) -> Iterator[tuple[float, bool]]:
+    """Places, and whether the ratio falls there."""
+    for (a, here), (b, there) in itertools.pairwise(line):
+        if (here > 1) != (there > 1):
+            share = math.log(here) / (math.log(here) - math.log(there))
+            yield math.exp(math.log(a) + share * (math.log(b) - math.log(a))), here > 1
+
+
+def _named(place: _Place, one: str, other: str, over: Axis, fixed: int) -> Crossing:
+    first, then = (one, other) if place.falls else (other, one)
+    return Crossing(first, then, over, fixed, place.at, place.low, place.high)
