@@ -12,12 +12,17 @@
 // 1 / 65,278 of the largest of their group; their bfloat16 rounding is coarser unless they are 128 times smaller than that one.
 // Elsewhere, and for float32 inputs, the compiler's own vectors compute in float32 on any processor.
 // One expansion of the weights serves up to eight rows of inputs, so that a prompt is limited by arithmetic, a token by memory.
+//
+// With AMX, which multiplies tiles, a prompt takes another way: codes less mid, small integers and so exact in bfloat16, go through
+// torch's brgemm (oneDNN) group by group, and the sums of each group are scaled in float32. Inputs stay as they are.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,6 +36,12 @@
 #include <immintrin.h>
 #define SLIMBENCH_VNNI
 #endif
+#ifdef __AMX_BF16__
+#define SLIMBENCH_TILES
+#endif
+#if !defined(CPUBLAS_BRGEMM_BF16BF16F32) || !defined(__AVX512BF16__) || !defined(SLIMBENCH_VNNI)
+#undef SLIMBENCH_TILES
+#endif
 
 namespace {
 
@@ -38,6 +49,8 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
+constexpr int64_t kRowsForTiles = 32;   // rows of inputs from which on tiles are worth their expansion
+constexpr int64_t kRowsOfTiles = 128;   // rows of inputs whose sums are kept at once
 
 // Bits of a field, and the place in the code at which they belong.
 struct Plane {
@@ -154,6 +167,8 @@ inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add)
 
 // The compiler's own vectors: any processor, inputs in float32.
 struct Portable {
+  static constexpr int64_t blocks = 1;  // of a weight, that are multiplied together
+
   std::vector<float> values, totals;
 
   template <typename T>
@@ -187,6 +202,7 @@ struct Portable {
 
 // Integer products: inputs as two bytes with one step for each group.
 struct Vnni {
+  static constexpr int64_t blocks = 1;
   static constexpr float kLargest = 32639;  // 256 · 127 + 127
 
   struct Group {
@@ -272,6 +288,96 @@ struct Vnni {
 
 #endif
 
+#ifdef SLIMBENCH_TILES
+
+// Products of bfloat16 by brgemm. Of each four inputs the order is 0, 2, 1, 3: so the bytes of a word come apart in pairs.
+struct Tiles {
+  static constexpr int64_t blocks = 4, columns = blocks * kLanes;
+
+  std::vector<uint16_t> values;
+  std::vector<float> totals;
+
+  Tiles(const Shape& shape, const uint16_t* x) : values(shape.rows * shape.inputs), totals(shape.rows * shape.groups) {
+    at::parallel_for(0, shape.rows * shape.groups, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        for (int64_t i = g * shape.group; i < (g + 1) * shape.group; i += 4) {
+          for (int64_t t = 0; t < 4; ++t) values[i + t] = x[i + (t % 2) * 2 + t / 2];
+          totals[g] += (to_float(x[i]) + to_float(x[i + 1])) + (to_float(x[i + 2]) + to_float(x[i + 3]));
+        }
+      }
+    });
+  }
+
+  // Two inputs of sixteen rows of the weight, one a half word: codes less `mid` in bfloat16.
+  template <int Bits>
+  static __m512i pairs(__m512i codes) {
+    if constexpr (Bits == 8) {
+      const auto whole = [](__m512i code) {
+        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128))));
+      };
+      const __m512i first = whole(_mm512_and_si512(codes, _mm512_set1_epi32(0xffff))), second = whole(_mm512_srli_epi32(codes, 16));
+      return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+    } else {
+      alignas(64) static const auto numbers = [] {
+        std::array<uint16_t, 32> found{};
+        for (int code = 0; code < 1 << Bits; ++code) found[code] = to_bfloat16(float(code - (1 << (Bits - 1))));
+        return found;
+      }();
+      return _mm512_permutexvar_epi16(codes, _mm512_load_si512(numbers.data()));
+    }
+  }
+
+  // The weights of a block as brgemm wants them: [inputs / 2, columns, 2], of which this block has sixteen columns.
+  template <int Bits>
+  static void expand(const Shape& shape, const uint32_t* codes, uint16_t* to) {
+    for (int64_t g = 0; g < shape.groups; ++g)
+      codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+        uint16_t* at = to + (g * shape.group + input) * columns;
+        const __m512i mask = _mm512_set1_epi32(0x00ff00ff);
+        _mm512_storeu_si512(at, pairs<Bits>(_mm512_and_si512((__m512i)bytes, mask)));
+        _mm512_storeu_si512(at + 2 * columns, pairs<Bits>(_mm512_and_si512(_mm512_srli_epi32((__m512i)bytes, 8), mask)));
+      });
+  }
+
+  // Some blocks of weights, from `block` on, times all rows of inputs.
+  template <int Bits, typename T>
+  void multiply(const Shape& shape, int64_t block, const uint32_t* codes, const T* scales, const T* offsets, T* y) const {
+    const int64_t here = std::min(blocks, shape.blocks - block);
+    std::vector<uint16_t> weights(shape.inputs * columns);
+    for (int64_t b = 0; b < here; ++b)
+      expand<Bits>(shape, codes + (block + b) * shape.groups * shape.words * kLanes, weights.data() + b * kLanes * 2);
+    std::vector<float> sums(kRowsOfTiles * columns);
+    std::vector<Floats> results(kRowsOfTiles * blocks);
+    for (int64_t row = 0; row < shape.rows; row += kRowsOfTiles) {
+      const int64_t many = std::min(kRowsOfTiles, shape.rows - row);
+      std::fill(results.begin(), results.end(), Floats{});
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        const bool goes_on = shape.scale_stride == 0 && g > 0, is_last = shape.scale_stride || g + 1 == shape.groups;
+        at::native::cpublas::brgemm(many, columns, shape.group, shape.inputs, columns, columns, goes_on,
+                                    reinterpret_cast<const at::BFloat16*>(values.data() + row * shape.inputs + g * shape.group),
+                                    reinterpret_cast<const at::BFloat16*>(weights.data() + g * shape.group * columns), sums.data());
+        for (int64_t b = 0; b < here; ++b) {
+          const int64_t step = (shape.scale_stride ? (block + b) * shape.groups + g : block + b) * kLanes;
+          if (is_last) {
+            const Floats scale = load_lanes(scales + step);
+            for (int64_t m = 0; m < many; ++m) results[m * blocks + b] += scale * load_lanes(sums.data() + m * columns + b * kLanes);
+          }
+          if (offsets) {
+            const Floats offset = load_lanes(offsets + step);
+            for (int64_t m = 0; m < many; ++m) results[m * blocks + b] += offset * totals[(row + m) * shape.groups + g];
+          }
+        }
+      }
+      for (int64_t b = 0; b < here; ++b) {
+        const int64_t begin = (block + b) * kLanes, count = std::min(kLanes, shape.outputs - begin);
+        for (int64_t m = 0; m < many; ++m) store_lanes(y + (row + m) * shape.outputs + begin, results[m * blocks + b], count);
+      }
+    }
+  }
+};
+
+#endif
+
 // One block of weights times `Rows` rows of inputs.
 template <int Bits, int Rows, typename Inputs, typename T>
 void tile(const Shape& shape, const Inputs& x, int64_t block, int64_t row, const uint32_t* codes, const T* scales, const T* offsets, T* y) {
@@ -313,13 +419,23 @@ struct Product {
   T* y;
   const Inputs* x;
 
-  void block(int64_t index) const {
+  int64_t parts() const { return (shape.blocks + Inputs::blocks - 1) / Inputs::blocks; }
+
+  void part(int64_t index) const {
     switch (bits) {
-      case 2: return rows_of<2, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
-      case 3: return rows_of<3, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
-      case 4: return rows_of<4, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
-      default: return rows_of<8, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+      case 2: return part_of<2>(index);
+      case 3: return part_of<3>(index);
+      case 4: return part_of<4>(index);
+      default: return part_of<8>(index);
     }
+  }
+
+  template <int Bits>
+  void part_of(int64_t index) const {
+    if constexpr (Inputs::blocks == 1)
+      rows_of<Bits, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+    else
+      x->template multiply<Bits>(shape, index * Inputs::blocks, codes, scales, offsets, y);
   }
 };
 
@@ -330,14 +446,15 @@ void multiply(const T* x, std::vector<Product<Inputs, T>>& products) {
   std::vector<int64_t> ends;
   for (auto& product : products) {
     product.x = &prepared.try_emplace(product.shape.group, product.shape, x).first->second;
-    ends.push_back((ends.empty() ? 0 : ends.back()) + product.shape.blocks);
+    ends.push_back((ends.empty() ? 0 : ends.back()) + product.parts());
   }
   at::parallel_for(0, ends.empty() ? 0 : ends.back(), 1, [&](int64_t begin, int64_t end) {
     size_t which = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (int64_t block = begin; block < end; ++block) {
-      while (block >= ends[which]) ++which;
-      products[which].block(block - (ends[which] - products[which].shape.blocks));
+    for (int64_t part = begin; part < end; ++part) {
+      while (part >= ends[which]) ++which;
+      products[which].part(part - (ends[which] - products[which].parts()));
     }
+    if constexpr (Inputs::blocks > 1) at::native::cpublas::brgemm_release();
   });
 }
 
@@ -387,6 +504,9 @@ std::vector<at::Tensor> packed_mm_shared(const at::Tensor& x, at::TensorList cod
   TORCH_CHECK(scales.size() == count && offsets.size() == count && bits.size() == count && outputs.size() == count, "lists differ in length");
   if (x.scalar_type() == at::kFloat) return run<Portable, float>(x, codes, scales, offsets, bits, outputs);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "x must be bfloat16 or float32");
+#ifdef SLIMBENCH_TILES
+  if (x.size(0) >= kRowsForTiles) return run<Tiles, uint16_t>(x, codes, scales, offsets, bits, outputs);
+#endif
 #ifdef SLIMBENCH_VNNI
   return run<Vnni, uint16_t>(x, codes, scales, offsets, bits, outputs);
 #else

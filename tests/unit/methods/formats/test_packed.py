@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,7 @@ from slimbench.methods.kernels.rounding import round_head
 from slimbench.methods.kernels.torch.operators import Dequantize, Float8, Int4Pack, Int8Pack, IntMM
 from slimbench.methods.quantization.weight.rtn import RTN
 from tests.support import tiny
+from tests.support.paths import ROOT
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"))]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -477,3 +480,43 @@ def test_a_few_rows_are_looked_up_without_the_others(kernel: type[Kernel], grid:
     assert max(event.cpu_memory_usage for event in seen.events()) < weight.codes.numel()
     many = torch.arange(4095, -1, -3)
     assert torch.equal(layer.rows(many), weight.dequantize()[many])
+
+
+_OTHER = """
+import sys, torch
+sys.path.append(sys.argv.pop(1))
+from slimbench.methods.kernels.cpu import build, library
+library.FLAGS = (*library.FLAGS, *sys.argv[1:])
+assert build.missing() is None, build.missing()
+from slimbench.methods.kernels.cpu.kernel import OwnCpu
+from slimbench.methods.kernels.grid import Grid
+from slimbench.methods.kernels.packed_linear import PackedLinear
+from tests.unit.methods.formats.test_packed import exact, random_weight
+for bits in (2, 3, 4, 8):
+    for group, (rows, columns) in ((32, (37, 96)), (64, (80, 192)), (128, (130, 256)), (None, (65, 160))):
+        for dtype in (torch.bfloat16, torch.float32):
+            for offsets in (False, True):
+                weight = random_weight(Grid(bits, group), rows, columns, dtype, offsets)
+                layer, wanted = PackedLinear(weight, kernels=(OwnCpu,)), exact(weight)
+                for many in (1, 3, 40, 200):
+                    x = torch.randn(many, columns).to(dtype)
+                    got, want = layer(x).double(), x.double() @ wanted.T
+                    error = (got - want).abs() / (x.double().abs() @ wanted.abs().T)
+                    assert error.max() < (2**-8 if dtype is torch.bfloat16 else 1e-5), (bits, group, dtype, offsets, many, error.max())
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        *(
+            pytest.param(flags, marks=pytest.mark.full)
+            for flags in (["-DSLIMBENCH_TILES"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"])
+        ),
+    ],
+    ids=["this processor", "tiles", "avx512 without vnni", "avx2", "any processor"],
+)
+def test_every_instruction_set_computes_the_same(flags: list[str]) -> None:
+    """Tiles run where the processor has bfloat16 products of 512 bits, by AMX or without; elsewhere the test is of what there is."""
+    subprocess.run([sys.executable, "-P", "-c", _OTHER, str(ROOT), *flags], check=True)
