@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import Overrides, fail, libraries_silenced, output_folder
+from slimbench.harness.cli.terminal import Overrides, fail, output_folder
+from slimbench.util.silence import libraries_silenced
 
 if TYPE_CHECKING:
     from slimbench.harness.run.cell import Cell

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from slimbench.harness.cli.terminal import FORMATS, check_choice, fail, libraries_silenced, print_table, read_records
+from slimbench.harness.cli.terminal import FORMATS, check_choice, fail, print_table, read_records
+from slimbench.util.silence import libraries_silenced
 
 app = typer.Typer(help="The compression methods: list, show, prove on a tiny model, hold against the survey.", no_args_is_help=True)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from slimbench.harness.cli.terminal import Overrides, libraries_silenced
+from slimbench.harness.cli.terminal import Overrides
+from slimbench.util.silence import libraries_silenced
 
 _LOOKED_AT = 3
 _EVERY_S = 5.0

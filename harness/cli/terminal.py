@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,26 +28,6 @@ def fail(message: str, code: int) -> NoReturn:
     """End with one line on the standard error."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)
-
-
-@contextmanager
-def libraries_silenced() -> Iterator[None]:
-    """Keep from the standard error what libraries write to it, compiled ones included, unless an error ends the block."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as heard:
-        own = os.dup(2)
-        os.dup2(heard.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            sys.stderr.flush()
-            heard.seek(0)
-            os.write(own, heard.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(own, 2)
-            os.close(own)
 
 
 def check_choice(option: str, name: str, choices: Sequence[str]) -> None:
@@ -128,7 +106,6 @@ def results_folder(results: Path) -> Path:
 
 def output_folder(out: Path) -> Path:
     """The folder, made if it is not there; `ConfigError` before any work if nothing can be written into it."""
-    import os
 
     from slimbench.harness.config.errors import ConfigError
 

@@ -6,7 +6,6 @@ Recording takes time itself, once for each event. What one takes is measured on 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from slimbench.util.silence import libraries_silenced
 
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
@@ -89,7 +90,7 @@ def record(step: Callable[[], object], pieces: Sequence[Piece]) -> Times:
 
 def _recorded(step: Callable[[], object], shapes: bool) -> Any:
     """The event of the second of two calls; the first is there for the profiler to settle."""
-    with _silent(), profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
+    with libraries_silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
         step()
         with record_function(_STEP):
             step()
@@ -140,20 +141,6 @@ class _Scope:
         self._open.pop().__exit__(None, None, None)
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """The profiler's library writes lines of its own to the file of errors, past Python."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(nowhere)
-        os.close(kept)
-
-
 @lru_cache(maxsize=1)
 def _milliseconds_of_an_event() -> float:
     """What the recording of one operator takes, by the least of some rounds with and without."""
@@ -166,6 +153,6 @@ def _milliseconds_of_an_event() -> float:
         return 1000 * (time.perf_counter() - began)
 
     bare = min(calls() for _ in range(_ROUNDS))
-    with _silent(), profile(activities=[ProfilerActivity.CPU]):
+    with libraries_silenced(), profile(activities=[ProfilerActivity.CPU]):
         seen = min(calls() for _ in range(_ROUNDS))
     return max(0.0, seen - bare) / _PROBES

@@ -9,10 +9,10 @@ import os
 
 import pytest
 
-from slimbench.harness.cli.terminal import libraries_silenced
 from slimbench.harness.config.registry import entries
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.leaderboard.rows.outcomes import outcomes
+from slimbench.util.silence import libraries_silenced
 from tests.support import board_records
 from tests.support.paths import ROOT
 from tests.unit.cli.test_cli import slimbench
