@@ -12,9 +12,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimbench.harness.schema import legacy_keys
+from slimbench.harness.schema.former import legacy_keys
+from slimbench.harness.schema.former.legacy_keys import METHOD_VERSION, LegacyError
 from slimbench.harness.schema.identity import Stage
-from slimbench.harness.schema.legacy_keys import METHOD_VERSION, LegacyError
 from slimbench.harness.schema.record import NAMED_KEYS, SCHEMA_VERSION, Record
 from slimbench.harness.store import origin, shared
 from slimbench.harness.store.decode import decode

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from pydantic_core import to_json
 
+from slimbench.harness.schema.former.migrations import migrate
 from slimbench.harness.schema.hardware import HardwareIdentity
 from slimbench.harness.schema.identity import CellIdentity, Stage
-from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import NAMED_KEYS, SCHEMA_VERSION, Record
 from slimbench.harness.store import leftovers, origin, shared
 from slimbench.harness.store.decode import decode

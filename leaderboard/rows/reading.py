@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slimbench.harness.schema.migrations import migrate
+from slimbench.harness.schema.former.migrations import migrate
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store import shared
 from slimbench.harness.store.decode import decode

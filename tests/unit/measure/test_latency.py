@@ -20,8 +20,8 @@ from slimbench.harness.measure.latency import Instruments, Throttled, combined, 
 from slimbench.harness.measure.loaded import LoadedModel, Step
 from slimbench.harness.measure.soundness import flags
 from slimbench.harness.measure.timer import Timer, WallTimer
+from slimbench.harness.schema.former.migrations import migrate
 from slimbench.harness.schema.generation import TimedTokens
-from slimbench.harness.schema.migrations import migrate
 from slimbench.harness.schema.record import Record
 from slimbench.harness.schema.speed import GpuState, Probe, Samples, SpeedPointResult
 from slimbench.harness.stats.intervals import median_interval

@@ -14,7 +14,7 @@ from slimbench.harness.config.parse import build_method
 from slimbench.harness.config.schema import StepConfig
 from slimbench.harness.config.sources import shipped, shipped_method
 from slimbench.harness.config.targets import locate
-from slimbench.harness.schema import legacy_keys
+from slimbench.harness.schema.former import legacy_keys
 from slimbench.methods.quantization.weight.rtn import RTN
 
 FROZEN: dict[str, Any] = json.loads(legacy_keys.DATA.read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from slimbench.harness.schema import legacy_keys
-from slimbench.harness.schema.legacy_keys import LegacyError, recompute
+from slimbench.harness.schema.former import legacy_keys
+from slimbench.harness.schema.former.legacy_keys import LegacyError, recompute
 from tests.support.paths import ROOT
 
 FIXTURE: dict[str, Any] = json.loads((ROOT / "tests" / "support" / "legacy_keys.json").read_text(encoding="utf-8"))

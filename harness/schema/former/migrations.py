@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimbench.harness.schema import legacy_keys
+from slimbench.harness.schema.former import legacy_keys
 from slimbench.harness.schema.hardware import identify
 from slimbench.harness.schema.record import SCHEMA_VERSION
 

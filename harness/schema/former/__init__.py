@@ -1,0 +1,1 @@
+"""Records as earlier versions wrote them: what becomes of them, and of their keys."""
