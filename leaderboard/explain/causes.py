@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimbench.harness.schema.ledger import Ledger, LedgerPart
+from slimbench.harness.schema.ledger import Ledger, LedgerPart, PartKind
 from slimbench.leaderboard.compare.texts import Result
-from slimbench.leaderboard.explain.aligned import aligned
+from slimbench.leaderboard.explain.aligned import WORDS, aligned
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.tables.format import shorten
 
@@ -14,6 +14,8 @@ _LEAST = 0.02
 """Share of the other step below which a part is not named."""
 
 _LONGEST = 80
+_BROUGHT: tuple[PartKind, ...] = ("expansion", "copy", "python")
+"""What another kernel brings along."""
 
 
 class Cause(Result):
@@ -32,7 +34,10 @@ class Cause(Result):
 
 
 def causes(ledger: Ledger, other: Ledger) -> list[Cause]:
-    """The parts that make a step longer than another one, the most first; those that could be chance are left out."""
+    """The parts that make a step longer than another one, the most first; those that could be chance are left out.
+
+    Where one class of products has another kernel, the expansion, the copies and the Python that have grown count to it.
+    """
     if ledger.threads != other.threads:
         gap = Cause(
             part=f"{_threads(ledger)}, not {_threads(other)}",
@@ -42,8 +47,18 @@ def causes(ledger: Ledger, other: Ledger) -> list[Cause]:
         )
         return [gap] if gap.low > 0 else []
     here, there = aligned(ledger, other)
-    found = [_cause(name, here.get(name), there.get(name)) for name in dict.fromkeys([*here, *there])]
-    return sorted((cause for cause in found if cause.low > 0 and cause.ms > _LEAST * other.step_ms), key=lambda cause: -cause.ms)
+    found = {name: _cause(name, here.get(name), there.get(name)) for name in dict.fromkeys([*here, *there])}
+    swapped = [name for name in found if name in here and name in there and here[name].kernels != there[name].kernels]
+    if len(swapped) == 1:
+        brought = [found.pop(WORDS[kind]) for kind in _BROUGHT if WORDS[kind] in found and found[WORDS[kind]].low > 0]
+        found[swapped[0]] = _with(found[swapped[0]], brought)
+    return sorted((cause for cause in found.values() if cause.low > 0 and cause.ms > _LEAST * other.step_ms), key=lambda cause: -cause.ms)
+
+
+def _with(cause: Cause, brought: Sequence[Cause]) -> Cause:
+    """A kernel with what it brings along."""
+    added = {name: getattr(cause, name) + sum(getattr(each, name) for each in brought) for name in ("ms", "low", "high")}
+    return cause.model_copy(update={**added, "facts": [*cause.facts, *(f"with {each.part}" for each in brought)]})
 
 
 def _cause(name: str, here: LedgerPart | None, there: LedgerPart | None) -> Cause:

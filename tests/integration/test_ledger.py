@@ -30,7 +30,7 @@ from slimbench.methods.kernels.torch.operators import Dequantize
 
 pytestmark = [pytest.mark.alone, pytest.mark.full]
 
-POINT = SpeedPoint(batch=1, prompt=64, new_tokens=33)
+POINT = SpeedPoint(batch=1, prompt=256, new_tokens=33)
 TURNS = 12
 EIGHT = Grid(8)
 
@@ -40,8 +40,8 @@ def dense(**more: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**shape | more, vocab_size=8192, tie_word_embeddings=False)).to(torch.bfloat16).eval()
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(**shape | more, vocab_size=16384, tie_word_embeddings=False)).to(torch.bfloat16).eval()
 
 
 def packed(kernels: tuple[Any, ...] = (OwnCpu,), head: Grid | None = EIGHT) -> Any:
@@ -96,7 +96,7 @@ class SlowNorm(nn.Module):
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(8):
+        for _ in range(24):
             found = self.norm(x)
         return found
 
@@ -109,7 +109,7 @@ def slowed(more: Callable[[Any], object]) -> Any:
 
 
 def busy(_: Any) -> None:
-    until = time.perf_counter() + 2e-4
+    until = time.perf_counter() + 4e-4
     while time.perf_counter() < until:
         pass
 
@@ -117,7 +117,7 @@ def busy(_: Any) -> None:
 def wide() -> Any:
     module = dense()
     for block in module.model.layers:
-        layer = Wide(512, 1536, bias=False)
+        layer = Wide(1024, 3072, bias=False)
         layer.weight = nn.Parameter(block.mlp.up_proj.weight.float())
         block.mlp.up_proj = layer
     return module
@@ -139,9 +139,8 @@ def attending_twice() -> Any:
 
         def again(*given: Any, forward: Any = forward, **named: Any) -> Any:
             found = forward(*given, **named)
-            layer = named["past_key_values"].layers[0]
-            for _ in range(6):
-                keys = layer.keys.repeat_interleave(2, 1)
+            for _ in range(6 * (named["past_key_values"] is not None)):
+                keys = named["past_key_values"].layers[0].keys.repeat_interleave(2, 1)
                 nn.functional.scaled_dot_product_attention(keys[:, :, -1:], keys, keys)
             return found
 
@@ -155,7 +154,7 @@ def copying_the_cache() -> Any:
         forward = block.self_attn.forward
 
         def copied(*given: Any, forward: Any = forward, **named: Any) -> Any:
-            for layer in named["past_key_values"].layers:
+            for layer in getattr(named["past_key_values"], "layers", ()):
                 if layer.is_initialized:
                     layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             return forward(*given, **named)
@@ -176,8 +175,10 @@ class Plant:
 
 
 PLANTS = {
-    "kernel fallback": Plant(lambda: packed((Dequantize,)), packed, "expansion of weights"),
-    "kernel fallback, compiled": Plant(lambda: packed((Dequantize,)), packed, "expansion of weights", engine=CompiledModel),
+    "kernel fallback": Plant(lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul"),
+    "kernel fallback, compiled": Plant(
+        lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul", CompiledModel
+    ),
     "dense head": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm"),
     "dense head, compiled": Plant(
         lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", engine=CompiledModel

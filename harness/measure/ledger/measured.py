@@ -15,13 +15,13 @@ from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.parts import Layers, Place, is_fused, place_of, sums
 from slimbench.harness.measure.ledger.products import Products, dtype_of
-from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record
+from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
 from slimbench.harness.measure.loaded import Generates, Step
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 from slimbench.harness.stats.intervals import mean_interval
 
-_PLAIN = 3
-"""Steps of a turn that nobody records."""
+_WARM, _PLAIN, _RECORDED, _LEAST_TURNS = 4, 4, 3, 4
+"""Steps of a turn that nobody times, that nobody records, and that are recorded; turns at least."""
 _TIMES = 6
 _WAKINGS = 200
 _GAP = 2e-5
@@ -41,8 +41,10 @@ def ledgers(model: Generates, point: SpeedPoint, turns: int) -> list[Ledger]:
         return [_blank(model, point, turns, reason)]
     with torch.inference_mode():
         ids = prompts(model, point)
-        decode = _ledger(model, _Decoding(model, ids, point.new_tokens), turns, point.batch, point.batch)
-        first = _ledger(model, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch)
+        decoding = _Decoding(model, ids, point.new_tokens)
+        own = recording(decoding.next)
+        decode = _ledger(model, decoding, turns, point.batch, point.batch, own)
+        first = _ledger(model, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch, own)
     return [decode, first]
 
 
@@ -85,17 +87,23 @@ class _Decoding:
         if self._left < steps:
             self._step, self._left = self._model.prefill(self._ids, room=self._room), self._room - 1
 
+    def next(self) -> None:
+        """A step, in a new text where there is no room for one."""
+        self.ready(1)
+        self()
+
     def __call__(self) -> None:
         assert self._step is not None
         self._step, self._left = self._model.decode_step(self._step), self._left - 1
 
 
-def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: int, heads: int) -> Ledger:
+def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: int, heads: int, own: float) -> Ledger:
     """The parts of one kind of step.
 
     Args:
         tokens: That go through it.
         heads: Rows that the head multiplies.
+        own: Milliseconds that the recording of an operator takes.
     """
     module = getattr(model, "module")  # noqa: B009
     layers = Layers.of(module)
@@ -106,20 +114,23 @@ def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: in
     layers = Layers.of(module, joins)
     places = [place_of(piece, layers, tokens) for piece in pieces]
     plain, parts = list[float](), defaultdict[Place, list[float]](list)
-    for _ in range(turns):
-        step.ready(_PLAIN)
-        plain.append(_milliseconds(model, step, _PLAIN))
-        step.ready(2)
+    for _ in range(max(_LEAST_TURNS, turns // _RECORDED)):
+        step.ready(_WARM + _PLAIN)
+        for _ in range(_WARM):
+            step()
+        plain += [_milliseconds(model, step) for _ in range(_PLAIN)]
+        step.ready(_RECORDED + 1)
         try:
-            times = record(step, pieces)
+            recorded = record(step, pieces, _RECORDED, own)
         except OtherPieces:
             return _of(step.phase, plain).model_copy(update={"unseen": "each step is made of other operators"})
-        found = dict(sums(times.pieces, places))
-        found[_PYTHON] = found.get(_PYTHON, 0.0) + times.between
-        for place, ms in found.items():
-            parts[place].append(ms)
+        for times in recorded:
+            found = dict(sums(times.pieces, places))
+            found[_PYTHON] = found.get(_PYTHON, 0.0) + times.between
+            for place, ms in found.items():
+                parts[place].append(ms)
     calls = {place: sum(other == place for other in places) for place in parts}
-    by_themselves = Products(layers, tokens, heads, joins)
+    by_themselves = Products(layers, tokens, heads, joins, own)
     alone = by_themselves.milliseconds()
     told = [_part(layers, place, calls[place], taken, alone, step.phase) for place, taken in parts.items()]
     told = _with_waiting(told, _waking())
@@ -129,13 +140,12 @@ def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: in
     return _of(step.phase, plain).model_copy(update=update)
 
 
-def _milliseconds(model: Generates, step: Callable[[], object], count: int) -> float:
+def _milliseconds(model: Generates, step: Callable[[], object]) -> float:
     model.synchronize()
     began = time.perf_counter()
-    for _ in range(count):
-        step()
+    step()
     model.synchronize()
-    return 1000 * (time.perf_counter() - began) / count
+    return 1000 * (time.perf_counter() - began)
 
 
 def _of(phase: Phase, taken: Sequence[float]) -> Ledger:
@@ -215,6 +225,6 @@ def _blank(model: Generates, point: SpeedPoint, turns: int, reason: str) -> Ledg
     """The time of a step alone."""
     step, taken = _Decoding(model, prompts(model, point), point.new_tokens), list[float]()
     for _ in range(turns):
-        step.ready(_PLAIN)
-        taken.append(_milliseconds(model, step, _PLAIN))
+        step.ready(1)
+        taken.append(_milliseconds(model, step))
     return _of("decode", taken).model_copy(update={"unseen": reason})

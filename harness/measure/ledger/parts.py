@@ -117,8 +117,9 @@ def _united(signs: Mapping[Any, list[str]], groups: Iterable[list[str]]) -> dict
 
 
 def _shapes(layer: Any) -> list[tuple[int, ...]]:
-    """Sorted shapes of the matrices of a layer, the largest first: a product may be given one of them turned."""
+    """Sorted shapes of the matrices of a layer and of the one that it stands for, the largest first: a product may be given one turned."""
     held = {tuple(sorted(tensor.shape)) for tensor in resident_tensors(layer) if tensor.dim() > 1}
+    held.add(tuple(sorted((layer.out_features, layer.in_features))))
     return sorted(held, key=prod, reverse=True)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.parts import Layers, Place, multiplies, place_of
-from slimbench.harness.measure.ledger.recorded import Piece, outline, record
+from slimbench.harness.measure.ledger.recorded import Piece, Times, outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import mean_interval
 from slimbench.methods.kernels.cpu import share
@@ -24,6 +24,8 @@ from slimbench.methods.kernels.packed_linear import PackedLinear
 from slimbench.methods.kernels.subjects import random_weight
 
 _ALONE = 6
+_IN_A_TURN = 3
+_LEAST_TURNS = 4
 _FREE = 0.5
 """Share of the memory that is free which other layers may take."""
 _HEADS: dict[int | None, Grid | None] = {None: None, 4: Grid(4, 32), 8: Grid(8)}
@@ -41,10 +43,11 @@ class Products:
         tokens: Rows of inputs.
         heads: Rows that the head multiplies.
         joins: The engine's compiler joins packed products of the same inputs, and leaves no Python between any.
+        own: Milliseconds that the recording of an operator takes.
     """
 
-    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool) -> None:
-        self.layers, self.tokens, self.joins = layers, tokens, joins
+    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool, own: float) -> None:
+        self.layers, self.tokens, self.joins, self._own = layers, tokens, joins, own
         self._inputs = [self._input(group, heads) for group in layers.groups]
 
     def _input(self, group: list[str], heads: int) -> torch.Tensor:
@@ -73,7 +76,7 @@ class Products:
         """Of the products of each part, without what lies between them."""
         step = self.step()
         pieces = outline(step, self.layers.named)
-        taken = [record(step, pieces).pieces for _ in range(_ALONE)]
+        taken = [times.pieces for times in record(step, pieces, _ALONE, self._own)]
         found: dict[Place, float] = defaultdict(float)
         for index, piece in enumerate(pieces):
             place = place_of(piece, self.layers, self.tokens)
@@ -90,17 +93,19 @@ class Products:
         for asked in _asked(self.layers):
             others = _made(asked, self.layers)
             if others is not None:
-                yield self._compared(asked, others, turns)
+                yield self._compared(asked, others, max(_LEAST_TURNS, turns // _IN_A_TURN))
 
     def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative:
         here, there = self.step(), self.step(others)
         outlines = outline(here, self.layers.named), outline(there, others)
-        changes = [self._sum(there, outlines[1]) - self._sum(here, outlines[0]) for _ in range(turns)]
+        changes = [self._mean(there, outlines[1]) - self._mean(here, outlines[0]) for _ in range(turns)]
         low, high = mean_interval(changes)
         return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.fmean(changes), low=low, high=high)
 
-    def _sum(self, step: Callable[[], None], pieces: list[Piece]) -> float:
-        times = record(step, pieces)
+    def _mean(self, step: Callable[[], None], pieces: list[Piece]) -> float:
+        return statistics.fmean(self._sum(times, pieces) for times in record(step, pieces, _IN_A_TURN, self._own))
+
+    def _sum(self, times: Times, pieces: list[Piece]) -> float:
         if self.joins:
             return sum(ms for piece, ms in zip(pieces, times.pieces, strict=True) if multiplies(piece))
         return sum(times.pieces) + times.between

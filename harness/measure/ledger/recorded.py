@@ -1,16 +1,17 @@
 """What the main thread does in one step, piece after piece, as torch's profiler sees it in the very step that is timed.
 
 Threads of a product work inside the call that started them, so the pieces of the main thread and what lies between them are the step.
-Recording takes time itself, once for each event. What one takes is measured on operators that do next to nothing, and taken off.
+Recording takes time itself, once for each event. What one takes is measured on operators that do next to nothing, behind such a step, and
+taken off.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from slimbench.util.silence import libraries_silenced
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
 _SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", _LAYER)
-_PROBES = 400
-_ROUNDS = 5
+_PROBES = 8
+_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,24 @@ def outline(step: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -
         layers: Modules whose pieces are to be told apart where they are called, by name.
     """
     with _watched(layers):
-        root = _recorded(step, shapes=True)
+        (root,) = _recorded(step, 1, shapes=True)
     return [_piece(event, layer) for event, layer in _topmost(root, None) if event is not None]
 
 
-def record(step: Callable[[], object], pieces: Sequence[Piece]) -> Times:
-    """Record one step that was outlined.
+def record(step: Callable[[], object], pieces: Sequence[Piece], count: int, own: float) -> list[Times]:
+    """Record some steps that are like the one that was outlined.
+
+    Args:
+        own: Milliseconds that the recording of an operator takes.
 
     Raises:
-        OtherPieces: It is not made of these.
+        OtherPieces: One is not made of these.
     """
-    own = _milliseconds_of_an_event()
-    root = _recorded(step, shapes=False)
+    return [_times(root, pieces, own) for root in _recorded(step, count, shapes=False)]
+
+
+def _times(root: Any, pieces: Sequence[Piece], own: float) -> Times:
+    """What a step took, without what the recording of each event takes."""
     found = [event for event, _ in _topmost(root, None)]
     calls, scopes = [event for event in found if event is not None], found.count(None)
     if [event.name for event in calls] != [piece.name for piece in pieces]:
@@ -88,13 +95,14 @@ def record(step: Callable[[], object], pieces: Sequence[Piece]) -> Times:
     return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - own * (0.5 * len(calls) + scopes)))
 
 
-def _recorded(step: Callable[[], object], shapes: bool) -> Any:
-    """The event of the second of two calls; the first is there for the profiler to settle."""
+def _recorded(step: Callable[[], object], count: int, shapes: bool) -> list[Any]:
+    """The events of steps; one more comes first, for the profiler to settle."""
     with libraries_silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
         step()
-        with record_function(_STEP):
-            step()
-    return next(event for event in recorded.events() or () if event.name == _STEP)
+        for _ in range(count):
+            with record_function(_STEP):
+                step()
+    return [event for event in recorded.events() or () if event.name == _STEP]
 
 
 def _piece(event: Any, layer: str | None) -> Piece:
@@ -141,18 +149,25 @@ class _Scope:
         self._open.pop().__exit__(None, None, None)
 
 
-@lru_cache(maxsize=1)
-def _milliseconds_of_an_event() -> float:
-    """What the recording of one operator takes, by the least of some rounds with and without."""
-    number = torch.zeros(1)
+def recording(step: Callable[[], object]) -> float:
+    """Milliseconds that the recording of one operator takes: of a few small ones right behind a step, whose data the caches then hold.
 
-    def calls() -> float:
-        began = time.perf_counter()
+    They hold others, as those of a model do.
+    """
+    number, weight = torch.zeros(1, 1, 8), torch.zeros(8, 8)
+
+    def calls() -> None:
         for _ in range(_PROBES):
-            number.add_(1)
+            torch.nn.functional.linear(number, weight).mul(number).transpose(1, 2)
+
+    def milliseconds() -> float:
+        step()
+        began = time.perf_counter()
+        calls()
         return 1000 * (time.perf_counter() - began)
 
-    bare = min(calls() for _ in range(_ROUNDS))
+    bare = statistics.median(milliseconds() for _ in range(_ROUNDS))
     with libraries_silenced(), profile(activities=[ProfilerActivity.CPU]):
-        seen = min(calls() for _ in range(_ROUNDS))
-    return max(0.0, seen - bare) / _PROBES
+        seen = statistics.median(milliseconds() for _ in range(_ROUNDS))
+    (root,) = _recorded(calls, 1, shapes=False)
+    return max(0.0, seen - bare) / sum(1 for _ in _below(root))
