@@ -54,7 +54,7 @@ class Alternative(Schema):
     """
 
     setting: Setting
-    value: int | None
+    value: int | None = None
     change_ms: float
     low: float
     high: float

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import psutil
 import torch
 from torch import nn
+from torch.nn import functional
 
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, Place, multiplies, place_of
-from slimbench.harness.measure.ledger.recorded import Piece, Times, outline, record
+from slimbench.harness.measure.ledger.parts import Layers, Place, place_of
+from slimbench.harness.measure.ledger.recorded import outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import mean_interval
 from slimbench.methods.kernels.cpu import share
+from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.packed_linear import PackedLinear
 from slimbench.methods.kernels.subjects import random_weight
 
 _ALONE = 6
-_IN_A_TURN = 3
-_LEAST_TURNS = 4
 _FREE = 0.5
 """Share of the memory that is free which other layers may take."""
 _HEADS: dict[int | None, Grid | None] = {None: None, 4: Grid(4, 32), 8: Grid(8)}
 """Grids of a head by its bits, as methods round it; None: as it was."""
 _BITS: tuple[Literal[4, 8], ...] = (4, 8)
-_GROUPS = (32, 128)
-_OFTEN = 128
-"""Group size of a model that has none."""
+_GROUPS = (32, 64, 128)
 
 
 class Products:
@@ -64,7 +64,7 @@ class Products:
             if self.joins and share.can_join(held):
                 calls.append((share.joined(held), x[0]))
             else:
-                calls += [(layer, x) for layer in held]
+                calls += [(_bare(layer) if self.joins else layer, x) for layer in held]
 
         def run() -> None:
             for call, x in calls:
@@ -93,22 +93,32 @@ class Products:
         for asked in _asked(self.layers):
             others = _made(asked, self.layers)
             if others is not None:
-                yield self._compared(asked, others, max(_LEAST_TURNS, turns // _IN_A_TURN))
+                yield self._compared(asked, others, turns)
 
     def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative:
         here, there = self.step(), self.step(others)
-        outlines = outline(here, self.layers.named), outline(there, others)
-        changes = [self._mean(there, outlines[1]) - self._mean(here, outlines[0]) for _ in range(turns)]
+        changes = [_milliseconds(there) - _milliseconds(here) for _ in range(turns + 1)][1:]
         low, high = mean_interval(changes)
         return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.fmean(changes), low=low, high=high)
 
-    def _mean(self, step: Callable[[], None], pieces: list[Piece]) -> float:
-        return statistics.fmean(self._sum(times, pieces) for times in record(step, pieces, _IN_A_TURN, self._own))
 
-    def _sum(self, times: Times, pieces: list[Piece]) -> float:
-        if self.joins:
-            return sum(ms for piece, ms in zip(pieces, times.pieces, strict=True) if multiplies(piece))
-        return sum(times.pieces) + times.between
+def _bare(layer: Any) -> Callable[[torch.Tensor], object]:
+    """The product of a layer without the Python of its module, as compiled code calls it."""
+    if isinstance(layer, nn.Linear):
+        return partial(functional.linear, weight=layer.weight, bias=layer.bias)
+    return layer if not isinstance(layer, PackedLinear) or layer.kernel != OwnCpu.name else _of_rows(share.joined([layer]))
+
+
+def _of_rows(call: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
+    return lambda x: call(x[0])
+
+
+def _milliseconds(step: Callable[[], None]) -> float:
+    """Of the second of two runs: the first wakes the threads."""
+    step()
+    began = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - began)
 
 
 def dtype_of(layer: Any) -> torch.dtype:
@@ -139,13 +149,18 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
     (now,) = held
     if now is not None and (now.activation_bits or now.number != "int"):
         return
-    group = now.group_size if now else _OFTEN
+    widths = [layer.in_features for layer in map(_any, map(layers.named.__getitem__, blocks))]
+    group = now.group_size if now else next((size for size in reversed(_GROUPS) if not any(width % size for width in widths)), None)
     for bits in _BITS:
         if now is None or bits != now.bits:
             yield _Asked("bits", bits, Grid(bits, group), blocks)
     if now is not None:
         yield from (_Asked("group_size", size, Grid(now.bits, size), blocks) for size in _GROUPS if size != group)
         yield _Asked("bits", None, None, blocks)
+
+
+def _any(layer: Any) -> Any:
+    return layer
 
 
 def _is_plain(layer: Any) -> bool:
