@@ -13,7 +13,7 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, Place, is_fused, place_of, sums
+from slimbench.harness.measure.ledger.parts import Layers, Place, is_fused, places_of, sums
 from slimbench.harness.measure.ledger.products import Products, dtype_of
 from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
 from slimbench.harness.measure.loaded import Generates, Step
@@ -112,7 +112,7 @@ def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: in
     pieces = outline(step, layers.named)
     joins = any(map(is_fused, pieces))
     layers = Layers.of(module, joins)
-    places = [place_of(piece, layers, tokens) for piece in pieces]
+    places = places_of(pieces, layers, tokens)
     plain, parts = list[float](), defaultdict[Place, list[float]](list)
     for _ in range(max(_LEAST_TURNS, turns // _RECORDED)):
         step.ready(_WARM + _PLAIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,10 +16,12 @@ from slimbench.harness.measure.evidence import products, resident_tensors
 from slimbench.harness.measure.ledger.recorded import Piece
 from slimbench.harness.measure.operators import PRODUCT
 from slimbench.harness.schema.ledger import PartKind
+from slimbench.methods.kernels.cpu import share
 
 _ATTENTION = re.compile(r"attention|softmax|scaled_dot|index_copy|index_put|(^|::)cat$|cos$|sin$|bmm")
-_EXPANDS = re.compile(r"bitwise|shift|dequant|unpack")
+_EXPANDS = re.compile(r"bitwise_(and|or|left|right)|shift|dequant|unpack")
 _COPIES = re.compile(r"copy_|clone|contiguous|(^|::)to$|_to_copy|reshape")
+_SEVERAL = "slimbench::packed_mm_shared"
 _FUSED = re.compile(r"graph_\d+_cpp_fused_(.*)")
 
 
@@ -161,9 +163,20 @@ def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
 
 def _of_fused(operators: str) -> PartKind:
     """Of a kernel that a compiler made of several operators, whose names it bears."""
-    if _EXPANDS.search(operators):
-        return "expansion"
-    return "attention" if "softmax" in operators or "index_copy" in operators else "elementwise"
+    if "softmax" in operators or "index_copy" in operators:
+        return "attention"
+    return "expansion" if _EXPANDS.search(operators) else "elementwise"
+
+
+def places_of(pieces: Sequence[Piece], layers: Layers, tokens: int) -> list[Place]:
+    """Where each piece of a step belongs; calls of several layers at once, whose weights no profiler shows, in the order of these."""
+    together = [group for group in layers.groups if share.can_join([layers.named[name] for name in group])]
+    several = iter([layers.place[group[0]] for group in together])
+    found = []
+    for piece in pieces:
+        joined = next(several, None) if piece.name == _SEVERAL else None
+        found.append(joined or place_of(piece, layers, tokens))
+    return found
 
 
 def sums(times: Iterable[float], pieces: Iterable[Place]) -> Mapping[Place, float]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, Place, place_of
+from slimbench.harness.measure.ledger.parts import Layers, Place, places_of
 from slimbench.harness.measure.ledger.recorded import outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import mean_interval
@@ -78,8 +78,7 @@ class Products:
         pieces = outline(step, self.layers.named)
         taken = [times.pieces for times in record(step, pieces, _ALONE, self._own)]
         found: dict[Place, float] = defaultdict(float)
-        for index, piece in enumerate(pieces):
-            place = place_of(piece, self.layers, self.tokens)
+        for index, place in enumerate(places_of(pieces, self.layers, self.tokens)):
             if place.kind in ("product", "head"):
                 found[place] += statistics.fmean(times[index] for times in taken)
         return found

@@ -11,8 +11,9 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.ledger.measured import ledgers
-from slimbench.harness.measure.ledger.parts import Layers, Place, place_of
+from slimbench.harness.measure.ledger.parts import Layers, Place, place_of, places_of
 from slimbench.harness.measure.ledger.recorded import Piece
+from slimbench.methods.kernels.cpu.kernel import OwnCpu
 
 POINT = SpeedPoint(batch=1, prompt=64, new_tokens=33)
 TURNS = 8
@@ -69,10 +70,23 @@ def test_pieces_are_told_by_layers_by_shapes_and_by_names() -> None:
     assert place("aten::clone", (1536, 512), layer="model.layers.0.mlp.up_proj") == "copy"
     assert place("aten::clone", (1, 512), layer="model.layers.0.mlp.up_proj") == "product"
     assert place("graph_0_cpp_fused__softmax__to_copy_add_3") == "attention"
+    assert place("graph_0_cpp_fused__softmax__to_copy_add_arange_bitwise_not_c") == "attention"
     assert place("graph_0_cpp_fused_mean_mul_pow_rsqrt_1") == "elementwise"
     assert place("graph_0_cpp_fused_bitwise_and_mul_2") == "expansion"
     assert place("AOTDispatcher Runtime Wrapper Prologue") == "python"
     assert place("aten::rsqrt", (1, 1, 1)) == "elementwise"
+
+
+def test_calls_of_several_layers_are_told_by_their_order() -> None:
+    packed = module()
+    for layer in [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear)]:
+        layer.kernel = OwnCpu.name  # type: ignore[assignment]
+    layers = Layers.of(packed, joins=True)
+    assert [len(group) for group in layers.groups] == [3, 1, 2, 1] * 3 + [1]
+    shared = Piece("slimbench::packed_mm_shared", None, ((1, 512),), ())
+    found = places_of([shared] * 6, layers, 1)
+    attention, mlp = (layers.place[f"model.layers.0.{name}"] for name in ("self_attn.k_proj", "mlp.up_proj"))
+    assert found == [attention, mlp] * 3 and set(attention.layers) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_where_a_policy_decides_there_is_the_time_of_a_step_alone() -> None:
