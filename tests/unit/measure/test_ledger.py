@@ -38,7 +38,7 @@ def test_a_step_has_all_its_parts(engine: Any) -> None:
         assert {"product", "head", "attention", "elementwise", "python"} <= kinds
         products = {part.layers[0]: part for part in ledger.parts if part.kind == "product"}
         assert sum(part.calls for part in products.values()) == 3 * 7
-        assert all(part.low <= part.ms <= part.high and part.alone_ms and part.kernels == ["bfloat16"] for part in products.values())
+        assert all(part.low <= part.ms <= part.high and part.alone_ms is not None and part.kernels == ["bfloat16"] for part in products.values())
         assert sum(part.bytes or 0 for part in products.values()) == (
             3 * 2 * (786_432 * 3 + 262_144 * 2 + 131_072 * 2) if ledger is decode else 0
         )
