@@ -103,7 +103,8 @@ def accounts(row: Row, record: Record | None) -> list[Account]:
     if record is None or record.speed is None:
         return []
     theirs = {ledger.phase: ledger for ledger in record.speed.reference_ledgers}
-    return [_account(row, ledger, theirs.get(ledger.phase), record.speed.read_bandwidth_gbs) for ledger in record.speed.ledgers]
+    roof = record.speed.read_bandwidth_gbs if row.roofline_fraction is not None else None  # weights in a cache have none
+    return [_account(row, ledger, theirs.get(ledger.phase), roof) for ledger in record.speed.ledgers]
 
 
 def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: float | None) -> Account:

@@ -105,11 +105,10 @@ def _bare(layer: Any) -> Callable[[torch.Tensor], object]:
     """The product of a layer without the Python of its module, as compiled code calls it."""
     if isinstance(layer, nn.Linear):
         return partial(functional.linear, weight=layer.weight, bias=layer.bias)
-    return layer if not isinstance(layer, PackedLinear) or layer.kernel != OwnCpu.name else _of_rows(share.joined([layer]))
-
-
-def _of_rows(call: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
-    return lambda x: call(x[0])
+    if isinstance(layer, PackedLinear) and layer.kernel == OwnCpu.name:
+        return lambda x: OwnCpu.multiply(layer, x[0])
+    made: Callable[[torch.Tensor], object] = layer
+    return made
 
 
 def _milliseconds(step: Callable[[], None]) -> float:

@@ -12,8 +12,12 @@ from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.ledger.parts import Layers, Place, place_of, places_of
+from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import Piece
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
+from slimbench.methods.kernels.grid import Grid
+from slimbench.methods.kernels.packed_linear import PackedLinear
+from slimbench.methods.kernels.subjects import random_weight
 
 POINT = SpeedPoint(batch=1, prompt=64, new_tokens=33)
 TURNS = 8
@@ -38,7 +42,9 @@ def test_a_step_has_all_its_parts(engine: Any) -> None:
         assert {"product", "head", "attention", "elementwise", "python"} <= kinds
         products = {part.layers[0]: part for part in ledger.parts if part.kind == "product"}
         assert sum(part.calls for part in products.values()) == 3 * 7
-        assert all(part.low <= part.ms <= part.high and part.alone_ms is not None and part.kernels == ["bfloat16"] for part in products.values())
+        assert all(
+            part.low <= part.ms <= part.high and part.alone_ms is not None and part.kernels == ["bfloat16"] for part in products.values()
+        )
         assert sum(part.bytes or 0 for part in products.values()) == (
             3 * 2 * (786_432 * 3 + 262_144 * 2 + 131_072 * 2) if ledger is decode else 0
         )
@@ -87,6 +93,26 @@ def test_calls_of_several_layers_are_told_by_their_order() -> None:
     found = places_of([shared] * 6, layers, 1)
     attention, mlp = (layers.place[f"model.layers.0.{name}"] for name in ("self_attn.k_proj", "mlp.up_proj"))
     assert found == [attention, mlp] * 3 and set(attention.layers) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_products_alone_are_of_every_class(joins: bool) -> None:
+    packed = module()
+    for name, layer in list(packed.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            weight = random_weight(Grid(4, 64), layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16)
+            packed.set_submodule(name, PackedLinear(weight, kernels=(OwnCpu,)))
+    layers = Layers.of(packed, joins)
+    with torch.inference_mode():
+        products = Products(layers, tokens=1, heads=1, joins=joins, own=0.0)
+        assert products.milliseconds().keys() == set(layers.place.values())
+        settings = [(other.setting, other.value) for other in products.alternatives(4)]
+    assert settings == [
+        *(("head_bits", bits) for bits in (None, 4, 8)),
+        ("bits", 8),
+        *(("group_size", size) for size in (32, 128)),
+        ("bits", None),
+    ]
 
 
 def test_where_a_policy_decides_there_is_the_time_of_a_step_alone() -> None:
