@@ -22,13 +22,15 @@ from slimbench.harness.stats.intervals import mean_interval
 
 _WARM, _PLAIN, _RECORDED, _LEAST_TURNS = 4, 4, 3, 4
 """Steps of a turn that nobody times, that nobody records, and that are recorded; turns at least."""
+_ROOM = 1 + _WARM + _PLAIN
+"""Tokens of a text at least: a turn has no prompt in it."""
 _TIMES = 6
 _WAKINGS = 200
 _GAP = 2e-5
 """Seconds between two regions, about as in a step."""
 _GRAIN = 1 << 17
 """Numbers that torch shares out among threads, and that lie in their caches."""
-_PYTHON, _WAITING = Place("python"), Place("waiting")
+_PYTHON = Place("python")
 
 
 def ledgers(model: Generates, point: SpeedPoint, turns: int, phases: Sequence[Phase] = get_args(Phase)) -> list[Ledger]:
@@ -42,7 +44,7 @@ def ledgers(model: Generates, point: SpeedPoint, turns: int, phases: Sequence[Ph
         return [_blank(model, point, turns, reason)]
     with torch.inference_mode():
         ids = prompts(model, point)
-        decoding = _Decoding(model, ids, point.new_tokens)
+        decoding = _Decoding(model, ids, max(_ROOM, point.new_tokens))
         own = recording(decoding.next)
         prefill = _Prefill(model, ids, point.new_tokens)
         kinds: dict[Phase, tuple[_Decoding | _Prefill, int]] = {"decode": (decoding, point.batch), "prefill": (prefill, ids.numel())}
@@ -224,7 +226,7 @@ def _moved(part: LedgerPart, less: float) -> dict[str, Any]:
 
 def _blank(model: Generates, point: SpeedPoint, turns: int, reason: str) -> Ledger:
     """The time of a step alone."""
-    step, taken = _Decoding(model, prompts(model, point), point.new_tokens), list[float]()
+    step, taken = _Decoding(model, prompts(model, point), max(_ROOM, point.new_tokens)), list[float]()
     for _ in range(turns):
         step.ready(1)
         taken.append(_milliseconds(model, step))
