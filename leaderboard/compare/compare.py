@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import computed_field
@@ -179,13 +179,23 @@ def _of_one_alone(one: Row, other: Row, figure: Figure) -> list[tuple[str, str]]
     return [(row.label, flag) for row, flag in spoiled if meaning(flag) not in shared]
 
 
-def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str, str | None]) -> tuple[Row, Row]:
-    board = rows(records)
+def filtered(board: Sequence[Row], filters: Mapping[str, str | None]) -> list[Row]:
+    """The rows that have these values in these fields; None: any.
+
+    Raises:
+        ConfigError: No row has one of them.
+    """
+    found = list(board)
     for field, wanted in filters.items():
-        known = {str(getattr(row, field)) for row in board}
+        known = {str(getattr(row, field)) for row in found}
         if wanted is not None and wanted not in known:
             raise ConfigError(f"no cell with {field} '{wanted}' among the records{nearest(wanted, known)}")
-        board = [row for row in board if wanted in (None, getattr(row, field))]
+        found = [row for row in found if wanted in (None, getattr(row, field))]
+    return found
+
+
+def _choose(records: Sequence[Record], a: str, b: str | None, filters: dict[str, str | None]) -> tuple[Row, Row]:
+    board = filtered(rows(records), filters)
     firsts = named(board, a)
     seconds = named(board, b) if b is not None else []
     pairs = _with_references(firsts, board, records, a) if b is None else _with_others(firsts, seconds)

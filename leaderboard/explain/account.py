@@ -8,7 +8,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage
 from slimbench.harness.schema.ledger import Ledger, LedgerPart
 from slimbench.harness.schema.record import Record
-from slimbench.leaderboard.compare.compare import named
+from slimbench.leaderboard.compare.compare import filtered, named
 from slimbench.leaderboard.compare.texts import Result
 from slimbench.leaderboard.explain.advice import Forecast, advice, forecasts
 from slimbench.leaderboard.explain.aligned import aligned
@@ -81,10 +81,10 @@ def explain(
         device: Only cells on this kind of device.
 
     Raises:
-        ConfigError: No cell has such a name, several have, or none of them has a ledger.
+        ConfigError: No cell has such a name or such values, several have, or none of them has a ledger.
     """
     ordered = oldest_first(records)
-    board = [row for row in rows(ordered) if all(w in (None, v) for w, v in ((model, row.model), (suite, row.suite), (device, row.device)))]
+    board = filtered(rows(ordered), {"model": model, "suite": suite, "device": device})
     index, found = Index(ordered), list[tuple[Row, Record]]()
     for row in named(board, name):
         record = index.of_row(row, Stage.SPEED)

@@ -143,5 +143,7 @@ def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
     assert shown.returncode == 0 and "head_bits=8 would give 1.26 ×" in shown.stdout and "expansion of weights" in shown.stdout
     (account,) = json.loads(slimbench("explain", "rtn-4bit", "--results", str(tmp_path), "--format", "json").stdout)
     assert account["step"] == "decode step" and account["causes"][0]["part"] == "expansion of weights"
+    with pytest.raises(ConfigError, match=r"no cell with model 'tiny-135'.*tiny-135m"):
+        explain(with_ledgers(), "rtn-4bit", model="tiny-135")
     wrong = slimbench("explain", "rtn-4bits", "--results", str(tmp_path))
     assert wrong.returncode == 2 and "rtn-4bit" in wrong.stderr
