@@ -69,7 +69,8 @@ class Layers:
             last = tuple(dict.fromkeys(name.rpartition(".")[2] for name in members))
             is_head = any(named[name] is head for name in members)
             place |= dict.fromkeys(members, Place("head") if is_head else Place("product", last))
-        sizes = [(layer.out_features,) if layer is head else (layer.in_features, layer.out_features) for layer in map(_any, named.values())]
+        held: list[Any] = list(named.values())
+        sizes = [(layer.out_features,) if layer is head else (layer.in_features, layer.out_features) for layer in held]
         return cls(named, place, groups, max(map(max, sizes), default=0))
 
     def whose(self, shapes: Iterable[tuple[int, ...]]) -> Place | None:
@@ -84,10 +85,6 @@ class Layers:
             for shape in _shapes(layer):
                 found.setdefault(shape, self.place[name])
         return found
-
-
-def _any(layer: Any) -> Any:
-    return layer
 
 
 def _groups(module: Any, named: Mapping[str, torch.nn.Module]) -> list[list[str]]:

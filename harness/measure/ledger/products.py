@@ -147,18 +147,15 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
     (now,) = held
     if now is not None and (now.activation_bits or now.number != "int"):
         return
-    widths = [layer.in_features for layer in map(_any, map(layers.named.__getitem__, blocks))]
-    group = now.group_size if now else next((size for size in reversed(_GROUPS) if not any(width % size for width in widths)), None)
+    inside: list[Any] = [layers.named[name] for name in blocks]
+    fitting = (size for size in reversed(_GROUPS) if not any(layer.in_features % size for layer in inside))
+    group = now.group_size if now else next(fitting, None)
     for bits in _BITS:
         if now is None or bits != now.bits:
             yield _Asked("bits", bits, Grid(bits, group), blocks)
     if now is not None:
         yield from (_Asked("group_size", size, Grid(now.bits, size), blocks) for size in _GROUPS if size != group)
         yield _Asked("bits", None, None, blocks)
-
-
-def _any(layer: Any) -> Any:
-    return layer
 
 
 def _is_plain(layer: Any) -> bool:
