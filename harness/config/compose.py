@@ -214,8 +214,18 @@ class _Composer:
 
 
 def _completed(composed: dict[str, Any]) -> dict[str, Any]:
-    """A composed configuration with the defaults of the schema, and of the classes of its methods, where it is silent."""
-    groups = {name: part.defaults() | (composed.get(name) or {}) for name, part in RunConfig.parts().items() if name in _HELD}
+    """A composed configuration with the defaults of the schema, and of the classes of its methods, where it is silent.
+
+    Raises:
+        ConfigError: The name of a choice stands where what it holds belongs.
+    """
+    held = {name: part for name, part in RunConfig.parts().items() if name in _HELD}
+    for name in held:
+        if isinstance(composed.get(name), str):  # only a file can say this: on the command line the same words are a choice
+            raise ConfigError(
+                f"an experiment chooses '{composed[name]}' in its defaults: write '- override /{name}: {composed[name]}' there"
+            )
+    groups = {name: part.defaults() | (composed.get(name) or {}) for name, part in held.items()}
     methods = composed.get("method")
     if isinstance(methods, dict):
         groups["method"] = {name: complete(s) if isinstance(s, dict) and "_target_" in s else s for name, s in methods.items()}

@@ -114,6 +114,16 @@ def test_an_experiment_that_sweeps_over_itself_is_one_line(tmp_path: Path, monke
         jobs(["experiment=one"])
 
 
+def test_a_choice_that_an_experiment_gives_as_a_value_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nengine: compiled\n")
+    monkeypatch.setenv("SLIMBENCH_CONF", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"^an experiment chooses 'compiled' in its defaults: write '- override /engine: compiled' there$"
+    ):
+        jobs(["experiment=mine"])
+
+
 def test_the_equal_grid_experiment_has_each_method_on_each_grid_that_it_has(tmp_path: Path) -> None:
     found = plan(["experiment=equal_grid", f"results={tmp_path}"], several=True)
     cells: dict[tuple[str, float, str], set[int]] = {}
