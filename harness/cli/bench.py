@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import check_choice, console, fail, output_folder
+from slimbench.harness.cli.terminal import Overrides, check_choice, console, fail, output_folder
 
-app = typer.Typer(help="Benchmarks beside the cells: kernels, attention.", no_args_is_help=True)
+app = typer.Typer(help="Benchmarks beside the cells: kernels, attention, engines.", no_args_is_help=True)
 
 _MOST_TOKENS = 2**20
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -63,6 +63,33 @@ def bench_attention(
     from slimbench.leaderboard.figures import attention
 
     print(f"{len(wanted.lengths)} lengths → {', '.join(str(path) for path in [table, *attention.plot(table)])}")
+
+
+@app.command("engines")
+def bench_engines(
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each engine, in turns; six carry an interval.")] = 6,
+    out: Annotated[Path, typer.Option(help="Folder of the table.")] = Path("engines"),
+) -> None:
+    """The same artefact on several engines, such as method=rtn-4bit-head8 engine=compiled,llamacpp, in processes that take turns; CSV."""
+    from slimbench.harness.config import compose
+    from slimbench.harness.run import alternating
+    from slimbench.harness.run.cell import make_cell
+    from slimbench.harness.run.planning.obstacles import require_extras, require_sense
+
+    cells = [make_cell(config, tuple(job)) for job, config in compose.jobs(overrides or [])]
+    alternating.check(cells)
+    for cell in cells:
+        require_extras(cell)
+        require_sense(cell)
+    output_folder(out)
+    try:
+        table, rows = alternating.write(cells, rounds, out, console(stderr=True))
+    except alternating.Failed as error:
+        fail(str(error), 1)
+    print(f"{cells[0].label}, {rounds} rounds → {table}")
+    for found in alternating.ratios(rows):
+        print(f"{found.what}: {found.engine} is {found.value:.2f} × as fast as {found.other} ({found.low:.2f} to {found.high:.2f})")
 
 
 def _lengths(text: str | None) -> list[int] | None:

@@ -52,6 +52,9 @@ class CompiledModel(TransformersModel):
         if self._device.type == "cpu":
             decode_attention.use(module)
 
+    def build(self) -> str:
+        return f"{super().build()}; compiled code for {inductor.instructions()}"
+
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
         return self._window(ids.to(self._device))[:, start:]

@@ -6,7 +6,7 @@ artefact of another format is written when the artefact is loaded, and thrown aw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from slimbench.harness.engines import gguf_evidence
 from slimbench.harness.engines.drafts import DraftedText, DraftingEngine, Guess
-from slimbench.harness.measure.loaded import CountsPasses, LoadedModel, Step
+from slimbench.harness.measure.ledger.place import Place
+from slimbench.harness.measure.loaded import CountsPasses, CountsTime, LoadedModel, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.harness.store.artefact import read_manifest, staging
 from slimbench.methods.base import Unsupported
@@ -48,7 +49,7 @@ class Cached:
     length: int
 
 
-class LlamaCppModel(LoadedModel):
+class LlamaCppModel(LoadedModel, CountsTime):
     """A model in llama.cpp.
 
     It has one KV cache, so a state holds no numbers, only how far its sequences have come: it lives until `logits`, `prefill`, or
@@ -63,8 +64,10 @@ class LlamaCppModel(LoadedModel):
     keeps_cache = True
     computes_narrower = True
     cache_dtype = "float16"
+    uncounted = "llama.cpp counts the time of a batch of tokens, not of its operators"
 
     def __init__(self, weights: Weights, evidence: Callable[[], Evidence]) -> None:
+        self._calls = 0
         self._weights, self._evidence = weights, evidence
         self.vocab_size, self.max_length = weights.vocab_size, weights.max_length
         self._context: Context | None = None
@@ -109,6 +112,16 @@ class LlamaCppModel(LoadedModel):
     def evidence(self) -> Evidence:
         return self._evidence()
 
+    def build(self) -> str:
+        return self._weights.build
+
+    def counting(self) -> LlamaCppModel:
+        return self
+
+    def counted(self) -> Mapping[Place, tuple[int, float]]:
+        calls, self._calls = self._calls, 0
+        return {Place("engine"): (calls, self._context.spent() if self._context else 0.0)}
+
     def _greedy(self, ids: torch.Tensor, state: Cached) -> Step:
         batch, length = ids.shape
         token = np.empty(batch, np.int64)
@@ -134,6 +147,7 @@ class LlamaCppModel(LoadedModel):
         for begin in range(0, len(token), self._context.most_tokens):
             piece = slice(begin, begin + self._context.most_tokens)
             wanted = column[piece] >= first
+            self._calls += 1
             scores = self._context.decode(token[piece], state.length + column[piece], sequence[piece], wanted)
             if len(scores):
                 yield begin + np.flatnonzero(wanted), scores

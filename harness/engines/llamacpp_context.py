@@ -44,6 +44,7 @@ class Weights:
         max_length: Positions that the model was made for.
         resident_bytes: What the tensors take, as llama.cpp says it, to 0.01 MiB for each of its buffers.
         cache_bytes_per_token: Keys and values of one token in all layers.
+        build: llama-cpp-python's version, and the instructions that llama.cpp says it is compiled for.
 
     Raises:
         RuntimeError: llama.cpp refuses the file.
@@ -62,6 +63,7 @@ class Weights:
             raise RuntimeError(f"llama.cpp does not load {file.name}: {'; '.join(_log)}")
         self._free = weakref.finalize(self, llama_cpp.llama_model_free, self.handle)
         self.resident_bytes = round(sum(_buffers) * 2**20)
+        self.build = f"llama-cpp-python {llama_cpp.__version__}: {' '.join(llama_cpp.llama_print_system_info().decode().split())}"
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.handle))
         self.max_length = llama_cpp.llama_model_n_ctx_train(self.handle)
         layers, heads = llama_cpp.llama_model_n_layer(self.handle), llama_cpp.llama_model_n_head_kv(self.handle)
@@ -111,6 +113,7 @@ class Context:
         settings.n_batch = self.most_tokens
         settings.n_threads = settings.n_threads_batch = threads
         settings.kv_unified = False
+        settings.no_perf = False
         _log.clear()
         self.handle = llama_cpp.llama_init_from_model(weights.handle, settings)
         if not self.handle:
@@ -139,6 +142,12 @@ class Context:
             raise RuntimeError(f"llama.cpp could not process {len(token)} tokens (code {code}): {'; '.join(_log)}")
         shape = int(wanted.sum()), self.weights.vocab_size
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.handle), shape) if shape[0] else np.empty(shape, np.float32)
+
+    def spent(self) -> float:
+        """Milliseconds of llama.cpp's own work since this was asked last, by its counters."""
+        found = llama_cpp.llama_perf_context(self.handle)
+        llama_cpp.llama_perf_context_reset(self.handle)
+        return float(found.t_p_eval_ms + found.t_eval_ms)
 
     def clear(self) -> None:
         """Forget all tokens."""

@@ -9,8 +9,10 @@ cache are float32. What stays is that inputs of 8-bit and 4-bit weights are roun
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,37 +21,92 @@ import torch
 
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.engines.graph import Array, Cached, GraphModel, Weight, evidence_of, read_config
-from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.measure.ledger.place import Place
+from slimbench.harness.measure.loaded import CountsTime, LoadedModel
 from slimbench.harness.measure.zeros import Zeros, zeros
 from slimbench.harness.schema.evidence import Evidence
+from slimbench.harness.schema.ledger import PartKind
 
 _DECOMPRESSION = ("Convert", "Multiply", "Subtract", "Reshape", "Transpose")
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i4": "int4", "u4": "uint4"}
 _PACKED = ("i8", "u8", "i4", "u4")
+_LAYER = re.compile(r"(\w+)/[^/]*(?:MatMul|linear)")
+_KINDS: dict[str, PartKind] = {
+    "FullyConnected": "product",
+    "MatMul": "attention",
+    "Softmax": "attention",
+    "Concatenation": "attention",
+    "MemoryInput": "attention",
+    "MemoryOutput": "attention",
+    "ScaledDotProductAttention": "attention",
+    "ScaledDotProductAttentionWithKVCache": "attention",
+    "Reorder": "copy",
+    "Transpose": "copy",
+}
+"""Parts of a ledger by types of nodes; all others are elementwise."""
 
 
-class OpenVINOModel(GraphModel):
-    """A compiled stateful graph; each sequence of calls has an inference request of its own, which holds its KV cache."""
+class OpenVINOModel(GraphModel, CountsTime):
+    """A compiled stateful graph; each sequence of calls has an inference request of its own, which holds its KV cache.
+
+    Args:
+        counts: It counts the time of each node, which takes some itself.
+    """
 
     cache_dtype = "float32"
+    uncounted = "OpenVINO counts whole microseconds of each node, and neither what lies between nodes nor the waiting of threads"
 
-    def __init__(self, graph: Any, config: dict[str, Any]) -> None:
+    def __init__(self, graph: Any, config: dict[str, Any], counts: bool = False) -> None:
         import openvino
 
         super().__init__(config)
-        self.graph = graph
-        self._compiled = openvino.Core().compile_model(graph, "CPU", properties())
+        self.graph, self._config = graph, config
+        self._compiled = openvino.Core().compile_model(graph, "CPU", properties() | ({"PERF_COUNT": True} if counts else {}))
+        self._calls = self._counted = 0
+        self._request: Any = None
+        self._spent = Counter[Place]()
 
     def fresh(self, batch: int) -> Any:
         return self._compiled.create_infer_request()
 
     def run(self, feeds: dict[str, Array], memory: Any) -> tuple[Array, Any]:
+        self._calls, self._request = self._calls + 1, memory
         beam = np.arange(len(feeds["ids"]), dtype=np.int32)
         return memory.infer(feeds | {"beam": beam}, share_outputs=True)["logits"], memory
 
     def cache_bytes(self, state: Cached) -> int | None:
         tensors = [variable.state for variable in state.memory.query_state()]
         return sum(tensor.byte_size for tensor in tensors)
+
+    def counting(self) -> OpenVINOModel:
+        """A graph that was never called: of each node the runtime gives a mean over all calls."""
+        return OpenVINOModel(self.graph, self._config, counts=True)
+
+    def counted(self) -> Mapping[Place, tuple[int, float]]:
+        assert self._request is not None
+        before, self._spent = self._spent, Counter()
+        nodes, calls, places = Counter[Place](), self._calls - self._counted, self._places
+        for node in self._request.get_profiling_info():
+            place = places.get(node.node_name) or Place(_KINDS.get(node.node_type, "elementwise"))
+            ms = 1000 * node.real_time.total_seconds() * self._calls
+            if ms:
+                self._spent[place] += ms
+                nodes[place] += calls
+        self._counted = self._calls
+        return {place: (nodes[place], ms - before[place]) for place, ms in self._spent.items()}
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """Where products belong, by the names that their nodes have once compiled."""
+        head, found = _head(self.graph), dict[str, Place]()
+        heads = {node.get_friendly_name() for node in self.graph.get_ops() if node.get_name() == head}
+        for node in self._compiled.get_runtime_model().get_ops():
+            facts = node.get_rt_info()
+            if facts["layerType"].astype(str) == "FullyConnected":
+                names = facts["originalLayersNames"].astype(str).split(",")
+                layers = dict.fromkeys(each[1] for name in names if (each := _LAYER.search(name)))
+                found[node.get_friendly_name()] = Place("head") if heads & set(names) else Place("product", tuple(layers))
+        return found
 
     def evidence(self) -> Evidence:
         self.decode_step(self.prefill(torch.zeros(1, 8, dtype=torch.int64)))  # primitives are chosen in the first call

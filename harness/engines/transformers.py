@@ -21,6 +21,7 @@ from slimbench.methods.formats import huggingface
 from slimbench.methods.formats.attention.operators import reading as readings
 from slimbench.methods.formats.draft import speculation
 from slimbench.methods.formats.draft.sampling import Sampling
+from slimbench.methods.kernels.packed_linear import PackedLinear
 
 _CHUNK = 64
 
@@ -57,6 +58,10 @@ class TransformersModel(Branches, Draws):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def build(self) -> str:
+        kernels = sorted({text for layer in self.module.modules() if isinstance(layer, PackedLinear) and (text := layer.build())})
+        return "; ".join([f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}", *kernels])
 
     @property
     def devices(self) -> list[torch.device]:

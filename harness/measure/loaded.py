@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 
+from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats.policy import Scoring
@@ -61,6 +62,10 @@ class Loaded(ABC):
 
     def loaded_bits(self) -> float | None:
         """Bits per weight of the linear layers as they lie in memory now: some libraries repack in the first call. None where not shown."""
+        return None
+
+    def build(self) -> str | None:
+        """What the engine's code is compiled for here, and its version, in one line; None where it does not say."""
         return None
 
     @abstractmethod
@@ -273,6 +278,25 @@ class Encodes(Capability):
             ids: Token ids, int64 [B, T].
             mask: 1 for the tokens of a text, 0 for padding, int64 [B, T].
         """
+
+
+class CountsTime(Generates):
+    """It shows no operators, and has counters of its own of what they take.
+
+    Attributes:
+        uncounted: What these do not tell.
+    """
+
+    ability = "count what its steps spend their time on"
+    uncounted: ClassVar[str]
+
+    @abstractmethod
+    def counting(self) -> CountsTime:
+        """The same model with its counters on, which may slow it; itself where they are always on."""
+
+    @abstractmethod
+    def counted(self) -> Mapping[Place, tuple[int, float]]:
+        """Operators and milliseconds of each part since this was asked last, or since the counters are on."""
 
 
 class LoadedModel(Scores, Generates):

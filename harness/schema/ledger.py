@@ -8,9 +8,10 @@ from pydantic import Field
 
 from slimbench.harness.schema.base import Schema
 
-PartKind = Literal["product", "head", "attention", "elementwise", "expansion", "copy", "waiting", "python"]
+PartKind = Literal["product", "head", "attention", "elementwise", "expansion", "copy", "waiting", "python", "engine"]
 """Products by weights inside the blocks; by the head; attention and cache; norms and other elementwise work; weights that are made for a
-product; copies of what is larger than an activation; threads that begin and end a parallel region; Python, and what launches the rest.
+product; copies of what is larger than an activation; threads that begin and end a parallel region; Python, and what launches the rest;
+what an engine counts as one.
 """
 
 Phase = Literal["decode", "prefill"]
@@ -18,7 +19,7 @@ Setting = Literal["bits", "group_size", "head_bits"]
 
 
 class LedgerPart(Schema):
-    """Mean milliseconds of a step that one part takes, with an interval over steps.
+    """Mean milliseconds of a step that one part takes, with an interval over turns.
 
     Attributes:
         kind: What is done.
@@ -27,6 +28,7 @@ class LedgerPart(Schema):
         kernels: What computes these products: names of kernels, or the dtype of a dense weight.
         low: Lower bound of the 95 % interval of `ms`.
         high: Upper bound.
+        turns: Mean of each turn; the reference has the same turns.
         alone_ms: The same products one right after the other, with nothing between; None for other kinds.
         bytes: That the products read of weights, of a decode step.
     """
@@ -38,6 +40,7 @@ class LedgerPart(Schema):
     ms: float
     low: float
     high: float
+    turns: list[float] = []
     alone_ms: float | None = None
     bytes: int | None = None
 
@@ -67,16 +70,18 @@ class Ledger(Schema):
         step_ms: Mean of the steps that nobody recorded, in turns with those that were.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
+        turns: Mean of each turn, in which the steps of the reference are too.
         threads: That share the work.
         parts: The largest first. Of `waiting` each product has one region, whose time is not among that of the product.
         alternatives: Other grids.
-        unseen: Why there are no parts.
+        unseen: What the engine does not show; where it shows nothing, why.
     """
 
     phase: Phase
     step_ms: float = Field(gt=0)
     low: float
     high: float
+    turns: list[float] = []
     threads: int | None = None
     parts: list[LedgerPart] = []
     alternatives: list[Alternative] = []

@@ -201,6 +201,7 @@ class SpeedResult(Schema):
         work: What ran for a token of those of the headline's texts that were timed, counted apart from the timed runs; None where prompts
             are random ids, or nothing acts while the model runs.
         temperature: At which tokens were drawn, those of the reference too; None where the likeliest ones were written.
+        build: What the code of the engine is compiled for, and its version; None where it does not say.
         ledgers: The parts of a decode step and of a prefill of the headline; empty where not asked for.
         reference_ledgers: Those of the reference.
         flags: One line for each fact that makes a figure doubtful.
@@ -218,6 +219,7 @@ class SpeedResult(Schema):
     parts_ms: dict[str, dict[str, float]] = {}
     work: WorkResult | None = None
     temperature: float | None = None
+    build: str | None = None
     ledgers: list[Ledger] = []
     reference_ledgers: list[Ledger] = []
     flags: list[str] = []

@@ -75,6 +75,7 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
     result = SpeedResult(
         points=[], memory=split, evidence=found, copy_bandwidth_gbs=0.0, largest_batch=largest, temperature=protocol.temperature
     )
+    result.build = model.build()
     processes = protocol.processes if journal.folder else 1
     share = _share_of(protocol, processes)
 
@@ -130,12 +131,10 @@ def run(config: RunConfig, key: str, reference_key: str | None, report: Reporter
 
 
 def _ledgers(model: Generates, reference: Generates | None, protocol: SpeedConfig, point: SpeedPoint) -> dict[str, list[Any]]:
-    """Of both, one after the other: they are no ratio."""
-    models = {"candidate": model, "reference": reference}
-    return {
-        role: [found.model_dump() for found in ledgers(loaded, point, protocol.ledger or 0)] if loaded else []
-        for role, loaded in models.items()
-    }
+    """Of both, in the same turns."""
+    found = ledgers([model, *([reference] if reference else [])], point, protocol.ledger or 0)
+    candidate, theirs = ([ledger.model_dump() for ledger in each] for each in (*found, [])[:2])
+    return {"candidate": candidate, "reference": theirs}
 
 
 def _tokens(config: RunConfig, report: Reporter) -> Any:

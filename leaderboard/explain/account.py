@@ -12,7 +12,7 @@ from slimbench.leaderboard.compare.compare import filtered, named
 from slimbench.leaderboard.compare.texts import Result
 from slimbench.leaderboard.explain.advice import Forecast, advice, forecasts
 from slimbench.leaderboard.explain.aligned import aligned
-from slimbench.leaderboard.explain.causes import Cause, causes
+from slimbench.leaderboard.explain.causes import ASLEEP_US, Cause, causes, waking_us
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
@@ -52,9 +52,10 @@ class Account(Result):
         explained: Sum of the parts over the step.
         reference_ms: Mean step of the reference.
         bound_ms: Of all bytes of weights that the step reads.
+        waking_us: Microseconds that threads wait in each parallel region of a product.
         causes: Parts that take longer than those of the reference.
         forecasts: Steps with other settings, the best first.
-        unseen: Why there are no lines.
+        unseen: What the engine does not show; where there are no lines, why.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Account(Result):
     explained: float
     reference_ms: float | None = None
     bound_ms: float | None = None
+    waking_us: float = 0.0
     lines: Sequence[Line] = ()
     causes: Sequence[Cause] = ()
     forecasts: Sequence[Forecast] = ()
@@ -124,6 +126,7 @@ def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: floa
         reference_ms=reference.step_ms if reference else None,
         bound_ms=sum(bounds) if bounds else None,
         lines=lines,
+        waking_us=waking_us(ledger),
         causes=causes(ledger, reference) if reference and reference.parts and ledger.parts else [],
         forecasts=forecasts(ledger),
         unseen=ledger.unseen,
@@ -147,13 +150,20 @@ def _line(name: str, part: LedgerPart, ledger: Ledger, there: Mapping[str, Ledge
 def told(account: Account) -> list[str]:
     """What an account says, in sentences."""
     one = f"One {account.step} takes {account.step_ms:.3g} ms"
-    if account.unseen:
+    if account.unseen and not account.lines:
         return [f"{one}; {clean(account.unseen)}."]
     beside = f", {account.reference_ms:.3g} ms in the reference" if account.reference_ms else ""
     bound = f"; its weights take {account.bound_ms:.3g} ms at the bandwidth of the machine" if account.bound_ms else ""
     said = [f"{one}{beside}{bound}. The parts make {100 * account.explained:.0f} % of it."]
+    if account.unseen:
+        said.append(f"Not seen: {clean(account.unseen)}.")
     if account.causes:
         said.append(f"Longer than in the reference: {'; '.join(map(_longer, account.causes))}.")
+    if account.waking_us > ASLEEP_US:
+        said.append(
+            f"Threads sleep between parallel regions, and need {account.waking_us:.0f} µs until all are awake: "
+            "OMP_WAIT_POLICY=ACTIVE keeps them awake."
+        )
     if hint := advice(account.forecasts):
         said.append(f"{hint}.")
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from slimbench.harness.schema.ledger import Ledger, LedgerPart
 from slimbench.leaderboard.rows.clean import clean
@@ -16,6 +17,7 @@ WORDS = {
     "copy": "copies",
     "waiting": "waiting of threads",
     "python": "Python and launch",
+    "engine": "the engine's own work",
 }
 """By kind of a part; products are told by their layers."""
 _MOST, _LONGEST = 12, 40
@@ -57,7 +59,8 @@ def _by_name(ledger: Ledger, classes: Sequence[Sequence[str]]) -> dict[str, Ledg
 
 def _sum(one: LedgerPart, other: LedgerPart) -> LedgerPart:
     """Bounds are added, as if both were at theirs together."""
-    added = {name: getattr(one, name) + getattr(other, name) for name in ("calls", "ms", "low", "high")}
+    added: dict[str, Any] = {name: getattr(one, name) + getattr(other, name) for name in ("calls", "ms", "low", "high")}
+    added["turns"] = [sum(both) for both in zip(one.turns, other.turns, strict=False)]
     for name in ("alone_ms", "bytes"):
         both = getattr(one, name), getattr(other, name)
         added[name] = None if None in both else sum(both)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, PartKind
+from slimbench.harness.stats.intervals import mean_interval
 from slimbench.leaderboard.compare.texts import Result
 from slimbench.leaderboard.explain.aligned import WORDS, aligned
 from slimbench.leaderboard.rows.clean import clean
@@ -13,17 +16,20 @@ from slimbench.leaderboard.tables.format import shorten
 _LEAST = 0.02
 """Share of the other step below which a part is not named."""
 
+ASLEEP_US = 20
+"""Microseconds in a parallel region from which on threads sleep rather than wait."""
 _LONGEST = 80
 _BROUGHT: tuple[PartKind, ...] = ("expansion", "copy", "python")
 """What another kernel brings along."""
 
 
 class Cause(Result):
-    """A part that takes longer, with an interval that holds if both parts are at the bounds of theirs.
+    """A part that takes longer, with the 95 % interval of its difference over the turns of both.
 
     Attributes:
-        part: Its name; the number of threads where that differs, which changes all parts.
+        part: Its name; threads where these differ, which changes all parts.
         facts: What else is different in it.
+        turns: Its difference in each turn, ms.
     """
 
     part: str
@@ -31,23 +37,23 @@ class Cause(Result):
     low: float
     high: float
     facts: Sequence[str] = ()
+    turns: Sequence[float] = ()
 
 
 def causes(ledger: Ledger, other: Ledger) -> list[Cause]:
     """The parts that make a step longer than another one, the most first; those that could be chance are left out.
 
-    Where one class of products has another kernel, the expansion, the copies and the Python that have grown count to it.
+    Where one class of products has another kernel, the expansion, the copies and the Python that have grown count to it. Another number of
+    threads, and threads that sleep, change all parts: then they are the one cause.
     """
     if ledger.threads != other.threads:
-        gap = Cause(
-            part=f"{_threads(ledger)}, not {_threads(other)}",
-            ms=ledger.step_ms - other.step_ms,
-            low=ledger.low - other.high,
-            high=ledger.high - other.low,
-        )
-        return [gap] if gap.low > 0 else []
+        return _alone(_cause(f"{_threads(ledger)}, not {_threads(other)}", ledger.turns, other.turns))
+    here_us, there_us = waking_us(ledger), waking_us(other)
+    if here_us - there_us > ASLEEP_US:
+        fact = f"{here_us:.0f} µs until all are awake instead of {there_us:.0f} µs"
+        return _alone(_cause(WORDS["waiting"], ledger.turns, other.turns, [fact]))
     here, there = aligned(ledger, other)
-    found = {name: _cause(name, here.get(name), there.get(name)) for name in dict.fromkeys([*here, *there])}
+    found = {name: _of_part(name, here.get(name), there.get(name)) for name in dict.fromkeys([*here, *there])}
     swapped = [name for name in found if name in here and name in there and here[name].kernels != there[name].kernels]
     if len(swapped) == 1:
         brought = [found.pop(WORDS[kind]) for kind in _BROUGHT if WORDS[kind] in found and found[WORDS[kind]].low > 0]
@@ -55,15 +61,33 @@ def causes(ledger: Ledger, other: Ledger) -> list[Cause]:
     return sorted((cause for cause in found.values() if cause.low > 0 and cause.ms > _LEAST * other.step_ms), key=lambda cause: -cause.ms)
 
 
+def waking_us(ledger: Ledger) -> float:
+    """Microseconds that threads wait in each parallel region of a product."""
+    return next((1000 * part.ms / part.calls for part in ledger.parts if part.kind == "waiting" and part.calls), 0.0)
+
+
+def _alone(cause: Cause) -> list[Cause]:
+    return [cause] if cause.low > 0 else []
+
+
 def _with(cause: Cause, brought: Sequence[Cause]) -> Cause:
     """A kernel with what it brings along."""
-    added = {name: getattr(cause, name) + sum(getattr(each, name) for each in brought) for name in ("ms", "low", "high")}
-    return cause.model_copy(update={**added, "facts": [*cause.facts, *(f"with {each.part}" for each in brought)]})
+    turns = [sum(each) for each in zip(cause.turns, *(other.turns for other in brought), strict=False)]
+    return _cause(cause.part, turns, [0.0] * len(turns), [*cause.facts, *(f"with {each.part}" for each in brought)])
 
 
-def _cause(name: str, here: LedgerPart | None, there: LedgerPart | None) -> Cause:
-    a, b = ((part.ms, part.low, part.high) if part else (0.0, 0.0, 0.0) for part in (here, there))
-    return Cause(part=name, ms=a[0] - b[0], low=a[1] - b[2], high=a[2] - b[1], facts=_facts(here, there))
+def _of_part(name: str, here: LedgerPart | None, there: LedgerPart | None) -> Cause:
+    """A part that only one of them has takes no time in the other."""
+    none = [0.0] * max(len(part.turns) for part in (here, there) if part)
+    a, b = (part.turns if part else none for part in (here, there))
+    return _cause(name, a, b, _facts(here, there))
+
+
+def _cause(name: str, here: Sequence[float], there: Sequence[float], facts: Sequence[str] = ()) -> Cause:
+    """From what both took in each turn; chance where they share fewer than two."""
+    turns = [one - other for one, other in zip(here, there, strict=False)]
+    low, high = mean_interval(turns) if len(turns) > 1 else (-math.inf, math.inf)
+    return Cause(part=name, ms=statistics.fmean(turns) if turns else 0.0, low=low, high=high, facts=facts, turns=turns)
 
 
 def _facts(here: LedgerPart | None, there: LedgerPart | None) -> list[str]:

@@ -28,6 +28,11 @@ class Kernel(ABC):
         return None
 
     @classmethod
+    def build(cls) -> str | None:
+        """What its code is compiled for on this machine, in one line; None for kernels of libraries."""
+        return None
+
+    @classmethod
     @abstractmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Buffers to keep, by name."""

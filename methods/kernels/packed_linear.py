@@ -96,6 +96,10 @@ class PackedLinear(nn.Module):
         products = x.index_select(1, outliers.columns.long()).float() * outliers.values.float()
         return y.float().index_add_(1, outliers.rows, products).to(y.dtype)
 
+    def build(self) -> str | None:
+        """What the code of its kernel is compiled for; None for those of libraries."""
+        return self._kernel.build()
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}, kernel={self.kernel!r}"
 

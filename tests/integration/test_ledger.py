@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.ledger.measured import ledgers
-from slimbench.harness.schema.ledger import Ledger
+from slimbench.harness.measure.ledger.steps import Decoding, Prefill, plain
+from slimbench.harness.schema.ledger import Ledger, Phase
 from slimbench.leaderboard.explain.causes import causes
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.cpu.share import ShareInputs
@@ -28,8 +31,8 @@ from slimbench.methods.kernels.torch.operators import Dequantize
 
 pytestmark = [pytest.mark.alone, pytest.mark.full]
 
-POINT = SpeedPoint(batch=1, prompt=256, new_tokens=33)
-TURNS, ROUNDS = 24, 9
+PROMPT, NEW = 256, 33
+STEPS, ROUNDS = 32, 21
 EIGHT = Grid(8)
 
 
@@ -61,29 +64,18 @@ def random_layer(layer: Any, grid: Grid, kernels: tuple[Any, ...]) -> PackedLine
     return PackedLinear(weight, kernels=kernels)
 
 
-def decoded(module: Any, engine: Any = TransformersModel) -> Ledger:
-    return ledger_of(engine(module, "cpu"))
+def taken(*models: Any, phase: Phase = "decode", prompt: int = PROMPT) -> list[Ledger]:
+    """One kind of step of each, in the same turns."""
+    return [found for (found,) in ledgers(models, SpeedPoint(batch=1, prompt=prompt, new_tokens=NEW), STEPS, [phase])]
 
 
-def ledger_of(model: Any) -> Ledger:
-    (found,) = ledgers(model, POINT, TURNS, ["decode"])
-    return found
-
-
-def cost_of(slow: Any, honest: Any) -> float:
+def cost_of(slow: Any, honest: Any, phase: Phase, prompt: int) -> float:
     """Milliseconds that a step of one model takes more than one of the other, in turns: the median over rounds."""
-    found = []
-    for _ in range(ROUNDS):
-        taken = []
-        for model in (slow, honest):
-            step = model.prefill(torch.zeros(1, POINT.prompt, dtype=torch.long), room=POINT.new_tokens)
-            for index in range(20):
-                if index == 4:
-                    began = time.perf_counter()
-                step = model.decode_step(step)
-            taken.append((time.perf_counter() - began) / 16)
-        found.append(1000 * (taken[0] - taken[1]))
-    return statistics.median(found)
+    made = {"decode": Decoding, "prefill": Prefill}[phase]
+    steps = [(model, made(model, torch.zeros(1, prompt, dtype=torch.long), NEW)) for model in (slow, honest)]
+    with torch.inference_mode():
+        found = [[plain(model, step) for model, step in steps] for _ in range(ROUNDS)]
+    return statistics.median(one - other for one, other in found)
 
 
 class Slowed(nn.Module):
@@ -101,10 +93,10 @@ class Slowed(nn.Module):
 
 
 class Wide(nn.Linear):
-    """A layer that multiplies in float32."""
+    """A layer that multiplies in float64; on some processors float32 takes no longer than bfloat16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x.float(), self.weight).to(x.dtype)
+        return nn.functional.linear(x.double(), self.weight).to(x.dtype)
 
 
 class SlowNorm(nn.Module):
@@ -115,14 +107,15 @@ class SlowNorm(nn.Module):
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x.repeat(1, 1, 64).exp_().log_()
+        x.repeat(1, 1, 512).exp_().log_()
         return self.norm(x)
 
 
 def slowed(more: Callable[[Any], object]) -> Any:
     module = dense()
     for block in module.model.layers:
-        block.mlp.up_proj = Slowed(block.mlp.up_proj, more)
+        for name, layer in list(block.mlp.named_children())[:2]:
+            setattr(block.mlp, name, Slowed(layer, more))
     return module
 
 
@@ -137,7 +130,7 @@ def wide() -> Any:
     for block in module.model.layers:
         for name, layer in list(block.mlp.named_children())[:3]:
             other = Wide(layer.in_features, layer.out_features, bias=False)
-            other.weight = nn.Parameter(layer.weight.float())
+            other.weight = nn.Parameter(layer.weight.double())
             setattr(block.mlp, name, other)
     return module
 
@@ -184,7 +177,7 @@ def copying_the_cache() -> Any:
 
         def copied(*given: Any, forward: Any = forward, **named: Any) -> Any:
             for layer in getattr(named["past_key_values"], "layers", ()):
-                if layer.is_initialized:
+                for _ in range(4 * layer.is_initialized):
                     layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             return forward(*given, **named)
 
@@ -194,33 +187,33 @@ def copying_the_cache() -> Any:
 
 @dataclass(frozen=True)
 class Plant:
-    """A slowdown, its honest twin, what names it, and whether its milliseconds are held to what it costs."""
+    """A slowdown, its honest twin, and what names it."""
 
     slow: Callable[[], Any]
     honest: Callable[[], Any]
     part: str
     fact: str = ""
     engine: Any = TransformersModel
-    is_held: bool = False
+    phase: Phase = "decode"
+    prompt: int = PROMPT
 
 
 PLANTS = {
-    "kernel fallback": Plant(
-        lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul", is_held=True
-    ),
+    "kernel fallback": Plant(lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul"),
     "kernel fallback, compiled": Plant(
         lambda: packed((Dequantize,)), packed, "products of gate_proj and up_proj", "dequantize + matmul", CompiledModel
     ),
-    "dense head": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", is_held=True),
-    "dense head, compiled": Plant(
-        lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", CompiledModel, is_held=True
-    ),
+    "dense head": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm"),
+    "dense head, compiled": Plant(lambda: packed(head=None), packed, "head", "bfloat16 instead of slimbench packed_mm", CompiledModel),
     "expansion on every step": Plant(lambda: slowed(lambda layer: layer.weight.mul(2)), dense, "expansion of weights"),
-    "a copy": Plant(lambda: slowed(lambda layer: layer.weight.clone()), dense, "copies", is_held=True),
-    "a float32 product, compiled": Plant(
-        wide, dense, "products of gate_proj, up_proj and down_proj", "float32 instead of bfloat16", engine=CompiledModel
+    "a copy": Plant(lambda: slowed(lambda layer: layer.weight.clone()), dense, "copies"),
+    "a float64 product, compiled": Plant(
+        wide, dense, "products of gate_proj, up_proj and down_proj", "float64 instead of bfloat16", CompiledModel
     ),
-    "odd shapes": Plant(odd, packed, "products of down_proj", "dequantize + matmul instead of slimbench packed_mm", is_held=True),
+    "a float64 product of a prompt": Plant(
+        wide, dense, "products of gate_proj, up_proj and down_proj", "float64 instead of bfloat16", phase="prefill", prompt=64
+    ),
+    "odd shapes": Plant(odd, packed, "products of down_proj", "dequantize + matmul instead of slimbench packed_mm"),
     "a cache that is copied": Plant(copying_the_cache, dense, "copies"),
     "Python": Plant(lambda: slowed(busy), dense, "Python and launch"),
     "norms": Plant(normed, dense, "norms and elementwise"),
@@ -232,12 +225,43 @@ PLANTS = {
 def test_what_is_planted_is_named_first(name: str) -> None:
     plant = PLANTS[name]
     honest, slow = (plant.engine(make(), "cpu") for make in (plant.honest, plant.slow))
-    before, after = ledger_of(honest), ledger_of(slow)
+    before, after = taken(honest, slow, phase=plant.phase, prompt=plant.prompt)
     found = causes(after, before)
     assert found and found[0].part == plant.part, (found, after, before)
     assert plant.fact in "; ".join(found[0].facts)
-    if plant.is_held:
-        assert found[0].ms == pytest.approx(cost_of(slow, honest), rel=0.2), (found, after, before)
+    assert found[0].ms == pytest.approx(cost_of(slow, honest, plant.phase, plant.prompt), rel=0.2), (found, after, before)
+
+
+@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
+@pytest.mark.parametrize("make", [dense, packed])
+def test_of_honest_twins_nothing_is_named(make: Callable[[], Any], engine: Any) -> None:
+    one, other = taken(*(engine(make(), "cpu") for _ in range(2)))
+    assert causes(one, other) == causes(other, one) == []
+
+
+SLEEPS = """
+import sys, torch
+from slimbench.harness.engines.compiled import CompiledModel
+from tests.integration.test_ledger import packed, taken
+(found,) = taken(CompiledModel(packed(), "cpu"))
+print(found.model_dump_json())
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_threads_that_sleep_are_named() -> None:
+    """In processes of their own: how long threads stay awake is decided when the first of them starts."""
+    found = []
+    for spins in ("100000000", "0"):
+        environment = os.environ | {"GOMP_SPINCOUNT": spins, "OMP_NUM_THREADS": "2"}
+        environment.pop("OMP_WAIT_POLICY", None)
+        done = subprocess.run([sys.executable, "-c", SLEEPS], env=environment, capture_output=True, text=True, timeout=600)
+        assert not done.returncode, done.stderr[-2000:]
+        found.append(Ledger.model_validate_json(done.stdout.splitlines()[-1]))
+    awake, asleep = found
+    (first,) = causes(asleep, awake)
+    assert first.part == "waiting of threads" and first.ms == pytest.approx(asleep.step_ms - awake.step_ms)
+    assert awake.step_ms < 0.5 * asleep.step_ms and first.ms > 0.5 * asleep.step_ms
 
 
 @pytest.fixture
@@ -249,9 +273,10 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_one_thread_is_named(threads: Callable[[int], None]) -> None:
+    model = TransformersModel(dense(), "cpu")
     threads(2)
-    before = decoded(dense())
+    (before,) = taken(model)
     threads(1)
-    after = decoded(dense())
+    (after,) = taken(model)
     (cause,) = causes(after, before)
     assert cause.part == "1 thread, not 2 threads" and cause.ms == pytest.approx(after.step_ms - before.step_ms)

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from slimbench.harness.config import environments
+from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.config.sources import shipped_method
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
+from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.loaded import LoadedModel
+from slimbench.harness.schema.ledger import Ledger
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Unsupported
 from tests.support import tiny
@@ -121,6 +124,8 @@ def _mechanics(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         "stale": stale,
         "many": many,
         "cache_bytes": model.cache_bytes(first.state),
+        "build": model.build(),
+        "ledgers": [ledger.model_dump() for ledger in ledgers([model], SpeedPoint(batch=1, prompt=PROMPT, new_tokens=NEW), 12)[0]],
     }
 
 
@@ -188,6 +193,17 @@ def test_q8_0_is_as_good_as_dense_and_says_what_it_holds(there: Any) -> None:
 def test_a_k_quant_of_a_width_that_256_does_not_divide_tells_its_fallbacks(there: Any) -> None:
     counted = there["q4_k_m"]["details"]["tensors"]
     assert sum(counted.values()) == 210 and counted.get("Q4_K", 0) < 210 and there["q4_k_m"]["bits"] > 4.5
+
+
+def test_its_counters_and_what_is_around_them_make_a_step(there: Any) -> None:
+    decode, prefill = (Ledger(**each) for each in there["mechanics"]["ledgers"])
+    assert (decode.phase, prefill.phase) == ("decode", "prefill")
+    for ledger in (decode, prefill):
+        parts = {part.kind: part for part in ledger.parts}
+        assert parts.keys() == {"engine", "python"} and parts["engine"].calls == 1
+        assert parts["engine"].ms > 5 * parts["python"].ms and abs(ledger.rest_ms) < 0.5 * ledger.step_ms
+        assert "not of its operators" in str(ledger.unseen)
+    assert "OPENMP = 1" in there["mechanics"]["build"] and there["mechanics"]["build"].startswith("llama-cpp-python ")
 
 
 def test_packed_codes_run_in_the_blocks_of_llama_cpp(there: Any) -> None:

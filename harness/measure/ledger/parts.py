@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slimbench.harness.measure.evidence import products, resident_tensors
+from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.recorded import Piece
 from slimbench.harness.measure.operators import PRODUCT
 from slimbench.harness.schema.ledger import PartKind
@@ -23,14 +24,6 @@ _EXPANDS = re.compile(r"bitwise_(and|or|left|right)|shift|dequant|unpack")
 _COPIES = re.compile(r"copy_|clone|contiguous|(^|::)to$|_to_copy|reshape")
 _SEVERAL = "slimbench::packed_mm_shared"
 _FUSED = re.compile(r"graph_\d+_cpp_fused_(.*)")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A part: its kind, and the classes of layers where it has some."""
-
-    kind: PartKind
-    layers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -166,12 +159,18 @@ def _of_fused(operators: str) -> PartKind:
 
 
 def places_of(pieces: Sequence[Piece], layers: Layers, tokens: int) -> list[Place]:
-    """Where each piece of a step belongs; calls of several layers at once, whose weights no profiler shows, in the order of these."""
+    """Where each piece of a step belongs.
+
+    No profiler shows tensors that are in lists. Calls of several layers at once come in the order of these; what is put together right
+    behind an expansion, in compiled code, is of the expansion.
+    """
     together = [group for group in layers.groups if share.can_join([layers.named[name] for name in group])]
     several = iter([layers.place[group[0]] for group in together])
-    found = []
+    found = list[Place]()
     for piece in pieces:
         joined = next(several, None) if piece.name == _SEVERAL else None
+        if piece.name == "aten::cat" and piece.layer is None and found and found[-1].kind == "expansion":
+            joined = found[-1]
         found.append(joined or place_of(piece, layers, tokens))
     return found
 

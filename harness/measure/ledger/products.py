@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, Place, places_of
+from slimbench.harness.measure.ledger.parts import Layers, places_of
+from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.recorded import outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import mean_interval

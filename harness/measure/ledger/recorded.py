@@ -33,7 +33,7 @@ class Piece:
     Attributes:
         name: As the profiler has it.
         layer: Name of the layer in whose forward pass it ran; None outside of all of them, and in compiled code.
-        shapes: Of its tensor inputs.
+        shapes: Of its tensor inputs, but those in lists.
         inner: Names of the operators inside it.
     """
 

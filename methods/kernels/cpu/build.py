@@ -26,6 +26,11 @@ def missing() -> str | None:
     return None
 
 
+def compiled_for() -> str:
+    """Flags of the compiler, and the instructions by which the operator multiplies integers."""
+    return f"{' '.join(library.FLAGS)}: {torch.ops.slimbench.packed_mm_instructions()}"
+
+
 def _shape(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, bits: int, outputs: int
 ) -> torch.Tensor:

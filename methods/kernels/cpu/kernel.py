@@ -33,6 +33,10 @@ class OwnCpu(Kernel):
         return build.missing()
 
     @classmethod
+    def build(cls) -> str:
+        return f"{cls.name} {build.compiled_for()}"
+
+    @classmethod
     def prepare(cls, weight: QuantizedWeight) -> dict[str, Tensor]:
         kept = {"weight_packed": pack(weight.codes, weight.grid.bits, input_groups(weight)), "scales": _by_block(weight.scales)}
         return kept if weight.offsets is None else kept | {"offsets": _by_block(weight.offsets)}

@@ -519,9 +519,21 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
   return packed_mm_shared(x, {codes}, {scales}, c10::List<std::optional<at::Tensor>>({offsets}), {bits}, {outputs})[0];
 }
 
+// By which instructions products are computed: of many rows / of few.
+std::string packed_mm_instructions() {
+#ifdef SLIMBENCH_TILES
+  return "tiles / VNNI";
+#elif defined(SLIMBENCH_VNNI)
+  return "VNNI";
+#else
+  return "portable";
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY(slimbench, library) {
+  library.def("packed_mm_instructions() -> str", packed_mm_instructions);
   library.def("packed_mm(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, int bits, int outputs) -> Tensor");
   library.def("packed_mm_shared(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] offsets, int[] bits, int[] outputs) -> Tensor[]");
 }

@@ -12,10 +12,11 @@ import torch
 
 from slimbench.harness.config import engines as catalogue
 from slimbench.harness.config.parse import build_method
-from slimbench.harness.config.schema import StepConfig
+from slimbench.harness.config.schema import SpeedPoint, StepConfig
 from slimbench.harness.config.sources import shipped_method
 from slimbench.harness.config.targets import locate
 from slimbench.harness.measure.claims import flags
+from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.loaded import LoadedModel
 from slimbench.harness.store import artefact
 from slimbench.methods.base import Claim, DenseModel, Unsupported
@@ -154,6 +155,23 @@ def test_other_shapes(engine: str, shape: dict[str, Any], tmp_path: Path) -> Non
     layers = {layer.role: layer for layer in model.evidence().layers}
     assert layers["linear"].count == 14 and layers["head"].count == 1
     assert (layers["head"].bytes == 0) == (engine == "openvino" and shape.get("tie_word_embeddings", True))
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_openvino_counts_what_its_nodes_take(engine: str, tmp_path: Path) -> None:
+    """Parts by kind and by layers, next to nothing of which the step does not take."""
+    dense = tiny.save_model(tmp_path, "float32", hidden_size=256, intermediate_size=1024, vocab_size=4096, num_hidden_layers=3)
+    artefact.write_manifest(tmp_path, artefact.Manifest(key="test", model="tiny", pipeline=[], claim=Claim("huggingface")))
+    model = load(engine, dense.path)
+    ((decode, prefill),) = ledgers([model], SpeedPoint(batch=1, prompt=128, new_tokens=17), 12)
+    for ledger in (decode, prefill):
+        kinds = {part.kind for part in ledger.parts}
+        assert {"product", "head", "attention", "elementwise", "python"} <= kinds, ledger
+        layers = [set(part.layers) for part in ledger.parts if part.kind == "product"]
+        assert set.union(*layers) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert sum(part.calls for part in ledger.parts if part.kind == "head") == 1 and "whole microseconds" in str(ledger.unseen)
+        counted = sum(part.ms for part in ledger.parts if part.kind != "python")
+        assert 0.1 * ledger.step_ms < counted < 2 * ledger.step_ms, "counters slow small nodes, and other tests run beside"
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])

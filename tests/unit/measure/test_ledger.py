@@ -11,7 +11,8 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
 from slimbench.harness.measure.ledger.measured import ledgers
-from slimbench.harness.measure.ledger.parts import Layers, Place, place_of, places_of
+from slimbench.harness.measure.ledger.parts import Layers, place_of, places_of
+from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import Piece
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
@@ -20,7 +21,7 @@ from slimbench.methods.kernels.packed_linear import PackedLinear
 from slimbench.methods.kernels.subjects import random_weight
 
 POINT = SpeedPoint(batch=1, prompt=64, new_tokens=33)
-TURNS = 8
+STEPS = 8
 
 
 def module() -> Any:
@@ -35,7 +36,7 @@ def module() -> Any:
 @pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
 def test_a_step_has_all_its_parts(engine: Any) -> None:
     """What they take together is held where nothing else runs, in `tests/integration/test_ledger.py`."""
-    decode, prefill = ledgers(engine(module(), "cpu"), POINT, TURNS)
+    ((decode, prefill),) = ledgers([engine(module(), "cpu")], POINT, STEPS)
     assert (decode.phase, prefill.phase) == ("decode", "prefill")
     for ledger in (decode, prefill):
         kinds = {part.kind for part in ledger.parts}
@@ -83,6 +84,12 @@ def test_pieces_are_told_by_layers_by_shapes_and_by_names() -> None:
     assert place("aten::rsqrt", (1, 1, 1)) == "elementwise"
 
 
+def test_what_is_put_together_behind_an_expansion_is_of_it() -> None:
+    names = ("graph_0_cpp_fused___rshift___bitwise_and_3", "aten::cat", "graph_0_cpp_fused_mean_mul_1", "aten::cat")
+    found = places_of([Piece(name, None, (), ()) for name in names], Layers.of(module()), 1)
+    assert [place.kind for place in found] == ["expansion", "expansion", "elementwise", "attention"]
+
+
 def test_calls_of_several_layers_are_told_by_their_order() -> None:
     packed = module()
     for layer in [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear)]:
@@ -118,5 +125,7 @@ def test_products_alone_are_of_every_class(joins: bool) -> None:
 def test_where_a_policy_decides_there_is_the_time_of_a_step_alone() -> None:
     model = TransformersModel(module(), "cpu")
     model.slots = ["depth"]
-    (found,) = ledgers(model, POINT, 4)
+    (found,), both = ledgers([model, TransformersModel(module(), "cpu")], POINT, 4)
     assert found.unseen == "a policy decides what runs in a step" and found.parts == [] and found.step_ms > 0
+    assert [ledger.phase for ledger in both] == ["decode", "prefill"]
+    assert len(found.turns) == len(both[0].turns) == 6 and all(len(part.turns) == 6 for ledger in both for part in ledger.parts)

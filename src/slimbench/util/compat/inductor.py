@@ -6,9 +6,15 @@ import sys
 from typing import Any
 
 import torch
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-__all__ = ["CustomGraphPass", "get_hash_for_files", "operator_name", "pass_options", "step_options"]
+__all__ = ["CustomGraphPass", "get_hash_for_files", "instructions", "operator_name", "pass_options", "step_options"]
+
+
+def instructions() -> str:
+    """Vector instructions that compiled code for the CPU uses."""
+    return str(pick_vec_isa())
 
 
 def operator_name(node: torch.fx.Node) -> str | None:
