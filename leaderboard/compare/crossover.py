@@ -1,8 +1,9 @@
 """Which method is fastest at a batch and a context, and where along either one stops being faster than another.
 
-Speed-ups are over dense on the same engine and machine, with 95 % intervals. Between measured points the logarithm of a ratio of two
-speed-ups is taken as straight over the logarithm of batch or context. A crossover is where it is 0, its interval where the bounds of the
-ratio are 0: two speed-ups are taken as independent, so that half-widths of their logarithms add in squares.
+Speed-ups, of decoding and of the prompt, are over dense on the same engine and machine, with 95 % intervals. Between measured points the
+logarithm of a ratio of two speed-ups is taken as straight over the logarithm of batch or context. A crossover is where it is 0, its
+interval where the bounds of the ratio are 0: two speed-ups are taken as independent, so that half-widths of their logarithms add in
+squares.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from slimbench.harness.schema.record import Record
-from slimbench.leaderboard.rows.index import oldest_first
+from slimbench.harness.schema.ledger import Phase
 from slimbench.leaderboard.rows.row import Row
-from slimbench.leaderboard.rows.rows import rows
 
 DENSE = "dense"
+_SPEEDUP: dict[Phase, str] = {"decode": "speedup", "prefill": "prefill_speedup"}
 Axis = Literal["batch", "context"]
 
 
@@ -91,11 +91,15 @@ class Field:
 
     Attributes:
         row: One of them, for what they have in common.
+        phase: Whose speed-ups.
         gains: By (batch, context) and label.
+        rows: By label.
     """
 
     row: Row
+    phase: Phase
     gains: Mapping[tuple[int, int], Mapping[str, Gain]]
+    rows: Mapping[str, Row] = field(default_factory=dict)
 
     def best(self) -> list[Best]:
         """At every point, in order."""
@@ -117,22 +121,47 @@ class Field:
             yield [_named(place, one, other, over, fixed) for place in _places(line)]
 
 
-def fields(records: Iterable[Record]) -> list[Field]:
-    """Those with several points and a method beside dense."""
+@dataclass(frozen=True)
+class Deployment:
+    """A use, and what is fastest for it.
+
+    Attributes:
+        name: In a word or two.
+        best: At the point of the grid that stands for it.
+    """
+
+    name: str
+    best: Best
+
+
+def deployments(of: Field) -> list[Deployment]:
+    """One stream and many behind the shortest context, one behind the longest; those that the grid tells apart."""
+    batches, contexts = ({point[axis] for point in of.gains} for axis in (0, 1))
+    few, many, short, long = min(batches), max(batches), min(contexts), max(contexts)
+    points = {(few, short): "one stream", (many, short): "many streams", (few, long): "a long context"}
+    return [Deployment(name, _best(point, of.gains[point])) for point, name in points.items() if point in of.gains]
+
+
+def fields(board: Sequence[Row]) -> list[Field]:
+    """Those with several points and a method beside dense, of decoding and of the prompt."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in rows(oldest_first(records)):
+    for row in board:
         if row.speed_points and not row.foreign:
             groups[row.model, row.engine_label, row.hardware, row.speed or ""].append(row)
-    found = [Field(group[0], _gains(group)) for group in groups.values()]
-    return [field for field in found if len(field.gains) > 1]
+    found = [
+        Field(group[0], phase, _gains(group, name), {row.label: row for row in group})
+        for group in groups.values()
+        for phase, name in _SPEEDUP.items()
+    ]
+    return [each for each in found if len(each.gains) > 1]
 
 
-def _gains(group: Sequence[Row]) -> dict[tuple[int, int], dict[str, Gain]]:
+def _gains(group: Sequence[Row], name: str) -> dict[tuple[int, int], dict[str, Gain]]:
     found: dict[tuple[int, int], dict[str, Gain]] = {}
     for row in group:
         for point in row.speed_points:
-            batch, context, value = (point.get(name) for name in ("batch", "prompt", "speedup"))
-            low, high = (point.get(name) for name in ("speedup_low", "speedup_high"))
+            batch, context, value = (point.get(each) for each in ("batch", "prompt", name))
+            low, high = (point.get(f"{name}_{bound}") for bound in ("low", "high"))
             if row.is_reference or not (isinstance(batch, int) and isinstance(context, int) and isinstance(value, float)):
                 continue
             bounds = [bound for bound in (low, high) if isinstance(bound, float) and 0 < bound < math.inf]

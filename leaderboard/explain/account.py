@@ -13,6 +13,7 @@ from slimbench.leaderboard.compare.texts import Result
 from slimbench.leaderboard.explain.advice import Forecast, advice, forecasts
 from slimbench.leaderboard.explain.aligned import aligned
 from slimbench.leaderboard.explain.causes import ASLEEP_US, Cause, causes, waking_us
+from slimbench.leaderboard.explain.measured import gains
 from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.rows.index import Index, oldest_first
 from slimbench.leaderboard.rows.row import Row
@@ -97,19 +98,24 @@ def explain(
     if len(found) > 1:
         cells = "; ".join(f"{row.engine_label} on {row.hardware}, key {row.keys.speed}" for row, _ in found)
         raise ConfigError(f"{len(found)} cells '{name}' have a ledger; name one by --model, --suite, --device or its key: {cells}")
-    return accounts(*found[0])
+    return accounts(*found[0], index)
 
 
-def accounts(row: Row, record: Record | None) -> list[Account]:
-    """Those of a row by the record of its speed; none without a ledger."""
-    if record is None or record.speed is None:
+def accounts(row: Row, record: Record | None, index: Index) -> list[Account]:
+    """Those of a row by the record of its speed; none without a ledger.
+
+    Args:
+        index: Of the records among which cells with a setting that is foretold are looked for.
+    """
+    if record is None or record.speed is None or not record.speed.ledgers:
         return []
+    peers = list(index.own.with_ledgers(record.hardware.fingerprint))
     theirs = {ledger.phase: ledger for ledger in record.speed.reference_ledgers}
     roof = record.speed.read_bandwidth_gbs if row.roofline_fraction is not None else None  # weights in a cache have none
-    return [_account(row, ledger, theirs.get(ledger.phase), roof) for ledger in record.speed.ledgers]
+    return [_account(row, ledger, theirs.get(ledger.phase), roof, gains(record, ledger.phase, peers)) for ledger in record.speed.ledgers]
 
 
-def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: float | None) -> Account:
+def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: float | None, measured: Mapping[str, float]) -> Account:
     here, *others = aligned(ledger, *([reference] if reference else []))
     there = others[0] if others else {}
     lines = [_line(name, part, ledger, there if others else None, bandwidth) for name, part in here.items()]
@@ -128,7 +134,7 @@ def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: floa
         lines=lines,
         waking_us=waking_us(ledger),
         causes=causes(ledger, reference) if reference and reference.parts and ledger.parts else [],
-        forecasts=forecasts(ledger),
+        forecasts=forecasts(ledger, measured),
         unseen=ledger.unseen,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slimbench.harness.schema.ledger import Alternative, Ledger, Setting
 from slimbench.leaderboard.compare.texts import Result
@@ -23,6 +23,7 @@ class Forecast(Result):
         high: Upper bound.
         share: Of the step, what it changes takes now, 0..1.
         what: The part that it changes.
+        measured: The gain of a cell that has the setting, where there is one.
     """
 
     setting: str
@@ -32,12 +33,17 @@ class Forecast(Result):
     high: float
     share: float
     what: str
+    measured: float | None = None
 
 
-def forecasts(ledger: Ledger) -> list[Forecast]:
-    """All that are known, the best first; none that would leave nothing of the step."""
+def forecasts(ledger: Ledger, measured: Mapping[str, float] | None = None) -> list[Forecast]:
+    """All that are known, the best first; none that would leave nothing of the step.
+
+    Args:
+        measured: Gains of other cells, by setting.
+    """
     known = [other for other in ledger.alternatives if min(ledger.step_ms, ledger.step_ms + other.low) > 0]
-    return sorted((_forecast(ledger, other) for other in known), key=lambda each: -each.gain)
+    return sorted((_forecast(ledger, other, measured or {}) for other in known), key=lambda each: -each.gain)
 
 
 def advice(known: Sequence[Forecast]) -> str | None:
@@ -48,19 +54,21 @@ def advice(known: Sequence[Forecast]) -> str | None:
     takes = "takes" if best.what == "head" else "take"
     return (
         f"The {_WORDS[best.what]} {takes} {100 * best.share:.0f} % of the step: {best.setting} would give {best.gain:.2f} × "
-        f"({best.low:.2f} to {best.high:.2f})"
+        f"({best.low:.2f} to {best.high:.2f})" + ("" if best.measured is None else f"; a cell that has it gives {best.measured:.2f} ×")
     )
 
 
-def _forecast(ledger: Ledger, other: Alternative) -> Forecast:
+def _forecast(ledger: Ledger, other: Alternative, measured: Mapping[str, float]) -> Forecast:
     step, kind = ledger.step_ms, _CONCERNS[other.setting]
     taken = sum(part.ms for part in ledger.parts if part.kind == kind)
+    setting = f"{other.setting}={'null' if other.value is None else other.value}"
     return Forecast(
-        setting=f"{other.setting}={'null' if other.value is None else other.value}",
+        setting=setting,
         step_ms=step + other.change_ms,
         gain=step / (step + other.change_ms),
         low=step / (step + other.high),
         high=step / (step + other.low),
         share=taken / step,
         what=kind,
+        measured=measured.get(setting),
     )

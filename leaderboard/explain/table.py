@@ -7,7 +7,7 @@ from typing import Any
 from slimbench.leaderboard.explain.account import Account
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 
-FORECASTS = {"setting": "Setting", "step": "Foretold ms", "gain": "Gain", "interval": "95 %"}
+FORECASTS = {"setting": "Setting", "step": "Foretold ms", "gain": "Gain", "interval": "95 %", "measured": "Measured gain"}
 COLUMNS = {
     "part": "Part",
     "ms": "ms",
@@ -44,6 +44,7 @@ def foretold(account: Account) -> list[dict[str, Any]]:
             "step": _MS(each.step_ms),
             "gain": f"{_GAIN(each.gain)} ×",
             "interval": f"{_GAIN(each.low)} to {_GAIN(each.high)}",
+            "measured": EMPTY if each.measured is None else f"{_GAIN(each.measured)} ×",
         }
         for each in account.forecasts
     ]

@@ -95,6 +95,13 @@ class Index:
         every = (record for of_key in self._records.values() for record in of_key.values())
         return (record for record in every if record.stage is Stage.QUALITY and record.cell.keys.compress == artefact)
 
+    def with_ledgers(self, fingerprint: str) -> Iterator[Record]:
+        """The records on some hardware that tell where the time of a step goes."""
+        for of_key in self._records.values():
+            record = of_key.get(fingerprint)
+            if record and record.speed and record.speed.ledgers:
+                yield record
+
     def of_row(self, row: Row, stage: Stage) -> Record | None:
         """The record of a stage that a row shows."""
         return (self if row.foreign else self.own).of(stage, row.keys, row.fingerprint)

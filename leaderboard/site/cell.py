@@ -87,7 +87,7 @@ def render(board: Board, row: Row, line: Line) -> str:
             if name not in _SHOWN_APART
         ],
         grids=[grid for grid in (_perplexities(row), _tasks(row), _astray(board, row), _speeds(row)) if grid.rows],
-        ledgers=ledgers.parts(row, records.get(Stage.SPEED)),
+        ledgers=ledgers.parts(row, records.get(Stage.SPEED), board.index),
         evidence=list(_evidence(records)),
         frame=courses,
         charts=courses.charts(records.get(Stage.COMPRESS)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.explain.account import accounts, told
 from slimbench.leaderboard.explain.table import COLUMNS, FORECASTS, cells, foretold
+from slimbench.leaderboard.rows.index import Index
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.site.pages import LONGEST_REMARK
 from slimbench.leaderboard.tables.format import shorten
@@ -30,7 +31,7 @@ class Shown:
     tables: list[Table]
 
 
-def parts(row: Row, record: Record | None) -> list[Shown]:
+def parts(row: Row, record: Record | None, index: Index) -> list[Shown]:
     """Of a decode step and of a prefill; nothing without a ledger."""
     return [
         Shown(
@@ -45,5 +46,5 @@ def parts(row: Row, record: Record | None) -> list[Shown]:
                 if lines
             ],
         )
-        for account in accounts(row, record)
+        for account in accounts(row, record, index)
     ]

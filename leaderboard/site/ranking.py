@@ -13,6 +13,7 @@ from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import FASTEST, SMALLEST, Board
 from slimbench.leaderboard.site.lines import colour, remarks, simulated
 from slimbench.leaderboard.site.pages import LONGEST_NAME, LONGEST_REMARK, page
+from slimbench.leaderboard.site.uses import uses
 from slimbench.leaderboard.tables.columns import COLUMNS, MARGIN, Column, VerdictColumn, comparable
 from slimbench.leaderboard.tables.format import decimal, shorten
 from slimbench.leaderboard.tables.tables import ENOUGH
@@ -44,7 +45,7 @@ def index(board: Board, files: Iterable[str]) -> str:
     kinds = (("All numbers, unrounded", ".csv .json"), ("Rounded, for people", ".md"), ("Plots for print", ".svg"))
     beside = [name for name in files if "/" not in name]
     named = [(about, [name for name in beside if name.endswith(tuple(endings.split()))]) for about, endings in kinds]
-    return page("ranking.html.j2", "index.html", "Ranking", board=board, files=named)
+    return page("ranking.html.j2", "index.html", "Ranking", board=board, uses=uses(board), files=named)
 
 
 def data(board: Board) -> str:

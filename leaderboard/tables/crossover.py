@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimbench.leaderboard.compare.crossover import Best, Crossing, Field, Gain
+from slimbench.harness.schema.ledger import Phase
+from slimbench.leaderboard.compare.crossover import DENSE, Best, Crossing, Deployment, Field, Gain
+from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 
 READING = (
     "Gains are times as fast as dense on the same engine, with 95 % intervals; a lead whose interval holds 1 is not clear. Between "
     "measured points a crossover is interpolated; an open bound lies beyond them."
 )
+PHASES: dict[Phase, str] = {"decode": "decoding", "prefill": "the prompt"}
 _NUMBER, _PLACE = decimal(2), decimal(1)
 
 
 def title(field: Field) -> str:
     """What the rows have in common."""
-    return f"{field.row.model} · {field.row.engine_label} · {field.row.hardware}"
+    return f"{field.row.model} · {field.row.engine_label} · {field.row.hardware} · {PHASES[field.phase]}"
 
 
 def best(found: Sequence[Best]) -> list[dict[str, str]]:
@@ -32,6 +35,17 @@ def best(found: Sequence[Best]) -> list[dict[str, str]]:
         }
         for one in found
     ]
+
+
+def use(one: Deployment) -> tuple[str, str]:
+    """What is fastest for a use: what stands before its name in a sentence, and behind it."""
+    best = one.best
+    where = f"{one.name.capitalize()} (batch {best.batch}, {best.context:,} tokens): "
+    if best.label == DENSE:
+        return f"{where}nothing is faster than ", "."
+    gain = f", {_NUMBER(best.gain.value)} × as fast as dense ({_NUMBER(best.gain.low)} to {_NUMBER(best.gain.high)})"
+    apart = "" if best.is_clear or best.next is None else f", not told apart from {clean(best.next)}"
+    return where, f"{gain}{apart}."
 
 
 def crossings(found: Sequence[Crossing]) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimbench.harness.cli.terminal import DEFAULT_RESULTS, FORMATS, Results, check_choice, print_table, read_records, results_folder
+from slimbench.harness.cli.terminal import DEFAULT_RESULTS, FORMATS, Results, check_choice, print_table, results_folder, table_rows
 from slimbench.harness.config.errors import ConfigError
 
 
@@ -16,10 +16,10 @@ def crossover(
 ) -> None:
     """Say which method is fastest at each batch and context that was timed, and where one stops being faster than another."""
     check_choice("--format", format, FORMATS)
-    from slimbench.leaderboard.compare.crossover import fields
+    from slimbench.leaderboard.compare.crossover import deployments, fields
     from slimbench.leaderboard.tables import crossover as tables
 
-    found = fields(read_records(results_folder(results)))
+    found = fields(table_rows(results_folder(results)))
     if not found:
         raise ConfigError(f"no speed was measured at several points in '{results}'; `slimbench sweep experiment=crossover` does that")
     fastest = [{"of": tables.title(field)} | line for field in found for line in tables.best(field.best())]
@@ -29,4 +29,6 @@ def crossover(
         print()
         print_table(format, {key: key for key in crossed[0]}, crossed)
     if format == "terminal":
+        for field in found:
+            print("\n".join([tables.title(field), *(f"  {one.best.label.join(tables.use(one))}" for one in deployments(field))]))
         print(tables.READING)

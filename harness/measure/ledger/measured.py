@@ -162,7 +162,7 @@ class _Account:
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
         parts = [self._part(place, calls[place], turns, left.get(place)) for place, turns in self._parts.items() if any(turns)]
-        others = list(products.alternatives(2 * len(self._plain)))
+        others = list(products.alternatives(3 * self._step.recorded))
         ordered = sorted(parts, key=lambda part: -part.ms)
         update = {"threads": torch.get_num_threads(), "parts": ordered, "alternatives": others}
         return _of(self._step.phase, self._plain).model_copy(update=update)

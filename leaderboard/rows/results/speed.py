@@ -29,6 +29,9 @@ def speed(result: SpeedResult) -> Speed:
         prefill_ms=first.prefill_ms,
         prefill_low=first.prefill_low,
         prefill_high=first.prefill_high,
+        prefill_speedup=first.prefill_speedup,
+        prefill_speedup_low=first.prefill_speedup_low,
+        prefill_speedup_high=first.prefill_speedup_high,
         decode_tokens_per_s=first.decode_tokens_per_s,
         decode_low=first.decode_low,
         decode_high=first.decode_high,
@@ -80,10 +83,14 @@ def _timing(point: SpeedPointResult) -> Timing:
     decode = attempt(_rate, ours.decode_ms, point.processes, point.prompt_of_pairs, otherwise=UNKNOWN)
     by = partial(speedup, runs=point.processes, prompts=point.prompt_of_pairs)
     ratio = attempt(by, ours.decode_ms, theirs.decode_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
+    whole = attempt(by, ours.prefill_ms, theirs.prefill_ms, otherwise=UNKNOWN) if theirs else UNKNOWN
     return Timing(
         prefill_ms=prefill.value,
         prefill_low=prefill.low,
         prefill_high=prefill.high,
+        prefill_speedup=whole.value,
+        prefill_speedup_low=whole.low,
+        prefill_speedup_high=whole.high,
         decode_tokens_per_s=decode.value,
         decode_low=decode.low,
         decode_high=decode.high,

@@ -10,10 +10,12 @@ import pytest
 
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.compare.crossover import Field, Gain, fields
+from slimbench.leaderboard.compare.crossover import Field, Gain, deployments, fields
+from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.tables import crossover as tables
-from tests.support.board_records import Spec, board, records
+from tests.support.board_records import Spec, board, records, site_files
 from tests.unit.cli.test_cli import slimbench
 
 GAINS = {
@@ -29,7 +31,9 @@ def gain(value: float, width: float = 0.05) -> Gain:
 def field(gains: dict[str, dict[tuple[int, int], float]], width: float = 0.05) -> Field:
     points = {point for known in gains.values() for point in known}
     found = {point: {label: gain(known[point], width) for label, known in gains.items() if point in known} for point in points}
-    return Field(next(row for row in rows(board())), {point: known | {"dense": Gain(1.0, 1.0, 1.0)} for point, known in found.items()})
+    return Field(
+        next(row for row in rows(board())), "decode", {point: known | {"dense": Gain(1.0, 1.0, 1.0)} for point, known in found.items()}
+    )
 
 
 def test_the_fastest_is_told_with_its_lead() -> None:
@@ -96,12 +100,30 @@ def timed(pipeline: str, gains: dict[tuple[int, int], float]) -> list[Record]:
 
 def test_fields_come_from_records_and_the_command_prints_them(tmp_path: Path) -> None:
     made = [*records(Spec()), *timed("rtn-4bit", GAINS["four"]), *timed("rtn-8bit", GAINS["eight"])]
-    (found,) = fields(made)
-    assert set(found.gains) == set(GAINS["four"]) and set(found.gains[1, 128]) == {"dense", "rtn-4bit", "rtn-8bit"}
+    found, prompt = fields(rows(made))
+    assert (found.phase, prompt.phase) == ("decode", "prefill") and set(found.gains) == set(prompt.gains) == set(GAINS["four"])
+    assert set(found.gains[1, 128]) == {"dense", "rtn-4bit", "rtn-8bit"}
     for record in made:
         Store(tmp_path).put(record)
     shown = slimbench("board", "crossover", "--results", str(tmp_path))
     assert shown.returncode == 0 and shown.stdout.count(found.best()[0].label) >= len(found.gains) and "with 95 % intervals" in shown.stdout
     none = slimbench("board", "crossover", "--results", str(tmp_path / "empty"))
     assert none.returncode == 2 and len(none.stderr.strip().splitlines()) == 1
-    assert fields(board()) == []
+    assert fields(rows(board())) == []
+
+
+def test_the_front_page_says_what_is_fastest_for_a_use() -> None:
+    found = field(GAINS)
+    assert [(one.name, one.best.batch, one.best.context, one.best.label) for one in deployments(found)] == [
+        ("one stream", 1, 128, "four"),
+        ("many streams", 16, 128, "eight"),
+        ("a long context", 1, 1024, "four"),
+    ]
+    before, after = tables.use(deployments(found)[0])
+    assert (before, after) == ("One stream (batch 1, 128 tokens): ", ", 3.00 × as fast as dense (2.85 to 3.15).")
+    slow = field({"four": {(1, 128): 0.9, (2, 128): 0.5}})
+    assert next(tables.use(one)[0] for one in deployments(slow)).endswith("nothing is faster than ")
+    made = [*records(Spec()), *timed("rtn-4bit", GAINS["four"]), *timed("<b>eight</b>", GAINS["eight"])]
+    page = site_files(Board.of(made), {}, Gallery())["index.html"].decode()
+    assert "Fastest by use" in page and "<b>eight" not in page and page.count("One stream (batch 1, 128 tokens): ") == 2
+    assert "Fastest by use" not in site_files(Board.of(records(Spec())), {}, Gallery())["index.html"].decode()

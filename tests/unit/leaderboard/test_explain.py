@@ -16,6 +16,7 @@ from slimbench.leaderboard.explain.account import REST, explain, told
 from slimbench.leaderboard.explain.advice import advice, forecasts
 from slimbench.leaderboard.explain.aligned import aligned
 from slimbench.leaderboard.explain.causes import causes
+from slimbench.leaderboard.explain.measured import gains
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.site.board import Board
 from tests.support.board_records import Spec, records, site_files
@@ -175,3 +176,39 @@ def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
         explain(with_ledgers(), "rtn-4bit", model="tiny-135")
     wrong = slimbench("explain", "rtn-4bits", "--results", str(tmp_path))
     assert wrong.returncode == 2 and "rtn-4bit" in wrong.stderr
+
+
+def with_settings(record: Record, step_ms: float, dense_ms: float, **settings: Any) -> Record:
+    """A cell of the method `rtn` with these settings, whose step takes so long beside a dense one."""
+    steps = [{"name": "x", "method": "rtn", "settings": {"bits": 4, "group_size": 64, "symmetric": True, "head_bits": None} | settings}]
+    assert record.speed
+    speed = record.speed.model_copy(
+        update={
+            "ledgers": [PACKED.model_copy(update={"step_ms": step_ms})],
+            "reference_ledgers": [DENSE.model_copy(update={"step_ms": dense_ms})],
+        }
+    )
+    return record.model_copy(update={"cell": record.cell.model_copy(update={"steps": steps}), "speed": speed})
+
+
+def test_a_forecast_stands_beside_the_cell_that_has_the_setting() -> None:
+    """Its own reference was twice as slow, as all was then: the gain is that of both to their references."""
+    packed = next(record for record in with_ledgers() if record.speed and record.speed.ledgers)
+    dense = next(record for record in records(Spec()) if record.speed)
+    assert dense.speed
+    dense.speed.ledgers = [DENSE]
+    mine = with_settings(packed, 5.0, 10.0)
+    others = [
+        with_settings(packed, 6.0, 20.0, head_bits=8),
+        with_settings(packed, 5.0, 8.0, bits=8),
+        with_settings(packed, 5.0, 8.0, bits=8, group_size=128),
+        dense,
+    ]
+    assert gains(mine, "decode", others) == pytest.approx({"head_bits=8": 0.5 / 0.3, "bits=8": 0.8, "bits=null": 0.5})
+    assert gains(dense, "decode", [mine, *others]) == pytest.approx({"bits=4": 2.0, "bits=8": 1.6}, rel=1e-9)
+    assert gains(mine, "prefill", others) == {} and gains(packed, "decode", others) == {}
+    elsewhere = others[0].model_copy(update={"config": others[0].config | {"engine": {"name": "another"}}})
+    assert gains(mine, "decode", [elsewhere]) == {}
+    known = forecasts(PACKED, {"head_bits=8": 1.3})
+    assert known[0].measured == 1.3 and known[1].measured is None
+    assert str(advice(known)).endswith("; a cell that has it gives 1.30 ×")
