@@ -19,14 +19,14 @@ Setting = Literal["bits", "group_size", "head_bits"]
 
 
 class LedgerPart(Schema):
-    """Mean milliseconds of a step that one part takes, with an interval over turns.
+    """Milliseconds of a step that one part takes: the median of turns, which bursts of the machine do not move.
 
     Attributes:
         kind: What is done.
         layers: Classes of the layers whose products these are, by the last part of their names; empty for all other kinds.
         calls: Operators or fused kernels of a step.
         kernels: What computes these products: names of kernels, or the dtype of a dense weight.
-        low: Lower bound of the 95 % interval of `ms`.
+        low: Lower bound of the 95 % interval of `ms`, order statistics.
         high: Upper bound.
         turns: Mean of each turn; the reference has the same turns.
         alone_ms: The same products one right after the other, with nothing between; None for other kinds.
@@ -67,7 +67,7 @@ class Ledger(Schema):
     """The parts of one decode step, or of one prefill, of the headline.
 
     Attributes:
-        step_ms: Mean of the steps that nobody recorded, in turns with those that were.
+        step_ms: Median over turns of the steps that nobody recorded, in turns with those that were.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
         turns: Mean of each turn, in which the steps of the reference are too.

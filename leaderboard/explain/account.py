@@ -49,7 +49,7 @@ class Account(Result):
     Attributes:
         title: Row, model and engine.
         step: `decode step` or `prefill`.
-        step_ms: Mean of the steps that nobody recorded.
+        step_ms: Median over turns of the steps that nobody recorded.
         explained: Sum of the parts over the step.
         reference_ms: Mean step of the reference.
         bound_ms: Of all bytes of weights that the step reads.

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, PartKind
-from slimbench.harness.stats.intervals import mean_interval
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
 from slimbench.leaderboard.compare.texts import Result
 from slimbench.leaderboard.explain.aligned import WORDS, aligned
 from slimbench.leaderboard.rows.clean import clean
@@ -84,10 +84,10 @@ def _of_part(name: str, here: LedgerPart | None, there: LedgerPart | None) -> Ca
 
 
 def _cause(name: str, here: Sequence[float], there: Sequence[float], facts: Sequence[str] = ()) -> Cause:
-    """From what both took in each turn; chance where they share fewer than two."""
+    """From what both took in each turn; chance where they share too few for an interval."""
     turns = [one - other for one, other in zip(here, there, strict=False)]
-    low, high = mean_interval(turns) if len(turns) > 1 else (-math.inf, math.inf)
-    return Cause(part=name, ms=statistics.fmean(turns) if turns else 0.0, low=low, high=high, facts=facts, turns=turns)
+    low, high = median_interval(turns) if len(turns) >= FEWEST_FOR_MEDIAN else (-math.inf, math.inf)
+    return Cause(part=name, ms=statistics.median(turns) if turns else 0.0, low=low, high=high, facts=facts, turns=turns)
 
 
 def _facts(here: LedgerPart | None, there: LedgerPart | None) -> list[str]:

@@ -13,13 +13,13 @@ from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.steps import Repeats, plain
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart
-from slimbench.harness.stats.intervals import mean_interval
+from slimbench.harness.stats.intervals import median_interval
 
 _PYTHON = Place("python")
 
 
 class Counted:
-    """What the counters of an engine say of one kind of step, a mean of each turn; what they leave of it is Python and launch.
+    """What the counters of an engine say of one kind of step, turn by turn; what they leave of it is Python and launch.
 
     Args:
         begun: The step of a model.
@@ -50,12 +50,12 @@ class Counted:
 
     def ledger(self) -> Ledger:
         """What all turns gave."""
-        low, high = mean_interval(self._plain)
+        low, high = median_interval(self._plain)
         turns = len(self._plain)
         parts = [self._part(place, taken) for place, taken in self._parts.items() if len(taken) == turns and any(taken)]
         return Ledger(
             phase=self._step.phase,
-            step_ms=statistics.fmean(self._plain),
+            step_ms=statistics.median(self._plain),
             low=low,
             high=high,
             turns=self._plain,
@@ -65,6 +65,6 @@ class Counted:
         )
 
     def _part(self, place: Place, taken: Sequence[float]) -> LedgerPart:
-        low, high = mean_interval(taken)
+        low, high = median_interval(taken)
         layers, calls = list(place.layers), self._calls.get(place, 0)
-        return LedgerPart(kind=place.kind, layers=layers, calls=calls, ms=statistics.fmean(taken), low=low, high=high, turns=list(taken))
+        return LedgerPart(kind=place.kind, layers=layers, calls=calls, ms=statistics.median(taken), low=low, high=high, turns=list(taken))

@@ -21,7 +21,7 @@ from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, p
 from slimbench.harness.measure.ledger.waking import waking
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
-from slimbench.harness.stats.intervals import mean_interval
+from slimbench.harness.stats.intervals import median_interval
 
 _LEAST_TURNS = 6
 _ROOM = 1 + Decoding.warm + max(Decoding.timed, Decoding.recorded)
@@ -112,7 +112,7 @@ class _Blank:
 
 
 class _Account:
-    """The parts of one kind of step, a mean of each turn."""
+    """The parts of one kind of step, turn by turn."""
 
     def __init__(self, model: Generates, step: Repeats, ids: torch.Tensor, room: int) -> None:
         module = getattr(model, "module")  # noqa: B009
@@ -157,7 +157,7 @@ class _Account:
         if self._changes:
             return _of(self._step.phase, self._plain).model_copy(update={"unseen": "each step is made of other operators"})
         products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own)
-        wait, alone = statistics.fmean(self._waits), products.milliseconds()
+        wait, alone = statistics.median(self._waits), products.milliseconds()
         left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
@@ -168,14 +168,14 @@ class _Account:
         return _of(self._step.phase, self._plain).model_copy(update=update)
 
     def _part(self, place: Place, calls: int, turns: Sequence[float], alone: float | None) -> LedgerPart:
-        low, high = mean_interval(turns)
+        low, high = median_interval(turns)
         own = [layer for name, layer in self._layers.named.items() if self._layers.place[name] == place]
         return LedgerPart(
             kind=place.kind,
             layers=list(place.layers),
             kernels=sorted({_kernel(layer) for layer in own}),
             calls=calls,
-            ms=statistics.fmean(turns),
+            ms=statistics.median(turns),
             low=low,
             high=high,
             turns=list(turns),
@@ -186,8 +186,8 @@ class _Account:
 
 def _of(phase: Phase, turns: Sequence[float]) -> Ledger:
     """Without parts."""
-    low, high = mean_interval(turns)
-    return Ledger(phase=phase, step_ms=statistics.fmean(turns), low=low, high=high, turns=list(turns))
+    low, high = median_interval(turns)
+    return Ledger(phase=phase, step_ms=statistics.median(turns), low=low, high=high, turns=list(turns))
 
 
 def _kernel(layer: torch.nn.Module) -> str:

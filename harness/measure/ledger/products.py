@@ -21,7 +21,7 @@ from slimbench.harness.measure.ledger.parts import Layers, places_of
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.recorded import outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
-from slimbench.harness.stats.intervals import mean_interval
+from slimbench.harness.stats.intervals import median_interval
 from slimbench.methods.kernels.cpu import share
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid
@@ -83,7 +83,7 @@ class Products:
         found: dict[Place, float] = defaultdict(float)
         for index, place in enumerate(places_of(pieces, self.layers, self.tokens)):
             if place.kind in ("product", "head"):
-                found[place] += statistics.fmean(times[index] for times in taken)
+                found[place] += statistics.median(times[index] for times in taken)
         return found
 
     def alternatives(self, turns: int) -> Iterator[Alternative]:
@@ -100,8 +100,8 @@ class Products:
     def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative:
         here, there = self.step(), self.step(others)
         changes = [self._milliseconds(there) - self._milliseconds(here) for _ in range(turns + 1)][1:]
-        low, high = mean_interval(changes)
-        return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.fmean(changes), low=low, high=high)
+        low, high = median_interval(changes)
+        return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.median(changes), low=low, high=high)
 
     def _milliseconds(self, step: Callable[[], None]) -> float:
         """Of the second of two runs where they are short: the first wakes the threads."""

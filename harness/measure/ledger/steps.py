@@ -92,11 +92,11 @@ class Decoding:
 
 
 def plain(model: Generates, step: Repeats) -> float:
-    """Mean milliseconds of some steps that nobody records, behind some that nobody times."""
+    """Median milliseconds of some steps that nobody records, behind some that nobody times."""
     step.ready(step.warm + step.timed)
     for _ in range(step.warm):
         step()
-    return statistics.fmean(_milliseconds(model, step) for _ in range(step.timed))
+    return statistics.median(_milliseconds(model, step) for _ in range(step.timed))
 
 
 def _milliseconds(model: Generates, step: Repeats) -> float:

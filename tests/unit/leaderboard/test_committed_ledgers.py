@@ -1,0 +1,61 @@
+"""What the committed ledgers must show: parts that make the step, and gains that were foretold and then measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from slimbench.harness.schema.ledger import Ledger
+from slimbench.harness.schema.record import Record
+from slimbench.leaderboard.explain.advice import forecasts
+from slimbench.leaderboard.explain.measured import gains
+
+OWN = {"transformers", "compiled"}
+SEED, DRAWN, WITHIN = 21, 8, 0.10
+
+
+@pytest.fixture(scope="module")
+def told(committed: list[Record]) -> list[Record]:
+    """Records with a ledger of parts, on engines that show them."""
+    return [r for r in committed if r.speed and r.cell.engine in OWN and any(ledger.parts for ledger in r.speed.ledgers)]
+
+
+def shares(record: Record) -> Iterator[tuple[str, float]]:
+    """Of both kinds of step, and of those of the reference: what the parts make of them."""
+    assert record.speed
+    for role, ledgers in (("candidate", record.speed.ledgers), ("reference", record.speed.reference_ledgers)):
+        for ledger in ledgers:
+            yield f"{record.cell.pipeline} on {record.cell.engine}, {role}, {ledger.phase}", 1 - ledger.rest_ms / ledger.step_ms
+
+
+def test_parts_make_the_step_of_thirty_artefacts_on_our_engines(told: list[Record]) -> None:
+    assert len({(r.cell.keys.compress, r.cell.engine) for r in told}) >= 30
+    found = dict(share for record in told for share in shares(record))
+    print({name: round(share, 3) for name, share in found.items()})
+    assert all(0.90 <= share <= 1.05 for share in found.values()), {n: s for n, s in found.items() if not 0.90 <= s <= 1.05}
+
+
+def checked(told: list[Record]) -> list[tuple[str, float, float]]:
+    """Gains of decoding that were foretold, and measured in a cell that has the setting."""
+    found = []
+    for record in told:
+        peers = [other for other in told if other.hardware.fingerprint == record.hardware.fingerprint]
+        assert record.speed
+        decode: Ledger = next(ledger for ledger in record.speed.ledgers if ledger.phase == "decode")
+        for each in forecasts(decode, gains(record, "decode", peers)):
+            if each.measured is not None:
+                found.append((f"{record.cell.pipeline} on {record.cell.engine}: {each.setting}", each.gain, each.measured))
+    return sorted(found)
+
+
+def test_gains_that_are_foretold_are_measured_within_a_tenth(told: list[Record]) -> None:
+    """Of all settings that exist some are drawn by seed, those that make a step slower among them."""
+    known = checked(told)
+    print({name: (round(foretold, 3), round(measured, 3)) for name, foretold, measured in known})
+    better, worse = ([one for one in known if (one[1] > 1) is faster] for faster in (True, False))
+    rng = np.random.default_rng(SEED)
+    drawn = [some[i] for some in (better, worse) for i in rng.permutation(len(some))[: DRAWN // 2]]
+    assert len(drawn) >= 6 and any(foretold < 1 for _, foretold, _ in drawn)
+    assert all(abs(measured / foretold - 1) <= WITHIN for _, foretold, measured in drawn), drawn
