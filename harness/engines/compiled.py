@@ -2,7 +2,8 @@
 
 Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Whole
 windows, by which quality is measured, run through compiled code too: what fusion does to the numbers is seen. Compilation happens
-in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`.
+in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`, and goes through
+blocks that are all packed in one call (`packed_decoding`), with nothing to compile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from slimbench.harness.engines import decode_attention
+from slimbench.harness.engines import decode_attention, packed_decoding
+from slimbench.harness.engines.packed_decoding import PackedDecoding
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.measure.loaded import Draws, LoadedModel, Step
 from slimbench.methods.base import Unsupported
@@ -49,6 +51,7 @@ class CompiledModel(TransformersModel):
         self._states: dict[tuple[int, int], _Static] = {}
         self._options = inductor.pass_options(getattr(module, "graph_pass", None))
         self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
+        self._packed = PackedDecoding(module) if self._device.type == "cpu" and packed_decoding.fits(module) else None
         if self._device.type == "cpu":
             decode_attention.use(module)
 
@@ -90,7 +93,8 @@ class CompiledModel(TransformersModel):
     def _static(self, capacity: int) -> _Static:
         from transformers import StaticCache
 
-        return _Static(StaticCache(config=self.module.config, max_cache_len=capacity), self._compiled_step())
+        cache = StaticCache(config=self.module.config, max_cache_len=capacity)
+        return _Static(cache, self._packed or self._compiled_step())
 
     def _compiled_step(self) -> Callable[[torch.Tensor, Any], torch.Tensor]:
         options = self._options | inductor.step_options(_MOST_OPERATIONS_TWICE, cuda_graphs=self._device.type == "cuda")
@@ -119,7 +123,7 @@ def _with_own_code(method: Any) -> Any:
 class CompiledEngine(TransformersEngine):
     """The loaders of the eager engine, compiled."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return CompiledModel(loader(artefact, device, trust_remote_code), device)

@@ -13,7 +13,7 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.counted import Counted
-from slimbench.harness.measure.ledger.parts import Layers, is_fused, places_of, sums
+from slimbench.harness.measure.ledger.parts import Layers, joins, places_of, sums
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products, dtype_of
 from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
@@ -121,7 +121,7 @@ class _Account:
         step.ready(3)
         step()  # what is compiled is compiled before anything is hooked onto layers
         self._pieces = outline(step, layers.named)
-        self._joins = any(map(is_fused, self._pieces))
+        self._joins = any(map(joins, self._pieces))
         self._layers = Layers.of(module, self._joins)
         self._places = places_of(self._pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}

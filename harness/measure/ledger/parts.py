@@ -120,6 +120,11 @@ def is_fused(piece: Piece) -> bool:
     return bool(_FUSED.match(piece.name))
 
 
+def joins(piece: Piece) -> bool:
+    """Whether it is of a step in which layers of the same inputs are called at once, where they can be."""
+    return is_fused(piece) or piece.name == _SEVERAL
+
+
 def multiplies(piece: Piece) -> bool:
     """Whether it is a product of matrices, or holds one."""
     calls = (piece.name, *piece.inner)

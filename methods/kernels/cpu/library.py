@@ -52,6 +52,8 @@ def _library(source: Path) -> Path:
     command = [compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     target = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
     seen = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        seen.update(header.read_bytes())
     for fact in (*FLAGS, torch.__version__, target):
         seen.update(f"\0{fact}".encode())
     folder = cache_dir() / "kernels"

@@ -25,12 +25,13 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <iterator>
 #include <limits>
 #include <map>
 #include <optional>
 #include <vector>
+
+#include "lanes.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -45,7 +46,6 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
@@ -81,47 +81,15 @@ struct Shape {
   int64_t rows, inputs, outputs, blocks, groups, group, words, scale_stride;
 };
 
-float to_float(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN stays NaN
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 float get(uint16_t x) { return to_float(x); }
 float get(float x) { return x; }
 void put(uint16_t& to, float x) { to = to_bfloat16(x); }
 void put(float& to, float x) { to = x; }
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
 Words load_words(const uint32_t* from) {
   Words words;
   std::memcpy(&words, from, sizeof words);
   return words;
-}
-
-Floats load_lanes(const float* from) {
-  Floats lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-Floats load_lanes(const uint16_t* from) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const Words bits = __builtin_convertvector(halves, Words) << 16;
-  return (Floats)bits;
 }
 
 template <typename T>
@@ -456,11 +424,6 @@ void multiply(const T* x, std::vector<Product<Inputs, T>>& products) {
     }
     if constexpr (Inputs::blocks > 1) at::native::cpublas::brgemm_release();
   });
-}
-
-template <typename T>
-const T* data(const at::Tensor& tensor) {
-  return reinterpret_cast<const T*>(tensor.const_data_ptr());
 }
 
 Shape shape_of(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& offsets, int64_t bits,

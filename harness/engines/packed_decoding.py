@@ -1,0 +1,76 @@
+"""Decoding of packed models in one call for all blocks, where these are what the kernel computes: nothing is launched between layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimbench.methods.kernels.cpu import blocks
+from slimbench.methods.kernels.cpu.kernel import LANES
+
+_ROPE = ("default", "linear", "llama3")
+"""Kinds of rotary embeddings whose angles depend on the position alone."""
+_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class PackedDecoding:
+    """The decode step of a Llama of packed weights.
+
+    Args:
+        module: One that `fits`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module, model, config = module, module.model, module.config
+        layers = model.layers[: config.num_hidden_layers]
+        norms = [norm.weight for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        packed = [layer.get_submodule(name) for layer in layers for name in _LAYERS]
+        self._parts = (*norms, model.norm.weight), packed, model.norm.variance_epsilon, layers[0].self_attn.scaling
+        self._of_room: dict[int, blocks.Blocks] = {}
+
+    def __call__(self, ids: Tensor, cache: Any) -> Tensor:
+        """The likeliest next tokens [B, 1] behind tokens [B, 1], whose keys and values a static cache gets."""
+        held = cache.layers
+        through = self._blocks(held[0].keys.shape[2])
+        x = self._module.get_input_embeddings()(ids)[:, 0]
+        found = through(x, [each.keys for each in held], [each.values for each in held], [each.cumulative_length for each in held])
+        return self._module.get_output_embeddings()(found).argmax(-1, keepdim=True)
+
+    def _blocks(self, room: int) -> blocks.Blocks:
+        if room not in self._of_room:
+            norms, packed, epsilon, scaling = self._parts
+            cos, sin = self._module.model.rotary_emb(norms[0], torch.arange(room)[None])
+            self._of_room[room] = blocks.Blocks(norms, packed, epsilon, scaling, cos[0].contiguous(), sin[0].contiguous())
+        return self._of_room[room]
+
+
+def fits(module: Any) -> bool:
+    """Whether a module is a Llama as transformers has it, all of whose blocks are packed for the kernel, and the kernel is there."""
+    from transformers.models.llama import modeling_llama as llama
+
+    if type(module) is not llama.LlamaForCausalLM or module.dtype is not torch.bfloat16:
+        return False
+    config, kinds = module.config, {llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm}
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    layers = module.model.layers[: config.num_hidden_layers]
+    own = [each for layer in layers for each in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)]
+    return (
+        len(layers) > 0
+        and config.hidden_act == "silu"
+        and rope in _ROPE
+        and config.hidden_size % LANES == layers[0].self_attn.head_dim % LANES == 0
+        and all(type(each) in kinds and _is_untouched(each) for each in (*own, module.model.norm))
+        and all(
+            blocks.takes(layer.get_submodule(name)) and _is_untouched(layer.get_submodule(name)) for layer in layers for name in _LAYERS
+        )
+        and blocks.missing() is None
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether it computes what its class says."""
+    return "forward" not in vars(module) and not any(vars(module)[name] for name in _HOOKS)

@@ -1,0 +1,236 @@
+// One new token of each sequence through all blocks of a decoder of packed weights, in one call: with RMS norms, rotary positions, grouped
+// heads and a gated MLP, as transformers' Llama has them.
+//
+//     h = x + o(attention(rotary(q n), rotary(k n), v n)), n = norm(x);   y = h + down(silu(gate m) · up m), m = norm(h)
+//
+// Products are those of `packed_mm.cpp`. What lies between them is too little to be worth a launch from Python each: it is computed in
+// float32 and rounded to bfloat16 where transformers stores it. Softmax and its sums stay in float32.
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+typedef c10::List<std::optional<at::Tensor>> Optionals;
+
+enum Weight { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kWeights };
+
+float sum_of(Floats lanes) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight eights[2];
+  std::memcpy(eights, &lanes, sizeof lanes);
+  eights[0] += eights[1];
+  Four fours[2];
+  std::memcpy(fours, eights, sizeof fours);
+  fours[0] += fours[1];
+  return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
+}
+
+// Rounds to the nearest, ties to even; no NaN among them.
+void store_lanes(uint16_t* to, Floats lanes) {
+  const Words bits = (Words)lanes;
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  const Halves halves = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+Floats rounded(Floats lanes) {
+  const Words bits = (Words)lanes;
+  return (Floats)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+// To 2 units in the last place: 2^n · e^r with |r| below ln 2 / 2, whose polynomial is that of Cephes' expf.
+Floats exponential(Floats x) {
+  const Floats low = Floats{} - 87.f, high = Floats{} + 88.f;  // below it a weight is 2e-38, and counts as nothing
+  x = x < low ? low : x > high ? high : x;
+  const Floats shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + next;
+  const Words power = (Words)(__builtin_convertvector(n, Ints) + 127) << 23;
+  return (y * r * r + r + 1.f) * (Floats)power;
+}
+
+uint16_t* out(at::Tensor& tensor) { return reinterpret_cast<uint16_t*>(tensor.mutable_data_ptr()); }
+
+at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
+  RECORD_FUNCTION("slimbench::rms_norm", {});
+  at::Tensor y = at::empty_like(x);
+  const int64_t width = x.size(1);
+  const uint16_t* w = data<uint16_t>(weight);
+  for (int64_t row = 0; row < x.size(0); ++row) {
+    const uint16_t* from = data<uint16_t>(x) + row * width;
+    uint16_t* to = out(y) + row * width;
+    Floats squares{};
+    for (int64_t i = 0; i < width; i += kLanes) squares += load_lanes(from + i) * load_lanes(from + i);
+    const float scale = 1 / std::sqrt(sum_of(squares) / float(width) + float(epsilon));
+    for (int64_t i = 0; i < width; i += kLanes) store_lanes(to + i, rounded(load_lanes(from + i) * scale) * load_lanes(w + i));
+  }
+  return y;
+}
+
+void add(at::Tensor& x, const at::Tensor& more) {
+  RECORD_FUNCTION("slimbench::add", {});
+  uint16_t* to = out(x);
+  const uint16_t* from = data<uint16_t>(more);
+  for (int64_t i = 0; i < x.numel(); i += kLanes) store_lanes(to + i, load_lanes(to + i) + load_lanes(from + i));
+}
+
+at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
+  RECORD_FUNCTION("slimbench::silu_mul", {});
+  at::Tensor y = at::empty_like(gate);
+  const uint16_t *g = data<uint16_t>(gate), *u = data<uint16_t>(up);
+  uint16_t* to = out(y);
+  for (int64_t i = 0; i < gate.numel(); i += kLanes) {
+    const Floats x = load_lanes(g + i);
+    store_lanes(to + i, rounded(x / (1.f + exponential(-x))) * load_lanes(u + i));
+  }
+  return y;
+}
+
+// A head turned by the angles of its position: its halves are the two coordinates.
+void rotate(const uint16_t* from, const uint16_t* cos, const uint16_t* sin, int64_t width, uint16_t* to) {
+  const int64_t half = width / 2;
+  if (half % kLanes == 0) {
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const Floats one = load_lanes(from + i), other = load_lanes(from + half + i);
+      store_lanes(to + i, one * load_lanes(cos + i) - other * load_lanes(sin + i));
+      store_lanes(to + half + i, other * load_lanes(cos + half + i) + one * load_lanes(sin + half + i));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    const float other = i < half ? -to_float(from[i + half]) : to_float(from[i - half]);
+    to[i] = to_bfloat16(to_float(from[i]) * to_float(cos[i]) + other * to_float(sin[i]));
+  }
+}
+
+// Keys and values [sequences, groups, room, width] get those of the token; queries attend to all up to it.
+at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor& keys, const at::Tensor& values, int64_t position,
+                     const uint16_t* cos, const uint16_t* sin, double scaling) {
+  RECORD_FUNCTION("slimbench::attention", {});
+  const at::Tensor& queries = projected[kQuery];
+  const int64_t room = keys.size(2), width = keys.size(3), parts = width / kLanes, seen = position + 1;
+  const int64_t groups = keys.size(0) * keys.size(1), share = queries.numel() / width / groups;  // heads of a group
+  uint16_t *all_keys = const_cast<uint16_t*>(data<uint16_t>(keys)), *all_values = const_cast<uint16_t*>(data<uint16_t>(values));
+  for (int64_t g = 0; g < groups; ++g) {
+    rotate(data<uint16_t>(projected[kKey]) + g * width, cos, sin, width, all_keys + (g * room + position) * width);
+    std::memcpy(all_values + (g * room + position) * width, data<uint16_t>(projected[kValue]) + g * width, width * sizeof *all_values);
+  }
+  at::Tensor y = at::empty_like(queries);
+  uint16_t* result = out(y);
+  at::parallel_for(0, groups * share, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint16_t> turned(width);
+    std::vector<Floats> query(parts), sums(parts);
+    std::vector<float> scores(seen + kLanes);
+    for (int64_t head = begin; head < end; ++head) {
+      const uint16_t *k = all_keys + head / share * room * width, *v = all_values + head / share * room * width;
+      rotate(data<uint16_t>(queries) + head * width, cos, sin, width, turned.data());
+      for (int64_t p = 0; p < parts; ++p) query[p] = load_lanes(turned.data() + p * kLanes) * float(scaling);
+      for (int64_t t = 0; t < seen; ++t) {
+        Floats sum{};
+        for (int64_t p = 0; p < parts; ++p) sum += query[p] * load_lanes(k + t * width + p * kLanes);
+        scores[t] = sum_of(sum);
+      }
+      std::fill(scores.begin() + seen, scores.end(), -std::numeric_limits<float>::infinity());
+      const float largest = *std::max_element(scores.begin(), scores.begin() + seen);
+      Floats totals{};
+      for (int64_t t = 0; t < seen; t += kLanes) {
+        const Floats weights = exponential(load_lanes(scores.data() + t) - largest);
+        std::memcpy(scores.data() + t, &weights, sizeof weights);
+        totals += weights;
+      }
+      std::fill(sums.begin(), sums.end(), Floats{});
+      for (int64_t t = 0; t < seen; ++t)
+        for (int64_t p = 0; p < parts; ++p) sums[p] += scores[t] * load_lanes(v + t * width + p * kLanes);
+      const float total = sum_of(totals);
+      for (int64_t p = 0; p < parts; ++p) store_lanes(result + head * width + p * kLanes, sums[p] / total);
+    }
+  });
+  return y;
+}
+
+// The weights of all blocks, those of a block in the order of `Weight`.
+struct Weights {
+  at::TensorList codes, scales;
+  const Optionals& offsets;
+  at::IntArrayRef bits, outputs;
+
+  std::vector<at::Tensor> times(const at::Tensor& x, size_t block, size_t first, size_t count) const {
+    typedef std::vector<at::Tensor> Shared(const at::Tensor&, at::TensorList, at::TensorList, const Optionals&, at::IntArrayRef, at::IntArrayRef);
+    typedef at::Tensor Alone(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, int64_t);
+    static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("slimbench::packed_mm_shared", "").typed<Shared>();
+    static const auto alone = c10::Dispatcher::singleton().findSchemaOrThrow("slimbench::packed_mm", "").typed<Alone>();
+    const size_t begin = block * kWeights + first;
+    if (count == 1) return {alone.call(x, codes[begin], scales[begin], offsets.get(begin), bits[begin], outputs[begin])};
+    Optionals moved;
+    moved.reserve(count);
+    for (size_t i = begin; i < begin + count; ++i) moved.push_back(offsets.get(i));
+    return product.call(x, codes.slice(begin, count), scales.slice(begin, count), moved, bits.slice(begin, count), outputs.slice(begin, count));
+  }
+};
+
+void check(const at::Tensor& x, at::TensorList keys, at::TensorList values, at::TensorList lengths, const at::Tensor& cos, const at::Tensor& sin,
+           at::TensorList norms, const Weights& weights) {
+  const size_t blocks = keys.size(), all = blocks * kWeights;
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.size(1) % kLanes == 0, "x must be bfloat16 [sequences, 16 n]");
+  TORCH_CHECK(values.size() == blocks && lengths.size() == blocks && norms.size() == 2 * blocks + 1, "lists differ in length");
+  TORCH_CHECK(weights.codes.size() == all && weights.scales.size() == all && weights.offsets.size() == all && weights.bits.size() == all &&
+                  weights.outputs.size() == all, "lists of weights differ in length");
+  for (const auto* table : {&cos, &sin}) TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
+  for (const at::Tensor& weight : norms) TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.numel() == x.size(1), "norms do not fit x");
+  for (size_t block = 0; block < blocks; ++block) {
+    const at::Tensor &k = keys[block], &v = values[block];
+    TORCH_CHECK(k.dim() == 4 && k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous() && k.scalar_type() == at::kBFloat16 &&
+                    v.scalar_type() == at::kBFloat16 && k.size(0) == x.size(0) && k.size(3) % kLanes == 0 && k.size(3) == cos.size(1),
+                "keys and values must be bfloat16 [sequences, groups, room, 16 n]");
+    const auto wide = [&](Weight which) { return weights.outputs[block * kWeights + which]; };
+    TORCH_CHECK(wide(kKey) == k.size(1) * k.size(3) && wide(kValue) == wide(kKey) && wide(kQuery) % wide(kKey) == 0, "heads do not fit the cache");
+    TORCH_CHECK(wide(kGate) == wide(kUp) && wide(kGate) % kLanes == 0 && wide(kOut) == x.size(1) && wide(kDown) == x.size(1), "widths do not fit");
+    TORCH_CHECK(lengths[block].scalar_type() == at::kLong && lengths[block].numel() == 1, "lengths must be one int64 each");
+  }
+}
+
+// x [sequences, hidden] in bfloat16; keys and values [sequences, groups, room, width] and lengths of each block, which grow by the token;
+// cos and sin [positions, width]; norms of each block, before attention and before the MLP, and the last one; seven weights of each block.
+// Returns the normed outputs of the last block.
+at::Tensor packed_blocks(const at::Tensor& x, at::TensorList keys, at::TensorList values, at::TensorList lengths, const at::Tensor& cos,
+                         const at::Tensor& sin, at::TensorList norms, at::TensorList codes, at::TensorList scales, const Optionals& offsets,
+                         at::IntArrayRef bits, at::IntArrayRef outputs, double epsilon, double scaling) {
+  const Weights weights{codes, scales, offsets, bits, outputs};
+  check(x, keys, values, lengths, cos, sin, norms, weights);
+  at::Tensor hidden = x.clone();
+  for (size_t block = 0; block < keys.size(); ++block) {
+    int64_t& length = *const_cast<int64_t*>(data<int64_t>(lengths[block]));
+    TORCH_CHECK(length < keys[block].size(2) && length < cos.size(0), "no room for another token");
+    const auto projected = weights.times(norm(hidden, norms[2 * block], epsilon), block, kQuery, 3);
+    const uint16_t *c = data<uint16_t>(cos) + length * cos.size(1), *s = data<uint16_t>(sin) + length * cos.size(1);
+    add(hidden, weights.times(attention(projected, keys[block], values[block], length, c, s, scaling), block, kOut, 1)[0]);
+    ++length;
+    const auto wide = weights.times(norm(hidden, norms[2 * block + 1], epsilon), block, kGate, 2);
+    add(hidden, weights.times(gated(wide[0], wide[1]), block, kDown, 1)[0]);
+  }
+  return norm(hidden, norms[2 * keys.size()], epsilon);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(slimbench, library) {
+  library.def(
+      "packed_blocks(Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] lengths, Tensor cos, Tensor sin, Tensor[] norms, "
+      "Tensor[] codes, Tensor[] scales, Tensor?[] offsets, int[] bits, int[] outputs, float epsilon, float scaling) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(slimbench, CPU, library) { library.impl("packed_blocks", packed_blocks); }

@@ -1,0 +1,207 @@
+"""A step of packed blocks in one call, against a Llama in float64 written out here, and against transformers' own path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from slimbench.harness.engines import packed_decoding
+from slimbench.harness.engines.compiled import CompiledModel
+from slimbench.harness.engines.packed_decoding import PackedDecoding
+from slimbench.methods.kernels.cpu import blocks
+from slimbench.methods.kernels.grid import Grid, LowRank, QuantizedWeight
+from slimbench.methods.kernels.packed_linear import PackedLinear
+from slimbench.methods.kernels.subjects import random_weight
+from slimbench.methods.kernels.torch.operators import Dequantize
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.skipif(bool(blocks.missing()), reason="no C++ compiler")
+
+LENGTH, ROOM = 21, 48
+SHAPES = {
+    "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
+    "each its own": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48},
+    "one for all": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64},
+    "stretched": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    },
+}
+
+
+def model(shape: dict[str, Any] | None = None, grids: tuple[Grid, ...] = (Grid(4, 32), Grid(8), Grid(3, 64), Grid(2, 32))) -> Any:
+    """Layers on one grid after another."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": 512}
+    module: Any = LlamaForCausalLM(LlamaConfig(**sizes | (shape or SHAPES["grouped"]), tie_word_embeddings=False)).to(torch.bfloat16).eval()
+    for number, block in enumerate(module.model.layers):
+        for index, name in enumerate(packed_decoding._LAYERS):
+            layer, grid = block.get_submodule(name), grids[(number + index) % len(grids)]
+            block.set_submodule(name, packed(layer, grid))
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.data = (torch.rand(192) + 0.5).to(torch.bfloat16)
+    module.model.embed_tokens.weight.data.mul_(100)
+    return module
+
+
+def packed(layer: Any, grid: Grid) -> PackedLinear:
+    return PackedLinear(random_weight(grid, layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16))
+
+
+def exact(module: Any, ids: Tensor) -> Tensor:
+    """What the head multiplies at the last of tokens [B, T], [B, H]: every step in float64."""
+
+    def norm(of: Any, x: Tensor) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + of.variance_epsilon).sqrt() * of.weight.double()
+
+    def through(layer: Any, x: Tensor) -> Tensor:
+        return x @ layer.dequantize().double().T
+
+    def turned(x: Tensor) -> Tensor:
+        one, other = x.chunk(2, -1)
+        return x * cos + torch.cat([-other, one], -1) * sin
+
+    x = module.model.embed_tokens.weight.double()[ids]
+    batch, length, _ = x.shape
+    cos, sin = (table.double()[:, None] for table in module.model.rotary_emb(module.lm_head.weight, torch.arange(length)[None]))
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    for block in module.model.layers:
+        own, n = block.self_attn, norm(block.input_layernorm, x)
+        q, k, v = (
+            through(own.get_submodule(name), n).view(batch, length, -1, own.head_dim).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (turned(k), v))
+        scores = (turned(q) @ k.transpose(2, 3) / own.head_dim**0.5).masked_fill(~seen, -torch.inf)
+        x = x + through(own.o_proj, (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1))
+        n = norm(block.post_attention_layernorm, x)
+        x = x + through(block.mlp.down_proj, nn.functional.silu(through(block.mlp.gate_proj, n)) * through(block.mlp.up_proj, n))
+    return norm(module.model.norm, x)[:, -1]
+
+
+def errors(name: str, batch: int) -> tuple[float, float]:
+    """Mean distance from float64 of one call for all blocks, and of transformers' own step, behind a prompt and two tokens more."""
+    module = model(SHAPES[name])
+    assert packed_decoding.fits(module)
+    ids = torch.randint(0, 512, (batch, LENGTH))
+    given: list[Tensor] = []
+    module.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].reshape(batch, -1, 192)[:, -1].double()))
+    with torch.inference_mode():
+        want = exact(module, ids)
+        for decode in (PackedDecoding(module), lambda token, cache: module(token, past_key_values=cache, use_cache=True)):
+            cache = StaticCache(config=module.config, max_cache_len=ROOM)
+            module(ids[:, :-3], past_key_values=cache, use_cache=True)
+            for place in (-3, -2, -1):
+                decode(ids[:, place:][:, :1], cache)
+            assert all(int(layer.cumulative_length) == LENGTH for layer in cache.layers)
+            given[:] = given[-1:] if len(given) < 5 else [given[0], given[-1]]
+    scale = float(want.std())
+    fused, own = (float((each - want).abs().mean()) / scale for each in given)
+    return fused, own
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_is_as_near_to_float64_as_that_of_transformers(name: str, batch: int) -> None:
+    fused, own = errors(name, batch)
+    assert 0 < fused <= 1.1 * own < 0.05, (fused, own)
+
+
+_OTHER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from slimbench.methods.kernels.cpu import library
+library.FLAGS = (*library.FLAGS, *sys.argv[1:])
+from tests.unit.engines.test_packed_decoding import SHAPES, errors
+for name in SHAPES:
+    fused, own = errors(name, 2)
+    assert 0 < fused <= 1.1 * own < 0.05, (name, fused, own)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "flags", [["-DSLIMBENCH_TILES"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"]], ids=" ".join
+)
+def test_so_it_is_under_every_instruction_set(flags: list[str]) -> None:
+    subprocess.run([sys.executable, "-P", "-c", _OTHER, str(ROOT), *flags], check=True)
+
+
+def test_the_engine_writes_the_same_text_with_and_without_it() -> None:
+    module = model()
+    texts = []
+    for is_packed in (True, False):
+        engine = CompiledModel(module, "cpu")
+        assert engine._packed
+        if not is_packed:
+            engine._packed = None
+        for _ in range(2):  # a second prompt begins with an empty cache
+            step = engine.prefill(torch.arange(2 * 11).view(2, 11), room=14)
+            tokens = [step.token]
+            for _ in range(12):
+                step = engine.decode_step(step)
+                tokens.append(step.token)
+            texts.append(torch.cat(tokens, 1))
+    assert all(torch.equal(text, texts[0]) for text in texts) and len(texts[0].unique()) > 3
+
+
+def test_a_cache_without_room_is_an_error() -> None:
+    module = model()
+    cache = StaticCache(config=module.config, max_cache_len=4)
+    with torch.inference_mode():
+        module(torch.zeros(1, 4, dtype=torch.long), past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match="no room for another token"):
+            PackedDecoding(module)(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def hooked(module: Any) -> None:
+    module.model.layers[1].mlp.register_forward_pre_hook(lambda _, inputs: None)
+
+
+def one_dense(module: Any) -> None:
+    module.model.layers[2].mlp.up_proj = nn.Linear(192, 320, bias=False, dtype=torch.bfloat16)
+
+
+def another_kernel(module: Any) -> None:
+    weight = random_weight(Grid(4, 32), 320, 192, torch.device("cpu"), torch.bfloat16)
+    module.model.layers[2].mlp.up_proj = PackedLinear(weight, kernels=(Dequantize,))
+
+
+def something_added(module: Any) -> None:
+    weight = random_weight(Grid(4, 32), 320, 192, torch.device("cpu"), torch.bfloat16)
+    part = LowRank(torch.randn(2, 192).to(torch.bfloat16), torch.randn(320, 2).to(torch.bfloat16))
+    module.model.layers[0].mlp.up_proj = PackedLinear(QuantizedWeight(weight.grid, weight.codes, weight.scales, low_rank=part))
+
+
+def another_norm(module: Any) -> None:
+    module.model.norm = nn.RMSNorm(192, dtype=torch.bfloat16)
+
+
+def another_forward(module: Any) -> None:
+    module.model.layers[0].self_attn.forward = module.model.layers[1].self_attn.forward
+
+
+def another_activation(module: Any) -> None:
+    module.config.hidden_act = "gelu"
+
+
+def growing_angles(module: Any) -> None:
+    module.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, one_dense, another_kernel, something_added, another_norm, another_forward, another_activation, growing_angles],
+    ids=lambda change: change.__name__,
+)
+def test_what_it_does_not_compute_goes_the_other_way(change: Any) -> None:
+    module = model()
+    change(module)
+    assert not packed_decoding.fits(module)
