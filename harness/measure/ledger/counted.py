@@ -48,8 +48,8 @@ class Counted:
             self._calls[place] = calls // count
         self._parts[_PYTHON].append(max(0.0, whole - sum(ms for _, ms in found.values())) / count)
 
-    def ledger(self) -> Ledger:
-        """What all turns gave."""
+    def ledger(self, foretells: bool) -> Ledger:
+        """What all turns gave; counters foretell nothing."""
         low, high = median_interval(self._plain)
         turns = len(self._plain)
         parts = [self._part(place, taken) for place, taken in self._parts.items() if len(taken) == turns and any(taken)]

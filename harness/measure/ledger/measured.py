@@ -34,6 +34,8 @@ _REGION = ("product", "head")
 def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: Sequence[Phase] = get_args(Phase)) -> list[list[Ledger]]:
     """Of a decode step and of a prefill, for each model; of a decode step's time alone where the engine shows no more.
 
+    Other settings are foretold for the first model.
+
     All models take part in each turn, so that the machine is the same for all, whatever it does in the meantime.
 
     Args:
@@ -50,9 +52,9 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
                 for each in begun:
                     if each:
                         each.turn(wait)
-            for held, each in zip(found, begun, strict=True):
+            for number, (held, each) in enumerate(zip(found, begun, strict=True)):
                 if each:
-                    held.append(each.ledger())
+                    held.append(each.ledger(foretells=number == 0))
     return found
 
 
@@ -66,8 +68,12 @@ class _Takes(Protocol):
             wait: Milliseconds that threads wait in a parallel region.
         """
 
-    def ledger(self) -> Ledger:
-        """What all turns gave."""
+    def ledger(self, foretells: bool) -> Ledger:
+        """What all turns gave.
+
+        Args:
+            foretells: Other settings are timed too.
+        """
 
 
 def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> _Takes | None:
@@ -107,7 +113,7 @@ class _Blank:
     def turn(self, wait: float) -> None:
         self._turns.append(plain(self._model, self._step))
 
-    def ledger(self) -> Ledger:
+    def ledger(self, foretells: bool) -> Ledger:
         return _of(self._step.phase, self._turns).model_copy(update={"unseen": self._reason})
 
 
@@ -153,7 +159,7 @@ class _Account:
     def _waiting(self, place: Place, wait: float) -> float:
         return self._calls[place] * wait if place.kind in _REGION else 0.0
 
-    def ledger(self) -> Ledger:
+    def ledger(self, foretells: bool) -> Ledger:
         if self._changes:
             return _of(self._step.phase, self._plain).model_copy(update={"unseen": "each step is made of other operators"})
         products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own)
@@ -162,7 +168,7 @@ class _Account:
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
         parts = [self._part(place, calls[place], turns, left.get(place)) for place, turns in self._parts.items() if any(turns)]
-        others = list(products.alternatives(3 * self._step.recorded))
+        others = list(products.alternatives(3 * self._step.recorded)) if foretells else []
         ordered = sorted(parts, key=lambda part: -part.ms)
         update = {"threads": torch.get_num_threads(), "parts": ordered, "alternatives": others}
         return _of(self._step.phase, self._plain).model_copy(update=update)
