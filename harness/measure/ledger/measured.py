@@ -17,14 +17,14 @@ from slimbench.harness.measure.ledger.parts import Layers, joins, places_of, sum
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products, dtype_of
 from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
-from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain
+from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain, turn_of
 from slimbench.harness.measure.ledger.waking import waking
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 from slimbench.harness.stats.intervals import median_interval
 
 _LEAST_TURNS = 6
-_ROOM = 1 + Decoding.warm + max(Decoding.timed, Decoding.recorded)
+_ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 """Tokens of a text at least: a turn has no prompt in it."""
 _PYTHON, _WAITING = Place("python"), Place("waiting")
 _REGION = ("product", "head")
@@ -136,8 +136,8 @@ class _Account:
         self._changes = False
 
     def turn(self, wait: float) -> None:
+        self._step.ready(turn_of(self._step))
         self._plain.append(plain(self._model, self._step))
-        self._step.ready(1 + self._step.recorded)
         try:
             recorded = record(self._step, self._pieces, self._step.recorded, self._own)
         except OtherPieces:

@@ -68,7 +68,7 @@ class Decoding:
     """
 
     phase: ClassVar[Phase] = "decode"
-    warm: ClassVar[int] = 4
+    warm: ClassVar[int] = 12
     timed: ClassVar[int] = 4
     recorded: ClassVar[int] = 4
 
@@ -89,6 +89,11 @@ class Decoding:
     def __call__(self) -> None:
         assert self._step is not None
         self._step, self._left = self._model.decode_step(self._step), self._left - 1
+
+
+def turn_of(step: Repeats) -> int:
+    """Steps of a turn; before those that are recorded goes one for the profiler to settle."""
+    return step.warm + step.timed + 1 + step.recorded
 
 
 def plain(model: Generates, step: Repeats) -> float:
