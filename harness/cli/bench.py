@@ -89,7 +89,7 @@ def bench_engines(
         fail(str(error), 1)
     print(f"{cells[0].label}, {rounds} rounds → {table}")
     for found in alternating.ratios(rows):
-        print(f"{found.what}: {found.engine} is {found.value:.2f} × as fast as {found.other} ({found.low:.2f} to {found.high:.2f})")
+        print(found)
 
 
 def _lengths(text: str | None) -> list[int] | None:

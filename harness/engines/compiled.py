@@ -21,6 +21,7 @@ from slimbench.harness.engines.packed_decoding import PackedDecoding
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.measure.loaded import Draws, LoadedModel, Step
 from slimbench.methods.base import Unsupported
+from slimbench.methods.kernels.cpu import blocks
 from slimbench.util.compat import inductor
 
 _ROUND = 32
@@ -51,12 +52,14 @@ class CompiledModel(TransformersModel):
         self._states: dict[tuple[int, int], _Static] = {}
         self._options = inductor.pass_options(getattr(module, "graph_pass", None))
         self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
-        self._packed = PackedDecoding(module) if self._device.type == "cpu" and packed_decoding.fits(module) else None
+        self.decodes_packed_apart = self._device.type == "cpu" and packed_decoding.computes(module)
+        self._packed = PackedDecoding(module) if self.decodes_packed_apart and packed_decoding.fits(module) else None
         if self._device.type == "cpu":
             decode_attention.use(module)
 
     def build(self) -> str:
-        return f"{super().build()}; compiled code for {inductor.instructions()}"
+        decoding = f"{blocks.NAME} for all blocks" if self._packed else f"compiled code for {inductor.instructions()}"
+        return f"{super().build()}; decoding by {decoding}"
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:

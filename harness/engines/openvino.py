@@ -89,9 +89,8 @@ class OpenVINOModel(GraphModel, CountsTime):
         for node in self._request.get_profiling_info():
             place = places.get(node.node_name) or Place(_KINDS.get(node.node_type, "elementwise"))
             ms = 1000 * node.real_time.total_seconds() * self._calls
-            if ms:
-                self._spent[place] += ms
-                nodes[place] += calls
+            self._spent[place] += ms
+            nodes[place] += calls
         self._counted = self._calls
         return {place: (nodes[place], ms - before[place]) for place, ms in self._spent.items()}
 

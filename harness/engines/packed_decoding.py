@@ -14,6 +14,8 @@ _ROPE = ("default", "linear", "llama3")
 """Kinds of rotary embeddings whose angles depend on the position alone."""
 _LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Settings by which a static cache forgets tokens."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -49,7 +51,13 @@ class PackedDecoding:
 
 
 def fits(module: Any) -> bool:
-    """Whether a module is a Llama as transformers has it, all of whose blocks are packed for the kernel, and the kernel is there."""
+    """Whether a module `computes` what the kernel does, all of its blocks are packed for it, and the kernel is there."""
+    layers = [layer.get_submodule(name) for layer in module.model.layers for name in _LAYERS] if computes(module) else []
+    return bool(layers) and all(blocks.takes(layer) and _is_untouched(layer) for layer in layers) and blocks.missing() is None
+
+
+def computes(module: Any) -> bool:
+    """Whether a module is a Llama as transformers has it, whatever its layers multiply by."""
     from transformers.models.llama import modeling_llama as llama
 
     if type(module) is not llama.LlamaForCausalLM or module.dtype is not torch.bfloat16:
@@ -57,17 +65,15 @@ def fits(module: Any) -> bool:
     config, kinds = module.config, {llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     layers = module.model.layers[: config.num_hidden_layers]
-    own = [each for layer in layers for each in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)]
+    parts = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    own = [each for layer in layers for each in (layer, *(getattr(layer, name, None) for name in parts))]
     return (
-        len(layers) > 0
+        len(layers) == len(module.model.layers) > 0
         and config.hidden_act == "silu"
         and rope in _ROPE
-        and config.hidden_size % LANES == layers[0].self_attn.head_dim % LANES == 0
+        and not any(getattr(config, name, None) for name in _WINDOWS)
         and all(type(each) in kinds and _is_untouched(each) for each in (*own, module.model.norm))
-        and all(
-            blocks.takes(layer.get_submodule(name)) and _is_untouched(layer.get_submodule(name)) for layer in layers for name in _LAYERS
-        )
-        and blocks.missing() is None
+        and config.hidden_size % LANES == layers[0].self_attn.head_dim % LANES == 0
     )
 
 

@@ -40,6 +40,7 @@ class Loaded(ABC):
         shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters; it may count some
             constants of its graph.
         cache_dtype: Name of the dtype of keys and values, where the engine chooses it and not the artefact.
+        decodes_packed_apart: Decoding goes another way where all blocks are packed, so that products do not tell the one from the other.
     """
 
     vocab_size: int
@@ -48,6 +49,7 @@ class Loaded(ABC):
     slots: Sequence[str] = ()
     shares_vectors: bool = False
     cache_dtype: str | None = None
+    decodes_packed_apart: bool = False
 
     def batch(self, wanted: int) -> int:
         """So many sequences, or as many of them as run at once."""

@@ -19,16 +19,13 @@ from slimbench.harness.measure.soundness import weights_read
 from slimbench.harness.run.cell import Cell
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
-from slimbench.harness.stats.intervals import median_interval
+from slimbench.harness.stats.intervals import FEWEST_FOR_MEDIAN, median_interval
 from slimbench.harness.store.store import Store
 from slimbench.util.files import cache_dir, write_atomically
 from slimbench.util.text import one_line, slug
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-FEWEST_ROUNDS = 6
-"""Below so many no interval of a median is one of 95 %."""
 
 
 class Failed(Exception):
@@ -70,14 +67,23 @@ class TurnRow:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one engine is as another, or as dense on its own: the median over rounds and its interval."""
+    """How many times as fast one engine is as another, or as dense on its own: the median over rounds.
+
+    Attributes:
+        low: Lower bound of its 95 % interval; None of fewer than six rounds.
+        high: Upper bound.
+    """
 
     engine: str
     other: str
     what: str
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.what}: {self.engine} is {self.value:.2f} × as fast as {self.other}{interval}"
 
 
 def check(cells: Sequence[Cell]) -> None:
@@ -134,7 +140,8 @@ def _ms(row: TurnRow, what: str) -> float:
 
 
 def _ratio(engine: str, other: str, what: str, values: Sequence[float]) -> Ratio:
-    return Ratio(engine, other, what, statistics.median(values), *median_interval(values))
+    bounds = median_interval(values) if len(values) >= FEWEST_FOR_MEDIAN else ()
+    return Ratio(engine, other, what, statistics.median(values), *bounds)
 
 
 def _measured(cells: Sequence[Cell], rounds: int, console: Console) -> Iterator[TurnRow]:
@@ -164,7 +171,7 @@ def _row(cell: Cell, number: int, record: Record | None) -> TurnRow:
     speed, evidence = record.speed, record.speed.evidence
     point = speed.points[0]
     size, decode = weights_read(evidence), statistics.median(point.candidate.decode_ms)
-    read, dense = speed.read_bandwidth_gbs, point.reference
+    read, dense = speed.read_bandwidth_gbs, None if cell.config.is_reference else point.reference
     return TurnRow(
         hardware=record.hardware.label,
         model=cell.identity.model,

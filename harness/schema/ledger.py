@@ -28,7 +28,7 @@ class LedgerPart(Schema):
         kernels: What computes these products: names of kernels, or the dtype of a dense weight.
         low: Lower bound of the 95 % interval of `ms`, order statistics.
         high: Upper bound.
-        turns: Mean of each turn; the reference has the same turns.
+        turns: Median of the steps of each turn; the reference has the same turns.
         alone_ms: The same products one right after the other, with nothing between; None for other kinds.
         bytes: That the products read of weights, of a decode step.
     """
@@ -51,6 +51,7 @@ class Alternative(Schema):
     Attributes:
         setting: Of a method that rounds weights.
         value: Its other value; None: the weights keep their dtype.
+        group_size: Inputs that share a scale, of blocks; None: all of a row, or no scales.
         change_ms: Of a step; below 0 where it would be faster.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
@@ -58,6 +59,7 @@ class Alternative(Schema):
 
     setting: Setting
     value: int | None = None
+    group_size: int | None = None
     change_ms: float
     low: float
     high: float
@@ -70,7 +72,7 @@ class Ledger(Schema):
         step_ms: Median over turns of the steps that nobody recorded, in turns with those that were.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
-        turns: Mean of each turn, in which the steps of the reference are too.
+        turns: Median of the steps of each turn, in which those of the reference are too.
         threads: That share the work.
         parts: The largest first. Of `waiting` each product has one region, whose time is not among that of the product.
         alternatives: Other grids.

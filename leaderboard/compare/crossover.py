@@ -13,13 +13,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from slimbench.harness.schema.ledger import Phase
+from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.row import Row
 
 DENSE = "dense"
 _SPEEDUP: dict[Phase, str] = {"decode": "speedup", "prefill": "prefill_speedup"}
+_FIGURE = {"decode": Figure.DECODE, "prefill": Figure.PREFILL}
 Axis = Literal["batch", "context"]
 
 
@@ -143,16 +145,20 @@ def deployments(of: Field) -> list[Deployment]:
 
 
 def fields(board: Sequence[Row]) -> list[Field]:
-    """Those with several points and a method beside dense, of decoding and of the prompt."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for row in board:
+    """Those with several points and a method beside dense, of decoding and of the prompt; no row whose figure is flagged as invalid.
+
+    Of two rows of one label, such as those of two versions of an engine, the newer one counts.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in sorted(board, key=lambda row: str(row.provenance.get("measured", ""))):
         if row.speed_points and not row.foreign:
-            groups[row.model, row.engine_label, row.hardware, row.speed or ""].append(row)
-    found = [
-        Field(group[0], phase, _gains(group, name), {row.label: row for row in group})
-        for group in groups.values()
-        for phase, name in _SPEEDUP.items()
-    ]
+            place = row.device, row.hardware, row.fingerprint
+            groups[row.model, row.engine_label, *place, row.speed, row.speed_protocol, row.temperature].append(row)
+    found = []
+    for group in groups.values():
+        for phase, name in _SPEEDUP.items():
+            valid = {row.label: row for row in group if not invalidating(row.flags, [_FIGURE[phase]])}
+            found.append(Field(group[0], phase, _gains(list(valid.values()), name), valid))
     return [each for each in found if len(each.gains) > 1]
 
 

@@ -112,13 +112,12 @@ def accounts(row: Row, record: Record | None, index: Index) -> list[Account]:
     peers = list(index.own.with_ledgers(record.hardware.fingerprint))
     theirs = {ledger.phase: ledger for ledger in record.speed.reference_ledgers}
     roof = record.speed.read_bandwidth_gbs if row.roofline_fraction is not None else None  # weights in a cache have none
-    return [_account(row, ledger, theirs.get(ledger.phase), roof, gains(record, ledger.phase, peers)) for ledger in record.speed.ledgers]
+    return [_account(row, ledger, theirs.get(ledger.phase), roof, gains(record, ledger, peers)) for ledger in record.speed.ledgers]
 
 
 def _account(row: Row, ledger: Ledger, reference: Ledger | None, bandwidth: float | None, measured: Mapping[str, float]) -> Account:
-    here, *others = aligned(ledger, *([reference] if reference else []))
-    there = others[0] if others else {}
-    lines = [_line(name, part, ledger, there if others else None, bandwidth) for name, part in here.items()]
+    here, there = aligned(ledger, reference) if reference else (*aligned(ledger), {})
+    lines = [_line(name, part, ledger, there if reference and reference.parts else None, bandwidth) for name, part in here.items()]
     if ledger.parts:
         lines += [Line(part=name, ms=0.0, share=0.0, reference_ms=part.ms) for name, part in there.items() if name not in here]
         rest = reference.rest_ms if reference and reference.parts else None

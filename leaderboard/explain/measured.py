@@ -10,22 +10,24 @@ from slimbench.harness.schema.record import Record
 
 _ROUNDS = "rtn"
 """The method whose settings are those of a ledger, and nothing else."""
-_OF_DENSE = {"head_bits": None, "symmetric": True}
+_OF_DENSE = {"head_bits": None, "symmetric": True, "clip": None}
 """Settings of a grid that is put in the place of dense weights."""
 
 
-def gains(record: Record, phase: Phase, peers: Iterable[Record]) -> dict[str, float]:
+def gains(record: Record, ledger: Ledger, peers: Iterable[Record]) -> dict[str, float]:
     """Times as many steps a second by setting, as in `Forecast.setting`; each beside its own reference, since machines drift.
 
     Args:
         record: Speed of a cell.
+        ledger: Of its ledgers the one whose forecasts are looked for.
         peers: Speed of cells on the same hardware.
     """
-    here, mine = _settings(record), _slowness(record, phase)
+    here, mine = _settings(record), _slowness(record, ledger.phase)
+    groups = {f"bits={other.value}": other.group_size for other in ledger.alternatives if other.setting == "bits"}
     found: dict[str, float] = {}
     for other in peers:
-        theirs = _slowness(other, phase)
-        if mine and theirs and _surroundings(other) == _surroundings(record) and (setting := _changed(here, _settings(other))):
+        theirs = _slowness(other, ledger.phase)
+        if mine and theirs and _surroundings(other) == _surroundings(record) and (setting := _changed(here, _settings(other), groups)):
             found[setting] = mine / theirs
     return found
 
@@ -39,14 +41,15 @@ def _settings(record: Record) -> Mapping[str, Any] | None:
     return held if isinstance(held, dict) else None
 
 
-def _changed(here: Mapping[str, Any] | None, there: Mapping[str, Any] | None) -> str | None:
-    """The one setting in which another cell differs, as it has it."""
+def _changed(here: Mapping[str, Any] | None, there: Mapping[str, Any] | None, groups: Mapping[str, int | None]) -> str | None:
+    """The one setting in which another cell differs, as it has it; of dense also the group that is foretold with its bits."""
     if here is None or there is None:
         return None
     if not there:
         return "bits=null" if here and here.get("head_bits") is None else None
     if not here:
-        return f"bits={there.get('bits')}" if all(there.get(name) == value for name, value in _OF_DENSE.items()) else None
+        bits, is_plain = f"bits={there.get('bits')}", all(there.get(name) == value for name, value in _OF_DENSE.items())
+        return bits if is_plain and bits in groups and there.get("group_size") == groups[bits] else None
     differing = [name for name in {*here, *there} if here.get(name) != there.get(name)]
     if len(differing) != 1:
         return None

@@ -125,7 +125,7 @@ def _mechanics(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         "many": many,
         "cache_bytes": model.cache_bytes(first.state),
         "build": model.build(),
-        "ledgers": [ledger.model_dump() for ledger in ledgers([model], SpeedPoint(batch=1, prompt=PROMPT, new_tokens=NEW), 12)[0]],
+        "ledgers": [ledger.model_dump() for ledger in ledgers([model], SpeedPoint(batch=1, prompt=PROMPT, new_tokens=40), 12)[0]],
     }
 
 

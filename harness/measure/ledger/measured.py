@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 
@@ -18,10 +17,10 @@ from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products, dtype_of
 from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
 from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain, turn_of
+from slimbench.harness.measure.ledger.turns import Takes, Turn, by_place, ledger_of, part_of
 from slimbench.harness.measure.ledger.waking import waking
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
-from slimbench.harness.stats.intervals import median_interval
 
 _LEAST_TURNS = 6
 _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
@@ -46,37 +45,26 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
     found: list[list[Ledger]] = [[] for _ in models]
     with torch.inference_mode():
         for phase in phases:
-            begun = [_begun(model, point, phase) for model in models]
-            for _ in range(turns):
-                wait = waking()
-                for each in begun:
-                    if each:
-                        each.turn(wait)
-            for number, (held, each) in enumerate(zip(found, begun, strict=True)):
-                if each:
-                    held.append(each.ledger(foretells=number == 0))
+            begun = [(held, takes) for held, model in zip(found, models, strict=True) if (takes := _begun(model, point, phase))]
+            taken = _in_turns([takes for _, takes in begun], turns)
+            for (held, takes), own in zip(begun, taken, strict=True):
+                held.append(takes.ledger(own, foretells=held is found[0]))
     return found
 
 
-class _Takes(Protocol):
-    """The ledger of one model, as it grows."""
-
-    def turn(self, wait: float) -> None:
-        """Some steps more.
-
-        Args:
-            wait: Milliseconds that threads wait in a parallel region.
-        """
-
-    def ledger(self, foretells: bool) -> Ledger:
-        """What all turns gave.
-
-        Args:
-            foretells: Other settings are timed too.
-        """
+def _in_turns(begun: Sequence[Takes], turns: int) -> list[list[Turn]]:
+    """The turns of each, of which those are left out in which a step was made of other operators than the others of its model."""
+    taken: list[list[Turn]] = [[] for _ in begun]
+    for _ in range(turns):
+        wait = waking()
+        for own, takes in zip(taken, begun, strict=True):
+            own.append(takes.turn(wait))
+    steady = [own for own in taken if 2 * sum(turn.parts is not None for turn in own) > turns]
+    kept = [index for index in range(turns) if all(own[index].parts is not None for own in steady)]
+    return [[own[index] for index in kept] if own in steady and kept else own for own in taken]
 
 
-def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> _Takes | None:
+def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> Takes | None:
     """None: what the engine shows is told with its decode step."""
     ids, room = prompts(model, point), max(_ROOM, point.new_tokens)
 
@@ -108,17 +96,17 @@ class _Blank:
     """
 
     def __init__(self, model: Generates, step: Repeats, reason: str) -> None:
-        self._model, self._step, self._reason, self._turns = model, step, reason, list[float]()
+        self._model, self._step, self._reason = model, step, reason
 
-    def turn(self, wait: float) -> None:
-        self._turns.append(plain(self._model, self._step))
+    def turn(self, wait: float) -> Turn:
+        return Turn(plain(self._model, self._step), wait)
 
-    def ledger(self, foretells: bool) -> Ledger:
-        return _of(self._step.phase, self._turns).model_copy(update={"unseen": self._reason})
+    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
+        return ledger_of(self._step.phase, turns, unseen=self._reason)
 
 
 class _Account:
-    """The parts of one kind of step, turn by turn."""
+    """The parts of one kind of step."""
 
     def __init__(self, model: Generates, step: Repeats, ids: torch.Tensor, room: int) -> None:
         module = getattr(model, "module")  # noqa: B009
@@ -132,68 +120,42 @@ class _Account:
         self._places = places_of(self._pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
         self._own = recording(Decoding(model, ids, room).next)
-        self._plain, self._parts, self._waits = list[float](), defaultdict[Place, list[float]](list), list[float]()
-        self._changes = False
+        step.end()
 
-    def turn(self, wait: float) -> None:
+    def turn(self, wait: float) -> Turn:
         self._step.ready(turn_of(self._step))
-        self._plain.append(plain(self._model, self._step))
+        whole = plain(self._model, self._step)
         try:
             recorded = record(self._step, self._pieces, self._step.recorded, self._own)
         except OtherPieces:
-            self._changes = True
-            return
-        taken = defaultdict[Place, list[float]](list)
-        for times in recorded:
-            for place, ms in ({_PYTHON: 0.0} | dict(sums(times.pieces, self._places))).items():
-                taken[place].append(ms + (times.between if place == _PYTHON else 0.0))
-        waited = 0.0
-        for place, each in taken.items():
-            ms = statistics.fmean(each)
-            less = min(ms, self._waiting(place, wait))
-            self._parts[place].append(ms - less)
-            waited += less
-        self._parts[_WAITING].append(waited)
-        self._waits.append(wait)
+            return Turn(whole, wait)
+        steps = [{_PYTHON: 0.0} | dict(sums(times.pieces, self._places)) for times in recorded]
+        for step, times in zip(steps, recorded, strict=True):
+            step[_PYTHON] += times.between
+        taken = {place: statistics.median(step[place] for step in steps) for place in steps[0]}
+        waits = {place: min(ms, self._waiting(place, wait)) for place, ms in taken.items()}
+        return Turn(whole, wait, {place: ms - waits[place] for place, ms in taken.items()} | {_WAITING: sum(waits.values())})
 
     def _waiting(self, place: Place, wait: float) -> float:
         return self._calls[place] * wait if place.kind in _REGION else 0.0
 
-    def ledger(self, foretells: bool) -> Ledger:
-        if self._changes:
-            return _of(self._step.phase, self._plain).model_copy(update={"unseen": "each step is made of other operators"})
+    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
+        if any(turn.parts is None for turn in turns):
+            return ledger_of(self._step.phase, turns, unseen="its steps are made of other operators each time")
         products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own)
-        wait, alone = statistics.median(self._waits), products.milliseconds()
+        wait, alone = statistics.median(turn.wait for turn in turns), products.milliseconds()
         left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
-        parts = [self._part(place, calls[place], turns, left.get(place)) for place, turns in self._parts.items() if any(turns)]
-        others = list(products.alternatives(3 * self._step.recorded)) if foretells else []
-        ordered = sorted(parts, key=lambda part: -part.ms)
-        update = {"threads": torch.get_num_threads(), "parts": ordered, "alternatives": others}
-        return _of(self._step.phase, self._plain).model_copy(update=update)
+        parts = [self._part(place, calls[place], taken, left.get(place)) for place, taken in by_place(turns).items() if any(taken)]
+        apart = self._model.decodes_packed_apart and self._step.phase == "decode"
+        others = list(products.alternatives(3 * self._step.recorded, apart)) if foretells else []
+        return ledger_of(self._step.phase, turns, parts, alternatives=others)
 
-    def _part(self, place: Place, calls: int, turns: Sequence[float], alone: float | None) -> LedgerPart:
-        low, high = median_interval(turns)
+    def _part(self, place: Place, calls: int, taken: Sequence[float], alone: float | None) -> LedgerPart:
         own = [layer for name, layer in self._layers.named.items() if self._layers.place[name] == place]
-        return LedgerPart(
-            kind=place.kind,
-            layers=list(place.layers),
-            kernels=sorted({_kernel(layer) for layer in own}),
-            calls=calls,
-            ms=statistics.median(turns),
-            low=low,
-            high=high,
-            turns=list(turns),
-            alone_ms=alone,
-            bytes=sum(map(bytes_of, own)) if own and self._step.phase == "decode" else None,
-        )
-
-
-def _of(phase: Phase, turns: Sequence[float]) -> Ledger:
-    """Without parts."""
-    low, high = median_interval(turns)
-    return Ledger(phase=phase, step_ms=statistics.median(turns), low=low, high=high, turns=list(turns))
+        read = sum(map(bytes_of, own)) if own and self._step.phase == "decode" else None
+        return part_of(place, calls, taken, kernels=sorted({_kernel(layer) for layer in own}), alone_ms=alone, bytes=read)
 
 
 def _kernel(layer: torch.nn.Module) -> str:

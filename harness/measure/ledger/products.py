@@ -86,13 +86,16 @@ class Products:
                 found[place] += statistics.median(times[index] for times in taken)
         return found
 
-    def alternatives(self, turns: int) -> Iterator[Alternative]:
+    def alternatives(self, turns: int, apart: bool) -> Iterator[Alternative]:
         """What other grids would change, each in turns with those that are there; those that memory cannot hold are left out.
 
         Args:
             turns: Of each.
+            apart: Steps of dense and of packed blocks differ in more than their products: neither is told from the other.
         """
         for asked in _asked(self.layers):
+            if apart and asked.crosses:
+                continue
             others = _made(asked, self.layers)
             if others is not None:
                 yield self._compared(asked, others, turns)
@@ -101,7 +104,10 @@ class Products:
         here, there = self.step(), self.step(others)
         changes = [self._milliseconds(there) - self._milliseconds(here) for _ in range(turns + 1)][1:]
         low, high = median_interval(changes)
-        return Alternative(setting=asked.setting, value=asked.value, change_ms=statistics.median(changes), low=low, high=high)
+        group = asked.grid.group_size if asked.grid and asked.setting != "head_bits" else None
+        return Alternative(
+            setting=asked.setting, value=asked.value, group_size=group, change_ms=statistics.median(changes), low=low, high=high
+        )
 
     def _milliseconds(self, step: Callable[[], None]) -> float:
         """Of the second of two runs where they are short: the first wakes the threads."""
@@ -130,12 +136,13 @@ def dtype_of(layer: Any) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Layers on another grid; None: dense."""
+    """Layers on another grid; None: dense. `crosses`: packed blocks instead of dense ones, or these instead of those."""
 
     setting: Setting
     value: int | None
     grid: Grid | None
     names: tuple[str, ...]
+    crosses: bool = False
 
 
 def _asked(layers: Layers) -> Iterator[_Asked]:
@@ -155,10 +162,10 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
     group = now.group_size if now else next(fitting, None)
     for bits in _BITS:
         if now is None or bits != now.bits:
-            yield _Asked("bits", bits, Grid(bits, group), blocks)
+            yield _Asked("bits", bits, Grid(bits, group), blocks, crosses=now is None)
     if now is not None:
         yield from (_Asked("group_size", size, Grid(now.bits, size), blocks) for size in _GROUPS if size != group)
-        yield _Asked("bits", None, None, blocks)
+        yield _Asked("bits", None, None, blocks, crosses=True)
 
 
 def _is_plain(layer: Any) -> bool:

@@ -32,6 +32,9 @@ class Repeats(Protocol):
     def ready(self, steps: int) -> None:
         """Make room for so many steps; no more are taken until the next call."""
 
+    def end(self) -> None:
+        """Forget the text: others use the model's cache."""
+
     def __call__(self) -> None:
         """Take one."""
 
@@ -53,6 +56,9 @@ class Prefill:
         self._model, self._ids, self._room, self.tokens = model, ids, room, ids.numel()
 
     def ready(self, steps: int) -> None:
+        """Nothing to do."""
+
+    def end(self) -> None:
         """Nothing to do."""
 
     def __call__(self) -> None:
@@ -80,6 +86,10 @@ class Decoding:
         """Begin a new text where this one has no room for so many steps."""
         if self._left < steps:
             self._step, self._left = self._model.prefill(self._ids, room=self._room), self._room - 1
+
+    def end(self) -> None:
+        """Others use the cache: the next step is of a new text."""
+        self._left = 0
 
     def next(self) -> None:
         """A step, in a new text where there is no room for one."""

@@ -190,6 +190,7 @@ void check(const at::Tensor& x, at::TensorList keys, at::TensorList values, at::
   TORCH_CHECK(weights.codes.size() == all && weights.scales.size() == all && weights.offsets.size() == all && weights.bits.size() == all &&
                   weights.outputs.size() == all, "lists of weights differ in length");
   for (const auto* table : {&cos, &sin}) TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
+  TORCH_CHECK(cos.sizes() == sin.sizes(), "cos and sin differ in shape");
   for (const at::Tensor& weight : norms) TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.numel() == x.size(1), "norms do not fit x");
   for (size_t block = 0; block < blocks; ++block) {
     const at::Tensor &k = keys[block], &v = values[block];

@@ -17,6 +17,7 @@ from slimbench.methods.kernels.cpu.library import NotBuilt
 from slimbench.methods.kernels.packed_linear import PackedLinear
 from slimbench.util.compat.torch import buffers
 
+NAME = "slimbench packed_blocks"
 SOURCE = Path(__file__).with_name("blocks.cpp")
 
 

@@ -196,9 +196,28 @@ def growing_angles(module: Any) -> None:
     module.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
+def without_attention(module: Any) -> None:
+    module.model.layers[0].self_attn = nn.Identity()
+
+
+def a_window(module: Any) -> None:
+    module.config.sliding_window = 16
+
+
 @pytest.mark.parametrize(
     "change",
-    [hooked, one_dense, another_kernel, something_added, another_norm, another_forward, another_activation, growing_angles],
+    [
+        without_attention,
+        a_window,
+        hooked,
+        one_dense,
+        another_kernel,
+        something_added,
+        another_norm,
+        another_forward,
+        another_activation,
+        growing_angles,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_what_it_does_not_compute_goes_the_other_way(change: Any) -> None:

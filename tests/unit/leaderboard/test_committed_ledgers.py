@@ -44,7 +44,7 @@ def checked(told: list[Record]) -> list[tuple[str, float, float]]:
         peers = [other for other in told if other.hardware.fingerprint == record.hardware.fingerprint]
         assert record.speed
         decode: Ledger = next(ledger for ledger in record.speed.ledgers if ledger.phase == "decode")
-        for each in forecasts(decode, gains(record, "decode", peers)):
+        for each in forecasts(decode, gains(record, decode, peers)):
             if each.measured is not None:
                 found.append((f"{record.cell.pipeline} on {record.cell.engine}: {each.setting}", each.gain, each.measured))
     return sorted(found)

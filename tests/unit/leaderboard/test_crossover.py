@@ -12,6 +12,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.crossover import Field, Gain, deployments, fields
 from slimbench.leaderboard.figures.plots import Gallery
+from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.tables import crossover as tables
@@ -110,6 +111,11 @@ def test_fields_come_from_records_and_the_command_prints_them(tmp_path: Path) ->
     none = slimbench("board", "crossover", "--results", str(tmp_path / "empty"))
     assert none.returncode == 2 and len(none.stderr.strip().splitlines()) == 1
     assert fields(rows(board())) == []
+    flagged = [row if row.label != "rtn-4bit" else row.model_copy(update={"flags": ["roofline: 1.2 of it, a defect of the measurement"]}) for row in rows(made)]
+    assert "rtn-4bit" in fields(rows(made))[0].rows
+    flags = [flag for row in flagged for flag in row.flags]
+    assert invalidating(flags, [Figure.DECODE]), flags
+    assert "rtn-4bit" not in fields(flagged)[0].gains[1, 128]
 
 
 def test_the_front_page_says_what_is_fastest_for_a_use() -> None:

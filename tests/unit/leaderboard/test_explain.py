@@ -178,6 +178,10 @@ def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "rtn-4bit" in wrong.stderr
 
 
+def _bits(value: int, group_size: int | None) -> Alternative:
+    return Alternative(setting="bits", value=value, group_size=group_size, change_ms=-1.0, low=-1.1, high=-0.9)
+
+
 def with_settings(record: Record, step_ms: float, dense_ms: float, **settings: Any) -> Record:
     """A cell of the method `rtn` with these settings, whose step takes so long beside a dense one."""
     steps = [{"name": "x", "method": "rtn", "settings": {"bits": 4, "group_size": 64, "symmetric": True, "head_bits": None} | settings}]
@@ -204,11 +208,14 @@ def test_a_forecast_stands_beside_the_cell_that_has_the_setting() -> None:
         with_settings(packed, 5.0, 8.0, bits=8, group_size=128),
         dense,
     ]
-    assert gains(mine, "decode", others) == pytest.approx({"head_bits=8": 0.5 / 0.3, "bits=8": 0.8, "bits=null": 0.5})
-    assert gains(dense, "decode", [mine, *others]) == pytest.approx({"bits=4": 2.0, "bits=8": 1.6}, rel=1e-9)
-    assert gains(mine, "prefill", others) == {} and gains(packed, "decode", others) == {}
+    assert gains(mine, PACKED, others) == pytest.approx({"head_bits=8": 0.5 / 0.3, "bits=8": 0.8, "bits=null": 0.5})
+    foretold = DENSE.model_copy(update={"alternatives": [_bits(4, 64), _bits(8, 128)]})
+    assert gains(dense, foretold, [mine, *others]) == pytest.approx({"bits=4": 2.0, "bits=8": 1.6}, rel=1e-9)
+    assert gains(dense, DENSE.model_copy(update={"alternatives": [_bits(4, None)]}), [mine]) == {}, "of other groups"
+    prompt = PACKED.model_copy(update={"phase": "prefill"})
+    assert gains(mine, prompt, others) == {} and gains(packed, PACKED, others) == {}
     elsewhere = others[0].model_copy(update={"config": others[0].config | {"engine": {"name": "another"}}})
-    assert gains(mine, "decode", [elsewhere]) == {}
+    assert gains(mine, PACKED, [elsewhere]) == {}
     known = forecasts(PACKED, {"head_bits=8": 1.3})
     assert known[0].measured == 1.3 and known[1].measured is None
     assert str(advice(known)).endswith("; a cell that has it gives 1.30 ×")

@@ -33,6 +33,39 @@ def module() -> Any:
     return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=8192, tie_word_embeddings=False)).to(torch.bfloat16).eval()
 
 
+class Odd(TransformersModel):
+    """Some of its steps, or all, are made of more operators."""
+
+    every = 1
+
+    def decode_step(self, step: Any) -> Any:
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps % self.every == 0:
+            for _ in range(self.steps):
+                torch.zeros(3).add_(1)
+        return super().decode_step(step)
+
+
+@pytest.mark.parametrize("every", [1, 23])
+def test_a_step_of_other_operators_takes_its_turn_from_both_and_no_more(every: int) -> None:
+    odd = Odd(module(), "cpu")
+    odd.every = every
+    (one,), (other,) = ledgers([odd, TransformersModel(module(), "cpu")], POINT, 24, ["decode"])
+    assert other.parts and len(one.turns) >= len(other.turns) > 0
+    if every == 1:
+        assert one.parts == [] and one.unseen == "its steps are made of other operators each time" and len(other.turns) == 6
+    else:
+        assert one.parts and 0 < len(one.turns) == len(other.turns) < 6
+
+
+@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
+@pytest.mark.parametrize("new", [2, 16, 32, 64])
+def test_texts_of_any_length_have_a_ledger(engine: Any, new: int) -> None:
+    """Recording has a text of its own, on compiled engines in the same cache."""
+    ((decode,),) = ledgers([engine(module(), "cpu")], SpeedPoint(batch=2, prompt=96, new_tokens=new), 4, ["decode"])
+    assert decode.parts and decode.unseen is None
+
+
 @pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
 def test_a_step_has_all_its_parts(engine: Any) -> None:
     """What they take together is held where nothing else runs, in `tests/integration/test_ledger.py`."""
@@ -49,12 +82,8 @@ def test_a_step_has_all_its_parts(engine: Any) -> None:
         assert sum(part.bytes or 0 for part in products.values()) == (
             3 * 2 * (786_432 * 3 + 262_144 * 2 + 131_072 * 2) if ledger is decode else 0
         )
-        assert [(other.setting, other.value) for other in ledger.alternatives] == [
-            ("head_bits", 4),
-            ("head_bits", 8),
-            ("bits", 4),
-            ("bits", 8),
-        ]
+        blocks = [] if ledger is decode and engine is CompiledModel else [("bits", 4), ("bits", 8)]
+        assert [(other.setting, other.value) for other in ledger.alternatives] == [("head_bits", 4), ("head_bits", 8), *blocks]
 
 
 def shapes(*given: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -113,7 +142,9 @@ def test_products_alone_are_of_every_class(joins: bool) -> None:
     with torch.inference_mode():
         products = Products(layers, tokens=1, heads=1, joins=joins, own=0.0)
         assert products.milliseconds().keys() == set(layers.place.values())
-        settings = [(other.setting, other.value) for other in products.alternatives(4)]
+        settings = [(other.setting, other.value) for other in products.alternatives(4, apart=False)]
+        apart = [(other.setting, other.value) for other in products.alternatives(4, apart=True)]
+    assert apart == [setting for setting in settings if setting != ("bits", None)]
     assert settings == [
         *(("head_bits", bits) for bits in (None, 4, 8)),
         ("bits", 8),

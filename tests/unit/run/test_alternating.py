@@ -49,6 +49,8 @@ def test_engines_are_compared_round_by_round() -> None:
         ("mine", "dense", "prefill"): 3.0,
     }
     assert all(each.low == each.high == each.value for each in found.values())
+    assert str(found["mine", "other", "decode"]) == "decode: mine is 1.50 × as fast as other (1.50 to 1.50)"
+    assert next(str(each) for each in ratios(rows[:4])) == "decode: mine is 1.50 × as fast as other", "too few for an interval"
 
 
 @pytest.mark.parametrize(
