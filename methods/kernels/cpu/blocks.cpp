@@ -65,32 +65,29 @@ Floats exponential(Floats x) {
 
 uint16_t* out(at::Tensor& tensor) { return reinterpret_cast<uint16_t*>(tensor.mutable_data_ptr()); }
 
-at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
-  RECORD_FUNCTION("slimbench::rms_norm", {});
-  at::Tensor y = at::empty_like(x);
+// Adds to x [rows, width], and returns the norm of the sum: x / rms(x) · weight.
+at::Tensor added_and_normed(at::Tensor& x, const at::Tensor* more, const at::Tensor& weight, double epsilon) {
+  RECORD_FUNCTION("slimbench::add_rms_norm", {});
+  at::Tensor y = uninitialized(x.sizes(), x.scalar_type());
   const int64_t width = x.size(1);
   const uint16_t* w = data<uint16_t>(weight);
   for (int64_t row = 0; row < x.size(0); ++row) {
-    const uint16_t* from = data<uint16_t>(x) + row * width;
-    uint16_t* to = out(y) + row * width;
+    uint16_t *sum = out(x) + row * width, *to = out(y) + row * width;
+    if (more) {
+      const uint16_t* from = data<uint16_t>(*more) + row * width;
+      for (int64_t i = 0; i < width; i += kLanes) store_lanes(sum + i, load_lanes(sum + i) + load_lanes(from + i));
+    }
     Floats squares{};
-    for (int64_t i = 0; i < width; i += kLanes) squares += load_lanes(from + i) * load_lanes(from + i);
+    for (int64_t i = 0; i < width; i += kLanes) squares += load_lanes(sum + i) * load_lanes(sum + i);
     const float scale = 1 / std::sqrt(sum_of(squares) / float(width) + float(epsilon));
-    for (int64_t i = 0; i < width; i += kLanes) store_lanes(to + i, rounded(load_lanes(from + i) * scale) * load_lanes(w + i));
+    for (int64_t i = 0; i < width; i += kLanes) store_lanes(to + i, rounded(load_lanes(sum + i) * scale) * load_lanes(w + i));
   }
   return y;
 }
 
-void add(at::Tensor& x, const at::Tensor& more) {
-  RECORD_FUNCTION("slimbench::add", {});
-  uint16_t* to = out(x);
-  const uint16_t* from = data<uint16_t>(more);
-  for (int64_t i = 0; i < x.numel(); i += kLanes) store_lanes(to + i, load_lanes(to + i) + load_lanes(from + i));
-}
-
 at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
   RECORD_FUNCTION("slimbench::silu_mul", {});
-  at::Tensor y = at::empty_like(gate);
+  at::Tensor y = uninitialized(gate.sizes(), gate.scalar_type());
   const uint16_t *g = data<uint16_t>(gate), *u = data<uint16_t>(up);
   uint16_t* to = out(y);
   for (int64_t i = 0; i < gate.numel(); i += kLanes) {
@@ -129,7 +126,7 @@ at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor&
     rotate(data<uint16_t>(projected[kKey]) + g * width, cos, sin, width, all_keys + (g * room + position) * width);
     std::memcpy(all_values + (g * room + position) * width, data<uint16_t>(projected[kValue]) + g * width, width * sizeof *all_values);
   }
-  at::Tensor y = at::empty_like(queries);
+  at::Tensor y = uninitialized(queries.sizes(), queries.scalar_type());
   uint16_t* result = out(y);
   at::parallel_for(0, groups * share, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint16_t> turned(width);
@@ -213,17 +210,20 @@ at::Tensor packed_blocks(const at::Tensor& x, at::TensorList keys, at::TensorLis
   const Weights weights{codes, scales, offsets, bits, outputs};
   check(x, keys, values, lengths, cos, sin, norms, weights);
   at::Tensor hidden = x.clone();
+  at::Tensor normed = added_and_normed(hidden, nullptr, norms[0], epsilon);
   for (size_t block = 0; block < keys.size(); ++block) {
     int64_t& length = *const_cast<int64_t*>(data<int64_t>(lengths[block]));
     TORCH_CHECK(length < keys[block].size(2) && length < cos.size(0), "no room for another token");
-    const auto projected = weights.times(norm(hidden, norms[2 * block], epsilon), block, kQuery, 3);
+    const auto projected = weights.times(normed, block, kQuery, 3);
     const uint16_t *c = data<uint16_t>(cos) + length * cos.size(1), *s = data<uint16_t>(sin) + length * cos.size(1);
-    add(hidden, weights.times(attention(projected, keys[block], values[block], length, c, s, scaling), block, kOut, 1)[0]);
+    const at::Tensor attended = weights.times(attention(projected, keys[block], values[block], length, c, s, scaling), block, kOut, 1)[0];
     ++length;
-    const auto wide = weights.times(norm(hidden, norms[2 * block + 1], epsilon), block, kGate, 2);
-    add(hidden, weights.times(gated(wide[0], wide[1]), block, kDown, 1)[0]);
+    normed = added_and_normed(hidden, &attended, norms[2 * block + 1], epsilon);
+    const auto wide = weights.times(normed, block, kGate, 2);
+    const at::Tensor down = weights.times(gated(wide[0], wide[1]), block, kDown, 1)[0];
+    normed = added_and_normed(hidden, &down, norms[2 * block + 2], epsilon);
   }
-  return norm(hidden, norms[2 * keys.size()], epsilon);
+  return normed;
 }
 
 }  // namespace

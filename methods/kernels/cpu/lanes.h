@@ -1,6 +1,7 @@
 // Sixteen numbers of 32 bits at once, in the compiler's own vectors, and bfloat16 to and from them.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -41,6 +42,9 @@ Floats load_lanes(const uint16_t* from) {
   const Words bits = __builtin_convertvector(halves, Words) << 16;
   return (Floats)bits;
 }
+
+// Without the dispatcher, which takes as long as a norm of a token.
+at::Tensor uninitialized(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
 
 template <typename T>
 const T* data(const at::Tensor& tensor) {

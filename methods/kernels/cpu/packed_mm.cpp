@@ -451,7 +451,7 @@ std::vector<at::Tensor> run(const at::Tensor& x, at::TensorList codes, at::Tenso
   for (size_t i = 0; i < codes.size(); ++i) {
     const std::optional<at::Tensor> shifts = offsets.get(i);
     const Shape shape = shape_of(x, codes[i], scales[i], shifts, bits[i], outputs[i]);
-    results.push_back(at::empty({shape.rows, outputs[i]}, x.options()));
+    results.push_back(uninitialized({shape.rows, outputs[i]}, x.scalar_type()));
     products.push_back({shape, bits[i], data<uint32_t>(codes[i]), data<T>(scales[i]), shifts ? data<T>(*shifts) : nullptr,
                         reinterpret_cast<T*>(results.back().mutable_data_ptr()), nullptr});
   }

@@ -12,6 +12,8 @@ from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.explain.advice import forecasts
 from slimbench.leaderboard.explain.measured import gains
 
+pytestmark = pytest.mark.xfail(strict=True, reason="no record with a ledger is committed yet: `slimbench sweep experiment=ledger`")
+
 OWN = {"transformers", "compiled"}
 SEED, DRAWN, WITHIN = 21, 8, 0.10
 

@@ -111,7 +111,10 @@ def test_fields_come_from_records_and_the_command_prints_them(tmp_path: Path) ->
     none = slimbench("board", "crossover", "--results", str(tmp_path / "empty"))
     assert none.returncode == 2 and len(none.stderr.strip().splitlines()) == 1
     assert fields(rows(board())) == []
-    flagged = [row if row.label != "rtn-4bit" else row.model_copy(update={"flags": ["roofline: 1.2 of it, a defect of the measurement"]}) for row in rows(made)]
+    flagged = [
+        row if row.label != "rtn-4bit" else row.model_copy(update={"flags": ["roofline: 1.2 of it, a defect of the measurement"]})
+        for row in rows(made)
+    ]
     assert "rtn-4bit" in fields(rows(made))[0].rows
     flags = [flag for row in flagged for flag in row.flags]
     assert invalidating(flags, [Figure.DECODE]), flags
