@@ -73,7 +73,7 @@ def bench_engines(
 ) -> None:
     """The same artefact on several engines, such as method=rtn-4bit-head8 engine=compiled,llamacpp, in processes that take turns; CSV."""
     from slimbench.harness.config import compose
-    from slimbench.harness.run import alternating
+    from slimbench.harness.launch import alternating
     from slimbench.harness.run.cell import make_cell
     from slimbench.harness.run.planning.obstacles import require_extras, require_sense
 

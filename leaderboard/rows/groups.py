@@ -249,12 +249,8 @@ class Timing(Group):
     prefill_speedup: float | None = Field(
         default=None, description="Prefill time of the reference / prefill time, median over pairs of adjacent runs on the same engine."
     )
-    prefill_speedup_low: float | None = Field(
-        default=None, description="Lower bound of the speed-up of the prefill, order statistics of the paired ratios."
-    )
-    prefill_speedup_high: float | None = Field(
-        default=None, description="Upper bound of the speed-up of the prefill, order statistics of the paired ratios."
-    )
+    prefill_speedup_low: float | None = Field(default=None, description="Lower bound of the prefill's speed-up, order statistics.")
+    prefill_speedup_high: float | None = Field(default=None, description="Upper bound of the prefill's speed-up, order statistics.")
     decode_tokens_per_s: float | None = Field(
         default=None, description="Tokens per second while decoding, of one sequence, at the median time; over texts at the mean."
     )

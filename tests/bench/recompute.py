@@ -392,6 +392,11 @@ def timing(speed: Json) -> Json:
             times = ours["decode_ms"], theirs["decode_ms"]
             faster = workload(*times, texts, runs) if texts else middle(ratios.tolist(), runs)
             found["speedup"], (found["speedup_low"], found["speedup_high"]) = faster
+        if theirs and len(theirs["prefill_ms"]) == len(ours["prefill_ms"]) > 0:
+            ratios = np.array(theirs["prefill_ms"]) / np.array(ours["prefill_ms"])
+            times = ours["prefill_ms"], theirs["prefill_ms"]
+            faster = workload(*times, texts, runs) if texts else middle(ratios.tolist(), runs)
+            found["prefill_speedup"], (found["prefill_speedup_low"], found["prefill_speedup_high"]) = faster
         points.append(found)
     first = {name: value for name, value in points[0].items() if name not in ("batch", "prompt", "new_tokens")} if points else {}
     probes = speed["points"][0].get("probes", []) if points else []
@@ -426,6 +431,7 @@ COMPARED = (
     *("accuracy", "accuracy_se", "accuracy_delta", "accuracy_delta_low", "accuracy_delta_high", "accuracy_p", "task_accuracy"),
     *("task_delta", "task_p", "flips_to_wrong", "flips_to_right", "mcnemar_p"),
     *("worst_task", "worst_task_delta", "worst_task_low", "worst_task_high"),
+    *("prefill_speedup", "prefill_speedup_low", "prefill_speedup_high"),
     *("prefill_ms", "prefill_low", "prefill_high", "decode_tokens_per_s", "decode_low", "decode_high", "speedup", "speedup_low"),
     *("speedup_high", "throughput_tokens_per_s", "roofline_fraction", "speed_points", "copy_bandwidth_gbs"),
     "read_bandwidth_gbs",

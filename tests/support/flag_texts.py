@@ -35,6 +35,7 @@ READERS = {
     "harness/measure/hardware.py": "instructions of a processor",
     "harness/schema/hardware.py": "instructions of a processor",
     "leaderboard/compare/compare.py": "reads those of rows",
+    "leaderboard/compare/crossover.py": "reads those of rows",
     "leaderboard/compare/retrieval.py": "reads those of rows",
     "leaderboard/compare/verdict.py": "prints those of rows",
     "leaderboard/flags/kinds.py": "tells them apart",

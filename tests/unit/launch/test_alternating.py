@@ -9,7 +9,7 @@ import pytest
 
 from slimbench.harness.config.compose import jobs
 from slimbench.harness.config.errors import ConfigError
-from slimbench.harness.run.alternating import TurnRow, check, ratios
+from slimbench.harness.launch.alternating import TurnRow, check, ratios
 from slimbench.harness.run.cell import make_cell
 from tests.unit.cli.test_cli import slimbench
 
