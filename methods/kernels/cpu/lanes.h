@@ -25,6 +25,11 @@ uint16_t to_bfloat16(float x) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+float get(uint16_t x) { return to_float(x); }
+float get(float x) { return x; }
+void put(uint16_t& to, float x) { to = to_bfloat16(x); }
+void put(float& to, float x) { to = x; }
+
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));

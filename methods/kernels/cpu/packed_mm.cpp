@@ -81,11 +81,6 @@ struct Shape {
   int64_t rows, inputs, outputs, blocks, groups, group, words, scale_stride;
 };
 
-float get(uint16_t x) { return to_float(x); }
-float get(float x) { return x; }
-void put(uint16_t& to, float x) { to = to_bfloat16(x); }
-void put(float& to, float x) { to = x; }
-
 Words load_words(const uint32_t* from) {
   Words words;
   std::memcpy(&words, from, sizeof words);

@@ -18,6 +18,8 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define SLIMBENCH_AVX2
@@ -31,25 +33,6 @@ constexpr int64_t kTileRows = 512;    // rows of the weight that are spread in m
 constexpr int64_t kGrain = 16;        // rows of the weight that a thread takes at least
 constexpr int64_t kWord = 64;         // inputs whose bits are read at once
 constexpr int64_t kAhead = 4096;      // bytes of stored weights that are asked for before they are needed
-
-float to_float(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN stays NaN
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float get(uint16_t x) { return to_float(x); }
-float get(float x) { return x; }
-void put(uint16_t& to, float x) { to = to_bfloat16(x); }
-void put(float& to, float x) { to = x; }
 
 // For each byte of bits and each of its inputs, which of the stored weights is that of the input; negative where there is none.
 constexpr auto kPlaces = [] {
