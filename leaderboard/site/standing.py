@@ -46,7 +46,7 @@ def beside_rounding(board: Board, row: Row) -> Standing | None:
         return None
     is_better, clause = found
     words = "better than plain rounding here" if is_better else "not better than plain rounding here"
-    return _naming(f"{shorten(row.label, LONGEST_NAME)} is {words},", rival, f": {clause}.")
+    return naming(f"{shorten(row.label, LONGEST_NAME)} is {words},", rival, f": {clause}.")
 
 
 def _ranked(row: Row, rows: Sequence[Row]) -> Iterator[Standing]:
@@ -72,7 +72,7 @@ def _on_fronts(board: Board, row: Row, table: int) -> Iterator[Standing]:
             yield Standing(f"On no front of {front}: a flag takes away a figure by which it would stand there.")
         elif rivals := [member for member in members if getattr(member, field) <= ours and not _costs_more(front, member, row)]:
             after = f" loses less and is {_as_good(front)}{_clause(board, row, rivals[0])}."
-            yield _naming(f"Not on the front of {front}:", rivals[0], after)
+            yield naming(f"Not on the front of {front}:", rivals[0], after)
 
 
 def _as_good(front: str) -> str:
@@ -89,5 +89,6 @@ def _clause(board: Board, row: Row, rival: Row) -> str:
     return f"; {row.pipeline} has a perplexity {change(text)}" if text else ""
 
 
-def _naming(before: str, row: Row, after: str) -> Standing:
+def naming(before: str, row: Row, after: str) -> Standing:
+    """A sentence with a row in its middle."""
     return Standing(before, shorten(row.label, LONGEST_NAME), names.cell(row), shorten(after, _LONGEST_CLAUSE))

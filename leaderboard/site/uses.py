@@ -5,31 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slimbench.leaderboard.compare.crossover import deployments, fields
-from slimbench.leaderboard.site import names
 from slimbench.leaderboard.site.board import Board
-from slimbench.leaderboard.site.pages import LONGEST_NAME
+from slimbench.leaderboard.site.standing import Standing, naming
 from slimbench.leaderboard.tables import crossover as tables
-from slimbench.leaderboard.tables.format import shorten
 
 _MOST_FIELDS = 6
 
 
 @dataclass(frozen=True)
-class Advice:
-    """For one use: before the cell that is named, its name and page, and what follows; the latter three are empty where none is."""
-
-    before: str
-    name: str = ""
-    href: str = ""
-    after: str = ""
-
-
-@dataclass(frozen=True)
 class Uses:
-    """Advice of one model, engine and machine, of decoding or of the prompt."""
+    """Advice of one model, engine and machine, of decoding or of the prompt: a sentence for each use."""
 
     title: str
-    advice: list[Advice]
+    advice: list[Standing]
 
 
 def uses(board: Board) -> list[Uses]:
@@ -41,7 +29,6 @@ def uses(board: Board) -> list[Uses]:
         for one in deployments(field):
             before, after = tables.use(one)
             row = field.rows.get(one.best.label)
-            named = (shorten(row.label, LONGEST_NAME), names.cell(row)) if row else ("", "")
-            advice.append(Advice(before, *named, after))
+            advice.append(naming(before.rstrip(), row, after) if row else Standing(f"{before}{one.best.label}{after}"))
         shown.append(Uses(tables.title(field), advice))
     return shown
