@@ -59,9 +59,9 @@ def _in_turns(begun: Sequence[Takes], turns: int) -> list[list[Turn]]:
         wait = waking()
         for own, takes in zip(taken, begun, strict=True):
             own.append(takes.turn(wait))
-    steady = [own for own in taken if 2 * sum(turn.parts is not None for turn in own) > turns]
-    kept = [index for index in range(turns) if all(own[index].parts is not None for own in steady)]
-    return [[own[index] for index in kept] if own in steady and kept else own for own in taken]
+    steady = [2 * sum(turn.parts is not None for turn in own) > turns for own in taken]
+    kept = [at for at in range(turns) if all(own[at].parts is not None for own, is_steady in zip(taken, steady, strict=True) if is_steady)]
+    return [[own[at] for at in kept] if is_steady and kept else own for own, is_steady in zip(taken, steady, strict=True)]
 
 
 def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> Takes | None:
