@@ -47,7 +47,8 @@ def test_a_class_without_a_name_of_its_own_is_refused() -> None:
 
 @pytest.mark.parametrize("name", shipped("engine"))
 def test_the_version_of_an_engine_is_read_without_importing_it(name: str) -> None:
-    assert engines.version(engines.get(name).target) == 1
+    target = engines.get(name).target
+    assert engines.version(target) == vars(locate(target))["version"] >= 1
 
 
 def test_engines_that_have_records_of_old_keys_are_still_the_classes_that_stand_in_them() -> None:
