@@ -94,7 +94,7 @@ def explain(
         if record and record.speed and record.speed.ledgers:
             found.append((row, record))
     if not found:
-        raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=12 stages=[speed] on_existing=all")
+        raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=96 stages=[speed] on_existing=all")
     if len(found) > 1:
         cells = "; ".join(f"{row.engine_label} on {row.hardware}, key {row.keys.speed}" for row, _ in found)
         raise ConfigError(f"{len(found)} cells '{name}' have a ledger; name one by --model, --suite, --device or its key: {cells}")

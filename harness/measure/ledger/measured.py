@@ -23,6 +23,7 @@ from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 
 _LEAST_TURNS = 6
+_STEPS_OF_TURN: dict[Phase, int] = {"decode": Decoding.recorded, "prefill": 4 * Decoding.recorded}
 _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 """Tokens of a text at least: a turn has no prompt in it."""
 _PYTHON, _WAITING = Place("python"), Place("waiting")
@@ -38,14 +39,15 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
     All models take part in each turn, so that the machine is the same for all, whatever it does in the meantime.
 
     Args:
-        steps: Of decoding that are recorded of each model, as many in each of at least six turns.
+        steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a quarter of
+            these turns.
         phases: Of which.
     """
-    turns = max(_LEAST_TURNS, -(-steps // Decoding.recorded))
     found: list[list[Ledger]] = [[] for _ in models]
     with torch.inference_mode():
         for phase in phases:
             begun = [(held, takes) for held, model in zip(found, models, strict=True) if (takes := _begun(model, point, phase))]
+            turns = max(_LEAST_TURNS, -(-steps // _STEPS_OF_TURN[phase]))
             taken = _in_turns([takes for _, takes in begun], turns)
             for (held, takes), own in zip(begun, taken, strict=True):
                 held.append(takes.ledger(own, foretells=held is found[0]))
@@ -119,14 +121,14 @@ class _Account:
         self._layers = Layers.of(module, self._joins)
         self._places = places_of(self._pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
-        self._own = recording(Decoding(model, ids, room).next)
+        self._overhead = recording(Decoding(model, ids, room).next)
         step.end()
 
     def turn(self, wait: float) -> Turn:
         self._step.ready(turn_of(self._step))
         whole = plain(self._model, self._step)
         try:
-            recorded = record(self._step, self._pieces, self._step.recorded, self._own)
+            recorded = record(self._step, self._pieces, self._step.recorded, self._overhead)
         except OtherPieces:
             return Turn(whole, wait)
         steps = [{_PYTHON: 0.0} | dict(sums(times.pieces, self._places)) for times in recorded]
@@ -142,7 +144,7 @@ class _Account:
     def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
         if any(turn.parts is None for turn in turns):
             return ledger_of(self._step.phase, turns, unseen="its steps are made of other operators each time")
-        products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own)
+        products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._overhead)
         wait, alone = statistics.median(turn.wait for turn in turns), products.milliseconds()
         left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.parts import Layers, places_of
 from slimbench.harness.measure.ledger.place import Place
-from slimbench.harness.measure.ledger.recorded import outline, record
+from slimbench.harness.measure.ledger.recorded import Overhead, outline, record
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import median_interval
 from slimbench.methods.kernels.cpu import share
@@ -46,11 +46,11 @@ class Products:
         tokens: Rows of inputs.
         heads: Rows that the head multiplies.
         joins: The engine's compiler joins packed products of the same inputs, and leaves no Python between any.
-        own: Milliseconds that the recording of an operator takes.
+        overhead: Of the recording of their times.
     """
 
-    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool, own: float) -> None:
-        self.layers, self.tokens, self.joins, self._own = layers, tokens, joins, own
+    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool, overhead: Overhead) -> None:
+        self.layers, self.tokens, self.joins, self._overhead = layers, tokens, joins, overhead
         self._inputs = [self._input(group, heads) for group in layers.groups]
 
     def _input(self, group: list[str], heads: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Products:
         """Of the products of each part, without what lies between them."""
         step = self.step()
         pieces = outline(step, self.layers.named)
-        taken = [times.pieces for times in record(step, pieces, _ALONE, self._own)]
+        taken = [times.pieces for times in record(step, pieces, _ALONE, self._overhead)]
         found: dict[Place, float] = defaultdict(float)
         for index, place in enumerate(places_of(pieces, self.layers, self.tokens)):
             if place.kind in ("product", "head"):

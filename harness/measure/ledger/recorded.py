@@ -2,7 +2,7 @@
 
 Threads of a product work inside the call that started them, so the pieces of the main thread and what lies between them are the step.
 Recording takes time itself, once for each event. What one takes is measured on operators that do next to nothing, behind such a step, and
-taken off.
+taken off; an operator within another takes less than one that is called by itself.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from slimbench.util.silence import libraries_silenced
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
 _SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", "slimbench::packed_blocks", _LAYER)
-_PROBES = 8
-_ROUNDS = 12
+_PROBES = 32
+_SESSIONS = 6
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class Times:
     between: float
 
 
+@dataclass(frozen=True)
+class Overhead:
+    """Milliseconds that recording takes.
+
+    Attributes:
+        call: Of an operator that no other one calls.
+        inner: Of one within another.
+    """
+
+    call: float
+    inner: float
+
+
 class OtherPieces(Exception):
     """A step called other operators than the one before it."""
 
@@ -71,28 +85,28 @@ def outline(step: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -
     return [_piece(event, layer) for event, layer in _topmost(root, None) if event is not None]
 
 
-def record(step: Callable[[], object], pieces: Sequence[Piece], count: int, own: float) -> list[Times]:
+def record(step: Callable[[], object], pieces: Sequence[Piece], count: int, overhead: Overhead) -> list[Times]:
     """Record some steps that are like the one that was outlined.
 
     Args:
-        own: Milliseconds that the recording of an operator takes.
+        overhead: Of the recording, which is taken off.
 
     Raises:
         OtherPieces: One is not made of these.
     """
-    return [_times(root, pieces, own) for root in _recorded(step, count, shapes=False)]
+    return [_times(root, pieces, overhead) for root in _recorded(step, count, shapes=False)]
 
 
-def _times(root: Any, pieces: Sequence[Piece], own: float) -> Times:
-    """What a step took, without what the recording of each event takes."""
+def _times(root: Any, pieces: Sequence[Piece], overhead: Overhead) -> Times:
+    """What a step took, without what the recording of each event takes: of a call one half lies within its own time."""
     found = [event for event, _ in _topmost(root, None)]
     calls, scopes = [event for event in found if event is not None], found.count(None)
     if [event.name for event in calls] != [piece.name for piece in pieces]:
         raise OtherPieces
     within = [sum(1 for _ in _below(event)) for event in calls]
     taken = [event.time_range.elapsed_us() / 1000 for event in calls]
-    times = tuple(max(0.0, ms - own * (events + 0.5)) for ms, events in zip(taken, within, strict=True))
-    return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - own * (0.5 * len(calls) + scopes)))
+    times = tuple(max(0.0, ms - overhead.inner * events - overhead.call / 2) for ms, events in zip(taken, within, strict=True))
+    return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - overhead.call * (len(calls) / 2 + scopes)))
 
 
 def _recorded(step: Callable[[], object], count: int, shapes: bool) -> list[Any]:
@@ -149,25 +163,29 @@ class _Scope:
         self._open.pop().__exit__(None, None, None)
 
 
-def recording(step: Callable[[], object]) -> float:
-    """Milliseconds that the recording of one operator takes: of a few small ones right behind a step, whose data the caches then hold.
-
-    They hold others, as those of a model do.
-    """
+def recording(step: Callable[[], object]) -> Overhead:
+    """What recording takes: of small operators right behind a step, whose data the caches then hold."""
     number, weight = torch.zeros(1, 1, 8), torch.zeros(8, 8)
+    call, _ = _overhead(step, lambda: number.mul(number))
+    whole, events = _overhead(step, lambda: torch.nn.functional.linear(number, weight))
+    return Overhead(call, max(0.0, whole - call) / (events - 1))
 
-    def calls() -> None:
-        for _ in range(_PROBES):
-            torch.nn.functional.linear(number, weight).mul(number).transpose(1, 2)
+
+def _overhead(step: Callable[[], object], probe: Callable[[], object]) -> tuple[float, int]:
+    """Milliseconds that the recording of a small call takes, behind a step, and its operators."""
 
     def milliseconds() -> float:
         step()
         began = time.perf_counter()
-        calls()
+        for _ in range(_PROBES):
+            probe()
         return 1000 * (time.perf_counter() - began)
 
-    bare = statistics.median(milliseconds() for _ in range(_ROUNDS))
-    with libraries_silenced(), profile(activities=[ProfilerActivity.CPU]):
-        seen = statistics.median(milliseconds() for _ in range(_ROUNDS))
-    (root,) = _recorded(calls, 1, shapes=False)
-    return max(0.0, seen - bare) / sum(1 for _ in _below(root))
+    taken = []
+    for _ in range(_SESSIONS):
+        bare = statistics.median(milliseconds() for _ in range(_ROUNDS))
+        with libraries_silenced(), profile(activities=[ProfilerActivity.CPU]):
+            milliseconds()
+            taken.append(statistics.median(milliseconds() for _ in range(_ROUNDS)) - bare)
+    (root,) = _recorded(probe, 1, shapes=False)
+    return max(0.0, statistics.median(taken)) / _PROBES, sum(1 for _ in _below(root))

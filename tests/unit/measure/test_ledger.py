@@ -14,7 +14,7 @@ from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.ledger.parts import Layers, place_of, places_of
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
-from slimbench.harness.measure.ledger.recorded import Piece
+from slimbench.harness.measure.ledger.recorded import Overhead, Piece
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.packed_linear import PackedLinear
@@ -50,12 +50,12 @@ class Odd(TransformersModel):
 def test_a_step_of_other_operators_takes_its_turn_from_both_and_no_more(every: int) -> None:
     odd = Odd(module(), "cpu")
     odd.every = every
-    (one,), (other,) = ledgers([odd, TransformersModel(module(), "cpu")], POINT, 24, ["decode"])
+    (one,), (other,) = ledgers([odd, TransformersModel(module(), "cpu")], POINT, 96, ["decode"])
     assert other.parts and len(one.turns) >= len(other.turns) > 0
     if every == 1:
-        assert one.parts == [] and one.unseen == "its steps are made of other operators each time" and len(other.turns) == 6
+        assert one.parts == [] and one.unseen == "its steps are made of other operators each time" and len(other.turns) == 24
     else:
-        assert one.parts and 0 < len(one.turns) == len(other.turns) < 6
+        assert one.parts and 0 < len(one.turns) == len(other.turns) < 24
 
 
 @pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
@@ -140,7 +140,7 @@ def test_products_alone_are_of_every_class(joins: bool) -> None:
             packed.set_submodule(name, PackedLinear(weight, kernels=(OwnCpu,)))
     layers = Layers.of(packed, joins)
     with torch.inference_mode():
-        products = Products(layers, tokens=1, heads=1, joins=joins, own=0.0)
+        products = Products(layers, tokens=1, heads=1, joins=joins, overhead=Overhead(0.0, 0.0))
         assert products.milliseconds().keys() == set(layers.place.values())
         settings = [(other.setting, other.value) for other in products.alternatives(4, apart=False)]
         apart = [(other.setting, other.value) for other in products.alternatives(4, apart=True)]

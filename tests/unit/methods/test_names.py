@@ -45,12 +45,6 @@ def test_a_class_without_a_name_of_its_own_is_refused() -> None:
         build_method(step)
 
 
-@pytest.mark.parametrize("name", shipped("engine"))
-def test_the_version_of_an_engine_is_read_without_importing_it(name: str) -> None:
-    target = engines.get(name).target
-    assert engines.version(target) == vars(locate(target))["version"] >= 1
-
-
 def test_engines_that_have_records_of_old_keys_are_still_the_classes_that_stand_in_them() -> None:
     frozen = {(name, target.rpartition(".")[2]) for target, names in FROZEN["engines"].items() for name in names}
     assert frozen <= {(name, engines.get(name).target.rpartition(".")[2]) for name in shipped("engine")}
