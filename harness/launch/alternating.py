@@ -45,6 +45,7 @@ class TurnRow:
         read_gbs: Best read bandwidth that was measured between the runs; None where the engine's process measured none.
         bandwidth_fraction: `weight_bytes` / `decode_ms` / `read_gbs`; above 1 where weights lie in a cache.
         build: What the engine's code is compiled for, with its versions.
+        flags: Of the record, such as other load on the machine.
     """
 
     hardware: str
@@ -63,6 +64,7 @@ class TurnRow:
     read_gbs: float | None
     bandwidth_fraction: float | None
     build: str
+    flags: str
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ def check(cells: Sequence[Cell]) -> None:
         raise ConfigError(f"engines are compared, and these cells have {', '.join(engines)}: give engine=compiled,llamacpp")
     first = cells[0]
     for cell in cells[1:]:
-        if (cell.label, cell.config.speed) != (first.label, first.config.speed):
+        if (cell.identity.keys.compress, cell.config.speed) != (first.identity.keys.compress, first.config.speed):
             raise ConfigError(f"cells are to differ in their engines alone: '{cell.label}' is not '{first.label}'")
+    if first.config.speed.processes != 1:
+        raise ConfigError("each round is a process of each engine: give speed.processes=1")
 
 
 def write(cells: Sequence[Cell], rounds: int, out: Path, console: Console) -> tuple[Path, list[TurnRow]]:
-    """Measure and write `engines-MODEL-METHOD-HARDWARE.csv`, round after round, so that what is measured stays.
+    """Measure and write `engines-ENGINES-MODEL-METHOD-HARDWARE.csv`, round after round, so that what is measured stays.
 
     Raises:
         Failed: A cell cannot be measured here.
@@ -106,7 +110,8 @@ def write(cells: Sequence[Cell], rounds: int, out: Path, console: Console) -> tu
     import pandas as pd
 
     first = cells[0]
-    name = slug(f"{first.identity.model}-{first.identity.pipeline}-{first.hardware(Stage.SPEED).label}")
+    engines = "-".join(cell.config.engine.name for cell in cells)
+    name = slug(f"{engines}-{first.identity.model}-{first.identity.pipeline}-{first.hardware(Stage.SPEED).label}")
     table, rows = out / f"engines-{name}.csv", list[TurnRow]()
     for row in _measured(cells, rounds, console):
         rows.append(row)
@@ -189,4 +194,5 @@ def _row(cell: Cell, number: int, record: Record | None) -> TurnRow:
         read_gbs=read,
         bandwidth_fraction=size / decode / read / 1e6 if read else None,
         build=speed.build or "not shown",
+        flags="; ".join(speed.flags),
     )

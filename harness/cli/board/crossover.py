@@ -12,9 +12,10 @@ from slimbench.harness.config.errors import ConfigError
 
 def crossover(
     results: Results = DEFAULT_RESULTS,
+    crossings: Annotated[bool, typer.Option("--crossings", help="Where one method stops being faster than another, instead.")] = False,
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "terminal",
 ) -> None:
-    """Say which method is fastest at each batch and context that was timed, and where one stops being faster than another."""
+    """Say which method is fastest at each batch and context that was timed, or where one stops being faster than another."""
     check_choice("--format", format, FORMATS)
     from slimbench.leaderboard.compare.crossover import deployments, fields
     from slimbench.leaderboard.tables import crossover as tables
@@ -22,12 +23,14 @@ def crossover(
     found = fields(table_rows(results_folder(results)))
     if not found:
         raise ConfigError(f"no speed was measured at several points in '{results}'; `slimbench sweep experiment=crossover` does that")
-    fastest = [{"of": tables.title(field)} | line for field in found for line in tables.best(field.best())]
-    print_table(format, {key: key for key in fastest[0]}, fastest)
-    crossed = [{"of": tables.title(field)} | line for field in found for line in tables.crossings(field.crossings())]
-    if crossed:
-        print()
-        print_table(format, {key: key for key in crossed[0]}, crossed)
+    lines = [
+        {"of": tables.title(field)} | line
+        for field in found
+        for line in (tables.crossings(field.crossings()) if crossings else tables.best(field.best()))
+    ]
+    if not lines:
+        raise ConfigError("no method stops being faster than another within what was measured")
+    print_table(format, {key: key for key in lines[0]}, lines)
     if format == "terminal":
         for field in found:
             print("\n".join([tables.title(field), *(f"  {one.best.label.join(tables.use(one))}" for one in deployments(field))]))

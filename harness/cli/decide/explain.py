@@ -15,6 +15,8 @@ def explain(
     model: OfModel = None,
     suite: OfSuite = None,
     device: OnDevice = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="Only cells of this engine.")] = None,
+    hardware: Annotated[str | None, typer.Option("--hardware", help="Only cells on hardware of this fingerprint.")] = None,
     format: Annotated[str, typer.Option("--format", help="terminal or json.")] = "terminal",
 ) -> None:
     """Why a cell is as fast as it is: the parts of a decode step and of a prefill, in milliseconds, beside those of its reference."""
@@ -25,7 +27,7 @@ def explain(
     from slimbench.leaderboard.explain import account
     from slimbench.leaderboard.explain.table import COLUMNS, FORECASTS, cells, foretold
 
-    found = account.explain(records, row, model, suite, device)
+    found = account.explain(records, row, {"model": model, "suite": suite, "device": device, "engine": engine, "fingerprint": hardware})
     if format == "json":
         print(json.dumps([each.model_dump(mode="json") for each in found], indent=1, ensure_ascii=False))
         return

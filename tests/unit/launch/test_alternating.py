@@ -32,6 +32,7 @@ def row(engine: str, number: int, decode: float, prefill: float, dense: float | 
         read_gbs=None,
         bandwidth_fraction=None,
         build="",
+        flags="",
     )
 
 
@@ -59,6 +60,7 @@ def test_engines_are_compared_round_by_round() -> None:
         (["engine=compiled"], "these cells have compiled: give engine=compiled,llamacpp"),
         (["engine=compiled", "method=rtn-4bit,rtn-8bit"], "these cells have compiled, compiled: "),
         (["engine=compiled,llamacpp", "method=rtn-4bit,rtn-8bit"], "these cells have compiled, compiled, llamacpp, llamacpp"),
+        (["engine=compiled,llamacpp", "method=rtn-4bit", "speed.processes=3"], "each round is a process of each engine"),
     ],
 )
 def test_cells_that_differ_in_more_than_their_engine_are_refused(overrides: list[str], words: list[str], said: str) -> None:
@@ -71,6 +73,7 @@ def test_two_engines_take_turns(overrides: list[str], tmp_path: Path) -> None:
     done = slimbench("bench", "engines", *mine, "engine=transformers,offload", "--rounds", "2", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     (table,) = (tmp_path / "out").iterdir()
+    assert table.name.startswith("engines-transformers-offload-")
     rows = list(csv.DictReader(table.open()))
     assert [(each["round"], each["engine"]) for each in rows] == [
         ("0", "transformers"),
