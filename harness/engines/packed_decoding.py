@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +75,15 @@ def computes(module: Any) -> bool:
         and not any(getattr(config, name, None) for name in _WINDOWS)
         and all(type(each) in kinds and _is_untouched(each) for each in (*own, module.model.norm))
         and config.hidden_size % LANES == layers[0].self_attn.head_dim % LANES == 0
+        and len({layer.self_attn.head_dim for layer in layers}) == 1
+        and len({(norm.variance_epsilon, norm.weight.dtype) for norm in _norms(module.model, layers)}) == 1
     )
+
+
+def _norms(model: Any, layers: Iterable[Any]) -> Iterator[Any]:
+    yield model.norm
+    for layer in layers:
+        yield from (layer.input_layernorm, layer.post_attention_layernorm)
 
 
 def _is_untouched(module: nn.Module) -> bool:

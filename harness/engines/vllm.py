@@ -96,6 +96,7 @@ class VllmModel(LoadedModel):
 
     keeps_cache = True
     times_passes = False
+    uncounted = "vLLM counts the time of requests, not of the parts of a step"
 
     def __init__(
         self, artefact: Path, loader: Any, device: str, trust_remote_code: bool, cards: int = 1, guesses: dict[str, Any] | None = None

@@ -189,10 +189,12 @@ class Generates(Capability):
 
     Attributes:
         keeps_cache: The memory of a run's KV cache stays with the model for later runs.
+        uncounted: What it does not tell of where the time of a step goes.
     """
 
     ability = "generate"
     keeps_cache = False
+    uncounted: ClassVar[str] = "the engine does not show what runs in a step"
 
     @abstractmethod
     def prefill(self, ids: torch.Tensor, room: int = 32) -> Step:
@@ -283,14 +285,9 @@ class Encodes(Capability):
 
 
 class CountsTime(Generates):
-    """It shows no operators, and has counters of its own of what they take.
-
-    Attributes:
-        uncounted: What these do not tell.
-    """
+    """It shows no operators, and has counters of its own of what they take."""
 
     ability = "count what its steps spend their time on"
-    uncounted: ClassVar[str]
 
     @abstractmethod
     def counting(self) -> CountsTime:

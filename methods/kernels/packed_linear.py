@@ -30,12 +30,14 @@ class PackedLinear(nn.Module):
         kernel: What computes the product.
         kernel_missing: Why a kernel that comes before it was not taken although it accepts the weight; None where there is none.
         grid: Layout of the weight.
+        has_offsets: The grid is not symmetric.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, kernels: tuple[type[Kernel], ...] = KERNELS) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self.grid = weight.grid
+        self.has_offsets = not weight.symmetric
         self.groups = weight.scales.shape[1]
         self.dtype = weight.scales.dtype
         self._kernel, self.kernel_missing = choose(weight, kernels)

@@ -12,21 +12,25 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.counted import Counted
-from slimbench.harness.measure.ledger.parts import Layers, joins, places_of, sums
+from slimbench.harness.measure.ledger.parts import Layers, joins, sums
 from slimbench.harness.measure.ledger.place import Place
-from slimbench.harness.measure.ledger.products import Products, dtype_of
-from slimbench.harness.measure.ledger.recorded import OtherPieces, outline, record, recording
+from slimbench.harness.measure.ledger.products import Products
+from slimbench.harness.measure.ledger.recorded import OtherPieces, recording
 from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain, turn_of
 from slimbench.harness.measure.ledger.turns import Takes, Turn, by_place, ledger_of, part_of
 from slimbench.harness.measure.ledger.waking import waking
+from slimbench.harness.measure.ledger.watch import finished, watch_of
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 
 _LEAST_TURNS = 6
-_STEPS_OF_TURN: dict[Phase, int] = {"decode": Decoding.recorded, "prefill": 4 * Decoding.recorded}
+_STEPS_OF_TURN: dict[Phase, int] = {"decode": Decoding.recorded, "prefill": 2 * Decoding.recorded}
 _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 """Tokens of a text at least: a turn has no prompt in it."""
+_SHORT = 8
 _PYTHON, _WAITING = Place("python"), Place("waiting")
+_IDLE = 0.1
+"""Share of a step in which a card has nothing to do, from which on launches are what takes the time."""
 _REGION = ("product", "head")
 """Kinds of parts each of whose calls is a parallel region."""
 
@@ -39,14 +43,15 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
     All models take part in each turn, so that the machine is the same for all, whatever it does in the meantime.
 
     Args:
-        steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a quarter of
+        steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a half of
             these turns.
         phases: Of which.
     """
     found: list[list[Ledger]] = [[] for _ in models]
+    records = [_Recording(model, point) for model in models]
     with torch.inference_mode():
         for phase in phases:
-            begun = [(held, takes) for held, model in zip(found, models, strict=True) if (takes := _begun(model, point, phase))]
+            begun = [(held, takes) for held, of in zip(found, records, strict=True) if (takes := _begun(of, phase))]
             turns = max(_LEAST_TURNS, -(-steps // _STEPS_OF_TURN[phase]))
             taken = _in_turns([takes for _, takes in begun], turns)
             for (held, takes), own in zip(begun, taken, strict=True):
@@ -66,9 +71,31 @@ def _in_turns(begun: Sequence[Takes], turns: int) -> list[list[Turn]]:
     return [[own[at] for at in kept] if is_steady and kept else own for own, is_steady in zip(taken, steady, strict=True)]
 
 
-def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> Takes | None:
+class _Recording:
+    """The texts of a model, and what recording its steps takes.
+
+    Attributes:
+        ids: Prompts.
+        room: Tokens behind them.
+    """
+
+    def __init__(self, model: Generates, point: SpeedPoint) -> None:
+        self.model, self.ids, self.room = model, prompts(model, point), max(_ROOM, point.new_tokens)
+
+    def own(self, phase: Phase) -> float:
+        """Milliseconds that the recording of an event takes: of decode steps, or of short prompts, whose operators are those of long ones.
+
+        On a card it changes no kernel.
+        """
+        if not watch_of(self.model.device).has_regions:
+            return 0.0
+        short = Prefill(self.model, self.ids[:, :_SHORT], self.room)
+        return recording(Decoding(self.model, self.ids, self.room).next if phase == "decode" else short)
+
+
+def _begun(of: _Recording, phase: Phase) -> Takes | None:
     """None: what the engine shows is told with its decode step."""
-    ids, room = prompts(model, point), max(_ROOM, point.new_tokens)
+    model, ids, room = of.model, of.ids, of.room
 
     def begun(of: Generates) -> Repeats:
         return Decoding(of, ids, room) if phase == "decode" else Prefill(of, ids, room)
@@ -77,16 +104,19 @@ def _begun(model: Generates, point: SpeedPoint, phase: Phase) -> Takes | None:
         return Counted(model, begun)
     if reason := _unseen(model):
         return _Blank(model, begun(model), reason) if phase == "decode" else None
-    return _Account(model, begun(model), ids, room)
+    account = _Account(of, begun(model))
+    if not account.pieces:
+        return _Blank(model, begun(model), "no one may profile this card") if phase == "decode" else None
+    return account
 
 
 def _unseen(model: Generates) -> str | None:
-    if getattr(model, "module", None) is None:
-        return "the engine does not show what runs in a step"
-    if model.device.type != "cpu":
-        return "steps of a card are not recorded yet"
     if model.slots:
         return "a policy decides what runs in a step"
+    if len(model.devices) > 1:
+        return "several cards work on a step"
+    if getattr(model, "module", None) is None:
+        return model.uncounted
     return None
 
 
@@ -110,49 +140,55 @@ class _Blank:
 class _Account:
     """The parts of one kind of step."""
 
-    def __init__(self, model: Generates, step: Repeats, ids: torch.Tensor, room: int) -> None:
-        module = getattr(model, "module")  # noqa: B009
-        self._model, self._step, self._heads = model, step, len(ids)
+    def __init__(self, of: _Recording, step: Repeats) -> None:
+        model, module = of.model, getattr(of.model, "module")  # noqa: B009
+        self._model, self._step, self._heads, self._watch = model, step, len(of.ids), watch_of(model.device)
         layers = Layers.of(module)
         step.ready(3)
         step()  # what is compiled is compiled before anything is hooked onto layers
-        self._pieces = outline(step, layers.named)
-        self._joins = any(map(joins, self._pieces))
-        self._layers = Layers.of(module, self._joins)
-        self._places = places_of(self._pieces, self._layers, step.tokens)
+        self._whole = finished(step, model.device)
+        self.pieces = self._watch.outline(self._whole, layers.named)
+        self._joins = any(map(joins, self.pieces))
+        self._layers = Layers.of(module, self._joins, self._watch.blurs(self.pieces))
+        self._places = self._watch.places_of(self.pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
-        self._overhead = recording(Decoding(model, ids, room).next)
+        self._own = of.own(step.phase)
         step.end()
 
     def turn(self, wait: float) -> Turn:
         self._step.ready(turn_of(self._step))
         whole = plain(self._model, self._step)
         try:
-            recorded = record(self._step, self._pieces, self._step.recorded, self._overhead)
+            recorded = self._watch.record(self._whole, self.pieces, self._step.recorded, self._own)
         except OtherPieces:
             return Turn(whole, wait)
         steps = [{_PYTHON: 0.0} | dict(sums(times.pieces, self._places)) for times in recorded]
         for step, times in zip(steps, recorded, strict=True):
-            step[_PYTHON] += times.between
+            step[_PYTHON] += max(0.0, whole - sum(times.pieces)) if times.between is None else times.between
         taken = {place: statistics.median(step[place] for step in steps) for place in steps[0]}
         waits = {place: min(ms, self._waiting(place, wait)) for place, ms in taken.items()}
         return Turn(whole, wait, {place: ms - waits[place] for place, ms in taken.items()} | {_WAITING: sum(waits.values())})
 
     def _waiting(self, place: Place, wait: float) -> float:
-        return self._calls[place] * wait if place.kind in _REGION else 0.0
+        return self._calls[place] * wait if self._watch.has_regions and place.kind in _REGION else 0.0
 
     def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
         if any(turn.parts is None for turn in turns):
             return ledger_of(self._step.phase, turns, unseen="its steps are made of other operators each time")
-        products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._overhead)
+        products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own, self._model.device)
         wait, alone = statistics.median(turn.wait for turn in turns), products.milliseconds()
         left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
         parts = [self._part(place, calls[place], taken, left.get(place)) for place, taken in by_place(turns).items() if any(taken)]
         apart = self._model.decodes_packed_apart and self._step.phase == "decode"
-        others = list(products.alternatives(3 * self._step.recorded, apart)) if foretells else []
+        others = list(products.alternatives(3 * self._step.recorded, apart)) if foretells and not self._idles(turns) else []
         return ledger_of(self._step.phase, turns, parts, alternatives=others)
+
+    def _idles(self, turns: Sequence[Turn]) -> bool:
+        """Whether a card waits for launches, so that shorter kernels change nothing."""
+        idle = statistics.median((turn.parts or {}).get(_PYTHON, 0.0) / turn.step for turn in turns)
+        return self._model.device.type == "cuda" and idle > _IDLE
 
     def _part(self, place: Place, calls: int, taken: Sequence[float], alone: float | None) -> LedgerPart:
         own = [layer for name, layer in self._layers.named.items() if self._layers.place[name] == place]
@@ -161,4 +197,5 @@ class _Account:
 
 
 def _kernel(layer: torch.nn.Module) -> str:
-    return getattr(layer, "kernel", None) or str(dtype_of(layer)).removeprefix("torch.")
+    held = getattr(layer, "dtype", None) or getattr(layer, "weight").dtype  # noqa: B009
+    return getattr(layer, "kernel", None) or str(held).removeprefix("torch.")

@@ -35,26 +35,29 @@ class Layers:
         place: Of each, by name.
         groups: Names in the order of their calls, those of the same inputs together.
         activation: Most numbers of what goes from layer to layer, for one token.
+        dtype: Of what goes from layer to layer.
     """
 
     named: dict[str, torch.nn.Module]
     place: dict[str, Place]
     groups: list[list[str]]
     activation: int
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, module: Any, joins: bool = False) -> Layers:
+    def of(cls, module: Any, joins: bool = False, blurred: bool = False) -> Layers:
         """Those of a causal language model.
 
         Args:
             joins: Layers of the same inputs are called at once, and so are of one class.
+            blurred: All that are not the head are of one class.
         """
         head, names = module.get_output_embeddings(), {id(layer): name for name, layer in module.named_modules()}
         named = {names[id(layer)]: layer for layer, _ in products(module)}
         groups = _groups(module, named)
         signs: dict[Any, list[str]] = defaultdict(list)
         for name, layer in named.items():
-            signs[layer is head, *_shapes(layer)].append(name)
+            signs[layer is head, *(() if blurred else _shapes(layer))].append(name)
         if joins:
             signs = _united(signs, groups)
         place = dict[str, Place]()
@@ -64,7 +67,7 @@ class Layers:
             place |= dict.fromkeys(members, Place("head") if is_head else Place("product", last))
         held: list[Any] = list(named.values())
         sizes = [(layer.out_features,) if layer is head else (layer.in_features, layer.out_features) for layer in held]
-        return cls(named, place, groups, max(map(max, sizes), default=0))
+        return cls(named, place, groups, max(map(max, sizes), default=0), module.dtype)
 
     def whose(self, shapes: Iterable[tuple[int, ...]]) -> Place | None:
         """The class whose weights an operator was given, by the shapes of its inputs; None where it was given none."""
@@ -146,7 +149,7 @@ def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
     if is_product and (found := layers.whose(piece.shapes)):
         return found
     if fused := _FUSED.match(name):
-        return Place(_of_fused(fused[1]))
+        return Place(of_fused(fused[1]))
     if " " in name:
         return Place("python")
     if _EXPANDS.search(name):
@@ -156,7 +159,7 @@ def place_of(piece: Piece, layers: Layers, tokens: int) -> Place:
     return Place("attention" if is_product or _ATTENTION.search(name) else "elementwise")
 
 
-def _of_fused(operators: str) -> PartKind:
+def of_fused(operators: str) -> PartKind:
     """Of a kernel that a compiler made of several operators, whose names it bears."""
     if "softmax" in operators or "index_copy" in operators:
         return "attention"

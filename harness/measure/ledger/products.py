@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from slimbench.harness.measure.evidence import bytes_of
-from slimbench.harness.measure.ledger.parts import Layers, places_of
+from slimbench.harness.measure.ledger import card
+from slimbench.harness.measure.ledger.parts import Layers
 from slimbench.harness.measure.ledger.place import Place
-from slimbench.harness.measure.ledger.recorded import Overhead, outline, record
+from slimbench.harness.measure.ledger.watch import finished, watch_of
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import median_interval
 from slimbench.methods.kernels.cpu import share
@@ -46,17 +47,18 @@ class Products:
         tokens: Rows of inputs.
         heads: Rows that the head multiplies.
         joins: The engine's compiler joins packed products of the same inputs, and leaves no Python between any.
-        overhead: Of the recording of their times.
+        own: Milliseconds that the recording of an event takes.
+        device: Where the layers are.
     """
 
-    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool, overhead: Overhead) -> None:
-        self.layers, self.tokens, self.joins, self._overhead = layers, tokens, joins, overhead
+    def __init__(self, layers: Layers, tokens: int, heads: int, joins: bool, own: float, device: torch.device) -> None:
+        self.layers, self.tokens, self.joins, self._own, self._device = layers, tokens, joins, own, device
         self._inputs = [self._input(group, heads) for group in layers.groups]
 
     def _input(self, group: list[str], heads: int) -> torch.Tensor:
         layer: Any = self.layers.named[group[0]]
         rows = heads if self.layers.place[group[0]].kind == "head" else self.tokens
-        return torch.randn(1, rows, layer.in_features).to(dtype_of(layer))
+        return torch.randn(1, rows, layer.in_features).to(self._device, self.layers.dtype)
 
     def step(self, others: Mapping[str, nn.Module] | None = None) -> Callable[[], None]:
         """What makes them once, with other layers in the place of some."""
@@ -77,11 +79,11 @@ class Products:
 
     def milliseconds(self) -> dict[Place, float]:
         """Of the products of each part, without what lies between them."""
-        step = self.step()
-        pieces = outline(step, self.layers.named)
-        taken = [times.pieces for times in record(step, pieces, _ALONE, self._overhead)]
+        step, watch = finished(self.step(), self._device), watch_of(self._device)
+        pieces = watch.outline(step, self.layers.named)
+        taken = [times.pieces for times in watch.record(step, pieces, _ALONE, self._own)]
         found: dict[Place, float] = defaultdict(float)
-        for index, place in enumerate(places_of(pieces, self.layers, self.tokens)):
+        for index, place in enumerate(watch.places_of(pieces, self.layers, self.tokens)):
             if place.kind in ("product", "head"):
                 found[place] += statistics.median(times[index] for times in taken)
         return found
@@ -96,31 +98,43 @@ class Products:
         for asked in _asked(self.layers):
             if apart and asked.crosses:
                 continue
-            others = _made(asked, self.layers)
-            if others is not None:
-                yield self._compared(asked, others, turns)
+            others = _made(asked, self.layers, self._device)
+            if others is not None and (found := self._compared(asked, others, turns)):
+                yield found
 
-    def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative:
-        here, there = self.step(), self.step(others)
-        changes = [self._milliseconds(there) - self._milliseconds(here) for _ in range(turns + 1)][1:]
+    def _compared(self, asked: _Asked, others: Mapping[str, nn.Module], turns: int) -> Alternative | None:
+        """None where a layer of the step waits for the card, so that it cannot be timed alone."""
+        try:
+            here, there = self._clock(self.step()), self._clock(self.step(others))
+        except RuntimeError:
+            if self._device.type != "cuda":
+                raise
+            return None
+        changes = [there() - here() for _ in range(turns + 1)][1:]
         low, high = median_interval(changes)
         group = asked.grid.group_size if asked.grid and asked.setting != "head_bits" else None
         return Alternative(
             setting=asked.setting, value=asked.value, group_size=group, change_ms=statistics.median(changes), low=low, high=high
         )
 
-    def _milliseconds(self, step: Callable[[], None]) -> float:
-        """Of the second of two runs where they are short: the first wakes the threads."""
-        if self.tokens <= _SHORT:
+    def _clock(self, step: Callable[[], None]) -> Callable[[], float]:
+        """Milliseconds of each run; on a processor of the second of two where they are short, since the first wakes the threads."""
+        if self._device.type == "cuda":
+            return card.clock(step)
+
+        def milliseconds() -> float:
+            if self.tokens <= _SHORT:
+                step()
+            began = time.perf_counter()
             step()
-        began = time.perf_counter()
-        step()
-        return 1000 * (time.perf_counter() - began)
+            return 1000 * (time.perf_counter() - began)
+
+        return milliseconds
 
 
 def _bare(layer: Any) -> Callable[[torch.Tensor], object]:
     """The product of a layer without the Python of its module, as compiled code calls it."""
-    if isinstance(layer, nn.Linear):
+    if type(layer) is nn.Linear:
         return partial(functional.linear, weight=layer.weight, bias=layer.bias)
     if isinstance(layer, PackedLinear) and layer.kernel == OwnCpu.name:
         return lambda x: OwnCpu.multiply(layer, x[0])
@@ -128,21 +142,18 @@ def _bare(layer: Any) -> Callable[[torch.Tensor], object]:
     return made
 
 
-def dtype_of(layer: Any) -> torch.dtype:
-    """In which a layer wants its inputs."""
-    found: torch.dtype = getattr(layer, "dtype", None) or layer.weight.dtype
-    return found
-
-
 @dataclass(frozen=True)
 class _Asked:
-    """Layers on another grid; None: dense. `crosses`: packed blocks instead of dense ones, or these instead of those."""
+    """Layers on another grid; None: dense. `crosses`: packed blocks instead of dense ones, or these instead of those. `offsets`: on a grid
+    that is not symmetric.
+    """
 
     setting: Setting
     value: int | None
     grid: Grid | None
     names: tuple[str, ...]
     crosses: bool = False
+    offsets: bool = False
 
 
 def _asked(layers: Layers) -> Iterator[_Asked]:
@@ -152,9 +163,10 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
         now = _grid(layers.named[heads[0]])
         yield from (_Asked("head_bits", bits, grid, heads) for bits, grid in _HEADS.items() if grid != now)
     held = {_grid(layers.named[name]) for name in blocks}
-    if len(held) != 1 or not all(_is_plain(layers.named[name]) for name in blocks):
+    offsets = {_has_offsets(layers.named[name]) for name in blocks}
+    if len(held) != 1 or len(offsets) != 1 or not all(_is_plain(layers.named[name]) for name in blocks):
         return
-    (now,) = held
+    (now,), (shifted,) = held, offsets
     if now is not None and (now.activation_bits or now.number != "int"):
         return
     inside: list[Any] = [layers.named[name] for name in blocks]
@@ -162,31 +174,35 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
     group = now.group_size if now else next(fitting, None)
     for bits in _BITS:
         if now is None or bits != now.bits:
-            yield _Asked("bits", bits, Grid(bits, group), blocks, crosses=now is None)
+            yield _Asked("bits", bits, Grid(bits, group), blocks, now is None, shifted)
     if now is not None:
-        yield from (_Asked("group_size", size, Grid(now.bits, size), blocks) for size in _GROUPS if size != group)
+        yield from (_Asked("group_size", size, Grid(now.bits, size), blocks, offsets=shifted) for size in _GROUPS if size != group)
         yield _Asked("bits", None, None, blocks, crosses=True)
 
 
 def _is_plain(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, PackedLinear) and not layer.sparse and not layer.has_low_rank)
+    return type(layer) is nn.Linear or (type(layer) is PackedLinear and not layer.sparse and not layer.has_low_rank)
 
 
 def _grid(layer: Any) -> Grid | None:
     return layer.grid if isinstance(layer, PackedLinear) else None
 
 
-def _made(asked: _Asked, layers: Layers) -> dict[str, nn.Module] | None:
+def _has_offsets(layer: Any) -> bool:
+    return isinstance(layer, PackedLinear) and layer.has_offsets
+
+
+def _made(asked: _Asked, layers: Layers, device: torch.device) -> dict[str, nn.Module] | None:
     """Random layers of the same shapes; None where memory is short, or a shape does not fit the grid."""
     models: dict[tuple[int, int], nn.Module] = {}
-    made, left = dict[str, nn.Module](), _FREE * psutil.virtual_memory().available
+    made, left = dict[str, nn.Module](), _FREE * _available(device)
     for name in asked.names:
         layer: Any = layers.named[name]
         shape = layer.out_features, layer.in_features
         if asked.grid and shape[1] % (asked.grid.group_size or 1):
             return None
         if shape not in models:
-            models[shape] = _random(asked.grid, *shape, dtype_of(layer))
+            models[shape] = _random(asked, *shape, layers.dtype, device)
         left -= bytes_of(models[shape])
         if left < 0:
             return None
@@ -194,7 +210,13 @@ def _made(asked: _Asked, layers: Layers) -> dict[str, nn.Module] | None:
     return made
 
 
-def _random(grid: Grid | None, outputs: int, inputs: int, dtype: torch.dtype) -> nn.Module:
-    if grid is None:
-        return nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(False)
-    return PackedLinear(random_weight(grid, outputs, inputs, torch.device("cpu"), dtype))
+def _available(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _random(asked: _Asked, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if asked.grid is None:
+        return nn.Linear(inputs, outputs, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    weight = random_weight(asked.grid, outputs, inputs, device, dtype)
+    return PackedLinear(replace(weight, offsets=weight.scales.clone()) if asked.offsets else weight)

@@ -1,8 +1,8 @@
 """What the main thread does in one step, piece after piece, as torch's profiler sees it in the very step that is timed.
 
 Threads of a product work inside the call that started them, so the pieces of the main thread and what lies between them are the step.
-Recording takes time itself, once for each event. What one takes is measured on operators that do next to nothing, behind such a step, and
-taken off; an operator within another takes less than one that is called by itself.
+Recording takes time itself, once for each event, and more amid other work than in a loop of next to nothing. So what one takes is measured
+on such steps, where these are short: by how much those that are recorded are longer than those that are not, in turns. It is taken off.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from slimbench.util.silence import libraries_silenced
@@ -22,9 +23,8 @@ from slimbench.util.silence import libraries_silenced
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
 _SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", "slimbench::packed_blocks", _LAYER)
-_PROBES = 32
 _SESSIONS = 6
-_ROUNDS = 4
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,11 @@ class Times:
 
     Attributes:
         pieces: Of each, in order.
-        between: Between them: Python, and what launches them.
+        between: Between them: Python, and what launches them; None: what is left of a step that nobody records.
     """
 
     pieces: tuple[float, ...]
-    between: float
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Milliseconds that recording takes.
-
-    Attributes:
-        call: Of an operator that no other one calls.
-        inner: Of one within another.
-    """
-
-    call: float
-    inner: float
+    between: float | None
 
 
 class OtherPieces(Exception):
@@ -80,68 +67,88 @@ def outline(step: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -
     Args:
         layers: Modules whose pieces are to be told apart where they are called, by name.
     """
-    with _watched(layers):
-        (root,) = _recorded(step, 1, shapes=True)
-    return [_piece(event, layer) for event, layer in _topmost(root, None) if event is not None]
+    with watched(layers):
+        (root,) = steps_among(events_of(step, 1, shapes=True))
+    return [piece_of(event, layer) for event, layer in topmost(root) if not is_scope(event)]
 
 
-def record(step: Callable[[], object], pieces: Sequence[Piece], count: int, overhead: Overhead) -> list[Times]:
+def record(step: Callable[[], object], pieces: Sequence[Piece], count: int, own: float) -> list[Times]:
     """Record some steps that are like the one that was outlined.
 
     Args:
-        overhead: Of the recording, which is taken off.
+        own: Milliseconds that the recording of an event takes.
 
     Raises:
         OtherPieces: One is not made of these.
     """
-    return [_times(root, pieces, overhead) for root in _recorded(step, count, shapes=False)]
+    return [_times(root, pieces, own) for root in steps_among(events_of(step, count, shapes=False))]
 
 
-def _times(root: Any, pieces: Sequence[Piece], overhead: Overhead) -> Times:
+def _times(root: Any, pieces: Sequence[Piece], own: float) -> Times:
     """What a step took, without what the recording of each event takes: of a call one half lies within its own time."""
-    found = [event for event, _ in _topmost(root, None)]
-    calls, scopes = [event for event in found if event is not None], found.count(None)
+    found = [event for event, _ in topmost(root)]
+    calls = [event for event in found if not is_scope(event)]
     if [event.name for event in calls] != [piece.name for piece in pieces]:
         raise OtherPieces
-    within = [sum(1 for _ in _below(event)) for event in calls]
+    within = [sum(1 for _ in below(event)) for event in calls]
     taken = [event.time_range.elapsed_us() / 1000 for event in calls]
-    times = tuple(max(0.0, ms - overhead.inner * events - overhead.call / 2) for ms, events in zip(taken, within, strict=True))
-    return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - overhead.call * (len(calls) / 2 + scopes)))
+    times = tuple(max(0.0, ms - own * (events + 0.5)) for ms, events in zip(taken, within, strict=True))
+    return Times(times, max(0.0, root.time_range.elapsed_us() / 1000 - sum(taken) - own * (len(found) - len(calls) / 2)))
 
 
-def _recorded(step: Callable[[], object], count: int, shapes: bool) -> list[Any]:
-    """The events of steps; one more comes first, for the profiler to settle."""
-    with libraries_silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=shapes) as recorded:
+def events_of(step: Callable[[], object], count: int, shapes: bool, card: bool = False) -> list[Any]:
+    """What the profiler sees of steps; one more comes first, for it to settle.
+
+    Args:
+        card: Record what a card does, too.
+    """
+    with libraries_silenced(), profile(activities=_activities(card), record_shapes=shapes) as recorded:
         step()
         for _ in range(count):
             with record_function(_STEP):
                 step()
-    return [event for event in recorded.events() or () if event.name == _STEP]
+    return list(recorded.events() or ())
 
 
-def _piece(event: Any, layer: str | None) -> Piece:
+def _activities(card: bool) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if card else [])]
+
+
+def steps_among(events: Sequence[Any]) -> list[Any]:
+    """The steps among events, one after the other."""
+    return [event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
+
+
+def piece_of(event: Any, layer: str | None) -> Piece:
+    """A call, as a ledger knows it."""
     shapes = tuple(tuple(shape) for shape in event.input_shapes or () if shape and all(isinstance(size, int) for size in shape))
-    return Piece(event.name, layer, shapes, tuple(each.name for each in _below(event)))
+    return Piece(event.name, layer, shapes, tuple(each.name for each in below(event)))
 
 
-def _topmost(event: Any, layer: str | None) -> Iterator[tuple[Any, str | None]]:
-    """The calls that no other call holds, each with its layer, and None for each scope that was looked into."""
+def topmost(event: Any, layer: str | None = None) -> Iterator[tuple[Any, str | None]]:
+    """The calls that no other call holds, each with its layer, and before them the scopes that they lie in."""
     for child in sorted(event.cpu_children, key=lambda each: each.time_range.start):
-        if child.name.startswith(_SCOPES):
-            yield None, layer
-            yield from _topmost(child, child.name.removeprefix(_LAYER) if child.name.startswith(_LAYER) else layer)
-        else:
-            yield child, layer
+        inside = child.name.removeprefix(_LAYER) if child.name.startswith(_LAYER) else layer
+        yield child, inside
+        if is_scope(child):
+            yield from topmost(child, inside)
 
 
-def _below(event: Any) -> Iterator[Any]:
+def is_scope(event: Any) -> bool:
+    """Whether a name was given to what lies within, and nothing is computed by it."""
+    found: bool = event.name.startswith(_SCOPES)
+    return found
+
+
+def below(event: Any) -> Iterator[Any]:
+    """All events within one."""
     for child in event.cpu_children:
         yield child
-        yield from _below(child)
+        yield from below(child)
 
 
 @contextmanager
-def _watched(layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+def watched(layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     """Within it the calls of layers are recorded by name."""
     with ExitStack() as hooks:
         for name, layer in layers.items():
@@ -163,29 +170,18 @@ class _Scope:
         self._open.pop().__exit__(None, None, None)
 
 
-def recording(step: Callable[[], object]) -> Overhead:
-    """What recording takes: of small operators right behind a step, whose data the caches then hold."""
-    number, weight = torch.zeros(1, 1, 8), torch.zeros(8, 8)
-    call, _ = _overhead(step, lambda: number.mul(number))
-    whole, events = _overhead(step, lambda: torch.nn.functional.linear(number, weight))
-    return Overhead(call, max(0.0, whole - call) / (events - 1))
-
-
-def _overhead(step: Callable[[], object], probe: Callable[[], object]) -> tuple[float, int]:
-    """Milliseconds that the recording of a small call takes, behind a step, and its operators."""
-
-    def milliseconds() -> float:
-        step()
-        began = time.perf_counter()
-        for _ in range(_PROBES):
-            probe()
-        return 1000 * (time.perf_counter() - began)
-
-    taken = []
+def recording(step: Callable[[], object]) -> float:
+    """Milliseconds that the recording of an event takes, of steps that are alike."""
+    longer = list[float]()
     for _ in range(_SESSIONS):
-        bare = statistics.median(milliseconds() for _ in range(_ROUNDS))
-        with libraries_silenced(), profile(activities=[ProfilerActivity.CPU]):
-            milliseconds()
-            taken.append(statistics.median(milliseconds() for _ in range(_ROUNDS)) - bare)
-    (root,) = _recorded(probe, 1, shapes=False)
-    return max(0.0, statistics.median(taken)) / _PROBES, sum(1 for _ in _below(root))
+        bare = statistics.median(_milliseconds(step) for _ in range(_ROUNDS))
+        roots = steps_among(events_of(step, _ROUNDS, shapes=False))
+        seen = statistics.median(root.time_range.elapsed_us() / 1000 for root in roots)
+        longer.append((seen - bare) / max(1, sum(1 for _ in below(roots[-1]))))
+    return max(0.0, statistics.median(longer))
+
+
+def _milliseconds(step: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    step()
+    return 1000 * (time.perf_counter() - began)

@@ -36,7 +36,7 @@ def missing() -> str | None:
 def takes(layer: nn.Module) -> bool:
     """Whether a layer is one of those that the operator multiplies: packed in bfloat16, and nothing is added to its product."""
     return (
-        isinstance(layer, PackedLinear)
+        type(layer) is PackedLinear
         and layer.kernel == OwnCpu.name
         and layer.dtype is torch.bfloat16
         and layer.bias is None

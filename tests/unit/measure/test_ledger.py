@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
+from slimbench.harness.measure.ledger import products
 from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.ledger.parts import Layers, place_of, places_of
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
-from slimbench.harness.measure.ledger.recorded import Overhead, Piece
+from slimbench.harness.measure.ledger.recorded import Piece
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.packed_linear import PackedLinear
@@ -140,10 +142,10 @@ def test_products_alone_are_of_every_class(joins: bool) -> None:
             packed.set_submodule(name, PackedLinear(weight, kernels=(OwnCpu,)))
     layers = Layers.of(packed, joins)
     with torch.inference_mode():
-        products = Products(layers, tokens=1, heads=1, joins=joins, overhead=Overhead(0.0, 0.0))
-        assert products.milliseconds().keys() == set(layers.place.values())
-        settings = [(other.setting, other.value) for other in products.alternatives(4, apart=False)]
-        apart = [(other.setting, other.value) for other in products.alternatives(4, apart=True)]
+        found = Products(layers, tokens=1, heads=1, joins=joins, own=0.0, device=torch.device("cpu"))
+        assert found.milliseconds().keys() == set(layers.place.values())
+        settings = [(other.setting, other.value) for other in found.alternatives(4, apart=False)]
+        apart = [(other.setting, other.value) for other in found.alternatives(4, apart=True)]
     assert apart == [setting for setting in settings if setting != ("bits", None)]
     assert settings == [
         *(("head_bits", bits) for bits in (None, 4, 8)),
@@ -151,6 +153,41 @@ def test_products_alone_are_of_every_class(joins: bool) -> None:
         *(("group_size", size) for size in (32, 128)),
         ("bits", None),
     ]
+
+
+def test_other_grids_have_offsets_where_those_of_the_layers_have() -> None:
+    """They cost time of their own."""
+    packed = module()
+    for name, layer in list(packed.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            weight = random_weight(Grid(4, 64), layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16)
+            packed.set_submodule(name, PackedLinear(replace(weight, offsets=weight.scales.clone())))
+    layers = Layers.of(packed)
+    made = {(asked.setting, asked.value): products._made(asked, layers, torch.device("cpu")) for asked in products._asked(layers)}
+    assert {("head_bits", 8), ("bits", 8), ("group_size", 32), ("bits", None)} <= made.keys()
+    for setting, others in made.items():
+        assert others
+        held = {getattr(layer, "has_offsets", None) for layer in others.values()}
+        assert held == ({None} if setting == ("bits", None) else {setting[0] != "head_bits"})
+
+
+class Library(torch.nn.Linear):
+    """As libraries have them: codes in place of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def test_layers_of_libraries_are_compared_with_no_grid_and_get_inputs_of_the_model() -> None:
+    foreign = module()
+    for name, layer in list(foreign.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            other = Library(layer.in_features, layer.out_features, bias=False)
+            other.weight = torch.nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.uint8), requires_grad=False)
+            foreign.set_submodule(name, other)
+    layers = Layers.of(foreign)
+    found = Products(layers, tokens=1, heads=1, joins=False, own=0.0, device=torch.device("cpu"))
+    assert list(found.alternatives(4, apart=False)) == [] and {x.dtype for x in found._inputs} == {torch.bfloat16}
 
 
 def test_where_a_policy_decides_there_is_the_time_of_a_step_alone() -> None:
