@@ -65,7 +65,7 @@ pictures: board
 
 # The tables of README and docs, from the records of reference.
 readme: setup
-	$(BIN)/python -P -m slimbench.leaderboard.tables.readme results README.md docs/methods.md docs/grids.md
+	$(BIN)/python -P -m slimbench.leaderboard.tables.readme results README.md docs/engines.md docs/methods.md docs/grids.md
 
 clean:
 	rm -rf $(VENV) runs board

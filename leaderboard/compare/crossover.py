@@ -20,7 +20,7 @@ from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.row import Row
 
 DENSE = "dense"
-_SPEEDUP: dict[Phase, str] = {"decode": "speedup", "prefill": "prefill_speedup"}
+SPEEDUP: dict[Phase, str] = {"decode": "speedup", "prefill": "prefill_speedup"}
 _FIGURE = {"decode": Figure.DECODE, "prefill": Figure.PREFILL}
 Axis = Literal["batch", "context"]
 
@@ -49,6 +49,7 @@ class Best:
         gain: Over dense; 1 where dense is.
         next: The one behind it.
         lead: Its gain over that one.
+        beside: Those from which it is not told apart: the interval of its gain over them holds 1.
     """
 
     batch: int
@@ -57,11 +58,12 @@ class Best:
     gain: Gain
     next: str | None
     lead: Gain | None
+    beside: Sequence[str] = ()
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval of its lead is above 1."""
-        return self.lead is None or self.lead.low > 1
+        """Whether it is told apart from all others."""
+        return not self.beside
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Field:
     gains: Mapping[tuple[int, int], Mapping[str, Gain]]
     rows: Mapping[str, Row] = field(default_factory=dict)
 
+    @property
+    def of_one_process(self) -> bool:
+        """Whether intervals of a row do not hold what differs from process to process."""
+        return any(flag.startswith("speed of one process") for row in self.rows.values() for flag in row.flags)
+
     def best(self) -> list[Best]:
         """At every point, in order."""
         return [_best(point, known) for point, known in sorted(self.gains.items())]
@@ -120,7 +127,7 @@ class Field:
             if one in known and other in known:
                 lines[point[1 - axis]].append((point[axis], known[one].over(known[other])))
         for fixed, line in sorted(lines.items()):
-            yield [_named(place, one, other, over, fixed) for place in _places(line)]
+            yield [_named(place, one, other, over, fixed) for place in places(line) if place.is_shown]
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,12 @@ def deployments(of: Field) -> list[Deployment]:
     """One stream and many behind the shortest context, one behind the longest; those that the grid tells apart."""
     batches, contexts = ({point[axis] for point in of.gains} for axis in (0, 1))
     few, many, short, long = min(batches), max(batches), min(contexts), max(contexts)
-    points = {(few, short): "one stream", (many, short): "many streams", (few, long): "a long context"}
-    return [Deployment(name, _best(point, of.gains[point])) for point, name in points.items() if point in of.gains]
+    points = [
+        ("one stream", (few, short), True),
+        ("many streams", (many, short), many > few),
+        ("a long context", (few, long), long > short),
+    ]
+    return [Deployment(name, _best(point, of.gains[point])) for name, point, is_told in points if is_told and point in of.gains]
 
 
 def fields(board: Sequence[Row]) -> list[Field]:
@@ -156,10 +167,15 @@ def fields(board: Sequence[Row]) -> list[Field]:
             groups[row.model, row.engine_label, *place, row.speed, row.speed_protocol, row.temperature].append(row)
     found = []
     for group in groups.values():
-        for phase, name in _SPEEDUP.items():
-            valid = {row.label: row for row in group if not invalidating(row.flags, [_FIGURE[phase]])}
+        for phase, name in SPEEDUP.items():
+            valid = {row.label: row for row in group if counts(row, phase)}
             found.append(Field(group[0], phase, _gains(list(valid.values()), name), valid))
     return [each for each in found if len(each.gains) > 1]
+
+
+def counts(row: Row, phase: Phase) -> bool:
+    """Whether a speed-up of a row may be compared: it is one's own, and no flag takes it away."""
+    return not row.foreign and not invalidating(row.flags, [_FIGURE[phase]])
 
 
 def _gains(group: Sequence[Row], name: str) -> dict[tuple[int, int], dict[str, Gain]]:
@@ -180,18 +196,26 @@ def _gains(group: Sequence[Row], name: str) -> dict[tuple[int, int], dict[str, G
 def _best(point: tuple[int, int], known: Mapping[str, Gain]) -> Best:
     (label, gain), *others = sorted(known.items(), key=lambda item: -item[1].value)
     behind = others[0] if others else None
-    return Best(*point, label, gain, behind[0] if behind else None, gain.over(behind[1]) if behind else None)
+    beside = [other for other, theirs in others if gain.over(theirs).low <= 1]
+    return Best(*point, label, gain, behind[0] if behind else None, gain.over(behind[1]) if behind else None, beside)
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where a ratio crosses 1, with the bounds of its interval; None: beyond what was measured. `falls`: above 1 before it."""
+
     at: float
     low: float | None
     high: float | None
     falls: bool
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the ratio is told apart from 1 on one side at least."""
+        return self.low is not None or self.high is not None
 
-def _places(line: Sequence[tuple[int, Gain]]) -> list[_Place]:
+
+def places(line: Sequence[tuple[int, Gain]]) -> list[Place]:
     """Where a ratio crosses 1."""
     values, lows, highs = ([(at, getattr(gain, name)) for at, gain in line] for name in ("value", "low", "high"))
     found = []
@@ -199,7 +223,7 @@ def _places(line: Sequence[tuple[int, Gain]]) -> list[_Place]:
         early, late = (lows, highs) if falls else (highs, lows)
         before = [zero for zero, down in _zeros(early) if down is falls and zero <= at]
         behind = [zero for zero, down in _zeros(late) if down is falls and zero >= at]
-        found.append(_Place(at, max(before, default=None), min(behind, default=None), falls))
+        found.append(Place(at, max(before, default=None), min(behind, default=None), falls))
     return found
 
 
@@ -211,6 +235,6 @@ def _zeros(line: Sequence[tuple[int, float]]) -> Iterator[tuple[float, bool]]:
             yield math.exp(math.log(a) + share * (math.log(b) - math.log(a))), here > 1
 
 
-def _named(place: _Place, one: str, other: str, over: Axis, fixed: int) -> Crossing:
+def _named(place: Place, one: str, other: str, over: Axis, fixed: int) -> Crossing:
     first, then = (one, other) if place.falls else (other, one)
     return Crossing(first, then, over, fixed, place.at, place.low, place.high)

@@ -51,7 +51,7 @@ class Account(Result):
         step: `decode step` or `prefill`.
         step_ms: Median over turns of the steps that nobody recorded.
         explained: Sum of the parts over the step.
-        reference_ms: Mean step of the reference.
+        reference_ms: The same of the reference.
         bound_ms: Of all bytes of weights that the step reads.
         waking_us: Microseconds that threads wait in each parallel region of a product.
         causes: Parts that take longer than those of the reference.
@@ -72,22 +72,18 @@ class Account(Result):
     unseen: str | None = None
 
 
-def explain(
-    records: Iterable[Record], name: str, model: str | None = None, suite: str | None = None, device: str | None = None
-) -> list[Account]:
+def explain(records: Iterable[Record], name: str, filters: Mapping[str, str | None] | None = None) -> list[Account]:
     """The accounts of a cell, of a decode step and of a prefill.
 
     Args:
         name: Label of a pipeline, or the beginning of a key.
-        model: Only cells of this model.
-        suite: Only cells of this suite.
-        device: Only cells on this kind of device.
+        filters: Only cells that have these values in these fields of a row; None: any.
 
     Raises:
         ConfigError: No cell has such a name or such values, several have, or none of them has a ledger.
     """
     ordered = oldest_first(records)
-    board = filtered(rows(ordered), {"model": model, "suite": suite, "device": device})
+    board = filtered(rows(ordered), filters or {})
     index, found = Index(ordered), list[tuple[Row, Record]]()
     for row in named(board, name):
         record = index.of_row(row, Stage.SPEED)
@@ -96,8 +92,9 @@ def explain(
     if not found:
         raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=96 stages=[speed] on_existing=all")
     if len(found) > 1:
-        cells = "; ".join(f"{row.engine_label} on {row.hardware}, key {row.keys.speed}" for row, _ in found)
-        raise ConfigError(f"{len(found)} cells '{name}' have a ledger; name one by --model, --suite, --device or its key: {cells}")
+        cells = "; ".join(f"{row.engine_label} on {row.hardware} ({row.fingerprint}), key {row.keys.speed}" for row, _ in found)
+        options = "--model, --suite, --device, --engine, --hardware"
+        raise ConfigError(f"{len(found)} cells '{name}' have a ledger; name one by {options} or its key: {cells}")
     return accounts(*found[0], index)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from slimbench.harness.schema.ledger import Alternative, Ledger, Setting
@@ -42,7 +43,9 @@ def forecasts(ledger: Ledger, measured: Mapping[str, float] | None = None) -> li
     Args:
         measured: Gains of other cells, by setting.
     """
-    known = [other for other in ledger.alternatives if min(ledger.step_ms, ledger.step_ms + other.low) > 0]
+    known = [
+        other for other in ledger.alternatives if ledger.step_ms + other.low > 0 and other.low <= other.change_ms <= other.high < math.inf
+    ]
     return sorted((_forecast(ledger, other, measured or {}) for other in known), key=lambda each: -each.gain)
 
 

@@ -85,7 +85,7 @@ def _of_part(name: str, here: LedgerPart | None, there: LedgerPart | None) -> Ca
 
 def _cause(name: str, here: Sequence[float], there: Sequence[float], facts: Sequence[str] = ()) -> Cause:
     """From what both took in each turn; chance where they share too few for an interval."""
-    turns = [one - other for one, other in zip(here, there, strict=False)]
+    turns = [change for one, other in zip(here, there, strict=False) if math.isfinite(change := one - other)]
     low, high = median_interval(turns) if len(turns) >= FEWEST_FOR_MEDIAN else (-math.inf, math.inf)
     return Cause(part=name, ms=statistics.median(turns) if turns else 0.0, low=low, high=high, facts=facts, turns=turns)
 

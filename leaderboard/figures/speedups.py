@@ -1,11 +1,14 @@
-"""Speed-up over batch and over context, with what the roofline would allow."""
+"""Speed-up over batch and over context, with what the roofline would allow, and where a method stops being faster than dense."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slimbench.harness.schema.ledger import Phase
+from slimbench.leaderboard.compare.crossover import SPEEDUP, Gain, Place, counts, places
 from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
 from slimbench.leaderboard.figures.drawing import MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
@@ -18,6 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 16
+_KINDS: dict[Phase, str] = {"decode": "speedup", "prefill": "prompt-speedup"}
+_TITLES: dict[Phase, str] = {"decode": "Speed-up over batch and context", "prefill": "Speed-up of the prompt over batch and context"}
+_CROSSES = (
+    "Diamonds: where a row stops, or begins, to be faster than dense, with the 95 % interval, which is open where it ends at the first or "
+    "the last point; of rows without an invalidating flag."
+)
+_NOTES: dict[Phase, str] = {
+    "decode": "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals. Thin dotted lines with "
+    "hollow marks: the speed-up if the row read its weights and KV cache at the measured bandwidth (roofline: of reads, in older rows of "
+    "copies). " + _CROSSES,
+    "prefill": "Time of the prompt in the dense model on the same engine over that of the row, bars are 95 % intervals. " + _CROSSES,
+}
 _AXES = (("batch", "prompt", "sequences in the batch"), ("prompt", "batch", "tokens of context"))
 
 
@@ -26,7 +41,10 @@ class Reading:
     """A speed-up at one point of the grid.
 
     Attributes:
+        low: Lower bound of its interval; the value itself where it has none.
+        high: Upper bound.
         bound: Speed-up that the row would have at its roofline; None where that is unknown.
+        known: It has an interval.
     """
 
     at: int
@@ -34,6 +52,7 @@ class Reading:
     low: float
     high: float
     bound: float | None
+    known: bool
 
 
 @dataclass(frozen=True)
@@ -47,31 +66,27 @@ class Panel:
     series: dict[int, list[Reading]]
 
 
-def speedups(group: Group) -> Plot:
-    """Speed-up over the reference on the same engine over batch and context.
+def speedups(group: Group, phase: Phase) -> Plot:
+    """Speed-up of decoding, or of the prompt, over the reference on the same engine over batch and context.
 
     Raises:
         Unplottable: Speed was measured at one batch and one context only.
     """
     rows = [row for row in group.rows if row.speed_points and not row.is_reference]
-    panels = [panel for over, fixed, label in _AXES if (panel := _panel(rows, over, fixed, label))]
+    panels = [panel for over, fixed, label in _AXES if (panel := _panel(rows, phase, over, fixed, label))]
     if not panels:
         grid = {(p.get("batch"), p.get("prompt")) for row in rows for p in row.speed_points}
         raise Unplottable(f"no row has speed-ups at several batches or contexts ({len(grid)} point{'s' * (len(grid) != 1)} in all)")
     shown = [row for index, row in enumerate(rows) if any(index in panel.series for panel in panels)]
     bases = [row for row in group.rows if row.is_reference]
-    note = (
-        "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals. Thin dotted lines with hollow "
-        "marks: the speed-up if the row read its weights and KV cache at the measured bandwidth (roofline: of reads, in older rows of "
-        "copies)."
-    )
+    note = _NOTES[phase]
     text = " ".join(filter(None, [note, left_out(group, [*shown, *bases], "several speed points")]))
-    title = "Speed-up over batch and context"
+    title = _TITLES[phase]
 
     def make() -> Figure:
         figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 3.2 + 4.6 * len(panels), 5.2, len(panels), sharey=True)
         for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, panel, rows, group)
+            _draw(ax, panel, rows, group, phase)
         axes[0].set_ylim(bottom=0)
         spread_axis(
             axes[0], "y", [value for panel in panels for own in panel.series.values() for r in own for value in (r.low, r.bound or r.value)]
@@ -87,17 +102,17 @@ def speedups(group: Group) -> Plot:
     )
     where = f"at {panel.over} {fastest.at}, {panel.fixed} {panel.fixed_at}"
     reading = f"Fastest is {group.name(rows[index])}: {decimal(2)(fastest.value)} times as fast as dense {where}."
-    return Plot("speedup", group, title, reading, text, make)
+    return Plot(_KINDS[phase], group, title, reading, text, make)
 
 
-def _panel(rows: Sequence[Row], over: str, fixed: str, label: str) -> Panel | None:
+def _panel(rows: Sequence[Row], phase: Phase, over: str, fixed: str, label: str) -> Panel | None:
     """The panel at the fixed value that shows most; None where no row was measured at two points."""
     found: dict[int, dict[int, list[Reading]]] = {}
     for index, row in enumerate(rows):
         for point in row.speed_points:
-            at, kept, value = point.get(over), point.get(fixed), point.get("speedup")
-            if isinstance(at, int) and isinstance(kept, int) and isinstance(value, float):
-                found.setdefault(kept, {}).setdefault(index, []).append(_reading(at, value, point))
+            at, kept, value = point.get(over), point.get(fixed), point.get(SPEEDUP[phase])
+            if isinstance(at, int) and isinstance(kept, int) and isinstance(value, float) and min(at, kept, value) > 0:
+                found.setdefault(kept, {}).setdefault(index, []).append(_reading(at, value, point, phase))
     best: Panel | None = None
     for kept, series in sorted(found.items()):
         lines = {i: sorted(own, key=lambda r: r.at) for i, own in series.items() if len({r.at for r in own}) > 1}
@@ -107,18 +122,23 @@ def _panel(rows: Sequence[Row], over: str, fixed: str, label: str) -> Panel | No
     return best
 
 
-def _reading(at: int, value: float, point: dict[str, float | int | str | None]) -> Reading:
-    low, high, fraction = (point.get(name) for name in ("speedup_low", "speedup_high", "roofline_fraction"))
-    return Reading(
-        at,
-        value,
-        low if isinstance(low, float) else value,
-        high if isinstance(high, float) else value,
-        value / fraction if isinstance(fraction, float) and fraction > 0 else None,
-    )
+def _reading(at: int, value: float, point: dict[str, float | int | str | None], phase: Phase) -> Reading:
+    low, high = (point.get(f"{SPEEDUP[phase]}_{bound}") for bound in ("low", "high"))
+    fraction = point.get("roofline_fraction") if phase == "decode" else None
+    bound = value / fraction if isinstance(fraction, float) and fraction > 0 else None
+    if isinstance(low, float) and isinstance(high, float) and 0 < low <= value <= high < math.inf:
+        return Reading(at, value, low, high, bound, known=True)
+    return Reading(at, value, value, value, bound, known=False)
 
 
-def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group) -> None:
+def _crossings(row: Row, own: Sequence[Reading], phase: Phase) -> list[Place]:
+    """Those that the table of crossovers has, too."""
+    if not counts(row, phase) or not all(reading.known for reading in own):
+        return []
+    return [place for place in places([(r.at, Gain(r.value, r.low, r.high)) for r in own]) if place.is_shown]
+
+
+def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group, phase: Phase) -> None:
     for index, own in sorted(panel.series.items()):
         look = group.palette.look(method_of(rows[index]))
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
@@ -129,6 +149,9 @@ def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group) -> None:
         bounds = [(r.at, r.bound) for r in own if r.bound is not None]
         if len(bounds) > 1:
             ax.plot(*zip(*bounds, strict=True), ls=":", lw=1, ms=4, mfc="white", alpha=0.8, **style)
+        for place in _crossings(rows[index], own, phase):
+            reach = [[place.at - (place.low or at[0])], [(place.high or at[-1]) - place.at]]
+            ax.errorbar([place.at], [1], xerr=reach, fmt="D", ms=5, mfc="white", lw=2.5, color=look.colour, zorder=4)
     ax.axhline(1, color=MUTED, lw=0.9)
     ticks = sorted({r.at for own in panel.series.values() for r in own})
     ax.set_xscale("log", base=2)

@@ -10,8 +10,9 @@ from slimbench.leaderboard.rows.clean import clean
 from slimbench.leaderboard.tables.format import EMPTY, decimal
 
 READING = (
-    "Gains are times as fast as dense on the same engine, with 95 % intervals; a lead whose interval holds 1 is not clear. Between "
-    "measured points a crossover is interpolated; an open bound lies beyond them."
+    "Gains are times as fast as dense on the same engine, with 95 % intervals; those of one process do not hold what differs from process "
+    "to process. A lead is not clear where an interval of it holds 1. Between measured points a crossover is interpolated; an open bound "
+    "lies beyond them, and a crossover with two of them is left out."
 )
 PHASES: dict[Phase, str] = {"decode": "decoding", "prefill": "the prompt"}
 _NUMBER, _PLACE = decimal(2), decimal(1)
@@ -19,7 +20,8 @@ _NUMBER, _PLACE = decimal(2), decimal(1)
 
 def title(field: Field) -> str:
     """What the rows have in common."""
-    return f"{field.row.model} · {field.row.engine_label} · {field.row.hardware} · {PHASES[field.phase]}"
+    runs = " · of one process" if field.of_one_process else ""
+    return f"{field.row.model} · {field.row.engine_label} · {field.row.hardware} · {PHASES[field.phase]}{runs}"
 
 
 def best(found: Sequence[Best]) -> list[dict[str, str]]:
@@ -31,7 +33,8 @@ def best(found: Sequence[Best]) -> list[dict[str, str]]:
             "fastest": one.label,
             "gain": _span(one.gain),
             "next": one.next or EMPTY,
-            "lead": f"{_span(one.lead)}{'' if one.is_clear else ', not clear'}" if one.lead else EMPTY,
+            "lead": _span(one.lead) if one.lead else EMPTY,
+            "not told apart from": ", ".join(one.beside) or EMPTY,
         }
         for one in found
     ]
@@ -41,10 +44,10 @@ def use(one: Deployment) -> tuple[str, str]:
     """What is fastest for a use: what stands before its name in a sentence, and behind it."""
     best = one.best
     where = f"{one.name.capitalize()} (batch {best.batch}, {best.context:,} tokens): "
+    apart = f", not told apart from {', '.join(map(clean, best.beside))}" if best.beside else ""
     if best.label == DENSE:
-        return f"{where}nothing is faster than ", "."
+        return f"{where}nothing is faster than ", f"{apart}."
     gain = f", {_NUMBER(best.gain.value)} × as fast as dense ({_NUMBER(best.gain.low)} to {_NUMBER(best.gain.high)})"
-    apart = "" if best.is_clear or best.next is None else f", not told apart from {clean(best.next)}"
     return where, f"{gain}{apart}."
 
 

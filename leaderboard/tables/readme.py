@@ -6,21 +6,22 @@ records.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 
 from slimbench.harness.store.store import Store
 from slimbench.leaderboard import coverage
 from slimbench.leaderboard.compare import students
+from slimbench.leaderboard.compare.crossover import fields
 from slimbench.leaderboard.compare.grids import Study, studies
 from slimbench.leaderboard.compare.students import Group
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
-from slimbench.leaderboard.tables import grids
+from slimbench.leaderboard.tables import crossover, grids
 from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
 from slimbench.leaderboard.tables.format import escape
@@ -39,6 +40,8 @@ _ENGINES = (
     *(("compiled", "dense"), ("compiled", "rtn-4bit-head8")),
     *(("llamacpp", "dense"), ("llamacpp", "rtn-4bit-head8")),
 )
+_CROSSOVER = "crossover"
+"""The protocol of speed whose rows stand in the tables of crossovers."""
 _SHOWN = (
     *("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "accuracy_delta"),
     *("speedup", "weight_bytes", "grid", "effective_bits"),
@@ -67,12 +70,28 @@ def coverage_totals(board: Sequence[Row]) -> str:
     """How many systems of the survey are covered, by branch."""
     answered = coverage.table()
     totals = [*coverage.totals(answered, "branch"), coverage.total("all", answered)]
-    names = [field.name for field in fields(coverage.Total)]
+    names = [field.name for field in dataclasses.fields(coverage.Total)]
     cells = [names, ["---", *("--:" for _ in names[1:])], *([str(getattr(total, name)) for name in names] for total in totals)]
     return _lines(cells)
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"methods": methods, "engines": engines, "coverage": coverage_totals}
+def crossovers(board: Sequence[Row]) -> str:
+    """The fastest method by batch and context, and where one stops being faster than another, of each model and machine."""
+    said = []
+    for field in fields(board):
+        if field.row.speed == _CROSSOVER:
+            said.append(f"\n{escape(crossover.title(field))}\n\n{_of_dicts(crossover.best(field.best()))}")
+            crossed = crossover.crossings(field.crossings())
+            said += [f"\n{_of_dicts(crossed)}"] if crossed else []
+    return "".join([*said, f"\n{crossover.READING}\n"])
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "methods": methods,
+    "engines": engines,
+    "coverage": coverage_totals,
+    "crossover": crossovers,
+}
 GRIDS, STUDENTS = "grids", "students"
 
 
@@ -122,6 +141,11 @@ def _reading(board: Sequence[Row], shown: Sequence[Row]) -> str:
         f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, which itself stands in brackets "
         f"where it is skewed. {said}\n"
     )
+
+
+def _of_dicts(lines: Sequence[Mapping[str, str]]) -> str:
+    heads = list(lines[0])
+    return _lines([heads, ["---" for _ in heads], *([escape(line[head]) for head in heads] for line in lines)])
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> str:

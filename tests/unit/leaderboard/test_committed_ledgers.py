@@ -39,25 +39,30 @@ def test_parts_make_the_step_of_thirty_artefacts_on_our_engines(told: list[Recor
     assert all(0.90 <= share <= 1.05 for share in found.values()), {n: s for n, s in found.items() if not 0.90 <= s <= 1.05}
 
 
-def checked(told: list[Record]) -> list[tuple[str, float, float]]:
-    """Gains of decoding that were foretold, and measured in a cell that has the setting."""
-    found = []
-    for record in told:
+def pairs(told: list[Record]) -> list[tuple[str, float, float]]:
+    """Gains of decoding that were foretold, and measured in a cell that has the setting: one of two cells that foretell each other."""
+    found: dict[frozenset[str], tuple[str, float, float]] = {}
+    for record in sorted(told, key=lambda record: (record.cell.pipeline, record.cell.engine)):
         peers = [other for other in told if other.hardware.fingerprint == record.hardware.fingerprint]
         assert record.speed
         decode: Ledger = next(ledger for ledger in record.speed.ledgers if ledger.phase == "decode")
-        for each in forecasts(decode, gains(record, decode, peers)):
-            if each.measured is not None:
-                found.append((f"{record.cell.pipeline} on {record.cell.engine}: {each.setting}", each.gain, each.measured))
-    return sorted(found)
+        for other in peers:
+            for each in forecasts(decode, gains(record, decode, [other])):
+                if each.measured is not None:
+                    both = frozenset({record.cell.keys.speed, other.cell.keys.speed})
+                    name = f"{record.cell.pipeline} on {record.cell.engine}: {each.setting}"
+                    found.setdefault(both, (name, each.gain, each.measured))
+    return sorted(found.values())
 
 
 def test_gains_that_are_foretold_are_measured_within_a_tenth(told: list[Record]) -> None:
-    """Of all settings that exist some are drawn by seed, those that make a step slower among them."""
-    known = checked(told)
+    """Of all settings that exist some are drawn by seed, those that make a step slower among them; who foretells nothing is told."""
+    known = pairs(told)
     print({name: (round(foretold, 3), round(measured, 3)) for name, foretold, measured in known})
     better, worse = ([one for one in known if (one[1] > 1) is faster] for faster in (True, False))
     rng = np.random.default_rng(SEED)
     drawn = [some[i] for some in (better, worse) for i in rng.permutation(len(some))[: DRAWN // 2]]
-    assert len(drawn) >= 6 and any(foretold < 1 for _, foretold, _ in drawn)
+    assert len(drawn) >= 6
+    assert any(max(foretold, measured) < 0.95 for _, foretold, measured in drawn), "a setting that is clearly worse"
+    assert any(abs(measured - 1) > WITHIN for _, _, measured in drawn), "that nothing changes would not do"
     assert all(abs(measured / foretold - 1) <= WITHIN for _, foretold, measured in drawn), drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store
-from slimbench.leaderboard.compare.crossover import Field, Gain, deployments, fields
+from slimbench.leaderboard.compare.crossover import Deployment, Field, Gain, deployments, fields
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.flags.kinds import Figure, invalidating
 from slimbench.leaderboard.rows.rows import rows
@@ -59,12 +60,33 @@ def test_a_crossover_lies_where_the_line_does() -> None:
     assert four_and_eight.low is not None and 1 < four_and_eight.low < four_and_eight.at < 16
 
 
-def test_bounds_beyond_what_was_measured_are_open() -> None:
-    near = field({"four": {(1, 128): 1.2, (2, 128): 0.99}}, width=0.3)
-    (crossing,) = near.crossings()
-    assert 1 < crossing.at < 2 and crossing.low is None and crossing.high is None
+def test_bounds_beyond_what_was_measured_are_open_and_what_is_noise_alone_is_no_crossover() -> None:
+    (crossing,) = field({"four": {(1, 128): 1.2, (2, 128): 0.99}}, width=0.1).crossings()
+    assert crossing.low and 1 < crossing.low < crossing.at < 2 and crossing.high is None
     (line,) = tables.crossings([crossing])
-    assert line["95 %"] == "below to above" and line["fixed"] == "context 128"
+    assert line["95 %"].endswith(" to above") and line["fixed"] == "context 128"
+    assert field({"four": {(1, 128): 1.2, (2, 128): 0.99}}, width=0.3).crossings() == []
+
+
+def test_the_fastest_is_told_apart_from_all_others_not_from_the_next_alone() -> None:
+    known = {"dense": Gain(1.0, 1.0, 1.0), "one": gain(2.0, 0.01), "next": gain(1.9, 0.01), "wide": gain(1.85, 0.3)}
+    (best,) = Field(next(row for row in rows(board())), "decode", {(1, 128): known}).best()
+    assert best.next == "next" and best.beside == ["wide"] and not best.is_clear
+    slow = {"dense": Gain(1.0, 1.0, 1.0), "near": gain(0.99, 0.1), "far": gain(0.5, 0.1)}
+    (best,) = Field(next(row for row in rows(board())), "decode", {(1, 128): slow}).best()
+    assert tables.use(Deployment("one stream", best))[1] == ", not told apart from near."
+
+
+def test_a_use_that_the_grid_does_not_tell_is_not_named() -> None:
+    batches, contexts = (field({"four": points}) for points in ({(1, 128): 2.0, (8, 128): 1.0}, {(1, 128): 2.0, (1, 4096): 1.0}))
+    assert [(one.name, one.best.batch, one.best.context) for one in deployments(batches)] == [
+        ("one stream", 1, 128),
+        ("many streams", 8, 128),
+    ]
+    assert [(one.name, one.best.batch, one.best.context) for one in deployments(contexts)] == [
+        ("one stream", 1, 128),
+        ("a long context", 1, 4096),
+    ]
 
 
 def test_what_begins_to_pay_is_told_as_such() -> None:
@@ -108,6 +130,10 @@ def test_fields_come_from_records_and_the_command_prints_them(tmp_path: Path) ->
         Store(tmp_path).put(record)
     shown = slimbench("board", "crossover", "--results", str(tmp_path))
     assert shown.returncode == 0 and shown.stdout.count(found.best()[0].label) >= len(found.gains) and "with 95 % intervals" in shown.stdout
+    crossed = slimbench("board", "crossover", "--crossings", "--results", str(tmp_path))
+    assert crossed.returncode == 2 and "no method stops being faster" in crossed.stderr and found.crossings() == []
+    fastest = json.loads(slimbench("board", "crossover", "--format", "json", "--results", str(tmp_path)).stdout)
+    assert len(fastest) == len(found.gains) + len(prompt.gains)
     none = slimbench("board", "crossover", "--results", str(tmp_path / "empty"))
     assert none.returncode == 2 and len(none.stderr.strip().splitlines()) == 1
     assert fields(rows(board())) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,23 @@ def test_advice_is_the_best_that_is_sure_and_worse_settings_are_foretold_too() -
     assert known[0].low < known[0].gain < known[0].high and known[0].step_ms == pytest.approx(5.7)
     assert advice(known) == "The head takes 42 % of the step: head_bits=8 would give 1.26 × (1.24 to 1.29)"
     assert advice(known[1:]) is None and forecasts(DENSE) == []
-    hostile = PACKED.model_copy(update={"alternatives": [Alternative(setting="bits", value=2, change_ms=-9, low=-9, high=-9)]})
-    assert forecasts(hostile) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high"),
+    [(-9, -9, -9), (-PACKED.step_ms, -1, 0), (0, -1, -PACKED.step_ms), (math.nan, -1, 0), (-1, math.nan, 0), (0, -1, math.inf), (1, 2, 0)],
+)
+def test_what_no_step_can_be_is_not_foretold(change: float, low: float, high: float) -> None:
+    """Of records that others made."""
+    hostile = Alternative(setting="bits", value=2, change_ms=change, low=low, high=high)
+    assert forecasts(PACKED.model_copy(update={"alternatives": [hostile]})) == []
+
+
+def test_turns_that_are_no_numbers_name_nothing() -> None:
+    strange = [part.model_copy(update={"turns": [math.nan] * len(part.turns)}) for part in PACKED.parts]
+    assert causes(PACKED.model_copy(update={"parts": strange}), DENSE) == []
+    found = causes(PACKED, DENSE.model_copy(update={"turns": [math.inf] * len(DENSE.turns)}))
+    assert all(math.isfinite(cause.ms) for cause in found)
 
 
 def test_the_page_of_a_cell_shows_both_kinds_of_table() -> None:
@@ -173,7 +189,7 @@ def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
     (account,) = json.loads(slimbench("explain", "rtn-4bit", "--results", str(tmp_path), "--format", "json").stdout)
     assert account["step"] == "decode step" and account["causes"][0]["part"] == "expansion of weights"
     with pytest.raises(ConfigError, match=r"no cell with model 'tiny-135'.*tiny-135m"):
-        explain(with_ledgers(), "rtn-4bit", model="tiny-135")
+        explain(with_ledgers(), "rtn-4bit", {"model": "tiny-135"})
     wrong = slimbench("explain", "rtn-4bits", "--results", str(tmp_path))
     assert wrong.returncode == 2 and "rtn-4bit" in wrong.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,7 @@ EVERYTHING = {
     "joint": lambda: together(1.5, 1.4, 2.6),
     "degradation": lambda: sized([10_000_000, 300_000_000]),
     "speedup": lambda: grid([*records(Spec()), *records(Spec("gptq", "quantization", decode_ms=23.0))], [1, 4], [128, 512]),
+    "prompt-speedup": lambda: EVERYTHING["speedup"](),
     "seeds": lambda: [*records(Spec()), *seeded([0, 1, 2])],
 }
 
@@ -354,6 +356,41 @@ def test_speedups_are_those_of_the_rows_with_their_roofline() -> None:
         assert any(line.get_ydata()[0] == pytest.approx(row.speedup / row.roofline_fraction) for line in lines)  # type: ignore[operator]
     single = rows(grid(EVERYTHING["speedup"](), [1], [128]))
     assert reasons(single, "speedup") == ["no row has speed-ups at several batches or contexts (1 point in all)"]
+
+
+def test_speedups_of_the_prompt_are_those_of_the_rows() -> None:
+    made = sample("prompt-speedup")
+    (row,) = [row for row in made if row.pipeline == "gptq"]
+    figure = shown(of(made, "prompt-speedup")[0])
+    for ax, over, fixed in zip(figure.axes, ("batch", "prompt"), ("prompt", "batch"), strict=True):
+        (at,) = {int(ax.get_title().rpartition(" ")[2])}
+        points = sorted((p[over], p["prefill_speedup"]) for p in row.speed_points if p[fixed] == at)
+        lines = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in ax.get_lines()]
+        assert len(points) == 2 and points in lines
+
+
+@pytest.mark.parametrize(("kind", "name"), [("speedup", "speedup"), ("prompt-speedup", "prefill_speedup")])
+def test_where_a_row_stops_being_faster_than_dense_is_marked(kind: str, name: str) -> None:
+    made = sample(kind)
+    falling = {1: (2.0, 1.9, 2.1), 4: (0.5, 0.4, 0.6)}
+    changed = []
+    for row in made:
+        points = [
+            point | dict(zip((name, f"{name}_low", f"{name}_high"), falling[int(point["batch"] or 0)], strict=True))
+            for point in row.speed_points
+        ]
+        changed.append(row if row.is_reference else row.model_copy(update={"speed_points": points}))
+    ax = shown(of(changed, kind)[0]).axes[0]
+    marks = [line for line in ax.get_lines() if line.get_marker() == "D"]
+    assert [(list(mark.get_xdata()), list(mark.get_ydata())) for mark in marks] == [([pytest.approx(2.0)], [1])]
+    (bar,) = [held for held in ax.containers if held.lines[0] in marks]
+    ((left, right),) = [segment[:, 0] for segment in bar.lines[2][0].get_segments()]
+    low, high = (4 ** (math.log(one) / math.log(one / other)) for one, other in ((1.9, 0.4), (2.1, 0.6)))
+    assert left == pytest.approx(low) and right == pytest.approx(high)
+    flagged = [
+        row.model_copy(update={"flags": ["OMP_WAIT_POLICY=PASSIVE: threads sleep"]}) if not row.is_reference else row for row in changed
+    ]
+    assert not [line for line in shown(of(flagged, kind)[0]).axes[0].get_lines() if line.get_marker() == "D"]
 
 
 def test_memory_bars_end_at_the_sum(realistic: list[Row]) -> None:
