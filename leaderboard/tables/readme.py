@@ -83,7 +83,7 @@ def crossovers(board: Sequence[Row]) -> str:
             said.append(f"\n{escape(crossover.title(field))}\n\n{_of_dicts(crossover.best(field.best()))}")
             crossed = crossover.crossings(field.crossings())
             said += [f"\n{_of_dicts(crossed)}"] if crossed else []
-    return "".join([*said, f"\n{crossover.READING}\n"])
+    return "".join([*said, f"\n{crossover.READING}\n"]) if said else ""
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
