@@ -19,7 +19,7 @@ Setting = Literal["bits", "group_size", "head_bits"]
 
 
 class LedgerPart(Schema):
-    """Milliseconds of a step that one part takes: the median of turns, which bursts of the machine do not move.
+    """Milliseconds of a step that one part takes: the median of turns, each put to the speed of the middle one by its unrecorded steps.
 
     Attributes:
         kind: What is done.
@@ -28,7 +28,7 @@ class LedgerPart(Schema):
         kernels: What computes these products: names of kernels, or the dtype of a dense weight.
         low: Lower bound of the 95 % interval of `ms`, order statistics.
         high: Upper bound.
-        turns: Median of the steps of each turn; the reference has the same turns.
+        turns: Of the shortest recorded step of each turn; the reference has the same turns.
         alone_ms: The same products one right after the other, with nothing between; None for other kinds.
         bytes: That the products read of weights, of a decode step.
     """
@@ -69,10 +69,10 @@ class Ledger(Schema):
     """The parts of one decode step, or of one prefill, of the headline.
 
     Attributes:
-        step_ms: Median over turns of the steps that nobody recorded, in turns with those that were.
+        step_ms: Median over turns of the shortest step that nobody recorded, in turns with those that were.
         low: Lower bound of its 95 % interval.
         high: Upper bound.
-        turns: Median of the steps of each turn, in which those of the reference are too.
+        turns: The shortest step of each turn, in which those of the reference are too.
         threads: That share the work.
         parts: The largest first. Of `waiting` each product has one region, whose time is not among that of the product.
         alternatives: Other grids.

@@ -90,7 +90,7 @@ def explain(records: Iterable[Record], name: str, filters: Mapping[str, str | No
         if record and record.speed and record.speed.ledgers:
             found.append((row, record))
     if not found:
-        raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=96 stages=[speed] on_existing=all")
+        raise ConfigError(f"'{name}' has no ledger: measure it again with +speed.ledger=64 stages=[speed] on_existing=all")
     if len(found) > 1:
         cells = "; ".join(f"{row.engine_label} on {row.hardware} ({row.fingerprint}), key {row.keys.speed}" for row, _ in found)
         options = "--model, --suite, --device, --engine, --hardware"

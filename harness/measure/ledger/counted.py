@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.steps import Repeats, plain
-from slimbench.harness.measure.ledger.turns import Turn, by_place, ledger_of, part_of
+from slimbench.harness.measure.ledger.turns import Turn, by_place, ledger_of, part_of, steadied
 from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger
 
@@ -44,5 +44,6 @@ class Counted:
 
     def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
         """What turns gave; counters foretell nothing."""
-        parts = [part_of(place, self._calls.get(place, 0), taken) for place, taken in by_place(turns).items() if any(taken)]
+        steady = by_place(steadied(turns))
+        parts = [part_of(place, self._calls.get(place, 0), taken) for place, taken in steady.items() if any(taken)]
         return ledger_of(self._step.phase, turns, parts, unseen=self._model.uncounted)

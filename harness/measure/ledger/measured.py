@@ -12,12 +12,12 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.counted import Counted
-from slimbench.harness.measure.ledger.parts import Layers, joins, sums
+from slimbench.harness.measure.ledger.parts import Layers, is_fused, joins, sums
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import OtherPieces, recording
 from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain, turn_of
-from slimbench.harness.measure.ledger.turns import Takes, Turn, by_place, ledger_of, part_of
+from slimbench.harness.measure.ledger.turns import Takes, Turn, by_place, ledger_of, part_of, steadied
 from slimbench.harness.measure.ledger.waking import waking
 from slimbench.harness.measure.ledger.watch import finished, watch_of
 from slimbench.harness.measure.loaded import CountsTime, Generates
@@ -81,16 +81,18 @@ class _Recording:
 
     def __init__(self, model: Generates, point: SpeedPoint) -> None:
         self.model, self.ids, self.room = model, prompts(model, point), max(_ROOM, point.new_tokens)
+        self._own: dict[Phase, float] = {}
 
     def own(self, phase: Phase) -> float:
         """Milliseconds that the recording of an event takes: of decode steps, or of short prompts, whose operators are those of long ones.
 
         On a card it changes no kernel.
         """
-        if not watch_of(self.model.device).has_regions:
-            return 0.0
-        short = Prefill(self.model, self.ids[:, :_SHORT], self.room)
-        return recording(Decoding(self.model, self.ids, self.room).next if phase == "decode" else short)
+        if phase not in self._own:
+            short = Prefill(self.model, self.ids[:, :_SHORT], self.room)
+            step = Decoding(self.model, self.ids, self.room).next if phase == "decode" else short
+            self._own[phase] = recording(step) if watch_of(self.model.device).has_regions else 0.0
+        return self._own[phase]
 
 
 def _begun(of: _Recording, phase: Phase) -> Takes | None:
@@ -152,7 +154,8 @@ class _Account:
         self._layers = Layers.of(module, self._joins, self._watch.blurs(self.pieces))
         self._places = self._watch.places_of(self.pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
-        self._own = of.own(step.phase)
+        is_eager = not self._joins and not any(map(is_fused, self.pieces))
+        self._own = of.own("prefill" if is_eager else step.phase)  # then operators of both are the same
         step.end()
 
     def turn(self, wait: float) -> Turn:
@@ -162,10 +165,9 @@ class _Account:
             recorded = self._watch.record(self._whole, self.pieces, self._step.recorded, self._own)
         except OtherPieces:
             return Turn(whole, wait)
-        steps = [{_PYTHON: 0.0} | dict(sums(times.pieces, self._places)) for times in recorded]
-        for step, times in zip(steps, recorded, strict=True):
-            step[_PYTHON] += max(0.0, whole - sum(times.pieces)) if times.between is None else times.between
-        taken = {place: statistics.median(step[place] for step in steps) for place in steps[0]}
+        shortest = min(recorded, key=lambda times: sum(times.pieces) + (times.between or 0.0))
+        taken = {_PYTHON: 0.0} | dict(sums(shortest.pieces, self._places))
+        taken[_PYTHON] += max(0.0, whole - sum(shortest.pieces)) if shortest.between is None else shortest.between
         waits = {place: min(ms, self._waiting(place, wait)) for place, ms in taken.items()}
         return Turn(whole, wait, {place: ms - waits[place] for place, ms in taken.items()} | {_WAITING: sum(waits.values())})
 
@@ -175,6 +177,7 @@ class _Account:
     def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
         if any(turn.parts is None for turn in turns):
             return ledger_of(self._step.phase, turns, unseen="its steps are made of other operators each time")
+        turns = steadied(turns)
         products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own, self._model.device)
         wait, alone = statistics.median(turn.wait for turn in turns), products.milliseconds()
         left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}

@@ -23,8 +23,8 @@ from slimbench.util.silence import libraries_silenced
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
 _SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", "slimbench::packed_blocks", _LAYER)
-_SESSIONS = 6
-_ROUNDS = 6
+_SESSIONS = 12
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ class _Scope:
 
 def recording(step: Callable[[], object]) -> float:
     """Milliseconds that the recording of an event takes, of steps that are alike."""
-    longer = list[float]()
+    bare, longer, events = list[float](), list[float](), 1
     for _ in range(_SESSIONS):
-        bare = statistics.median(_milliseconds(step) for _ in range(_ROUNDS))
+        bare.append(min(_milliseconds(step) for _ in range(_ROUNDS)))
         roots = steps_among(events_of(step, _ROUNDS, shapes=False))
-        seen = statistics.median(root.time_range.elapsed_us() / 1000 for root in roots)
-        longer.append((seen - bare) / max(1, sum(1 for _ in below(roots[-1]))))
-    return max(0.0, statistics.median(longer))
+        longer.append(min(root.time_range.elapsed_us() / 1000 for root in roots) / bare[-1] - 1)
+        events = max(1, sum(1 for _ in below(roots[-1])))
+    return max(0.0, statistics.median(longer)) * statistics.median(bare) / events
 
 
 def _milliseconds(step: Callable[[], object]) -> float:

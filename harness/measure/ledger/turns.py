@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ class Turn:
     """Some steps of one model.
 
     Attributes:
-        step: Milliseconds of one that nobody recorded.
+        step: Milliseconds of the shortest that nobody recorded.
         wait: That threads waited in a parallel region.
         parts: Milliseconds by part; None where no parts were seen.
     """
@@ -45,6 +45,12 @@ class Takes(Protocol):
         Args:
             foretells: Other settings are timed too.
         """
+
+
+def steadied(turns: Sequence[Turn]) -> list[Turn]:
+    """Parts as they would be if the steps of all turns that nobody recorded had taken equally long: a machine is faster in some turns."""
+    middle = statistics.median(turn.step for turn in turns)
+    return [replace(turn, parts=turn.parts and {place: ms * middle / turn.step for place, ms in turn.parts.items()}) for turn in turns]
 
 
 def by_place(turns: Sequence[Turn]) -> dict[Place, list[float]]:

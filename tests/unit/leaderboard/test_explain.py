@@ -177,7 +177,7 @@ def test_an_engine_that_shows_nothing_says_so() -> None:
 
 
 def test_a_row_without_a_ledger_says_what_to_run() -> None:
-    with pytest.raises(ConfigError, match=r"'dense' has no ledger: .*\+speed\.ledger=96 stages=\[speed\] on_existing=all"):
+    with pytest.raises(ConfigError, match=r"'dense' has no ledger: .*\+speed\.ledger=64 stages=\[speed\] on_existing=all"):
         explain(with_ledgers(), "dense")
 
 
