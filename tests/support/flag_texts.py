@@ -32,6 +32,7 @@ WRITERS = {
 READERS = {
     "harness/cli/methods.py": "prints those of a check",
     "harness/cli/records.py": "prints those of rows",
+    "harness/launch/alternating.py": "prints those of a record",
     "harness/measure/hardware.py": "instructions of a processor",
     "harness/schema/hardware.py": "instructions of a processor",
     "leaderboard/compare/compare.py": "reads those of rows",
