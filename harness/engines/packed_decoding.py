@@ -76,7 +76,7 @@ def computes(module: Any) -> bool:
         and all(type(each) in kinds and _is_untouched(each) for each in (*own, module.model.norm))
         and config.hidden_size % LANES == layers[0].self_attn.head_dim % LANES == 0
         and len({layer.self_attn.head_dim for layer in layers}) == 1
-        and len({(norm.variance_epsilon, norm.weight.dtype) for norm in _norms(module.model, layers)}) == 1
+        and all(_is_like(norm, module.model.norm) for norm in _norms(module.model, layers))
     )
 
 
@@ -84,6 +84,12 @@ def _norms(model: Any, layers: Iterable[Any]) -> Iterator[Any]:
     yield model.norm
     for layer in layers:
         yield from (layer.input_layernorm, layer.post_attention_layernorm)
+
+
+def _is_like(norm: Any, last: Any) -> bool:
+    """Whether a norm has the precision that the kernel takes, and the epsilon of the last one, which it takes for all."""
+    found: bool = norm.variance_epsilon == last.variance_epsilon and norm.weight.dtype is torch.bfloat16
+    return found
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -204,9 +204,32 @@ def a_window(module: Any) -> None:
     module.config.sliding_window = 16
 
 
+def wide_norms(module: Any) -> None:
+    for norm in [each for each in module.modules() if hasattr(each, "variance_epsilon")]:
+        norm.float()
+
+
+def another_epsilon(module: Any) -> None:
+    module.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+
+
+class Doubled(PackedLinear):
+    """Computes something else than what it is derived from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def derived(module: Any) -> None:
+    module.model.layers[0].mlp.up_proj = Doubled(random_weight(Grid(4, 32), 320, 192, torch.device("cpu"), torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        wide_norms,
+        another_epsilon,
+        derived,
         without_attention,
         a_window,
         hooked,
