@@ -71,7 +71,7 @@ def bench_engines(
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each engine, in turns; six carry an interval.")] = 6,
     out: Annotated[Path, typer.Option(help="Folder of the table.")] = Path("engines"),
 ) -> None:
-    """The same artefact on several engines, such as method=rtn-4bit-head8 engine=compiled,llamacpp, in processes that take turns; CSV."""
+    """One artefact on several engines in processes that take turns; CSV: method=rtn-4bit engine=compiled,llamacpp speed.processes=1."""
     from slimbench.harness.config import compose
     from slimbench.harness.launch import alternating
     from slimbench.harness.run.cell import make_cell

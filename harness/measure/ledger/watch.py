@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from slimbench.harness.measure.ledger import card, parts, recorded
+from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.recorded import Piece
 
 
@@ -26,7 +26,7 @@ class Watch:
 
     outline: Callable[..., list[Piece]]
     record: Callable[..., list[recorded.Times]]
-    places_of: Callable[..., list[Any]]
+    places_of: Callable[..., list[Place]]
     blurs: Callable[[list[Piece]], bool]
     has_regions: bool
 
