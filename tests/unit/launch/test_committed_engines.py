@@ -65,6 +65,7 @@ def test_a_step_of_the_larger_model_reads_at_the_speed_of_the_machine() -> None:
 
 def test_docs_say_what_the_tables_do() -> None:
     text = " ".join((ROOT / "docs" / "engines.md").read_text(encoding="utf-8").split())
+    assert {read(table)[0].model for table in TABLES} == LEAST.keys()
     for table in TABLES:
         known = found(read(table))
         for what in ("decode", "prefill"):
