@@ -192,7 +192,7 @@ class KillsAt(Listener):
 def test_what_a_kill_cost_is_what_was_begun_before_it_and_again_after_it() -> None:
     told = [("+", "a", 1.0), ("-", "a", 2.0), ("+", "b", 2.0), ("-", "b", 5.0), ("+", "c", 5.0)]  # killed at 7, which cuts off c
     told += [("+", "b", 9.0), ("-", "b", 12.0), ("+", "c", 12.0), ("-", "c", 15.0)]
-    assert lost(told, [0.5, 7.0, 8.0, 16.0]) == [0.0, 3.0 + 2.0, 0.0, 0.0]
+    assert lost(told, [0.5, 7.0, 8.0, 16.0]) == [[], [3.0, 2.0], [], []]
 
 
 def test_killed_in_its_second_point_speed_keeps_the_first(
