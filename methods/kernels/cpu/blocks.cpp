@@ -24,6 +24,8 @@ namespace {
 
 typedef c10::List<std::optional<at::Tensor>> Optionals;
 
+constexpr int kTogether = 4;  // vectors of a head whose sums stay in registers
+
 enum Weight { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kWeights };
 
 float sum_of(Floats lanes) {
@@ -114,6 +116,49 @@ void rotate(const uint16_t* from, const uint16_t* cos, const uint16_t* sin, int6
   }
 }
 
+// Weights of the values: the softmax of a query's scores over the keys, but for the total, which is returned. Values are asked for, since they
+// are needed next.
+float weigh(const Floats* query, const uint16_t* keys, const uint16_t* values, int64_t seen, int64_t parts, float* scores) {
+  for (int64_t t = 0; t < seen; ++t) {
+    Floats sum{};
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t at = (t * parts + p) * kLanes;
+      __builtin_prefetch(values + at);
+      sum += query[p] * load_lanes(keys + at);
+    }
+    scores[t] = sum_of(sum);
+  }
+  std::fill(scores + seen, scores + seen + kLanes, -std::numeric_limits<float>::infinity());
+  Floats highest = load_lanes(scores);
+  for (int64_t t = kLanes; t < seen; t += kLanes) {
+    const Floats here = load_lanes(scores + t);
+    highest = here > highest ? here : highest;
+  }
+  float each[kLanes];
+  std::memcpy(each, &highest, sizeof each);
+  const float largest = *std::max_element(each, each + kLanes);
+  Floats totals{};
+  for (int64_t t = 0; t < seen; t += kLanes) {
+    const Floats weights = exponential(load_lanes(scores + t) - largest);
+    std::memcpy(scores + t, &weights, sizeof weights);
+    totals += weights;
+  }
+  return sum_of(totals);
+}
+
+// The mean of values [seen, width] by their weights, from a vector on: `Parts` of them at once as long as there are so many.
+template <int Parts>
+void mix(const float* weights, float total, const uint16_t* values, int64_t seen, int64_t parts, int64_t part, uint16_t* to) {
+  for (; part + Parts <= parts; part += Parts) {
+    Floats sums[Parts] = {};
+    for (int64_t t = 0; t < seen; ++t)
+#pragma GCC unroll 8
+      for (int p = 0; p < Parts; ++p) sums[p] += weights[t] * load_lanes(values + (t * parts + part + p) * kLanes);
+    for (int p = 0; p < Parts; ++p) store_lanes(to + (part + p) * kLanes, sums[p] / total);
+  }
+  if constexpr (Parts > 1) mix<1>(weights, total, values, seen, parts, part, to);
+}
+
 // Keys and values [sequences, groups, room, width] get those of the token; queries attend to all up to it.
 at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor& keys, const at::Tensor& values, int64_t position,
                      const uint16_t* cos, const uint16_t* sin, double scaling) {
@@ -130,30 +175,14 @@ at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor&
   uint16_t* result = out(y);
   at::parallel_for(0, groups * share, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint16_t> turned(width);
-    std::vector<Floats> query(parts), sums(parts);
+    std::vector<Floats> query(parts);
     std::vector<float> scores(seen + kLanes);
     for (int64_t head = begin; head < end; ++head) {
-      const uint16_t *k = all_keys + head / share * room * width, *v = all_values + head / share * room * width;
+      const int64_t from = head / share * room * width;
       rotate(data<uint16_t>(queries) + head * width, cos, sin, width, turned.data());
       for (int64_t p = 0; p < parts; ++p) query[p] = load_lanes(turned.data() + p * kLanes) * float(scaling);
-      for (int64_t t = 0; t < seen; ++t) {
-        Floats sum{};
-        for (int64_t p = 0; p < parts; ++p) sum += query[p] * load_lanes(k + t * width + p * kLanes);
-        scores[t] = sum_of(sum);
-      }
-      std::fill(scores.begin() + seen, scores.end(), -std::numeric_limits<float>::infinity());
-      const float largest = *std::max_element(scores.begin(), scores.begin() + seen);
-      Floats totals{};
-      for (int64_t t = 0; t < seen; t += kLanes) {
-        const Floats weights = exponential(load_lanes(scores.data() + t) - largest);
-        std::memcpy(scores.data() + t, &weights, sizeof weights);
-        totals += weights;
-      }
-      std::fill(sums.begin(), sums.end(), Floats{});
-      for (int64_t t = 0; t < seen; ++t)
-        for (int64_t p = 0; p < parts; ++p) sums[p] += scores[t] * load_lanes(v + t * width + p * kLanes);
-      const float total = sum_of(totals);
-      for (int64_t p = 0; p < parts; ++p) store_lanes(result + head * width + p * kLanes, sums[p] / total);
+      const float total = weigh(query.data(), all_keys + from, all_values + from, seen, parts, scores.data());
+      mix<kTogether>(scores.data(), total, all_values + from, seen, parts, 0, result + head * width);
     }
   });
   return y;

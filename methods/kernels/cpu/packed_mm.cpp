@@ -100,7 +100,8 @@ Words field(Words words, int index) {
   return (shift < 0 ? words << -shift : words >> shift) & (mask * 0x01010101u);
 }
 
-// Calls `add` with the codes of each four inputs, one code a byte, joined from their planes. Returns where the next group begins.
+// Calls `add` with the codes of each four inputs, one code a byte, joined from their planes, where they begin, and which field of a word
+// they are. Returns where the next group begins.
 template <int Bits, typename Add>
 inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add) {
   constexpr auto& planes = Code<Bits>::planes;
@@ -121,7 +122,7 @@ inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add)
       for (int s = 0; s < fields; ++s, i += 4) {
         Words bytes = field<first>(words, s);
         if constexpr (std::size(planes) > 1) bytes |= field<last>(above, word * fields + s);
-        add(bytes, i);
+        add(bytes, i, s);
       }
     }
   }
@@ -152,7 +153,7 @@ struct Portable {
       x[m] = values.data() + (row + m) * shape.inputs + group * shape.group;
       sums[m] = Floats{} - mid * totals[(row + m) * shape.groups + group];
     }
-    return each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+    return each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input, int) {
       for (int t = 0; t < 4; ++t) {
         const Floats weight = __builtin_convertvector((Ints)((bytes >> (8 * t)) & 0xffu), Floats);
         for (int m = 0; m < Rows; ++m) sums[m] += weight * x[m][input + t];
@@ -219,28 +220,34 @@ struct Vnni {
   const uint32_t* accumulate(const Shape& shape, const uint32_t* codes, int64_t row, int64_t group, Floats (&sums)[Rows]) const {
     constexpr int32_t mid = 1 << (Bits - 1);
     const int8_t *h[Rows], *l[Rows];
-    __m512i highs[Rows], lows[Rows];
+    // A sum waits for the one before it: with few rows of inputs there are two of each, which go on beside each other.
+    constexpr int sums_of_each = Rows <= 4 ? 2 : 1;
+    __m512i highs[Rows][sums_of_each] = {}, lows[Rows][sums_of_each] = {};
     for (int m = 0; m < Rows; ++m) {
       const int64_t at = (row + m) * shape.inputs + group * shape.group;
       const Group& facts = groups[(row + m) * shape.groups + group];
       h[m] = high.data() + at;
       l[m] = low.data() + at;
-      highs[m] = _mm512_set1_epi32(-mid * facts.high);
-      lows[m] = _mm512_set1_epi32(-mid * facts.low);
+      highs[m][0] = _mm512_set1_epi32(-mid * facts.high);
+      lows[m][0] = _mm512_set1_epi32(-mid * facts.low);
     }
-    codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+    codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input, int field) {
+      const int which = field % sums_of_each;
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
-        highs[m] = _mm512_dpbusd_epi32(highs[m], (__m512i)bytes, four(h[m] + input));
-        lows[m] = _mm512_dpbusd_epi32(lows[m], (__m512i)bytes, four(l[m] + input));
+        highs[m][which] = _mm512_dpbusd_epi32(highs[m][which], (__m512i)bytes, four(h[m] + input));
+        lows[m][which] = _mm512_dpbusd_epi32(lows[m][which], (__m512i)bytes, four(l[m] + input));
       }
     });
     for (int m = 0; m < Rows; ++m) {
-      const Floats sum = (Floats)_mm512_fmadd_ps(_mm512_cvtepi32_ps(highs[m]), _mm512_set1_ps(256.f), _mm512_cvtepi32_ps(lows[m]));
+      const Floats sum = (Floats)_mm512_fmadd_ps(_mm512_cvtepi32_ps(whole(highs[m])), _mm512_set1_ps(256.f), _mm512_cvtepi32_ps(whole(lows[m])));
       sums[m] = sum * groups[(row + m) * shape.groups + group].step;
     }
     return codes;
   }
+
+  static __m512i whole(const __m512i (&sums)[1]) { return sums[0]; }
+  static __m512i whole(const __m512i (&sums)[2]) { return _mm512_add_epi32(sums[0], sums[1]); }
 
   static __m512i four(const int8_t* from) {
     int32_t bytes;
@@ -294,7 +301,7 @@ struct Tiles {
   template <int Bits>
   static void expand(const Shape& shape, const uint32_t* codes, uint16_t* to) {
     for (int64_t g = 0; g < shape.groups; ++g)
-      codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input) {
+      codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input, int) {
         uint16_t* at = to + (g * shape.group + input) * columns;
         const __m512i mask = _mm512_set1_epi32(0x00ff00ff);
         _mm512_storeu_si512(at, pairs<Bits>(_mm512_and_si512((__m512i)bytes, mask)));
