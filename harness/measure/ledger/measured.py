@@ -24,7 +24,7 @@ from slimbench.harness.measure.loaded import CountsTime, Generates
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 
 _LEAST_TURNS = 6
-_STEPS_OF_TURN: dict[Phase, int] = {"decode": Decoding.recorded, "prefill": 2 * Decoding.recorded}
+_STEPS_OF_TURN: dict[Phase, int] = {"decode": Decoding.recorded, "prefill": 4 * Decoding.recorded}
 _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 """Tokens of a text at least: a turn has no prompt in it."""
 _SHORT = 8
@@ -43,8 +43,8 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
     All models take part in each turn, so that the machine is the same for all, whatever it does in the meantime.
 
     Args:
-        steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a half of
-            these turns.
+        steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a quarter
+            of these turns.
         phases: Of which.
     """
     found: list[list[Ledger]] = [[] for _ in models]

@@ -18,6 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from slimbench.util.compat.profiler import calls
 from slimbench.util.silence import libraries_silenced
 
 _STEP = "slimbench step"
@@ -107,7 +108,7 @@ def events_of(step: Callable[[], object], count: int, shapes: bool, card: bool =
         for _ in range(count):
             with record_function(_STEP):
                 step()
-    return list(recorded.events() or ())
+    return list(recorded.events() or ()) if card else calls(recorded)
 
 
 def _activities(card: bool) -> list[ProfilerActivity]:
