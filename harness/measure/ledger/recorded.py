@@ -23,7 +23,7 @@ from slimbench.util.silence import libraries_silenced
 
 _STEP = "slimbench step"
 _LAYER = "slimbench layer "
-_SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", "slimbench::packed_blocks", _LAYER)
+_SCOPES = ("##", "Torch-Compiled", "TorchDynamo", "CompiledFunction", _LAYER)
 _SESSIONS = 12
 _ROUNDS = 4
 

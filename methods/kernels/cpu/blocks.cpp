@@ -10,12 +10,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -188,79 +190,94 @@ at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor&
   return y;
 }
 
-// The weights of all blocks, those of a block in the order of `Weight`.
-struct Weights {
-  at::TensorList codes, scales;
-  const Optionals& offsets;
-  at::IntArrayRef bits, outputs;
+// The blocks of a decoder. What stays the same is checked and kept once: to hand over a thousand tensors takes as long as several products.
+class PackedBlocks : public torch::CustomClassHolder {
+ public:
+  // Norms of each block, before attention and before the MLP, and the last one; seven weights of each block; cos and sin [positions, width].
+  PackedBlocks(std::vector<at::Tensor> norms, std::vector<at::Tensor> codes, std::vector<at::Tensor> scales, Optionals offsets,
+               std::vector<int64_t> bits, std::vector<int64_t> outputs, at::Tensor cos, at::Tensor sin, double epsilon, double scaling)
+      : norms_(std::move(norms)), codes_(std::move(codes)), scales_(std::move(scales)), offsets_(std::move(offsets)), bits_(std::move(bits)),
+        outputs_(std::move(outputs)), cos_(std::move(cos)), sin_(std::move(sin)), epsilon_(epsilon), scaling_(scaling),
+        blocks_(outputs_.size() / kWeights) {
+    const size_t all = blocks_ * kWeights;
+    TORCH_CHECK(blocks_ && norms_.size() == 2 * blocks_ + 1, "lists differ in length");
+    TORCH_CHECK(codes_.size() == all && scales_.size() == all && offsets_.size() == all && bits_.size() == all && outputs_.size() == all,
+                "lists of weights differ in length");
+    for (const auto* table : {&cos_, &sin_})
+      TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
+    TORCH_CHECK(cos_.sizes() == sin_.sizes() && cos_.size(1) % kLanes == 0, "cos and sin differ in shape, or are not of 16 n angles");
+    for (const at::Tensor& norm : norms_)
+      TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() == hidden(), "norms do not fit the outputs");
+    for (size_t block = 0; block < blocks_; ++block) {
+      const auto wide = [&](Weight which) { return outputs_[block * kWeights + which]; };
+      TORCH_CHECK(wide(kKey) % cos_.size(1) == 0 && wide(kValue) == wide(kKey) && wide(kQuery) % wide(kKey) == 0, "heads differ in width");
+      TORCH_CHECK(wide(kGate) == wide(kUp) && wide(kGate) % kLanes == 0 && wide(kOut) == hidden() && wide(kDown) == hidden(), "widths do not fit");
+    }
+  }
 
+  // x [sequences, hidden] in bfloat16; keys and values [sequences, groups, room, width] and lengths of each block, which grow by the token.
+  // Returns the normed outputs of the last block.
+  at::Tensor step(const at::Tensor& x, const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
+                  const std::vector<at::Tensor>& lengths) {
+    TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.size(1) == hidden(), "x must be bfloat16 [sequences, hidden]");
+    TORCH_CHECK(keys.size() == blocks_ && values.size() == blocks_ && lengths.size() == blocks_, "lists differ in length");
+    for (size_t block = 0; block < blocks_; ++block) check(block, x.size(0), keys[block], values[block], lengths[block]);
+    at::Tensor hidden = x.clone();
+    at::Tensor normed = added_and_normed(hidden, nullptr, norms_[0], epsilon_);
+    for (size_t block = 0; block < blocks_; ++block) {
+      int64_t& length = *const_cast<int64_t*>(data<int64_t>(lengths[block]));
+      const auto projected = times(normed, block, kQuery, 3);
+      const uint16_t *c = data<uint16_t>(cos_) + length * cos_.size(1), *s = data<uint16_t>(sin_) + length * sin_.size(1);
+      const at::Tensor attended = times(attention(projected, keys[block], values[block], length, c, s, scaling_), block, kOut, 1)[0];
+      ++length;
+      normed = added_and_normed(hidden, &attended, norms_[2 * block + 1], epsilon_);
+      const auto wide = times(normed, block, kGate, 2);
+      const at::Tensor down = times(gated(wide[0], wide[1]), block, kDown, 1)[0];
+      normed = added_and_normed(hidden, &down, norms_[2 * block + 2], epsilon_);
+    }
+    return normed;
+  }
+
+ private:
+  int64_t hidden() const { return outputs_[kDown]; }
+
+  void check(size_t block, int64_t sequences, const at::Tensor& k, const at::Tensor& v, const at::Tensor& length) const {
+    TORCH_CHECK(k.dim() == 4 && k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous() && k.scalar_type() == at::kBFloat16 &&
+                    v.scalar_type() == at::kBFloat16 && k.size(0) == sequences && k.size(3) == cos_.size(1),
+                "keys and values must be bfloat16 [sequences, groups, room, width]");
+    TORCH_CHECK(outputs_[block * kWeights + kKey] == k.size(1) * k.size(3), "heads do not fit the cache");
+    TORCH_CHECK(length.scalar_type() == at::kLong && length.numel() == 1, "lengths must be one int64 each");
+    TORCH_CHECK(*data<int64_t>(length) < std::min(k.size(2), cos_.size(0)), "no room for another token");
+  }
+
+  // The products of x with some weights of a block, from the first on.
   std::vector<at::Tensor> times(const at::Tensor& x, size_t block, size_t first, size_t count) const {
     typedef std::vector<at::Tensor> Shared(const at::Tensor&, at::TensorList, at::TensorList, const Optionals&, at::IntArrayRef, at::IntArrayRef);
     typedef at::Tensor Alone(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, int64_t);
     static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("slimbench::packed_mm_shared", "").typed<Shared>();
     static const auto alone = c10::Dispatcher::singleton().findSchemaOrThrow("slimbench::packed_mm", "").typed<Alone>();
     const size_t begin = block * kWeights + first;
-    if (count == 1) return {alone.call(x, codes[begin], scales[begin], offsets.get(begin), bits[begin], outputs[begin])};
+    if (count == 1) return {alone.call(x, codes_[begin], scales_[begin], offsets_.get(begin), bits_[begin], outputs_[begin])};
     Optionals moved;
     moved.reserve(count);
-    for (size_t i = begin; i < begin + count; ++i) moved.push_back(offsets.get(i));
-    return product.call(x, codes.slice(begin, count), scales.slice(begin, count), moved, bits.slice(begin, count), outputs.slice(begin, count));
+    for (size_t i = begin; i < begin + count; ++i) moved.push_back(offsets_.get(i));
+    return product.call(x, {&codes_[begin], count}, {&scales_[begin], count}, moved, {&bits_[begin], count}, {&outputs_[begin], count});
   }
+
+  const std::vector<at::Tensor> norms_, codes_, scales_;
+  const Optionals offsets_;
+  const std::vector<int64_t> bits_, outputs_;
+  const at::Tensor cos_, sin_;
+  const double epsilon_, scaling_;
+  const size_t blocks_;
 };
-
-void check(const at::Tensor& x, at::TensorList keys, at::TensorList values, at::TensorList lengths, const at::Tensor& cos, const at::Tensor& sin,
-           at::TensorList norms, const Weights& weights) {
-  const size_t blocks = keys.size(), all = blocks * kWeights;
-  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.size(1) % kLanes == 0, "x must be bfloat16 [sequences, 16 n]");
-  TORCH_CHECK(values.size() == blocks && lengths.size() == blocks && norms.size() == 2 * blocks + 1, "lists differ in length");
-  TORCH_CHECK(weights.codes.size() == all && weights.scales.size() == all && weights.offsets.size() == all && weights.bits.size() == all &&
-                  weights.outputs.size() == all, "lists of weights differ in length");
-  for (const auto* table : {&cos, &sin}) TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
-  TORCH_CHECK(cos.sizes() == sin.sizes(), "cos and sin differ in shape");
-  for (const at::Tensor& weight : norms) TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.numel() == x.size(1), "norms do not fit x");
-  for (size_t block = 0; block < blocks; ++block) {
-    const at::Tensor &k = keys[block], &v = values[block];
-    TORCH_CHECK(k.dim() == 4 && k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous() && k.scalar_type() == at::kBFloat16 &&
-                    v.scalar_type() == at::kBFloat16 && k.size(0) == x.size(0) && k.size(3) % kLanes == 0 && k.size(3) == cos.size(1),
-                "keys and values must be bfloat16 [sequences, groups, room, 16 n]");
-    const auto wide = [&](Weight which) { return weights.outputs[block * kWeights + which]; };
-    TORCH_CHECK(wide(kKey) == k.size(1) * k.size(3) && wide(kValue) == wide(kKey) && wide(kQuery) % wide(kKey) == 0, "heads do not fit the cache");
-    TORCH_CHECK(wide(kGate) == wide(kUp) && wide(kGate) % kLanes == 0 && wide(kOut) == x.size(1) && wide(kDown) == x.size(1), "widths do not fit");
-    TORCH_CHECK(lengths[block].scalar_type() == at::kLong && lengths[block].numel() == 1, "lengths must be one int64 each");
-  }
-}
-
-// x [sequences, hidden] in bfloat16; keys and values [sequences, groups, room, width] and lengths of each block, which grow by the token;
-// cos and sin [positions, width]; norms of each block, before attention and before the MLP, and the last one; seven weights of each block.
-// Returns the normed outputs of the last block.
-at::Tensor packed_blocks(const at::Tensor& x, at::TensorList keys, at::TensorList values, at::TensorList lengths, const at::Tensor& cos,
-                         const at::Tensor& sin, at::TensorList norms, at::TensorList codes, at::TensorList scales, const Optionals& offsets,
-                         at::IntArrayRef bits, at::IntArrayRef outputs, double epsilon, double scaling) {
-  const Weights weights{codes, scales, offsets, bits, outputs};
-  check(x, keys, values, lengths, cos, sin, norms, weights);
-  at::Tensor hidden = x.clone();
-  at::Tensor normed = added_and_normed(hidden, nullptr, norms[0], epsilon);
-  for (size_t block = 0; block < keys.size(); ++block) {
-    int64_t& length = *const_cast<int64_t*>(data<int64_t>(lengths[block]));
-    TORCH_CHECK(length < keys[block].size(2) && length < cos.size(0), "no room for another token");
-    const auto projected = weights.times(normed, block, kQuery, 3);
-    const uint16_t *c = data<uint16_t>(cos) + length * cos.size(1), *s = data<uint16_t>(sin) + length * cos.size(1);
-    const at::Tensor attended = weights.times(attention(projected, keys[block], values[block], length, c, s, scaling), block, kOut, 1)[0];
-    ++length;
-    normed = added_and_normed(hidden, &attended, norms[2 * block + 1], epsilon);
-    const auto wide = weights.times(normed, block, kGate, 2);
-    const at::Tensor down = weights.times(gated(wide[0], wide[1]), block, kDown, 1)[0];
-    normed = added_and_normed(hidden, &down, norms[2 * block + 2], epsilon);
-  }
-  return normed;
-}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(slimbench, library) {
-  library.def(
-      "packed_blocks(Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor(c!)[] lengths, Tensor cos, Tensor sin, Tensor[] norms, "
-      "Tensor[] codes, Tensor[] scales, Tensor?[] offsets, int[] bits, int[] outputs, float epsilon, float scaling) -> Tensor");
+  typedef std::vector<at::Tensor> Tensors;
+  typedef std::vector<int64_t> Sizes;
+  library.class_<PackedBlocks>("PackedBlocks")
+      .def(torch::init<Tensors, Tensors, Tensors, Optionals, Sizes, Sizes, at::Tensor, at::Tensor, double, double>())
+      .def("step", &PackedBlocks::step);
 }
-
-TORCH_LIBRARY_IMPL(slimbench, CPU, library) { library.impl("packed_blocks", packed_blocks); }

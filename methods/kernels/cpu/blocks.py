@@ -1,4 +1,4 @@
-"""The own CPU kernel for whole decoders of packed weights: `slimbench::packed_blocks` (see `blocks.cpp`)."""
+"""The own CPU kernel for whole decoders of packed weights: the class `slimbench::PackedBlocks` (see `blocks.cpp`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("blocks.cpp")
 
 @functools.cache
 def missing() -> str | None:
-    """Why the operator cannot be had here, in one line; None once it is compiled, or found in the cache, and registered."""
+    """Why the class cannot be had here, in one line; None once it is compiled, or found in the cache, and registered."""
     if reason := build.missing():
         return reason
     try:
@@ -34,7 +34,7 @@ def missing() -> str | None:
 
 
 def takes(layer: nn.Module) -> bool:
-    """Whether a layer is one of those that the operator multiplies: packed in bfloat16, and nothing is added to its product."""
+    """Whether a layer is one of those that the class multiplies: packed in bfloat16, and nothing is added to its product."""
     return (
         type(layer) is PackedLinear
         and layer.kernel == OwnCpu.name
@@ -47,7 +47,7 @@ def takes(layer: nn.Module) -> bool:
 
 @dataclass
 class Blocks:
-    """The weights of a decoder, as the operator wants them.
+    """The weights of a decoder, as the class wants them.
 
     Args:
         norms: Weights of the norms before attention and before the MLP of each block, and of the last one.
@@ -67,13 +67,10 @@ class Blocks:
 
     def __post_init__(self) -> None:
         kept: list[Any] = [buffers(layer) for layer in self.layers]
-        self._weights = (
-            [each["weight_packed"] for each in kept],
-            [each["scales"] for each in kept],
-            [each.get("offsets") for each in kept],
-            [layer.grid.bits for layer in self.layers],
-            [layer.out_features for layer in self.layers],
-        )
+        codes, scales, offsets = ([each.get(name) for each in kept] for name in ("weight_packed", "scales", "offsets"))
+        bits, outputs = [layer.grid.bits for layer in self.layers], [layer.out_features for layer in self.layers]
+        made = torch.classes.slimbench.PackedBlocks
+        self._step = made(list(self.norms), codes, scales, offsets, bits, outputs, self.cos, self.sin, self.epsilon, self.scaling).step
 
     def __call__(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
         """One token of each sequence through all blocks.
@@ -87,7 +84,5 @@ class Blocks:
         Returns:
             What the head multiplies, [sequences, hidden].
         """
-        found: Tensor = torch.ops.slimbench.packed_blocks(
-            x, keys, values, lengths, self.cos, self.sin, self.norms, *self._weights, self.epsilon, self.scaling
-        )
+        found: Tensor = self._step(x, keys, values, lengths)
         return found
