@@ -162,8 +162,8 @@ class SpeedConfig(Strict):
         prompts: Texts in place of random token ids, for what depends on them; None: one prompt of random ids.
         rows: Numbers of tokens whose pass is timed behind a prompt of the headline: what checking guesses costs; None: none.
         temperature: At which tokens are drawn, those of the reference too; None: the likeliest one is written.
-        ledger: Steps of decoding that are recorded for a ledger of the headline, once all is timed, and prefills in half of
-            their turns; None: no ledger. No other figure depends on it.
+        ledger: Steps of decoding that are recorded for a ledger of the headline, once all is timed, and prefills in a
+            quarter of their turns; None: no ledger. No other figure depends on it.
     """
 
     name: str

@@ -216,15 +216,16 @@ class Place:
 
 
 def places(line: Sequence[tuple[int, Gain]]) -> list[Place]:
-    """Where a ratio crosses 1."""
+    """Where a ratio crosses 1; of several places with one interval the last, behind which it stays on its side."""
     values, lows, highs = ([(at, getattr(gain, name)) for at, gain in line] for name in ("value", "low", "high"))
-    found = []
+    found: dict[Any, Place] = {}
     for at, falls in _zeros(values):
         early, late = (lows, highs) if falls else (highs, lows)
         before = [zero for zero, down in _zeros(early) if down is falls and zero <= at]
         behind = [zero for zero, down in _zeros(late) if down is falls and zero >= at]
-        found.append(Place(at, max(before, default=None), min(behind, default=None), falls))
-    return found
+        place = Place(at, max(before, default=None), min(behind, default=None), falls)
+        found[place.low, place.high, falls] = place
+    return sorted(found.values(), key=lambda place: place.at)
 
 
 def _zeros(line: Sequence[tuple[int, float]]) -> Iterator[tuple[float, bool]]:

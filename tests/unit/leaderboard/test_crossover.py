@@ -99,6 +99,13 @@ def test_what_begins_to_pay_is_told_as_such() -> None:
     )
 
 
+def test_a_ratio_that_wavers_before_it_is_clear_crosses_once() -> None:
+    wavering = {(1, 128): 1.02, (2, 128): 0.98, (4, 128): 1.03, (8, 128): 0.5}
+    (crossing,) = field({"four": wavering}).crossings()
+    assert (crossing.first, crossing.low) == ("four", None)
+    assert crossing.high and 4 < crossing.at < crossing.high < 8
+
+
 def test_intervals_of_crossovers_hold_the_true_place() -> None:
     """Gains drawn around a true line: 95 of 100 intervals hold where it crosses."""
     rng, width, held = np.random.default_rng(0), 0.04, 0

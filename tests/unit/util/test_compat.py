@@ -21,7 +21,7 @@ from slimbench.util.compat import torch as private
 from tests.support import tiny
 from tests.support.paths import ROOT
 
-DISTRIBUTIONS = {"inductor": "torch", "wandb_workspaces": "wandb-workspaces"}
+DISTRIBUTIONS = {"inductor": "torch", "profiler": "torch", "wandb_workspaces": "wandb-workspaces"}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
