@@ -31,7 +31,10 @@ class Call:
 
 
 def calls(recorded: profile) -> list[Call]:
-    """Every call on the processor of what recorded nothing else, those of a thread in order."""
+    """Every call on the processor of what recorded nothing else, those of a thread in order.
+
+    Unlike `events()` it keeps a call that is all of another one of its name: both took time to record.
+    """
     results: Any = recorded.profiler and recorded.profiler.kineto_results
     if not results:
         return []
