@@ -13,12 +13,12 @@
 // Elsewhere, and for float32 inputs, the compiler's own vectors compute in float32 on any processor.
 // One expansion of the weights serves up to eight rows of inputs, so that a prompt is limited by arithmetic, a token by memory.
 //
-// With AMX, which multiplies tiles, a prompt takes another way: codes less mid, small integers and so exact in bfloat16, go through
-// torch's brgemm (oneDNN) group by group, and the sums of each group are scaled in float32. Inputs stay as they are.
+// With AMX, which multiplies tiles, more rows take another way: weights are expanded some inputs at a time, each rounded to bfloat16 as a
+// dense weight is, and multiplied while a core's first cache holds them. Inputs stay as they are, and sums are of float32.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
+#include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -40,7 +40,7 @@
 #ifdef __AMX_BF16__
 #define SLIMBENCH_TILES
 #endif
-#if !defined(CPUBLAS_BRGEMM_BF16BF16F32) || !defined(__AVX512BF16__) || !defined(SLIMBENCH_VNNI)
+#if !defined(__AVX512BF16__) || !defined(SLIMBENCH_VNNI)
 #undef SLIMBENCH_TILES
 #endif
 
@@ -49,8 +49,9 @@ namespace {
 constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
-constexpr int64_t kRowsForTiles = 32;   // rows of inputs from which on tiles are worth their expansion
-constexpr int64_t kRowsOfTiles = 128;   // rows of inputs whose sums are kept at once
+constexpr int64_t kRowsForTiles = 12;   // rows of inputs from which on tiles are worth their expansion
+constexpr int64_t kRowsOfTiles = 512;   // rows of inputs whose sums are kept at once
+constexpr int64_t kInputsOfTiles = 128;  // inputs for which weights are expanded at once
 
 // Bits of a field, and the place in the code at which they belong.
 struct Plane {
@@ -260,87 +261,185 @@ struct Vnni {
 
 #ifdef SLIMBENCH_TILES
 
-// Products of bfloat16 by brgemm. Of each four inputs the order is 0, 2, 1, 3: so the bytes of a word come apart in pairs.
+// Two by two tiles at a time: each is of sixteen rows of inputs, or of the weight, by 32 inputs.
 struct Tiles {
-  static constexpr int64_t blocks = 4, columns = blocks * kLanes;
+  static constexpr int64_t blocks = 4, depth = 32, size = kLanes * depth, pair = 2 * kLanes;
 
-  std::vector<uint16_t> values;
-  std::vector<float> totals;
+  // Rows of inputs: those of `x` itself, and from `copied_from` on a copy, filled up with zeros to a whole pair of tiles. Rows that are
+  // a multiple of 4,096 bytes apart would share their places in the first cache: then all are copied, as tiles one behind the other.
+  const uint16_t* x;
+  int64_t copied_from, row, step;
+  at::Tensor copy;
 
-  Tiles(const Shape& shape, const uint16_t* x) : values(shape.rows * shape.inputs), totals(shape.rows * shape.groups) {
-    at::parallel_for(0, shape.rows * shape.groups, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        for (int64_t i = g * shape.group; i < (g + 1) * shape.group; i += 4) {
-          for (int64_t t = 0; t < 4; ++t) values[i + t] = x[i + (t % 2) * 2 + t / 2];
-          totals[g] += (to_float(x[i]) + to_float(x[i + 1])) + (to_float(x[i + 2]) + to_float(x[i + 3]));
+  Tiles(const Shape& shape, const uint16_t* from) : x(from) {
+    const bool collide = shape.inputs % 2048 == 0;
+    copied_from = collide ? 0 : shape.rows / pair * pair;
+    row = collide ? depth : shape.inputs;
+    step = collide ? size : depth;
+    const int64_t filled = (shape.rows + pair - 1) / pair * pair;
+    copy = uninitialized({filled - copied_from, shape.inputs}, at::kBFloat16);
+    auto* const to = reinterpret_cast<uint16_t*>(copy.mutable_data_ptr());
+    at::parallel_for(copied_from, filled, pair, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m)
+        for (int64_t i = 0; i < shape.inputs; i += depth) {
+          uint16_t* const tile = to + (m - copied_from) / kLanes * kLanes * shape.inputs + m % kLanes * row + i / depth * step;
+          if (m < shape.rows)
+            std::memcpy(tile, x + m * shape.inputs + i, depth * sizeof *tile);
+          else
+            std::memset(tile, 0, depth * sizeof *tile);
         }
+    });
+  }
+
+  const uint16_t* inputs_of(int64_t m, int64_t first, int64_t inputs) const {
+    return (m < copied_from ? x + m * inputs : data<uint16_t>(copy) + (m - copied_from) * inputs) + first / depth * step;
+  }
+
+  // What the lowest bits of each lane mean: the code less `mid`.
+  template <int Bits>
+  static __m512 numbers(__m512i codes) {
+    if constexpr (Bits == 8) {
+      return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), _mm512_set1_epi32(128)));
+    } else {
+      alignas(64) static constexpr auto meant = [] {
+        std::array<float, kLanes> found{};
+        for (int code = 0; code < kLanes; ++code) found[code] = float(code % (1 << Bits) - (1 << (Bits - 1)));
+        return found;
+      }();
+      return _mm512_permutexvar_ps(codes, _mm512_load_ps(meant.data()));
+    }
+  }
+
+  // A group of a block as tiles: [inputs / 2, 16, 2], so that two inputs of a row of the weight lie beside each other.
+  template <int Bits>
+  static void expand(int64_t group, const uint32_t* codes, Floats scale, Floats offset, uint16_t* to) {
+    alignas(64) static constexpr auto beside = [] {
+      std::array<uint16_t, 2 * kLanes> found{};
+      for (int64_t half = 0; half < 2 * kLanes; ++half) found[half] = uint16_t(half / 2 + half % 2 * kLanes);
+      return found;
+    }();
+    const __m512i order = _mm512_load_si512(beside.data());
+    each_field<Bits>(codes, group, [&](Words bytes, int64_t input, int) {
+      for (int t = 0; t < 4; t += 2) {
+        const __m512 first = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t)), (__m512)scale, (__m512)offset);
+        const __m512 second = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t + 8)), (__m512)scale, (__m512)offset);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+        _mm512_store_si512(to + (input + t) * kLanes, _mm512_permutexvar_epi16(order, both));
       }
     });
   }
 
-  // Two inputs of sixteen rows of the weight, one a half word: codes less `mid` in bfloat16.
-  template <int Bits>
-  static __m512i pairs(__m512i codes) {
-    if constexpr (Bits == 8) {
-      const auto whole = [](__m512i code) {
-        return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(128))));
-      };
-      const __m512i first = whole(_mm512_and_si512(codes, _mm512_set1_epi32(0xffff))), second = whole(_mm512_srli_epi32(codes, 16));
-      return _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+  // Two tiles of inputs by two of weights, `steps` times, added to what `sums` [2, 2, 16, 16] holds, or in its place. What belongs to the
+  // second tile lies `next` behind the first.
+  void product(const uint16_t* inputs, int64_t next_inputs, const uint16_t* weights, int64_t next_weights, int64_t steps, bool goes_on,
+               float* sums) const {
+#ifdef __AMX_BF16__
+    constexpr int64_t line = 64, tile = kLanes * kLanes;
+    const int64_t stride = row * int64_t(sizeof *inputs);
+    if (goes_on) {
+      _tile_loadd(0, sums, line);
+      _tile_loadd(1, sums + tile, line);
+      _tile_loadd(2, sums + 2 * tile, line);
+      _tile_loadd(3, sums + 3 * tile, line);
     } else {
-      alignas(64) static const auto numbers = [] {
-        std::array<uint16_t, 32> found{};
-        for (int code = 0; code < 1 << Bits; ++code) found[code] = to_bfloat16(float(code - (1 << (Bits - 1))));
-        return found;
-      }();
-      return _mm512_permutexvar_epi16(codes, _mm512_load_si512(numbers.data()));
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
     }
+    for (int64_t k = 0; k < steps; ++k, inputs += step, weights += size) {
+      _tile_loadd(4, inputs, stride);
+      _tile_loadd(6, weights, line);
+      _tile_loadd(7, weights + next_weights, line);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, inputs + next_inputs, stride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, line);
+    _tile_stored(1, sums + tile, line);
+    _tile_stored(2, sums + 2 * tile, line);
+    _tile_stored(3, sums + 3 * tile, line);
+#else
+    for (int64_t m = 0; m < pair; ++m)
+      for (int64_t b = 0; b < 2; ++b) {
+        float* const to = sums + ((m / kLanes * 2 + b) * kLanes + m % kLanes) * kLanes;
+        __m512 sum = goes_on ? _mm512_load_ps(to) : _mm512_setzero_ps();
+        for (int64_t k = 0; k < steps; ++k)
+          for (int64_t i = 0; i < depth; i += 2) {
+            int32_t two;
+            std::memcpy(&two, inputs + m / kLanes * next_inputs + m % kLanes * row + k * step + i, sizeof two);
+            const __m512i weight = _mm512_load_si512(weights + b * next_weights + k * size + i * kLanes);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)weight);
+          }
+        _mm512_store_ps(to, sum);
+      }
+#endif
   }
 
-  // The weights of a block as brgemm wants them: [inputs / 2, columns, 2], of which this block has sixteen columns.
-  template <int Bits>
-  static void expand(const Shape& shape, const uint32_t* codes, uint16_t* to) {
-    for (int64_t g = 0; g < shape.groups; ++g)
-      codes = each_field<Bits>(codes, shape.group, [&](Words bytes, int64_t input, int) {
-        uint16_t* at = to + (g * shape.group + input) * columns;
-        const __m512i mask = _mm512_set1_epi32(0x00ff00ff);
-        _mm512_storeu_si512(at, pairs<Bits>(_mm512_and_si512((__m512i)bytes, mask)));
-        _mm512_storeu_si512(at + 2 * columns, pairs<Bits>(_mm512_and_si512(_mm512_srli_epi32((__m512i)bytes, 8), mask)));
-      });
+  // Whether this process may use tiles.
+  static bool can_be_had() {
+#ifdef __AMX_BF16__
+    static const bool granted = at::cpu::init_amx();
+    return granted;
+#else
+    return true;
+#endif
+  }
+
+  static void begin() {
+#ifdef __AMX_BF16__
+    struct alignas(64) {
+      uint8_t palette = 1, unused[15] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    _tile_loadconfig(&shapes);
+#endif
+  }
+
+  static void end() {
+#ifdef __AMX_BF16__
+    _tile_release();
+#endif
   }
 
   // Some blocks of weights, from `block` on, times all rows of inputs.
   template <int Bits, typename T>
   void multiply(const Shape& shape, int64_t block, const uint32_t* codes, const T* scales, const T* offsets, T* y) const {
-    const int64_t here = std::min(blocks, shape.blocks - block);
-    std::vector<uint16_t> weights(shape.inputs * columns);
-    for (int64_t b = 0; b < here; ++b)
-      expand<Bits>(shape, codes + (block + b) * shape.groups * shape.words * kLanes, weights.data() + b * kLanes * 2);
-    std::vector<float> sums(kRowsOfTiles * columns);
-    std::vector<Floats> results(kRowsOfTiles * blocks);
-    for (int64_t row = 0; row < shape.rows; row += kRowsOfTiles) {
-      const int64_t many = std::min(kRowsOfTiles, shape.rows - row);
-      std::fill(results.begin(), results.end(), Floats{});
-      for (int64_t g = 0; g < shape.groups; ++g) {
-        const bool goes_on = shape.scale_stride == 0 && g > 0, is_last = shape.scale_stride || g + 1 == shape.groups;
-        at::native::cpublas::brgemm(many, columns, shape.group, shape.inputs, columns, columns, goes_on,
-                                    reinterpret_cast<const at::BFloat16*>(values.data() + row * shape.inputs + g * shape.group),
-                                    reinterpret_cast<const at::BFloat16*>(weights.data() + g * shape.group * columns), sums.data());
-        for (int64_t b = 0; b < here; ++b) {
-          const int64_t step = (shape.scale_stride ? (block + b) * shape.groups + g : block + b) * kLanes;
-          if (is_last) {
-            const Floats scale = load_lanes(scales + step);
-            for (int64_t m = 0; m < many; ++m) results[m * blocks + b] += scale * load_lanes(sums.data() + m * columns + b * kLanes);
+    const int64_t here = std::min(blocks, shape.blocks - block), pairs_of_blocks = (here + 1) / 2;
+    const int64_t some = std::min(std::max<int64_t>(1, kInputsOfTiles / shape.group), shape.groups);
+    const int64_t next_block = some * shape.group * kLanes;
+    const int64_t most_pairs = (std::min(kRowsOfTiles, shape.rows) + pair - 1) / pair;
+    at::Tensor expanded = uninitialized({blocks * next_block}, at::kBFloat16);
+    at::Tensor summed = uninitialized({most_pairs * pairs_of_blocks * pair * pair}, at::kFloat);
+    auto* const weights = reinterpret_cast<uint16_t*>(expanded.mutable_data_ptr());
+    float* const sums = summed.mutable_data_ptr<float>();
+    for (int64_t first = 0; first < shape.rows; first += kRowsOfTiles) {
+      const int64_t many = std::min(kRowsOfTiles, shape.rows - first);
+      for (int64_t g = 0; g < shape.groups; g += some) {
+        const int64_t groups = std::min(some, shape.groups - g);
+        for (int64_t b = 0; b < here; ++b)
+          for (int64_t i = 0; i < groups; ++i) {
+            const int64_t index = (block + b) * shape.groups + g + i, at = (shape.scale_stride ? index : block + b) * kLanes;
+            const Floats offset = offsets ? load_lanes(offsets + at) : Floats{};
+            expand<Bits>(shape.group, codes + index * shape.words * kLanes, load_lanes(scales + at), offset,
+                         weights + b * next_block + i * shape.group * kLanes);
           }
-          if (offsets) {
-            const Floats offset = load_lanes(offsets + step);
-            for (int64_t m = 0; m < many; ++m) results[m * blocks + b] += offset * totals[(row + m) * shape.groups + g];
-          }
-        }
+        for (int64_t m = 0; m < many; m += pair)
+          for (int64_t b = 0; b < pairs_of_blocks; ++b)
+            product(inputs_of(first + m, g * shape.group, shape.inputs), kLanes * shape.inputs, weights + 2 * b * next_block, next_block,
+                    groups * shape.group / depth, g > 0, sums + (m * pairs_of_blocks + b * pair) * pair);
       }
-      for (int64_t b = 0; b < here; ++b) {
-        const int64_t begin = (block + b) * kLanes, count = std::min(kLanes, shape.outputs - begin);
-        for (int64_t m = 0; m < many; ++m) store_lanes(y + (row + m) * shape.outputs + begin, results[m * blocks + b], count);
+      for (int64_t b = 0; b < pairs_of_blocks; ++b) {
+        const int64_t begin = (block + 2 * b) * kLanes, count = std::min(pair, shape.outputs - begin);
+        const __mmask32 kept = ~__mmask32(0) >> (pair - count);
+        for (int64_t m = 0; m < many; ++m) {
+          const float* sum = sums + (m / pair * pairs_of_blocks + b) * pair * pair + (m % pair / kLanes * 2 * kLanes + m % kLanes) * kLanes;
+          const auto both = _mm512_cvtne2ps_pbh(_mm512_load_ps(sum + kLanes * kLanes), _mm512_load_ps(sum));
+          _mm512_mask_storeu_epi16(y + (first + m) * shape.outputs + begin, kept, (__m512i)both);
+        }
       }
     }
   }
@@ -419,12 +518,13 @@ void multiply(const T* x, std::vector<Product<Inputs, T>>& products) {
     ends.push_back((ends.empty() ? 0 : ends.back()) + product.parts());
   }
   at::parallel_for(0, ends.empty() ? 0 : ends.back(), 1, [&](int64_t begin, int64_t end) {
+    if constexpr (Inputs::blocks > 1) Inputs::begin();
     size_t which = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (int64_t part = begin; part < end; ++part) {
       while (part >= ends[which]) ++which;
       products[which].part(part - (ends[which] - products[which].parts()));
     }
-    if constexpr (Inputs::blocks > 1) at::native::cpublas::brgemm_release();
+    if constexpr (Inputs::blocks > 1) Inputs::end();
   });
 }
 
@@ -470,7 +570,7 @@ std::vector<at::Tensor> packed_mm_shared(const at::Tensor& x, at::TensorList cod
   if (x.scalar_type() == at::kFloat) return run<Portable, float>(x, codes, scales, offsets, bits, outputs);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "x must be bfloat16 or float32");
 #ifdef SLIMBENCH_TILES
-  if (x.size(0) >= kRowsForTiles) return run<Tiles, uint16_t>(x, codes, scales, offsets, bits, outputs);
+  if (x.size(0) >= kRowsForTiles && Tiles::can_be_had()) return run<Tiles, uint16_t>(x, codes, scales, offsets, bits, outputs);
 #endif
 #ifdef SLIMBENCH_VNNI
   return run<Vnni, uint16_t>(x, codes, scales, offsets, bits, outputs);
@@ -487,8 +587,9 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
 // By which instructions products are computed: of many rows / of few.
 std::string packed_mm_instructions() {
 #ifdef SLIMBENCH_TILES
-  return "tiles / VNNI";
-#elif defined(SLIMBENCH_VNNI)
+  if (Tiles::can_be_had()) return "tiles / VNNI";
+#endif
+#ifdef SLIMBENCH_VNNI
   return "VNNI";
 #else
   return "portable";
