@@ -102,7 +102,7 @@ def check(cells: Sequence[Cell]) -> None:
 
 
 def write(cells: Sequence[Cell], rounds: int, out: Path, console: Console) -> tuple[Path, list[TurnRow]]:
-    """Measure and write `engines-ENGINES-MODEL-METHOD-HARDWARE.csv`, round after round, so that what is measured stays.
+    """Measure and write `engines-ENGINES-MODEL-METHOD-FINGERPRINT.csv`, round after round, so that what is measured stays.
 
     Raises:
         Failed: A cell cannot be measured here.
@@ -111,8 +111,8 @@ def write(cells: Sequence[Cell], rounds: int, out: Path, console: Console) -> tu
 
     first = cells[0]
     engines = "-".join(cell.config.engine.name for cell in cells)
-    name = slug(f"{engines}-{first.identity.model}-{first.identity.pipeline}-{first.hardware(Stage.SPEED).label}")
-    table, rows = out / f"engines-{name}.csv", list[TurnRow]()
+    name = slug(f"{engines}-{first.identity.model}-{first.identity.pipeline}")
+    table, rows = out / f"engines-{name}-{first.hardware(Stage.SPEED).fingerprint}.csv", list[TurnRow]()
     for row in _measured(cells, rounds, console):
         rows.append(row)
         write_atomically(table, pd.DataFrame([asdict(each) for each in rows]).to_csv(index=False).encode())

@@ -159,7 +159,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def write(
     wanted: Setting, implementations: Mapping[str, Attend], device: str, threads: int | None, out: Path, console: Console
 ) -> tuple[Path, list[str]]:
-    """Measure and write `attention-HARDWARE.csv`, row after row, so that what is measured stays if the run is cut short.
+    """Measure and write `attention-HARDWARE-FINGERPRINT.csv`, row after row, so that what is measured stays if the run is cut short.
 
     Returns:
         The table, and what was left out with the reason.
@@ -167,8 +167,8 @@ def write(
     import pandas as pd
     from rich.progress import Progress
 
-    name = hardware().identity(device, 0, threads or available_cores()).label
-    table, rows, left_out = out / f"attention-{slug(name)}.csv", [], []
+    here = hardware().identity(device, 0, threads or available_cores())
+    table, rows, left_out = out / f"attention-{slug(here.label)}-{here.fingerprint}.csv", [], []
     with Progress(console=console) as progress:
         task = progress.add_task("attention")
 

@@ -102,7 +102,7 @@ def layers(pattern: str) -> list[tuple[str, int, int]]:
 def write(
     layers: Sequence[tuple[str, int, int]], batches: Sequence[int] | None, device: str, threads: int | None, out: Path, console: Console
 ) -> tuple[Path, int]:
-    """Measure and write `kernels-HARDWARE.csv`, row after row, so that what is measured stays if the run is cut short.
+    """Measure and write `kernels-HARDWARE-FINGERPRINT.csv`, row after row, so that what is measured stays if the run is cut short.
 
     Returns:
         The table, and how many of its rows are defects of the measurement.
@@ -110,8 +110,8 @@ def write(
     import pandas as pd
     from rich.progress import Progress
 
-    name = hardware().identity(device, 0, threads or available_cores()).label
-    table, rows = out / f"kernels-{slug(name)}.csv", []
+    here = hardware().identity(device, 0, threads or available_cores())
+    table, rows = out / f"kernels-{slug(here.label)}-{here.fingerprint}.csv", []
     with Progress(console=console) as progress:
         task = progress.add_task("kernels")
 

@@ -46,7 +46,8 @@
 
 namespace {
 
-constexpr int64_t kAhead = 32 * kLanes;  // words that are asked for before they are needed
+constexpr int64_t kAhead = 16 * kLanes;  // words that are asked for before they are needed, into the first cache
+constexpr int64_t kFarAhead = 256 * kLanes;  // the same, into the second, which can wait for more of them at once
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
 constexpr int64_t kRowsForTiles = 12;   // rows of inputs from which on tiles are worth their expansion
@@ -118,6 +119,7 @@ inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add)
 #pragma GCC unroll 8
     for (int word = 0; word < ratio; ++word, codes += kLanes) {
       const Words words = load_words(codes);
+      __builtin_prefetch(codes + kFarAhead, 0, 2);
       __builtin_prefetch(codes + kAhead);
 #pragma GCC unroll 8
       for (int s = 0; s < fields; ++s, i += 4) {
@@ -295,34 +297,28 @@ struct Tiles {
     return (m < copied_from ? x + m * inputs : data<uint16_t>(copy) + (m - copied_from) * inputs) + first / depth * step;
   }
 
-  // What the lowest bits of each lane mean: the code less `mid`.
+  // The code in the lowest byte of each lane.
   template <int Bits>
   static __m512 numbers(__m512i codes) {
-    if constexpr (Bits == 8) {
-      return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), _mm512_set1_epi32(128)));
-    } else {
-      alignas(64) static constexpr auto meant = [] {
-        std::array<float, kLanes> found{};
-        for (int code = 0; code < kLanes; ++code) found[code] = float(code % (1 << Bits) - (1 << (Bits - 1)));
-        return found;
-      }();
-      return _mm512_permutexvar_ps(codes, _mm512_load_ps(meant.data()));
-    }
+    if constexpr (Bits == 8) return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)));
+    alignas(64) static constexpr float known[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_permutexvar_ps(codes, _mm512_load_ps(known));  // looks at the lowest four bits alone
   }
 
   // A group of a block as tiles: [inputs / 2, 16, 2], so that two inputs of a row of the weight lie beside each other.
   template <int Bits>
-  static void expand(int64_t group, const uint32_t* codes, Floats scale, Floats offset, uint16_t* to) {
+  static void expand(int64_t group, const uint32_t* codes, __m512 scale, __m512 offset, uint16_t* to) {
     alignas(64) static constexpr auto beside = [] {
       std::array<uint16_t, 2 * kLanes> found{};
       for (int64_t half = 0; half < 2 * kLanes; ++half) found[half] = uint16_t(half / 2 + half % 2 * kLanes);
       return found;
     }();
     const __m512i order = _mm512_load_si512(beside.data());
+    const __m512 zero = _mm512_fnmadd_ps(scale, _mm512_set1_ps(float(1 << (Bits - 1))), offset);  // what code 0 means
     each_field<Bits>(codes, group, [&](Words bytes, int64_t input, int) {
       for (int t = 0; t < 4; t += 2) {
-        const __m512 first = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t)), (__m512)scale, (__m512)offset);
-        const __m512 second = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t + 8)), (__m512)scale, (__m512)offset);
+        const __m512 first = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t)), scale, zero);
+        const __m512 second = _mm512_fmadd_ps(numbers<Bits>(_mm512_srli_epi32((__m512i)bytes, 8 * t + 8)), scale, zero);
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
         _mm512_store_si512(to + (input + t) * kLanes, _mm512_permutexvar_epi16(order, both));
       }
@@ -424,7 +420,7 @@ struct Tiles {
           for (int64_t i = 0; i < groups; ++i) {
             const int64_t index = (block + b) * shape.groups + g + i, at = (shape.scale_stride ? index : block + b) * kLanes;
             const Floats offset = offsets ? load_lanes(offsets + at) : Floats{};
-            expand<Bits>(shape.group, codes + index * shape.words * kLanes, load_lanes(scales + at), offset,
+            expand<Bits>(shape.group, codes + index * shape.words * kLanes, (__m512)load_lanes(scales + at), (__m512)offset,
                          weights + b * next_block + i * shape.group * kLanes);
           }
         for (int64_t m = 0; m < many; m += pair)
