@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import statistics
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +31,7 @@ def found(rows: list[TurnRow]) -> dict[tuple[str, str, str], Ratio]:
     return {(each.engine, each.other, each.what): each for each in ratios(rows)}
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem[:48])
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "-".join(table.stem.split("-")[3:]))
 def test_rounds_go_forth_and_back_over_the_same_weights(table: Path) -> None:
     rows = read(table)
     engines = list(dict.fromkeys(row.engine for row in rows))
@@ -44,7 +43,7 @@ def test_rounds_go_forth_and_back_over_the_same_weights(table: Path) -> None:
     assert all(row.build for row in rows) and not any("PASSIVE" in row.flags or "fell back" in row.flags for row in rows)
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.stem[:48])
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "-".join(table.stem.split("-")[3:]))
 def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(table: Path) -> None:
     rows = read(table)
     decode, prefill = LEAST[rows[0].model]
@@ -54,10 +53,23 @@ def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(t
     assert all("packed_blocks" in row.build for row in rows if row.engine == "compiled")
 
 
-@pytest.mark.xfail(strict=True, reason="0.76 of it on an Intel Xeon without AMX: 0.66 to 0.79 in six processes")
-def test_a_step_of_the_larger_model_reads_at_the_speed_of_the_machine() -> None:
+LARGER = [
+    pytest.param(
+        table,
+        marks=pytest.mark.xfail(strict=True, reason="0.76 of it, before words were asked for into the second cache; not measured there again")
+        if "9a347272" in table.stem
+        else (),
+        id=table.stem[-8:],
+    )
+    for table in TABLES
+    if "random-1.7b" in table.stem
+]
+
+
+@pytest.mark.parametrize("table", LARGER)
+def test_a_step_of_the_larger_model_reads_at_the_speed_of_the_machine(table: Path) -> None:
     """With nothing but its weights counted."""
-    rows = [row for table in TABLES for row in read(table) if (row.model, row.engine) == ("random-1.7b", "compiled")]
+    rows = [row for row in read(table) if row.engine == "compiled"]
     shares = [row.weight_bytes / row.decode_ms / row.read_gbs / 1e6 for row in rows if row.read_gbs]
     assert len(shares) >= 6 and shares == pytest.approx([row.bandwidth_fraction for row in rows if row.read_gbs])
     assert statistics.median(shares) >= 0.8
@@ -69,5 +81,15 @@ def test_docs_say_what_the_tables_do() -> None:
     for table in TABLES:
         known = found(read(table))
         for what in ("decode", "prefill"):
-            ratio = known["compiled", "llamacpp", what]
-            assert re.search(rf"{ratio.value:.2f} × \({ratio.low:.2f} to {ratio.high:.2f}\)", text), (table.name, what, ratio)
+            said = "".join(
+                f" | {ratio.value:.2f} × ({ratio.low:.2f} to {ratio.high:.2f})"
+                for ratio in (known["compiled", "llamacpp", what], known["compiled", "dense", what])
+            )
+            assert said in text, (table.name, what, said)
+
+
+def test_docs_say_what_share_of_the_bandwidth_the_larger_model_reads_at() -> None:
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    for table in (table for table in TABLES if "random-1.7b" in table.stem):
+        shares = [100 * row.bandwidth_fraction for row in read(table) if row.engine == "compiled" and row.bandwidth_fraction]
+        assert f"({min(shares):.0f} to {max(shares):.0f} %)" in text and f"{statistics.median(shares):.0f} %" in text, (table.name, shares)
