@@ -56,7 +56,7 @@ def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(t
 LARGER = [
     pytest.param(
         table,
-        marks=pytest.mark.xfail(strict=True, reason="0.76 of it, before words were asked for into the second cache; not measured there again")
+        marks=pytest.mark.xfail(strict=True, reason="0.76 of it, before words were asked for into the second cache")
         if "9a347272" in table.stem
         else (),
         id=table.stem[-8:],
