@@ -30,16 +30,16 @@ def shares(record: Record) -> Iterator[tuple[str, float]]:
             yield f"{record.cell.pipeline} on {record.cell.engine}, {role}, {ledger.phase}", 1 - ledger.rest_ms / ledger.step_ms
 
 
-MISSED = {("rtn-4bit-head8", "compiled"): "1.067 of a step of 3.3 ms, and 1.056 once before"}
-"""Pairs whose parts do not make the step, and by how much."""
+@pytest.mark.xfail(strict=True, reason="of rtn-4bit-head8 on compiled they make 1.067 of a step of 3.3 ms, 1.056 once before")
+def test_parts_make_the_step_wherever_there_is_a_ledger(told: list[Record]) -> None:
+    found = dict(share for record in told for share in shares(record))
+    assert all(0.90 <= share <= 1.05 for share in found.values()), {n: s for n, s in found.items() if not 0.90 <= s <= 1.05}
 
 
 def test_parts_make_the_step_of_thirty_artefacts_on_our_engines(told: list[Record]) -> None:
     assert len(told) == len({(r.cell.keys.compress, r.cell.engine) for r in told}), "each pair once"
-    missed = {(r.cell.pipeline, r.cell.engine): wrong for r in told if (wrong := {n: s for n, s in shares(r) if not 0.90 <= s <= 1.05})}
-    assert len(told) - len(missed) >= 30
-    assert missed.keys() == MISSED.keys(), missed
-    assert all(f"{max(missed[pair].values()):.3f} of a step" in MISSED[pair] for pair in missed), missed
+    missed = [(r.cell.pipeline, r.cell.engine) for r in told if not all(0.90 <= share <= 1.05 for _, share in shares(r))]
+    assert missed == [("rtn-4bit-head8", "compiled")] and len(told) - len(missed) >= 30
 
 
 def pairs(told: list[Record]) -> list[tuple[str, float, float]]:
