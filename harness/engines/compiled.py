@@ -52,8 +52,7 @@ class CompiledModel(TransformersModel):
         self._states: dict[tuple[int, int], _Static] = {}
         self._options = inductor.pass_options(getattr(module, "graph_pass", None))
         self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
-        self.decodes_packed_apart = self._device.type == "cpu" and packed_decoding.computes(module)
-        self._packed = PackedDecoding(module) if self.decodes_packed_apart and packed_decoding.fits(module) else None
+        self._packed = PackedDecoding(module) if self._device.type == "cpu" and packed_decoding.fits(module) else None
         if self._device.type == "cpu":
             decode_attention.use(module)
 

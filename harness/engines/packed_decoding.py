@@ -52,12 +52,12 @@ class PackedDecoding:
 
 
 def fits(module: Any) -> bool:
-    """Whether a module `computes` what the kernel does, all of its blocks are packed for it, and the kernel is there."""
-    layers = [layer.get_submodule(name) for layer in module.model.layers for name in _LAYERS] if computes(module) else []
+    """Whether a module computes what the kernel does, all of its blocks are packed for it, and the kernel is there."""
+    layers = [layer.get_submodule(name) for layer in module.model.layers for name in _LAYERS] if _computes(module) else []
     return bool(layers) and all(blocks.takes(layer) and _is_untouched(layer) for layer in layers) and blocks.missing() is None
 
 
-def computes(module: Any) -> bool:
+def _computes(module: Any) -> bool:
     """Whether a module is a Llama as transformers has it, whatever its layers multiply by."""
     from transformers.models.llama import modeling_llama as llama
 

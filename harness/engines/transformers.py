@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.nn import functional
@@ -14,7 +14,7 @@ from torch.nn import functional
 from slimbench.harness.engines import attention, spread
 from slimbench.harness.engines.base import Engine
 from slimbench.harness.measure.evidence import collect, linear_bits
-from slimbench.harness.measure.loaded import Branches, Draws, LoadedModel, Step
+from slimbench.harness.measure.loaded import Branches, Draws, LoadedModel, RunsLayers, Step
 from slimbench.harness.schema.evidence import Evidence
 from slimbench.methods.base import Unsupported
 from slimbench.methods.formats import huggingface
@@ -29,7 +29,7 @@ _CHUNK = 64
 load_pretrained = huggingface.load
 
 
-class TransformersModel(Branches, Draws):
+class TransformersModel(Branches, Draws, RunsLayers):
     """A transformers causal language model.
 
     A loader may leave in the module's `new_cache` what makes an empty KV cache. Then every token goes through such a cache, whole
@@ -52,8 +52,12 @@ class TransformersModel(Branches, Draws):
         self.reach = getattr(module, "reach", None)
         self.vocab_size = module.config.vocab_size
         self.max_length = getattr(module.config, "max_position_embeddings", 2048)
-        if head := module.get_output_embeddings():
+        head = module.get_output_embeddings()
+        if head and _contiguous not in vars(head)["_forward_pre_hooks"].values():
             head.register_forward_pre_hook(_contiguous)
+
+    def anew(self) -> Self:
+        return type(self)(self.module, str(self._device))
 
     @property
     def device(self) -> torch.device:

@@ -40,7 +40,6 @@ class Loaded(ABC):
         shares_vectors: The engine makes one of equal norms and biases, so that its evidence counts fewer parameters; it may count some
             constants of its graph.
         cache_dtype: Name of the dtype of keys and values, where the engine chooses it and not the artefact.
-        decodes_packed_apart: Decoding goes another way where all blocks are packed, so that products do not tell the one from the other.
     """
 
     vocab_size: int
@@ -49,7 +48,6 @@ class Loaded(ABC):
     slots: Sequence[str] = ()
     shares_vectors: bool = False
     cache_dtype: str | None = None
-    decodes_packed_apart: bool = False
 
     def batch(self, wanted: int) -> int:
         """So many sequences, or as many of them as run at once."""
@@ -296,6 +294,21 @@ class CountsTime(Generates):
     @abstractmethod
     def counted(self) -> Mapping[Place, tuple[int, float]]:
         """Operators and milliseconds of each part since this was asked last, or since the counters are on."""
+
+
+class RunsLayers(Generates):
+    """It runs the layers of a torch module, in whose places others of the same shapes can be put.
+
+    Attributes:
+        module: What it runs.
+    """
+
+    ability = "run the layers of a module"
+    module: Any
+
+    @abstractmethod
+    def anew(self) -> Self:
+        """A model over the same module, with the layers that it holds now."""
 
 
 class LoadedModel(Scores, Generates):

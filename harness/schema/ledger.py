@@ -46,7 +46,7 @@ class LedgerPart(Schema):
 
 
 class Alternative(Schema):
-    """What the products of a step would take on another grid: random weights of the same shapes, in turns with those that are there.
+    """What a step would take with other layers: random weights of the same shapes on another grid, in turns with those that are there.
 
     Attributes:
         setting: Of a method that rounds weights.

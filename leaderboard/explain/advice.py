@@ -1,4 +1,4 @@
-"""What other settings of a method would make of a step, from the products that were timed on their grids."""
+"""What other settings of a method would make of a step, by rehearsals with random layers on their grids."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def flags(
     lines += [_cut_off(record) for record in found.values() if record.attempts]
     if compress and compress.compress and compress.simulated:
         lines.append(f"{simulation(compress.compress.claim, evidence[0] if evidence else None)}; no speed figure")
-    return shown([*lines, *strangers(found, measured.hardware.label)])
+    return shown([*lines, *strangers(found, measured)])
 
 
 def _of_evidence(evidence: list[Evidence]) -> list[str]:

@@ -22,27 +22,45 @@ def artefact_of(record: Record) -> str | None:
     return result.evidence.artefact if result and result.evidence else None
 
 
-def strangers(found: Found, label: str) -> list[str]:
+def strangers(found: Found, bearer: Record) -> list[str]:
     """Flags of a row whose records are of other bytes, or of another machine than the row is of.
 
     Args:
-        label: Of the row's hardware.
+        bearer: The record whose hardware is that of the row.
     """
     compress = found.get(Stage.COMPRESS)
-    elsewhere = [record for record in found.values() if record.hardware.label != label and label and record.hardware.label]
+    elsewhere = [(record, machine) for record in found.values() if (machine := _other_machine(record, bearer))]
     measured = [record for stage, record in found.items() if stage is not Stage.COMPRESS]
     return [
-        *(_elsewhere(record, found) for record in elsewhere),
+        *(_elsewhere(record, machine, found) for record, machine in elsewhere),
         *(flag for record in measured if compress and (flag := _of_other_bytes(record, compress))),
     ]
 
 
-def _elsewhere(record: Record, found: Found) -> str:
+def _other_machine(record: Record, bearer: Record) -> str | None:
+    """The machine of a record where it is not the row's: by its label, or where processors of one name have other instructions."""
+    here, there = bearer.hardware.label, record.hardware.label
+    if not here or not there:
+        return None
+    if here != there:
+        return there
+    own, other = _instructions(bearer), _instructions(record)
+    return f"another {there}" if own and other and own != other else None
+
+
+def _instructions(record: Record) -> frozenset[str]:
+    """That its kernels could choose by; empty where it does not say, and where a card computes."""
+    facts = record.provenance.get("hardware")
+    flags = facts.get("cpu_flags") if isinstance(facts, dict) and record.cell.device != "cuda" else None
+    return frozenset(map(str, flags)) if isinstance(flags, list) else frozenset()
+
+
+def _elsewhere(record: Record, machine: str, found: Found) -> str:
     if record.stage is Stage.COMPRESS:
-        return f"compressed on {record.hardware.label}: the times of compression are of that"
+        return f"compressed on {machine}: the times of compression are of that"
     if record.quality and (loaded := artefact_of(record)) and all(artefact_of(other) == loaded for other in found.values()):
-        return f"of the same bytes: quality from {record.hardware.label}"
-    return f"{'quality' if record.quality else 'speed'} measured on {record.hardware.label}"
+        return f"of the same bytes: quality from {machine}"
+    return f"{'quality' if record.quality else 'speed'} measured on {machine}"
 
 
 def _of_other_bytes(record: Record, compress: Record) -> str | None:

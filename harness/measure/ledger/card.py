@@ -26,8 +26,6 @@ _PRODUCT = re.compile(
 )
 _ATTENTION = re.compile(r"flash|fmha|attention|softmax|(^|_)bmm(_|$)")
 _TRANSFER = re.compile(r"Memcpy|Memset")
-_FIRST = 3
-"""Times that what is captured runs before it is timed."""
 
 
 def outline(step: Callable[[], object], layers: Mapping[str, torch.nn.Module]) -> list[Piece]:
@@ -112,31 +110,3 @@ def _of_graph(piece: Piece, layers: Layers) -> Place:
     if _TRANSFER.match(name):
         return Place("copy")
     return Place(of_fused(fused[1])) if fused else Place("elementwise")
-
-
-def clock(step: Callable[[], object]) -> Callable[[], float]:
-    """Milliseconds of a step of kernels alone: they are captured in a CUDA graph, and nothing waits for a launch.
-
-    Raises:
-        RuntimeError: The step cannot be captured, since it waits for the card.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_FIRST):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def milliseconds() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()  # the next one is launched while this one runs
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    return milliseconds

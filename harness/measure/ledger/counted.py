@@ -42,8 +42,8 @@ class Counted:
         self._calls |= {place: calls // step.recorded for place, (calls, _) in found.items()}
         return Turn(whole, wait, parts | {_PYTHON: max(0.0, around / step.recorded - sum(parts.values()))})
 
-    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
-        """What turns gave; counters foretell nothing."""
+    def ledger(self, turns: Sequence[Turn], rehearses: bool) -> Ledger:
+        """What turns gave; counters tell of no other setting."""
         steady = by_place(steadied(turns))
         parts = [part_of(place, self._calls.get(place, 0), taken) for place, taken in steady.items() if any(taken)]
         return ledger_of(self._step.phase, turns, parts, unseen=self._model.uncounted)

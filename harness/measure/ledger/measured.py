@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import torch
@@ -16,11 +16,12 @@ from slimbench.harness.measure.ledger.parts import Layers, is_fused, joins, sums
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import OtherPieces, recording
+from slimbench.harness.measure.ledger.rehearsals import rehearsed
 from slimbench.harness.measure.ledger.steps import Decoding, Prefill, Repeats, plain, turn_of
 from slimbench.harness.measure.ledger.turns import Takes, Turn, by_place, ledger_of, part_of, steadied
 from slimbench.harness.measure.ledger.waking import waking
 from slimbench.harness.measure.ledger.watch import finished, watch_of
-from slimbench.harness.measure.loaded import CountsTime, Generates
+from slimbench.harness.measure.loaded import CountsTime, Generates, RunsLayers
 from slimbench.harness.schema.ledger import Ledger, LedgerPart, Phase
 
 _LEAST_TURNS = 6
@@ -29,16 +30,14 @@ _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 """Tokens of a text at least: a turn has no prompt in it."""
 _SHORT = 8
 _PYTHON, _WAITING = Place("python"), Place("waiting")
-_IDLE = 0.1
-"""Share of a step in which a card has nothing to do, from which on launches are what takes the time."""
 _REGION = ("product", "head")
 """Kinds of parts each of whose calls is a parallel region."""
 
 
-def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: Sequence[Phase] = get_args(Phase)) -> list[list[Ledger]]:
+def ledgers(
+    models: Sequence[Generates], point: SpeedPoint, steps: int, phases: Sequence[Phase] = get_args(Phase), rehearses: bool = True
+) -> list[list[Ledger]]:
     """Of a decode step and of a prefill, for each model; of a decode step's time alone where the engine shows no more.
-
-    Other settings are foretold for the first model.
 
     All models take part in each turn, so that the machine is the same for all, whatever it does in the meantime.
 
@@ -46,6 +45,7 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
         steps: Of decoding that are recorded of each model, in at least six turns; a prompt, which takes longer, goes through a quarter
             of these turns.
         phases: Of which.
+        rehearses: Other settings are timed too, of the first model.
     """
     found: list[list[Ledger]] = [[] for _ in models]
     records = [_Recording(model, point) for model in models]
@@ -55,7 +55,7 @@ def ledgers(models: Sequence[Generates], point: SpeedPoint, steps: int, phases: 
             turns = max(_LEAST_TURNS, -(-steps // _STEPS_OF_TURN[phase]))
             taken = _in_turns([takes for _, takes in begun], turns)
             for (held, takes), own in zip(begun, taken, strict=True):
-                held.append(takes.ledger(own, foretells=held is found[0]))
+                held.append(takes.ledger(own, rehearses=rehearses and held is found[0]))
     return found
 
 
@@ -91,7 +91,7 @@ class _Recording:
         if phase not in self._own:
             short = Prefill(self.model, self.ids[:, :_SHORT], self.room)
             step = Decoding(self.model, self.ids, self.room).next if phase == "decode" else short
-            self._own[phase] = recording(step) if watch_of(self.model.device).has_regions else 0.0
+            self._own[phase] = recording(step, Decoding.warm) if watch_of(self.model.device).has_regions else 0.0
         return self._own[phase]
 
 
@@ -106,7 +106,8 @@ def _begun(of: _Recording, phase: Phase) -> Takes | None:
         return Counted(model, begun)
     if reason := _unseen(model):
         return _Blank(model, begun(model), reason) if phase == "decode" else None
-    account = _Account(of, begun(model))
+    assert isinstance(model, RunsLayers)
+    account = _Account(of, model, begun)
     if not account.pieces:
         return _Blank(model, begun(model), "no one may profile this card") if phase == "decode" else None
     return account
@@ -117,9 +118,7 @@ def _unseen(model: Generates) -> str | None:
         return "a policy decides what runs in a step"
     if len(model.devices) > 1:
         return "several cards work on a step"
-    if getattr(model, "module", None) is None:
-        return model.uncounted
-    return None
+    return None if isinstance(model, RunsLayers) else model.uncounted
 
 
 class _Blank:
@@ -135,23 +134,27 @@ class _Blank:
     def turn(self, wait: float) -> Turn:
         return Turn(plain(self._model, self._step), wait)
 
-    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
+    def ledger(self, turns: Sequence[Turn], rehearses: bool) -> Ledger:
         return ledger_of(self._step.phase, turns, unseen=self._reason)
 
 
 class _Account:
-    """The parts of one kind of step."""
+    """The parts of one kind of step.
 
-    def __init__(self, of: _Recording, step: Repeats) -> None:
-        model, module = of.model, getattr(of.model, "module")  # noqa: B009
-        self._model, self._step, self._heads, self._watch = model, step, len(of.ids), watch_of(model.device)
-        layers = Layers.of(module)
+    Args:
+        begun: The step of a model.
+    """
+
+    def __init__(self, of: _Recording, model: RunsLayers, begun: Callable[[Generates], Repeats]) -> None:
+        step = begun(model)
+        self._model, self._begun, self._step, self._heads, self._watch = model, begun, step, len(of.ids), watch_of(model.device)
+        layers = Layers.of(model.module)
         step.ready(3)
         step()  # what is compiled is compiled before anything is hooked onto layers
         self._whole = finished(step, model.device)
         self.pieces = self._watch.outline(self._whole, layers.named)
         self._joins = any(map(joins, self.pieces))
-        self._layers = Layers.of(module, self._joins, self._watch.blurs(self.pieces))
+        self._layers = Layers.of(model.module, self._joins, self._watch.blurs(self.pieces))
         self._places = self._watch.places_of(self.pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
         is_eager = not self._joins and not any(map(is_fused, self.pieces))
@@ -174,7 +177,7 @@ class _Account:
     def _waiting(self, place: Place, wait: float) -> float:
         return self._calls[place] * wait if self._watch.has_regions and place.kind in _REGION else 0.0
 
-    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
+    def ledger(self, turns: Sequence[Turn], rehearses: bool) -> Ledger:
         if any(turn.parts is None for turn in turns):
             return ledger_of(self._step.phase, turns, unseen="its steps are made of other operators each time")
         turns = steadied(turns)
@@ -184,14 +187,8 @@ class _Account:
         regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
         calls = self._calls | {_WAITING: regions}
         parts = [self._part(place, calls[place], taken, left.get(place)) for place, taken in by_place(turns).items() if any(taken)]
-        apart = self._model.decodes_packed_apart and self._step.phase == "decode"
-        others = list(products.alternatives(3 * self._step.recorded, apart)) if foretells and not self._idles(turns) else []
+        others = list(rehearsed(self._model, self._layers, self._begun, 3 * self._step.recorded)) if rehearses else []
         return ledger_of(self._step.phase, turns, parts, alternatives=others)
-
-    def _idles(self, turns: Sequence[Turn]) -> bool:
-        """Whether a card waits for launches, so that shorter kernels change nothing."""
-        idle = statistics.median((turn.parts or {}).get(_PYTHON, 0.0) / turn.step for turn in turns)
-        return self._model.device.type == "cuda" and idle > _IDLE
 
     def _part(self, place: Place, calls: int, taken: Sequence[float], alone: float | None) -> LedgerPart:
         own = [layer for name, layer in self._layers.named.items() if self._layers.place[name] == place]

@@ -171,10 +171,16 @@ class _Scope:
         self._open.pop().__exit__(None, None, None)
 
 
-def recording(step: Callable[[], object]) -> float:
-    """Milliseconds that the recording of an event takes, of steps that are alike."""
+def recording(step: Callable[[], object], warm: int) -> float:
+    """Milliseconds that the recording of an event takes, of steps that are alike.
+
+    Args:
+        warm: Steps that nobody times, before those that are not recorded.
+    """
     bare, longer, events = list[float](), list[float](), 1
     for _ in range(_SESSIONS):
+        for _ in range(warm):
+            step()
         bare.append(min(_milliseconds(step) for _ in range(_ROUNDS)))
         roots = steps_among(events_of(step, _ROUNDS, shapes=False))
         longer.append(min(root.time_range.elapsed_us() / 1000 for root in roots) / bare[-1] - 1)

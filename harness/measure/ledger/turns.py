@@ -39,11 +39,11 @@ class Takes(Protocol):
             wait: Milliseconds that threads wait in a parallel region.
         """
 
-    def ledger(self, turns: Sequence[Turn], foretells: bool) -> Ledger:
+    def ledger(self, turns: Sequence[Turn], rehearses: bool) -> Ledger:
         """What turns gave.
 
         Args:
-            foretells: Other settings are timed too.
+            rehearses: Other settings are timed too.
         """
 
 

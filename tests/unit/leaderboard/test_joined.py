@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.leaderboard.flags.joined import mixed
 from slimbench.leaderboard.flags.kinds import Figure, Kind, invalidating, kind
 from slimbench.leaderboard.rows.rows import rows
-from tests.support.board_records import board
+from tests.support.board_records import HARDWARE, PROVENANCE, board
 
 OTHER = "0" * 64
 
@@ -96,6 +97,23 @@ def test_a_quality_of_the_same_bytes_is_no_less_for_having_been_measured_elsewhe
     mine = next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s)
     assert "of the same bytes: quality from Another CPU · 4 threads · 8 GB" in mine.flags
     assert not mixed(mine.flags) and not invalidating(mine.flags, [Figure.QUALITY])
+
+
+def test_processors_of_one_name_with_other_instructions_are_two_machines(made: list[Record]) -> None:
+    """Their kernels round otherwise, and take other times."""
+    record = of(made, Stage.QUALITY)
+
+    def flags(instructions: Any) -> list[str]:
+        record.provenance = PROVENANCE | {"hardware": HARDWARE | {"cpu_flags": instructions}}
+        return next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s).flags
+
+    own = record.hardware.label
+    assert f"of the same bytes: quality from another {own}" in flags(["avx2", "fma", "amx_tile"])
+    assert record.quality and record.quality.evidence
+    record.quality.evidence.artefact = OTHER
+    assert f"quality measured on another {own}" in mixed(flags(["avx2"]))
+    for same in (["fma", "avx2"], [], None):
+        assert not any("another" in flag for flag in flags(same))
 
 
 def test_a_row_of_older_code_than_its_table_says_so_and_one_of_its_own_method_does_not(made: list[Record]) -> None:

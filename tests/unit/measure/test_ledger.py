@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.ledger import products
+from slimbench.harness.measure.ledger import rehearsals
 from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.ledger.parts import Layers, place_of, places_of
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import Piece
+from slimbench.harness.measure.ledger.rehearsals import rehearsed
+from slimbench.harness.measure.ledger.steps import Decoding, Prefill
 from slimbench.methods.kernels.cpu.kernel import OwnCpu
 from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.packed_linear import PackedLinear
@@ -24,6 +27,7 @@ from slimbench.methods.kernels.subjects import random_weight
 
 POINT = SpeedPoint(batch=1, prompt=64, new_tokens=33)
 STEPS = 8
+FOUR = Grid(4, 64)
 
 
 def module() -> Any:
@@ -84,8 +88,8 @@ def test_a_step_has_all_its_parts(engine: Any) -> None:
         assert sum(part.bytes or 0 for part in products.values()) == (
             3 * 2 * (786_432 * 3 + 262_144 * 2 + 131_072 * 2) if ledger is decode else 0
         )
-        blocks = [] if ledger is decode and engine is CompiledModel else [("bits", 4), ("bits", 8)]
-        assert [(other.setting, other.value) for other in ledger.alternatives] == [("head_bits", 4), ("head_bits", 8), *blocks]
+        settings = [("head_bits", 4), ("head_bits", 8), ("bits", 4), ("bits", 8)]
+        assert [(other.setting, other.value) for other in ledger.alternatives] == settings
 
 
 def shapes(*given: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -122,10 +126,10 @@ def test_what_is_put_together_behind_an_expansion_is_of_it() -> None:
 
 
 def test_calls_of_several_layers_are_told_by_their_order() -> None:
-    packed = module()
-    for layer in [layer for layer in packed.modules() if isinstance(layer, torch.nn.Linear)]:
+    joined = module()
+    for layer in [layer for layer in joined.modules() if isinstance(layer, torch.nn.Linear)]:
         layer.kernel = OwnCpu.name  # type: ignore[assignment]
-    layers = Layers.of(packed, joins=True)
+    layers = Layers.of(joined, joins=True)
     assert [len(group) for group in layers.groups] == [3, 1, 2, 1] * 3 + [1]
     shared = Piece("slimbench::packed_mm_shared", None, ((1, 512),), ())
     found = places_of([shared] * 6, layers, 1)
@@ -133,37 +137,77 @@ def test_calls_of_several_layers_are_told_by_their_order() -> None:
     assert found == [attention, mlp] * 3 and set(attention.layers) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+def packed(head: Grid = FOUR) -> Any:
+    made = module()
+    for name, layer in list(made.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            grid = head if name == "lm_head" else FOUR
+            weight = random_weight(grid, layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16)
+            made.set_submodule(name, PackedLinear(weight, kernels=(OwnCpu,)))
+    return made
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_products_alone_are_of_every_class(joins: bool) -> None:
-    packed = module()
-    for name, layer in list(packed.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            weight = random_weight(Grid(4, 64), layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16)
-            packed.set_submodule(name, PackedLinear(weight, kernels=(OwnCpu,)))
-    layers = Layers.of(packed, joins)
+    layers = Layers.of(packed(), joins)
     with torch.inference_mode():
         found = Products(layers, tokens=1, heads=1, joins=joins, own=0.0, device=torch.device("cpu"))
         assert found.milliseconds().keys() == set(layers.place.values())
-        settings = [(other.setting, other.value) for other in found.alternatives(4, apart=False)]
-        apart = [(other.setting, other.value) for other in found.alternatives(4, apart=True)]
-    assert apart == [setting for setting in settings if setting != ("bits", None)]
-    assert settings == [
-        *(("head_bits", bits) for bits in (None, 4, 8)),
-        ("bits", 8),
-        *(("group_size", size) for size in (32, 128)),
-        ("bits", None),
+
+
+def decoding(model: Any) -> Decoding:
+    return Decoding(model, torch.zeros(1, 16, dtype=torch.long), 64)
+
+
+@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
+def test_other_grids_are_rehearsed_in_the_step_itself(engine: Any) -> None:
+    """Each in the place of the layers that are there, which are back afterwards."""
+    model = engine(packed(head=Grid(8)), "cpu")
+    layers = Layers.of(model.module)
+    ids = torch.randint(8192, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model.generate(ids, 8)
+        found = list(rehearsed(model, layers, decoding, 6))
+        assert model.generate(ids, 8) == before
+    assert [(other.setting, other.value, other.group_size) for other in found] == [
+        ("head_bits", None, None),
+        ("head_bits", 4, None),
+        ("bits", 8, 64),
+        ("group_size", 32, 32),
+        ("group_size", 128, 128),
+        ("bits", None, None),
     ]
+    assert all(model.module.get_submodule(name) is layer for name, layer in layers.named.items())
+
+
+@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
+def test_what_another_layer_takes_is_what_its_rehearsal_says(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks, each of which takes four milliseconds longer, and nothing of what the first run compiles."""
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.004)
+            return super().forward(x)
+
+    model = engine(module(), "cpu")
+    slow = {f"model.layers.{at}.mlp.down_proj": Slow(1536, 512, bias=False, dtype=torch.bfloat16) for at in range(3)}
+    monkeypatch.setattr(rehearsals, "_asked", lambda _: [rehearsals._Asked("bits", 4, Grid(4), tuple(slow))])
+    monkeypatch.setattr(rehearsals, "_made", lambda *_: slow)
+    begun = decoding if engine is TransformersModel else lambda of: Prefill(of, torch.zeros(1, 16, dtype=torch.long), 64)
+    with torch.inference_mode():
+        (found,) = rehearsed(model, Layers.of(model.module), begun, 6)
+    assert 12 < found.low <= found.change_ms <= found.high < 20
 
 
 def test_other_grids_have_offsets_where_those_of_the_layers_have() -> None:
     """They cost time of their own."""
-    packed = module()
-    for name, layer in list(packed.named_modules()):
+    shifted = module()
+    for name, layer in list(shifted.named_modules()):
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             weight = random_weight(Grid(4, 64), layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16)
-            packed.set_submodule(name, PackedLinear(replace(weight, offsets=weight.scales.clone())))
-    layers = Layers.of(packed)
-    made = {(asked.setting, asked.value): products._made(asked, layers, torch.device("cpu")) for asked in products._asked(layers)}
+            shifted.set_submodule(name, PackedLinear(replace(weight, offsets=weight.scales.clone())))
+    layers = Layers.of(shifted)
+    made = {(asked.setting, asked.value): rehearsals._made(asked, layers, torch.device("cpu")) for asked in rehearsals._asked(layers)}
     assert {("head_bits", 8), ("bits", 8), ("group_size", 32), ("bits", None)} <= made.keys()
     for setting, others in made.items():
         assert others
@@ -187,7 +231,7 @@ def test_layers_of_libraries_are_compared_with_no_grid_and_get_inputs_of_the_mod
             foreign.set_submodule(name, other)
     layers = Layers.of(foreign)
     found = Products(layers, tokens=1, heads=1, joins=False, own=0.0, device=torch.device("cpu"))
-    assert list(found.alternatives(4, apart=False)) == [] and {x.dtype for x in found._inputs} == {torch.bfloat16}
+    assert {x.dtype for x in found._inputs} == {torch.bfloat16} and list(rehearsals._asked(layers)) == []
 
 
 def test_where_a_policy_decides_there_is_the_time_of_a_step_alone() -> None:
