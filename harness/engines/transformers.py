@@ -57,7 +57,10 @@ class TransformersModel(Branches, Draws, RunsLayers):
             head.register_forward_pre_hook(_contiguous)
 
     def anew(self) -> Self:
-        return type(self)(self.module, str(self._device))
+        made = type(self)(self.module, str(self._device))
+        if self.temperature:
+            made.draw(self.temperature)
+        return made
 
     @property
     def device(self) -> torch.device:

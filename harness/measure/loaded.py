@@ -308,7 +308,7 @@ class RunsLayers(Generates):
 
     @abstractmethod
     def anew(self) -> Self:
-        """A model over the same module, with the layers that it holds now."""
+        """A model over the same module with the layers that it holds now; it works while these are in their places."""
 
 
 class LoadedModel(Scores, Generates):

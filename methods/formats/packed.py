@@ -79,7 +79,7 @@ def load(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> 
         return PackedLinear(weight_of(Grid(**layout(name)), parts), parts.get("bias"))
 
     model = storage.load(folder, device, "qweight", build, PackedEmbedding, trust_remote_code=trust_remote_code)
-    model.graph_pass = _graph_pass(model)
+    model.graph_pass = graph_pass(model)
     return model
 
 
@@ -89,7 +89,7 @@ def weight_of(grid: Grid, parts: dict[str, Tensor]) -> QuantizedWeight:
     return QuantizedWeight(grid, unpack(parts["qweight"], grid.bits), parts["scales"], parts.get("offsets"), *apart)
 
 
-def _graph_pass(model: nn.Module) -> Any:
+def graph_pass(model: nn.Module) -> Any:
     """What a compiling engine should do to the graphs of a packed model; None where none of its layers has a kernel that gains by it."""
     if not any(isinstance(layer, PackedLinear) and layer.kernel == OwnCpu.name for layer in model.modules()):
         return None

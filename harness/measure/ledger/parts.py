@@ -52,7 +52,8 @@ class Layers:
             joins: Layers of the same inputs are called at once, and so are of one class.
             blurred: All that are not the head are of one class.
         """
-        head, names = module.get_output_embeddings(), {id(layer): name for name, layer in module.named_modules()}
+        head = module.get_output_embeddings()
+        names = {id(layer): name for name, layer in module.named_modules(remove_duplicate=False)}  # a shared head is not the embedding's
         named = {names[id(layer)]: layer for layer, _ in products(module)}
         groups = _groups(module, named)
         signs: dict[Any, list[str]] = defaultdict(list)

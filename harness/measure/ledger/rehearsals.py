@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from slimbench.harness.measure.ledger.steps import Repeats, plain
 from slimbench.harness.measure.loaded import Generates, RunsLayers
 from slimbench.harness.schema.ledger import Alternative, Setting
 from slimbench.harness.stats.intervals import median_interval
+from slimbench.methods.formats import packed
 from slimbench.methods.kernels.grid import Grid
-from slimbench.methods.kernels.packed_linear import PackedLinear
+from slimbench.methods.kernels.packed_linear import PackedEmbedding, PackedLinear
 from slimbench.methods.kernels.subjects import random_weight
 
 _FREE = 0.5
@@ -42,14 +44,23 @@ def rehearsed(model: RunsLayers, layers: Layers, begun: Callable[[Generates], Re
         turns: Of each.
     """
     for asked in _asked(layers):
-        others = _made(asked, layers, model.device)
-        if others is not None:
-            changes = _changes(model, others, begun, turns)
-            low, high = median_interval(changes)
-            group = asked.grid.group_size if asked.grid and asked.setting != "head_bits" else None
-            yield Alternative(
-                setting=asked.setting, value=asked.value, group_size=group, change_ms=statistics.median(changes), low=low, high=high
-            )
+        if (found := _rehearsed(model, asked, layers, begun, turns)) is not None:
+            yield found
+        gc.collect()  # what is compiled holds its model in a circle
+
+
+def _rehearsed(model: RunsLayers, asked: _Asked, layers: Layers, begun: Callable[[Generates], Repeats], turns: int) -> Alternative | None:
+    """None where memory does not hold the other layers, or a step with them."""
+    try:
+        others = _made(asked, layers, model)
+        changes = _changes(model, others, begun, turns) if others is not None else None
+    except torch.OutOfMemoryError:
+        return None
+    if changes is None:
+        return None
+    low, high = median_interval(changes)
+    group = asked.grid.group_size if asked.grid and asked.setting != "head_bits" else None
+    return Alternative(setting=asked.setting, value=asked.value, group_size=group, change_ms=statistics.median(changes), low=low, high=high)
 
 
 def _changes(model: RunsLayers, others: Mapping[str, nn.Module], begun: Callable[[Generates], Repeats], turns: int) -> list[float]:
@@ -61,18 +72,21 @@ def _changes(model: RunsLayers, others: Mapping[str, nn.Module], begun: Callable
         before = plain(model, here)
         with _swapped(model.module, others):
             found.append(plain(twin, there) - before)
+    twin.forget()
     return found[1:]
 
 
 @contextmanager
 def _swapped(module: Any, others: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Other layers in their places within it."""
-    own = {name: module.get_submodule(name) for name in others}
-    for name, layer in others.items():
-        module.set_submodule(name, layer)
+    """Other layers in their places within it, and what a loader would leave for these."""
+    own, left = {name: module.get_submodule(name) for name in others}, getattr(module, "graph_pass", None)
     try:
+        for name, layer in others.items():
+            module.set_submodule(name, layer)
+        module.graph_pass = packed.graph_pass(module)
         yield
     finally:
+        module.graph_pass = left
         for name, layer in own.items():
             module.set_submodule(name, layer)
 
@@ -113,6 +127,8 @@ def _asked(layers: Layers) -> Iterator[_Asked]:
 
 
 def _is_plain(layer: Any) -> bool:
+    if "forward" in vars(layer):  # it does more than its class says, as where weights are brought in for each call
+        return False
     return type(layer) is nn.Linear or (type(layer) is PackedLinear and not layer.sparse and not layer.has_low_rank)
 
 
@@ -124,22 +140,35 @@ def _has_offsets(layer: Any) -> bool:
     return isinstance(layer, PackedLinear) and layer.has_offsets
 
 
-def _made(asked: _Asked, layers: Layers, device: torch.device) -> dict[str, nn.Module] | None:
-    """Random layers of the same shapes; None where memory is short, or a shape does not fit the grid."""
-    models: dict[tuple[int, int], nn.Module] = {}
-    made, left = dict[str, nn.Module](), _FREE * _available(device)
+def _made(asked: _Asked, layers: Layers, model: RunsLayers) -> dict[str, nn.Module] | None:
+    """Random layers of the same shapes by their places, and the embedding of a head that it shares its weight with.
+
+    None where memory is short, or a shape does not fit the grid.
+    """
+    models: dict[tuple[int, int, bool], nn.Module] = {}
+    made, left = dict[str, nn.Module](), _FREE * _available(model.device)
     for name in asked.names:
         layer: Any = layers.named[name]
-        shape = layer.out_features, layer.in_features
-        if asked.grid and shape[1] % (asked.grid.group_size or 1):
+        if asked.grid and layer.in_features % (asked.grid.group_size or 1):
             return None
-        if shape not in models:
-            models[shape] = _random(asked, *shape, layers.dtype, device)
-        left -= bytes_of(models[shape])
+        shape = layer.out_features, layer.in_features, layer.bias is not None
+        made[name] = copy.deepcopy(models[shape]) if shape in models else _random(asked, *shape, layers.dtype, model.device)
+        models.setdefault(shape, made[name])
+        left -= bytes_of(made[name])
         if left < 0:
             return None
-        made[name] = copy.deepcopy(models[shape])
-    return made
+    return made | _embedding(model.module, made)
+
+
+def _embedding(module: Any, others: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The input embedding that goes with another head, where both share a weight."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    other: Any = next((each for name, each in others.items() if module.get_submodule(name) is head), None)
+    shares = embedding.head is head if isinstance(embedding, PackedEmbedding) else embedding.weight is getattr(head, "weight", None)
+    if other is None or not shares:
+        return {}
+    (name,) = (name for name, each in module.named_modules() if each is embedding)
+    return {name: PackedEmbedding(other) if isinstance(other, PackedLinear) else nn.Embedding.from_pretrained(other.weight, freeze=False)}
 
 
 def _available(device: torch.device) -> int:
@@ -147,8 +176,8 @@ def _available(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _random(asked: _Asked, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _random(asked: _Asked, outputs: int, inputs: int, biased: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if asked.grid is None:
-        return nn.Linear(inputs, outputs, bias=False, dtype=dtype, device=device).requires_grad_(False)
-    weight = random_weight(asked.grid, outputs, inputs, device, dtype)
-    return PackedLinear(replace(weight, offsets=weight.scales.clone()) if asked.offsets else weight)
+        return nn.Linear(inputs, outputs, bias=biased, dtype=dtype, device=device)
+    weight, bias = random_weight(asked.grid, outputs, inputs, device, dtype), torch.zeros(outputs, dtype=dtype, device=device)
+    return PackedLinear(replace(weight, offsets=weight.scales.clone()) if asked.offsets else weight, bias if biased else None)

@@ -13,8 +13,6 @@ from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.site.uses import uses
 from slimbench.leaderboard.tables import crossover as tables
 
-pytestmark = pytest.mark.xfail(strict=True, reason="no record of them is committed yet: `slimbench sweep experiment=crossover`")
-
 GRID = {*((batch, 128) for batch in (1, 2, 4, 8, 16)), *((batch, 1024) for batch in (1, 4)), (1, 4096)}
 BITS = {"rtn-4bit-head8", "rtn-8bit", "int8-dynamic"}
 
