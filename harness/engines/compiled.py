@@ -39,10 +39,10 @@ class _Static:
 class CompiledModel(TransformersModel):
     """A transformers model with a static cache.
 
-    Caches are kept by batch and length and used again, since compiled code and CUDA graphs are bound to their memory: a `Step` is
-    valid until the next prompt of the same shape. Each has a compiled step of its own without guards, since neither the module nor
-    a shape changes under it: checking them costs up to milliseconds. A loader may leave a pass over the compiled graph in the module's
-    `graph_pass`.
+    Caches are kept by batch and length and used again, since compiled code and CUDA graphs are bound to their memory: a `Step` is valid
+    until the next prompt of the same shape. Each has a compiled step of its own without guards, since whenever it runs the module's
+    layers and the shape are those of its first run: checking them costs up to milliseconds. A loader may leave a pass over the compiled
+    graph in the module's `graph_pass`.
     """
 
     keeps_cache = True

@@ -43,3 +43,15 @@ def test_the_advice_by_use_comes_from_them(committed: list[Record], found: list[
     told = {one.title: one.advice for one in uses(Board.of(committed))}
     (advice,) = (advice for title, advice in told.items() if title == tables.title(decoding))
     assert len(advice) == len(deployments(decoding)) == 3
+
+
+def test_what_pays_where_is_what_the_docs_say(found: list[Field]) -> None:
+    """`docs/engines.md`, of the processor whose records these are."""
+    decode, prefill = ({(one.batch, one.context): one for one in field.best()} for field in sorted(found, key=lambda field: field.phase))
+    assert {one.label for one in decode.values()} == {"rtn-4bit-head8"} and all(one.is_clear for one in decode.values())
+    gains = [[decode[point].gain.value for point in line] for line in ([(1, 128), (4, 128), (16, 128)], [(1, 128), (1, 1024), (1, 4096)])]
+    assert all(line == sorted(line, reverse=True) for line in gains)
+    few, many = [(1, 128), (2, 128)], [(16, 128), (4, 1024), (1, 4096)]
+    assert {prefill[point].label for point in few} == {"rtn-4bit-head8"} and {prefill[point].label for point in many} == {DENSE}
+    for known in (known for field in found for known in field.gains.values()):
+        assert known["int8-dynamic"].value < max(known[DENSE].value, known["rtn-4bit-head8"].value)
