@@ -14,7 +14,8 @@
 // One expansion of the weights serves up to eight rows of inputs, so that a prompt is limited by arithmetic, a token by memory.
 //
 // With AMX, which multiplies tiles, more rows take another way: weights are expanded some inputs at a time, each rounded to bfloat16 as a
-// dense weight is, and multiplied while a core's first cache holds them. Inputs stay as they are, and sums are of float32.
+// dense weight is, and multiplied while a core's first cache holds them. Inputs stay as they are, and sums are of float32. Of very many
+// rows the library's own product is faster: weights are expanded for it, as many outputs at a time as take little memory.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -53,6 +54,8 @@ constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are
 constexpr int64_t kRowsForTiles = 12;   // rows of inputs from which on tiles are worth their expansion
 constexpr int64_t kRowsOfTiles = 512;   // rows of inputs whose sums are kept at once
 constexpr int64_t kInputsOfTiles = 128;  // inputs for which weights are expanded at once
+constexpr int64_t kRowsForLibrary = 1280;  // rows of inputs from which on the library's product is worth the expansion of whole weights
+constexpr int64_t kWeightsForLibrary = 2 << 20;  // weights that are expanded for it at once
 
 // Bits of a field, and the place in the code at which they belong.
 struct Plane {
@@ -325,6 +328,52 @@ struct Tiles {
     });
   }
 
+  // Some groups of a block, one behind the other.
+  template <int Bits, typename T>
+  static void expand_groups(const Shape& shape, int64_t block, int64_t group, int64_t groups, const uint32_t* codes, const T* scales,
+                            const T* offsets, uint16_t* to) {
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t index = block * shape.groups + group + i, at = (shape.scale_stride ? index : block) * kLanes;
+      const Floats offset = offsets ? load_lanes(offsets + at) : Floats{};
+      expand<Bits>(shape.group, codes + index * shape.words * kLanes, (__m512)load_lanes(scales + at), (__m512)offset,
+                   to + i * shape.group * kLanes);
+    }
+  }
+
+  // A whole block as its rows of a dense weight [outputs, inputs]. `tiles` has room for a group of it.
+  template <int Bits, typename T>
+  static void expand_rows(const Shape& shape, int64_t block, const uint32_t* codes, const T* scales, const T* offsets, uint16_t* tiles,
+                          uint16_t* to) {
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      expand_groups<Bits>(shape, block, g, 1, codes, scales, offsets, tiles);
+      for (int64_t i = 0; i < shape.group; i += depth) transpose(tiles + i * kLanes, to + g * shape.group + i, shape.inputs);
+    }
+  }
+
+  // A tile's rows of the weight, each with its 32 inputs one behind the other, `stride` apart: words of two inputs change places in fours,
+  // then the fours do.
+  static void transpose(const uint16_t* tile, uint16_t* to, int64_t stride) {
+    __m512i fours[kLanes];
+    for (int64_t i = 0; i < kLanes; i += 4) {
+      const auto at = [&](int64_t k) { return _mm512_load_si512(tile + (i + k) * pair); };
+      const __m512i low = _mm512_unpacklo_epi32(at(0), at(1)), high = _mm512_unpackhi_epi32(at(0), at(1));
+      const __m512i next_low = _mm512_unpacklo_epi32(at(2), at(3)), next_high = _mm512_unpackhi_epi32(at(2), at(3));
+      fours[i] = _mm512_unpacklo_epi64(low, next_low);  // of rows 0, 4, 8, 12
+      fours[i + 1] = _mm512_unpackhi_epi64(low, next_low);
+      fours[i + 2] = _mm512_unpacklo_epi64(high, next_high);
+      fours[i + 3] = _mm512_unpackhi_epi64(high, next_high);
+    }
+    for (int64_t r = 0; r < 4; ++r) {
+      const __m512i even = _mm512_shuffle_i32x4(fours[r], fours[4 + r], 0x88), odd = _mm512_shuffle_i32x4(fours[r], fours[4 + r], 0xdd);
+      const __m512i later_even = _mm512_shuffle_i32x4(fours[8 + r], fours[12 + r], 0x88);
+      const __m512i later_odd = _mm512_shuffle_i32x4(fours[8 + r], fours[12 + r], 0xdd);
+      _mm512_storeu_si512(to + r * stride, _mm512_shuffle_i32x4(even, later_even, 0x88));
+      _mm512_storeu_si512(to + (4 + r) * stride, _mm512_shuffle_i32x4(odd, later_odd, 0x88));
+      _mm512_storeu_si512(to + (8 + r) * stride, _mm512_shuffle_i32x4(even, later_even, 0xdd));
+      _mm512_storeu_si512(to + (12 + r) * stride, _mm512_shuffle_i32x4(odd, later_odd, 0xdd));
+    }
+  }
+
   // Two tiles of inputs by two of weights, `steps` times, added to what `sums` [2, 2, 16, 16] holds, or in its place. What belongs to the
   // second tile lies `next` behind the first.
   void product(const uint16_t* inputs, int64_t next_inputs, const uint16_t* weights, int64_t next_weights, int64_t steps, bool goes_on,
@@ -417,12 +466,7 @@ struct Tiles {
       for (int64_t g = 0; g < shape.groups; g += some) {
         const int64_t groups = std::min(some, shape.groups - g);
         for (int64_t b = 0; b < here; ++b)
-          for (int64_t i = 0; i < groups; ++i) {
-            const int64_t index = (block + b) * shape.groups + g + i, at = (shape.scale_stride ? index : block + b) * kLanes;
-            const Floats offset = offsets ? load_lanes(offsets + at) : Floats{};
-            expand<Bits>(shape.group, codes + index * shape.words * kLanes, (__m512)load_lanes(scales + at), (__m512)offset,
-                         weights + b * next_block + i * shape.group * kLanes);
-          }
+          expand_groups<Bits>(shape, block + b, g, groups, codes, scales, offsets, weights + b * next_block);
         for (int64_t m = 0; m < many; m += pair)
           for (int64_t b = 0; b < pairs_of_blocks; ++b)
             product(inputs_of(first + m, g * shape.group, shape.inputs), kLanes * shape.inputs, weights + 2 * b * next_block, next_block,
@@ -495,6 +539,35 @@ struct Product {
     }
   }
 
+#ifdef SLIMBENCH_TILES
+  // The same of very many rows `of`, to `result`: by the library, some outputs at a time.
+  void by_library(const at::Tensor& of, const at::Tensor& result) const {
+    const int64_t many = (shape.inputs * shape.outputs + kWeightsForLibrary - 1) / kWeightsForLibrary;
+    const int64_t some = (shape.blocks + many - 1) / many;
+    const at::Tensor expanded = uninitialized({some * kLanes, shape.inputs}, at::kBFloat16);
+    auto* const to = reinterpret_cast<uint16_t*>(expanded.mutable_data_ptr());
+    for (int64_t first = 0; first < shape.blocks; first += some) {
+      at::parallel_for(0, std::min(some, shape.blocks - first), 1, [&](int64_t begin, int64_t end) {
+        const at::Tensor room = uninitialized({shape.group * kLanes}, at::kBFloat16);
+        auto* const tiles = reinterpret_cast<uint16_t*>(room.mutable_data_ptr());
+        for (int64_t b = begin; b < end; ++b) rows_of_weight(first + b, tiles, to + b * kLanes * shape.inputs);
+      });
+      const int64_t begin = first * kLanes, count = std::min(some * kLanes, shape.outputs - begin);
+      at::Tensor out = result.narrow(1, begin, count);
+      at::mm_out(out, of, expanded.narrow(0, 0, count).t());
+    }
+  }
+
+  void rows_of_weight(int64_t block, uint16_t* tiles, uint16_t* to) const {
+    switch (bits) {
+      case 2: return Tiles::expand_rows<2>(shape, block, codes, scales, offsets, tiles, to);
+      case 3: return Tiles::expand_rows<3>(shape, block, codes, scales, offsets, tiles, to);
+      case 4: return Tiles::expand_rows<4>(shape, block, codes, scales, offsets, tiles, to);
+      default: return Tiles::expand_rows<8>(shape, block, codes, scales, offsets, tiles, to);
+    }
+  }
+#endif
+
   template <int Bits>
   void part_of(int64_t index) const {
     if constexpr (Inputs::blocks == 1)
@@ -553,6 +626,13 @@ std::vector<at::Tensor> run(const at::Tensor& x, at::TensorList codes, at::Tenso
     products.push_back({shape, bits[i], data<uint32_t>(codes[i]), data<T>(scales[i]), shifts ? data<T>(*shifts) : nullptr,
                         reinterpret_cast<T*>(results.back().mutable_data_ptr()), nullptr});
   }
+#ifdef SLIMBENCH_TILES
+  if constexpr (std::is_same_v<Inputs, Tiles>)
+    if (x.size(0) >= kRowsForLibrary) {
+      for (size_t i = 0; i < products.size(); ++i) products[i].by_library(x, results[i]);
+      return results;
+    }
+#endif
   multiply<Inputs, T>(data<T>(x), products);
   return results;
 }

@@ -234,21 +234,24 @@ def remade(original: Any, others: Any) -> Any:
 
 @pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
 def test_what_another_layer_takes_is_what_its_rehearsal_says(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks, each of which takes four milliseconds longer, and nothing of what the first run compiles."""
+    """Three blocks, each of which takes forty milliseconds longer, and nothing of what the first run compiles.
+
+    So long because other tests run beside this one, and what they take is no part of it.
+    """
 
     class Slow(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.004)
+            time.sleep(0.04)
             return super().forward(x)
 
     model = engine(module(), "cpu")
     slow = {f"model.layers.{at}.mlp.down_proj": Slow(1536, 512, bias=False, dtype=torch.bfloat16) for at in range(3)}
     monkeypatch.setattr(rehearsals, "_asked", lambda _: [rehearsals._Asked("bits", 4, Grid(4), tuple(slow))])
     monkeypatch.setattr(rehearsals, "_made", lambda *_: slow)
-    begun = decoding if engine is TransformersModel else lambda of: Prefill(of, torch.zeros(1, 16, dtype=torch.long), 64)
+    begun = lambda of: Prefill(of, torch.zeros(1, 16, dtype=torch.long), 64)  # noqa: E731
     with torch.inference_mode():
         (found,) = rehearsed(model, Layers.of(model.module), begun, 6)
-    assert 11 < found.low <= found.change_ms <= found.high < 22
+    assert 110 < found.low <= found.change_ms <= found.high < 220
 
 
 def test_other_grids_have_offsets_where_those_of_the_layers_have() -> None:

@@ -493,12 +493,15 @@ from slimbench.methods.kernels.grid import Grid
 from slimbench.methods.kernels.packed_linear import PackedLinear
 from tests.unit.methods.formats.test_packed import exact, random_weight
 for bits in (2, 3, 4, 8):
-    for group, (rows, columns) in ((32, (37, 96)), (64, (80, 192)), (128, (130, 256)), (None, (65, 160)), (64, (50, 2048))):
+    shapes = [(32, (37, 96)), (64, (80, 192)), (128, (130, 256)), (None, (65, 160)), (64, (50, 2048))]
+    if bits == 3:
+        shapes.append((64, (1100, 2048)))  # so large that it is taken apart
+    for group, (rows, columns) in shapes:
         for dtype in (torch.bfloat16, torch.float32):
             for offsets in (False, True):
                 weight = random_weight(Grid(bits, group), rows, columns, dtype, offsets)
                 layer, wanted = PackedLinear(weight, kernels=(OwnCpu,)), exact(weight)
-                for many in (1, 3, 12, 40, 64, 530):
+                for many in (1, 3, 12, 40, 64, 530, 1300):
                     x = torch.randn(many, columns).to(dtype)
                     got, want = layer(x).double(), x.double() @ wanted.T
                     error = (got - want).abs() / (x.double().abs() @ wanted.abs().T)
