@@ -13,6 +13,9 @@ Found = Mapping[Stage, Record]
 """The records that a row shows."""
 _MIXED = re.compile("(quality|speed) (measured on|of other bytes|is older than the artefact)|.*of other code than in the newest row")
 
+_NAMED = 3
+"""Instructions that a flag names; the others it counts."""
+
 
 def artefact_of(record: Record) -> str | None:
     """The SHA-256 of the artefact that a record made or loaded; None where it does not say so."""
@@ -45,7 +48,15 @@ def _other_machine(record: Record, bearer: Record) -> str | None:
     if here != there:
         return there
     own, other = _instructions(bearer), _instructions(record)
-    return f"another {there}" if own and other and own != other else None
+    if not own or not other or own == other:
+        return None
+    differs = [f"{word} {_some(names)}" for word, names in (("with", other - own), ("without", own - other)) if names]
+    return f"another {there} ({', '.join(differs)})"
+
+
+def _some(names: frozenset[str]) -> str:
+    first, more = sorted(names)[:_NAMED], len(names) - _NAMED
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _instructions(record: Record) -> frozenset[str]:

@@ -19,6 +19,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
@@ -542,6 +543,7 @@ struct Product {
 #ifdef SLIMBENCH_TILES
   // The same of very many rows `of`, to `result`: by the library, some outputs at a time.
   void by_library(const at::Tensor& of, const at::Tensor& result) const {
+    const at::NoGradGuard no_gradients;  // as of the products of our own
     const int64_t many = (shape.inputs * shape.outputs + kWeightsForLibrary - 1) / kWeightsForLibrary;
     const int64_t some = (shape.blocks + many - 1) / many;
     const at::Tensor expanded = uninitialized({some * kLanes, shape.inputs}, at::kBFloat16);

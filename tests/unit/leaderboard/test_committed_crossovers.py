@@ -51,7 +51,9 @@ def test_what_pays_where_is_what_the_docs_say(found: list[Field]) -> None:
     assert {one.label for one in decode.values()} == {"rtn-4bit-head8"} and all(one.is_clear for one in decode.values())
     gains = [[decode[point].gain.value for point in line] for line in ([(1, 128), (4, 128), (16, 128)], [(1, 128), (1, 1024), (1, 4096)])]
     assert all(line == sorted(line, reverse=True) for line in gains)
-    few, many = [(1, 128), (2, 128)], [(16, 128), (4, 1024), (1, 4096)]
-    assert {prefill[point].label for point in few} == {"rtn-4bit-head8"} and {prefill[point].label for point in many} == {DENSE}
+    assert {prefill[point].label for point in [(1, 128), (2, 128)]} == {"rtn-4bit-head8"}
+    (prompts,) = (field for field in found if field.phase == "prefill")
+    many = [prompts.gains[point]["rtn-4bit-head8"] for point in [(16, 128), (4, 1024), (1, 4096)]]
+    assert all(gain.low < 1.05 and gain.high > 0.95 for gain in many), "dense is as fast, or faster by some hundredths"
     for known in (known for field in found for known in field.gains.values()):
         assert known["int8-dynamic"].value < max(known[DENSE].value, known["rtn-4bit-head8"].value)

@@ -107,11 +107,11 @@ def test_processors_of_one_name_with_other_instructions_are_two_machines(made: l
         record.provenance = PROVENANCE | {"hardware": HARDWARE | {"cpu_flags": instructions}}
         return next(row for row in rows(made) if row.pipeline == "gptq" and row.decode_tokens_per_s).flags
 
-    own = record.hardware.label
-    assert f"of the same bytes: quality from another {own}" in flags(["avx2", "fma", "amx_tile"])
+    own, amx = record.hardware.label, ["amx_tile", "amx_int8", "amx_fp16", "amx_bf16"]
+    assert f"of the same bytes: quality from another {own} (with amx_bf16, amx_fp16, amx_int8 and 1 more)" in flags([*amx, "avx2", "fma"])
     assert record.quality and record.quality.evidence
     record.quality.evidence.artefact = OTHER
-    assert f"quality measured on another {own}" in mixed(flags(["avx2"]))
+    assert f"quality measured on another {own} (with sse2, without fma)" in mixed(flags(["avx2", "sse2"]))
     for same in (["fma", "avx2"], [], None):
         assert not any("another" in flag for flag in flags(same))
 

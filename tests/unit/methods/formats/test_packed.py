@@ -482,6 +482,12 @@ def test_a_few_rows_are_looked_up_without_the_others(kernel: type[Kernel], grid:
     assert torch.equal(layer.rows(many), weight.dequantize()[many])
 
 
+@pytest.mark.parametrize("rows", [3, 40, 1300])
+def test_inputs_that_ask_for_gradients_give_the_same(rows: int) -> None:
+    layer, x = PackedLinear(random_weight(W4, 48, 128, torch.bfloat16), kernels=(OwnCpu,)), torch.randn(rows, 128).bfloat16()
+    assert torch.equal(layer(x.requires_grad_()).detach(), layer(x.detach()))
+
+
 _OTHER = """
 import sys, torch
 sys.path.append(sys.argv.pop(1))
