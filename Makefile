@@ -62,6 +62,8 @@ pictures: board
 	cp board/pareto.png docs/images/front.png
 	cp board/sizes.png docs/images/sizes.png
 	cp board/figures/grids-smollm2-135m-screen.png docs/images/grids.png
+	cp board/figures/speedup-smollm2-135m-speed-crossover.png docs/images/crossover.png
+	cp board/figures/prompt-speedup-smollm2-135m-speed-crossover.png docs/images/prompt-crossover.png
 
 # The tables of README and docs, from the records of reference.
 readme: setup

@@ -28,11 +28,13 @@ _CROSSES = (
     "the last point; of rows without an invalidating flag."
 )
 _NOTES: dict[Phase, str] = {
-    "decode": "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals. Thin dotted lines with "
-    "hollow marks: the speed-up if the row read its weights and KV cache at the measured bandwidth (roofline: of reads, in older rows of "
-    "copies). " + _CROSSES,
-    "prefill": "Time of the prompt in the dense model on the same engine over that of the row, bars are 95 % intervals. " + _CROSSES,
+    "decode": "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals.",
+    "prefill": "Time of the prompt in the dense model on the same engine over that of the row, bars are 95 % intervals.",
 }
+_BOUNDS = (
+    "Thin dotted lines with hollow marks: the speed-up if the row read its weights and KV cache at the measured bandwidth (roofline: of "
+    "reads, in older rows of copies)."
+)
 _AXES = (("batch", "prompt", "sequences in the batch"), ("prompt", "batch", "tokens of context"))
 
 
@@ -79,8 +81,9 @@ def speedups(group: Group, phase: Phase) -> Plot:
         raise Unplottable(f"no row has speed-ups at several batches or contexts ({len(grid)} point{'s' * (len(grid) != 1)} in all)")
     shown = [row for index, row in enumerate(rows) if any(index in panel.series for panel in panels)]
     bases = [row for row in group.rows if row.is_reference]
-    note = _NOTES[phase]
-    text = " ".join(filter(None, [note, left_out(group, [*shown, *bases], "several speed points")]))
+    lines = [own for panel in panels for own in panel.series.values()]
+    bounds = _BOUNDS if any(len(_bounds(own)) > 1 for own in lines) else ""
+    text = " ".join(filter(None, [_NOTES[phase], bounds, _CROSSES, left_out(group, [*shown, *bases], "several speed points")]))
     title = _TITLES[phase]
 
     def make() -> Figure:
@@ -88,9 +91,7 @@ def speedups(group: Group, phase: Phase) -> Plot:
         for ax, panel in zip(axes, panels, strict=True):
             _draw(ax, panel, rows, group, phase)
         axes[0].set_ylim(bottom=0)
-        spread_axis(
-            axes[0], "y", [value for panel in panels for own in panel.series.values() for r in own for value in (r.low, r.bound or r.value)]
-        )
+        spread_axis(axes[0], "y", [value for own in lines for r in own for value in (r.low, r.bound or r.value)])
         axes[0].set_ylabel("times as fast as dense  (↑ higher is better)")
         fullest = max(range(len(panels)), key=lambda i: len(panels[i].series))
         side_legend(axes[-1], *axes[fullest].get_legend_handles_labels())
@@ -131,6 +132,10 @@ def _reading(at: int, value: float, point: dict[str, float | int | str | None], 
     return Reading(at, value, value, value, bound, known=False)
 
 
+def _bounds(own: Sequence[Reading]) -> list[tuple[int, float]]:
+    return [(reading.at, reading.bound) for reading in own if reading.bound is not None]
+
+
 def _crossings(row: Row, own: Sequence[Reading], phase: Phase) -> list[Place]:
     """Those that the table of crossovers has, too."""
     if not counts(row, phase) or not all(reading.known for reading in own):
@@ -140,14 +145,14 @@ def _crossings(row: Row, own: Sequence[Reading], phase: Phase) -> list[Place]:
 
 def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group, phase: Phase) -> None:
     for index, own in sorted(panel.series.items()):
-        look = group.palette.look(method_of(rows[index]))
+        method = method_of(rows[index])
+        look = group.palette.look(method, sum(method_of(row) == method for row in rows[:index]))
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
         at = [r.at for r in own]
         spread = [[max(0.0, r.value - r.low) for r in own], [max(0.0, r.high - r.value) for r in own]]
         name = group.name(rows[index], 32).lstrip("_")
         ax.errorbar(at, [r.value for r in own], yerr=spread, ls=look.dashes, lw=1.5, elinewidth=1, ms=6, mec="white", label=name, **style)
-        bounds = [(r.at, r.bound) for r in own if r.bound is not None]
-        if len(bounds) > 1:
+        if len(bounds := _bounds(own)) > 1:
             ax.plot(*zip(*bounds, strict=True), ls=":", lw=1, ms=4, mfc="white", alpha=0.8, **style)
         for place in _crossings(rows[index], own, phase):
             reach = [[place.at - (place.low or at[0])], [(place.high or at[-1]) - place.at]]

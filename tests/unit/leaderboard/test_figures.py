@@ -369,6 +369,14 @@ def test_speedups_of_the_prompt_are_those_of_the_rows() -> None:
         assert len(points) == 2 and points in lines
 
 
+def test_rows_of_one_method_are_told_apart_where_their_speed_ups_are_drawn() -> None:
+    of_one = family("RTN", [("rtn-4bit", 4.25, 1.4), ("rtn-8bit", 8.0, 1.01)])
+    (plot,) = of(rows(grid([*records(Spec()), *of_one], [1, 4], [128, 512])), "speedup")
+    for ax in shown(plot).axes:
+        lines = [held.lines[0] for held in ax.containers if str(held.get_label()).startswith("rtn")]
+        assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 2
+
+
 @pytest.mark.parametrize(("kind", "name"), [("speedup", "speedup"), ("prompt-speedup", "prefill_speedup")])
 def test_where_a_row_stops_being_faster_than_dense_is_marked(kind: str, name: str) -> None:
     made = sample(kind)

@@ -83,10 +83,12 @@ def test_actions_are_pinned_and_no_secret_is_asked_for() -> None:
 
 def test_pictures_are_small_and_the_readme_shows_them() -> None:
     pictures = sorted((ROOT / "docs" / "images").glob("*.png"))
-    assert [path.name for path in pictures] == ["front.png", "grids.png", "sizes.png"]
-    shown = {file.name: re.findall(r"!\[[^]]*]\(([^)]+)\)", file.read_text()) for file in (ROOT / "README.md", ROOT / "docs" / "grids.md")}
+    assert [path.name for path in pictures] == ["crossover.png", "front.png", "grids.png", "prompt-crossover.png", "sizes.png"]
+    files = [ROOT / name for name in ("README.md", "docs/grids.md", "docs/engines.md")]
+    shown = {file.name: re.findall(r"!\[[^]]*]\(([^)]+)\)", file.read_text()) for file in files}
     assert all((ROOT / path).is_file() for path in shown["README.md"]) and "docs/images/front.png" in shown["README.md"]
     assert shown["grids.md"] == ["images/grids.png"]
+    assert shown["engines.md"] == ["images/crossover.png", "images/prompt-crossover.png"]
     for path in pictures:
         assert path.stat().st_size <= 150_000
         with Image.open(path) as picture:
