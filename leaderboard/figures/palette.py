@@ -72,4 +72,13 @@ class Palette:
         """The look of a method; further settings of it have its colour, another marker and other dashes."""
         number = self.methods.index(method) if method in self.methods else len(self.methods)
         turn, place = divmod(number, len(_COLOURS))
-        return Look(_COLOURS[place], _MARKERS[(place + turn + setting) % len(_MARKERS)], _DASHES[(turn + setting) % len(_DASHES)])
+        again = setting // len(_MARKERS)
+        return Look(_COLOURS[place], _MARKERS[(place + turn + setting) % len(_MARKERS)], _DASHES[(turn + setting + again) % len(_DASHES)])
+
+    def apart(self, methods: Iterable[str]) -> list[Look]:
+        """Looks of the rows of one figure, by their methods: as long as there are others, none is given twice."""
+        found: list[Look] = []
+        for method in methods:
+            every = (self.look(method, setting) for setting in range(len(_MARKERS) * len(_DASHES)))
+            found.append(next((look for look in every if look not in found), self.look(method)))
+        return found

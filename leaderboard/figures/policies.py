@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,9 @@ def stream(group: Group) -> Plot:
 
 def _looks(group: Group, rows: Sequence[Row]) -> Iterator[Look]:
     """A look for each row, that of its method and setting."""
-    settings: Counter[str] = Counter()
+    looks = iter(group.palette.apart(method_of(row) for row in rows if not row.is_reference))
     for row in rows:
-        method = method_of(row)
-        yield look_of(row) if row.is_reference else group.palette.look(method, settings[method])
-        settings[method] += 1
+        yield look_of(row) if row.is_reference else next(looks)
 
 
 def _places(values: Sequence[float]) -> list[float]:

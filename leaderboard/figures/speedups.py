@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from slimbench.leaderboard.compare.crossover import SPEEDUP, Gain, Place, counts
 from slimbench.leaderboard.figures.canvas import Plot, canvas, side_legend, spread_axis
 from slimbench.leaderboard.figures.drawing import MUTED
 from slimbench.leaderboard.figures.groups import Group, Unplottable, left_out
-from slimbench.leaderboard.figures.palette import method_of
+from slimbench.leaderboard.figures.palette import Look, method_of
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.tables.format import decimal
 
@@ -79,7 +79,9 @@ def speedups(group: Group, phase: Phase) -> Plot:
     if not panels:
         grid = {(p.get("batch"), p.get("prompt")) for row in rows for p in row.speed_points}
         raise Unplottable(f"no row has speed-ups at several batches or contexts ({len(grid)} point{'s' * (len(grid) != 1)} in all)")
-    shown = [row for index, row in enumerate(rows) if any(index in panel.series for panel in panels)]
+    drawn = sorted({index for panel in panels for index in panel.series})
+    looks = dict(zip(drawn, group.palette.apart(method_of(rows[index]) for index in drawn), strict=True))
+    shown = [rows[index] for index in drawn]
     bases = [row for row in group.rows if row.is_reference]
     lines = [own for panel in panels for own in panel.series.values()]
     bounds = _BOUNDS if any(len(_bounds(own)) > 1 for own in lines) else ""
@@ -89,7 +91,7 @@ def speedups(group: Group, phase: Phase) -> Plot:
     def make() -> Figure:
         figure, axes = canvas(f"{title}: {group.title}", group.setting, text, 3.2 + 4.6 * len(panels), 5.2, len(panels), sharey=True)
         for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, panel, rows, group, phase)
+            _draw(ax, panel, rows, looks, group, phase)
         axes[0].set_ylim(bottom=0)
         spread_axis(axes[0], "y", [value for own in lines for r in own for value in (r.low, r.bound or r.value)])
         axes[0].set_ylabel("times as fast as dense  (↑ higher is better)")
@@ -143,10 +145,9 @@ def _crossings(row: Row, own: Sequence[Reading], phase: Phase) -> list[Place]:
     return [place for place in places([(r.at, Gain(r.value, r.low, r.high)) for r in own]) if place.is_shown]
 
 
-def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], group: Group, phase: Phase) -> None:
+def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], looks: Mapping[int, Look], group: Group, phase: Phase) -> None:
     for index, own in sorted(panel.series.items()):
-        method = method_of(rows[index])
-        look = group.palette.look(method, sum(method_of(row) == method for row in rows[:index]))
+        look = looks[index]
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
         at = [r.at for r in own]
         spread = [[max(0.0, r.value - r.low) for r in own], [max(0.0, r.high - r.value) for r in own]]

@@ -90,7 +90,8 @@ def test_what_the_readme_says_it_found_is_found(board: list[Row]) -> None:
     assert 17 <= len(cells) <= 24
     assert all(delta[name] < 1 and 1.65 < speed_up[name] < 1.85 for name in ("rtn-8bit", "gptq-8bit")), "1.7 to 1.8 times as fast"
     eight = [row for row in board if row.label in ("rtn-8bit", "gptq-8bit") and row.suite == "front"]
-    assert len(eight) == 2 and {(row.perplexity_verdict, row.accuracy_verdict) for row in eight} == {("equivalent", "equivalent")}
+    assert {row.label for row in eight} == {"rtn-8bit", "gptq-8bit"}
+    assert {(row.perplexity_verdict, row.accuracy_verdict) for row in eight} == {("equivalent", "equivalent")}
     assert all(delta[name] < 0.34 * delta["rtn-4bit"] for name in ("signround", "awq-clip")), "a third of what plain rounding loses"
     assert all(
         delta[name] > 4 * delta["signround"] and weights[name] > 0.85 * weights["signround"] for name in ("signround-3bit", "gptq-3bit")

@@ -54,6 +54,6 @@ def test_what_pays_where_is_what_the_docs_say(found: list[Field]) -> None:
     assert {prefill[point].label for point in [(1, 128), (2, 128)]} == {"rtn-4bit-head8"}
     (prompts,) = (field for field in found if field.phase == "prefill")
     many = [prompts.gains[point]["rtn-4bit-head8"] for point in [(16, 128), (4, 1024), (1, 4096)]]
-    assert all(gain.low < 1.05 and gain.high > 0.95 for gain in many), "dense is as fast, or faster by some hundredths"
+    assert all(0.93 < gain.value < 1.03 and gain.low <= 1 for gain in many), "dense is as fast, or faster by some hundredths"
     for known in (known for field in found for known in field.gains.values()):
         assert known["int8-dynamic"].value < max(known[DENSE].value, known["rtn-4bit-head8"].value)

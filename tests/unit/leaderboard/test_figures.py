@@ -377,6 +377,15 @@ def test_rows_of_one_method_are_told_apart_where_their_speed_ups_are_drawn() -> 
         assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 2
 
 
+def test_no_look_is_given_twice_in_one_figure() -> None:
+    """Palettes go round after eight colours; further settings of one method meet the looks of those."""
+    palette = Palette(tuple(f"m{number}" for number in range(20)))
+    methods = [*palette.methods, "m0", "m8", *["m3"] * 12]
+    looks = palette.apart(methods)
+    assert len(set(looks)) == len(looks)
+    assert [look.colour for look in looks] == [palette.look(method).colour for method in methods]
+
+
 @pytest.mark.parametrize(("kind", "name"), [("speedup", "speedup"), ("prompt-speedup", "prefill_speedup")])
 def test_where_a_row_stops_being_faster_than_dense_is_marked(kind: str, name: str) -> None:
     made = sample(kind)

@@ -248,7 +248,7 @@ def test_what_another_layer_takes_is_what_its_rehearsal_says(engine: Any, monkey
     slow = {f"model.layers.{at}.mlp.down_proj": Slow(1536, 512, bias=False, dtype=torch.bfloat16) for at in range(3)}
     monkeypatch.setattr(rehearsals, "_asked", lambda _: [rehearsals._Asked("bits", 4, Grid(4), tuple(slow))])
     monkeypatch.setattr(rehearsals, "_made", lambda *_: slow)
-    begun = lambda of: Prefill(of, torch.zeros(1, 16, dtype=torch.long), 64)  # noqa: E731
+    begun = decoding if engine is TransformersModel else lambda of: Prefill(of, torch.zeros(1, 16, dtype=torch.long), 64)
     with torch.inference_mode():
         (found,) = rehearsed(model, Layers.of(model.module), begun, 6)
     assert 110 < found.low <= found.change_ms <= found.high < 220
