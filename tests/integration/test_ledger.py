@@ -258,7 +258,8 @@ def test_threads_that_sleep_are_named() -> None:
         found.append(Ledger.model_validate_json(done.stdout.splitlines()[-1]))
     awake, asleep = found
     (first,) = causes(asleep, awake)
-    assert first.part == "waiting of threads" and first.ms == pytest.approx(asleep.step_ms - awake.step_ms, rel=0.2)
+    assert first.part == "waiting of threads" and first.ms == pytest.approx(cost_of(asleep, awake))
+    assert first.ms == pytest.approx(asleep.step_ms - awake.step_ms, rel=0.2)
     assert awake.step_ms < 0.5 * asleep.step_ms and first.ms > 0.5 * asleep.step_ms
 
 
@@ -277,4 +278,5 @@ def test_one_thread_is_named(threads: Callable[[int], None]) -> None:
     threads(1)
     (after,) = taken(model)
     (cause,) = causes(after, before)
-    assert cause.part == "1 thread, not 2 threads" and cause.ms == pytest.approx(after.step_ms - before.step_ms, rel=0.2)
+    assert cause.part == "1 thread, not 2 threads" and cause.ms == pytest.approx(cost_of(after, before))
+    assert cause.ms == pytest.approx(after.step_ms - before.step_ms, rel=0.2)
