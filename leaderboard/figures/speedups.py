@@ -85,7 +85,8 @@ def speedups(group: Group, phase: Phase) -> Plot:
     bases = [row for row in group.rows if row.is_reference]
     lines = [own for panel in panels for own in panel.series.values()]
     bounds = _BOUNDS if any(len(_bounds(own)) > 1 for own in lines) else ""
-    text = " ".join(filter(None, [_NOTES[phase], bounds, _CROSSES, left_out(group, [*shown, *bases], "several speed points")]))
+    crosses = _CROSSES if any(_crossings(rows[at], own, phase) for panel in panels for at, own in panel.series.items()) else ""
+    text = " ".join(filter(None, [_NOTES[phase], bounds, crosses, left_out(group, [*shown, *bases], "several speed points")]))
     title = _TITLES[phase]
 
     def make() -> Figure:
