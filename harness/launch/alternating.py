@@ -155,6 +155,9 @@ def _measured(cells: Sequence[Cell], rounds: int, console: Console) -> Iterator[
     from slimbench.harness.run.runner import Runner
 
     plan = make_plan(cells).only({task_name(cell.identity, Stage.SPEED) for cell in cells})
+    for task in plan.tasks:
+        if task.refusal:
+            raise Failed(one_line(f"{plan.cells[task.cell].config.engine.name}: {task.refusal}"))
     with tempfile.TemporaryDirectory(prefix="engines-", dir=cache_dir()) as folder:
         for number in range(rounds):
             store = Store(Path(folder) / str(number))

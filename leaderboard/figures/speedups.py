@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from slimbench.harness.schema.ledger import Phase
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 16
+_LANE = 8.0
+"""Points between the crossings of two rows."""
 _KINDS: dict[Phase, str] = {"decode": "speedup", "prefill": "prompt-speedup"}
 _TITLES: dict[Phase, str] = {"decode": "Speed-up over batch and context", "prefill": "Speed-up of the prompt over batch and context"}
 _CROSSES = (
-    "Diamonds: where a row stops, or begins, to be faster than dense, with the 95 % interval, which is open where it ends at the first or "
-    "the last point; of rows without an invalidating flag."
+    "Bars along and under the line of 1, with the hollow mark of the row: where it stops, or begins, to be faster than dense, with the "
+    "95 % interval, which is open where it ends at the first or the last point; of rows without an invalidating flag."
 )
 _NOTES: dict[Phase, str] = {
     "decode": "Decode time of the dense model on the same engine over that of the row, bars are 95 % intervals.",
@@ -147,6 +150,9 @@ def _crossings(row: Row, own: Sequence[Reading], phase: Phase) -> list[Place]:
 
 
 def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], looks: Mapping[int, Look], group: Group, phase: Phase) -> None:
+    from matplotlib.transforms import offset_copy
+
+    lanes = (offset_copy(ax.transData, ax.get_figure(root=True), y=-_LANE * lane, units="points") for lane in count())
     for index, own in sorted(panel.series.items()):
         look = looks[index]
         style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
@@ -158,7 +164,7 @@ def _draw(ax: Axes, panel: Panel, rows: Sequence[Row], looks: Mapping[int, Look]
             ax.plot(*zip(*bounds, strict=True), ls=":", lw=1, ms=4, mfc="white", alpha=0.8, **style)
         for place in _crossings(rows[index], own, phase):
             reach = [[place.at - (place.low or at[0])], [(place.high or at[-1]) - place.at]]
-            ax.errorbar([place.at], [1], xerr=reach, fmt="D", ms=5, mfc="white", lw=2.5, color=look.colour, zorder=4)
+            ax.errorbar([place.at], [1], xerr=reach, ms=6, mfc="white", lw=2.5, ls="", zorder=4, transform=next(lanes), **style)
     ax.axhline(1, color=MUTED, lw=0.9)
     ticks = sorted({r.at for own in panel.series.values() for r in own})
     ax.set_xscale("log", base=2)

@@ -85,3 +85,4 @@ def test_two_engines_take_turns(overrides: list[str], tmp_path: Path) -> None:
     assert "decode: transformers is " in done.stdout and " × as fast as offload" in done.stdout
     failed = slimbench("bench", "engines", *mine, "engine=transformers,vllm", "--rounds", "2", "--out", str(tmp_path / "none"))
     assert failed.returncode == 1 and "vllm: engine vllm runs on cuda, not on cpu" in failed.stderr
+    assert "round" not in failed.stdout, "what cannot run is known before any round"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from slimbench.harness.store.store import Store
 from slimbench.leaderboard.compare.crossover import Deployment, Field, Gain, deployments, fields
 from slimbench.leaderboard.figures.plots import Gallery
 from slimbench.leaderboard.flags.kinds import Figure, invalidating
-from slimbench.leaderboard.rows.rows import rows
+from slimbench.leaderboard.rows.rows import Row, rows
 from slimbench.leaderboard.site.board import Board
 from slimbench.leaderboard.tables import crossover as tables
 from tests.support.board_records import Spec, board, records, site_files
@@ -26,6 +27,11 @@ GAINS = {
 }
 
 
+@cache
+def of_some_board() -> Row:
+    return next(row for row in rows(board()))
+
+
 def gain(value: float, width: float = 0.05) -> Gain:
     return Gain(value, value / math.exp(width), value * math.exp(width))
 
@@ -33,9 +39,7 @@ def gain(value: float, width: float = 0.05) -> Gain:
 def field(gains: dict[str, dict[tuple[int, int], float]], width: float = 0.05) -> Field:
     points = {point for known in gains.values() for point in known}
     found = {point: {label: gain(known[point], width) for label, known in gains.items() if point in known} for point in points}
-    return Field(
-        next(row for row in rows(board())), "decode", {point: known | {"dense": Gain(1.0, 1.0, 1.0)} for point, known in found.items()}
-    )
+    return Field(of_some_board(), "decode", {point: known | {"dense": Gain(1.0, 1.0, 1.0)} for point, known in found.items()})
 
 
 def test_the_fastest_is_told_with_its_lead() -> None:
@@ -70,10 +74,10 @@ def test_bounds_beyond_what_was_measured_are_open_and_what_is_noise_alone_is_no_
 
 def test_the_fastest_is_told_apart_from_all_others_not_from_the_next_alone() -> None:
     known = {"dense": Gain(1.0, 1.0, 1.0), "one": gain(2.0, 0.01), "next": gain(1.9, 0.01), "wide": gain(1.85, 0.3)}
-    (best,) = Field(next(row for row in rows(board())), "decode", {(1, 128): known}).best()
+    (best,) = Field(of_some_board(), "decode", {(1, 128): known}).best()
     assert best.next == "next" and best.beside == ["wide"] and not best.is_clear
     slow = {"dense": Gain(1.0, 1.0, 1.0), "near": gain(0.99, 0.1), "far": gain(0.5, 0.1)}
-    (best,) = Field(next(row for row in rows(board())), "decode", {(1, 128): slow}).best()
+    (best,) = Field(of_some_board(), "decode", {(1, 128): slow}).best()
     assert tables.use(Deployment("one stream", best))[1] == ", not told apart from near."
 
 

@@ -14,7 +14,9 @@ from statistics import fmean
 
 import pytest
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -386,28 +388,45 @@ def test_no_look_is_given_twice_in_one_figure() -> None:
     assert [look.colour for look in looks] == [palette.look(method).colour for method in methods]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("speedup", "speedup"), ("prompt-speedup", "prefill_speedup")])
-def test_where_a_row_stops_being_faster_than_dense_is_marked(kind: str, name: str) -> None:
-    made = sample(kind)
-    falling = {1: (2.0, 1.9, 2.1), 4: (0.5, 0.4, 0.6)}
+def falling(made: Sequence[Row], name: str) -> list[Row]:
+    """The rows with speed-ups of 2 at one sequence and of a half at four."""
+    at = {1: (2.0, 1.9, 2.1), 4: (0.5, 0.4, 0.6)}
     changed = []
     for row in made:
         points = [
-            point | dict(zip((name, f"{name}_low", f"{name}_high"), falling[int(point["batch"] or 0)], strict=True))
+            point | dict(zip((name, f"{name}_low", f"{name}_high"), at[int(point["batch"] or 0)], strict=True))
             for point in row.speed_points
         ]
         changed.append(row if row.is_reference else row.model_copy(update={"speed_points": points}))
+    return changed
+
+
+def crossings(ax: Axes) -> list[ErrorbarContainer]:
+    """Bars of where rows stop being faster than dense: those with a hollow mark and no line."""
+    return [held for held in ax.containers if (line := held.lines[0]).get_linestyle() == "None" and line.get_markerfacecolor() == "white"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("speedup", "speedup"), ("prompt-speedup", "prefill_speedup")])
+def test_where_a_row_stops_being_faster_than_dense_is_marked(kind: str, name: str) -> None:
+    changed = falling(sample(kind), name)
     ax = shown(of(changed, kind)[0]).axes[0]
-    marks = [line for line in ax.get_lines() if line.get_marker() == "D"]
-    assert [(list(mark.get_xdata()), list(mark.get_ydata())) for mark in marks] == [([pytest.approx(2.0)], [1])]
-    (bar,) = [held for held in ax.containers if held.lines[0] in marks]
+    (bar,) = crossings(ax)
+    (row,) = [held for held in ax.containers if held is not bar]
+    mark, line = bar.lines[0], row.lines[0]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([pytest.approx(2.0)], [1])
+    assert (mark.get_color(), mark.get_marker()) == (line.get_color(), line.get_marker()), "whose it is"
     ((left, right),) = [segment[:, 0] for segment in bar.lines[2][0].get_segments()]
     low, high = (4 ** (math.log(one) / math.log(one / other)) for one, other in ((1.9, 0.4), (2.1, 0.6)))
     assert left == pytest.approx(low) and right == pytest.approx(high)
     flagged = [
         row.model_copy(update={"flags": ["OMP_WAIT_POLICY=PASSIVE: threads sleep"]}) if not row.is_reference else row for row in changed
     ]
-    assert not [line for line in shown(of(flagged, kind)[0]).axes[0].get_lines() if line.get_marker() == "D"]
+    assert crossings(shown(of(flagged, kind)[0]).axes[0]) == []
+    of_one = family("RTN", [("rtn-4bit", 4.25, 1.4), ("rtn-8bit", 8.0, 1.01)])
+    figure = shown(of(falling(rows(grid([*records(Spec()), *of_one], [1, 4], [128, 512])), name), kind)[0])
+    figure.draw_without_rendering()
+    heights = [float(held.lines[0].get_transform().transform((2.0, 1.0))[1]) for held in crossings(figure.axes[0])]
+    assert len(heights) == 2 and abs(heights[0] - heights[1]) > 5, "one does not hide the other"
 
 
 def test_memory_bars_end_at_the_sum(realistic: list[Row]) -> None:
