@@ -29,12 +29,16 @@ from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.util.files import write_atomically
 
 _MODEL = "smollm2-135m"
-_PLACE = "de7cbd33"
+_PLACE = "4d93c621"
 """Fingerprint of the one machine that the tables are of."""
 _METHODS = (
-    *("dense", "rtn-8bit", "gptq-8bit", "int8-dynamic", "smoothquant", "kv-int8", "signround", "gptaq", "awq-clip", "awq"),
-    *("gptq", "gptq-asym", "hqq", "mixed-precision", "rtn-4bit", "rtn-4bit-asym", "signround-3bit", "gptq-3bit"),
+    *("dense", "rtn-8bit", "gptq-8bit", "int8-dynamic", "smoothquant", "kv-int8", "signround", "awq-clip", "awq", "gptq"),
+    *("hqq", "rtn-4bit", "signround-3bit", "gptq-3bit"),
+    *("wanda", "sparsegpt+sparse-bitmap", "minitron-width-25", "shortgpt", "shortgpt+lora(steps=160)"),
+    *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)", "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "lolcats"),
 )
+_ON_TEXTS = ("prompt-lookup", "rtn-8bit+prompt-lookup")
+"""Policies whose speed depends on the text: theirs is that of prompts that are texts."""
 _ENGINES = (
     *(("transformers", "dense"), ("transformers", "rtn-4bit-head8")),
     *(("compiled", "dense"), ("compiled", "rtn-4bit-head8")),
@@ -44,19 +48,19 @@ _CROSSOVER = "crossover"
 """The protocol of speed whose rows stand in the tables of crossovers."""
 _SHOWN = (
     *("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "accuracy_delta"),
-    *("speedup", "weight_bytes", "grid", "effective_bits"),
+    *("speedup", "weight_bytes", "effective_bits"),
 )
 _OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits")
 
 
 def methods(board: Sequence[Row]) -> str:
     """The front table: what methods cost and give under one suite on one engine, the smallest loss first."""
-    chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "front", "front") and row.engine == "transformers"}
-    dense, *others = (chosen[name] for name in _METHODS)
+    dense, *others = (*_fronts(board, _METHODS, "front"), *_fronts(board, _ON_TEXTS, "policy"))
     ranked = sorted(others, key=lambda row: row.perplexity or inf)
-    lines = [([escape(row.pipeline)], row) for row in (dense, *ranked)]
+    lines = [([escape(row.pipeline) + " (texts)" * (row.pipeline in _ON_TEXTS), row.family], row) for row in (dense, *ranked)]
+    texts = "\n(texts): speed on prompts that are texts, since guesses depend on them.\n"
     beside = told(dense_by_engine(board, dense), dense.engine)
-    return _table(["Pipeline"], lines, _SHOWN) + _reading(board, [dense]) + (f"\n{beside}\n" if beside else "")
+    return _table(["Pipeline", "Family"], lines, _SHOWN) + _reading(board, [dense]) + texts + (f"\n{beside}\n" if beside else "")
 
 
 def engines(board: Sequence[Row]) -> str:
@@ -111,6 +115,12 @@ def filled(text: str, board: Sequence[Row], studies: Sequence[Study] = (), taugh
     return re.sub(rf"<!-- ({'|'.join([*TABLES, GRIDS, STUDENTS])}): begin -->.*?<!-- \1: end -->", write, text, flags=re.DOTALL)
 
 
+def _fronts(board: Sequence[Row], names: Sequence[str], speed: str) -> list[Row]:
+    """The rows of some pipelines under the suite of the front table."""
+    chosen = {row.pipeline: row for row in _lowest_seeds_last(board) if _is_shown(row, "front", speed) and row.engine == "transformers"}
+    return [chosen[name] for name in names]
+
+
 def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
     """The rows so that the one that answers to the bare name of its pipeline comes after its further seeds."""
     return sorted(board, key=lambda row: (row.seed, row.calibration_seed or 0), reverse=True)
@@ -136,7 +146,7 @@ def _side(column: Column) -> str:
 def _reading(board: Sequence[Row], shown: Sequence[Row]) -> str:
     """How to read a table, and what the whole one from which its rows are taken can resolve."""
     whole = [row for row in board if row.table_key == shown[0].table_key and not row.foreign]
-    said = " ".join([*anchors(shown), f"The {len(whole)} rows of which these are some:", *resolution(whole)])
+    said = " ".join([f"{shown[0].hardware}.", *anchors(shown), f"The {len(whole)} rows of which these are some:", *resolution(whole)])
     return (
         f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, which itself stands in brackets "
         f"where it is skewed. {said}\n"
