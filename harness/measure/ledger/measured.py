@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -12,7 +13,7 @@ from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.measure.dynamic.texts import prompts
 from slimbench.harness.measure.evidence import bytes_of
 from slimbench.harness.measure.ledger.counted import Counted
-from slimbench.harness.measure.ledger.parts import Layers, is_fused, joins, sums
+from slimbench.harness.measure.ledger.parts import Layers, is_fused, joins, multiplies, sums
 from slimbench.harness.measure.ledger.place import Place
 from slimbench.harness.measure.ledger.products import Products
 from slimbench.harness.measure.ledger.recorded import OtherPieces, recording
@@ -31,7 +32,7 @@ _ROOM = 2 + Decoding.warm + Decoding.timed + Decoding.recorded
 _SHORT = 8
 _PYTHON, _WAITING = Place("python"), Place("waiting")
 _REGION = ("product", "head")
-"""Kinds of parts each of whose calls is a parallel region."""
+"""Kinds of parts each of whose products is a parallel region: what else a layer calls is too small for one."""
 
 
 def ledgers(
@@ -157,6 +158,10 @@ class _Account:
         self._layers = Layers.of(model.module, self._joins, self._watch.blurs(self.pieces))
         self._places = self._watch.places_of(self.pieces, self._layers, step.tokens)
         self._calls = {place: self._places.count(place) for place in (*self._places, _PYTHON)}
+        self._regions = Counter[Place]()
+        if self._watch.has_regions:
+            pairs = zip(self._places, self.pieces, strict=True)
+            self._regions.update(place for place, piece in pairs if place.kind in _REGION and multiplies(piece))
         is_eager = not self._joins and not any(map(is_fused, self.pieces))
         self._own = of.own("prefill" if is_eager else step.phase)  # then operators of both are the same
         step.end()
@@ -171,11 +176,8 @@ class _Account:
         shortest = min(recorded, key=lambda times: sum(times.pieces) + (times.between or 0.0))
         taken = {_PYTHON: 0.0} | dict(sums(shortest.pieces, self._places))
         taken[_PYTHON] += max(0.0, whole - sum(shortest.pieces)) if shortest.between is None else shortest.between
-        waits = {place: min(ms, self._waiting(place, wait)) for place, ms in taken.items()}
+        waits = {place: min(ms, self._regions[place] * wait) for place, ms in taken.items()}
         return Turn(whole, wait, {place: ms - waits[place] for place, ms in taken.items()} | {_WAITING: sum(waits.values())})
-
-    def _waiting(self, place: Place, wait: float) -> float:
-        return self._calls[place] * wait if self._watch.has_regions and place.kind in _REGION else 0.0
 
     def ledger(self, turns: Sequence[Turn], rehearses: bool) -> Ledger:
         if any(turn.parts is None for turn in turns):
@@ -183,9 +185,8 @@ class _Account:
         turns = steadied(turns)
         products = Products(self._layers, self._step.tokens, self._heads, self._joins, self._own, self._model.device)
         wait, alone = statistics.median(turn.wait for turn in turns), products.milliseconds()
-        left = {place: max(0.0, ms - self._waiting(place, wait)) for place, ms in alone.items()}
-        regions = sum(calls for place, calls in self._calls.items() if place.kind in _REGION)
-        calls = self._calls | {_WAITING: regions}
+        left = {place: max(0.0, ms - self._regions[place] * wait) for place, ms in alone.items()}
+        calls = self._calls | {_WAITING: self._regions.total()}
         parts = [self._part(place, calls[place], taken, left.get(place)) for place, taken in by_place(turns).items() if any(taken)]
         others = list(rehearsed(self._model, self._layers, self._begun, 3 * self._step.recorded)) if rehearses else []
         return ledger_of(self._step.phase, turns, parts, alternatives=others)

@@ -149,6 +149,13 @@ def packed(head: Grid = FOUR) -> Any:
     return made
 
 
+def test_each_product_is_one_region_whatever_else_its_layer_calls() -> None:
+    """A packed layer turns its inputs and outputs round its product: three operators, of which one has threads to wait for."""
+    ((decode,),) = ledgers([TransformersModel(packed(), "cpu")], POINT, STEPS, ["decode"], rehearses=False)
+    calls = {kind: sum(part.calls for part in decode.parts if part.kind == kind) for kind in ("product", "head", "waiting")}
+    assert calls == {"product": 3 * 3 * 7, "head": 3, "waiting": 3 * 7 + 1}
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_products_alone_are_of_every_class(joins: bool) -> None:
     layers = Layers.of(packed(), joins)
