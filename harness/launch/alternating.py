@@ -1,8 +1,9 @@
 """Engines side by side: the speed of each cell in processes of its own, which take turns.
 
 No process holds two engines, so runs of them cannot be interleaved as those of an artefact and its reference are. Instead each round
-measures every cell in a new process, every other round in the reverse order, so that drift of the machine falls on all alike. A round gives one figure of each
-kind, the median of its process; engines are compared round by round. Beside it stands dense on the same engine, interleaved as ever.
+measures every cell in a new process, every other round in the reverse order, so that drift of the machine falls on all alike. A round
+gives one figure of each kind, the median of its process; engines are compared round by round. Beside it stands dense on the same engine,
+interleaved as ever.
 """
 
 from __future__ import annotations
