@@ -19,12 +19,13 @@ from slimbench.leaderboard.compare import students
 from slimbench.leaderboard.compare.crossover import fields
 from slimbench.leaderboard.compare.grids import Study, studies
 from slimbench.leaderboard.compare.students import Group
+from slimbench.leaderboard.flags.kinds import Figure, spoiling
 from slimbench.leaderboard.rows.row import Row
 from slimbench.leaderboard.rows.rows import rows
 from slimbench.leaderboard.tables import crossover, grids
 from slimbench.leaderboard.tables.beside import dense_by_engine, told
 from slimbench.leaderboard.tables.columns import COLUMNS, Column
-from slimbench.leaderboard.tables.format import escape
+from slimbench.leaderboard.tables.format import EMPTY, escape
 from slimbench.leaderboard.tables.resolution import anchors, resolution
 from slimbench.util.files import write_atomically
 
@@ -32,9 +33,8 @@ _MODEL = "smollm2-135m"
 _PLACE = "4d93c621"
 """Fingerprint of the one machine that the tables are of."""
 _METHODS = (
-    *("dense", "rtn-8bit", "gptq-8bit", "int8-dynamic", "smoothquant", "kv-int8", "signround", "awq-clip", "awq", "gptq"),
-    *("hqq", "rtn-4bit", "signround-3bit", "gptq-3bit"),
-    *("wanda", "sparsegpt+sparse-bitmap", "minitron-width-25", "shortgpt", "shortgpt+lora(steps=160)"),
+    *("dense", "rtn-8bit", "gptq-8bit", "kv-int8", "signround", "awq-clip", "gptq", "rtn-4bit"),
+    *("signround-3bit", "gptq-3bit", "wanda", "sparsegpt+sparse-bitmap", "shortgpt", "shortgpt+lora(steps=160)"),
     *("shortgpt(fraction=0.5)+kd(learning_rate=0.0002)", "shortgpt(fraction=0.5)+kd(learning_rate=0.0002)+gptq", "lolcats"),
 )
 _ON_TEXTS = ("prompt-lookup", "rtn-8bit+prompt-lookup")
@@ -50,7 +50,12 @@ _SHOWN = (
     *("perplexity_delta_percent", "perplexity_verdict", "kl_mean", "accuracy_delta"),
     *("speedup", "weight_bytes", "effective_bits"),
 )
-_OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes", "effective_bits")
+_FIGURES = {"accuracy_delta": Figure.ACCURACY, "decode_tokens_per_s": Figure.DECODE, "speedup": Figure.DECODE}
+_HOW = (
+    "\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, which itself stands in brackets where it is "
+    "skewed. (texts): speed on prompts that are texts.\n"
+)
+_OF_ENGINES = ("perplexity_delta_percent", "perplexity_verdict", "decode_tokens_per_s", "speedup", "weight_bytes")
 
 
 def methods(board: Sequence[Row]) -> str:
@@ -58,9 +63,8 @@ def methods(board: Sequence[Row]) -> str:
     dense, *others = (*_fronts(board, _METHODS, "front"), *_fronts(board, _ON_TEXTS, "policy"))
     ranked = sorted(others, key=lambda row: row.perplexity or inf)
     lines = [([escape(row.pipeline) + " (texts)" * (row.pipeline in _ON_TEXTS), row.family], row) for row in (dense, *ranked)]
-    texts = "\n(texts): speed on prompts that are texts, since guesses depend on them.\n"
     beside = told(dense_by_engine(board, dense), dense.engine)
-    return _table(["Pipeline", "Family"], lines, _SHOWN) + _reading(board, [dense]) + texts + (f"\n{beside}\n" if beside else "")
+    return _table(["Pipeline", "Family"], lines, _SHOWN) + _HOW + _reading(board, [dense]) + (f"\n{beside}\n" if beside else "")
 
 
 def engines(board: Sequence[Row]) -> str:
@@ -127,16 +131,21 @@ def _lowest_seeds_last(board: Sequence[Row]) -> list[Row]:
 
 
 def _is_shown(row: Row, suite: str, speed: str) -> bool:
-    return (
-        not row.foreign and row.temperature is None and (row.model, row.suite, row.speed, row.fingerprint) == (_MODEL, suite, speed, _PLACE)
-    )
+    place = (_MODEL, suite, speed, _PLACE)
+    return not row.foreign and row.temperature is None and (row.model, row.suite, row.speed, row.fingerprint) == place
 
 
 def _table(heads: Sequence[str], lines: Sequence[tuple[list[str], Row]], shown: Sequence[str]) -> str:
     columns = [column for column in COLUMNS if column.key in shown]
     cells = [[*heads, *(column.header for column in columns)], [*("---" for _ in heads), *(_side(column) for column in columns)]]
-    cells += [[*names, *(column.plus_minus(row) for column in columns)] for names, row in lines]
+    cells += [[*names, *(_cell(column, row) for column in columns)] for names, row in lines]
     return _lines(cells)
+
+
+def _cell(column: Column, row: Row) -> str:
+    """The value; none where a flag takes the figure away."""
+    figure = _FIGURES.get(column.key)
+    return EMPTY if figure and spoiling(row.flags, figure) else column.plus_minus(row)
 
 
 def _side(column: Column) -> str:
@@ -144,13 +153,10 @@ def _side(column: Column) -> str:
 
 
 def _reading(board: Sequence[Row], shown: Sequence[Row]) -> str:
-    """How to read a table, and what the whole one from which its rows are taken can resolve."""
+    """Where a table was measured, and what the whole one from which its rows are taken can resolve."""
     whole = [row for row in board if row.table_key == shown[0].table_key and not row.foreign]
-    said = " ".join([f"{shown[0].hardware}.", *anchors(shown), f"The {len(whole)} rows of which these are some:", *resolution(whole)])
-    return (
-        f"\nΔ % is perplexity above dense, paired over windows; ± is half of the 95 % interval, which itself stands in brackets "
-        f"where it is skewed. {said}\n"
-    )
+    said = " ".join([f"{shown[0].hardware}.", *anchors(shown), f"All {len(whole)} rows of this setting:", *resolution(whole)])
+    return f"\n{said}\n"
 
 
 def _of_dicts(lines: Sequence[Mapping[str, str]]) -> str:
