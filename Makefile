@@ -61,9 +61,10 @@ board: setup
 pictures: board
 	cp board/pareto.png docs/images/front.png
 	cp board/sizes.png docs/images/sizes.png
-	cp board/figures/grids-smollm2-135m-screen.png docs/images/grids.png
-	cp board/figures/speedup-smollm2-135m-speed-crossover.png docs/images/crossover.png
-	cp board/figures/prompt-speedup-smollm2-135m-speed-crossover.png docs/images/prompt-crossover.png
+	$(BIN)/slimbench board figures --results results --out board/docs --kind png --only grids --only speedup --only prompt-speedup
+	cp board/docs/grids-smollm2-135m-screen*.png docs/images/grids.png
+	cp board/docs/speedup-smollm2-135m-speed-crossover.png docs/images/crossover.png
+	cp board/docs/prompt-speedup-smollm2-135m-speed-crossover.png docs/images/prompt-crossover.png
 
 # The tables of README and docs, from the records of reference.
 readme: setup

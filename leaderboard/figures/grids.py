@@ -26,14 +26,16 @@ def grids(group: Group) -> Plot:
         Unplottable: There are not two methods on two grids at equal bits.
     """
     found: dict[int, dict[str, dict[str, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in group.rows:
+    for row in sorted(group.rows, key=lambda row: (row.seed, row.calibration_seed or 0)):
         grid = grid_of(row)
         if (
             grid
             and len(row.methods) == 1
             and None not in (row.perplexity_delta_percent, row.perplexity_ratio_low, row.perplexity_ratio_high)
         ):
-            found[bits(row)][row.methods[0]][grid].append(row)
+            draws = found[bits(row)][row.methods[0]][grid]
+            if row.calibration_seed not in {other.calibration_seed for other in draws}:  # as in the table of grids
+                draws.append(row)
     several = {width: {name: of for name, of in methods.items() if len(of) > 1} for width, methods in found.items()}
     width = max(several, key=lambda width: (len(several[width]), width), default=0)
     if len(several.get(width, {})) < 2:
