@@ -13,7 +13,7 @@ import torch
 from slimbench.harness.config.schema import SpeedPoint
 from slimbench.harness.engines.compiled import CompiledModel
 from slimbench.harness.engines.transformers import TransformersModel
-from slimbench.harness.measure.ledger import rehearsals
+from slimbench.harness.measure.ledger import measured, rehearsals
 from slimbench.harness.measure.ledger.measured import ledgers
 from slimbench.harness.measure.ledger.parts import Layers, place_of, places_of
 from slimbench.harness.measure.ledger.place import Place
@@ -149,8 +149,9 @@ def packed(head: Grid = FOUR) -> Any:
     return made
 
 
-def test_each_product_is_one_region_whatever_else_its_layer_calls() -> None:
+def test_each_product_is_one_region_whatever_else_its_layer_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed layer turns its inputs and outputs round its product: three operators, of which one has threads to wait for."""
+    monkeypatch.setattr(measured, "waking", lambda: 1e-4)
     ((decode,),) = ledgers([TransformersModel(packed(), "cpu")], POINT, STEPS, ["decode"], rehearses=False)
     calls = {kind: sum(part.calls for part in decode.parts if part.kind == kind) for kind in ("product", "head", "waiting")}
     assert calls == {"product": 3 * 3 * 7, "head": 3, "waiting": 3 * 7 + 1}
