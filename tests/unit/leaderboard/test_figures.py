@@ -600,3 +600,17 @@ def test_methods_on_common_grids_stand_where_their_rows_do() -> None:
     assert drawn == pytest.approx(sorted(fmean(values) for values in cells.values())) and len(drawn) == 4
     assert plot.reading.startswith("gptq loses least") and "(symmetric, searched)" in plot.reading
     assert reasons(sample("board"), "grids") == ["no two methods stand on two grids at equal bits"]
+
+
+def test_a_draw_of_the_calibration_text_is_one_mark_on_a_common_grid() -> None:
+    """A second row of a draw, as with another amount of text, moves no mean: the table of grids does not count it either."""
+    made = sample("grids")
+    (plot,) = of(made, "grids")
+    second = [row.model_copy(update={"perplexity_delta_percent": 0.01}) for row in made if not row.is_reference]
+    (again,) = of([*made, *second], "grids")
+    assert again.reading == plot.reading
+
+    def marks(plot: Plot) -> list[list[float]]:
+        return [list(line.get_xdata()) for line in shown(plot).axes[0].get_lines()]
+
+    assert marks(again) == marks(plot)
