@@ -606,7 +606,11 @@ def test_a_draw_of_the_calibration_text_is_one_mark_on_a_common_grid() -> None:
     """A second row of a draw, as with another amount of text, moves no mean: the table of grids does not count it either."""
     made = sample("grids")
     (plot,) = of(made, "grids")
-    second = [row.model_copy(update={"perplexity_delta_percent": 0.01}) for row in made if not row.is_reference]
+    second = [
+        row.model_copy(update={"perplexity_delta_percent": 0.01, "keys": row.keys.model_copy(update={"quality": f"{at:016x}"})})
+        for at, row in enumerate(made)
+        if not row.is_reference
+    ]
     (again,) = of([*made, *second], "grids")
     assert again.reading == plot.reading
 
