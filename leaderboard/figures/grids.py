@@ -26,6 +26,7 @@ def grids(group: Group) -> Plot:
         Unplottable: There are not two methods on two grids at equal bits.
     """
     found: dict[int, dict[str, dict[str, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    again: dict[int, list[Row]] = defaultdict(list)
     for row in sorted(group.rows, key=lambda row: (row.seed, row.calibration_seed or 0)):
         grid = grid_of(row)
         if (
@@ -34,8 +35,8 @@ def grids(group: Group) -> Plot:
             and None not in (row.perplexity_delta_percent, row.perplexity_ratio_low, row.perplexity_ratio_high)
         ):
             draws = found[bits(row)][row.methods[0]][grid]
-            if row.calibration_seed not in {other.calibration_seed for other in draws}:  # as in the table of grids
-                draws.append(row)
+            known = row.calibration_seed in {other.calibration_seed for other in draws}  # as in the table of grids
+            (again[bits(row)] if known else draws).append(row)
     several = {width: {name: of for name, of in methods.items() if len(of) > 1} for width, methods in found.items()}
     width = max(several, key=lambda width: (len(several[width]), width), default=0)
     if len(several.get(width, {})) < 2:
@@ -45,7 +46,9 @@ def grids(group: Group) -> Plot:
     drawn = [row for of in methods.values() for rows in of.values() for row in rows]
     note = "Bars are 95 % intervals over windows, paired with dense; small marks are draws of the calibration text, large ones their mean. "
     note += "Searched ranges and learned ones stand together, and so do offsets of any range."
-    text = " ".join(filter(None, [note, left_out(group, drawn, f"a grid of {width} bits")]))
+    if count := len(again[width]):
+        note += f" Further rows of a draw, not shown: {count}."
+    text = " ".join(filter(None, [note, left_out(group, [*drawn, *again[width]], f"a grid of {width} bits")]))
     title = f"Methods on common grids, {width} bits"
 
     def make() -> Figure:

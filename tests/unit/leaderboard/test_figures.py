@@ -613,6 +613,8 @@ def test_a_draw_of_the_calibration_text_is_one_mark_on_a_common_grid() -> None:
     ]
     (again,) = of([*made, *second], "grids")
     assert again.reading == plot.reading
+    repeated = sum(row.grid is not None for row in second)
+    assert again.caption.replace(f" Further rows of a draw, not shown: {repeated}.", "") == plot.caption != again.caption
 
     def marks(plot: Plot) -> list[list[float]]:
         return [list(line.get_xdata()) for line in shown(plot).axes[0].get_lines()]
