@@ -31,6 +31,7 @@
 #include <limits>
 #include <map>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -519,6 +520,17 @@ void rows_of(const Shape& shape, const Inputs& x, int64_t block, int64_t row, co
   }
 }
 
+// Calls `call` with the bits of a code as a constant.
+template <typename Call>
+void with_bits(int64_t bits, Call call) {
+  switch (bits) {
+    case 2: return call(std::integral_constant<int, 2>());
+    case 3: return call(std::integral_constant<int, 3>());
+    case 4: return call(std::integral_constant<int, 4>());
+    default: return call(std::integral_constant<int, 8>());
+  }
+}
+
 // A weight, where its product goes, and the inputs as its groups want them.
 template <typename Inputs, typename T>
 struct Product {
@@ -532,19 +544,20 @@ struct Product {
   int64_t parts() const { return (shape.blocks + Inputs::blocks - 1) / Inputs::blocks; }
 
   void part(int64_t index) const {
-    switch (bits) {
-      case 2: return part_of<2>(index);
-      case 3: return part_of<3>(index);
-      case 4: return part_of<4>(index);
-      default: return part_of<8>(index);
-    }
+    with_bits(bits, [&](auto known) {
+      constexpr int Bits = known;
+      if constexpr (Inputs::blocks == 1)
+        rows_of<Bits, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
+      else
+        x->template multiply<Bits>(shape, index * Inputs::blocks, codes, scales, offsets, y);
+    });
   }
 
 #ifdef SLIMBENCH_TILES
   // The same of very many rows `of`, to `result`: by the library, some outputs at a time.
   void by_library(const at::Tensor& of, const at::Tensor& result) const {
     const at::NoGradGuard no_gradients;  // as of the products of our own
-    const int64_t many = (shape.inputs * shape.outputs + kWeightsForLibrary - 1) / kWeightsForLibrary;
+    const int64_t many = std::max<int64_t>(1, (shape.inputs * shape.outputs + kWeightsForLibrary - 1) / kWeightsForLibrary);
     const int64_t some = (shape.blocks + many - 1) / many;
     const at::Tensor expanded = uninitialized({some * kLanes, shape.inputs}, at::kBFloat16);
     auto* const to = reinterpret_cast<uint16_t*>(expanded.mutable_data_ptr());
@@ -552,31 +565,17 @@ struct Product {
       at::parallel_for(0, std::min(some, shape.blocks - first), 1, [&](int64_t begin, int64_t end) {
         const at::Tensor room = uninitialized({shape.group * kLanes}, at::kBFloat16);
         auto* const tiles = reinterpret_cast<uint16_t*>(room.mutable_data_ptr());
-        for (int64_t b = begin; b < end; ++b) rows_of_weight(first + b, tiles, to + b * kLanes * shape.inputs);
+        with_bits(bits, [&](auto known) {
+          for (int64_t b = begin; b < end; ++b)
+            Tiles::expand_rows<known>(shape, first + b, codes, scales, offsets, tiles, to + b * kLanes * shape.inputs);
+        });
       });
       const int64_t begin = first * kLanes, count = std::min(some * kLanes, shape.outputs - begin);
       at::Tensor out = result.narrow(1, begin, count);
       at::mm_out(out, of, expanded.narrow(0, 0, count).t());
     }
   }
-
-  void rows_of_weight(int64_t block, uint16_t* tiles, uint16_t* to) const {
-    switch (bits) {
-      case 2: return Tiles::expand_rows<2>(shape, block, codes, scales, offsets, tiles, to);
-      case 3: return Tiles::expand_rows<3>(shape, block, codes, scales, offsets, tiles, to);
-      case 4: return Tiles::expand_rows<4>(shape, block, codes, scales, offsets, tiles, to);
-      default: return Tiles::expand_rows<8>(shape, block, codes, scales, offsets, tiles, to);
-    }
-  }
 #endif
-
-  template <int Bits>
-  void part_of(int64_t index) const {
-    if constexpr (Inputs::blocks == 1)
-      rows_of<Bits, kMostRows>(shape, *x, index, 0, codes, scales, offsets, y);
-    else
-      x->template multiply<Bits>(shape, index * Inputs::blocks, codes, scales, offsets, y);
-  }
 };
 
 // All products of the same inputs in one parallel region, so that small weights keep all threads busy.
@@ -662,7 +661,7 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
   return packed_mm_shared(x, {codes}, {scales}, c10::List<std::optional<at::Tensor>>({offsets}), {bits}, {outputs})[0];
 }
 
-// By which instructions products are computed: of many rows / of few.
+// By which instructions products of our own are computed: of many rows / of few. Of very many, where there are tiles, the library takes its own.
 std::string packed_mm_instructions() {
 #ifdef SLIMBENCH_TILES
   if (Tiles::can_be_had()) return "tiles / VNNI";

@@ -67,7 +67,7 @@ def test_a_step_of_other_operators_takes_its_turn_from_both_and_no_more(every: i
 
 
 @pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize("new", [2, 16, 32, 64])
+@pytest.mark.parametrize("new", [2, 64, *(pytest.param(new, marks=pytest.mark.full) for new in (16, 32))])
 def test_texts_of_any_length_have_a_ledger(engine: Any, new: int) -> None:
     """Recording has a text of its own, on compiled engines in the same cache."""
     ((decode,),) = ledgers([engine(module(), "cpu")], SpeedPoint(batch=2, prompt=96, new_tokens=new), 4, ["decode"])

@@ -488,6 +488,24 @@ def test_inputs_that_ask_for_gradients_give_the_same(rows: int) -> None:
     assert torch.equal(layer(x.requires_grad_()).detach(), layer(x.detach()))
 
 
+@pytest.mark.parametrize("rows", [3, 40, 1300])
+def test_a_weight_of_no_outputs_gives_none(rows: int) -> None:
+    codes, scales = torch.empty(0, 2, 8, 16, dtype=torch.int32), torch.empty(0, 2, 16, dtype=torch.bfloat16)
+    assert build.missing() is None
+    assert torch.ops.slimbench.packed_mm(torch.randn(rows, 128).bfloat16(), codes, scales, None, 4, 0).shape == (rows, 0)
+
+
+def test_very_many_rows_are_multiplied_by_the_library_where_there_are_tiles() -> None:
+    layer = PackedLinear(random_weight(W4, 48, 128, torch.bfloat16), kernels=(OwnCpu,))
+    used = {}
+    for rows in (40, 1279, 1280):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            layer(torch.randn(rows, 128).bfloat16())
+        used[rows] = any(event.name == "aten::mm" for event in seen.events())
+    tiles = torch.ops.slimbench.packed_mm_instructions().startswith("tiles")
+    assert used == {40: False, 1279: False, 1280: tiles}
+
+
 _OTHER = """
 import sys, torch
 sys.path.append(sys.argv.pop(1))
