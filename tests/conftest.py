@@ -8,12 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.small_caches import sitecustomize  # noqa: F401  # before anything that reads the sizes of caches
+
+# isort: split
+from slimbench.harness.measure import hardware
 from tests.support.modules import second_names
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SMALL_CACHES
 
 pytest_plugins = ["tests.support.fixtures"]
 
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SMALL_CACHES), str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,4 +36,5 @@ def pytest_sessionfinish() -> None:
 def one_import_name() -> Iterator[None]:
     """After the last test no module of slimbench has been imported by the name of a folder at the top, where it would be another module."""
     yield
+    assert hardware._CACHES == SMALL_CACHES, "sizes of caches are not those of the tests"
     assert not second_names(), "imported without `slimbench.`"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
 
+from slimbench.harness.measure import hardware
 from slimbench.harness.measure.gpu import Monitor
 from slimbench.harness.measure.timer import timer
 from slimbench.harness.schema.speed import Probe
@@ -30,13 +29,7 @@ def last_level_cache(device: torch.device) -> int:
     """Bytes of the L3 of one processor complex or of a card's L2; 32 MiB where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [_bytes(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max(sizes, default=_UNKNOWN_CACHE)
-
-
-def _bytes(text: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([KMG]?)\s*", text).groups()  # type: ignore[union-attr]
-    return int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+    return max(hardware.cpu_caches().values(), default=_UNKNOWN_CACHE)
 
 
 class CacheFlush:

@@ -16,7 +16,7 @@ import psutil
 
 from tests.chaos.shim import Board, Rule
 from tests.support.hub_server import HubServer
-from tests.support.paths import ROOT, SLIMBENCH
+from tests.support.paths import ROOT, SLIMBENCH, SMALL_CACHES
 
 MARK = "CHAOS_CASE"
 LAUNCH_S = 600.0  # a launch that has not ended by then hangs
@@ -113,7 +113,7 @@ class Scene:
     @property
     def environment(self) -> dict[str, str]:
         """The sweep's variables: own cache and temporary folder, no network, one thread, and the mark by which its processes are known."""
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        path = os.pathsep.join(map(str, (SMALL_CACHES, ROOT / "src", ROOT)))
         own = {"SLIMBENCH_CACHE": str(self.cache), "TMPDIR": str(self.tmp), "COLUMNS": "200"}
         own |= {MARK: str(self.root), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HOME": str(self.root / "hub")}
         own |= {"HF_ENDPOINT": self.hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "3"} if self.hub else {"HF_HUB_OFFLINE": "1"}

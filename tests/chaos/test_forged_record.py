@@ -30,7 +30,7 @@ from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, dump, parse, write
 from slimbench.leaderboard.exchange import parquet
 from tests.support.board_records import Spec, records
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SMALL_CACHES
 
 MODULE = "forged_canary"
 WORDS = (
@@ -75,7 +75,7 @@ class Trap:
         """Forged modules can be imported, and each host that a library knows by a variable is the socket."""
         host = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         hosts = dict.fromkeys(("HF_ENDPOINT", "PIP_INDEX_URL", "WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), host)
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), str(self.folder)])
+        path = os.pathsep.join(map(str, (SMALL_CACHES, ROOT / "src", ROOT, self.folder)))
         own = {"PYTHONPATH": path, "SLIMBENCH_CACHE": str(self.folder / "cache"), "HF_HOME": str(self.folder / "hub"), "COLUMNS": "200"}
         return {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SLIMBENCH_"))} | hosts | own
 

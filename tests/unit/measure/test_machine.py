@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -88,9 +89,16 @@ def test_every_number_is_read_anew() -> None:
         assert float(probe._total) == before + 2**20
 
 
-def test_sizes_of_caches_are_read_as_the_kernel_writes_them() -> None:
-    assert [machine._bytes(text) for text in ("48K\n", "32768K", "1M", "512")] == [49152, 2**25, 2**20, 512]
-    assert last_level_cache(CPU) >= 2**18
+def test_the_last_cache_is_the_largest_of_the_first_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_CACHES", tmp_path)
+    assert last_level_cache(CPU) == 2**25, "where the system does not tell"
+    for index, (level, kind, size) in enumerate([("1", "Data", "48K\n"), ("1", "Instruction", "512"), ("2", "Unified", "1M")]):
+        (tmp_path / f"index{index}").mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (tmp_path / f"index{index}" / name).write_text(text)
+    assert last_level_cache(CPU) == 2**20
+    (tmp_path / "index2" / "size").write_text("491520K\n")
+    assert last_level_cache(CPU) == 480 * 2**20
 
 
 def test_a_flush_writes_over_the_whole_cache() -> None:
