@@ -222,15 +222,59 @@ def run(trap: Trap, command: list[str], cwd: Path) -> subprocess.CompletedProces
     return subprocess.run(started, env=trap.environment | own_hosts, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
+IN_ONE_PROCESS = """
+import contextlib, io, json, sys
+from slimbench.harness.cli.main import main
+commands = json.loads(sys.argv[1])
+answers = []
+for command in commands:
+    sys.argv, said = ["slimbench", *command], (io.StringIO(), io.StringIO())
+    with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
+        try:
+            main()
+        except SystemExit as end:
+            answers.append([command, end.code, *(each.getvalue() for each in said)])
+print()
+print(json.dumps([answers, sorted(name for name in sys.modules if "forged" in name)]))"""
+"""Commands one after the other: what each answers, and what all of them have imported in the end."""
+PLANNED = """
+import sys
+from pathlib import Path
+from slimbench.harness.run.audit import Repeat, draw, plan
+from slimbench.harness.schema.identity import Stage
+drawn = draw(Path(sys.argv[1]), 1000, 0, list(Stage))
+planned = [plan(record) for record in drawn]
+print(len(drawn), sum(isinstance(item, Repeat) for item in planned))
+print(sorted(name for name in sys.modules if "forged" in name))"""
+"""What an audit would repeat of all records, and what is imported for it."""
+
+
+Done = subprocess.CompletedProcess
+
+
+def answered(trap: Trap, commands: list[list[str]], cwd: Path) -> tuple[dict[str, Done[str]], list[str]]:
+    """The answers of commands in one process, by their first two words, and the forged modules that it has imported."""
+    started = [sys.executable, "-P", "-c", IN_ONE_PROCESS, json.dumps(commands)]
+    done = subprocess.run(started, env=trap.environment, cwd=cwd, capture_output=True, text=True, timeout=300, check=True)
+    *printed, last = done.stdout.splitlines()
+    assert not any(printed) and "Traceback" not in done.stderr, done
+    answers, modules = json.loads(last)
+    assert len(answers) == len(commands)
+    return {" ".join(words[:2]): Done(words, *rest) for words, *rest in answers}, modules
+
+
 def test_no_command_runs_reads_or_calls_what_a_record_names(trap: Trap, results: Path, tmp_path: Path) -> None:
+    """What computes, or may ask the network for what no record names, in a process of its own; all others in one."""
     (tmp_path / "forged.parquet").write_bytes(parquet.of_records(Store(results).scan()[0]))
     before = {path: path.read_bytes() for path in Store(results).files()}
-    answers = {}
-    for command in commands(results, tmp_path):
-        done = run(trap, command, tmp_path)
+    own = [command for command in commands(results, tmp_path) if command[0] in ("wandb", "audit", "reproduce")]
+    answers, modules = answered(trap, [command for command in commands(results, tmp_path) if command not in own], tmp_path)
+    trap.assert_untouched()
+    assert modules == []
+    for command in own:
+        answers[" ".join(command[:2])] = done = run(trap, command, tmp_path)
         trap.assert_untouched((command, done))
-        name = " ".join(command[:2])
-        answers[name] = done
+    for command, done in answers.items():
         assert "unexpected" not in done.stderr and "Traceback" not in done.stderr, (command, done.stderr)
         for said in (done.stdout, done.stderr):
             assert "\x07" not in said and "\x1b" not in said and "\x9b" not in said, (command, said)
@@ -242,32 +286,11 @@ def test_no_command_runs_reads_or_calls_what_a_record_names(trap: Trap, results:
     assert "zzz" not in answers["recommend --model"].stdout
 
 
-def test_no_forged_module_is_imported_by_what_reads_records(trap: Trap, results: Path, tmp_path: Path) -> None:
-    """All in one process, which then says what it has imported."""
-    (tmp_path / "forged.parquet").write_bytes(parquet.of_records(Store(results).scan()[0]))
-    kept = [command for command in commands(results, tmp_path) if command[0] not in ("wandb", "audit")]
-    code = f"""
-import sys
-from pathlib import Path
-from typer.testing import CliRunner
-from slimbench.harness.cli.main import app
-for command in {kept!r}:
-    CliRunner().invoke(app, command)
-from slimbench.harness.run.audit import Repeat, draw, plan
-from slimbench.harness.schema.identity import Stage
-drawn = draw(Path({str(results)!r}), 1000, 0, list(Stage))
-planned = [plan(record) for record in drawn]
-print(len(drawn), sum(isinstance(item, Repeat) for item in planned))
-print(sorted(name for name in sys.modules if "forged" in name))"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=trap.environment | {"HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+def test_no_forged_module_is_imported_where_an_audit_is_planned(trap: Trap, results: Path, tmp_path: Path) -> None:
+    """Without the network: a plan asks the hub which commit a model's name stands for."""
+    started = [sys.executable, "-P", "-c", PLANNED, str(results)]
+    environment = trap.environment | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(started, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
     counts, modules = done.stdout.strip().splitlines()[-2:]
     assert modules == "[]" and int(counts.split()[0]) > 20, done.stdout
     trap.assert_untouched()
