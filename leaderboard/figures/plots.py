@@ -21,6 +21,8 @@ MOST_PLOTTED, MOST_LINES, MOST_POINTS = 4, 8, 10
 MOST_FIGURES = 60
 """So many figures of the catalogue are drawn, and no more: each takes about half a second of one core, as long as hundreds of pages."""
 
+_OVER_POINTS = ("speedup", "prompt-speedup")
+
 
 @dataclass(frozen=True)
 class Gallery:
@@ -62,11 +64,17 @@ def _first(drawn: Sequence[Plot]) -> list[Plot]:
     """As many as are drawn, in their order: the first of every kind, then the second of every kind, and so on, by evidence."""
     place: dict[int, int] = {}
     seen: Counter[str] = Counter()
-    for plot in sorted(drawn, key=lambda plot: evidence(plot.group.rows), reverse=True):
+    for plot in sorted(drawn, key=_says, reverse=True):
         place[id(plot)] = seen[plot.kind]
         seen[plot.kind] += 1
     kept = {id(plot) for plot in sorted(drawn, key=lambda plot: place[id(plot)])[:MOST_FIGURES]}
     return [plot for plot in drawn if id(plot) in kept]
+
+
+def _says(plot: Plot) -> tuple[int, tuple[bool, float, float, int]]:
+    """By what a figure is chosen among those of its kind: over batch and context first by the points of a row, else by evidence alone."""
+    points = max((len(row.speed_points) for row in plot.group.rows), default=0) if plot.kind in _OVER_POINTS else 0
+    return points, evidence(plot.group.rows)
 
 
 def _pareto(board: Board) -> dict[str, Plot]:

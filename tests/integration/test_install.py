@@ -18,7 +18,7 @@ from slimbench.harness.schema.identity import Status
 from slimbench.harness.store.store import Store
 from tests.support.caches import with_kernels
 from tests.support.modules import FOLDERS, write_clashing_packages
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, SMALL_CACHES
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -80,7 +80,7 @@ def test_it_runs_among_packages_of_the_same_names(kind: str, wheel: Path, overri
     cache = tmp_path / "cache"
     if kind == "editable":  # the wheel's CPU kernel is compiled as it is at a new user's
         with_kernels(cache)
-    environment = {"SLIMBENCH_CACHE": str(cache), "PYTHONPATH": str(other)}
+    environment = {"SLIMBENCH_CACHE": str(cache), "PYTHONPATH": os.pathsep.join([str(SMALL_CACHES), str(other)])}
 
     home = run(scripts / "python", "-P", "-c", "import slimbench; print(slimbench.__file__)", cwd=project, **environment).strip()
     assert Path(home).is_relative_to(packages if kind == "wheel" else ROOT / "src")

@@ -23,7 +23,7 @@ from slimbench.harness.config.errors import ConfigError
 from slimbench.harness.schema.identity import Stage, Status
 from slimbench.harness.schema.record import Record
 from slimbench.harness.store.store import Store, Unreadable, read
-from slimbench.leaderboard.figures import catalogue
+from slimbench.leaderboard.figures import catalogue, plots
 from slimbench.leaderboard.figures.canvas import Plot
 from slimbench.leaderboard.figures.plots import MOST_FIGURES, MOST_PLOTTED, Gallery, gallery
 from slimbench.leaderboard.flags.kinds import folded, labelled
@@ -334,6 +334,17 @@ def test_a_board_of_many_tables_draws_the_figures_of_most_evidence_and_says_how_
         page = Elements(dict(last(board_, beside, found))["figures.html"].decode())
         assert found.without in page.text and "slimbench board figures" in page.text
         assert len([tag for tag, _ in page.found if tag == "img"]) == len(found.plots)
+
+
+def test_where_few_figures_are_drawn_those_over_batch_and_context_are_of_the_rows_with_most_points(
+    committed_rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crossovers are timed at twenty points, and on fewer windows than the front table."""
+    made = [plot for plot in catalogue.figures(committed_rows, ["speedup", "prompt-speedup"]) if isinstance(plot, Plot)]
+    monkeypatch.setattr(plots, "MOST_FIGURES", 2)
+    kept = plots._first(made)
+    assert len(made) > 2 and [plot.kind for plot in kept] == ["speedup", "prompt-speedup"]
+    assert all(row.speed == "crossover" for plot in kept for row in plot.group.rows)
 
 
 @pytest.fixture(scope="module")
