@@ -176,7 +176,8 @@ def test_the_dense_model_is_what_it_should_be(smollm2: Path, bf16: Any) -> None:
 @pytest.fixture(scope="module")
 def four_bit(shared: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cell, dict[str, Any]]:
     """The records of an rtn-4bit cell on the real model, measured as shortly as it goes."""
-    named = ("stages=[speed]", "speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.budget_s=4", "device=cpu", "method=rtn-4bit")
+    speed = ("speed.grid=[{batch: 1, prompt: 16, new_tokens: 5}]", "speed.processes=1", "speed.budget_s=4")
+    named = ("stages=[speed]", *speed, "device=cpu", "method=rtn-4bit")
     cell = make_cell(resolve(named), named)
     shared.store, shared.listener = Store(tmp_path_factory.mktemp("results")), Listener()
     return cell, {record.stage.value: record.result for record in run(shared, cell)}

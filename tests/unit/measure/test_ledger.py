@@ -66,8 +66,11 @@ def test_a_step_of_other_operators_takes_its_turn_from_both_and_no_more(every: i
         assert one.parts and 0 < len(one.turns) == len(other.turns) < 24
 
 
-@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize("new", [2, 64, *(pytest.param(new, marks=pytest.mark.full) for new in (16, 32))])
+LONG = [(TransformersModel, 2), (TransformersModel, 64), (CompiledModel, 64)]
+LONGER = [(CompiledModel, 2), *((engine, new) for engine in (TransformersModel, CompiledModel) for new in (16, 32))]
+
+
+@pytest.mark.parametrize(("engine", "new"), [*LONG, *(pytest.param(*case, marks=pytest.mark.full) for case in LONGER)])
 def test_texts_of_any_length_have_a_ledger(engine: Any, new: int) -> None:
     """Recording has a text of its own, on compiled engines in the same cache."""
     ((decode,),) = ledgers([engine(module(), "cpu")], SpeedPoint(batch=2, prompt=96, new_tokens=new), 4, ["decode"], rehearses=new == 2)
@@ -190,8 +193,14 @@ def test_other_grids_are_rehearsed_in_the_step_itself(engine: Any) -> None:
     assert all(model.module.get_submodule(name) is layer for name, layer in layers.named.items())
 
 
-@pytest.mark.parametrize("engine", [TransformersModel, CompiledModel])
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "is_packed"),
+    [
+        *((TransformersModel, is_packed) for is_packed in (False, True)),
+        (CompiledModel, True),
+        pytest.param(CompiledModel, False, marks=pytest.mark.full),
+    ],
+)
 def test_a_rehearsal_runs_what_a_loader_would_give(engine: Any, is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of a model that was made of the other layers, and its embedding where that shares the weight of the head."""
     model = engine(tied(is_packed), "cpu")
