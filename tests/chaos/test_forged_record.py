@@ -252,15 +252,15 @@ print(sorted(name for name in sys.modules if "forged" in name))"""
 Done = subprocess.CompletedProcess
 
 
-def answered(trap: Trap, commands: list[list[str]], cwd: Path) -> tuple[dict[str, Done[str]], list[str]]:
-    """The answers of commands in one process, by their first two words, and the forged modules that it has imported."""
+def answered(trap: Trap, commands: list[list[str]], cwd: Path) -> tuple[list[Done[str]], list[str]]:
+    """The answers of commands in one process, after them what else it said on standard error, and the forged modules that it imported."""
     started = [sys.executable, "-P", "-c", IN_ONE_PROCESS, json.dumps(commands)]
     done = subprocess.run(started, env=trap.environment, cwd=cwd, capture_output=True, text=True, timeout=300, check=True)
     *printed, last = done.stdout.splitlines()
-    assert not any(printed) and "Traceback" not in done.stderr, done
+    assert not any(printed), done
     answers, modules = json.loads(last)
     assert len(answers) == len(commands)
-    return {" ".join(words[:2]): Done(words, *rest) for words, *rest in answers}, modules
+    return [*(Done(*answer) for answer in answers), Done(["all"], 0, "", done.stderr)], modules
 
 
 def test_no_command_runs_reads_or_calls_what_a_record_names(trap: Trap, results: Path, tmp_path: Path) -> None:
@@ -272,18 +272,20 @@ def test_no_command_runs_reads_or_calls_what_a_record_names(trap: Trap, results:
     trap.assert_untouched()
     assert modules == []
     for command in own:
-        answers[" ".join(command[:2])] = done = run(trap, command, tmp_path)
+        done = run(trap, command, tmp_path)
         trap.assert_untouched((command, done))
-    for command, done in answers.items():
-        assert "unexpected" not in done.stderr and "Traceback" not in done.stderr, (command, done.stderr)
+        answers.append(Done(command, done.returncode, done.stdout, done.stderr))
+    for done in answers:
+        assert "unexpected" not in done.stderr and "Traceback" not in done.stderr, done
         for said in (done.stdout, done.stderr):
-            assert "\x07" not in said and "\x1b" not in said and "\x9b" not in said, (command, said)
+            assert "\x07" not in said and "\x1b" not in said and "\x9b" not in said, (done.args, said)
         assert "root:x:0" not in done.stdout + done.stderr
     assert {path: path.read_bytes() for path in Store(results).files()} == before, "and none changed a record"
-    audit = answers["audit --results"]
+    last = {" ".join(done.args[:2]): done for done in answers}
+    audit = last["audit --results"]
     assert audit.returncode == 1 and audit.stdout.count(" refused ") >= 6, audit.stdout
-    assert "tiny" in answers["recommend --model"].stderr + answers["board table"].stdout
-    assert "zzz" not in answers["recommend --model"].stdout
+    assert "tiny" in last["recommend --model"].stderr + last["board table"].stdout
+    assert "zzz" not in last["recommend --model"].stdout
 
 
 def test_no_forged_module_is_imported_where_an_audit_is_planned(trap: Trap, results: Path, tmp_path: Path) -> None:
