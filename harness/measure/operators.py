@@ -18,7 +18,7 @@ import torch
 from slimbench.util.compat.torch import TorchDispatchMode, redispatch, tree_iter
 
 UNSEEN = "unseen"
-PRODUCT = re.compile(r"mm(?!_dequant)|matmul|linear|gemm|gemv|matvec|matmat|einsum|mv")
+PRODUCT = re.compile(r"(?<!ga)mm(?!_dequant)|matmul|linear|gemm|gemv|matvec|matmat|einsum|mv")
 _ROUNDS_INPUTS = re.compile(r"dyn_quant|linear_dynamic|qlinear")  # torch's operators that turn float inputs into int8 themselves
 _OWN = ("aten", "prim", "prims")
 _KERNELS, _NAME = 12, 160
