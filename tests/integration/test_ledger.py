@@ -95,15 +95,15 @@ class Wide(nn.Linear):
 
 
 class SlowNorm(nn.Module):
-    """A norm that computes much more, in place: what is made and let go of takes time outside of all operators."""
+    """A norm that computes much more, in one call and little memory: else weights leave the caches, and products pay a part of its cost."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.norm, self.more = norm, torch.ones(1 << 20)
+        self.norm, self.found = norm, torch.empty(1 << 15)
+        self.a, self.x = (torch.tensor(value).expand(len(self.found)) for value in (40.0, 41.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(2):
-            self.more.exp_().log_()
+        torch.igamma(self.a, self.x, out=self.found)
         return self.norm(x)
 
 
