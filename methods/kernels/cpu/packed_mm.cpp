@@ -14,7 +14,8 @@
 // One expansion of the weights serves up to eight rows of inputs, so that a prompt is limited by arithmetic, a token by memory.
 //
 // With AMX, which multiplies tiles, more rows take another way: weights are expanded some inputs at a time, each rounded to bfloat16 as a
-// dense weight is, and multiplied while a core's first cache holds them. Inputs stay as they are, and sums are of float32. Of very many
+// dense weight is, and multiplied while a core's first cache holds them. Inputs stay as they are, and sums are of float32. AMD's processors
+// multiply pairs of bfloat16 as often as fours of bytes, of which a product takes two: there tiles are multiplied by AVX-512. Of very many
 // rows the library's own product is faster: weights are expanded for it, as many outputs at a time as take little memory.
 
 #include <ATen/Functions.h>
@@ -40,11 +41,8 @@
 #include <immintrin.h>
 #define SLIMBENCH_VNNI
 #endif
-#ifdef __AMX_BF16__
+#if defined(__AVX512BF16__) && defined(SLIMBENCH_VNNI)
 #define SLIMBENCH_TILES
-#endif
-#if !defined(__AVX512BF16__) || !defined(SLIMBENCH_VNNI)
-#undef SLIMBENCH_TILES
 #endif
 
 namespace {
@@ -53,9 +51,14 @@ constexpr int64_t kAhead = 16 * kLanes;  // words that are asked for before they
 constexpr int64_t kFarAhead = 256 * kLanes;  // the same, into the second, which can wait for more of them at once
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
-constexpr int64_t kRowsForTiles = 12;   // rows of inputs from which on tiles are worth their expansion
-constexpr int64_t kRowsOfTiles = 512;   // rows of inputs whose sums are kept at once
+#ifdef __AMX_BF16__
+constexpr int64_t kRowsForTiles = 12;  // rows of inputs from which on tiles are worth their expansion
 constexpr int64_t kInputsOfTiles = 128;  // inputs for which weights are expanded at once
+#else
+constexpr int64_t kRowsForTiles = 17;
+constexpr int64_t kInputsOfTiles = 256;
+#endif
+constexpr int64_t kRowsOfTiles = 512;   // rows of inputs whose sums are kept at once
 constexpr int64_t kRowsForLibrary = 1280;  // rows of inputs from which on the library's product is worth the expansion of whole weights
 constexpr int64_t kWeightsForLibrary = 2 << 20;  // weights that are expanded for it at once
 
@@ -409,19 +412,30 @@ struct Tiles {
     _tile_stored(2, sums + 2 * tile, line);
     _tile_stored(3, sums + 3 * tile, line);
 #else
-    for (int64_t m = 0; m < pair; ++m)
-      for (int64_t b = 0; b < 2; ++b) {
-        float* const to = sums + ((m / kLanes * 2 + b) * kLanes + m % kLanes) * kLanes;
-        __m512 sum = goes_on ? _mm512_load_ps(to) : _mm512_setzero_ps();
-        for (int64_t k = 0; k < steps; ++k)
-          for (int64_t i = 0; i < depth; i += 2) {
+    constexpr int64_t some = 8;  // rows of inputs whose sums fit into registers
+    for (int64_t m = 0; m < pair; m += some) {
+      float* const to = sums + (m / kLanes * pair + m % kLanes) * kLanes;
+      const uint16_t* const from = inputs + m / kLanes * next_inputs + m % kLanes * row;
+      __m512 found[some][2] = {};
+      if (goes_on)
+        for (int64_t r = 0; r < some; ++r)
+          for (int64_t b = 0; b < 2; ++b) found[r][b] = _mm512_load_ps(to + (b * kLanes + r) * kLanes);
+      for (int64_t k = 0; k < steps; ++k)
+        for (int64_t i = 0; i < depth; i += 2) {
+          const uint16_t* const at = weights + k * size + i * kLanes;
+          const auto first = (__m512bh)_mm512_load_si512(at), second = (__m512bh)_mm512_load_si512(at + next_weights);
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < some; ++r) {
             int32_t two;
-            std::memcpy(&two, inputs + m / kLanes * next_inputs + m % kLanes * row + k * step + i, sizeof two);
-            const __m512i weight = _mm512_load_si512(weights + b * next_weights + k * size + i * kLanes);
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)weight);
+            std::memcpy(&two, from + r * row + k * step + i, sizeof two);
+            const auto both = (__m512bh)_mm512_set1_epi32(two);
+            found[r][0] = _mm512_dpbf16_ps(found[r][0], both, first);
+            found[r][1] = _mm512_dpbf16_ps(found[r][1], both, second);
           }
-        _mm512_store_ps(to, sum);
-      }
+        }
+      for (int64_t r = 0; r < some; ++r)
+        for (int64_t b = 0; b < 2; ++b) _mm512_store_ps(to + (b * kLanes + r) * kLanes, found[r][b]);
+    }
 #endif
   }
 
@@ -431,7 +445,11 @@ struct Tiles {
     static const bool granted = at::cpu::init_amx();
     return granted;
 #else
+#ifdef SLIMBENCH_TILES_ANYWHERE
     return true;
+#else
+    return __builtin_cpu_is("amd");
+#endif
 #endif
   }
 
@@ -664,7 +682,11 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
 // By which instructions products of our own are computed: of many rows / of few. Of very many, where there are tiles, the library takes its own.
 std::string packed_mm_instructions() {
 #ifdef SLIMBENCH_TILES
+#ifdef __AMX_BF16__
   if (Tiles::can_be_had()) return "tiles / VNNI";
+#else
+  if (Tiles::can_be_had()) return "tiles by AVX-512 / VNNI";
+#endif
 #endif
 #ifdef SLIMBENCH_VNNI
   return "VNNI";

@@ -128,7 +128,7 @@ for name in SHAPES:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "flags", [["-DSLIMBENCH_TILES"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"]], ids=" ".join
+    "flags", [["-DSLIMBENCH_TILES_ANYWHERE"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"]], ids=" ".join
 )
 def test_so_it_is_under_every_instruction_set(flags: list[str]) -> None:
     subprocess.run([sys.executable, "-P", "-c", _OTHER, str(ROOT), *flags], check=True)

@@ -539,7 +539,7 @@ for bits in (2, 3, 4, 8):
         [],
         *(
             pytest.param(flags, marks=pytest.mark.full)
-            for flags in (["-DSLIMBENCH_TILES", "-mno-amx-bf16"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"])
+            for flags in (["-DSLIMBENCH_TILES_ANYWHERE", "-mno-amx-bf16"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"])
         ),
     ],
     ids=["this processor", "tiles without AMX", "avx512 without vnni", "avx2", "any processor"],
