@@ -52,10 +52,10 @@ constexpr int64_t kFarAhead = 256 * kLanes;  // the same, into the second, which
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
 #ifdef __AMX_BF16__
-constexpr int64_t kRowsForTiles = 12;  // rows of inputs from which on tiles are worth their expansion
+constexpr int64_t kRowsForTiles = 12;   // rows of inputs from which on tiles are worth their expansion
 constexpr int64_t kInputsOfTiles = 128;  // inputs for which weights are expanded at once
 #else
-constexpr int64_t kRowsForTiles = 17;
+constexpr int64_t kRowsForTiles = 17;  // sixteen by AVX-512 are slower than as integers: rows are filled up to a pair of tiles
 constexpr int64_t kInputsOfTiles = 256;
 #endif
 constexpr int64_t kRowsOfTiles = 512;   // rows of inputs whose sums are kept at once
@@ -439,17 +439,21 @@ struct Tiles {
 #endif
   }
 
-  // Whether this process may use tiles.
+#ifdef __AMX_BF16__
+  static constexpr auto name = "tiles / VNNI";
+#else
+  static constexpr auto name = "tiles by AVX-512 / VNNI";
+#endif
+
+  // Whether this process may use tiles, and they are the faster.
   static bool can_be_had() {
 #ifdef __AMX_BF16__
     static const bool granted = at::cpu::init_amx();
     return granted;
-#else
-#ifdef SLIMBENCH_TILES_ANYWHERE
+#elif defined(SLIMBENCH_TILES_ANYWHERE)
     return true;
 #else
     return __builtin_cpu_is("amd");
-#endif
 #endif
   }
 
@@ -682,11 +686,7 @@ at::Tensor packed_mm(const at::Tensor& x, const at::Tensor& codes, const at::Ten
 // By which instructions products of our own are computed: of many rows / of few. Of very many, where there are tiles, the library takes its own.
 std::string packed_mm_instructions() {
 #ifdef SLIMBENCH_TILES
-#ifdef __AMX_BF16__
-  if (Tiles::can_be_had()) return "tiles / VNNI";
-#else
-  if (Tiles::can_be_had()) return "tiles by AVX-512 / VNNI";
-#endif
+  if (Tiles::can_be_had()) return Tiles::name;
 #endif
 #ifdef SLIMBENCH_VNNI
   return "VNNI";

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from slimbench.harness.measure.hardware import hardware
 from slimbench.methods.formats import packed
 from slimbench.methods.kernels.base import Kernel
 from slimbench.methods.kernels.cpu import build, library
@@ -506,6 +507,13 @@ def test_very_many_rows_are_multiplied_by_the_library_where_there_are_tiles() ->
     assert used == {40: False, 1279: False, 1280: tiles}
 
 
+def test_prompts_go_through_tiles_where_the_processor_gains_by_them() -> None:
+    here = hardware()
+    assert build.missing() is None
+    if {"avx512_bf16", "avx512_vnni"} <= set(here.cpu_flags) and "amx_bf16" not in here.cpu_flags:
+        assert torch.ops.slimbench.packed_mm_instructions() == ("tiles by AVX-512 / VNNI" if "AMD" in here.cpu else "VNNI")
+
+
 _OTHER = """
 import sys, torch
 sys.path.append(sys.argv.pop(1))
@@ -539,7 +547,12 @@ for bits in (2, 3, 4, 8):
         [],
         *(
             pytest.param(flags, marks=pytest.mark.full)
-            for flags in (["-DSLIMBENCH_TILES_ANYWHERE", "-mno-amx-bf16"], ["-mno-avx512vnni"], ["-mno-avx512f"], ["-mno-avx512f", "-mno-avx2"])
+            for flags in (
+                ["-DSLIMBENCH_TILES_ANYWHERE", "-mno-amx-bf16"],
+                ["-mno-avx512vnni"],
+                ["-mno-avx512f"],
+                ["-mno-avx512f", "-mno-avx2"],
+            )
         ),
     ],
     ids=["this processor", "tiles without AMX", "avx512 without vnni", "avx2", "any processor"],
