@@ -2,8 +2,8 @@
 
 Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Whole
 windows, by which quality is measured, run through compiled code too: what fusion does to the numbers is seen. Compilation happens
-in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`, and goes through
-blocks that are all packed in one call (`packed_decoding`), with nothing to compile.
+in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`. Where all
+blocks are packed, prompts and single tokens go through them in one call (`packed_decoder`), with nothing to compile.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from slimbench.harness.engines import decode_attention, packed_decoding
-from slimbench.harness.engines.packed_decoding import PackedDecoding
+from slimbench.harness.engines import decode_attention, packed_decoder
+from slimbench.harness.engines.packed_decoder import PackedDecoder
 from slimbench.harness.engines.transformers import TransformersEngine, TransformersModel
 from slimbench.harness.measure.loaded import Draws, LoadedModel, Step
 from slimbench.methods.base import Unsupported
@@ -52,13 +52,13 @@ class CompiledModel(TransformersModel):
         self._states: dict[tuple[int, int], _Static] = {}
         self._options = inductor.pass_options(getattr(module, "graph_pass", None))
         self._window = torch.compile(_with_own_code(self._logits), fullgraph=True, options=self._options or None)
-        self._packed = PackedDecoding(module) if self._device.type == "cpu" and packed_decoding.fits(module) else None
+        self._packed = PackedDecoder(module) if self._device.type == "cpu" and packed_decoder.fits(module) else None
         if self._device.type == "cpu":
             decode_attention.use(module)
 
     def build(self) -> str:
-        decoding = f"{blocks.NAME} for all blocks" if self._packed else f"compiled code for {inductor.instructions()}"
-        return f"{super().build()}; decoding by {decoding}"
+        compiled = f"decoding by compiled code for {inductor.instructions()}"
+        return f"{super().build()}; {f'prompts and decoding by {blocks.NAME} for all blocks' if self._packed else compiled}"
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -72,7 +72,7 @@ class CompiledModel(TransformersModel):
             self._states[batch, capacity] = self._static(capacity)
         state = self._states[batch, capacity]
         state.cache.reset()
-        return Step(self._next(ids.to(self._device), state.cache), state)
+        return Step((self._packed or self._next)(ids.to(self._device), state.cache), state)
 
     @torch.inference_mode()
     def decode_step(self, step: Step) -> Step:

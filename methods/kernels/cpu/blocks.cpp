@@ -1,10 +1,11 @@
-// One new token of each sequence through all blocks of a decoder of packed weights, in one call: with RMS norms, rotary positions, grouped
-// heads and a gated MLP, as transformers' Llama has them.
+// A prompt, or one new token, of each sequence through all blocks of a decoder of packed weights, in one call: with RMS norms, rotary
+// positions, grouped heads and a gated MLP, as transformers' Llama has them.
 //
 //     h = x + o(attention(rotary(q n), rotary(k n), v n)), n = norm(x);   y = h + down(silu(gate m) · up m), m = norm(h)
 //
 // Products are those of `packed_mm.cpp`. What lies between them is too little to be worth a launch from Python each: it is computed in
-// float32 and rounded to bfloat16 where transformers stores it. Softmax and its sums stay in float32.
+// float32 and rounded to bfloat16 where transformers stores it. Softmax and its sums stay in float32. The queries of a prompt attend by
+// torch's own operator.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -27,6 +28,7 @@ namespace {
 typedef c10::List<std::optional<at::Tensor>> Optionals;
 
 constexpr int kTogether = 4;  // vectors of a head whose sums stay in registers
+constexpr int64_t kRowsOfThread = 16;  // tokens at least for which another thread is worth its waking
 
 enum Weight { kQuery, kKey, kValue, kOut, kGate, kUp, kDown, kWeights };
 
@@ -75,17 +77,20 @@ at::Tensor added_and_normed(at::Tensor& x, const at::Tensor* more, const at::Ten
   at::Tensor y = uninitialized(x.sizes(), x.scalar_type());
   const int64_t width = x.size(1);
   const uint16_t* w = data<uint16_t>(weight);
-  for (int64_t row = 0; row < x.size(0); ++row) {
-    uint16_t *sum = out(x) + row * width, *to = out(y) + row * width;
-    if (more) {
-      const uint16_t* from = data<uint16_t>(*more) + row * width;
-      for (int64_t i = 0; i < width; i += kLanes) store_lanes(sum + i, load_lanes(sum + i) + load_lanes(from + i));
+  uint16_t *sums = out(x), *result = out(y);
+  at::parallel_for(0, x.size(0), kRowsOfThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      uint16_t *sum = sums + row * width, *to = result + row * width;
+      if (more) {
+        const uint16_t* from = data<uint16_t>(*more) + row * width;
+        for (int64_t i = 0; i < width; i += kLanes) store_lanes(sum + i, load_lanes(sum + i) + load_lanes(from + i));
+      }
+      Floats squares{};
+      for (int64_t i = 0; i < width; i += kLanes) squares += load_lanes(sum + i) * load_lanes(sum + i);
+      const float scale = 1 / std::sqrt(sum_of(squares) / float(width) + float(epsilon));
+      for (int64_t i = 0; i < width; i += kLanes) store_lanes(to + i, rounded(load_lanes(sum + i) * scale) * load_lanes(w + i));
     }
-    Floats squares{};
-    for (int64_t i = 0; i < width; i += kLanes) squares += load_lanes(sum + i) * load_lanes(sum + i);
-    const float scale = 1 / std::sqrt(sum_of(squares) / float(width) + float(epsilon));
-    for (int64_t i = 0; i < width; i += kLanes) store_lanes(to + i, rounded(load_lanes(sum + i) * scale) * load_lanes(w + i));
-  }
+  });
   return y;
 }
 
@@ -94,10 +99,12 @@ at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor y = uninitialized(gate.sizes(), gate.scalar_type());
   const uint16_t *g = data<uint16_t>(gate), *u = data<uint16_t>(up);
   uint16_t* to = out(y);
-  for (int64_t i = 0; i < gate.numel(); i += kLanes) {
-    const Floats x = load_lanes(g + i);
-    store_lanes(to + i, rounded(x / (1.f + exponential(-x))) * load_lanes(u + i));
-  }
+  at::parallel_for(0, gate.size(0), kRowsOfThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * gate.size(1); i < end * gate.size(1); i += kLanes) {
+      const Floats x = load_lanes(g + i);
+      store_lanes(to + i, rounded(x / (1.f + exponential(-x))) * load_lanes(u + i));
+    }
+  });
   return y;
 }
 
@@ -161,7 +168,7 @@ void mix(const float* weights, float total, const uint16_t* values, int64_t seen
   if constexpr (Parts > 1) mix<1>(weights, total, values, seen, parts, part, to);
 }
 
-// Keys and values [sequences, groups, room, width] get those of the token; queries attend to all up to it.
+// Keys and values [sequences, groups, room, width] get those of a token each; its queries attend to all up to it.
 at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor& keys, const at::Tensor& values, int64_t position,
                      const uint16_t* cos, const uint16_t* sin, double scaling) {
   RECORD_FUNCTION("slimbench::attention", {});
@@ -190,6 +197,35 @@ at::Tensor attention(const std::vector<at::Tensor>& projected, const at::Tensor&
   return y;
 }
 
+// Keys and values, which are empty, get those of the tokens of each prompt; each token's queries attend to all up to it.
+at::Tensor attention_of_prompts(const std::vector<at::Tensor>& projected, const at::Tensor& keys, const at::Tensor& values, const uint16_t* cos,
+                                const uint16_t* sin, double scaling) {
+  RECORD_FUNCTION("slimbench::attention", {});
+  const at::Tensor& queries = projected[kQuery];
+  const int64_t sequences = keys.size(0), groups = keys.size(1), room = keys.size(2), width = keys.size(3);
+  const int64_t tokens = queries.size(0) / sequences, heads = queries.size(1) / width;
+  at::Tensor turned = uninitialized({sequences, tokens, heads, width}, queries.scalar_type());
+  uint16_t *all_keys = const_cast<uint16_t*>(data<uint16_t>(keys)), *all_values = const_cast<uint16_t*>(data<uint16_t>(values));
+  at::parallel_for(0, queries.size(0), kRowsOfThread, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t position = row % tokens;
+      const uint16_t *c = cos + position * width, *s = sin + position * width;
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = (row * heads + h) * width;
+        rotate(data<uint16_t>(queries) + at, c, s, width, out(turned) + at);
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t from = (row * groups + g) * width, to = ((row / tokens * groups + g) * room + position) * width;
+        rotate(data<uint16_t>(projected[kKey]) + from, c, s, width, all_keys + to);
+        std::memcpy(all_values + to, data<uint16_t>(projected[kValue]) + from, width * sizeof *all_values);
+      }
+    }
+  });
+  const auto of_heads = [&](const at::Tensor& of) { return of.narrow(2, 0, tokens).repeat_interleave(heads / groups, 1); };
+  const at::Tensor y = at::scaled_dot_product_attention(turned.transpose(1, 2), of_heads(keys), of_heads(values), {}, 0, true, scaling);
+  return y.transpose(1, 2).reshape(queries.sizes()).contiguous();
+}
+
 // The blocks of a decoder. What stays the same is checked and kept once: to hand over a thousand tensors takes as long as several products.
 class PackedBlocks : public torch::CustomClassHolder {
  public:
@@ -207,47 +243,53 @@ class PackedBlocks : public torch::CustomClassHolder {
       TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
     TORCH_CHECK(cos_.sizes() == sin_.sizes() && cos_.size(1) % kLanes == 0, "cos and sin differ in shape, or are not of 16 n angles");
     for (const at::Tensor& norm : norms_)
-      TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() == hidden(), "norms do not fit the outputs");
+      TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() == width_of_blocks(), "norms do not fit the outputs");
     for (size_t block = 0; block < blocks_; ++block) {
       const auto wide = [&](Weight which) { return outputs_[block * kWeights + which]; };
       TORCH_CHECK(wide(kKey) % cos_.size(1) == 0 && wide(kValue) == wide(kKey) && wide(kQuery) % wide(kKey) == 0, "heads differ in width");
-      TORCH_CHECK(wide(kGate) == wide(kUp) && wide(kGate) % kLanes == 0 && wide(kOut) == hidden() && wide(kDown) == hidden(), "widths do not fit");
+      TORCH_CHECK(wide(kGate) == wide(kUp) && wide(kGate) % kLanes == 0, "widths do not fit");
+      TORCH_CHECK(wide(kOut) == width_of_blocks() && wide(kDown) == width_of_blocks(), "widths do not fit");
     }
   }
 
-  // x [sequences, hidden] in bfloat16; keys and values [sequences, groups, room, width] and lengths of each block, which grow by the token.
-  // Returns the normed outputs of the last block.
+  // x [sequences, tokens, hidden] in bfloat16, of one token each, or of prompts before which there is nothing; keys and values [sequences,
+  // groups, room, width] and lengths of each block, which grow by the tokens. Returns the normed outputs of the last block for the last token
+  // of each sequence.
   at::Tensor step(const at::Tensor& x, const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
                   const std::vector<at::Tensor>& lengths) {
-    TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.size(1) == hidden(), "x must be bfloat16 [sequences, hidden]");
+    TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.numel() && x.size(2) == width_of_blocks(),
+                "x must be bfloat16 [sequences, tokens, hidden]");
     TORCH_CHECK(keys.size() == blocks_ && values.size() == blocks_ && lengths.size() == blocks_, "lists differ in length");
-    for (size_t block = 0; block < blocks_; ++block) check(block, x.size(0), keys[block], values[block], lengths[block]);
-    at::Tensor hidden = x.clone();
+    for (size_t block = 0; block < blocks_; ++block) check(block, x.size(0), x.size(1), keys[block], values[block], lengths[block]);
+    at::Tensor hidden = x.reshape({-1, x.size(2)}).clone();
     at::Tensor normed = added_and_normed(hidden, nullptr, norms_[0], epsilon_);
     for (size_t block = 0; block < blocks_; ++block) {
       int64_t& length = *const_cast<int64_t*>(data<int64_t>(lengths[block]));
       const auto projected = times(normed, block, kQuery, 3);
       const uint16_t *c = data<uint16_t>(cos_) + length * cos_.size(1), *s = data<uint16_t>(sin_) + length * sin_.size(1);
-      const at::Tensor attended = times(attention(projected, keys[block], values[block], length, c, s, scaling_), block, kOut, 1)[0];
-      ++length;
+      const at::Tensor seen = x.size(1) == 1 ? attention(projected, keys[block], values[block], length, c, s, scaling_)
+                                             : attention_of_prompts(projected, keys[block], values[block], c, s, scaling_);
+      const at::Tensor attended = times(seen, block, kOut, 1)[0];
+      length += x.size(1);
       normed = added_and_normed(hidden, &attended, norms_[2 * block + 1], epsilon_);
       const auto wide = times(normed, block, kGate, 2);
       const at::Tensor down = times(gated(wide[0], wide[1]), block, kDown, 1)[0];
       normed = added_and_normed(hidden, &down, norms_[2 * block + 2], epsilon_);
     }
-    return normed;
+    return normed.view(x.sizes()).select(1, x.size(1) - 1).contiguous();
   }
 
  private:
-  int64_t hidden() const { return outputs_[kDown]; }
+  int64_t width_of_blocks() const { return outputs_[kDown]; }
 
-  void check(size_t block, int64_t sequences, const at::Tensor& k, const at::Tensor& v, const at::Tensor& length) const {
+  void check(size_t block, int64_t sequences, int64_t tokens, const at::Tensor& k, const at::Tensor& v, const at::Tensor& length) const {
     TORCH_CHECK(k.dim() == 4 && k.sizes() == v.sizes() && k.is_contiguous() && v.is_contiguous() && k.scalar_type() == at::kBFloat16 &&
                     v.scalar_type() == at::kBFloat16 && k.size(0) == sequences && k.size(3) == cos_.size(1),
                 "keys and values must be bfloat16 [sequences, groups, room, width]");
     TORCH_CHECK(outputs_[block * kWeights + kKey] == k.size(1) * k.size(3), "heads do not fit the cache");
     TORCH_CHECK(length.scalar_type() == at::kLong && length.numel() == 1, "lengths must be one int64 each");
-    TORCH_CHECK(*data<int64_t>(length) < std::min(k.size(2), cos_.size(0)), "no room for another token");
+    TORCH_CHECK(tokens == 1 || !*data<int64_t>(length), "a prompt begins with an empty cache");
+    TORCH_CHECK(*data<int64_t>(length) + tokens <= std::min(k.size(2), cos_.size(0)), "no room for ", tokens == 1 ? "another token" : "the prompt");
   }
 
   // The products of x with some weights of a block, from the first on.

@@ -73,16 +73,16 @@ class Blocks:
         self._step = made(list(self.norms), codes, scales, offsets, bits, outputs, self.cos, self.sin, self.epsilon, self.scaling).step
 
     def __call__(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
-        """One token of each sequence through all blocks.
+        """A prompt, or one token, of each sequence through all blocks.
 
         Args:
-            x: Their embeddings, [sequences, hidden], bfloat16.
-            keys: Of each block, [sequences, groups, room, width], bfloat16; they get those of the token.
+            x: Their embeddings, [sequences, tokens, hidden], bfloat16; more than one token only where the cache holds none.
+            keys: Of each block, [sequences, groups, room, width], bfloat16; they get those of the tokens.
             values: Likewise.
-            lengths: Of each block the tokens that its cache holds, int64; one more afterwards.
+            lengths: Of each block the tokens that its cache holds, int64; more by `tokens` afterwards.
 
         Returns:
-            What the head multiplies, [sequences, hidden].
+            What the head multiplies at the last token of each, [sequences, hidden].
         """
         found: Tensor = self._step(x, keys, values, lengths)
         return found

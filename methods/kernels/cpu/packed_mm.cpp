@@ -277,15 +277,22 @@ struct Tiles {
 
   // Rows of inputs: those of `x` itself, and from `copied_from` on a copy, filled up with zeros to a whole pair of tiles. Rows that are
   // a multiple of 4,096 bytes apart would share their places in the first cache: then all are copied, as tiles one behind the other.
+  // Without AMX all are: distances that the compiler knows cost no additions between the products.
   const uint16_t* x;
-  int64_t copied_from, row, step;
   at::Tensor copy;
+#ifdef __AMX_BF16__
+  int64_t copied_from, row, step;
+#else
+  static constexpr int64_t copied_from = 0, row = depth, step = size;
+#endif
 
   Tiles(const Shape& shape, const uint16_t* from) : x(from) {
+#ifdef __AMX_BF16__
     const bool collide = shape.inputs % 2048 == 0;
     copied_from = collide ? 0 : shape.rows / pair * pair;
     row = collide ? depth : shape.inputs;
     step = collide ? size : depth;
+#endif
     const int64_t filled = (shape.rows + pair - 1) / pair * pair;
     copy = uninitialized({filled - copied_from, shape.inputs}, at::kBFloat16);
     auto* const to = reinterpret_cast<uint16_t*>(copy.mutable_data_ptr());

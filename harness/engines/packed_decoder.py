@@ -1,4 +1,4 @@
-"""Decoding of packed models in one call for all blocks, where these are what the kernel computes: nothing is launched between layers."""
+"""Packed decoders in one call for all blocks, where these are what the kernel computes: nothing is launched between layers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-class PackedDecoding:
-    """The decode step of a Llama of packed weights.
+class PackedDecoder:
+    """Prompts and decode steps of a Llama of packed weights.
 
     Args:
         module: One that `fits`.
@@ -36,10 +36,22 @@ class PackedDecoding:
         self._of_room: dict[int, blocks.Blocks] = {}
 
     def __call__(self, ids: Tensor, cache: Any) -> Tensor:
-        """The likeliest next tokens [B, 1] behind tokens [B, 1], whose keys and values a static cache gets."""
+        """The likeliest next tokens [B, 1] behind tokens [B, T], whose keys and values a static cache gets.
+
+        Args:
+            ids: One token of each sequence, or prompts of T tokens, for which the cache is empty.
+            cache: A `StaticCache`; a new one is made ready for B sequences.
+
+        Raises:
+            RuntimeError: The cache has no room for them, or holds something before a prompt.
+        """
         held = cache.layers
+        if not held[0].is_initialized:
+            attention = self._module.model.layers[0].self_attn
+            groups = attention.k_proj.out_features // attention.head_dim
+            cache.early_initialization(len(ids), groups, attention.head_dim, self._module.dtype, ids.device)
         through = self._blocks(held[0].keys.shape[2])
-        x = self._module.get_input_embeddings()(ids)[:, 0]
+        x = self._module.get_input_embeddings()(ids)
         found = through(x, [each.keys for each in held], [each.values for each in held], [each.cumulative_length for each in held])
         return self._module.get_output_embeddings()(found).max(-1, keepdim=True).indices  # in half of the time of argmax
 

@@ -1,4 +1,4 @@
-"""A step of packed blocks in one call, against a Llama in float64 written out here, and against transformers' own path."""
+"""Prompts and steps of packed blocks in one call, against a Llama in float64 written out here, and against transformers' own path."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from slimbench.harness.engines import packed_decoding
+from slimbench.harness.engines import packed_decoder
 from slimbench.harness.engines.compiled import CompiledModel
-from slimbench.harness.engines.packed_decoding import PackedDecoding
+from slimbench.harness.engines.packed_decoder import PackedDecoder
 from slimbench.methods.kernels.cpu import blocks
 from slimbench.methods.kernels.grid import Grid, LowRank, QuantizedWeight
 from slimbench.methods.kernels.packed_linear import PackedLinear
@@ -42,7 +42,7 @@ def model(shape: dict[str, Any] | None = None, grids: tuple[Grid, ...] = (Grid(4
     sizes = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 3, "vocab_size": 512}
     module: Any = LlamaForCausalLM(LlamaConfig(**sizes | (shape or SHAPES["grouped"]), tie_word_embeddings=False)).to(torch.bfloat16).eval()
     for number, block in enumerate(module.model.layers):
-        for index, name in enumerate(packed_decoding._LAYERS):
+        for index, name in enumerate(packed_decoder._LAYERS):
             layer, grid = block.get_submodule(name), grids[(number + index) % len(grids)]
             block.set_submodule(name, packed(layer, grid))
         for norm in (block.input_layernorm, block.post_attention_layernorm):
@@ -89,13 +89,13 @@ def exact(module: Any, ids: Tensor) -> Tensor:
 def errors(name: str, batch: int) -> tuple[float, float]:
     """Mean distance from float64 of one call for all blocks, and of transformers' own step, behind a prompt and two tokens more."""
     module = model(SHAPES[name])
-    assert packed_decoding.fits(module)
+    assert packed_decoder.fits(module)
     ids = torch.randint(0, 512, (batch, LENGTH))
     given: list[Tensor] = []
     module.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].reshape(batch, -1, 192)[:, -1].double()))
     with torch.inference_mode():
         want = exact(module, ids)
-        for decode in (PackedDecoding(module), lambda token, cache: module(token, past_key_values=cache, use_cache=True)):
+        for decode in (PackedDecoder(module), lambda token, cache: module(token, past_key_values=cache, use_cache=True)):
             cache = StaticCache(config=module.config, max_cache_len=ROOM)
             module(ids[:, :-3], past_key_values=cache, use_cache=True)
             for place in (-3, -2, -1):
@@ -105,6 +105,36 @@ def errors(name: str, batch: int) -> tuple[float, float]:
     scale = float(want.std())
     fused, own = (float((each - want).abs().mean()) / scale for each in given)
     return fused, own
+
+
+def errors_of_prompts(name: str, batch: int, length: int) -> tuple[float, float]:
+    """Likewise of prompts: the median over the distances of several, each at its last token."""
+    module = model(SHAPES[name])
+    given: list[Tensor] = []
+    module.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].reshape(batch, -1, 192)[:, -1].double()))
+    fused, own = [], []
+    with torch.inference_mode():
+        for _ in range(5):
+            ids = torch.randint(0, 512, (batch, length))
+            want = exact(module, ids)
+            caches = [StaticCache(config=module.config, max_cache_len=length + 3) for _ in range(2)]
+            PackedDecoder(module)(ids, caches[0])
+            module(ids, past_key_values=caches[1], use_cache=True)
+            for mine, other in zip(caches[0].layers, caches[1].layers, strict=True):
+                assert int(mine.cumulative_length) == int(other.cumulative_length) == length
+                for held, expected in ((mine.keys, other.keys), (mine.values, other.values)):
+                    assert held.shape == expected.shape and not held[:, :, length:].any()
+                    assert float((held - expected).abs().mean()) < 0.03 * float(expected.abs().mean())
+            for found, errors in zip(given[-2:], (fused, own), strict=True):
+                errors.append(float((found - want).abs().mean() / want.std()))
+    return sorted(fused)[2], sorted(own)[2]
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 2), (1, 21), (3, 11), (2, 37)], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_prompt_is_as_near_to_float64_as_that_of_transformers(name: str, batch: int, length: int) -> None:
+    fused, own = errors_of_prompts(name, batch, length)
+    assert 0 < fused <= 1.1 * own < 0.05, (fused, own)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -119,10 +149,10 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from slimbench.methods.kernels.cpu import library
 library.FLAGS = (*library.FLAGS, *sys.argv[1:])
-from tests.unit.engines.test_packed_decoding import SHAPES, errors
+from tests.unit.engines.test_packed_decoder import SHAPES, errors, errors_of_prompts
 for name in SHAPES:
-    fused, own = errors(name, 2)
-    assert 0 < fused <= 1.1 * own < 0.05, (name, fused, own)
+    for fused, own in (errors(name, 2), errors_of_prompts(name, 2, 19)):
+        assert 0 < fused <= 1.1 * own < 0.05, (name, fused, own)
 """
 
 
@@ -158,7 +188,12 @@ def test_a_cache_without_room_is_an_error() -> None:
     with torch.inference_mode():
         module(torch.zeros(1, 4, dtype=torch.long), past_key_values=cache, use_cache=True)
         with pytest.raises(RuntimeError, match="no room for another token"):
-            PackedDecoding(module)(torch.zeros(1, 1, dtype=torch.long), cache)
+            PackedDecoder(module)(torch.zeros(1, 1, dtype=torch.long), cache)
+        with pytest.raises(RuntimeError, match="a prompt begins with an empty cache"):
+            PackedDecoder(module)(torch.zeros(1, 2, dtype=torch.long), cache)
+        cache.reset()
+        with pytest.raises(RuntimeError, match="no room for the prompt"):
+            PackedDecoder(module)(torch.zeros(1, 5, dtype=torch.long), cache)
 
 
 def hooked(module: Any) -> None:
@@ -246,4 +281,4 @@ def derived(module: Any) -> None:
 def test_what_it_does_not_compute_goes_the_other_way(change: Any) -> None:
     module = model()
     change(module)
-    assert not packed_decoding.fits(module)
+    assert not packed_decoder.fits(module)
