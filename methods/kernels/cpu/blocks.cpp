@@ -5,7 +5,7 @@
 //
 // Products are those of `packed_mm.cpp`. What lies between them is too little to be worth a launch from Python each: it is computed in
 // float32 and rounded to bfloat16 where transformers stores it. Softmax and its sums stay in float32. The queries of a prompt attend by
-// torch's own operator.
+// `prompt_attention.h`, with AMX and without AVX-512 by torch's own operator.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -22,6 +22,11 @@
 #include <vector>
 
 #include "lanes.h"
+
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)  // whose tiles torch's operator uses
+#include "prompt_attention.h"
+#define SLIMBENCH_PROMPT_ATTENTION
+#endif
 
 namespace {
 
@@ -55,18 +60,6 @@ void store_lanes(uint16_t* to, Floats lanes) {
 Floats rounded(Floats lanes) {
   const Words bits = (Words)lanes;
   return (Floats)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
-}
-
-// To 2 units in the last place: 2^n · e^r with |r| below ln 2 / 2, whose polynomial is that of Cephes' expf.
-Floats exponential(Floats x) {
-  const Floats low = Floats{} - 87.f, high = Floats{} + 88.f;  // below it a weight is 2e-38, and counts as nothing
-  x = x < low ? low : x > high ? high : x;
-  const Floats shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats y = Floats{} + 1.9875691500e-4f;
-  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + next;
-  const Words power = (Words)(__builtin_convertvector(n, Ints) + 127) << 23;
-  return (y * r * r + r + 1.f) * (Floats)power;
 }
 
 uint16_t* out(at::Tensor& tensor) { return reinterpret_cast<uint16_t*>(tensor.mutable_data_ptr()); }
@@ -221,9 +214,23 @@ at::Tensor attention_of_prompts(const std::vector<at::Tensor>& projected, const 
       }
     }
   });
+#ifdef SLIMBENCH_PROMPT_ATTENTION
+  at::Tensor y = uninitialized(queries.sizes(), queries.scalar_type());
+  const int64_t share = heads / groups, pieces = (tokens + kQueries - 1) / kQueries;
+  at::parallel_for(0, sequences * heads * pieces, 1, [&](int64_t begin, int64_t end) {
+    Attending attending(tokens, width, heads * width, float(scaling));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / pieces, sequence = head / heads, from = head / share * room * width;
+      const int64_t at = (sequence * tokens * heads + head % heads) * width;
+      attending(i % pieces * kQueries, data<uint16_t>(turned) + at, all_keys + from, all_values + from, out(y) + at);
+    }
+  });
+  return y;
+#else
   const auto of_heads = [&](const at::Tensor& of) { return of.narrow(2, 0, tokens).repeat_interleave(heads / groups, 1); };
   const at::Tensor y = at::scaled_dot_product_attention(turned.transpose(1, 2), of_heads(keys), of_heads(values), {}, 0, true, scaling);
   return y.transpose(1, 2).reshape(queries.sizes()).contiguous();
+#endif
 }
 
 // The blocks of a decoder. What stays the same is checked and kept once: to hand over a thousand tensors takes as long as several products.

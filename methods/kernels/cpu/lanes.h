@@ -48,6 +48,18 @@ Floats load_lanes(const uint16_t* from) {
   return (Floats)bits;
 }
 
+// To 2 units in the last place: 2^n · e^r with |r| below ln 2 / 2, whose polynomial is that of Cephes' expf.
+Floats exponential(Floats x) {
+  const Floats low = Floats{} - 87.f, high = Floats{} + 88.f;  // below it a weight is 2e-38, and counts as nothing
+  x = x < low ? low : x > high ? high : x;
+  const Floats shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + next;
+  const Words power = (Words)(__builtin_convertvector(n, Ints) + 127) << 23;
+  return (y * r * r + r + 1.f) * (Floats)power;
+}
+
 // Without the dispatcher, which takes as long as a norm of a token.
 at::Tensor uninitialized(at::IntArrayRef sizes, at::ScalarType dtype) { return at::detail::empty_cpu(sizes, dtype); }
 
