@@ -1,9 +1,9 @@
 """transformers compiled: decode steps through `torch.compile` with a static KV cache, as CUDA graphs on a card.
 
-Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Whole
+Prompts are processed eagerly into the cache, since their lengths vary; so prefill times are those of the eager engine. Only where all
+blocks are packed, on a CPU, prompts and single tokens go through them in one call (`packed_decoder`), with nothing to compile. Whole
 windows, by which quality is measured, run through compiled code too: what fusion does to the numbers is seen. Compilation happens
-in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`. Where all
-blocks are packed, prompts and single tokens go through them in one call (`packed_decoder`), with nothing to compile.
+in the first call at a shape and stands in the record as `first_call_ms`. On a CPU one token attends by `decode_attention`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _with_own_code(method: Any) -> Any:
 class CompiledEngine(TransformersEngine):
     """The loaders of the eager engine, compiled."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def open(self, artefact: Path, loader: Any, device: str, trust_remote_code: bool) -> LoadedModel:
         return CompiledModel(loader(artefact, device, trust_remote_code), device)

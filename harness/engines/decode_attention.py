@@ -1,7 +1,7 @@
 """Attention of one new token over a KV cache, in plain operations that a compiler fuses.
 
 torch's own fused attention is made for many queries: compiled for a CPU, these loops take between a third and a twentieth of its time for
-one of them (batches 1 to 16, caches of 160 to 4096 tokens). Prompts go to the library as before.
+one of them (batches 1 to 16, caches of 160 to 4096 tokens). Prompts that come here go to the library as before.
 """
 
 from __future__ import annotations

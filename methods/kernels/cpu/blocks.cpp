@@ -4,8 +4,8 @@
 //     h = x + o(attention(rotary(q n), rotary(k n), v n)), n = norm(x);   y = h + down(silu(gate m) · up m), m = norm(h)
 //
 // Products are those of `packed_mm.cpp`. What lies between them is too little to be worth a launch from Python each: it is computed in
-// float32 and rounded to bfloat16 where transformers stores it. Softmax and its sums stay in float32. The queries of a prompt attend by
-// `prompt_attention.h`, with AMX and without AVX-512 by torch's own operator.
+// float32 and rounded to bfloat16 where transformers stores it (rotary positions once, not each product). Softmax and its sums stay in
+// float32. The queries of a prompt attend by `prompt_attention.h`, with AMX and without AVX-512 by torch's own operator.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -249,6 +249,7 @@ class PackedBlocks : public torch::CustomClassHolder {
     for (const auto* table : {&cos_, &sin_})
       TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kBFloat16 && table->is_contiguous(), "cos, sin must be bfloat16 [room, width]");
     TORCH_CHECK(cos_.sizes() == sin_.sizes() && cos_.size(1) % kLanes == 0, "cos and sin differ in shape, or are not of 16 n angles");
+    TORCH_CHECK(width_of_blocks() % kLanes == 0, "outputs are not of 16 n numbers");
     for (const at::Tensor& norm : norms_)
       TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() == width_of_blocks(), "norms do not fit the outputs");
     for (size_t block = 0; block < blocks_; ++block) {

@@ -51,12 +51,22 @@ def model(shape: dict[str, Any] | None = None, grids: tuple[Grid, ...] = (Grid(4
     return module
 
 
+def attentive(name: str) -> Any:
+    """What blocks add outweighs the embeddings, and scores differ by whole units: whoever attends wrongly is far off at once."""
+    module = model(SHAPES[name])
+    module.model.embed_tokens.weight.data.div_(100)
+    for block in module.model.layers:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.data.mul_(6)
+    return module
+
+
 def packed(layer: Any, grid: Grid) -> PackedLinear:
     return PackedLinear(random_weight(grid, layer.out_features, layer.in_features, torch.device("cpu"), torch.bfloat16))
 
 
-def exact(module: Any, ids: Tensor) -> Tensor:
-    """What the head multiplies at the last of tokens [B, T], [B, H]: every step in float64."""
+def exact(module: Any, ids: Tensor, held: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """What the head multiplies at the last of tokens [B, T], [B, H]: every step in float64. `held` gets keys and values of each block."""
 
     def norm(of: Any, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + of.variance_epsilon).sqrt() * of.weight.double()
@@ -78,6 +88,8 @@ def exact(module: Any, ids: Tensor) -> Tensor:
             through(own.get_submodule(name), n).view(batch, length, -1, own.head_dim).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        if held is not None:
+            held.append((turned(k), v))
         k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], 1) for each in (turned(k), v))
         scores = (turned(q) @ k.transpose(2, 3) / own.head_dim**0.5).masked_fill(~seen, -torch.inf)
         x = x + through(own.o_proj, (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1))
@@ -87,7 +99,7 @@ def exact(module: Any, ids: Tensor) -> Tensor:
 
 
 def errors(name: str, batch: int) -> tuple[float, float]:
-    """Mean distance from float64 of one call for all blocks, and of transformers' own step, behind a prompt and two tokens more."""
+    """Mean distance from float64 of one call for all blocks, and of transformers' own step, each behind its prompt and two tokens more."""
     module = model(SHAPES[name])
     assert packed_decoder.fits(module)
     ids = torch.randint(0, 512, (batch, LENGTH))
@@ -95,11 +107,11 @@ def errors(name: str, batch: int) -> tuple[float, float]:
     module.lm_head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].reshape(batch, -1, 192)[:, -1].double()))
     with torch.inference_mode():
         want = exact(module, ids)
-        for decode in (PackedDecoder(module), lambda token, cache: module(token, past_key_values=cache, use_cache=True)):
+        for go_on in (PackedDecoder(module), lambda tokens, cache: module(tokens, past_key_values=cache, use_cache=True)):
             cache = StaticCache(config=module.config, max_cache_len=ROOM)
-            module(ids[:, :-3], past_key_values=cache, use_cache=True)
+            go_on(ids[:, :-3], cache)
             for place in (-3, -2, -1):
-                decode(ids[:, place:][:, :1], cache)
+                go_on(ids[:, place:][:, :1], cache)
             assert all(int(layer.cumulative_length) == LENGTH for layer in cache.layers)
             given[:] = given[-1:] if len(given) < 5 else [given[0], given[-1]]
     scale = float(want.std())
@@ -130,11 +142,38 @@ def errors_of_prompts(name: str, batch: int, length: int) -> tuple[float, float]
     return sorted(fused)[2], sorted(own)[2]
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 2), (1, 32), (3, 11), (2, 97)], ids=str)
+@pytest.mark.parametrize(("batch", "length"), [(1, 2), (1, 64), (3, 11), (2, 97), (8, 200)], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_prompt_is_as_near_to_float64_as_that_of_transformers(name: str, batch: int, length: int) -> None:
     fused, own = errors_of_prompts(name, batch, length)
     assert 0 < fused <= 1.1 * own < 0.05, (fused, own)
+
+
+def errors_of_tokens(name: str, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """By token [T], how far from float64 the keys and values of the second block are, which the first one's attention decides: of one call
+    for all blocks, and of transformers' own. The last three tokens come one by one behind the prompt."""
+    module, ids = attentive(name), torch.randint(0, 512, (batch, length))
+    held: list[tuple[Tensor, Tensor]] = []
+    found = []
+    with torch.inference_mode():
+        exact(module, ids, held)
+        for go_on in (PackedDecoder(module), lambda tokens, cache: module(tokens, past_key_values=cache, use_cache=True)):
+            cache = StaticCache(config=module.config, max_cache_len=length)
+            for tokens in (ids[:, :-3], *ids[:, -3:].split(1, 1)):
+                go_on(tokens, cache)
+            mine = cache.layers[1].keys, cache.layers[1].values
+            apart = [(one - want).abs().mean((0, 1, 3)) / want.abs().mean() for one, want in zip(mine, held[1], strict=True)]
+            found.append(torch.stack(apart).mean(0))
+    fused, own = found
+    return fused, own
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 5), (4, 67), (3, 35), (2, 100), (8, 203)], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_token_attends_as_in_float64(name: str, batch: int, length: int) -> None:
+    fused, own = errors_of_tokens(name, batch, length)
+    assert 0 < float(fused.mean()) <= 1.1 * float(own.mean()) < 0.02, (fused.mean(), own.mean())
+    assert float(fused.max()) <= max(0.03, 1.5 * float(own.max())), (fused, own)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -149,8 +188,9 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from slimbench.methods.kernels.cpu import library
 library.FLAGS = (*library.FLAGS, *sys.argv[1:])
-from tests.unit.engines.test_packed_decoder import SHAPES, errors, errors_of_prompts
+from tests.unit.engines.test_packed_decoder import SHAPES, errors, errors_of_prompts, test_every_token_attends_as_in_float64
 for name in SHAPES:
+    test_every_token_attends_as_in_float64(name, 2, 100)
     for fused, own in (errors(name, 2), errors_of_prompts(name, 2, 97)):
         assert 0 < fused <= 1.1 * own < 0.05, (name, fused, own)
 """
@@ -168,6 +208,7 @@ def test_so_it_is_under_every_instruction_set(flags: list[str]) -> None:
 
 def test_the_engine_writes_the_same_text_with_and_without_it() -> None:
     module = model()
+    module.model.embed_tokens.weight.data.mul_(100)  # so that no two tokens are about as likely
     texts = []
     for is_packed in (True, False):
         engine = CompiledModel(module, "cpu")

@@ -43,16 +43,7 @@ def test_rounds_go_forth_and_back_over_the_same_weights(table: Path) -> None:
     assert all(row.build for row in rows) and not any("PASSIVE" in row.flags or "fell back" in row.flags for row in rows)
 
 
-DISTURBED = pytest.mark.xfail(
-    strict=True, reason="on a machine that others slowed: prompts 1.09 × dense, the low end of the interval 0.996"
-)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [pytest.param(table, marks=DISTURBED if "random-1.7b" in table.stem and "de7cbd33" in table.stem else ()) for table in TABLES],
-    ids=lambda table: "-".join(table.stem.split("-")[3:]),
-)
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "-".join(table.stem.split("-")[3:]))
 def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(table: Path) -> None:
     rows = read(table)
     decode, prefill = LEAST[rows[0].model]
@@ -64,7 +55,7 @@ def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(t
 
 MISSED = {
     "9a347272": "0.76 of it, before words were asked for into the second cache",
-    "de7cbd33": "0.63 of it, which itself moved from 44 to 78 GB/s between processes",
+    "de7cbd33": "0.72 of it, which itself moved from 42 to 85 GB/s between processes",
 }
 """By machine, why its step is slower."""
 LARGER = [
