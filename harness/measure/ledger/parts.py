@@ -71,9 +71,12 @@ class Layers:
         return cls(named, place, groups, max(map(max, sizes), default=0), module.dtype)
 
     def whose(self, shapes: Iterable[tuple[int, ...]]) -> Place | None:
-        """The class whose weights an operator was given, by the shapes of its inputs; None where it was given none."""
+        """The class whose weights an operator was given, by the shapes of its inputs; None where it was given none.
+
+        Packed weights have more dimensions than what they multiply, which may be as large as a weight of another class.
+        """
         known = [shape for each in shapes if (shape := tuple(sorted(each))) in self._by_shape]
-        return self._by_shape[max(known, key=prod)] if known else None
+        return self._by_shape[max(known, key=lambda shape: (len(shape), prod(shape)))] if known else None
 
     @cached_property
     def _by_shape(self) -> dict[tuple[int, ...], Place]:

@@ -152,6 +152,22 @@ def packed(head: Grid = FOUR) -> Any:
     return made
 
 
+def test_packed_weights_are_told_from_inputs_as_large_as_weights() -> None:
+    layers = Layers.of(packed())
+    codes = tuple(layers.named["model.layers.0.self_attn.o_proj"].weight_packed.shape)
+    assert len(codes) == 4 and layers.whose(shapes((1536, 512), codes)) == layers.place["model.layers.0.self_attn.o_proj"]
+    assert layers.whose(shapes((1536, 512))) == layers.place["model.layers.0.mlp.gate_proj"] != layers.whose(shapes(codes))
+
+
+def test_a_prompt_of_packed_blocks_has_all_its_parts() -> None:
+    """Queries, keys and values are one product, and gate and up are."""
+    ((prefill,),) = ledgers([CompiledModel(packed(), "cpu")], POINT, STEPS, ["prefill"], rehearses=False)
+    calls = {(part.kind, *part.layers): part.calls for part in prefill.parts}
+    assert {"head", "attention", "elementwise", "python"} <= {part.kind for part in prefill.parts} and prefill.unseen is None
+    assert sum(part.calls for part in prefill.parts if part.kind == "product") == 3 * 4, calls
+    assert next(part for part in prefill.parts if part.kind == "attention").calls == 3
+
+
 def test_each_product_is_one_region_whatever_else_its_layer_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed layer turns its inputs and outputs round its product: three operators, of which one has threads to wait for."""
     monkeypatch.setattr(measured, "waking", lambda: 1e-4)
