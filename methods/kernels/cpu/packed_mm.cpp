@@ -47,8 +47,12 @@
 
 namespace {
 
-constexpr int64_t kAhead = 16 * kLanes;  // words that are asked for before they are needed, into the first cache
+#ifdef __znver5__
+constexpr int64_t kAhead = 0, kFarAhead = 64 * kLanes;  // it brings words into the first cache itself, and is slower where they are asked for
+#else
+constexpr int64_t kAhead = 16 * kLanes;      // words that are asked for before they are needed, into the first cache
 constexpr int64_t kFarAhead = 256 * kLanes;  // the same, into the second, which can wait for more of them at once
+#endif
 constexpr int kMostRows = 8;            // rows of inputs for which one expansion of the weights serves
 constexpr int64_t kRowsForThreads = 8;  // rows of inputs from which on they are prepared by all threads
 #ifdef __AMX_BF16__
@@ -128,7 +132,7 @@ inline const uint32_t* each_field(const uint32_t* codes, int64_t group, Add add)
     for (int word = 0; word < ratio; ++word, codes += kLanes) {
       const Words words = load_words(codes);
       __builtin_prefetch(codes + kFarAhead, 0, 2);
-      __builtin_prefetch(codes + kAhead);
+      if constexpr (kAhead > 0) __builtin_prefetch(codes + kAhead);
 #pragma GCC unroll 8
       for (int s = 0; s < fields; ++s, i += 4) {
         Words bytes = field<first>(words, s);
