@@ -55,7 +55,6 @@ def test_packed_four_bits_are_as_fast_as_llama_cpp_and_never_slower_than_dense(t
 
 MISSED = {
     "9a347272": "0.76 of it, before words were asked for into the second cache",
-    "de7cbd33": "0.72 of it, which itself moved from 42 to 85 GB/s between processes",
 }
 """By machine, why its step is slower."""
 LARGER = [
