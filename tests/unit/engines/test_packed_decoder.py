@@ -208,7 +208,6 @@ def test_so_it_is_under_every_instruction_set(flags: list[str]) -> None:
 
 def test_the_engine_writes_the_same_text_with_and_without_it() -> None:
     module = model()
-    module.model.embed_tokens.weight.data.mul_(100)  # so that no two tokens are about as likely
     texts = []
     for is_packed in (True, False):
         engine = CompiledModel(module, "cpu")
