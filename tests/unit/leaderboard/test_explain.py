@@ -104,6 +104,18 @@ def test_chance_names_no_part() -> None:
     assert causes(once, ledger(part("attention", 0.5).model_copy(update={"turns": [0.5] * 5}))) == []
 
 
+def test_among_many_parts_one_that_is_longer_in_most_turns_is_chance() -> None:
+    """Three of 16 turns say otherwise: of one part that is chance once in 94, of ten it is not rare."""
+    longer = [*[0.7] * 13, *[0.4] * 3]
+    slow, quick = (
+        part("attention", 0.7).model_copy(update={"turns": longer}),
+        part("attention", 0.5).model_copy(update={"turns": [0.5] * 16}),
+    )
+    others = [part("product", 1.0, f"layer{at}") for at in range(9)]
+    assert [cause.part for cause in causes(ledger(slow), ledger(quick))] == ["attention and cache"]
+    assert causes(ledger(slow, *others), ledger(quick, *others)) == []
+
+
 def test_what_the_machine_does_to_a_turn_of_both_is_no_cause_and_hides_none() -> None:
     drift = [0.0, 3.0, 1.0, 2.0, 9.0, 1.0]
     slow, quick = (
