@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +22,13 @@ class Turn:
         step: Milliseconds of the shortest that nobody recorded.
         wait: That threads waited in a parallel region.
         parts: Milliseconds by part; None where no parts were seen.
+        threads: That torch worked with, when the steps were done.
     """
 
     step: float
     wait: float
     parts: Mapping[Place, float] | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 class Takes(Protocol):
@@ -70,6 +72,6 @@ def ledger_of(phase: Phase, turns: Sequence[Turn], parts: Sequence[LedgerPart] =
     """A ledger with its parts, the largest first."""
     taken = [turn.step for turn in turns]
     low, high = median_interval(taken)
-    threads = torch.get_num_threads() if parts else None
+    threads = turns[-1].threads if parts else None
     ordered = sorted(parts, key=lambda part: -part.ms)
     return Ledger(phase=phase, step_ms=statistics.median(taken), low=low, high=high, turns=taken, threads=threads, parts=ordered, **more)

@@ -116,6 +116,13 @@ def test_among_many_parts_one_that_is_longer_in_most_turns_is_chance() -> None:
     assert causes(ledger(slow, *others), ledger(quick, *others)) == []
 
 
+@pytest.mark.parametrize(("longer", "named"), [(0.16, []), (0.26, ["attention and cache"])])
+def test_copies_of_one_model_differ_by_less_than_a_part_that_is_named(longer: float, named: list[str]) -> None:
+    """Of a step of 4 ms, in each turn."""
+    slow, quick = (ledger(part("attention", ms), part("head", 3.0)) for ms in (0.9 + longer, 0.9))
+    assert [cause.part for cause in causes(slow, quick)] == named
+
+
 def test_what_the_machine_does_to_a_turn_of_both_is_no_cause_and_hides_none() -> None:
     drift = [0.0, 3.0, 1.0, 2.0, 9.0, 1.0]
     slow, quick = (
