@@ -179,6 +179,11 @@ def attending_often() -> Any:
     return module
 
 
+def relaid(cached: torch.Tensor) -> torch.Tensor:
+    """A cache in another layout and back: copied as it is, it costs so little that the calls around it come to a fifth."""
+    return cached.transpose(2, 3).contiguous().transpose(2, 3).contiguous()
+
+
 def copying_the_cache() -> Any:
     module = dense()
     for block in module.model.layers:
@@ -186,8 +191,8 @@ def copying_the_cache() -> Any:
 
         def copied(*given: Any, forward: Any = forward, **named: Any) -> Any:
             for layer in getattr(named["past_key_values"], "layers", ()):
-                for _ in range(2 * layer.is_initialized):
-                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+                if layer.is_initialized:
+                    layer.keys, layer.values = map(relaid, (layer.keys, layer.values))
             return forward(*given, **named)
 
         block.self_attn.forward = copied
